@@ -1,0 +1,1 @@
+//! Admits, plans, watches, records, shows

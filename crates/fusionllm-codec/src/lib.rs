@@ -1,0 +1,1 @@
+//! A boundary tensor as bytes and back

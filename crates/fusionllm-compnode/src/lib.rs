@@ -1,0 +1,1 @@
+//! Runs a sub-DAG: kernels, RAD, task loop, optimizer, data, checkpoint shards

@@ -1,0 +1,1 @@
+//! From graph and profile to placement, task orders and predicted cost

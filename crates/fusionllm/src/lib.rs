@@ -1,0 +1,1 @@
+//! Library facade and the one binary

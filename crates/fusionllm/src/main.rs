@@ -1,0 +1,2 @@
+//! The `fusionllm` binary.
+fn main() {}
