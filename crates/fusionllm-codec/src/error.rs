@@ -1,0 +1,49 @@
+//! What can go wrong between a tensor and its bytes.
+
+/// Why a tensor could not be encoded or decoded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CodecError {
+    /// The payload has not the length that the shape and codec call for.
+    #[error("{codec} payload of shape {shape:?} has {got} bytes, expected {expected}")]
+    PayloadLength {
+        /// Name of the codec.
+        codec: &'static str,
+        /// Announced shape.
+        shape: Vec<usize>,
+        /// Bytes that the shape calls for.
+        expected: u64,
+        /// Bytes that came.
+        got: u64,
+    },
+    /// The values do not fill the shape.
+    #[error("{got} values do not fill shape {shape:?}, which holds {expected}")]
+    ValueCount {
+        /// The shape.
+        shape: Vec<usize>,
+        /// Values that the shape holds.
+        expected: u64,
+        /// Values that were given.
+        got: u64,
+    },
+    /// The product of the dimensions overflows.
+    #[error("shape {shape:?} holds more elements than can be addressed")]
+    ShapeOverflow {
+        /// The shape.
+        shape: Vec<usize>,
+    },
+    /// Integers were given to a codec of real numbers.
+    #[error("codec {codec} cannot carry {element:?} tensors, use dense")]
+    ElementType {
+        /// Name of the codec.
+        codec: &'static str,
+        /// What was given.
+        element: super::ElementType,
+    },
+    /// No codec has this name.
+    #[error("unknown codec `{name}`, expected one of: dense, bf16, f16")]
+    UnknownCodec {
+        /// The name that was asked for.
+        name: String,
+    },
+}

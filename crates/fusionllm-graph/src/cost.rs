@@ -1,0 +1,110 @@
+//! What an op costs: floating-point operations and bytes.
+//!
+//! A multiply-add counts 2; an addition, comparison, division or elementary function counts 1. The figures steer the
+//! planner, so counts that are small beside a matrix product (a bias, a causal mask) are left out where the op says so.
+
+use std::iter::Sum;
+use std::ops::Add;
+
+use crate::dag::{OpDag, OpId};
+use crate::param::Param;
+
+/// The cost of one micro-batch through one op, or a sum of such. All counts stop at `u64::MAX`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations of the FP.
+    pub fp_flops: u64,
+    /// Floating-point operations of the BP; 0 if no parameter lies upstream.
+    pub bp_flops: u64,
+    /// Bytes that the FP reads: inputs, parameters, and what it made in between.
+    pub read_bytes: u64,
+    /// Bytes that the FP writes: the output, and what it made in between.
+    pub write_bytes: u64,
+    /// Bytes kept between FP and BP because this op's BP reads them. A tensor that two ops keep is counted by both,
+    /// so a sum is an upper bound.
+    pub kept_bytes: u64,
+}
+
+impl Add for Cost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            fp_flops: self.fp_flops.saturating_add(other.fp_flops),
+            bp_flops: self.bp_flops.saturating_add(other.bp_flops),
+            read_bytes: self.read_bytes.saturating_add(other.read_bytes),
+            write_bytes: self.write_bytes.saturating_add(other.write_bytes),
+            kept_bytes: self.kept_bytes.saturating_add(other.kept_bytes),
+        }
+    }
+}
+
+impl Sum for Cost {
+    fn sum<I: Iterator<Item = Self>>(costs: I) -> Self {
+        costs.fold(Self::default(), Add::add)
+    }
+}
+
+impl OpDag {
+    /// The cost of one micro-batch of `batch` rows through `op`. An op with no parameter at or before it has no BP:
+    /// its `bp_flops` and `kept_bytes` are 0. Summing the gradients of several consumers is not counted.
+    ///
+    /// # Panics
+    /// If `op` is not of this OP-DAG.
+    pub fn cost(&self, op: OpId, batch: usize) -> Cost {
+        let node = self.op(op);
+        let inputs: Vec<_> = node.inputs.iter().map(|&input| &self.op(input).output).collect();
+        let cost = node.kind.cost(&inputs, &node.output, batch);
+        if self.carries_gradient(op) { cost } else { Cost { bp_flops: 0, kept_bytes: 0, ..cost } }
+    }
+
+    /// The sum of [`OpDag::cost`] over all ops.
+    pub fn total_cost(&self, batch: usize) -> Cost {
+        self.op_ids().map(|op| self.cost(op, batch)).sum()
+    }
+
+    /// Bytes of all parameters as f32, a tied one once.
+    pub fn param_bytes(&self) -> u64 {
+        self.params().iter().map(Param::bytes).fold(0, u64::saturating_add)
+    }
+
+    /// Elements of all parameters, a tied one once.
+    pub fn param_elements(&self) -> u64 {
+        self.params().iter().map(Param::elements).fold(0, u64::saturating_add)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Gpt2Config, gpt2};
+
+    use super::*;
+
+    #[test]
+    fn costs_add_field_by_field_and_saturate() {
+        let one = Cost { fp_flops: 1, bp_flops: 2, read_bytes: 3, write_bytes: 4, kept_bytes: 5 };
+        let sum: Cost = [one, one].into_iter().sum();
+        assert_eq!(sum, Cost { fp_flops: 2, bp_flops: 4, read_bytes: 6, write_bytes: 8, kept_bytes: 10 });
+        assert_eq!((Cost { fp_flops: u64::MAX, ..one } + one).fp_flops, u64::MAX);
+    }
+
+    #[test]
+    fn gpt2_costs_about_six_flops_per_parameter_and_token() {
+        let config = Gpt2Config::named("gpt2").unwrap();
+        let dag = gpt2(&config, 128).unwrap();
+        let cost = dag.total_cost(2);
+        // The position table does no matrix product; attention and elementwise ops add a little.
+        let by_rule = 6 * (dag.param_elements() - 1024 * 768) * 2 * 128;
+        let ratio = (cost.fp_flops + cost.bp_flops) as f64 / by_rule as f64;
+        assert!((1.0..1.05).contains(&ratio), "{ratio}");
+        assert_eq!(dag.total_cost(4).fp_flops, 2 * cost.fp_flops);
+        assert_eq!(dag.param_bytes(), 4 * 124_439_808);
+    }
+
+    #[test]
+    fn placeholders_cost_nothing_to_go_back_over() {
+        let dag = gpt2(&Gpt2Config::named("gpt2").unwrap(), 8).unwrap();
+        let input = dag.cost(dag.input().unwrap(), 1);
+        assert_eq!((input.fp_flops, input.bp_flops, input.kept_bytes), (0, 0, 0));
+    }
+}

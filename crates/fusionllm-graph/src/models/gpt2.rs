@@ -1,0 +1,243 @@
+//! GPT-2 as an OP-DAG with Hugging Face's parameter names, layouts and initial values (`GPT2LMHeadModel`).
+//!
+//! Shapes: B batch, S sequence, D `n_embd`, V `vocab_size`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::builder::DagBuilder;
+use crate::dag::{OpDag, OpId, ParamId};
+use crate::dtype::DType;
+use crate::error::GraphError;
+use crate::op::{ActivationFunction, OpKind, WeightLayout};
+use crate::param::{Init, Param};
+use crate::shape::Shape;
+
+const MODEL: &str = "gpt2";
+/// GPT-2's `initializer_range`.
+const INIT_STD: f64 = 0.02;
+/// The hidden layer of the feed-forward part is this many times D wide.
+const HIDDEN_FACTOR: usize = 4;
+
+/// Sizes of a GPT-2, under the names of Hugging Face's `config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gpt2Config {
+    /// V: entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Longest sequence.
+    pub n_positions: usize,
+    /// D: width.
+    pub n_embd: usize,
+    /// Blocks.
+    pub n_layer: usize,
+    /// Heads; divides `n_embd`.
+    pub n_head: usize,
+    /// Added to the variance in layer norms.
+    #[serde(default = "default_epsilon")]
+    pub layer_norm_epsilon: f64,
+    /// Probability with which embeddings and the two projections of a block are dropped in training; 0 leaves the
+    /// dropout ops out. Hugging Face's `resid_pdrop`; its dropout of attention probabilities is not modelled.
+    #[serde(default, rename = "resid_pdrop", alias = "dropout")]
+    pub dropout: f64,
+}
+
+fn default_epsilon() -> f64 {
+    1e-5
+}
+
+impl Gpt2Config {
+    /// The published sizes `gpt2`, `gpt2-medium`, `gpt2-large` and `gpt2-xl`, without dropout.
+    pub fn named(name: &str) -> Option<Self> {
+        let (n_layer, n_head, n_embd) = match name {
+            "gpt2" => (12, 12, 768),
+            "gpt2-medium" => (24, 16, 1024),
+            "gpt2-large" => (36, 20, 1280),
+            "gpt2-xl" => (48, 25, 1600),
+            _ => return None,
+        };
+        let (vocab_size, n_positions) = (50257, 1024);
+        let layer_norm_epsilon = default_epsilon();
+        Some(Self { vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon, dropout: 0.0 })
+    }
+
+    /// Reads Hugging Face's `config.json`. Keys that change nothing here are passed over.
+    ///
+    /// # Errors
+    /// The text is not readable, is of another model, or asks for a variant that [`gpt2`] does not build.
+    pub fn from_json(text: &str) -> Result<Self, GraphError> {
+        let unreadable = |error: serde_json::Error| GraphError::Json { reason: format!("config.json: {error}") };
+        let keys: Value = serde_json::from_str(text).map_err(unreadable)?;
+        let config: Self = serde_json::from_str(text).map_err(unreadable)?;
+        let gelu = [Value::from("gelu_new"), Value::from("gelu_pytorch_tanh")];
+        let hidden = config.n_embd.saturating_mul(HIDDEN_FACTOR);
+        let built: [(&'static str, &[Value]); 7] = [
+            ("model_type", &[Value::from("gpt2")]),
+            ("activation_function", &gelu),
+            ("n_inner", &[Value::Null, Value::from(hidden)]),
+            ("tie_word_embeddings", &[Value::from(true)]),
+            ("scale_attn_weights", &[Value::from(true)]),
+            ("scale_attn_by_inverse_layer_idx", &[Value::from(false)]),
+            ("add_cross_attention", &[Value::from(false)]),
+        ];
+        for (key, accepted) in built {
+            if let Some(got) = keys.get(key)
+                && !accepted.contains(got)
+            {
+                let expected = accepted.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ");
+                return Err(GraphError::Model { model: MODEL, key, expected, got: got.to_string() });
+            }
+        }
+        Ok(config)
+    }
+
+    /// The configuration that [`gpt2`] built `dag` from, whatever its name; `None` if it is another model.
+    pub fn of(dag: &OpDag) -> Option<Self> {
+        let kind = |name: &str| dag.find(name).map(|op| &dag.op(op).kind);
+        let &OpKind::Embedding { vocab, dim } = kind("wte")? else { return None };
+        let &OpKind::Position { positions, .. } = kind("wpe")? else { return None };
+        let &OpKind::LayerNorm { eps, .. } = kind("ln_f")? else { return None };
+        let is_attention = |op: &&crate::Op| matches!(op.kind, OpKind::Attention { .. });
+        let n_layer = dag.ops().iter().filter(is_attention).count();
+        let &OpKind::Attention { heads, .. } = kind("h.0.attn")? else { return None };
+        let dropout = if let Some(&OpKind::Dropout { p }) = kind("embd.drop") { p } else { 0.0 };
+        let config = Self {
+            vocab_size: vocab,
+            n_positions: positions,
+            n_embd: dim,
+            n_layer,
+            n_head: heads,
+            layer_norm_epsilon: eps,
+            dropout,
+        };
+        let same = gpt2(&config, dag.seq_len()?).ok()?;
+        (same.ops() == dag.ops() && same.params() == dag.params()).then_some(config)
+    }
+
+    fn check(&self, seq_len: usize) -> Result<(), GraphError> {
+        let wrong = |key: &'static str, got: usize, expected: String| {
+            Err(GraphError::Model { model: MODEL, key, expected, got: got.to_string() })
+        };
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("n_positions", self.n_positions),
+            ("n_embd", self.n_embd),
+            ("n_layer", self.n_layer),
+            ("n_head", self.n_head),
+            ("seq_len", seq_len),
+        ];
+        for (key, size) in sizes {
+            // The largest size that a product of four of them and the hidden factor cannot overflow with.
+            const LARGEST: usize = 1 << 28;
+            if size == 0 || size > LARGEST {
+                return wrong(key, size, format!("1 to {LARGEST}"));
+            }
+        }
+        if !self.n_embd.is_multiple_of(self.n_head) {
+            return wrong("n_head", self.n_head, format!("a divisor of n_embd {}", self.n_embd));
+        }
+        if seq_len > self.n_positions {
+            return wrong("seq_len", seq_len, format!("at most n_positions {}", self.n_positions));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            let (expected, got) = ("at least 0 and less than 1".to_owned(), self.dropout.to_string());
+            return Err(GraphError::Model { model: MODEL, key: "dropout", expected, got });
+        }
+        Ok(())
+    }
+}
+
+/// GPT-2 with its loss, for sequences of `seq_len` tokens. The head is tied to the embedding
+/// (`transformer.wte.weight`); labels are taken as given, without a shift.
+///
+/// # Errors
+/// A size is 0, `n_head` does not divide `n_embd`, `seq_len` is over `n_positions`, or another setting is out of range.
+pub fn gpt2(config: &Gpt2Config, seq_len: usize) -> Result<OpDag, GraphError> {
+    config.check(seq_len)?;
+    let ids = Shape::batched(&[seq_len]);
+    let (vocab, dim, positions) = (config.vocab_size, config.n_embd, config.n_positions);
+    let mut model = Gpt2Builder { dag: DagBuilder::new(MODEL), config };
+    let input = model.dag.op("input", OpKind::Input { dtype: DType::I32, shape: ids.clone() }, &[], &[])?;
+    let label = model.dag.op("label", OpKind::Label { shape: ids }, &[], &[])?;
+
+    let table = model.weight("wte", &[vocab, dim], INIT_STD)?;
+    let tokens_bsd = model.dag.op("wte", OpKind::Embedding { vocab, dim }, &[input], &[table])?;
+    let position_table = model.weight("wpe", &[positions, dim], INIT_STD)?;
+    let placed_bsd = model.dag.op("wpe", OpKind::Position { positions, dim }, &[tokens_bsd], &[position_table])?;
+    let mut hidden_bsd = model.dropout("embd.drop", placed_bsd)?;
+    for layer in 0..config.n_layer {
+        hidden_bsd = model.block(layer, hidden_bsd)?;
+    }
+    let normed_bsd = model.norm("ln_f", hidden_bsd)?;
+
+    let head = OpKind::Linear { inputs: dim, outputs: vocab, bias: false, layout: WeightLayout::OutIn };
+    let logits_bsv = model.dag.op("lm_head", head, &[normed_bsd], &[table])?;
+    model.dag.op("loss", OpKind::CrossEntropy, &[logits_bsv, label], &[])?;
+    model.dag.build()
+}
+
+/// Adds the parts of a GPT-2. A parameter's key is `transformer.`, the op's name, and its role.
+struct Gpt2Builder<'a> {
+    dag: DagBuilder,
+    config: &'a Gpt2Config,
+}
+
+impl Gpt2Builder<'_> {
+    /// One pre-norm block: attention and feed-forward, each added to what came in.
+    fn block(&mut self, layer: usize, input_bsd: OpId) -> Result<OpId, GraphError> {
+        let name = |part: &str| format!("h.{layer}.{part}");
+        let dim = self.config.n_embd;
+        let inner = dim * HIDDEN_FACTOR;
+        // Hugging Face scales what enters the residual stream by the number of additions to it.
+        let residual_std = INIT_STD / (2.0 * self.config.n_layer as f64).sqrt();
+
+        let normed = self.norm(&name("ln_1"), input_bsd)?;
+        let packed = self.conv1d(&name("attn.c_attn"), normed, [dim, 3 * dim], INIT_STD)?;
+        let core = OpKind::Attention { heads: self.config.n_head, causal: true };
+        let attended = self.dag.op(&name("attn"), core, &[packed], &[])?;
+        let projected = self.conv1d(&name("attn.c_proj"), attended, [dim, dim], residual_std)?;
+        let dropped = self.dropout(&name("attn.drop"), projected)?;
+        let between_bsd = self.dag.op(&name("add_1"), OpKind::Add, &[input_bsd, dropped], &[])?;
+
+        let normed = self.norm(&name("ln_2"), between_bsd)?;
+        let wide = self.conv1d(&name("mlp.c_fc"), normed, [dim, inner], INIT_STD)?;
+        let gelu = OpKind::Activation { function: ActivationFunction::GeluTanh };
+        let active = self.dag.op(&name("mlp.act"), gelu, &[wide], &[])?;
+        let projected = self.conv1d(&name("mlp.c_proj"), active, [inner, dim], residual_std)?;
+        let dropped = self.dropout(&name("mlp.drop"), projected)?;
+        self.dag.op(&name("add_2"), OpKind::Add, &[between_bsd, dropped], &[])
+    }
+
+    fn norm(&mut self, name: &str, input: OpId) -> Result<OpId, GraphError> {
+        let dim = self.config.n_embd;
+        let weight = self.param(name, "weight", &[dim], Init::Ones, false)?;
+        let bias = self.param(name, "bias", &[dim], Init::Zeros, false)?;
+        let kind = OpKind::LayerNorm { dim, eps: self.config.layer_norm_epsilon };
+        self.dag.op(name, kind, &[input], &[weight, bias])
+    }
+
+    /// Hugging Face's `Conv1D`: a linear op whose weight lies `[inputs, outputs]`.
+    fn conv1d(&mut self, name: &str, input: OpId, weight_io: [usize; 2], std: f64) -> Result<OpId, GraphError> {
+        let [inputs, outputs] = weight_io;
+        let weight = self.weight(name, &weight_io, std)?;
+        let bias = self.param(name, "bias", &[outputs], Init::Zeros, false)?;
+        let kind = OpKind::Linear { inputs, outputs, bias: true, layout: WeightLayout::InOut };
+        self.dag.op(name, kind, &[input], &[weight, bias])
+    }
+
+    /// `input` itself if there is no dropout.
+    fn dropout(&mut self, name: &str, input: OpId) -> Result<OpId, GraphError> {
+        let p = self.config.dropout;
+        if p > 0.0 { self.dag.op(name, OpKind::Dropout { p }, &[input], &[]) } else { Ok(input) }
+    }
+
+    fn weight(&mut self, op: &str, shape: &[usize], std: f64) -> Result<ParamId, GraphError> {
+        self.param(op, "weight", shape, Init::Normal { std: std as f32 }, true)
+    }
+
+    fn param(&mut self, op: &str, role: &str, shape: &[usize], init: Init, decay: bool) -> Result<ParamId, GraphError> {
+        self.dag.param(Param { name: format!("transformer.{op}.{role}"), shape: shape.to_vec(), init, decay })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,245 @@
+//! The kinds of op, and the only exhaustive dispatch into their families.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cost::Cost;
+use crate::dtype::DType;
+use crate::error::Misfit;
+use crate::ops::activation::Activation;
+use crate::ops::attention::Attention;
+use crate::ops::dropout::Dropout;
+use crate::ops::elementwise::Elementwise;
+use crate::ops::embedding::Embedding;
+use crate::ops::linear::Linear;
+use crate::ops::loss::CrossEntropy;
+use crate::ops::norm::LayerNorm;
+use crate::ops::placeholder::Placeholder;
+use crate::ops::position::Position;
+use crate::ops::{Io, Rule};
+use crate::shape::{Shape, TensorType};
+
+/// What an op does, with its attributes. In JSON `{"op": "linear", ...}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum OpKind {
+    /// Placeholder for what the model reads: token ids `[B, S]` i32, or features.
+    Input {
+        /// Element type.
+        dtype: DType,
+        /// `[B, ...]`, all but the first dimension fixed.
+        shape: Shape,
+    },
+    /// Placeholder for the labels, i32.
+    Label {
+        /// `[B, ...]`, all but the first dimension fixed.
+        shape: Shape,
+    },
+    /// Table look-up. Parameters: weight `[vocab, dim]`. `[B, S]` i32 to `[B, S, dim]`.
+    Embedding {
+        /// Rows of the table.
+        vocab: usize,
+        /// Width of a row.
+        dim: usize,
+    },
+    /// Adds a learnt vector per position. Parameters: weight `[positions, dim]`.
+    /// `[B, S, dim]` to input + weight`[0..S]`.
+    Position {
+        /// Rows of the table: the longest sequence.
+        positions: usize,
+        /// Width of a row.
+        dim: usize,
+    },
+    /// Layer norm over the last dimension. Parameters: weight `[dim]`, bias `[dim]`.
+    LayerNorm {
+        /// Size of the last dimension.
+        dim: usize,
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// Affine map of the last dimension. Parameters: weight (see [`WeightLayout`]), bias `[outputs]` if `bias`.
+    Linear {
+        /// Size of the input's last dimension.
+        inputs: usize,
+        /// Size of the output's last dimension.
+        outputs: usize,
+        /// Whether there is a bias.
+        bias: bool,
+        /// How the weight lies.
+        layout: WeightLayout,
+    },
+    /// Scaled dot-product attention core: packed query, key, value `[B, S, 3D]` to `[B, S, D]`.
+    Attention {
+        /// Heads; divides D.
+        heads: usize,
+        /// Whether a position sees only itself and those before it.
+        causal: bool,
+    },
+    /// Elementwise non-linearity.
+    Activation {
+        /// Which one.
+        function: ActivationFunction,
+    },
+    /// Sum of two tensors of one shape.
+    Add,
+    /// Elementwise product of two tensors of one shape.
+    Mul,
+    /// Zeroes elements with probability `p` in training and scales the rest by 1/(1-p).
+    Dropout {
+        /// Probability, at least 0 and less than 1.
+        p: f64,
+    },
+    /// Loss: logits `[B, S, V]` f32 and labels `[B, S]` i32 to the mean cross-entropy over all B*S tokens, a scalar.
+    CrossEntropy,
+}
+
+/// How the weight of a linear op lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightLayout {
+    /// `[inputs, outputs]`: GPT-2's `Conv1D`.
+    InOut,
+    /// `[outputs, inputs]`: PyTorch's `nn.Linear`.
+    OutIn,
+}
+
+/// An elementwise non-linearity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationFunction {
+    /// GELU by tanh (`gelu_new`).
+    GeluTanh,
+    /// GELU by the error function.
+    GeluErf,
+    /// max(x, 0).
+    Relu,
+    /// x * sigmoid(x).
+    Silu,
+}
+
+/// The classes of op.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OpClass {
+    /// Data enters here.
+    Placeholder,
+    /// Carries parameters.
+    Parameter,
+    /// Computes without parameters.
+    ParameterFree,
+    /// Where the BP starts.
+    Loss,
+}
+
+impl OpClass {
+    /// The class in words for tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Placeholder => "placeholder",
+            Self::Parameter => "parameter",
+            Self::ParameterFree => "parameter-free",
+            Self::Loss => "loss",
+        }
+    }
+}
+
+/// One parameter that a kind of op takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParamRole {
+    /// `weight` or `bias`.
+    pub name: &'static str,
+    /// The shape that the attributes ask for.
+    pub shape: Vec<usize>,
+}
+
+impl OpKind {
+    /// The op's class.
+    pub fn class(&self) -> OpClass {
+        self.rule().class()
+    }
+
+    /// The op's family, `"linear"` for example: the tag of its JSON form.
+    pub fn family(&self) -> &'static str {
+        self.rule().family()
+    }
+
+    /// The parameters it takes, in the order of [`crate::Op::params`].
+    pub fn param_roles(&self) -> Vec<ParamRole> {
+        self.rule().params()
+    }
+
+    /// The output's type for inputs of these types.
+    ///
+    /// # Errors
+    /// The number of inputs, their types, or an attribute do not fit.
+    pub fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
+        self.rule().infer(inputs)
+    }
+
+    /// The cost of one micro-batch of `batch` rows, for types that [`OpKind::infer`] took and gave.
+    pub fn cost(&self, inputs: &[&TensorType], output: &TensorType, batch: usize) -> Cost {
+        self.rule().cost(&Io { inputs, output, batch })
+    }
+
+    /// The one dispatch: adding a kind of op makes the compiler ask for its line here.
+    fn rule(&self) -> Box<dyn Rule + '_> {
+        match *self {
+            Self::Input { dtype, ref shape } => Box::new(Placeholder { family: "input", dtype, shape }),
+            Self::Label { ref shape } => Box::new(Placeholder { family: "label", dtype: DType::I32, shape }),
+            Self::Embedding { vocab, dim } => Box::new(Embedding { vocab, dim }),
+            Self::Position { positions, dim } => Box::new(Position { positions, dim }),
+            Self::LayerNorm { dim, eps } => Box::new(LayerNorm { dim, eps }),
+            Self::Linear { inputs, outputs, bias, layout } => Box::new(Linear { inputs, outputs, bias, layout }),
+            // The mask changes neither shape nor cost.
+            Self::Attention { heads, causal: _ } => Box::new(Attention { heads }),
+            Self::Activation { function } => Box::new(Activation { function }),
+            Self::Add => Box::new(Elementwise::Add),
+            Self::Mul => Box::new(Elementwise::Mul),
+            Self::Dropout { p } => Box::new(Dropout { p }),
+            Self::CrossEntropy => Box::new(CrossEntropy),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one_of_each() -> Vec<OpKind> {
+        let shape = Shape::batched(&[4]);
+        vec![
+            OpKind::Input { dtype: DType::I32, shape: shape.clone() },
+            OpKind::Label { shape },
+            OpKind::Embedding { vocab: 9, dim: 6 },
+            OpKind::Position { positions: 4, dim: 6 },
+            OpKind::LayerNorm { dim: 6, eps: 1e-5 },
+            OpKind::Linear { inputs: 6, outputs: 3, bias: true, layout: WeightLayout::InOut },
+            OpKind::Attention { heads: 2, causal: true },
+            OpKind::Activation { function: ActivationFunction::GeluTanh },
+            OpKind::Add,
+            OpKind::Mul,
+            OpKind::Dropout { p: 0.1 },
+            OpKind::CrossEntropy,
+        ]
+    }
+
+    #[test]
+    fn the_family_is_the_json_tag_and_json_round_trips() {
+        for kind in one_of_each() {
+            let json = serde_json::to_value(&kind).unwrap();
+            assert_eq!(json["op"], kind.family());
+            assert_eq!(serde_json::from_value::<OpKind>(json).unwrap(), kind);
+        }
+    }
+
+    #[test]
+    fn only_the_parameter_class_takes_parameters() {
+        for kind in one_of_each() {
+            assert_eq!(kind.class() == OpClass::Parameter, !kind.param_roles().is_empty(), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_attribute_is_refused() {
+        let error = serde_json::from_str::<OpKind>(r#"{"op":"dropout","p":0.1,"q":1}"#).unwrap_err();
+        assert!(error.to_string().contains("unknown field `q`"), "{error}");
+    }
+}

@@ -1,0 +1,169 @@
+//! What each family of op must say about itself, and the checks that families share.
+
+pub(crate) mod activation;
+pub(crate) mod attention;
+pub(crate) mod dropout;
+pub(crate) mod elementwise;
+pub(crate) mod embedding;
+pub(crate) mod linear;
+pub(crate) mod loss;
+pub(crate) mod norm;
+pub(crate) mod placeholder;
+pub(crate) mod position;
+
+use std::fmt::Display;
+
+use crate::cost::Cost;
+use crate::dtype::DType;
+use crate::error::Misfit;
+use crate::op::{OpClass, ParamRole};
+use crate::shape::{Dim, TensorType};
+
+/// One family of op: its shape rule, its parameters, its cost.
+pub(crate) trait Rule {
+    fn family(&self) -> &'static str;
+
+    fn class(&self) -> OpClass {
+        OpClass::ParameterFree
+    }
+
+    fn params(&self) -> Vec<ParamRole> {
+        Vec::new()
+    }
+
+    /// Checks attributes and inputs and gives the output's type.
+    fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit>;
+
+    /// For types that `infer` accepted and gave.
+    fn cost(&self, io: &Io<'_>) -> Cost;
+
+    fn param_bytes(&self) -> u64 {
+        let elements = |role: &ParamRole| role.shape.iter().fold(1, |n: u64, &size| n.saturating_mul(size as u64));
+        let total = self.params().iter().map(elements).fold(0, u64::saturating_add);
+        total.saturating_mul(DType::F32.bytes() as u64)
+    }
+}
+
+/// The tensors of one op at one batch size.
+pub(crate) struct Io<'a> {
+    pub(crate) inputs: &'a [&'a TensorType],
+    pub(crate) output: &'a TensorType,
+    pub(crate) batch: usize,
+}
+
+impl Io<'_> {
+    /// Elements of the first input; 0 without inputs.
+    pub(crate) fn input_elements(&self) -> u64 {
+        self.inputs.first().map_or(0, |input| input.shape.elements(self.batch))
+    }
+
+    /// Bytes of all inputs.
+    pub(crate) fn input_bytes(&self) -> u64 {
+        self.inputs.iter().map(|input| input.bytes(self.batch)).fold(0, u64::saturating_add)
+    }
+
+    pub(crate) fn output_elements(&self) -> u64 {
+        self.output.shape.elements(self.batch)
+    }
+
+    pub(crate) fn output_bytes(&self) -> u64 {
+        self.output.bytes(self.batch)
+    }
+
+    /// A cost per output element, reading the inputs and writing the output once.
+    pub(crate) fn per_element(&self, fp: u64, bp: u64, kept_bytes: u64) -> Cost {
+        let elements = self.output_elements();
+        Cost {
+            fp_flops: elements.saturating_mul(fp),
+            bp_flops: elements.saturating_mul(bp),
+            read_bytes: self.input_bytes(),
+            write_bytes: self.output_bytes(),
+            kept_bytes,
+        }
+    }
+}
+
+pub(crate) fn role(name: &'static str, shape: &[usize]) -> ParamRole {
+    ParamRole { name, shape: shape.to_vec() }
+}
+
+/// The only input.
+pub(crate) fn one<'a>(inputs: &[&'a TensorType]) -> Result<&'a TensorType, Misfit> {
+    match *inputs {
+        [input] => Ok(input),
+        _ => Err(Misfit::InputCount { expected: 1, got: inputs.len() }),
+    }
+}
+
+/// The two inputs.
+pub(crate) fn two<'a>(inputs: &[&'a TensorType]) -> Result<(&'a TensorType, &'a TensorType), Misfit> {
+    match *inputs {
+        [first, second] => Ok((first, second)),
+        _ => Err(Misfit::InputCount { expected: 2, got: inputs.len() }),
+    }
+}
+
+pub(crate) fn wrong_input(input: &TensorType, expected: impl Into<String>) -> Misfit {
+    Misfit::Input { input: "input", expected: expected.into(), got: input.to_string() }
+}
+
+/// The input must be `f32 [.., dim]`.
+pub(crate) fn last_dim(input: &TensorType, dim: usize) -> Result<(), Misfit> {
+    if input.dtype == DType::F32 && input.shape.dims().last() == Some(&Dim::Fixed(dim)) {
+        Ok(())
+    } else {
+        Err(wrong_input(input, format!("f32 [.., {dim}]")))
+    }
+}
+
+/// The input must be f32 of any shape.
+pub(crate) fn real(input: &TensorType) -> Result<(), Misfit> {
+    if input.dtype == DType::F32 { Ok(()) } else { Err(wrong_input(input, "f32 of any shape")) }
+}
+
+pub(crate) fn wrong_attribute(attribute: &'static str, got: impl Display, expected: impl Into<String>) -> Misfit {
+    Misfit::Attribute { attribute, expected: expected.into(), got: got.to_string() }
+}
+
+/// The attribute must not be 0.
+pub(crate) fn positive(attribute: &'static str, value: usize) -> Result<(), Misfit> {
+    if value == 0 { Err(wrong_attribute(attribute, value, "at least 1")) } else { Ok(()) }
+}
+
+/// Product that stops at the largest count.
+pub(crate) fn product(factors: &[u64]) -> u64 {
+    factors.iter().fold(1, |n: u64, &factor| n.saturating_mul(factor))
+}
+
+#[cfg(test)]
+pub(crate) mod checks {
+    //! What the families' tests share.
+
+    use crate::cost::Cost;
+    use crate::error::Misfit;
+    use crate::op::OpKind;
+    use crate::shape::{Shape, TensorType};
+
+    pub(crate) fn real(sizes: &[usize]) -> TensorType {
+        TensorType::f32(Shape::batched(sizes))
+    }
+
+    pub(crate) fn ids(sizes: &[usize]) -> TensorType {
+        TensorType::i32(Shape::batched(sizes))
+    }
+
+    pub(crate) fn infer(kind: &OpKind, inputs: &[TensorType]) -> Result<TensorType, Misfit> {
+        kind.infer(&inputs.iter().collect::<Vec<_>>())
+    }
+
+    /// The message with which these inputs are refused.
+    pub(crate) fn refusal(kind: &OpKind, inputs: &[TensorType]) -> String {
+        infer(kind, inputs).unwrap_err().to_string()
+    }
+
+    /// The cost of inputs that fit.
+    pub(crate) fn cost(kind: &OpKind, inputs: &[TensorType], batch: usize) -> Cost {
+        let output = infer(kind, inputs).unwrap();
+        kind.cost(&inputs.iter().collect::<Vec<_>>(), &output, batch)
+    }
+}
