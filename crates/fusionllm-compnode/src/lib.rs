@@ -1,1 +1,36 @@
-//! Runs a sub-DAG: kernels, RAD, task loop, optimizer, data, checkpoint shards
+//! Runs a sub-DAG: kernels on Burn, remote automatic differentiation (RAD), the task loop, the optimizer, data,
+//! checkpoint shards, and the CompNode process around them.
+//!
+//! Makes no plans: it executes the placement and task orders that it is given. Compute runs on a thread of its
+//! own; the async shell only moves bytes.
+
+mod burn_executor;
+mod checkpoint;
+mod data;
+mod device;
+mod error;
+mod exchange;
+mod executor;
+mod generate;
+mod host;
+mod kernels;
+mod links;
+mod mailbox;
+mod node;
+mod optimizer;
+mod params;
+mod segment;
+mod task_loop;
+
+pub use burn_executor::BurnExecutor;
+pub use checkpoint::{export_hugging_face, read_shard, write_shard};
+pub use data::{Batches, Corpus, TextBatches, Tokenizer};
+pub use device::{DeviceChoice, open_device};
+pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardError};
+pub use exchange::{Exchange, MemoryExchange, Message};
+pub use executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
+pub use generate::{Generator, SamplingSpec};
+pub use mailbox::{Mailbox, Slot};
+pub use node::{JoinConfig, join};
+pub use optimizer::OptimizerSpec;
+pub use task_loop::{JobSink, TaskLoop, TrainPlan};

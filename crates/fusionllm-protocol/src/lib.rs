@@ -1,1 +1,32 @@
-//! What two processes must agree on
+//! What two processes must agree on: ids, the job, control messages, the OP-Data header, the checkpoint
+//! manifest, and the state machine of a resumable stream.
+//!
+//! Sans-IO: no sockets, files, clocks or tensors. Shells feed it messages and time, and do what it answers.
+
+mod control;
+mod error;
+mod event;
+mod ids;
+mod job;
+mod manifest;
+mod op_data;
+mod version;
+mod window;
+mod wire;
+
+pub use control::{
+    Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, DataReport, FromBroker, FromCompNode, Hello,
+    JobState, JobSummary, LinkBytes, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource, Welcome,
+};
+pub use error::{JobError, ProtocolError};
+pub use event::{JobEvent, StepMetrics};
+pub use ids::{Generation, JobId};
+pub use job::{
+    CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
+    OptimizerKind, PlacementSection, Precision, TrainSpec, ValueFormat, job_keys,
+};
+pub use manifest::{Manifest, ShardEntry};
+pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
+pub use version::PROTOCOL_VERSION;
+pub use window::{ReceiveWindow, Received, SendWindow};
+pub use wire::{decode, encode};

@@ -1,0 +1,131 @@
+"""Trains a GPT-2 shape in plain PyTorch eager on the CPU, f32, and measures its speed.
+
+Prints one JSON line: tokens_per_s is the tokens of a whole step over the median step time.
+A step is all micro-batches' forward and backward passes and one AdamW update.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+INIT_STD = 0.02
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then the MLP, each added to its input."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.ln_1 = nn.LayerNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attn_out = nn.Linear(width, width)
+        self.ln_2 = nn.LayerNorm(width, eps=1e-5)
+        self.fc = nn.Linear(width, 4 * width)
+        self.fc_out = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        batch, seq, width = x.shape
+        qkv = self.qkv(self.ln_1(x)).view(batch, seq, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attn_out(mixed.transpose(1, 2).reshape(batch, seq, width))
+        return x + self.fc_out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
+
+
+class Gpt2(nn.Module):
+    """GPT-2 with learned positions, no dropout and a head tied to the token embedding."""
+
+    def __init__(self, layers, width, heads, vocab, seq):
+        super().__init__()
+        self.wte = nn.Embedding(vocab, width)
+        self.wpe = nn.Embedding(seq, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width, eps=1e-5)
+        self.apply(init_weights)
+
+    def forward(self, ids):
+        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+
+def init_weights(module):
+    """Normal weights of std 0.02 and zero biases, as GPT-2 starts."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def train_step(model, optimizer, ids, labels, micro_batches):
+    """One update over the batch, its gradient accumulated over the micro-batches."""
+    optimizer.zero_grad()
+    for x, y in zip(ids.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
+        logits = model(x)
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.reshape(-1))
+        (loss / micro_batches).backward()
+    optimizer.step()
+
+
+def positive(text):
+    """An integer of at least one, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--width", type=positive, default=768)
+    parser.add_argument("--heads", type=positive, default=12)
+    parser.add_argument("--vocab", type=positive, default=8192)
+    parser.add_argument("--seq", type=positive, default=256, help="tokens a row")
+    parser.add_argument("--batch", type=positive, default=4, help="rows a step, all micro-batches")
+    parser.add_argument("--micro-batches", type=positive, default=1)
+    parser.add_argument("--steps", type=positive, default=10, help="measured steps")
+    parser.add_argument("--warmup", type=positive, default=2, help="steps before measuring")
+    parser.add_argument("--threads", type=positive, default=2)
+    args = parser.parse_args()
+    if args.width % args.heads:
+        parser.error(f"--width {args.width} must divide by --heads {args.heads}")
+    if args.batch % args.micro_batches:
+        parser.error(f"--batch {args.batch} must divide by --micro-batches {args.micro_batches}")
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = Gpt2(args.layers, args.width, args.heads, args.vocab, args.seq)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    ids = torch.randint(args.vocab, (args.batch, args.seq))
+    labels = torch.randint(args.vocab, (args.batch, args.seq))
+
+    times = []
+    for step in range(args.warmup + args.steps):
+        start = time.perf_counter()
+        train_step(model, optimizer, ids, labels, args.micro_batches)
+        if step >= args.warmup:
+            times.append(time.perf_counter() - start)
+
+    median = statistics.median(times)
+    result = {
+        "framework": "pytorch",
+        "tokens_per_s": args.batch * args.seq / median,
+        "step_s_median": median,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

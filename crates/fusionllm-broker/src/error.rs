@@ -1,0 +1,237 @@
+//! What can go wrong in a broker.
+
+use std::path::PathBuf;
+
+use fusionllm_graph::GraphError;
+use fusionllm_planner::PlanError;
+use fusionllm_protocol::{JobError, JobId, ProtocolError};
+use fusionllm_transport::{BindError, IdentityError};
+
+/// Why a broker cannot start or do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BrokerError {
+    /// The job file is wrong.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// The model's graph is wrong.
+    #[error("model {model}: {source}")]
+    Graph {
+        /// Name or path of the model.
+        model: String,
+        /// What is wrong.
+        source: GraphError,
+    },
+    /// The model's files are wrong.
+    #[error("model.path {path}: {reason}")]
+    Model {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// The job cannot be placed.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A checkpoint is unusable.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// There is nothing left to train.
+    #[error("{path} is at step {step} already, train.steps = {steps}: raise train.steps to go on")]
+    NothingLeft {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Its step.
+        step: u64,
+        /// What the job asks for.
+        steps: u64,
+    },
+    /// The run directory is in use.
+    #[error("run directory {path} exists and is not empty, give another one or resume from it")]
+    RunDirNotEmpty {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The job store is unusable.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Another broker has the state directory.
+    #[error("state directory {path} is in use by another broker, stop it or give another directory")]
+    Locked {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The socket cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The identity file is unusable.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The state directory's secret is unusable.
+    #[error("{path}: not a broker's secret (64 hexadecimal digits), remove it to make a new one")]
+    Secret {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A message could not be encoded.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    /// No such job.
+    #[error("there is no {job}")]
+    UnknownJob {
+        /// Which.
+        job: JobId,
+    },
+    /// The job's state does not allow it.
+    #[error("{job} {state}, expected {expected}")]
+    JobState {
+        /// Which.
+        job: JobId,
+        /// What it is, as words.
+        state: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The broker has ended.
+    #[error("the broker has ended")]
+    Ended,
+}
+
+impl BrokerError {
+    /// Whether the request is at fault rather than a machine.
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            Self::Job(_)
+            | Self::Graph { .. }
+            | Self::Model { .. }
+            | Self::Plan(_)
+            | Self::Checkpoint(_)
+            | Self::NothingLeft { .. }
+            | Self::RunDirNotEmpty { .. }
+            | Self::Secret { .. }
+            | Self::UnknownJob { .. }
+            | Self::JobState { .. } => true,
+            Self::Store(_)
+            | Self::Locked { .. }
+            | Self::Io { .. }
+            | Self::Bind(_)
+            | Self::Identity(_)
+            | Self::Protocol(_)
+            | Self::Ended => false,
+        }
+    }
+}
+
+/// Why a checkpoint cannot be used or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The folder holds none.
+    #[error("{path} holds no checkpoint, expected a folder with manifest.json or a run directory with checkpoints/step-N")]
+    None {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A file could not be read or written.
+    #[error("checkpoint file {path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The manifest is damaged.
+    #[error("{path}: {source}")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong.
+        source: ProtocolError,
+    },
+    /// A shard is not there.
+    #[error("shard {path} is missing: the checkpoint is incomplete, use another one")]
+    Missing {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A shard has another size than when it was written.
+    #[error("shard {path} has {got} bytes, expected {expected}: it is damaged, use another checkpoint")]
+    Size {
+        /// Which.
+        path: PathBuf,
+        /// Bytes by the manifest.
+        expected: u64,
+        /// Bytes of the file.
+        got: u64,
+    },
+    /// A shard's bytes are not those that were written.
+    #[error("shard {path} has hash {got}, expected {expected}: it is damaged, use another checkpoint")]
+    Hash {
+        /// Which.
+        path: PathBuf,
+        /// Hash by the manifest.
+        expected: String,
+        /// Hash of the file.
+        got: String,
+    },
+    /// The file is no safetensors file.
+    #[error("{path} is not a readable safetensors file: {reason}")]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A tensor is missing or does not fit the graph.
+    #[error("{path}: tensor `{name}` {reason}")]
+    Tensor {
+        /// The file or folder.
+        path: PathBuf,
+        /// Which tensor.
+        name: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+}
+
+/// Why the job store cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The database refuses.
+    #[error("job store {path}: {reason}; it may be damaged: move it away to start with no jobs")]
+    Database {
+        /// Its file.
+        path: PathBuf,
+        /// The database's message.
+        reason: String,
+    },
+    /// It was written by another version.
+    #[error("job store {path} has schema version {got}, this build reads version {expected}: use a newer release")]
+    Version {
+        /// Its file.
+        path: PathBuf,
+        /// Version in the file.
+        got: u64,
+        /// Version of this build.
+        expected: u64,
+    },
+    /// One entry is unreadable.
+    #[error("job store {path}: job {job} is not readable: {reason}")]
+    Entry {
+        /// Its file.
+        path: PathBuf,
+        /// Which job.
+        job: u64,
+        /// What is wrong.
+        reason: String,
+    },
+}

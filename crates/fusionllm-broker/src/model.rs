@@ -1,0 +1,155 @@
+//! The model of a job: a GPT-2 by name, a Hugging Face directory, or an OP-DAG file.
+
+use std::path::{Path, PathBuf};
+
+use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
+use fusionllm_protocol::JobSpec;
+
+use crate::BrokerError;
+use crate::checkpoint::TensorSet;
+
+/// What a job trains.
+#[derive(Clone, Debug)]
+pub struct LoadedModel {
+    /// The OP-DAG.
+    pub dag: OpDag,
+    /// A safetensors file with its parameters, if it has been trained before.
+    pub weights: Option<PathBuf>,
+}
+
+/// Reads the model that a job names, and holds it against the job.
+///
+/// # Errors
+/// [`BrokerError`] that names the file or key; each is bad input.
+pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
+    let model = match &spec.model.path {
+        Some(path) if path.is_dir() => from_folder(path, spec)?,
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|e| model_error(path, format!("not readable: {e}")))?;
+            let dag = OpDag::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
+            LoadedModel { dag, weights: None }
+        }
+        None => {
+            let name = spec.model.name.clone().unwrap_or_default();
+            let Some(config) = spec.gpt2_config() else {
+                spec.validate()?;
+                return Err(model_error(Path::new(&name), "not a model known by name".to_owned()));
+            };
+            let dag = gpt2(&config, spec.data.seq_len).map_err(|source| graph_error(&name, source))?;
+            LoadedModel { dag, weights: None }
+        }
+    };
+    check_trainable(&model.dag, spec)?;
+    Ok(model)
+}
+
+/// Whether the graph can be trained by this job.
+pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerError> {
+    let path = spec.model.path.clone().unwrap_or_else(|| PathBuf::from(dag.name()));
+    for (what, op) in [("input", dag.input()), ("label", dag.label()), ("cross_entropy", dag.loss())] {
+        if op.is_none() {
+            return Err(model_error(&path, format!("the OP-DAG has no {what} op, training needs one")));
+        }
+    }
+    match dag.seq_len() {
+        Some(seq_len) if seq_len == spec.data.seq_len => Ok(()),
+        Some(seq_len) => {
+            let asked = spec.data.seq_len;
+            Err(model_error(&path, format!("its input op takes sequences of {seq_len}, but data.seq_len = {asked}")))
+        }
+        None => Err(model_error(&path, "its input op takes no sequence, expected shape [B, S]".to_owned())),
+    }
+}
+
+fn from_folder(folder: &Path, spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
+    let path = folder.join("config.json");
+    let text = std::fs::read_to_string(&path)
+        .map_err(|e| model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a GPT-2")))?;
+    let mut config = Gpt2Config::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
+    config.dropout = spec.model.dropout;
+    let dag =
+        gpt2(&config, spec.data.seq_len).map_err(|source| graph_error(&path.display().to_string(), source))?;
+    let weights = folder.join("model.safetensors");
+    let weights = weights.is_file().then_some(weights);
+    if let Some(weights) = &weights {
+        TensorSet::of_hugging_face(weights, &dag)?;
+    }
+    Ok(LoadedModel { dag, weights })
+}
+
+fn model_error(path: &Path, reason: String) -> BrokerError {
+    BrokerError::Model { path: path.to_owned(), reason }
+}
+
+fn graph_error(model: &str, source: fusionllm_graph::GraphError) -> BrokerError {
+    BrokerError::Graph { model: model.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    fn error(spec: &JobSpec) -> String {
+        let error = load_model(spec).unwrap_err();
+        assert!(error.is_bad_input());
+        error.to_string()
+    }
+
+    #[test]
+    fn a_named_model_takes_the_jobs_sizes() {
+        let model = load_model(&testing::spec(&[])).unwrap();
+        assert_eq!((model.dag.seq_len(), model.dag.vocab()), (Some(8), Some(256)));
+        assert_eq!(model.weights, None);
+    }
+
+    #[test]
+    fn a_graph_file_is_read_and_held_against_the_job() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("graph.json");
+        let dag = load_model(&testing::spec(&[])).unwrap().dag;
+        std::fs::write(&path, dag.to_json()).unwrap();
+        let mut spec = testing::spec(&[]);
+        spec.model = fusionllm_protocol::ModelSpec { path: Some(path.clone()), ..Default::default() };
+        assert_eq!(load_model(&spec).unwrap().dag, dag);
+        spec.data.seq_len = 4;
+        assert!(error(&spec).ends_with("its input op takes sequences of 8, but data.seq_len = 4"));
+        std::fs::write(&path, "{").unwrap();
+        assert!(error(&spec).contains("not an OP-DAG in JSON"));
+        spec.model.path = Some(folder.path().join("none.json"));
+        assert!(error(&spec).contains("not readable"));
+    }
+
+    #[test]
+    fn a_hugging_face_folder_needs_a_config_of_gpt2() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut spec = testing::spec(&[]);
+        spec.model = fusionllm_protocol::ModelSpec { path: Some(folder.path().to_owned()), ..Default::default() };
+        assert!(error(&spec).contains("expected a Hugging Face directory"));
+        let config = |kind: &str| {
+            format!(
+                "{{\"model_type\":\"{kind}\",\"vocab_size\":256,\"n_positions\":8,\"n_embd\":8,\"n_layer\":1,\"n_head\":2}}"
+            )
+        };
+        std::fs::write(folder.path().join("config.json"), config("llama")).unwrap();
+        assert!(error(&spec).contains("gpt2"));
+        std::fs::write(folder.path().join("config.json"), config("gpt2")).unwrap();
+        let model = load_model(&spec).unwrap();
+        assert_eq!(model.weights, None);
+
+        // Keys without the prefix, and a tied head that is stored twice, as files in the wild have them.
+        let mut tensors: Vec<(String, Vec<usize>)> = model
+            .dag
+            .params()
+            .iter()
+            .map(|p| (p.name.trim_start_matches("transformer.").to_owned(), p.shape.clone()))
+            .collect();
+        tensors.push(("lm_head.weight".to_owned(), vec![256, 8]));
+        let weights = folder.path().join("model.safetensors");
+        testing::write_tensors(&weights, &tensors);
+        assert_eq!(load_model(&spec).unwrap().weights, Some(weights.clone()));
+        tensors.remove(0);
+        testing::write_tensors(&weights, &tensors);
+        assert!(error(&spec).contains("is missing"), "{}", error(&spec));
+    }
+}

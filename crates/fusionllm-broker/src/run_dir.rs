@@ -1,0 +1,226 @@
+//! Layout of a run directory, and the one way in which whole files are written.
+//!
+//! | file | what |
+//! |---|---|
+//! | `job.json` | the job, with every default filled in |
+//! | `graph.json` | the OP-DAG |
+//! | `placement.json` | stages with their ops' names, and the placement itself |
+//! | `data.json` | what the data owner found |
+//! | `metrics.jsonl` | a line a step |
+//! | `checkpoints/step-N/` | checkpoints |
+//! | `report.md` | what came out |
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::Placement;
+use fusionllm_protocol::{Generation, JobSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::BrokerError;
+
+/// One stage, for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageSummary {
+    /// Its place along the pipeline.
+    pub stage: u32,
+    /// Name of the CompNode that holds it.
+    pub compnode: String,
+    /// Names of its ops, in topological order.
+    pub ops: Vec<String>,
+    /// Elements of the parameters that its ops use; a tied one counts in each stage that uses it.
+    pub parameters: u64,
+}
+
+/// `placement.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacementFile {
+    /// Number of the placement.
+    pub generation: Generation,
+    /// The stages, for people.
+    pub stages: Vec<StageSummary>,
+    /// The placement, for machines.
+    pub placement: Placement,
+}
+
+impl PlacementFile {
+    /// Describes a placement of `dag`.
+    pub(crate) fn of(placement: &Placement, dag: &OpDag, generation: Generation) -> Self {
+        let stages = placement.stages.iter().map(|stage| {
+            let ops = || stage.ops.iter().filter_map(|op| dag.ops().get(op.index()));
+            let params: std::collections::BTreeSet<_> = ops().flat_map(|op| &op.params).collect();
+            let elements = params.iter().filter_map(|p| dag.params().get(p.index())).map(fusionllm_graph::Param::elements);
+            StageSummary {
+                stage: stage.id.0,
+                compnode: placement.compnodes.get(stage.compnode.index()).cloned().unwrap_or_default(),
+                ops: ops().map(|op| op.name.clone()).collect(),
+                parameters: elements.sum(),
+            }
+        });
+        Self { generation, stages: stages.collect(), placement: placement.clone() }
+    }
+}
+
+/// A run directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RunDir {
+    path: PathBuf,
+}
+
+impl RunDir {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    pub(crate) fn job(&self) -> PathBuf {
+        self.path.join("job.json")
+    }
+
+    pub(crate) fn placement(&self) -> PathBuf {
+        self.path.join("placement.json")
+    }
+
+    pub(crate) fn data(&self) -> PathBuf {
+        self.path.join("data.json")
+    }
+
+    pub(crate) fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    pub(crate) fn report(&self) -> PathBuf {
+        self.path.join("report.md")
+    }
+
+    /// Where the checkpoints of a job lie.
+    pub(crate) fn checkpoints(&self, spec: &JobSpec) -> PathBuf {
+        spec.checkpoint.to.clone().unwrap_or_else(|| self.path.join("checkpoints"))
+    }
+
+    /// Makes the directory, or takes over that of an earlier generation, and writes what is known at the start.
+    pub(crate) fn open(&self, spec: &JobSpec, graph: &str, placement: &PlacementFile) -> Result<(), BrokerError> {
+        let checkpoints = self.checkpoints(spec);
+        for folder in [&self.path, &checkpoints] {
+            std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e))?;
+        }
+        crate::checkpoint::remove_partial(&checkpoints)?;
+        self.write_json(&self.job(), spec)?;
+        write_atomic(&self.path.join("graph.json"), graph.as_bytes())?;
+        self.write_json(&self.placement(), placement)
+    }
+
+    /// Writes a value as pretty JSON.
+    pub(crate) fn write_json<T: Serialize>(&self, path: &Path, value: &T) -> Result<(), BrokerError> {
+        let mut text = serde_json::to_vec_pretty(value).map_err(|e| io_error(path, e.into()))?;
+        text.push(b'\n');
+        write_atomic(path, &text)
+    }
+
+    /// Reads a JSON file of the run; `None` if it is not there.
+    pub(crate) fn read_json<T: serde::de::DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, BrokerError> {
+        match std::fs::read(path) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| io_error(path, e.into())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error(path, e)),
+        }
+    }
+}
+
+/// Whether nothing would be overwritten there.
+pub(crate) fn is_free(path: &Path) -> bool {
+    std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.next().is_none())
+}
+
+pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
+    BrokerError::Io { path: path.to_owned(), source }
+}
+
+/// Writes a whole file or nothing: temporary name beside it, sync, rename, sync of the folder.
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
+    write_atomic_with_mode(path, bytes, None)
+}
+
+/// The same, readable by the owner alone.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
+    write_atomic_with_mode(path, bytes, Some(0o600))
+}
+
+fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: Option<u32>) -> Result<(), BrokerError> {
+    // Two writers of one file must not share a temporary name.
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}-{}.tmp", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+    let temporary = path.with_file_name(name);
+    let written = create(&temporary, mode)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| std::fs::rename(&temporary, path));
+    if let Err(e) = written {
+        // The error that matters is the first one.
+        let _ = std::fs::remove_file(&temporary);
+        return Err(io_error(path, e));
+    }
+    path.parent().map_or(Ok(()), |folder| sync_folder(folder).map_err(|e| io_error(folder, e)))
+}
+
+fn create(path: &Path, mode: Option<u32>) -> std::io::Result<File> {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    if let Some(mode) = mode {
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, mode);
+    }
+    #[cfg(not(unix))]
+    let _ = mode;
+    options.open(path)
+}
+
+/// Makes renames in the folder last. Only Unix lets a folder be opened.
+pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_atomic_write_leaves_one_file_and_no_temporary() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.json");
+        write_atomic(&path, b"one").unwrap();
+        write_atomic(&path, b"two").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_private_file_is_readable_by_its_owner_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ticket");
+        write_private(&path, b"x").unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_failed_write_names_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("none").join("x.json");
+        assert!(write_atomic(&path, b"one").unwrap_err().to_string().contains("x.json"));
+    }
+
+    #[test]
+    fn only_a_missing_or_empty_folder_is_free() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(is_free(folder.path()));
+        assert!(is_free(&folder.path().join("none")));
+        write_atomic(&folder.path().join("x"), b"").unwrap();
+        assert!(!is_free(folder.path()));
+        assert!(!is_free(&folder.path().join("x")));
+    }
+}

@@ -1,0 +1,184 @@
+//! The jobs of a broker on disk: an embedded database with one JSON record a job.
+
+use std::path::{Path, PathBuf};
+
+use fusionllm_protocol::{Generation, JobId, JobSpec, JobState, JobSummary};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use crate::StoreError;
+
+const JOBS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("jobs");
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const VERSION_KEY: &str = "schema_version";
+
+/// Version of the tables and of [`JobRecord`]; it grows whenever an older build could not read them.
+const SCHEMA_VERSION: u64 = 1;
+
+/// What the broker remembers of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// Its id.
+    pub job: JobId,
+    /// The job, paths absolute.
+    pub spec: JobSpec,
+    /// Its state.
+    pub state: JobState,
+    /// Updates done.
+    pub step: u64,
+    /// Last training loss.
+    pub loss: Option<f64>,
+    /// Its run directory; made when the job is placed.
+    pub run_dir: PathBuf,
+    /// Number of its last placement; 0 before the first.
+    pub generation: Generation,
+}
+
+impl JobRecord {
+    /// As a line of a status report.
+    pub fn summary(&self) -> JobSummary {
+        JobSummary {
+            job: self.job,
+            name: self.spec.name.clone(),
+            state: self.state.clone(),
+            step: self.step,
+            steps: self.spec.train.steps,
+            loss: self.loss,
+            run_dir: self.run_dir.display().to_string(),
+        }
+    }
+}
+
+/// The open database.
+#[derive(Debug)]
+pub(crate) struct Store {
+    path: PathBuf,
+    database: Database,
+}
+
+impl Store {
+    /// Opens the store, or makes an empty one.
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let fail = |reason: String| StoreError::Database { path: path.to_owned(), reason };
+        let database = Database::create(path).map_err(|e| fail(e.to_string()))?;
+        let store = Self { path: path.to_owned(), database };
+        store.check_version()?;
+        Ok(store)
+    }
+
+    fn fail(&self, error: impl Into<redb::Error>) -> StoreError {
+        StoreError::Database { path: self.path.clone(), reason: error.into().to_string() }
+    }
+
+    fn check_version(&self) -> Result<(), StoreError> {
+        let write = self.database.begin_write().map_err(|e| self.fail(e))?;
+        {
+            let mut meta = write.open_table(META).map_err(|e| self.fail(e))?;
+            let found = meta.get(VERSION_KEY).map_err(|e| self.fail(e))?.map(|v| v.value());
+            match found {
+                Some(SCHEMA_VERSION) => {}
+                Some(got) => {
+                    return Err(StoreError::Version { path: self.path.clone(), got, expected: SCHEMA_VERSION });
+                }
+                None => {
+                    meta.insert(VERSION_KEY, SCHEMA_VERSION).map_err(|e| self.fail(e))?;
+                }
+            }
+            write.open_table(JOBS).map_err(|e| self.fail(e))?;
+        }
+        write.commit().map_err(|e| self.fail(e))
+    }
+
+    /// Every job, oldest first.
+    pub(crate) fn jobs(&self) -> Result<Vec<JobRecord>, StoreError> {
+        let read = self.database.begin_read().map_err(|e| self.fail(e))?;
+        let table = read.open_table(JOBS).map_err(|e| self.fail(e))?;
+        let mut records = Vec::new();
+        for entry in table.iter().map_err(|e| self.fail(e))? {
+            let (job, bytes) = entry.map_err(|e| self.fail(e))?;
+            let record = serde_json::from_slice(bytes.value()).map_err(|e| self.entry(job.value(), &e))?;
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// Writes one job, over what was known of it.
+    pub(crate) fn put(&self, record: &JobRecord) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(record).map_err(|e| self.entry(record.job.0, &e))?;
+        let write = self.database.begin_write().map_err(|e| self.fail(e))?;
+        {
+            let mut table = write.open_table(JOBS).map_err(|e| self.fail(e))?;
+            table.insert(record.job.0, bytes.as_slice()).map_err(|e| self.fail(e))?;
+        }
+        write.commit().map_err(|e| self.fail(e))
+    }
+
+    fn entry(&self, job: u64, error: &serde_json::Error) -> StoreError {
+        StoreError::Entry { path: self.path.clone(), job, reason: error.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    fn record(job: u64) -> JobRecord {
+        JobRecord {
+            job: JobId(job),
+            spec: testing::spec(&[]),
+            state: JobState::Running,
+            step: 3,
+            loss: Some(2.5),
+            run_dir: PathBuf::from("/runs/x"),
+            generation: Generation(1),
+        }
+    }
+
+    #[test]
+    fn jobs_are_there_after_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("broker.redb");
+        let store = Store::open(&path).unwrap();
+        store.put(&record(2)).unwrap();
+        store.put(&record(1)).unwrap();
+        store.put(&JobRecord { state: JobState::Done, ..record(2) }).unwrap();
+        drop(store);
+        let jobs = Store::open(&path).unwrap().jobs().unwrap();
+        assert_eq!(jobs, [record(1), JobRecord { state: JobState::Done, ..record(2) }]);
+    }
+
+    #[test]
+    fn a_newer_schema_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("broker.redb");
+        let store = Store::open(&path).unwrap();
+        let write = store.database.begin_write().unwrap();
+        write.open_table(META).unwrap().insert(VERSION_KEY, 9).unwrap();
+        write.commit().unwrap();
+        drop(store);
+        let error = Store::open(&path).unwrap_err().to_string();
+        assert!(error.ends_with("has schema version 9, this build reads version 1: use a newer release"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_store_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("broker.redb");
+        std::fs::write(&path, vec![7; 5000]).unwrap();
+        let error = Store::open(&path).unwrap_err().to_string();
+        assert!(error.contains("move it away"), "{error}");
+    }
+
+    #[test]
+    fn an_unreadable_entry_names_the_job() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("broker.redb");
+        let store = Store::open(&path).unwrap();
+        let write = store.database.begin_write().unwrap();
+        write.open_table(JOBS).unwrap().insert(4, b"{".as_slice()).unwrap();
+        write.commit().unwrap();
+        let error = store.jobs().unwrap_err().to_string();
+        assert!(error.contains("job 4 is not readable"), "{error}");
+    }
+}

@@ -1,0 +1,57 @@
+//! What several unit tests need.
+
+use std::path::Path;
+
+use fusionllm_protocol::{JobSpec, LinkBytes, StepMetrics};
+use safetensors::tensor::{Dtype, TensorView};
+
+/// A tiny GPT-2 on CompNodes as many as there are, with `section.key=value` overrides.
+pub(crate) fn spec(overrides: &[&str]) -> JobSpec {
+    let text = "
+        [model]\nname = \"gpt2\"\nn_embd = 8\nn_layer = 1\nn_head = 2
+        [data]\npath = \"/text\"\nseq_len = 8
+        [train]\nsteps = 6\nbatch = 4\nmicro_batches = 2\neval_batches = 1
+        [checkpoint]\nevery = 3
+    ";
+    let overrides: Vec<String> = overrides.iter().map(|&o| o.to_owned()).collect();
+    let spec = JobSpec::from_toml(text, &overrides).unwrap();
+    spec.validate().unwrap();
+    spec
+}
+
+pub(crate) fn metrics(step: u64, loss: f64) -> StepMetrics {
+    let link = LinkBytes {
+        from: "a".to_owned(),
+        to: "b".to_owned(),
+        bytes: 100 * step,
+        dense_bytes: 200 * step,
+        codec: "bf16".to_owned(),
+    };
+    StepMetrics {
+        step,
+        loss,
+        tokens: 32,
+        step_s: 0.5 * step as f64,
+        lr: 1e-3,
+        grad_norm: Some(1.0),
+        eval_loss: step.is_multiple_of(3).then_some(loss),
+        links: vec![link],
+    }
+}
+
+/// Bytes that are a function of the name.
+pub(crate) fn tensor_bytes(name: &str, shape: &[usize]) -> Vec<u8> {
+    let count: usize = shape.iter().product();
+    let first = name.bytes().fold(0u32, |sum, b| sum.wrapping_mul(31).wrapping_add(b.into())) % 1000;
+    (0..count).flat_map(|i| ((i as f32) + first as f32).to_le_bytes()).collect()
+}
+
+/// A safetensors file of F32 tensors.
+pub(crate) fn write_tensors(path: &Path, tensors: &[(String, Vec<usize>)]) {
+    let data: Vec<Vec<u8>> = tensors.iter().map(|(name, shape)| tensor_bytes(name, shape)).collect();
+    let views = tensors
+        .iter()
+        .zip(&data)
+        .map(|((name, shape), bytes)| (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}

@@ -1,0 +1,276 @@
+//! The executor on Burn: parameters, gradients and optimizer state of one CompNode, and its stages.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use burn_tensor::{Device, Tensor, TensorData};
+use fusionllm_codec::{HostTensor, Values};
+use fusionllm_graph::{OpDag, OpId, ParamId};
+use fusionllm_planner::{NodeIndex, Placement, StageId};
+use fusionllm_protocol::Pass;
+
+use crate::executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
+use crate::host::{download, to_scalar, to_vec};
+use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
+use crate::params::initial_values;
+use crate::segment::{Kept, Segment, Surroundings};
+use crate::ExecutorError;
+
+/// Runs the stages of one CompNode on a Burn device.
+#[derive(Debug)]
+pub struct BurnExecutor {
+    dag: Arc<OpDag>,
+    device: Device,
+    seed: u64,
+    optimizer: OptimizerSpec,
+    segments: BTreeMap<StageId, Segment>,
+    /// Flat, without autodiff.
+    params: BTreeMap<ParamId, Tensor<1>>,
+    /// The same as leaves of the autodiff tape; made anew after each UPDATE.
+    leaves: BTreeMap<ParamId, Tensor<1>>,
+    gradients: BTreeMap<ParamId, Tensor<1>>,
+    state: BTreeMap<ParamId, ParamState>,
+    kept: BTreeMap<(StageId, u32), Kept>,
+}
+
+impl BurnExecutor {
+    /// An executor for the stages that `placement` gives to `node`, with initial parameters out of `seed`.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Param`] if a parameter cannot be initialised.
+    pub fn new(
+        dag: Arc<OpDag>,
+        placement: &Placement,
+        node: NodeIndex,
+        device: Device,
+        optimizer: OptimizerSpec,
+        seed: u64,
+    ) -> Result<Self, ExecutorError> {
+        let mut segments = BTreeMap::new();
+        for stage in placement.stages_of(node) {
+            let leaving = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();
+            segments.insert(stage.id, Segment::new(&dag, stage.ops.clone(), leaving));
+        }
+        let held = placement.params_of(&dag, node);
+        Self::with_segments(dag, segments, &held, device, optimizer, seed)
+    }
+
+    /// An executor of one stage 0 that holds the ops up to `last`, whose output leaves it: for inference.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Param`] if a parameter cannot be initialised.
+    pub fn up_to(dag: Arc<OpDag>, last: OpId, device: Device) -> Result<Self, ExecutorError> {
+        let mut needed: BTreeSet<OpId> = BTreeSet::from([last]);
+        for index in (0..=last.index()).rev() {
+            let op = OpId(index as u32);
+            if needed.contains(&op) {
+                needed.extend(dag.op(op).inputs.iter().copied());
+            }
+        }
+        let held: BTreeSet<ParamId> = needed.iter().flat_map(|&op| dag.op(op).params.iter().copied()).collect();
+        let segment = Segment::new(&dag, needed.into_iter().collect(), BTreeSet::from([last]));
+        let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
+        let held: Vec<ParamId> = held.into_iter().collect();
+        Self::with_segments(dag, BTreeMap::from([(StageId(0), segment)]), &held, device, optimizer, 0)
+    }
+
+    fn with_segments(
+        dag: Arc<OpDag>,
+        segments: BTreeMap<StageId, Segment>,
+        held: &[ParamId],
+        device: Device,
+        optimizer: OptimizerSpec,
+        seed: u64,
+    ) -> Result<Self, ExecutorError> {
+        let mut params = BTreeMap::new();
+        for &id in held {
+            params.insert(id, flat(initial_values(dag.param(id), seed)?, &device));
+        }
+        let mut executor = Self {
+            dag,
+            device,
+            seed,
+            optimizer,
+            segments,
+            params,
+            leaves: BTreeMap::new(),
+            gradients: BTreeMap::new(),
+            state: BTreeMap::new(),
+            kept: BTreeMap::new(),
+        };
+        executor.make_leaves();
+        Ok(executor)
+    }
+
+    /// Replaces parameters and optimizer state by what `tensors` holds; every parameter held here must be in it.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Param`] if one is missing or has another shape.
+    pub fn import(&mut self, tensors: Vec<NamedTensor>) -> Result<(), ExecutorError> {
+        let mut by_name: BTreeMap<String, NamedTensor> = tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
+        let ids: Vec<ParamId> = self.params.keys().copied().collect();
+        for id in ids {
+            let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
+            let fail = |name: &str, reason: String| ExecutorError::Param { name: name.to_owned(), reason };
+            let tensor = by_name.remove(&name).ok_or_else(|| fail(&name, "not among the weights".to_owned()))?;
+            self.params.insert(id, self.checked(tensor, &shape)?);
+            let mut state = ParamState::new();
+            for kind in STATE_KINDS {
+                if let Some(tensor) = by_name.remove(&format!("optimizer.{kind}.{name}")) {
+                    state.insert(kind, self.checked(tensor, &shape)?);
+                }
+            }
+            self.state.insert(id, state);
+        }
+        self.make_leaves();
+        Ok(())
+    }
+
+    fn checked(&self, tensor: NamedTensor, shape: &[usize]) -> Result<Tensor<1>, ExecutorError> {
+        let count: usize = shape.iter().product();
+        if tensor.shape != shape || tensor.values.len() != count {
+            let reason = format!("shape {:?}, expected {shape:?}", tensor.shape);
+            return Err(ExecutorError::Param { name: tensor.name, reason });
+        }
+        Ok(flat(tensor.values, &self.device))
+    }
+
+    fn make_leaves(&mut self) {
+        self.leaves = self.params.iter().map(|(&id, p)| (id, p.clone().autodiff().require_grad())).collect();
+    }
+
+    fn segment(&self, stage: StageId) -> Result<&Segment, ExecutorError> {
+        self.segments
+            .get(&stage)
+            .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} is not held on this CompNode") })
+    }
+
+    fn surroundings<'a>(&'a self, params: &'a BTreeMap<ParamId, Tensor<1>>) -> Surroundings<'a> {
+        Surroundings { dag: &self.dag, device: &self.device, params, seed: self.seed }
+    }
+
+    fn held(&self, param: ParamId) -> Result<&Tensor<1>, ExecutorError> {
+        self.params
+            .get(&param)
+            .ok_or_else(|| ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) })
+    }
+}
+
+impl Executor for BurnExecutor {
+    fn forward(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        inputs: Vec<(OpId, HostTensor)>,
+    ) -> Result<StageOutput, ExecutorError> {
+        let training = micro_batch.pass == Pass::Train;
+        let segment = self.segment(stage)?;
+        for &op in segment.entering() {
+            if !inputs.iter().any(|(id, _)| *id == op) {
+                let input = self.dag.op(op).name.clone();
+                return Err(ExecutorError::MissingInput { op: stage.to_string(), input });
+            }
+        }
+        let params = if training { &self.leaves } else { &self.params };
+        let (output, kept) = segment.forward(self.surroundings(params), micro_batch, inputs, training)?;
+        if training {
+            self.kept.insert((stage, micro_batch.index), kept);
+        }
+        Ok(output)
+    }
+
+    fn backward(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        gradients: Vec<(OpId, HostTensor)>,
+        loss_scale: f64,
+    ) -> Result<Vec<(OpId, HostTensor)>, ExecutorError> {
+        let kept = self.kept.remove(&(stage, micro_batch.index)).ok_or_else(|| ExecutorError::Internal {
+            what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
+        })?;
+        let around = self.surroundings(&self.leaves);
+        let result = self.segment(stage)?.backward(around, kept, gradients, loss_scale)?;
+        for (param, gradient) in result.params {
+            let sum = match self.gradients.remove(&param) {
+                Some(sum) => sum + gradient,
+                None => gradient,
+            };
+            self.gradients.insert(param, sum);
+        }
+        Ok(result.inputs)
+    }
+
+    fn gradient(&mut self, param: ParamId) -> Result<HostTensor, ExecutorError> {
+        let gradient = match self.gradients.get(&param) {
+            Some(gradient) => gradient.clone(),
+            None => self.held(param)?.zeros_like(),
+        };
+        download(gradient, &self.dag.param(param).shape)
+    }
+
+    fn set_gradient(&mut self, param: ParamId, gradient: HostTensor) -> Result<(), ExecutorError> {
+        self.held(param)?;
+        let expected = self.dag.param(param).shape.clone();
+        let (shape, values) = gradient.into_parts();
+        match values {
+            Values::F32(values) if shape == expected => {
+                self.gradients.insert(param, flat(values, &self.device));
+                Ok(())
+            }
+            Values::F32(_) | Values::I32(_) => {
+                Err(ExecutorError::Shape { op: self.dag.param(param).name.clone(), expected, got: shape })
+            }
+        }
+    }
+
+    fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
+        let mut sum = 0.0;
+        for param in params {
+            if let Some(gradient) = self.gradients.get(param) {
+                sum += to_scalar(gradient.clone().square().sum())?;
+            }
+        }
+        Ok(sum)
+    }
+
+    fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError> {
+        // The leaves share memory with the parameters: without them the optimizer may work in place.
+        self.leaves.clear();
+        for (id, gradient) in std::mem::take(&mut self.gradients) {
+            let Some(param) = self.params.remove(&id) else { continue };
+            let decay = self.dag.param(id).decay;
+            let state = self.state.entry(id).or_default();
+            let param = optimizer::step(&self.optimizer, param, gradient, state, decay, spec);
+            self.params.insert(id, param);
+        }
+        self.make_leaves();
+        self.device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })
+    }
+
+    fn export(&self) -> Result<Vec<NamedTensor>, ExecutorError> {
+        let mut tensors = Vec::new();
+        for (&id, param) in &self.params {
+            let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
+            for (kind, tensor) in self.state.get(&id).into_iter().flatten() {
+                let name = format!("optimizer.{kind}.{name}");
+                tensors.push(NamedTensor { name, shape: shape.clone(), values: to_vec(tensor.clone())? });
+            }
+            tensors.push(NamedTensor { name, shape, values: to_vec(param.clone())? });
+        }
+        Ok(tensors)
+    }
+
+    fn live(&self) -> usize {
+        let mut by_stage: BTreeMap<StageId, usize> = BTreeMap::new();
+        for (stage, _) in self.kept.keys() {
+            *by_stage.entry(*stage).or_default() += 1;
+        }
+        by_stage.into_values().max().unwrap_or(0)
+    }
+}
+
+fn flat(values: Vec<f32>, device: &Device) -> Tensor<1> {
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), device)
+}

@@ -1,0 +1,209 @@
+//! What can go wrong on a CompNode.
+
+use std::path::PathBuf;
+
+use fusionllm_codec::CodecError;
+use fusionllm_graph::GraphError;
+use fusionllm_protocol::ProtocolError;
+
+/// Why a sub-DAG could not be computed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExecutorError {
+    /// A task came whose inputs are not those of its stage. A bug of the task order, not of the user.
+    #[error("op `{op}` has no value for its input `{input}` (internal error)")]
+    MissingInput {
+        /// The op.
+        op: String,
+        /// The input that is missing.
+        input: String,
+    },
+    /// A tensor came in another shape or type than the OP-DAG says.
+    #[error("tensor of op `{op}` has shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// The op.
+        op: String,
+        /// What the graph says.
+        expected: Vec<usize>,
+        /// What came.
+        got: Vec<usize>,
+    },
+    /// A state that the task order rules out.
+    #[error("{what} (internal error)")]
+    Internal {
+        /// Which invariant broke.
+        what: String,
+    },
+    /// The device failed or the tensor library refused.
+    #[error("device: {reason}")]
+    Device {
+        /// Its message.
+        reason: String,
+    },
+    /// A parameter from a checkpoint does not fit.
+    #[error("parameter `{name}`: {reason}")]
+    Param {
+        /// Its name.
+        name: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// Loss or gradient is no longer a number.
+    #[error("{what} is {value} at step {step}; lower train.lr or set train.clip")]
+    NotFinite {
+        /// What is not finite.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// Updates done before it.
+        step: u64,
+    },
+}
+
+/// Why data could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// A file or folder could not be read.
+    #[error("data.path {path}: {reason}")]
+    Path {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// There is no text.
+    #[error("data.path holds no UTF-8 text files: {paths}")]
+    NoText {
+        /// What was searched.
+        paths: String,
+    },
+    /// The text is shorter than one sequence.
+    #[error("the {split} split has {tokens} tokens, but one sequence needs {needed}: give more text, or a smaller data.seq_len")]
+    TooShort {
+        /// Which split.
+        split: &'static str,
+        /// Tokens there are.
+        tokens: usize,
+        /// Tokens needed: the sequence and one more for the last label.
+        needed: usize,
+    },
+    /// The tokenizer file is unusable.
+    #[error("data.tokenizer {path}: {reason}; expected `bytes` or the path of a tokenizer.json")]
+    Tokenizer {
+        /// Which file.
+        path: String,
+        /// Why.
+        reason: String,
+    },
+    /// A token id lies outside the model's vocabulary.
+    #[error("the text has token id {id}, but the model's vocabulary ends at {vocab}: set model.vocab_size to at least {needed}")]
+    Vocabulary {
+        /// The largest id.
+        id: usize,
+        /// The model's vocabulary.
+        vocab: usize,
+        /// What would do.
+        needed: usize,
+    },
+}
+
+/// Why a message could not be sent or received.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExchangeError {
+    /// The job was stopped from outside.
+    #[error("job aborted: {reason}")]
+    Aborted {
+        /// Why.
+        reason: String,
+    },
+    /// A peer cannot be reached any more.
+    #[error("CompNode `{peer}`: {reason}")]
+    Peer {
+        /// Its name.
+        peer: String,
+        /// Why.
+        reason: String,
+    },
+    /// A tensor cannot be encoded or decoded.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+}
+
+/// Why a shard could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShardError {
+    /// The bytes are no safetensors file.
+    #[error("not a readable safetensors file: {reason}")]
+    Format {
+        /// The parser's message.
+        reason: String,
+    },
+    /// A tensor is not of the form expected.
+    #[error("tensor `{name}`: {reason}")]
+    Tensor {
+        /// Which.
+        name: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Why a CompNode cannot do its part of a job, or cannot join.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompNodeError {
+    /// Compute failed.
+    #[error(transparent)]
+    Executor(#[from] ExecutorError),
+    /// Data is unusable.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Messages do not pass.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    /// A shard is unusable.
+    #[error(transparent)]
+    Shard(#[from] ShardError),
+    /// The graph of the assignment is unusable.
+    #[error(transparent)]
+    Graph(#[from] GraphError),
+    /// A message of the broker is unusable.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    /// The device asked for does not exist here.
+    #[error("{reason}")]
+    DeviceChoice {
+        /// What is wrong and what there is.
+        reason: String,
+    },
+    /// The broker cannot be reached or sent us away.
+    #[error("broker: {reason}")]
+    Broker {
+        /// Why.
+        reason: String,
+    },
+    /// The compute thread panicked.
+    #[error("the compute thread ended unexpectedly: {reason}")]
+    ComputeThread {
+        /// The panic's message.
+        reason: String,
+    },
+}
+
+impl CompNodeError {
+    /// Whether the job's input is at fault rather than a machine.
+    pub fn is_bad_input(&self) -> bool {
+        matches!(self, Self::Data(_) | Self::Graph(_) | Self::DeviceChoice { .. })
+    }
+}

@@ -1,0 +1,112 @@
+//! What a framework must be able to do to run a sub-DAG: the one seam behind which Burn stands.
+
+use fusionllm_codec::HostTensor;
+use fusionllm_graph::{OpId, ParamId};
+use fusionllm_planner::StageId;
+use fusionllm_protocol::Pass;
+
+use crate::ExecutorError;
+
+/// Which micro-batch a task works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MicroBatch {
+    /// Updates done before it.
+    pub step: u64,
+    /// Training keeps what BP needs and applies dropout; evaluation does neither.
+    pub pass: Pass,
+    /// Its number within the pass.
+    pub index: u32,
+}
+
+/// What FP of a stage gives.
+#[derive(Debug, Default)]
+pub struct StageOutput {
+    /// The output of each op of the stage that another stage consumes.
+    pub tensors: Vec<(OpId, HostTensor)>,
+    /// Mean loss of the micro-batch, if the stage holds the loss op.
+    pub loss: Option<f64>,
+}
+
+/// A parameter or a piece of optimizer state by name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedTensor {
+    /// Hugging Face name of a parameter, or `optimizer.KIND.NAME`.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Row-major values.
+    pub values: Vec<f32>,
+}
+
+/// How to do an UPDATE.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct UpdateSpec {
+    /// Updates done before this one.
+    pub step: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Factor on every gradient (clipping).
+    pub gradient_scale: f64,
+}
+
+/// Runs the stages of one CompNode.
+pub trait Executor: Send {
+    /// FP of a micro-batch through a stage. `inputs` holds the tensor of every op outside the stage that an op in
+    /// it consumes, and of its placeholders.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if inputs do not fit the graph or the device fails.
+    fn forward(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        inputs: Vec<(OpId, HostTensor)>,
+    ) -> Result<StageOutput, ExecutorError>;
+
+    /// BP of a micro-batch: takes the gradients of the stage's outputs (one entry per consuming stage; they are
+    /// summed) and gives the gradient of each input that carries one. Parameter gradients accumulate. The loss is
+    /// weighted by `loss_scale`.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if FP of the micro-batch has not run or the device fails.
+    fn backward(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        gradients: Vec<(OpId, HostTensor)>,
+        loss_scale: f64,
+    ) -> Result<Vec<(OpId, HostTensor)>, ExecutorError>;
+
+    /// The accumulated gradient of a parameter (zeros if none came).
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the parameter is not held here.
+    fn gradient(&mut self, param: ParamId) -> Result<HostTensor, ExecutorError>;
+
+    /// Replaces the accumulated gradient of a parameter.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the parameter is not held here or the shape differs.
+    fn set_gradient(&mut self, param: ParamId, gradient: HostTensor) -> Result<(), ExecutorError>;
+
+    /// Sum of squares of the accumulated gradients of `params`.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError>;
+
+    /// UPDATE of every parameter, and the gradients are gone.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError>;
+
+    /// All parameters and optimizer state.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    fn export(&self) -> Result<Vec<NamedTensor>, ExecutorError>;
+
+    /// Micro-batches that are live (FP done, BP not) in the stage that has most of them.
+    fn live(&self) -> usize;
+}

@@ -1,0 +1,52 @@
+//! Between host memory and device tensors.
+
+use burn_tensor::{Device, Int, Tensor, TensorData};
+use fusionllm_codec::{HostTensor, Values};
+
+use crate::ExecutorError;
+use crate::kernels::{IntegerValue, RealValue, Value};
+
+/// Copies a host tensor to the device.
+pub(crate) fn upload(tensor: HostTensor, device: &Device) -> Value {
+    let (shape, values) = tensor.into_parts();
+    match values {
+        Values::F32(values) => {
+            let (rows, columns) = rows_and_columns(&shape);
+            let tensor = Tensor::<2>::from_data(TensorData::new(values, [rows, columns]), device);
+            Value::Real(RealValue { tensor, shape })
+        }
+        Values::I32(values) => {
+            let count = values.len();
+            let tensor = Tensor::<1, Int>::from_data(TensorData::new(values, [count]), device);
+            Value::Integer(IntegerValue { tensor, shape })
+        }
+    }
+}
+
+/// Copies a real tensor of any rank to the host, under the shape it stands for.
+pub(crate) fn download<const D: usize>(tensor: Tensor<D>, shape: &[usize]) -> Result<HostTensor, ExecutorError> {
+    let values = to_vec(tensor)?;
+    HostTensor::new(shape.to_vec(), Values::F32(values))
+        .map_err(|e| ExecutorError::Internal { what: format!("device tensor: {e}") })
+}
+
+/// The values of a real tensor.
+pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, ExecutorError> {
+    let device_error = |reason: String| ExecutorError::Device { reason };
+    let data = tensor.try_into_data().map_err(|e| device_error(format!("{e:?}")))?;
+    data.try_into_vec::<f32>().map_err(|e| device_error(format!("{e:?}")))
+}
+
+/// The one number of a scalar tensor.
+pub(crate) fn to_scalar<const D: usize>(tensor: Tensor<D>) -> Result<f64, ExecutorError> {
+    let values = to_vec(tensor)?;
+    values.first().map(|&v| f64::from(v)).ok_or_else(|| ExecutorError::Internal { what: "empty scalar".to_owned() })
+}
+
+/// A logical shape as the two dimensions that kernels work on: everything but the last, and the last.
+pub(crate) fn rows_and_columns(shape: &[usize]) -> (usize, usize) {
+    match shape.split_last() {
+        Some((&columns, rows)) => (rows.iter().product(), columns),
+        None => (1, 1),
+    }
+}

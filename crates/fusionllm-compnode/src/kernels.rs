@@ -1,0 +1,109 @@
+//! FP of each op on Burn tensors; Burn's autodiff derives BP.
+//!
+//! The only exhaustive dispatch into `kernels/`, which mirrors `graph/ops/`. Real tensors are kept as matrices
+//! `[rows, columns]`: all leading dimensions together, and the last. Legend: B batch, S sequence, D model,
+//! H heads, K head dimension, V vocabulary, N = B·S.
+
+mod activation;
+mod attention;
+mod dropout;
+mod elementwise;
+mod embedding;
+mod linear;
+mod loss;
+mod norm;
+mod position;
+
+use burn_tensor::{Device, Int, Tensor};
+use fusionllm_graph::{Op, OpKind};
+
+use crate::ExecutorError;
+
+/// A real tensor of logical shape `shape`, held as `[rows, columns]`.
+#[derive(Clone, Debug)]
+pub(crate) struct RealValue {
+    pub(crate) tensor: Tensor<2>,
+    pub(crate) shape: Vec<usize>,
+}
+
+/// An integer tensor of logical shape `shape`, held flat.
+#[derive(Clone, Debug)]
+pub(crate) struct IntegerValue {
+    pub(crate) tensor: Tensor<1, Int>,
+    pub(crate) shape: Vec<usize>,
+}
+
+/// The output of an op.
+#[derive(Clone, Debug)]
+pub(crate) enum Value {
+    Real(RealValue),
+    Integer(IntegerValue),
+}
+
+/// What a kernel may look at besides its inputs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KernelContext<'a> {
+    pub(crate) device: &'a Device,
+    /// Training, not evaluation.
+    pub(crate) training: bool,
+    /// Seed of what is random in this op and micro-batch.
+    pub(crate) seed: u64,
+}
+
+/// Inputs and parameters of an op, in its documented order. Parameters are flat.
+#[derive(Debug)]
+pub(crate) struct Arguments<'a> {
+    pub(crate) op: &'a Op,
+    pub(crate) inputs: Vec<Value>,
+    pub(crate) params: Vec<Tensor<1>>,
+}
+
+impl Arguments<'_> {
+    pub(crate) fn real(&self, index: usize) -> Result<&RealValue, ExecutorError> {
+        match self.inputs.get(index) {
+            Some(Value::Real(value)) => Ok(value),
+            Some(Value::Integer(_)) | None => Err(self.misfit("real input", index)),
+        }
+    }
+
+    pub(crate) fn integer(&self, index: usize) -> Result<&IntegerValue, ExecutorError> {
+        match self.inputs.get(index) {
+            Some(Value::Integer(value)) => Ok(value),
+            Some(Value::Real(_)) | None => Err(self.misfit("integer input", index)),
+        }
+    }
+
+    pub(crate) fn param(&self, index: usize) -> Result<Tensor<1>, ExecutorError> {
+        self.params.get(index).cloned().ok_or_else(|| self.misfit("parameter", index))
+    }
+
+    fn misfit(&self, what: &str, index: usize) -> ExecutorError {
+        ExecutorError::Internal { what: format!("op `{}` lacks {what} {index}", self.op.name) }
+    }
+}
+
+/// FP of one op. The graph has checked all shapes.
+pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> Result<Value, ExecutorError> {
+    let real = |value: Result<RealValue, ExecutorError>| value.map(Value::Real);
+    match &arguments.op.kind {
+        OpKind::Input { .. } | OpKind::Label { .. } => Err(ExecutorError::MissingInput {
+            op: arguments.op.name.clone(),
+            input: "a batch of the data owner".to_owned(),
+        }),
+        OpKind::Embedding { vocab, dim } => real(embedding::forward(arguments, *vocab, *dim)),
+        OpKind::Position { positions, dim } => real(position::forward(arguments, *positions, *dim)),
+        OpKind::LayerNorm { eps, .. } => real(norm::forward(arguments, *eps)),
+        OpKind::Linear { inputs, outputs, bias, layout } => {
+            real(linear::forward(arguments, *inputs, *outputs, *bias, *layout))
+        }
+        OpKind::Attention { heads, causal } => real(attention::forward(arguments, *heads, *causal, context)),
+        OpKind::Activation { function } => real(activation::forward(arguments, *function)),
+        OpKind::Add => real(elementwise::add(arguments)),
+        OpKind::Mul => real(elementwise::mul(arguments)),
+        OpKind::Dropout { p } => real(dropout::forward(arguments, *p, context)),
+        OpKind::CrossEntropy => real(loss::forward(arguments)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

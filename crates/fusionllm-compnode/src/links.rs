@@ -1,0 +1,271 @@
+//! The wires of one job: one connection per CompNode pair, a stream per channel.
+//!
+//! The CompNode with the lower index dials. A lost connection is redialled, and each stream goes on where the
+//! receiver says it stopped ([`fusionllm_protocol::SendWindow`]). Encoding and decoding run on blocking threads,
+//! never on the compute thread and never on an async worker.
+
+mod incoming;
+mod outgoing;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use fusionllm_codec::HostTensor;
+use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_protocol::{Channel, Generation, JobId, LinkBytes, PeerFrame, PeerRecord, encode};
+use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::ExchangeError;
+use crate::exchange::{Exchange, LinkTally, Message};
+use crate::mailbox::{Mailbox, Slot};
+use incoming::Incoming;
+
+/// A peer that cannot be reached for this long is lost: longer than a home router's restart of its uplink.
+const REDIAL_LIMIT: Duration = Duration::from_secs(45);
+/// First and largest pause between two dials.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Two frame lengths on the wire, for header and payload.
+const FRAME_LENGTH_BYTES: u64 = 16;
+/// Largest control frame between CompNodes; a header is far below.
+const CONTROL_FRAME_BYTES: u64 = 64 << 10;
+
+/// Everything that two tasks of a job's wires share.
+#[derive(Debug)]
+pub(crate) struct JobLinks {
+    pub(crate) job: JobId,
+    pub(crate) generation: Generation,
+    pub(crate) node: NodeIndex,
+    pub(crate) placement: Arc<Placement>,
+    pub(crate) mailbox: Arc<Mailbox>,
+    endpoint: Endpoint,
+    peers: Vec<PeerAddr>,
+    sessions: Vec<watch::Sender<Option<Session>>>,
+    dialling: Vec<tokio::sync::Mutex<()>>,
+    incoming: Mutex<BTreeMap<Channel, Arc<Incoming>>>,
+    tasks: Mutex<JoinSet<()>>,
+    /// Outgoing channels that still hold messages.
+    open_channels: watch::Sender<usize>,
+}
+
+impl JobLinks {
+    pub(crate) fn new(
+        endpoint: Endpoint,
+        job: JobId,
+        generation: Generation,
+        node: NodeIndex,
+        placement: Arc<Placement>,
+        peers: &[PeerRecord],
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            job,
+            generation,
+            node,
+            placement,
+            mailbox: Arc::new(Mailbox::default()),
+            endpoint,
+            peers: peers.iter().map(peer_addr).collect(),
+            sessions: peers.iter().map(|_| watch::Sender::new(None)).collect(),
+            dialling: peers.iter().map(|_| tokio::sync::Mutex::new(())).collect(),
+            incoming: Mutex::new(BTreeMap::new()),
+            tasks: Mutex::new(JoinSet::new()),
+            open_channels: watch::Sender::new(0),
+        })
+    }
+
+    /// Ends everything: waiting takes give `reason`, tasks stop.
+    pub(crate) fn abort(&self, reason: &str) {
+        self.mailbox.close(ExchangeError::Aborted { reason: reason.to_owned() });
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+    }
+
+    /// A connection that a peer has opened. Connections of strangers are dropped.
+    pub(crate) fn accept(self: &Arc<Self>, session: Session) {
+        match self.peers.iter().position(|p| p.id == session.peer()) {
+            Some(peer) => self.install(peer, session),
+            None => session.close(403, "not of this job"),
+        }
+    }
+
+    /// Waits until every message was taken by its receiver.
+    pub(crate) async fn drained(&self) {
+        let mut open = self.open_channels.subscribe();
+        // The sender lives as long as self, so this cannot end early.
+        let _ = open.wait_for(|&n| n == 0).await;
+    }
+
+    pub(crate) fn name_of(&self, node: usize) -> String {
+        self.placement.compnodes.get(node).cloned().unwrap_or_else(|| format!("CompNode {node}"))
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
+    }
+
+    fn fail(&self, peer: usize, reason: &str) {
+        let peer = self.name_of(peer);
+        self.mailbox.close(ExchangeError::Peer { peer, reason: reason.to_owned() });
+    }
+
+    fn install(self: &Arc<Self>, peer: usize, session: Session) {
+        let Some(slot) = self.sessions.get(peer) else { return };
+        slot.send_replace(Some(session.clone()));
+        let links = Arc::clone(self);
+        let serving = session.clone();
+        self.spawn(async move {
+            while let Ok((sink, source)) = serving.accept_bi().await {
+                let stream = Arc::clone(&links);
+                links.spawn(async move { incoming::serve(&stream, peer, sink, source).await });
+            }
+        });
+        let links = Arc::clone(self);
+        self.spawn(async move {
+            let reason = session.closed().await;
+            tracing::debug!(peer = links.name_of(peer), reason = %reason.reason, "connection closed");
+            if let Some(slot) = links.sessions.get(peer) {
+                // Only if no newer one took its place.
+                slot.send_if_modified(|current| {
+                    let same = current.as_ref().is_some_and(|c| c.is_same(&session));
+                    if same {
+                        *current = None;
+                    }
+                    same
+                });
+            }
+        });
+    }
+
+    /// A live connection to a peer: the one there is, a new one if it is ours to dial, else the next that comes.
+    async fn session_to(self: &Arc<Self>, peer: usize) -> Result<Session, ExchangeError> {
+        let lost = |reason: String| ExchangeError::Peer { peer: self.name_of(peer), reason };
+        let (Some(slot), Some(addr), Some(dialling)) =
+            (self.sessions.get(peer), self.peers.get(peer), self.dialling.get(peer))
+        else {
+            return Err(lost("not of this job".to_owned()));
+        };
+        let deadline = Instant::now() + REDIAL_LIMIT;
+        if peer < self.node.index() {
+            let mut current = slot.subscribe();
+            let waited = timeout_at(deadline, current.wait_for(Option::is_some)).await;
+            let session = waited.ok().and_then(Result::ok).and_then(|s| s.clone());
+            return session.ok_or_else(|| lost(format!("did not connect within {} s", REDIAL_LIMIT.as_secs())));
+        }
+        let _one_at_a_time = dialling.lock().await;
+        let mut pause = BACK_OFF.0;
+        loop {
+            if let Some(session) = slot.borrow().clone() {
+                return Ok(session);
+            }
+            match self.endpoint.connect(addr).await {
+                Ok(session) => {
+                    self.install(peer, session.clone());
+                    return Ok(session);
+                }
+                Err(error) if Instant::now() + pause > deadline => return Err(lost(error.to_string())),
+                Err(error) => tracing::debug!(peer = self.name_of(peer), %error, "dial failed, trying again"),
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(BACK_OFF.1);
+        }
+    }
+
+    fn incoming(&self, channel: Channel) -> Arc<Incoming> {
+        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(incoming.entry(channel).or_default())
+    }
+
+    /// Who sends over a channel that ends here; nothing if it does not end here.
+    fn sender_of(&self, channel: Channel) -> Option<NodeIndex> {
+        let edge = |id: fusionllm_planner::EdgeId| self.placement.edges.get(id.index());
+        let (from, to) = match channel {
+            Channel::Activation(id) => {
+                let edge = edge(id)?;
+                (self.placement.compnode_of(edge.from)?, self.placement.compnode_of(edge.to)?)
+            }
+            Channel::Gradient(id) => {
+                let edge = edge(id)?;
+                (self.placement.compnode_of(edge.to)?, self.placement.compnode_of(edge.from)?)
+            }
+            Channel::Tied { param, from } => {
+                let tied = self.placement.tied.iter().find(|t| t.param == param)?;
+                (tied.holders.contains(&self.node) && tied.holders.contains(&from)).then_some((from, self.node))?
+            }
+            Channel::NormPart { from } => (from, NodeIndex(0)),
+            Channel::NormTotal { to } => (NodeIndex(0), to),
+        };
+        (to == self.node).then_some(from)
+    }
+}
+
+fn peer_addr(record: &PeerRecord) -> PeerAddr {
+    PeerAddr { id: PeerId::from_bytes(record.id), addrs: record.addrs.clone() }
+}
+
+/// A peer's record for the broker.
+pub(crate) fn peer_record(addr: &PeerAddr) -> PeerRecord {
+    let addrs: Vec<SocketAddr> = addr.addrs.clone();
+    PeerRecord { id: *addr.id.as_bytes(), addrs }
+}
+
+/// The task loop's end of a job's wires.
+#[derive(Debug)]
+pub(crate) struct NetworkExchange {
+    links: Arc<JobLinks>,
+    runtime: Handle,
+    queues: BTreeMap<Channel, mpsc::Sender<Message>>,
+    tally: LinkTally,
+}
+
+impl NetworkExchange {
+    pub(crate) fn new(links: Arc<JobLinks>, runtime: Handle) -> Self {
+        let tally = LinkTally::new(links.placement.compnodes.clone(), links.node);
+        Self { links, runtime, queues: BTreeMap::new(), tally }
+    }
+
+    /// The queue of a channel; the first message opens it.
+    fn queue(&mut self, to: NodeIndex, channel: Channel) -> &mpsc::Sender<Message> {
+        self.queues.entry(channel).or_insert_with(|| {
+            let (sender, queue) = mpsc::channel(self.links.placement.window() as usize);
+            let links = Arc::clone(&self.links);
+            let _context = self.runtime.enter();
+            links.open_channels.send_modify(|n| *n += 1);
+            self.links.spawn(async move {
+                let peer = to.index();
+                if let Err(error) = outgoing::run(&links, peer, channel, queue).await {
+                    links.fail(peer, &error.to_string());
+                }
+                links.open_channels.send_modify(|n| *n = n.saturating_sub(1));
+            });
+            sender
+        })
+    }
+}
+
+impl Exchange for NetworkExchange {
+    fn send(&mut self, message: Message) -> Result<(), ExchangeError> {
+        let header = PeerFrame::Message { number: 0, header: outgoing::header_of(&message) };
+        let header_bytes = encode(&header).map_or(0, |h| h.len() as u64) + FRAME_LENGTH_BYTES;
+        self.tally.add(&message, header_bytes)?;
+        let (to, channel) = (message.to, message.slot.channel);
+        let sent = self.queue(to, channel).blocking_send(message);
+        sent.map_err(|_| {
+            let stopped = || ExchangeError::Aborted { reason: "the job's wires are closed".to_owned() };
+            self.links.mailbox.closed().unwrap_or_else(stopped)
+        })
+    }
+
+    fn receive(&mut self, slot: Slot) -> Result<HostTensor, ExchangeError> {
+        let tensor = self.links.mailbox.take(slot)?;
+        self.links.incoming(slot.channel).confirm_one();
+        Ok(tensor)
+    }
+
+    fn drain_link_bytes(&mut self) -> Vec<LinkBytes> {
+        self.tally.drain()
+    }
+}

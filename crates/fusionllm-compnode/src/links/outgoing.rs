@@ -1,0 +1,130 @@
+//! One channel to one peer: encode, send, keep until taken, send again after a lost connection.
+
+use std::sync::Arc;
+
+use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ProtocolError, SendWindow, decode, encode};
+use fusionllm_transport::{FrameSink, FrameSource};
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+
+use super::{CONTROL_FRAME_BYTES, JobLinks};
+use crate::ExchangeError;
+use crate::exchange::Message;
+
+/// An encoded message.
+#[derive(Clone, Debug)]
+struct Encoded {
+    header: OpDataHeader,
+    payload: Arc<Vec<u8>>,
+}
+
+/// Sends what the queue gives until it is closed and the receiver has taken everything.
+pub(super) async fn run(
+    links: &Arc<JobLinks>,
+    peer: usize,
+    channel: Channel,
+    mut queue: mpsc::Receiver<Message>,
+) -> Result<(), ExchangeError> {
+    let mut window: SendWindow<Encoded> = SendWindow::new(links.placement.window() as usize);
+    let mut queue_open = true;
+    loop {
+        let session = links.session_to(peer).await?;
+        let Ok((mut sink, mut source)) = session.open_bi().await else {
+            // The connection is gone; its watcher clears it before the next dial.
+            session.closed().await;
+            continue;
+        };
+        let Some(next) = open(links, channel, &mut sink, &mut source).await else {
+            tokio::time::sleep(super::BACK_OFF.0).await;
+            continue;
+        };
+        window.resume(next).map_err(|e| refused(links, peer, &e))?;
+        let mut taken = spawn_reader(links, source);
+        loop {
+            if send_all(&mut window, &mut sink).await.is_err() {
+                break;
+            }
+            if !queue_open && window.is_empty() {
+                // Nothing is owed any more, so a peer that has already gone is no failure.
+                let _ = sink.finish().await;
+                return Ok(());
+            }
+            tokio::select! {
+                message = queue.recv(), if queue_open && window.has_room() => match message {
+                    Some(message) => {
+                        let encoded = encode_message(message).await?;
+                        if window.push(encoded).is_err() {
+                            return Err(refused(links, peer, &"the window overflowed (internal error)"));
+                        }
+                    }
+                    None => queue_open = false,
+                },
+                next = taken.recv() => match next {
+                    Some(next) => window.taken(next).map_err(|e| refused(links, peer, &e))?,
+                    None => break,
+                },
+            }
+        }
+    }
+}
+
+fn refused(links: &JobLinks, peer: usize, reason: &dyn std::fmt::Display) -> ExchangeError {
+    ExchangeError::Peer { peer: links.name_of(peer), reason: reason.to_string() }
+}
+
+/// Opens the channel on a fresh stream; the number of the message that the receiver expects.
+async fn open(links: &JobLinks, channel: Channel, sink: &mut FrameSink, source: &mut FrameSource) -> Option<u64> {
+    let frame = encode(&PeerFrame::Open { job: links.job, generation: links.generation, channel }).ok()?;
+    sink.send(&frame).await.ok()?;
+    let answer = source.recv_limited(CONTROL_FRAME_BYTES).await.ok()??;
+    match decode(&answer) {
+        Ok(PeerFrame::Resume { next }) => Some(next),
+        Ok(_) | Err(_) => None,
+    }
+}
+
+/// Reads confirmations apart from the sending, since reading a frame must not be cut short.
+fn spawn_reader(links: &JobLinks, mut source: FrameSource) -> mpsc::Receiver<u64> {
+    let (sender, receiver) = mpsc::channel(16);
+    links.spawn(async move {
+        while let Ok(Some(frame)) = source.recv_limited(CONTROL_FRAME_BYTES).await {
+            let Ok(PeerFrame::Taken { next }) = decode(&frame) else { return };
+            if sender.send(next).await.is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+async fn send_all(window: &mut SendWindow<Encoded>, sink: &mut FrameSink) -> Result<(), ProtocolError> {
+    let lost = |e: fusionllm_transport::SessionError| ProtocolError::Encode { reason: e.to_string() };
+    while let Some((number, message)) = window.next_to_send() {
+        let message = message.clone();
+        let frame = encode(&PeerFrame::Message { number, header: message.header })?;
+        sink.send(&frame).await.map_err(lost)?;
+        sink.send(&message.payload).await.map_err(lost)?;
+    }
+    Ok(())
+}
+
+async fn encode_message(message: Message) -> Result<Encoded, ExchangeError> {
+    let encoded = spawn_blocking(move || {
+        let header = header_of(&message);
+        let mut payload = Vec::new();
+        message.codec.encode(&message.tensor, &mut payload)?;
+        Ok(Encoded { header, payload: Arc::new(payload) })
+    });
+    encoded.await.unwrap_or_else(|e| Err(ExchangeError::Aborted { reason: format!("encoding: {e}") }))
+}
+
+pub(super) fn header_of(message: &Message) -> OpDataHeader {
+    OpDataHeader {
+        step: message.slot.step,
+        pass: message.slot.pass,
+        micro_batch: message.slot.micro_batch,
+        codec: message.codec,
+        element: message.tensor.element_type(),
+        shape: message.tensor.shape().iter().map(|&d| d as u64).collect(),
+    }
+}

@@ -1,0 +1,76 @@
+//! What has arrived and was not taken yet. Network tasks put, the compute thread takes.
+
+use std::collections::BTreeMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use fusionllm_codec::HostTensor;
+use fusionllm_protocol::{Channel, Pass};
+
+use crate::ExchangeError;
+
+/// Where a message belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Slot {
+    /// The channel that it came over.
+    pub channel: Channel,
+    /// Training or evaluation.
+    pub pass: Pass,
+    /// Updates done before it.
+    pub step: u64,
+    /// The micro-batch; 0 for what is sent once a step.
+    pub micro_batch: u32,
+}
+
+/// Arrived messages by slot. Its size is bounded by the senders' windows.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    arrived: BTreeMap<Slot, HostTensor>,
+    closed: Option<ExchangeError>,
+}
+
+impl Mailbox {
+    /// Delivers a message.
+    pub fn put(&self, slot: Slot, tensor: HostTensor) {
+        self.lock().arrived.insert(slot, tensor);
+        self.changed.notify_all();
+    }
+
+    /// Waits for a message and takes it.
+    ///
+    /// # Errors
+    /// Whatever the mailbox was closed with, if the message is not there.
+    pub fn take(&self, slot: Slot) -> Result<HostTensor, ExchangeError> {
+        let mut state = self.lock();
+        loop {
+            if let Some(tensor) = state.arrived.remove(&slot) {
+                return Ok(tensor);
+            }
+            if let Some(error) = &state.closed {
+                return Err(error.clone());
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends all waiting, now and later. The first reason stays.
+    pub fn close(&self, error: ExchangeError) {
+        self.lock().closed.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    /// Why it was closed, if it was.
+    pub fn closed(&self) -> Option<ExchangeError> {
+        self.lock().closed.clone()
+    }
+
+    /// A panic elsewhere cannot leave the map half-changed, so a poisoned lock is as good as any.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,110 @@
+//! From an assignment to something that can run: graph, data, executor.
+
+use std::sync::Arc;
+
+use burn_tensor::Device;
+use fusionllm_graph::OpDag;
+use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId};
+use tokio::sync::oneshot;
+
+use crate::burn_executor::BurnExecutor;
+use crate::data::{Batches, Corpus, TextBatches, Tokenizer};
+use crate::executor::NamedTensor;
+use crate::optimizer::OptimizerSpec;
+use crate::task_loop::TrainPlan;
+use crate::{CompNodeError, ExecutorError};
+
+/// Which job and which placement of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct JobKey {
+    pub(crate) job: JobId,
+    pub(crate) generation: Generation,
+}
+
+impl JobKey {
+    pub(super) fn of(assignment: &Assignment) -> Self {
+        Self { job: assignment.job, generation: assignment.generation }
+    }
+
+    /// The message that this CompNode cannot go on with the job.
+    pub(super) fn failed(self, error: &CompNodeError) -> FromCompNode {
+        FromCompNode::Failed {
+            job: self.job,
+            generation: self.generation,
+            reason: error.to_string(),
+            bad_input: error.is_bad_input(),
+        }
+    }
+}
+
+/// An assignment that is ready to start.
+pub(crate) struct Prepared {
+    pub(super) key: JobKey,
+    pub(super) plan: TrainPlan,
+    pub(super) executor: BurnExecutor,
+    pub(super) batches: Option<Box<dyn Batches>>,
+    pub(super) data: Option<DataReport>,
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+/// Weights on their way from the broker.
+pub(super) type WeightsReceiver = oneshot::Receiver<Result<Vec<NamedTensor>, CompNodeError>>;
+
+/// Builds what the assignment describes. Reads data and waits for weights: for a blocking thread.
+pub(super) fn prepare(
+    assignment: &Assignment,
+    device: Device,
+    weights: Option<WeightsReceiver>,
+) -> Result<Prepared, CompNodeError> {
+    let key = JobKey::of(assignment);
+    let dag = Arc::new(OpDag::from_json(&assignment.graph)?);
+    let (batches, data) = open_data(assignment, &dag)?;
+    let spec = &assignment.spec;
+    let optimizer = OptimizerSpec::of(&spec.train);
+    let (placement, node) = (&assignment.placement, assignment.node);
+    let mut executor = BurnExecutor::new(Arc::clone(&dag), placement, node, device, optimizer, spec.train.seed)?;
+    if let Some(weights) = weights {
+        let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
+        executor.import(weights.blocking_recv().map_err(lost)??)?;
+    }
+    let plan = TrainPlan {
+        dag,
+        placement: Arc::new(placement.clone()),
+        node,
+        spec: spec.clone(),
+        start_step: assignment.start_step,
+    };
+    Ok(Prepared { key, plan, executor, batches, data })
+}
+
+type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);
+
+/// Reads the data if this CompNode holds the placeholders.
+fn open_data(assignment: &Assignment, dag: &OpDag) -> Result<OpenedData, CompNodeError> {
+    let placeholders = [dag.input(), dag.label()];
+    let holds = |op| assignment.placement.stages_of(assignment.node).any(|s| s.ops.contains(&op));
+    if !placeholders.into_iter().flatten().any(holds) {
+        return Ok((None, None));
+    }
+    let spec = &assignment.spec;
+    let tokenizer = Tokenizer::open(&spec.data.tokenizer)?;
+    let corpus = Corpus::read(&spec.data, &tokenizer)?;
+    let vocab = dag.logits().and_then(|op| dag.op(op).output.shape.resolve(1).last().copied());
+    let vocab = vocab.ok_or_else(|| ExecutorError::Internal { what: "the graph has no logits".to_owned() })?;
+    corpus.check_vocabulary(vocab)?;
+    let data = corpus.report(vocab);
+    let batches = TextBatches {
+        corpus: Arc::new(corpus),
+        seed: spec.train.seed,
+        batch: spec.train.batch as usize,
+        micro_batch_size: spec.micro_batch_size() as usize,
+        eval_micro_batches: spec.train.eval_batches as usize,
+        seq_len: spec.data.seq_len,
+    };
+    Ok((Some(Box::new(batches)), Some(data)))
+}

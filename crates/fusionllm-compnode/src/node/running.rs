@@ -1,0 +1,144 @@
+//! A job on this CompNode, from assignment to end.
+
+use std::sync::Arc;
+
+use burn_tensor::Device;
+use fusionllm_planner::NodeIndex;
+use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, StepReport, WeightSource};
+use fusionllm_transport::{Endpoint, PeerId, Session};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_blocking;
+
+use super::assignment::{JobKey, Prepared, prepare};
+use super::{NodeEvent, blob};
+use crate::CompNodeError;
+use crate::checkpoint::write_shard;
+use crate::executor::NamedTensor;
+use crate::links::{JobLinks, NetworkExchange};
+use crate::task_loop::{JobSink, TaskLoop};
+
+/// The job at hand.
+pub(super) struct RunningJob {
+    pub(super) key: JobKey,
+    pub(super) links: Arc<JobLinks>,
+    /// Where weights from the broker go, while they are waited for.
+    pub(super) weights: Option<oneshot::Sender<Result<Vec<NamedTensor>, CompNodeError>>>,
+    prepared: Option<Prepared>,
+}
+
+impl RunningJob {
+    /// Opens the job's wires and begins to build its part; [`NodeEvent::Prepared`] tells when that is done. Gives
+    /// the peers that may connect from now on.
+    pub(super) fn prepare(
+        assignment: Assignment,
+        endpoint: Endpoint,
+        device: Device,
+        events: mpsc::Sender<NodeEvent>,
+    ) -> Result<(Self, Vec<PeerId>), CompNodeError> {
+        let key = JobKey::of(&assignment);
+        let placement = Arc::new(assignment.placement.clone());
+        let links =
+            JobLinks::new(endpoint, key.job, key.generation, assignment.node, placement, &assignment.peers);
+        let (weights, receiver) = match assignment.weights {
+            WeightSource::Seed(_) => (None, None),
+            WeightSource::Broker => {
+                let (sender, receiver) = oneshot::channel();
+                (Some(sender), Some(receiver))
+            }
+        };
+        let peers = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
+        tokio::spawn(async move {
+            let built = spawn_blocking(move || prepare(&assignment, device, receiver)).await;
+            let result = built.unwrap_or_else(|e| Err(e.into())).map_err(|e| (key, e));
+            // If the loop is gone nobody needs the result.
+            let _ = events.send(NodeEvent::Prepared(Box::new(result))).await;
+        });
+        Ok((Self { key, links, weights, prepared: None }, peers))
+    }
+
+    /// The part is built: tell the broker.
+    pub(super) fn ready(&mut self, mut prepared: Prepared) -> FromCompNode {
+        let data = prepared.data.take();
+        self.prepared = Some(prepared);
+        FromCompNode::Ready { job: self.key.job, generation: self.key.generation, data }
+    }
+
+    /// Starts the compute thread. Gives a message if that is not possible.
+    pub(super) fn start(&mut self, broker: Session, events: mpsc::Sender<NodeEvent>) -> Option<FromCompNode> {
+        let prepared = self.prepared.take()?;
+        let (key, links, runtime) = (self.key, Arc::clone(&self.links), Handle::current());
+        let node = prepared.plan.node;
+        let (shards, shard_queue) = mpsc::channel(1);
+        let uploads = tokio::spawn(upload_shards(broker, key, node, shard_queue));
+        let (done, ended) = oneshot::channel();
+        let exchange_links = Arc::clone(&links);
+        let reports = events.clone();
+        let compute = move || {
+            let exchange = NetworkExchange::new(exchange_links, runtime);
+            let Prepared { plan, executor, batches, .. } = prepared;
+            let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
+            let mut sink = NodeSink { key, events: reports, shards };
+            let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
+            let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
+                Err(CompNodeError::ComputeThread { reason: panic_message(panic.as_ref()) })
+            });
+            // If the loop is gone nobody needs the result.
+            let _ = done.send(result);
+        };
+        if let Err(error) = std::thread::Builder::new().name("compute".to_owned()).spawn(compute) {
+            return Some(key.failed(&CompNodeError::ComputeThread { reason: error.to_string() }));
+        }
+        tokio::spawn(async move {
+            let gone = |_| CompNodeError::ComputeThread { reason: "it is gone".to_owned() };
+            let mut result = ended.await.map_err(gone).and_then(|r| r);
+            if result.is_ok() {
+                result = uploads.await.map_err(CompNodeError::from).and_then(|r| r);
+                links.drained().await;
+            }
+            let _ = events.send(NodeEvent::Ended(key, result)).await;
+        });
+        None
+    }
+}
+
+/// The task loop's reports as events; its checkpoints as shards.
+struct NodeSink {
+    key: JobKey,
+    events: mpsc::Sender<NodeEvent>,
+    shards: mpsc::Sender<(u64, Vec<NamedTensor>)>,
+}
+
+impl JobSink for NodeSink {
+    fn step(&mut self, report: StepReport) -> Result<(), CompNodeError> {
+        let message = FromCompNode::Step { job: self.key.job, generation: self.key.generation, report };
+        let sent = self.events.blocking_send(NodeEvent::Tell(Box::new(message)));
+        sent.map_err(|_| CompNodeError::Broker { reason: "the connection is gone".to_owned() })
+    }
+
+    fn checkpoint(&mut self, step: u64, tensors: Vec<NamedTensor>) -> Result<(), CompNodeError> {
+        let sent = self.shards.blocking_send((step, tensors));
+        sent.map_err(|_| CompNodeError::Broker { reason: "it does not take checkpoint shards any more".to_owned() })
+    }
+}
+
+/// Encodes and sends shards while training goes on; a second one waits for the first.
+async fn upload_shards(
+    broker: Session,
+    key: JobKey,
+    node: NodeIndex,
+    mut queue: mpsc::Receiver<(u64, Vec<NamedTensor>)>,
+) -> Result<(), CompNodeError> {
+    while let Some((step, tensors)) = queue.recv().await {
+        let bytes = spawn_blocking(move || write_shard(&tensors)).await??;
+        let kind = BlobKind::Shard { step, node };
+        let header = BlobHeader { job: key.job, generation: key.generation, kind, bytes: bytes.len() as u64 };
+        blob::send(&broker, header, &bytes).await?;
+    }
+    Ok(())
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic without a message".to_owned())
+}

@@ -1,0 +1,250 @@
+//! FP and BP of one stage: Burn's autodiff inside, remote automatic differentiation (RAD) at its borders.
+//!
+//! A tensor that enters the stage is a leaf of the autodiff tape. In BP the root is the sum over all that leaves
+//! the stage, each weighted by the gradient that came for it (summed over its consumers), plus the loss: its
+//! gradient with respect to the leaves is the vector-Jacobian product that RAD asks for.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use burn_tensor::{Device, Tensor};
+use fusionllm_codec::HostTensor;
+use fusionllm_graph::{DType, OpDag, OpId, ParamId};
+
+use crate::executor::{MicroBatch, StageOutput};
+use crate::host::{download, to_scalar, upload};
+use crate::kernels::{self, Arguments, KernelContext, RealValue, Value};
+use crate::params::seed_for;
+use crate::ExecutorError;
+
+/// The fixed part of a stage.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    ops: Vec<OpId>,
+    /// Ops outside whose output an op inside consumes, and placeholders inside.
+    entering: BTreeSet<OpId>,
+    /// Ops inside whose output leaves.
+    leaving: Vec<OpId>,
+}
+
+/// What FP keeps of a micro-batch until its BP.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    leaves: BTreeMap<OpId, RealValue>,
+    outputs: BTreeMap<OpId, RealValue>,
+    loss: Option<Tensor<2>>,
+}
+
+/// Gradients that BP gives.
+#[derive(Debug)]
+pub(crate) struct SegmentGradients {
+    pub(crate) inputs: Vec<(OpId, HostTensor)>,
+    pub(crate) params: Vec<(ParamId, Tensor<1>)>,
+}
+
+/// What a segment computes with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Surroundings<'a> {
+    pub(crate) dag: &'a OpDag,
+    pub(crate) device: &'a Device,
+    /// Parameters by id: autodiff leaves in training, plain in evaluation.
+    pub(crate) params: &'a BTreeMap<ParamId, Tensor<1>>,
+    pub(crate) seed: u64,
+}
+
+impl Segment {
+    pub(crate) fn new(dag: &OpDag, ops: Vec<OpId>, leaving: BTreeSet<OpId>) -> Self {
+        let inside: BTreeSet<OpId> = ops.iter().copied().collect();
+        let mut entering: BTreeSet<OpId> = BTreeSet::new();
+        for &op in &ops {
+            if dag.op(op).inputs.is_empty() {
+                entering.insert(op);
+            }
+            entering.extend(dag.op(op).inputs.iter().filter(|i| !inside.contains(i)));
+        }
+        Self { ops, entering, leaving: leaving.into_iter().collect() }
+    }
+
+    /// FP. With `training`, also what BP needs.
+    pub(crate) fn forward(
+        &self,
+        around: Surroundings<'_>,
+        micro_batch: MicroBatch,
+        inputs: Vec<(OpId, HostTensor)>,
+        training: bool,
+    ) -> Result<(StageOutput, Kept), ExecutorError> {
+        let mut leaves = BTreeMap::new();
+        let mut values: BTreeMap<OpId, Value> = BTreeMap::new();
+        for (op, tensor) in inputs {
+            check_input(around.dag, op, &tensor)?;
+            let value = match upload(tensor, around.device) {
+                Value::Real(real) if training && around.dag.carries_gradient(op) => {
+                    let leaf = RealValue { tensor: real.tensor.autodiff().require_grad(), shape: real.shape };
+                    leaves.insert(op, leaf.clone());
+                    Value::Real(leaf)
+                }
+                Value::Real(real) if training => {
+                    Value::Real(RealValue { tensor: real.tensor.autodiff(), shape: real.shape })
+                }
+                Value::Integer(mut integer) if training => {
+                    integer.tensor = integer.tensor.autodiff();
+                    Value::Integer(integer)
+                }
+                value => value,
+            };
+            values.insert(op, value);
+        }
+        self.run(around, micro_batch, training, &mut values)?;
+        self.collect(around.dag, leaves, &values)
+    }
+
+    fn run(
+        &self,
+        around: Surroundings<'_>,
+        micro_batch: MicroBatch,
+        training: bool,
+        values: &mut BTreeMap<OpId, Value>,
+    ) -> Result<(), ExecutorError> {
+        let mut uses: BTreeMap<OpId, usize> = BTreeMap::new();
+        for &op in &self.ops {
+            for &input in &around.dag.op(op).inputs {
+                *uses.entry(input).or_default() += 1;
+            }
+        }
+        for &id in &self.ops {
+            if values.contains_key(&id) {
+                continue;
+            }
+            let op = around.dag.op(id);
+            let missing = |input: &str| ExecutorError::MissingInput { op: op.name.clone(), input: input.to_owned() };
+            let mut inputs = Vec::with_capacity(op.inputs.len());
+            for &input in &op.inputs {
+                inputs.push(values.get(&input).cloned().ok_or_else(|| missing(&around.dag.op(input).name))?);
+                // A value that nobody needs any more is freed before the kernel runs: it may then work in place.
+                let left = uses.entry(input).or_default();
+                *left = left.saturating_sub(1);
+                if *left == 0 && !self.leaving.contains(&input) {
+                    values.remove(&input);
+                }
+            }
+            let mut params = Vec::with_capacity(op.params.len());
+            for param in &op.params {
+                params.push(around.params.get(param).cloned().ok_or_else(|| missing("parameters"))?);
+            }
+            let parts = [micro_batch.step.to_le_bytes(), u64::from(micro_batch.index).to_le_bytes()];
+            let seed = seed_for(around.seed, &[op.name.as_bytes(), &parts[0], &parts[1]]);
+            let context = KernelContext { device: around.device, training, seed };
+            values.insert(id, kernels::forward(&Arguments { op, inputs, params }, context)?);
+        }
+        Ok(())
+    }
+
+    fn collect(
+        &self,
+        dag: &OpDag,
+        leaves: BTreeMap<OpId, RealValue>,
+        values: &BTreeMap<OpId, Value>,
+    ) -> Result<(StageOutput, Kept), ExecutorError> {
+        let mut output = StageOutput::default();
+        let mut kept = Kept { leaves, outputs: BTreeMap::new(), loss: None };
+        for &op in &self.leaving {
+            match values.get(&op) {
+                Some(Value::Real(real)) => {
+                    output.tensors.push((op, download(real.tensor.clone().without_autodiff(), &real.shape)?));
+                    kept.outputs.insert(op, real.clone());
+                }
+                // Integers are placeholders: whoever runs the stage has them as they came.
+                Some(Value::Integer(_)) => {}
+                None => {
+                    let name = dag.op(op).name.clone();
+                    return Err(ExecutorError::Internal { what: format!("op `{name}` left no value to send") });
+                }
+            }
+        }
+        if let Some(Value::Real(loss)) = dag.loss().and_then(|op| values.get(&op)) {
+            output.loss = Some(to_scalar(loss.tensor.clone().without_autodiff())?);
+            kept.loss = Some(loss.tensor.clone());
+        }
+        Ok((output, kept))
+    }
+
+    /// The ops whose tensors FP needs from outside.
+    pub(crate) fn entering(&self) -> &BTreeSet<OpId> {
+        &self.entering
+    }
+
+    /// BP of what `forward` kept.
+    pub(crate) fn backward(
+        &self,
+        around: Surroundings<'_>,
+        kept: Kept,
+        gradients: Vec<(OpId, HostTensor)>,
+        loss_scale: f64,
+    ) -> Result<SegmentGradients, ExecutorError> {
+        let mut root: Option<Tensor<1>> = kept.loss.map(|loss| loss.reshape([1]) * loss_scale);
+        for (op, seed) in sum_over_consumers(around.dag, around.device, gradients)? {
+            let Some(output) = kept.outputs.get(&op) else {
+                let name = around.dag.op(op).name.clone();
+                return Err(ExecutorError::Internal { what: format!("a gradient came for `{name}`, which was not sent") });
+            };
+            let term = (output.tensor.clone() * seed.autodiff()).sum();
+            root = Some(match root {
+                Some(sum) => sum + term,
+                None => term,
+            });
+        }
+        let Some(root) = root.filter(Tensor::is_tracked) else {
+            return Ok(SegmentGradients { inputs: Vec::new(), params: Vec::new() });
+        };
+        let mut tape = root.backward();
+        let mut inputs = Vec::new();
+        for (op, leaf) in &kept.leaves {
+            let gradient = leaf.tensor.grad_remove(&mut tape).unwrap_or_else(|| leaf.tensor.clone().inner().zeros_like());
+            inputs.push((*op, download(gradient, &leaf.shape)?));
+        }
+        let held: BTreeSet<ParamId> = self.ops.iter().flat_map(|&op| around.dag.op(op).params.iter().copied()).collect();
+        let mut params = Vec::new();
+        for param in held {
+            if let Some(gradient) = around.params.get(&param).and_then(|leaf| leaf.grad_remove(&mut tape)) {
+                params.push((param, gradient));
+            }
+        }
+        Ok(SegmentGradients { inputs, params })
+    }
+}
+
+/// RAD: the gradient of a tensor is the sum over all its consumers.
+fn sum_over_consumers(
+    dag: &OpDag,
+    device: &Device,
+    gradients: Vec<(OpId, HostTensor)>,
+) -> Result<BTreeMap<OpId, Tensor<2>>, ExecutorError> {
+    let mut sums: BTreeMap<OpId, Tensor<2>> = BTreeMap::new();
+    for (op, gradient) in gradients {
+        check_input(dag, op, &gradient)?;
+        if let Value::Real(real) = upload(gradient, device) {
+            let sum = match sums.remove(&op) {
+                Some(sum) => sum + real.tensor,
+                None => real.tensor,
+            };
+            sums.insert(op, sum);
+        }
+    }
+    Ok(sums)
+}
+
+/// Holds a tensor from outside against the graph, since kernels trust shapes.
+fn check_input(dag: &OpDag, op: OpId, tensor: &HostTensor) -> Result<(), ExecutorError> {
+    let Some(entry) = dag.ops().get(op.index()) else {
+        return Err(ExecutorError::Internal { what: format!("no op has number {}", op.0) });
+    };
+    let batch = tensor.shape().first().copied().unwrap_or(1);
+    let expected = entry.output.shape.resolve(batch);
+    let type_fits = match entry.output.dtype {
+        DType::F32 => tensor.as_f32().is_some(),
+        DType::I32 => tensor.as_f32().is_none(),
+    };
+    if expected != tensor.shape() || !type_fits {
+        return Err(ExecutorError::Shape { op: entry.name.clone(), expected, got: tensor.shape().to_vec() });
+    }
+    Ok(())
+}

@@ -1,0 +1,405 @@
+//! The compute thread: runs the task orders of one CompNode, step after step.
+//!
+//! Tasks run in the order that the placement gives; each waits until the readiness rule has all it needs. Sending
+//! never waits for the wire, so compute and transfers overlap; what is live is bounded by the order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fusionllm_codec::{Codec, HostTensor, Values};
+use fusionllm_graph::{OpDag, OpId, ParamId};
+use fusionllm_planner::{Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, needs};
+use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport};
+
+use crate::data::Batches;
+use crate::exchange::{Exchange, Message};
+use crate::executor::{Executor, MicroBatch, NamedTensor, UpdateSpec};
+use crate::mailbox::Slot;
+use crate::{CompNodeError, ExecutorError};
+
+/// What a task loop works by.
+#[derive(Clone, Debug)]
+pub struct TrainPlan {
+    /// The OP-DAG.
+    pub dag: Arc<OpDag>,
+    /// Who holds what, and the task orders.
+    pub placement: Arc<Placement>,
+    /// Which CompNode this is.
+    pub node: NodeIndex,
+    /// The job.
+    pub spec: JobSpec,
+    /// Updates already done.
+    pub start_step: u64,
+}
+
+/// Where a task loop reports to.
+pub trait JobSink {
+    /// A step is done here.
+    ///
+    /// # Errors
+    /// If nobody listens any more: the loop then ends.
+    fn step(&mut self, report: StepReport) -> Result<(), CompNodeError>;
+
+    /// A checkpoint is due: all parameters and optimizer state of this CompNode after `step` updates.
+    ///
+    /// # Errors
+    /// If it cannot be kept.
+    fn checkpoint(&mut self, step: u64, tensors: Vec<NamedTensor>) -> Result<(), CompNodeError>;
+}
+
+/// The task loop of one CompNode.
+pub struct TaskLoop {
+    plan: TrainPlan,
+    executor: Box<dyn Executor>,
+    exchange: Box<dyn Exchange>,
+    /// Only the data owner has them.
+    batches: Option<Box<dyn Batches>>,
+    /// Tensors between two stages that are both here.
+    local: BTreeMap<Slot, HostTensor>,
+    busy: Duration,
+    live_max: usize,
+}
+
+impl std::fmt::Debug for TaskLoop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TaskLoop").field("node", &self.plan.node).finish_non_exhaustive()
+    }
+}
+
+impl TaskLoop {
+    /// A loop over `executor` and `exchange`. `batches` is there on the CompNode that holds the placeholders.
+    pub fn new(
+        plan: TrainPlan,
+        executor: Box<dyn Executor>,
+        exchange: Box<dyn Exchange>,
+        batches: Option<Box<dyn Batches>>,
+    ) -> Self {
+        Self { plan, executor, exchange, batches, local: BTreeMap::new(), busy: Duration::ZERO, live_max: 0 }
+    }
+
+    /// Runs all steps that are left.
+    ///
+    /// # Errors
+    /// The first [`CompNodeError`]; the job cannot go on then.
+    pub fn run(&mut self, sink: &mut dyn JobSink) -> Result<(), CompNodeError> {
+        for step in self.plan.start_step..self.plan.spec.train.steps {
+            let report = self.step(step)?;
+            let done = report.step;
+            sink.step(report)?;
+            if self.is_due(done, self.plan.spec.checkpoint.every) {
+                sink.checkpoint(done, self.executor.export()?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether something that happens `every` so many steps, and at the end, happens after `done` updates.
+    fn is_due(&self, done: u64, every: u64) -> bool {
+        done == self.plan.spec.train.steps || (every > 0 && done.is_multiple_of(every))
+    }
+
+    /// One training step and the evaluation after it, if one is due.
+    fn step(&mut self, step: u64) -> Result<StepReport, CompNodeError> {
+        let began = Instant::now();
+        self.busy = Duration::ZERO;
+        self.live_max = 0;
+        let placement = Arc::clone(&self.plan.placement);
+        let loss = self.pass(&placement.train, Pass::Train, step)?;
+        let (lr, grad_norm) = self.update(step)?;
+        let step_s = began.elapsed().as_secs_f64();
+        let busy_s = self.busy.as_secs_f64();
+        let done = step + 1;
+        let eval_loss = if self.is_due(done, self.plan.spec.train.eval_every) {
+            self.pass(&placement.eval, Pass::Eval, step)?
+        } else {
+            None
+        };
+        Ok(StepReport {
+            step: done,
+            loss,
+            eval_loss,
+            lr,
+            grad_norm,
+            step_s,
+            busy_s,
+            live_max: u32::try_from(self.live_max).unwrap_or(u32::MAX),
+            links: self.exchange.drain_link_bytes(),
+        })
+    }
+
+    /// Runs this CompNode's order of a pass. Gives the mean loss if the loss op is here.
+    fn pass(&mut self, plan: &PassPlan, pass: Pass, step: u64) -> Result<Option<f64>, CompNodeError> {
+        let mut losses = Vec::new();
+        let order = plan.orders.get(self.plan.node.index()).cloned().unwrap_or_default();
+        for task in order {
+            match task {
+                Task::Fp { stage, micro_batch } => {
+                    let micro_batch = MicroBatch { step, pass, index: micro_batch };
+                    losses.extend(self.forward(stage, micro_batch, task)?);
+                }
+                Task::Bp { stage, micro_batch } => {
+                    let micro_batch = MicroBatch { step, pass, index: micro_batch };
+                    self.backward(stage, micro_batch, task, 1.0 / f64::from(plan.micro_batches))?;
+                }
+                // UPDATE closes the order; `step` does it, since it also needs the other CompNodes.
+                Task::Update => {}
+            }
+        }
+        if losses.is_empty() {
+            return Ok(None);
+        }
+        let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+        if mean.is_finite() {
+            Ok(Some(mean))
+        } else {
+            Err(ExecutorError::NotFinite { what: "the loss", value: mean, step }.into())
+        }
+    }
+
+    fn forward(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        task: Task,
+    ) -> Result<Option<f64>, CompNodeError> {
+        let placement = Arc::clone(&self.plan.placement);
+        let held = stage_of(&placement, stage)?;
+        let mut inputs = self.placeholders(held, micro_batch)?;
+        let mut outgoing: BTreeMap<OpId, HostTensor> = inputs.iter().cloned().collect();
+        for need in needs(&placement.edges, task) {
+            if let Need::Activation { edge, .. } = need {
+                let edge = edge_of(&placement, edge.index())?;
+                let tensor = self.fetch(&placement, edge.from, Channel::Activation(edge.id), micro_batch)?;
+                inputs.push((edge.op, tensor));
+            }
+        }
+        let began = Instant::now();
+        let output = self.executor.forward(stage, micro_batch, inputs)?;
+        self.busy += began.elapsed();
+        self.live_max = self.live_max.max(self.executor.live());
+        outgoing.extend(output.tensors);
+        for edge in placement.edges.iter().filter(|e| e.from == stage) {
+            let tensor = outgoing.get(&edge.op).cloned().ok_or_else(|| ExecutorError::Internal {
+                what: format!("{stage} gave nothing for {}", edge.id),
+            })?;
+            self.deliver(&placement, edge.to, Channel::Activation(edge.id), micro_batch, tensor, edge.activation_codec)?;
+        }
+        Ok(output.loss)
+    }
+
+    fn backward(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        task: Task,
+        loss_scale: f64,
+    ) -> Result<(), CompNodeError> {
+        let placement = Arc::clone(&self.plan.placement);
+        let mut gradients = Vec::new();
+        for need in needs(&placement.edges, task) {
+            if let Need::Gradient { edge, .. } = need {
+                let edge = edge_of(&placement, edge.index())?;
+                let tensor = self.fetch(&placement, edge.to, Channel::Gradient(edge.id), micro_batch)?;
+                gradients.push((edge.op, tensor));
+            }
+        }
+        let began = Instant::now();
+        let mut inputs: BTreeMap<OpId, HostTensor> =
+            self.executor.backward(stage, micro_batch, gradients, loss_scale)?.into_iter().collect();
+        self.busy += began.elapsed();
+        for edge in placement.edges.iter().filter(|e| e.to == stage && e.gradient) {
+            let tensor = inputs.remove(&edge.op).ok_or_else(|| ExecutorError::Internal {
+                what: format!("{stage} gave no gradient for {}", edge.id),
+            })?;
+            self.deliver(&placement, edge.from, Channel::Gradient(edge.id), micro_batch, tensor, edge.gradient_codec)?;
+        }
+        Ok(())
+    }
+
+    /// The micro-batch's token ids and labels, for those placeholders that the stage holds.
+    fn placeholders(&self, stage: &Stage, micro_batch: MicroBatch) -> Result<Vec<(OpId, HostTensor)>, CompNodeError> {
+        let (input, label) = (self.plan.dag.input(), self.plan.dag.label());
+        let here = |op: Option<OpId>| op.filter(|op| stage.ops.contains(op));
+        if here(input).is_none() && here(label).is_none() {
+            return Ok(Vec::new());
+        }
+        let Some(batches) = &self.batches else {
+            let what = format!("{} holds placeholders but has no data", self.plan.node);
+            return Err(ExecutorError::Internal { what }.into());
+        };
+        let (inputs, labels) = match micro_batch.pass {
+            Pass::Train => batches.train(micro_batch.step, micro_batch.index)?,
+            Pass::Eval => batches.eval(micro_batch.index)?,
+        };
+        Ok([here(input).map(|op| (op, inputs)), here(label).map(|op| (op, labels))].into_iter().flatten().collect())
+    }
+
+    /// Takes a tensor that the stage `other` made, from here or from its CompNode.
+    fn fetch(
+        &mut self,
+        placement: &Placement,
+        other: StageId,
+        channel: Channel,
+        micro_batch: MicroBatch,
+    ) -> Result<HostTensor, CompNodeError> {
+        let slot = slot(channel, micro_batch);
+        if placement.compnode_of(other) == Some(self.plan.node) {
+            return self.local.remove(&slot).ok_or_else(|| {
+                ExecutorError::Internal { what: format!("{channel:?} of {other} is not there") }.into()
+            });
+        }
+        Ok(self.exchange.receive(slot)?)
+    }
+
+    /// Hands a tensor to the stage `other`, here or on its CompNode.
+    fn deliver(
+        &mut self,
+        placement: &Placement,
+        other: StageId,
+        channel: Channel,
+        micro_batch: MicroBatch,
+        tensor: HostTensor,
+        codec: Codec,
+    ) -> Result<(), CompNodeError> {
+        let slot = slot(channel, micro_batch);
+        match placement.compnode_of(other) {
+            Some(to) if to == self.plan.node => {
+                self.local.insert(slot, tensor);
+                Ok(())
+            }
+            Some(to) => Ok(self.exchange.send(Message { to, slot, tensor, codec })?),
+            None => Err(ExecutorError::Internal { what: format!("{other} is on no CompNode") }.into()),
+        }
+    }
+
+    /// Tied gradients, the global norm, UPDATE. Gives learning rate and norm.
+    fn update(&mut self, step: u64) -> Result<(f64, Option<f64>), CompNodeError> {
+        self.sum_tied_gradients(step)?;
+        let clip = self.plan.spec.train.clip;
+        let norm = if clip > 0.0 { Some(self.global_norm(step)?) } else { None };
+        // The form of PyTorch's clip_grad_norm_.
+        let gradient_scale = norm.map_or(1.0, |norm| (clip / (norm + 1e-6)).min(1.0));
+        let lr = self.plan.spec.lr_at(step);
+        let began = Instant::now();
+        self.executor.update(UpdateSpec { step, lr, gradient_scale })?;
+        self.busy += began.elapsed();
+        Ok((lr, norm))
+    }
+
+    /// Every holder of a tied parameter gets the sum of all holders' gradients, added in the same order, so the
+    /// copies stay equal.
+    fn sum_tied_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
+        let placement = Arc::clone(&self.plan.placement);
+        let node = self.plan.node;
+        let mine: Vec<_> = placement.tied.iter().filter(|t| t.holders.contains(&node)).collect();
+        let mut own = BTreeMap::new();
+        for tied in &mine {
+            let gradient = self.executor.gradient(tied.param)?;
+            let slot = step_slot(Channel::Tied { param: tied.param, from: node }, step);
+            for &to in tied.holders.iter().filter(|&&h| h != node) {
+                self.exchange.send(Message { to, slot, tensor: gradient.clone(), codec: Codec::Dense })?;
+            }
+            own.insert(tied.param, gradient);
+        }
+        for tied in mine {
+            let mut sum: Option<Vec<f32>> = None;
+            let mut shape = Vec::new();
+            for &from in &tied.holders {
+                let part = match own.remove(&tied.param) {
+                    Some(own_part) if from == node => own_part,
+                    other => {
+                        own.extend(other.map(|part| (tied.param, part)));
+                        self.exchange.receive(step_slot(Channel::Tied { param: tied.param, from }, step))?
+                    }
+                };
+                shape = part.shape().to_vec();
+                sum = Some(add(sum, part, tied.param)?);
+            }
+            let total = HostTensor::new(shape, Values::F32(sum.unwrap_or_default())).map_err(internal)?;
+            self.executor.set_gradient(tied.param, total)?;
+        }
+        Ok(())
+    }
+
+    /// The norm of all gradients of all CompNodes; a tied parameter counts once, at its first holder.
+    fn global_norm(&mut self, step: u64) -> Result<f64, CompNodeError> {
+        let placement = Arc::clone(&self.plan.placement);
+        let node = self.plan.node;
+        let counts_here = |param: &ParamId| {
+            let tied = placement.tied.iter().find(|t| t.param == *param);
+            tied.is_none_or(|t| t.holders.first() == Some(&node))
+        };
+        let mut params = placement.params_of(&self.plan.dag, node);
+        params.retain(counts_here);
+        let began = Instant::now();
+        let mut total = self.executor.squared_norm(&params)?;
+        self.busy += began.elapsed();
+        let others = (0..placement.compnodes.len() as u32).map(NodeIndex).filter(|&n| n != NodeIndex(0));
+        let norm = if node == NodeIndex(0) {
+            for from in others.clone() {
+                total += scalar_of(&self.exchange.receive(step_slot(Channel::NormPart { from }, step))?);
+            }
+            // Everybody clips by the same number, so CompNode 0 rounds it as the wire does.
+            let norm = f64::from(total.sqrt() as f32);
+            for to in others {
+                self.send_scalar(to, Channel::NormTotal { to }, step, norm)?;
+            }
+            norm
+        } else {
+            self.send_scalar(NodeIndex(0), Channel::NormPart { from: node }, step, total)?;
+            scalar_of(&self.exchange.receive(step_slot(Channel::NormTotal { to: node }, step))?)
+        };
+        if norm.is_finite() {
+            Ok(norm)
+        } else {
+            Err(ExecutorError::NotFinite { what: "the gradient norm", value: norm, step }.into())
+        }
+    }
+
+    fn send_scalar(&mut self, to: NodeIndex, channel: Channel, step: u64, value: f64) -> Result<(), CompNodeError> {
+        let tensor = HostTensor::new(Vec::new(), Values::F32(vec![value as f32])).map_err(internal)?;
+        Ok(self.exchange.send(Message { to, slot: step_slot(channel, step), tensor, codec: Codec::Dense })?)
+    }
+}
+
+fn slot(channel: Channel, micro_batch: MicroBatch) -> Slot {
+    Slot { channel, pass: micro_batch.pass, step: micro_batch.step, micro_batch: micro_batch.index }
+}
+
+/// The slot of what is sent once a step.
+fn step_slot(channel: Channel, step: u64) -> Slot {
+    Slot { channel, pass: Pass::Train, step, micro_batch: 0 }
+}
+
+fn scalar_of(tensor: &HostTensor) -> f64 {
+    tensor.as_f32().and_then(|v| v.first()).map_or(f64::NAN, |&v| f64::from(v))
+}
+
+fn add(sum: Option<Vec<f32>>, part: HostTensor, param: ParamId) -> Result<Vec<f32>, CompNodeError> {
+    let misfit = || ExecutorError::Internal { what: format!("tied gradients of parameter {} differ in shape", param.0) };
+    let (_, values) = part.into_parts();
+    let Values::F32(values) = values else { return Err(misfit().into()) };
+    match sum {
+        None => Ok(values),
+        Some(mut sum) if sum.len() == values.len() => {
+            sum.iter_mut().zip(&values).for_each(|(a, b)| *a += b);
+            Ok(sum)
+        }
+        Some(_) => Err(misfit().into()),
+    }
+}
+
+fn internal(error: fusionllm_codec::CodecError) -> ExecutorError {
+    ExecutorError::Internal { what: error.to_string() }
+}
+
+fn stage_of(placement: &Placement, stage: StageId) -> Result<&Stage, ExecutorError> {
+    let missing = || ExecutorError::Internal { what: format!("the placement has no {stage}") };
+    placement.stages.get(stage.index()).ok_or_else(missing)
+}
+
+fn edge_of(placement: &Placement, index: usize) -> Result<&StageEdge, ExecutorError> {
+    let missing = || ExecutorError::Internal { what: format!("the placement has no edge {index}") };
+    placement.edges.get(index).ok_or_else(missing)
+}

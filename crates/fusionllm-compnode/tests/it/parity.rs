@@ -1,0 +1,104 @@
+//! Any placement gives the same training, with a lossless codec.
+
+use crate::run::{Outcome, Run, assert_close, job, small_gpt2, stages};
+
+const TRAIN: &str = "steps = 20\nbatch = 8\nmicro_batches = 4\nlr = 1e-2\nwarmup = 5\nclip = 1.0\neval_every = 10\n\
+                     eval_batches = 3\nseed = 3";
+/// The loss of any placement against that of one process.
+const TOLERANCE: f64 = 1e-5;
+
+fn one_process() -> Outcome {
+    Run::new(small_gpt2(0.0), job(TRAIN), 1).synthetic()
+}
+
+fn check(what: &str, spec_extra: &str, compnodes: usize, list: &[(u32, &str)]) -> Outcome {
+    let mut spec = job(TRAIN);
+    if spec_extra == "gpipe" {
+        spec.placement.pipeline = fusionllm_planner::Pipeline::GPipe;
+    }
+    spec.placement.stages = stages(list);
+    let outcome = Run::new(small_gpt2(0.0), spec, compnodes).synthetic();
+    let expected = one_process();
+    assert_close(what, &outcome.losses(), &expected.losses(), TOLERANCE);
+    assert_close(&format!("{what}, evaluation"), &outcome.eval_losses(), &expected.eval_losses(), TOLERANCE);
+    assert_close(&format!("{what}, norm"), &outcome.norms(), &expected.norms(), 1e-4);
+    outcome
+}
+
+#[test]
+fn the_one_process_run_learns() {
+    let losses = one_process().losses();
+    assert_eq!(losses.len(), 20);
+    assert!(losses[19] < 0.8 * losses[0], "{losses:?}");
+}
+
+#[test]
+fn cuts_at_block_edges() {
+    check("2 CompNodes", "", 2, &[(0, "h.0.add_2"), (1, "loss")]);
+    check("3 CompNodes", "", 3, &[(0, "h.0.add_2"), (1, "h.1.add_2"), (2, "loss")]);
+}
+
+#[test]
+fn five_compnodes_cut_by_compute() {
+    check("5 CompNodes", "", 5, &[]);
+}
+
+#[test]
+fn cuts_inside_a_block_where_two_tensors_cross() {
+    let outcome = check("inside a block", "", 2, &[(0, "h.1.attn"), (1, "loss")]);
+    assert!(outcome.logs[0].reports[0].links[0].bytes > 0);
+}
+
+#[test]
+fn a_compnode_with_two_disjoint_segments() {
+    // The U-shape: input, head and loss at the data owner, so both uses of the tied embedding are there.
+    check("U-shape", "", 3, &[(0, "wpe"), (1, "h.1.ln_1"), (2, "h.2.mlp.act"), (0, "loss")]);
+}
+
+#[test]
+fn a_tied_embedding_on_two_compnodes() {
+    let outcome = check("tied", "", 2, &[(0, "h.1.add_2"), (1, "loss")]);
+    let last = outcome.checkpoint(20);
+    let copies: Vec<_> = last.iter().filter(|t| t.name == "transformer.wte.weight").collect();
+    assert_eq!(copies.len(), 2);
+    assert_eq!(copies[0].values, copies[1].values, "the copies of the tied embedding drifted apart");
+}
+
+#[test]
+fn gpipe_gives_the_same_losses() {
+    check("gpipe", "gpipe", 3, &[]);
+}
+
+#[test]
+fn dropout_is_the_same_on_any_placement() {
+    let run = |compnodes| Run::new(small_gpt2(0.2), job(TRAIN), compnodes).synthetic();
+    let one = run(1);
+    assert_close("dropout", &run(3).losses(), &one.losses(), TOLERANCE);
+    let without = one_process().losses();
+    assert!((one.losses()[5] - without[5]).abs() > 1e-4, "dropout changed nothing");
+}
+
+#[test]
+fn a_resumed_run_gives_the_losses_of_an_uninterrupted_one() {
+    let mut spec = job(TRAIN);
+    spec.checkpoint.every = 8;
+    let whole = Run::new(small_gpt2(0.0), spec.clone(), 2).synthetic();
+    // Goes on with another number of CompNodes than it began with.
+    let mut rest = Run::new(small_gpt2(0.0), spec, 3);
+    rest.weights = Some(whole.checkpoint(8));
+    rest.start_step = 8;
+    let rest = rest.synthetic();
+    assert_close("resumed", &rest.losses(), &whole.losses()[8..], TOLERANCE);
+}
+
+#[test]
+fn a_half_codec_halves_the_bytes_and_still_learns() {
+    let mut spec = job(TRAIN);
+    let dense = Run::new(small_gpt2(0.0), spec.clone(), 2).synthetic();
+    spec.compression.values = fusionllm_protocol::ValueFormat::Bf16;
+    let half = Run::new(small_gpt2(0.0), spec, 2).synthetic();
+    let bytes = |o: &Outcome| o.logs[1].reports[0].links[0].bytes;
+    assert!(bytes(&half) < bytes(&dense));
+    assert_eq!(half.logs[1].reports[0].links[0].codec, "bf16");
+    assert_close("bf16", &half.losses(), &dense.losses(), 0.02);
+}

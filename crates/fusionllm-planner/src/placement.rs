@@ -1,0 +1,242 @@
+//! The placement: who holds which ops, what flows between them, and in which order each CompNode works.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fusionllm_codec::Codec;
+use fusionllm_graph::{OpDag, OpId, ParamId};
+use serde::{Deserialize, Serialize};
+
+use crate::pipeline::{eval_orders, train_orders};
+use crate::{
+    Cluster, EdgeId, NodeIndex, Pipeline, PlanError, StageId, StageSpec, Strategy, Task, in_flight_limit, partition,
+};
+
+/// One contiguous segment of a sub-DAG along the pipeline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Its place along the pipeline.
+    pub id: StageId,
+    /// Who holds it.
+    pub compnode: NodeIndex,
+    /// Its ops, in topological order.
+    pub ops: Vec<OpId>,
+}
+
+/// A tensor that flows from one stage to another: the output of one op, sent once however many ops of the
+/// receiving stage consume it. It is a boundary edge if the two stages live on different CompNodes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageEdge {
+    /// Its number.
+    pub id: EdgeId,
+    /// The op whose output flows.
+    pub op: OpId,
+    /// The producing stage.
+    pub from: StageId,
+    /// The consuming stage.
+    pub to: StageId,
+    /// Whether a gradient flows back.
+    pub gradient: bool,
+    /// How the activation is encoded.
+    pub activation_codec: Codec,
+    /// How the gradient is encoded.
+    pub gradient_codec: Codec,
+}
+
+/// A parameter that more than one CompNode holds; their gradients are summed before UPDATE.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TiedParam {
+    /// The parameter.
+    pub param: ParamId,
+    /// Who holds it, ascending. The first one counts it in the global norm.
+    pub holders: Vec<NodeIndex>,
+}
+
+/// The task orders of one kind of pass.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassPlan {
+    /// Micro-batches in the pass.
+    pub micro_batches: u32,
+    /// The order of every CompNode.
+    pub orders: Vec<Vec<Task>>,
+}
+
+/// What [`place`] is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlacementSpec {
+    /// How to cut.
+    pub strategy: Strategy,
+    /// Explicit stages; empty to let the strategy cut.
+    pub stages: Vec<StageSpec>,
+    /// Which pipeline.
+    pub pipeline: Pipeline,
+    /// Micro-batches in a training step.
+    pub micro_batches: u32,
+    /// Samples in a micro-batch.
+    pub micro_batch_size: u32,
+    /// Micro-batches in an evaluation pass.
+    pub eval_micro_batches: u32,
+    /// Keep token ids and labels on CompNode 0.
+    pub private: bool,
+    /// Codec of F32 boundary tensors, both directions.
+    pub codec: Codec,
+}
+
+/// Op → CompNode, task orders, and the codec of each boundary edge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// Names of the CompNodes, data owner first.
+    pub compnodes: Vec<String>,
+    /// The stages along the pipeline.
+    pub stages: Vec<Stage>,
+    /// What flows between stages.
+    pub edges: Vec<StageEdge>,
+    /// Parameters held more than once.
+    pub tied: Vec<TiedParam>,
+    /// Which pipeline.
+    pub pipeline: Pipeline,
+    /// The training step.
+    pub train: PassPlan,
+    /// The evaluation pass.
+    pub eval: PassPlan,
+}
+
+impl Placement {
+    /// The CompNode of a stage.
+    pub fn compnode_of(&self, stage: StageId) -> Option<NodeIndex> {
+        self.stages.get(stage.index()).map(|s| s.compnode)
+    }
+
+    /// Whether the edge crosses CompNodes.
+    pub fn is_boundary(&self, edge: &StageEdge) -> bool {
+        self.compnode_of(edge.from) != self.compnode_of(edge.to)
+    }
+
+    /// The stages that a CompNode holds.
+    pub fn stages_of(&self, node: NodeIndex) -> impl Iterator<Item = &Stage> {
+        self.stages.iter().filter(move |s| s.compnode == node)
+    }
+
+    /// The parameters that a CompNode holds, ascending.
+    pub fn params_of(&self, dag: &OpDag, node: NodeIndex) -> Vec<ParamId> {
+        let params: BTreeSet<ParamId> = self
+            .stages_of(node)
+            .flat_map(|s| &s.ops)
+            .filter_map(|op| dag.ops().get(op.index()))
+            .flat_map(|op| op.params.iter().copied())
+            .collect();
+        params.into_iter().collect()
+    }
+
+    /// The largest number of messages of one edge and direction that can be on the way at once.
+    pub fn window(&self) -> u32 {
+        let train = in_flight_limit(self.pipeline, StageId(0), self.stages.len(), self.train.micro_batches);
+        train.max(self.stages.len() as u32) + 1
+    }
+
+    /// Largest number of micro-batches that are live at once in a stage of the CompNode's training order, by
+    /// stage: the bound on activation memory that the order gives.
+    pub fn live_bound(&self, node: NodeIndex) -> BTreeMap<StageId, u32> {
+        let mut live: BTreeMap<StageId, u32> = BTreeMap::new();
+        let mut bound: BTreeMap<StageId, u32> = BTreeMap::new();
+        for task in self.train.orders.get(node.index()).into_iter().flatten() {
+            match *task {
+                Task::Fp { stage, .. } => {
+                    let now = live.entry(stage).or_default();
+                    *now += 1;
+                    let most = bound.entry(stage).or_default();
+                    *most = (*most).max(*now);
+                }
+                Task::Bp { stage, .. } => {
+                    let now = live.entry(stage).or_default();
+                    *now = now.saturating_sub(1);
+                }
+                Task::Update => {}
+            }
+        }
+        bound
+    }
+}
+
+/// Makes a placement of `dag` on `cluster`.
+///
+/// # Errors
+/// A [`PlanError`] that says what does not fit and what would.
+pub fn place(dag: &OpDag, cluster: &Cluster, spec: &PlacementSpec) -> Result<Placement, PlanError> {
+    for (what, count) in [
+        ("train.micro_batches", spec.micro_batches),
+        ("the micro-batch size", spec.micro_batch_size),
+        ("train.eval_batches", spec.eval_micro_batches),
+    ] {
+        if count == 0 {
+            return Err(PlanError::Zero { what });
+        }
+    }
+    let batch = spec.micro_batch_size as usize;
+    let segments = partition(dag, cluster, spec.strategy, &spec.stages, spec.private, batch)?;
+    let stages: Vec<Stage> = segments
+        .into_iter()
+        .enumerate()
+        .map(|(i, s)| Stage {
+            id: StageId(i as u32),
+            compnode: s.compnode,
+            ops: s.ops.map(|op| OpId(op as u32)).collect(),
+        })
+        .collect();
+    let edges = stage_edges(dag, &stages, spec.codec);
+    let compnodes = cluster.compnodes.len();
+    let train = train_orders(&stages, &edges, compnodes, spec.pipeline, spec.micro_batches)?;
+    let eval = eval_orders(&stages, &edges, compnodes, spec.eval_micro_batches)?;
+    let tied = tied_params(dag, &stages);
+    Ok(Placement {
+        compnodes: cluster.compnodes.iter().map(|c| c.name.clone()).collect(),
+        stages,
+        edges,
+        tied,
+        pipeline: spec.pipeline,
+        train: PassPlan { micro_batches: spec.micro_batches, orders: train },
+        eval: PassPlan { micro_batches: spec.eval_micro_batches, orders: eval },
+    })
+}
+
+fn stage_edges(dag: &OpDag, stages: &[Stage], codec: Codec) -> Vec<StageEdge> {
+    let stage_of: BTreeMap<OpId, StageId> =
+        stages.iter().flat_map(|s| s.ops.iter().map(move |&op| (op, s.id))).collect();
+    let mut edges = Vec::new();
+    for op in dag.op_ids() {
+        let from = stage_of[&op];
+        let to: BTreeSet<StageId> = dag.consumers(op).iter().map(|c| stage_of[c]).filter(|&s| s != from).collect();
+        let gradient = dag.carries_gradient(op);
+        let is_real = dag.op(op).output.dtype == fusionllm_graph::DType::F32;
+        let codec = if is_real { codec } else { Codec::Dense };
+        edges.extend(to.into_iter().map(|to| (op, from, to, gradient, codec)));
+    }
+    edges
+        .into_iter()
+        .enumerate()
+        .map(|(i, (op, from, to, gradient, codec))| StageEdge {
+            id: EdgeId(i as u32),
+            op,
+            from,
+            to,
+            gradient,
+            activation_codec: codec,
+            gradient_codec: codec,
+        })
+        .collect()
+}
+
+fn tied_params(dag: &OpDag, stages: &[Stage]) -> Vec<TiedParam> {
+    let mut holders: BTreeMap<ParamId, BTreeSet<NodeIndex>> = BTreeMap::new();
+    for stage in stages {
+        for &op in &stage.ops {
+            for &param in &dag.op(op).params {
+                holders.entry(param).or_default().insert(stage.compnode);
+            }
+        }
+    }
+    holders
+        .into_iter()
+        .filter(|(_, nodes)| nodes.len() > 1)
+        .map(|(param, nodes)| TiedParam { param, holders: nodes.into_iter().collect() })
+        .collect()
+}

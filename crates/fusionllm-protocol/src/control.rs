@@ -1,0 +1,375 @@
+//! Messages between broker, CompNodes and clients: one frame each, on one two-way stream per connection.
+
+use std::net::SocketAddr;
+
+use fusionllm_planner::{NodeIndex, Placement};
+use serde::{Deserialize, Serialize};
+
+use crate::{Generation, JobEvent, JobId, JobSpec};
+
+/// A CompNode's identity and where it may be reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerRecord {
+    /// Public key.
+    pub id: [u8; 32],
+    /// Socket addresses, any of which may work.
+    pub addrs: Vec<SocketAddr>,
+}
+
+/// First frame from whoever connects to the broker.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`crate::PROTOCOL_VERSION`] of the sender.
+    pub version: u32,
+    /// The ticket's secret.
+    pub secret: [u8; 32],
+    /// What the sender is.
+    pub role: Role,
+}
+
+impl std::fmt::Debug for Hello {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hello").field("version", &self.version).field("role", &self.role).finish_non_exhaustive()
+    }
+}
+
+/// What connects to a broker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// A machine that will compute.
+    CompNode {
+        /// Name shown to people.
+        name: String,
+        /// Device, for people: `flex (CPU, 2 threads)`.
+        device: String,
+        /// Where other CompNodes reach it.
+        addr: PeerRecord,
+    },
+    /// A command such as `submit` or `status`.
+    Client,
+}
+
+/// The broker's answer to [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Welcome {
+    /// Come in; a CompNode is known by this name from now on (made unique by the broker).
+    Accepted {
+        /// The name.
+        name: String,
+    },
+    /// Stay out.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Where a CompNode's parameters come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WeightSource {
+    /// Each parameter is a function of this seed and its name.
+    Seed(u64),
+    /// The broker sends them, with optimizer state if there is one, as a [`BlobKind::Weights`] stream.
+    Broker,
+}
+
+/// Everything a CompNode needs to run its part of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The job.
+    pub job: JobId,
+    /// Number of the placement.
+    pub generation: Generation,
+    /// Which CompNode of the placement the receiver is.
+    pub node: NodeIndex,
+    /// The job as submitted, paths resolved.
+    pub spec: JobSpec,
+    /// The OP-DAG in its JSON form.
+    pub graph: String,
+    /// Who holds what.
+    pub placement: Placement,
+    /// Every CompNode of the placement, in its order.
+    pub peers: Vec<PeerRecord>,
+    /// Updates already done (0, or a checkpoint's step).
+    pub start_step: u64,
+    /// Where the parameters come from.
+    pub weights: WeightSource,
+}
+
+/// From the broker to a CompNode.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromBroker {
+    /// Prepare this part of a job and answer [`FromCompNode::Ready`].
+    Assign(Box<Assignment>),
+    /// Every CompNode is ready: begin.
+    Start {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+    },
+    /// Drop the job at once and be idle.
+    Abort {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// Why, for the log.
+        reason: String,
+    },
+    /// Answer to a heartbeat.
+    HeartbeatAck,
+    /// The broker ends: leave.
+    Shutdown,
+}
+
+/// From a CompNode to the broker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromCompNode {
+    /// The assignment is built; on the data owner the data is read.
+    Ready {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// What the data owner found.
+        data: Option<DataReport>,
+    },
+    /// A step is done on this CompNode.
+    Step {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// What happened in it.
+        report: StepReport,
+    },
+    /// All steps are done and all shards are sent.
+    Finished {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+    },
+    /// This CompNode cannot go on with the job.
+    Failed {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// Why, in one line.
+        reason: String,
+        /// Whether the job's input is at fault (exit code 2) rather than a machine.
+        bad_input: bool,
+    },
+    /// Still alive; sent every few seconds.
+    Heartbeat,
+    /// The CompNode ends of its own will.
+    Leaving,
+}
+
+/// What a CompNode reports of one step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// Updates done, from 1.
+    pub step: u64,
+    /// Mean training loss; only the holder of the loss op knows it.
+    pub loss: Option<f64>,
+    /// Mean evaluation loss, where it was evaluated; likewise.
+    pub eval_loss: Option<f64>,
+    /// Learning rate of the update.
+    pub lr: f64,
+    /// Global gradient norm, where clipping is on.
+    pub grad_norm: Option<f64>,
+    /// Wall time of the training step in seconds.
+    pub step_s: f64,
+    /// Of which the compute thread was busy.
+    pub busy_s: f64,
+    /// Largest number of micro-batches that were live at once in any stage.
+    pub live_max: u32,
+    /// Bytes that this CompNode sent, by receiver.
+    pub links: Vec<LinkBytes>,
+}
+
+/// What one link carried.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkBytes {
+    /// Name of the sending CompNode.
+    pub from: String,
+    /// Name of the receiving CompNode.
+    pub to: String,
+    /// Payload and header bytes of all messages.
+    pub bytes: u64,
+    /// What the same tensors take as dense fp32.
+    pub dense_bytes: u64,
+    /// Codec of the activations and gradients.
+    pub codec: String,
+}
+
+/// What the data owner found in its data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataReport {
+    /// Files read.
+    pub files: u64,
+    /// Tokens to train on.
+    pub train_tokens: u64,
+    /// Tokens held out for evaluation.
+    pub eval_tokens: u64,
+    /// UTF-8 bytes per token, over all of the text.
+    pub bytes_per_token: f64,
+    /// Cross-entropy in nats per token of the training split's unigram model on the evaluation tokens.
+    pub unigram_loss: f64,
+}
+
+/// State of a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum JobState {
+    /// Not enough idle CompNodes yet.
+    Waiting {
+        /// What it waits for.
+        reason: String,
+    },
+    /// The CompNodes prepare their parts.
+    Preparing,
+    /// Training.
+    Running,
+    /// All steps done.
+    Done,
+    /// It cannot go on.
+    Failed {
+        /// Why, in one line.
+        reason: String,
+        /// Whether the job's input is at fault.
+        bad_input: bool,
+    },
+    /// Stopped by request.
+    Stopped,
+}
+
+impl JobState {
+    /// Whether nothing more will happen unless it is resumed.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Done | Self::Failed { .. } | Self::Stopped)
+    }
+}
+
+/// From a client to the broker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ClientRequest {
+    /// Run a job.
+    Submit {
+        /// The job, paths absolute.
+        spec: Box<JobSpec>,
+        /// Stream its events until it ends.
+        follow: bool,
+    },
+    /// What is going on.
+    Status,
+    /// Stop a job; its last checkpoint stays.
+    Stop {
+        /// Which.
+        job: JobId,
+    },
+    /// Go on with a stopped or failed job from its last checkpoint.
+    Resume {
+        /// Which.
+        job: JobId,
+        /// Stream its events until it ends.
+        follow: bool,
+    },
+}
+
+/// From the broker to a client.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToClient {
+    /// The job is in.
+    Submitted {
+        /// Its id.
+        job: JobId,
+        /// Its run directory on the broker's machine.
+        run_dir: String,
+    },
+    /// Answer to [`ClientRequest::Status`].
+    Status(StatusReport),
+    /// An event of the job that is followed.
+    Event(#[serde(with = "crate::wire::as_json")] JobEvent),
+    /// Done as asked.
+    Ok,
+    /// Not done.
+    Error {
+        /// Why, in one line.
+        reason: String,
+        /// Whether the request is at fault.
+        bad_input: bool,
+    },
+}
+
+/// Jobs and CompNodes of a broker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Every job, oldest first.
+    pub jobs: Vec<JobSummary>,
+    /// Every CompNode that is connected.
+    pub compnodes: Vec<CompNodeSummary>,
+}
+
+/// One job in a status report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobSummary {
+    /// Its id.
+    pub job: JobId,
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    #[serde(with = "crate::wire::as_json")]
+    pub state: JobState,
+    /// Updates done.
+    pub step: u64,
+    /// Updates asked for.
+    pub steps: u64,
+    /// Last training loss.
+    pub loss: Option<f64>,
+    /// Its run directory on the broker's machine.
+    pub run_dir: String,
+}
+
+/// One CompNode in a status report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CompNodeSummary {
+    /// Its name.
+    pub name: String,
+    /// Its public key in hexadecimal, shortened.
+    pub id: String,
+    /// Its device.
+    pub device: String,
+    /// The job it works on.
+    pub job: Option<JobId>,
+}
+
+/// What a one-way stream between broker and CompNode carries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BlobKind {
+    /// A safetensors file with the receiver's parameters and optimizer state: broker to CompNode.
+    Weights,
+    /// A checkpoint shard of the sender: CompNode to broker.
+    Shard {
+        /// Updates done.
+        step: u64,
+        /// The sender.
+        node: NodeIndex,
+    },
+}
+
+/// First frame of a blob stream; frames of content follow until the stream ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobHeader {
+    /// The job.
+    pub job: JobId,
+    /// Its placement.
+    pub generation: Generation,
+    /// What it is.
+    pub kind: BlobKind,
+    /// Bytes of content.
+    pub bytes: u64,
+}

@@ -1,0 +1,65 @@
+//! What metrics, progress bars and `--follow` see of a job.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DataReport, JobId, JobState, LinkBytes};
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Updates done, from 1.
+    pub step: u64,
+    /// Mean training loss of the step, in nats per token.
+    pub loss: f64,
+    /// Tokens in the step's global batch.
+    pub tokens: u64,
+    /// Wall time of the step in seconds, evaluation and checkpoint not counted.
+    pub step_s: f64,
+    /// Learning rate of the update.
+    pub lr: f64,
+    /// Global gradient norm before clipping, where clipping is on.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub grad_norm: Option<f64>,
+    /// Evaluation loss after the step, where it was evaluated.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval_loss: Option<f64>,
+    /// What each link carried in the step.
+    pub links: Vec<LinkBytes>,
+}
+
+/// Something that happened to a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum JobEvent {
+    /// The job changed its state.
+    State {
+        /// Which job.
+        job: JobId,
+        /// The new state.
+        state: JobState,
+    },
+    /// The data owner has read its data.
+    Data {
+        /// Which job.
+        job: JobId,
+        /// What it found.
+        data: DataReport,
+    },
+    /// A step ended on every CompNode.
+    Step {
+        /// Which job.
+        job: JobId,
+        /// Its metrics.
+        metrics: StepMetrics,
+    },
+    /// A checkpoint is complete.
+    Checkpoint {
+        /// Which job.
+        job: JobId,
+        /// Updates done.
+        step: u64,
+        /// Its folder on the broker's machine.
+        path: String,
+    },
+}

@@ -1,0 +1,209 @@
+//! The job: what `job.toml` says, with every default filled in.
+//!
+//! `docs/job.md` documents each key.
+
+mod keys;
+mod overrides;
+mod parse;
+mod validate;
+
+use std::path::PathBuf;
+
+use fusionllm_planner::{Pipeline, StageSpec, Strategy};
+use serde::{Deserialize, Serialize};
+
+pub use keys::job_keys;
+
+/// A whole job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// Name of the run; names its directory.
+    pub name: String,
+    /// What is trained.
+    pub model: ModelSpec,
+    /// On what.
+    pub data: DataSpec,
+    /// How.
+    pub train: TrainSpec,
+    /// Where.
+    pub placement: PlacementSection,
+    /// What the links carry.
+    pub compression: CompressionSpec,
+    /// What is kept.
+    pub checkpoint: CheckpointSpec,
+}
+
+/// `[model]`: a GPT-2 by name and sizes, a Hugging Face directory, or an OP-DAG file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModelSpec {
+    /// `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the sizes below replace its own.
+    pub name: Option<String>,
+    /// A Hugging Face directory (config.json, model.safetensors) or an OP-DAG's JSON file, on the broker's machine.
+    pub path: Option<PathBuf>,
+    /// Entries of the vocabulary; the tokenizer's if it is `bytes`, else the named model's.
+    pub vocab_size: Option<usize>,
+    /// Longest sequence; `data.seq_len` if not given.
+    pub n_positions: Option<usize>,
+    /// Width.
+    pub n_embd: Option<usize>,
+    /// Blocks.
+    pub n_layer: Option<usize>,
+    /// Heads.
+    pub n_head: Option<usize>,
+    /// Dropout probability; 0 by default.
+    pub dropout: f64,
+}
+
+/// `[data]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataSpec {
+    /// Files and folders of text on the data owner's machine.
+    pub path: Vec<PathBuf>,
+    /// Form of the files.
+    pub format: DataFormat,
+    /// `bytes`, or the path of a Hugging Face `tokenizer.json` on the data owner's machine.
+    pub tokenizer: String,
+    /// Tokens in a sequence.
+    pub seq_len: usize,
+    /// Token ids and labels never leave the data owner.
+    pub private: bool,
+    /// Share of the text, at its end, that is held out.
+    pub eval_fraction: f64,
+}
+
+/// Form of the data files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataFormat {
+    /// UTF-8 text.
+    #[default]
+    Text,
+}
+
+/// `[train]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainSpec {
+    /// Updates.
+    pub steps: u64,
+    /// Sequences in the global batch.
+    pub batch: u32,
+    /// Micro-batches that the global batch is cut into.
+    pub micro_batches: u32,
+    /// Optimizer.
+    pub optimizer: OptimizerKind,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Learning rate at the end of the cosine schedule, as a share of `lr`.
+    pub min_lr_ratio: f64,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
+    /// The lr schedule after warm-up.
+    pub schedule: LrSchedule,
+    /// AdamW's betas.
+    pub betas: [f64; 2],
+    /// AdamW's epsilon.
+    pub epsilon: f64,
+    /// Decoupled weight decay on matrices (biases and norms have none).
+    pub weight_decay: f64,
+    /// Momentum of SGD.
+    pub momentum: f64,
+    /// Largest global gradient norm; 0 turns clipping off.
+    pub clip: f64,
+    /// Seed of initial parameters, batches and dropout.
+    pub seed: u64,
+    /// Precision of compute.
+    pub precision: Precision,
+    /// Evaluate after every so many steps, and at the end; 0: only at the end.
+    pub eval_every: u64,
+    /// Micro-batches of an evaluation.
+    pub eval_batches: u32,
+}
+
+/// Optimizers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OptimizerKind {
+    /// AdamW (Loshchilov and Hutter).
+    #[default]
+    Adamw,
+    /// Stochastic gradient descent with momentum.
+    Sgd,
+}
+
+/// Learning rate after warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LrSchedule {
+    /// Half a cosine from `lr` down to `lr * min_lr_ratio` at the last step.
+    #[default]
+    Cosine,
+    /// `lr` throughout.
+    Constant,
+}
+
+/// Precision of compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+}
+
+/// `[placement]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlacementSection {
+    /// CompNodes to use; if not given, `train` starts three and a broker takes all that are idle.
+    pub compnodes: Option<u32>,
+    /// How to cut.
+    pub strategy: Strategy,
+    /// Which task orders.
+    pub pipeline: Pipeline,
+    /// Explicit stages instead of a strategy.
+    pub stages: Vec<StageSpec>,
+}
+
+/// `[compression]`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompressionSpec {
+    /// Which edges are compressed, and how much.
+    pub policy: CompressionPolicy,
+    /// Form of the values sent.
+    pub values: ValueFormat,
+}
+
+/// Compression policies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CompressionPolicy {
+    /// Every element is sent.
+    #[default]
+    Dense,
+}
+
+/// Form of the values on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ValueFormat {
+    /// Lossless.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// binary16.
+    F16,
+}
+
+/// `[checkpoint]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointSpec {
+    /// After every so many steps, and at the end; 0: only at the end.
+    pub every: u64,
+    /// How many to keep, the newest; 0: all.
+    pub keep: u32,
+    /// Folder for them instead of the run directory's `checkpoints`.
+    pub to: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests;

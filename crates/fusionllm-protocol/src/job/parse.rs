@@ -1,0 +1,256 @@
+//! From TOML to a [`JobSpec`]: typed reading with defaults.
+
+use std::path::PathBuf;
+
+use fusionllm_planner::{Pipeline, StageSpec, Strategy};
+use toml::{Table, Value};
+
+use super::keys::{check_keys, full_key};
+use super::{
+    CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
+    OptimizerKind, PlacementSection, Precision, TrainSpec, ValueFormat, overrides,
+};
+use crate::JobError;
+
+impl JobSpec {
+    /// Reads a job file, with `section.key=value` overrides on top. Defaults are filled in; ranges are not yet
+    /// checked, see [`JobSpec::validate`].
+    ///
+    /// # Errors
+    /// [`JobError`] that names the key, what it is, and what would be right.
+    pub fn from_toml(text: &str, overrides: &[String]) -> Result<Self, JobError> {
+        let syntax = |e: toml::de::Error| JobError::Syntax { reason: one_line(&e.to_string()) };
+        let mut table: Table = text.parse().map_err(syntax)?;
+        for given in overrides {
+            overrides::apply(&mut table, given)?;
+        }
+        check_keys(&table)?;
+        let top = Section { name: "", table: Some(&table) };
+        let section = |name| Section { name, table: table.get(name).and_then(Value::as_table) };
+        Ok(Self {
+            name: top.text("name")?.unwrap_or_else(|| "run".to_owned()),
+            model: model(&section("model"))?,
+            data: data(&section("data"))?,
+            train: train(&section("train"))?,
+            placement: placement(&section("placement"))?,
+            compression: compression(&section("compression"))?,
+            checkpoint: checkpoint(&section("checkpoint"))?,
+        })
+    }
+}
+
+fn model(s: &Section<'_>) -> Result<ModelSpec, JobError> {
+    let spec = ModelSpec {
+        name: s.text("name")?,
+        path: s.text("path")?.map(PathBuf::from),
+        vocab_size: s.integer("vocab_size")?,
+        n_positions: s.integer("n_positions")?,
+        n_embd: s.integer("n_embd")?,
+        n_layer: s.integer("n_layer")?,
+        n_head: s.integer("n_head")?,
+        dropout: s.real("dropout", 0.0)?,
+    };
+    if spec.name.is_none() && spec.path.is_none() {
+        return Err(s.value("name", "is missing, expected model.name = \"gpt2\" or model.path".to_owned()));
+    }
+    Ok(spec)
+}
+
+fn data(s: &Section<'_>) -> Result<DataSpec, JobError> {
+    Ok(DataSpec {
+        path: s.paths("path")?,
+        format: s.choice("format", &[("text", DataFormat::Text)])?,
+        tokenizer: s.text("tokenizer")?.unwrap_or_else(|| "bytes".to_owned()),
+        seq_len: s.integer("seq_len")?.unwrap_or(128),
+        private: s.flag("private")?,
+        eval_fraction: s.real("eval_fraction", 0.1)?,
+    })
+}
+
+fn train(s: &Section<'_>) -> Result<TrainSpec, JobError> {
+    let steps = s.integer("steps")?.unwrap_or(1000);
+    Ok(TrainSpec {
+        steps,
+        batch: s.integer("batch")?.unwrap_or(8),
+        micro_batches: s.integer("micro_batches")?.unwrap_or(4),
+        optimizer: s.choice("optimizer", &[("adamw", OptimizerKind::Adamw), ("sgd", OptimizerKind::Sgd)])?,
+        lr: s.real("lr", 3e-4)?,
+        min_lr_ratio: s.real("min_lr_ratio", 0.1)?,
+        // A short trial run should not have to set it.
+        warmup: s.integer("warmup")?.unwrap_or(steps.min(20)),
+        schedule: s.choice("schedule", &[("cosine", LrSchedule::Cosine), ("constant", LrSchedule::Constant)])?,
+        betas: s.pair("betas", [0.9, 0.95])?,
+        epsilon: s.real("epsilon", 1e-8)?,
+        weight_decay: s.real("weight_decay", 0.1)?,
+        momentum: s.real("momentum", 0.9)?,
+        clip: s.real("clip", 1.0)?,
+        seed: s.integer("seed")?.unwrap_or(0),
+        precision: s.choice("precision", &[("f32", Precision::F32)])?,
+        eval_every: s.integer("eval_every")?.unwrap_or(0),
+        eval_batches: s.integer("eval_batches")?.unwrap_or(8),
+    })
+}
+
+fn placement(s: &Section<'_>) -> Result<PlacementSection, JobError> {
+    let strategy = match s.text("strategy")? {
+        None => Strategy::default(),
+        Some(name) => Strategy::from_name(&name).map_err(|e| s.value("strategy", e.to_string()))?,
+    };
+    let pipelines = [("1f1b", Pipeline::OneFOneB), ("gpipe", Pipeline::GPipe)];
+    Ok(PlacementSection {
+        compnodes: s.integer("compnodes")?,
+        strategy,
+        pipeline: s.choice("pipeline", &pipelines)?,
+        stages: stages(s)?,
+    })
+}
+
+fn stages(s: &Section<'_>) -> Result<Vec<StageSpec>, JobError> {
+    const FORM: &str = "expected a list of { compnode = 0, last_op = \"h.0.add_2\" }";
+    let Some(value) = s.get("stages") else { return Ok(Vec::new()) };
+    let Value::Array(entries) = value else {
+        return Err(s.value("stages", format!("is {}, {FORM}", describe(value))));
+    };
+    let read = |(i, entry): (usize, &Value)| {
+        entry.clone().try_into().map_err(|e: toml::de::Error| {
+            s.value(&format!("stages[{i}]"), format!("{}, {FORM}", one_line(e.message())))
+        })
+    };
+    entries.iter().enumerate().map(read).collect()
+}
+
+fn compression(s: &Section<'_>) -> Result<CompressionSpec, JobError> {
+    if let Some(name @ ("ada-topk" | "uniform-topk")) = s.text("policy")?.as_deref() {
+        let reason = format!(
+            "policy `{name}` needs measured links and Top-K codecs, which this version does not have yet; use `dense`"
+        );
+        return Err(s.value("policy", reason));
+    }
+    let values = [("f32", ValueFormat::F32), ("bf16", ValueFormat::Bf16), ("f16", ValueFormat::F16)];
+    Ok(CompressionSpec {
+        policy: s.choice("policy", &[("dense", CompressionPolicy::Dense)])?,
+        values: s.choice("values", &values)?,
+    })
+}
+
+fn checkpoint(s: &Section<'_>) -> Result<CheckpointSpec, JobError> {
+    Ok(CheckpointSpec {
+        every: s.integer("every")?.unwrap_or(0),
+        keep: s.integer("keep")?.unwrap_or(3),
+        to: s.text("to")?.map(PathBuf::from),
+    })
+}
+
+/// One section of the file; all reads name the key in their errors.
+struct Section<'a> {
+    name: &'static str,
+    table: Option<&'a Table>,
+}
+
+impl<'a> Section<'a> {
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.table?.get(key)
+    }
+
+    fn value(&self, key: &str, reason: String) -> JobError {
+        JobError::Value { key: full_key(self.name, key), reason }
+    }
+
+    fn wrong_type(&self, key: &str, got: &Value, expected: &str) -> JobError {
+        self.value(key, format!("is {}, expected {expected}", describe(got)))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<String>, JobError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text.clone())),
+            Some(other) => Err(self.wrong_type(key, other, "a string")),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<bool, JobError> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(Value::Boolean(flag)) => Ok(*flag),
+            Some(other) => Err(self.wrong_type(key, other, "true or false")),
+        }
+    }
+
+    fn integer<T: TryFrom<i64>>(&self, key: &str) -> Result<Option<T>, JobError> {
+        const EXPECTED: &str = "a whole number of at least 0";
+        match self.get(key) {
+            None => Ok(None),
+            Some(value @ Value::Integer(number)) => {
+                let too_large = if *number < 0 { EXPECTED } else { "a smaller number" };
+                T::try_from(*number).map(Some).map_err(|_| self.wrong_type(key, value, too_large))
+            }
+            Some(other) => Err(self.wrong_type(key, other, EXPECTED)),
+        }
+    }
+
+    fn real(&self, key: &str, default: f64) -> Result<f64, JobError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => number(value).ok_or_else(|| self.wrong_type(key, value, "a number")),
+        }
+    }
+
+    fn pair(&self, key: &str, default: [f64; 2]) -> Result<[f64; 2], JobError> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        let numbers = value.as_array().map(|a| a.iter().map(number).collect::<Option<Vec<f64>>>());
+        match numbers.flatten().as_deref() {
+            Some(&[first, second]) => Ok([first, second]),
+            _ => Err(self.wrong_type(key, value, "two numbers, such as [0.9, 0.95]")),
+        }
+    }
+
+    fn paths(&self, key: &str) -> Result<Vec<PathBuf>, JobError> {
+        const EXPECTED: &str = "the path of a file or folder, or a list of paths";
+        let strings = match self.get(key) {
+            None => return Err(self.value(key, format!("is missing, expected {EXPECTED}"))),
+            Some(Value::String(path)) => vec![path.clone()],
+            Some(value @ Value::Array(entries)) => {
+                let strings = entries.iter().map(|e| e.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
+                strings.filter(|s| !s.is_empty()).ok_or_else(|| self.wrong_type(key, value, EXPECTED))?
+            }
+            Some(other) => return Err(self.wrong_type(key, other, EXPECTED)),
+        };
+        Ok(strings.into_iter().map(PathBuf::from).collect())
+    }
+
+    /// One of the named values; the type's default if the key is not there.
+    fn choice<T: Copy + Default>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, JobError> {
+        let Some(text) = self.text(key)? else { return Ok(T::default()) };
+        choices.iter().find(|(name, _)| *name == text).map(|(_, value)| *value).ok_or_else(|| {
+            let names: Vec<String> = choices.iter().map(|(name, _)| format!("`{name}`")).collect();
+            self.value(key, format!("is `{text}`, expected {}", names.join(" or ")))
+        })
+    }
+}
+
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Float(number) => Some(*number),
+        Value::Integer(number) => Some(*number as f64),
+        _ => None,
+    }
+}
+
+/// A value for an error message: its type and, where it is short, itself.
+pub(super) fn describe(value: &Value) -> String {
+    match value {
+        Value::String(text) => format!("the string {text:?}"),
+        Value::Integer(number) => format!("{number}"),
+        Value::Float(number) => format!("{number}"),
+        Value::Boolean(flag) => format!("{flag}"),
+        Value::Datetime(_) => "a date".to_owned(),
+        Value::Array(entries) => format!("a list of {}", entries.len()),
+        Value::Table(_) => "a table".to_owned(),
+    }
+}
+
+/// The parser draws a picture over several lines; an error here is one line.
+fn one_line(text: &str) -> String {
+    let useful = |line: &&str| !line.is_empty() && !line.trim_start().starts_with('|') && !line.contains(" | ");
+    text.lines().filter(useful).map(str::trim).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,208 @@
+//! Tests of the job file.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::*;
+use crate::JobError;
+
+const LEAST: &str = "[model]\nname = \"gpt2\"\n[data]\npath = \"text\"\n";
+
+fn read(text: &str, overrides: &[&str]) -> Result<JobSpec, JobError> {
+    let overrides: Vec<String> = overrides.iter().map(|&o| o.to_owned()).collect();
+    let spec = JobSpec::from_toml(text, &overrides)?;
+    spec.validate()?;
+    Ok(spec)
+}
+
+fn check_error(overrides: &[&str], expected: &str) {
+    assert_eq!(read(LEAST, overrides).unwrap_err().to_string(), expected, "{overrides:?}");
+}
+
+#[test]
+fn the_least_job_gets_every_default() {
+    let spec = read(LEAST, &[]).unwrap();
+    assert_eq!(spec.name, "run");
+    assert_eq!((spec.data.seq_len, spec.data.tokenizer.as_str(), spec.data.eval_fraction), (128, "bytes", 0.1));
+    assert_eq!((spec.train.steps, spec.train.batch, spec.train.micro_batches), (1000, 8, 4));
+    assert_eq!((spec.train.lr, spec.train.betas, spec.train.clip), (3e-4, [0.9, 0.95], 1.0));
+    assert_eq!((spec.train.warmup, spec.train.eval_batches, spec.checkpoint.keep), (20, 8, 3));
+    assert_eq!((spec.placement.strategy, spec.placement.pipeline), (Strategy::EqualCompute, Pipeline::OneFOneB));
+    let config = spec.gpt2_config().unwrap();
+    assert_eq!((config.vocab_size, config.n_positions, config.n_embd), (256, 128, 768));
+    assert_eq!((spec.micro_batch_size(), spec.tokens_per_step()), (2, 1024));
+}
+
+#[test]
+fn every_key_can_be_set() {
+    let text = r#"
+name = "all"
+[model]
+name = "gpt2-medium"
+vocab_size = 300
+n_positions = 64
+n_embd = 32
+n_layer = 2
+n_head = 4
+dropout = 0.1
+[data]
+path = ["a", "b"]
+format = "text"
+tokenizer = "tok.json"
+seq_len = 32
+private = true
+eval_fraction = 0.2
+[train]
+steps = 7
+batch = 6
+micro_batches = 3
+optimizer = "sgd"
+lr = 1
+min_lr_ratio = 0
+warmup = 2
+schedule = "constant"
+betas = [0, 0.5]
+epsilon = 1e-6
+weight_decay = 0
+momentum = 0.5
+clip = 0
+seed = 9
+precision = "f32"
+eval_every = 3
+eval_batches = 2
+[placement]
+compnodes = 2
+strategy = "equal-number"
+pipeline = "gpipe"
+stages = [{ compnode = 0, last_op = "wpe" }, { compnode = 1, last_op = "loss" }]
+[compression]
+policy = "dense"
+values = "bf16"
+[checkpoint]
+every = 5
+keep = 0
+to = "kept"
+"#;
+    let mut spec = read(text, &[]).unwrap();
+    assert_eq!(spec.placement.stages.len(), 2);
+    assert_eq!(spec.codec(), fusionllm_codec::Codec::Bf16);
+    assert_eq!(spec.placement_spec().micro_batch_size, 2);
+    spec.resolve_paths(Path::new("/jobs"));
+    assert_eq!(spec.data.path, [Path::new("/jobs/a"), Path::new("/jobs/b")]);
+    assert_eq!(
+        (spec.data.tokenizer.as_str(), spec.checkpoint.to.as_deref()),
+        ("/jobs/tok.json", Some(Path::new("/jobs/kept")))
+    );
+
+    let serde_json::Value::Object(sections) = serde_json::to_value(&spec).unwrap() else { panic!("not an object") };
+    let serialised: BTreeSet<(String, String)> = sections
+        .iter()
+        .flat_map(|(section, value)| match value {
+            serde_json::Value::Object(keys) => keys.keys().map(|k| (section.clone(), k.clone())).collect(),
+            _ => vec![(String::new(), section.clone())],
+        })
+        .collect();
+    let known = job_keys().iter().map(|&(s, k)| (s.to_owned(), k.to_owned())).collect();
+    assert_eq!(serialised, known);
+    assert!(job_keys().iter().all(|(section, key)| text.contains(&format!("[{section}]")) || text.contains(key)));
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest() {
+    check_error(&["train.step=3"], "unknown key `train.step`, did you mean `train.steps`?");
+    check_error(&["train.learning_rate=3"], "unknown key `train.learning_rate`");
+    check_error(&["train.microbatches=3"], "unknown key `train.microbatches`, did you mean `train.micro_batches`?");
+    check_error(&["train.seq_len=3"], "unknown key `train.seq_len`, did you mean `data.seq_len`?");
+    check_error(&["trian.steps=3"], "unknown key `trian`, did you mean `train`?");
+    check_error(&["zebra.quux=3"], "unknown key `zebra`");
+}
+
+#[test]
+fn a_value_of_the_wrong_type_says_what_came_and_what_is_expected() {
+    check_error(&["train.steps=ten"], "`train.steps`: is the string \"ten\", expected a whole number of at least 0");
+    check_error(&["train.steps=-1"], "`train.steps`: is -1, expected a whole number of at least 0");
+    check_error(&["train.batch=5000000000"], "`train.batch`: is 5000000000, expected a smaller number");
+    check_error(&["train.lr=\"x\""], "`train.lr`: is the string \"x\", expected a number");
+    check_error(&["train.betas=[1]"], "`train.betas`: is a list of 1, expected two numbers, such as [0.9, 0.95]");
+    check_error(&["data.private=1"], "`data.private`: is 1, expected true or false");
+    check_error(
+        &["data.path=[]"],
+        "`data.path`: is a list of 0, expected the path of a file or folder, or a list of paths",
+    );
+    check_error(&["name=3"], "`name`: is 3, expected a string");
+    check_error(&["train.schedule=linear"], "`train.schedule`: is `linear`, expected `cosine` or `constant`");
+    check_error(&["train.precision=bf16"], "`train.precision`: is `bf16`, expected `f32`");
+}
+
+#[test]
+fn a_value_out_of_range_says_what_would_be_right() {
+    check_error(
+        &["train.batch=10"],
+        "`train.batch`: is 10, expected a multiple of train.micro_batches = 4, such as 8 or 12",
+    );
+    check_error(&["train.batch=3"], "`train.batch`: is 3, expected a multiple of train.micro_batches = 4, such as 4");
+    check_error(&["train.steps=0"], "`train.steps`: is 0, expected at least 1");
+    check_error(&["train.lr=0"], "`train.lr`: is 0, expected above 0");
+    check_error(&["train.lr=nan"], "`train.lr`: is NaN, expected above 0");
+    check_error(&["train.betas=[0.9, 1.0]"], "`train.betas`: is 1, expected at least 0 and below 1");
+    check_error(&["train.clip=-1"], "`train.clip`: is -1, expected at least 0 (0 turns clipping off)");
+    check_error(&["train.steps=10", "train.warmup=20"], "`train.warmup`: is 20, expected at most train.steps = 10");
+    check_error(&["data.eval_fraction=0.6"], "`data.eval_fraction`: is 0.6, expected above 0 and at most 0.5");
+    check_error(&["data.seq_len=1"], "`data.seq_len`: is 1, expected at least 2");
+    check_error(&["model.n_head=7"], "`model.n_head`: is 7, expected a divisor of model.n_embd = 768");
+    check_error(&["model.n_head=0"], "`model.n_head`: is 0, expected at least 1");
+    check_error(&["model.n_positions=64"], "`model.n_positions`: is 64, expected at least data.seq_len = 128");
+    check_error(&["model.vocab_size=9"], "`model.vocab_size`: is 9, expected at least 256 for the tokenizer `bytes`");
+    check_error(
+        &["model.name=gpt3"],
+        "`model.name`: is `gpt3`, expected one of `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`",
+    );
+    check_error(&["model.path=x"], "`model.path`: is given beside model.name, expected exactly one of them");
+    check_error(&["name=a/b"], "`name`: is \"a/b\", expected a plain name without path separators");
+    check_error(&["placement.compnodes=0"], "`placement.compnodes`: is 0, expected at least 1");
+}
+
+#[test]
+fn what_this_version_lacks_is_said_so() {
+    check_error(
+        &["compression.policy=ada-topk"],
+        "`compression.policy`: policy `ada-topk` needs measured links and Top-K codecs, which this version does not \
+         have yet; use `dense`",
+    );
+    let error = read(LEAST, &["placement.strategy=op-fence"]).unwrap_err().to_string();
+    assert!(error.starts_with("`placement.strategy`: strategy `op-fence` needs measured links"), "{error}");
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let error = |text| read(text, &[]).unwrap_err().to_string();
+    assert_eq!(error(""), "`model.name`: is missing, expected model.name = \"gpt2\" or model.path");
+    assert_eq!(
+        error("[model]\nname = \"gpt2\""),
+        "`data.path`: is missing, expected the path of a file or folder, or a list of paths"
+    );
+    assert!(error("[model\n").starts_with("not valid TOML: "), "{}", error("[model\n"));
+    assert!(!error("[model\n").contains('\n'));
+    assert_eq!(error("model = 3"), "`model`: is 3, expected a section: [model]");
+}
+
+#[test]
+fn an_override_wins_over_the_file_and_may_lack_quotes() {
+    let spec = read(LEAST, &["model.name=gpt2-xl", "train.steps=50", "name = big", "data.path=[\"x\"]"]).unwrap();
+    assert_eq!((spec.model.name.as_deref(), spec.train.steps, spec.name.as_str()), (Some("gpt2-xl"), 50, "big"));
+    check_error(&["steps=3"], "override `steps=3` is not of the form section.key=value");
+    check_error(&["train.steps"], "override `train.steps` is not of the form section.key=value");
+    check_error(&["a.b.c=1"], "override `a.b.c=1` is not of the form section.key=value");
+}
+
+#[test]
+fn the_learning_rate_warms_up_and_decays_to_its_least() {
+    let spec = read(LEAST, &["train.steps=100", "train.warmup=10", "train.lr=1.0"]).unwrap();
+    assert!((spec.lr_at(0) - 0.1).abs() < 1e-12);
+    assert!((spec.lr_at(9) - 1.0).abs() < 1e-12);
+    assert!((spec.lr_at(10) - 1.0).abs() < 1e-12);
+    assert!((spec.lr_at(55) - 0.55).abs() < 1e-12);
+    assert!((spec.lr_at(100) - 0.1).abs() < 1e-12);
+    let constant = read(LEAST, &["train.schedule=constant", "train.lr=1.0"]).unwrap();
+    assert!((constant.lr_at(999) - 1.0).abs() < 1e-12);
+}

@@ -1,0 +1,235 @@
+//! What a job must fulfil beyond types, and what follows from it.
+
+use std::path::{Path, PathBuf};
+
+use fusionllm_codec::Codec;
+use fusionllm_graph::Gpt2Config;
+use fusionllm_planner::PlacementSpec;
+
+use super::{JobSpec, LrSchedule, ValueFormat};
+use crate::JobError;
+
+/// The models that are known by name.
+const MODELS: [&str; 4] = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"];
+
+/// Vocabulary of the tokenizer `bytes`.
+const BYTES_VOCAB: usize = 256;
+
+fn fail<T>(key: &str, reason: String) -> Result<T, JobError> {
+    Err(JobError::Value { key: key.to_owned(), reason })
+}
+
+fn in_range(key: &str, value: f64, holds: bool, expected: &str) -> Result<(), JobError> {
+    // Written so that NaN, for which no comparison holds, is refused.
+    if value.is_finite() && holds { Ok(()) } else { fail(key, format!("is {value}, expected {expected}")) }
+}
+
+impl JobSpec {
+    /// Holds every value against its range and against the others.
+    ///
+    /// # Errors
+    /// [`JobError::Value`] for the first key that cannot be right.
+    pub fn validate(&self) -> Result<(), JobError> {
+        let name = &self.name;
+        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\']) || name.chars().any(char::is_control)
+        {
+            return fail("name", format!("is {name:?}, expected a plain name without path separators"));
+        }
+        self.validate_model()?;
+        self.validate_data()?;
+        self.validate_train()?;
+        self.validate_rates()?;
+        if self.placement.compnodes == Some(0) {
+            return fail("placement.compnodes", "is 0, expected at least 1".to_owned());
+        }
+        Ok(())
+    }
+
+    fn validate_model(&self) -> Result<(), JobError> {
+        let m = &self.model;
+        let sizes = [
+            ("model.vocab_size", m.vocab_size),
+            ("model.n_positions", m.n_positions),
+            ("model.n_embd", m.n_embd),
+            ("model.n_layer", m.n_layer),
+            ("model.n_head", m.n_head),
+        ];
+        match (&m.name, &m.path) {
+            (Some(_), Some(_)) => {
+                return fail("model.path", "is given beside model.name, expected exactly one of them".to_owned());
+            }
+            (None, None) => {
+                return fail("model.name", "is missing, expected model.name = \"gpt2\" or model.path".to_owned());
+            }
+            (Some(name), None) if Gpt2Config::named(name).is_none() => {
+                let names = MODELS.map(|m| format!("`{m}`")).join(", ");
+                return fail("model.name", format!("is `{name}`, expected one of {names}"));
+            }
+            (None, Some(path)) => {
+                if let Some((key, _)) = sizes.iter().find(|(_, size)| size.is_some()) {
+                    return fail(key, format!("is given beside model.path, but {} says it", path.display()));
+                }
+            }
+            (Some(_), None) => {}
+        }
+        if let Some((key, _)) = sizes.iter().find(|(_, size)| *size == Some(0)) {
+            return fail(key, "is 0, expected at least 1".to_owned());
+        }
+        in_range("model.dropout", m.dropout, (0.0..1.0).contains(&m.dropout), "at least 0 and below 1")?;
+        let Some(config) = self.gpt2_config() else { return Ok(()) };
+        if config.n_embd % config.n_head != 0 {
+            let (width, heads) = (config.n_embd, config.n_head);
+            return fail("model.n_head", format!("is {heads}, expected a divisor of model.n_embd = {width}"));
+        }
+        if config.n_positions < self.data.seq_len {
+            let (got, least) = (config.n_positions, self.data.seq_len);
+            return fail("model.n_positions", format!("is {got}, expected at least data.seq_len = {least}"));
+        }
+        if self.data.tokenizer == "bytes" && config.vocab_size < BYTES_VOCAB {
+            let got = config.vocab_size;
+            return fail(
+                "model.vocab_size",
+                format!("is {got}, expected at least {BYTES_VOCAB} for the tokenizer `bytes`"),
+            );
+        }
+        Ok(())
+    }
+
+    fn validate_data(&self) -> Result<(), JobError> {
+        let d = &self.data;
+        if d.path.is_empty() || d.path.iter().any(|p| p.as_os_str().is_empty()) {
+            return fail("data.path", "is empty, expected the path of a file or folder".to_owned());
+        }
+        if d.tokenizer.is_empty() {
+            return fail("data.tokenizer", "is empty, expected `bytes` or the path of a tokenizer.json".to_owned());
+        }
+        if d.seq_len < 2 {
+            return fail("data.seq_len", format!("is {}, expected at least 2", d.seq_len));
+        }
+        let share = d.eval_fraction;
+        in_range("data.eval_fraction", share, share > 0.0 && share <= 0.5, "above 0 and at most 0.5")
+    }
+
+    fn validate_train(&self) -> Result<(), JobError> {
+        let t = &self.train;
+        for (key, value) in [
+            ("train.steps", t.steps),
+            ("train.batch", t.batch.into()),
+            ("train.micro_batches", t.micro_batches.into()),
+            ("train.eval_batches", t.eval_batches.into()),
+        ] {
+            if value == 0 {
+                return fail(key, "is 0, expected at least 1".to_owned());
+            }
+        }
+        if !t.batch.is_multiple_of(t.micro_batches) {
+            let below = t.batch - t.batch % t.micro_batches;
+            let above = below.checked_add(t.micro_batches);
+            let nearest: Vec<String> =
+                [(below > 0).then_some(below), above].iter().flatten().map(u32::to_string).collect();
+            let (batch, micro_batches) = (t.batch, t.micro_batches);
+            let nearest = nearest.join(" or ");
+            let reason =
+                format!("is {batch}, expected a multiple of train.micro_batches = {micro_batches}, such as {nearest}");
+            return fail("train.batch", reason);
+        }
+        if t.warmup > t.steps {
+            return fail("train.warmup", format!("is {}, expected at most train.steps = {}", t.warmup, t.steps));
+        }
+        Ok(())
+    }
+
+    fn validate_rates(&self) -> Result<(), JobError> {
+        let t = &self.train;
+        let unit = 0.0..1.0;
+        let [beta_1, beta_2] = t.betas;
+        in_range("train.lr", t.lr, t.lr > 0.0, "above 0")?;
+        let share = t.min_lr_ratio;
+        in_range("train.min_lr_ratio", share, (0.0..=1.0).contains(&share), "at least 0 and at most 1")?;
+        in_range("train.betas", beta_1, unit.contains(&beta_1), "at least 0 and below 1")?;
+        in_range("train.betas", beta_2, unit.contains(&beta_2), "at least 0 and below 1")?;
+        in_range("train.epsilon", t.epsilon, t.epsilon > 0.0, "above 0")?;
+        in_range("train.weight_decay", t.weight_decay, t.weight_decay >= 0.0, "at least 0")?;
+        in_range("train.momentum", t.momentum, unit.contains(&t.momentum), "at least 0 and below 1")?;
+        in_range("train.clip", t.clip, t.clip >= 0.0, "at least 0 (0 turns clipping off)")
+    }
+
+    /// Makes every path absolute against `base`, the folder of the job file. Nothing is looked up.
+    pub fn resolve_paths(&mut self, base: &Path) {
+        let resolve = |path: &mut PathBuf| *path = base.join(&*path);
+        self.data.path.iter_mut().for_each(resolve);
+        self.model.path.iter_mut().for_each(resolve);
+        self.checkpoint.to.iter_mut().for_each(resolve);
+        if self.data.tokenizer != "bytes" {
+            self.data.tokenizer = base.join(&self.data.tokenizer).to_string_lossy().into_owned();
+        }
+    }
+
+    /// The GPT-2 that `model.name` and the sizes beside it describe; `None` for a model by path or of an unknown
+    /// name.
+    pub fn gpt2_config(&self) -> Option<Gpt2Config> {
+        let m = &self.model;
+        let named = Gpt2Config::named(m.name.as_deref()?)?;
+        let vocab = if self.data.tokenizer == "bytes" { BYTES_VOCAB } else { named.vocab_size };
+        Some(Gpt2Config {
+            vocab_size: m.vocab_size.unwrap_or(vocab),
+            n_positions: m.n_positions.unwrap_or(self.data.seq_len),
+            n_embd: m.n_embd.unwrap_or(named.n_embd),
+            n_layer: m.n_layer.unwrap_or(named.n_layer),
+            n_head: m.n_head.unwrap_or(named.n_head),
+            layer_norm_epsilon: named.layer_norm_epsilon,
+            dropout: m.dropout,
+        })
+    }
+
+    /// Sequences in a micro-batch.
+    pub fn micro_batch_size(&self) -> u32 {
+        self.train.batch.checked_div(self.train.micro_batches).unwrap_or(0)
+    }
+
+    /// Learning rate of the update after `step` updates: linear warm-up to `lr` over `warmup` updates, then the
+    /// schedule.
+    pub fn lr_at(&self, step: u64) -> f64 {
+        let t = &self.train;
+        if step < t.warmup {
+            return t.lr * (step + 1) as f64 / t.warmup as f64;
+        }
+        match t.schedule {
+            LrSchedule::Constant => t.lr,
+            LrSchedule::Cosine => {
+                let least = t.lr * t.min_lr_ratio;
+                let span = t.steps.saturating_sub(t.warmup).max(1);
+                let progress = ((step - t.warmup) as f64 / span as f64).min(1.0);
+                least + 0.5 * (t.lr - least) * (1.0 + (std::f64::consts::PI * progress).cos())
+            }
+        }
+    }
+
+    /// Codec of every F32 boundary tensor.
+    pub fn codec(&self) -> Codec {
+        match self.compression.values {
+            ValueFormat::F32 => Codec::Dense,
+            ValueFormat::Bf16 => Codec::Bf16,
+            ValueFormat::F16 => Codec::F16,
+        }
+    }
+
+    /// What the planner is asked for.
+    pub fn placement_spec(&self) -> PlacementSpec {
+        PlacementSpec {
+            strategy: self.placement.strategy,
+            stages: self.placement.stages.clone(),
+            pipeline: self.placement.pipeline,
+            micro_batches: self.train.micro_batches,
+            micro_batch_size: self.micro_batch_size(),
+            eval_micro_batches: self.train.eval_batches,
+            private: self.data.private,
+            codec: self.codec(),
+        }
+    }
+
+    /// Tokens in a step's global batch.
+    pub fn tokens_per_step(&self) -> u64 {
+        u64::from(self.train.batch).saturating_mul(self.data.seq_len as u64)
+    }
+}

@@ -1,0 +1,96 @@
+//! OP-Data: one activation or gradient of one micro-batch over one edge, and what else CompNodes send each other.
+//!
+//! Every [`Channel`] between two CompNodes is a stream of its own. Its first frame is [`PeerFrame::Open`]; then
+//! each message is a [`PeerFrame::Message`] frame followed by one frame with the payload that its header
+//! announces. The receiver confirms what its task loop has taken by [`PeerFrame::Taken`] on the way back, which
+//! is also what bounds the sender.
+
+use fusionllm_codec::{Codec, ElementType};
+use fusionllm_graph::ParamId;
+use fusionllm_planner::{EdgeId, NodeIndex};
+use serde::{Deserialize, Serialize};
+
+use crate::{Generation, JobId};
+
+/// Which kind of pass a message belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Pass {
+    /// A training step.
+    Train,
+    /// An evaluation pass after a training step.
+    Eval,
+}
+
+/// What flows from one CompNode to another, each in its own stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Channel {
+    /// Activations over an edge, from its producing to its consuming stage.
+    Activation(EdgeId),
+    /// Gradients over an edge, from its consuming to its producing stage.
+    Gradient(EdgeId),
+    /// The sender's gradient of a tied parameter, summed over the step's micro-batches.
+    Tied {
+        /// The parameter.
+        param: ParamId,
+        /// The sender.
+        from: NodeIndex,
+    },
+    /// The sum of squares of the sender's gradients, on its way to CompNode 0.
+    NormPart {
+        /// The sender.
+        from: NodeIndex,
+    },
+    /// The global norm, from CompNode 0 to a CompNode.
+    NormTotal {
+        /// The receiver.
+        to: NodeIndex,
+    },
+}
+
+/// Everything a receiver must know of a payload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpDataHeader {
+    /// The training step, counted from 0 (an evaluation pass has the step it follows).
+    pub step: u64,
+    /// Training or evaluation.
+    pub pass: Pass,
+    /// The micro-batch; 0 for what is sent once a step.
+    pub micro_batch: u32,
+    /// How the payload is encoded.
+    pub codec: Codec,
+    /// Element type of the tensor.
+    pub element: ElementType,
+    /// Shape of the tensor.
+    pub shape: Vec<u64>,
+}
+
+/// A frame between two CompNodes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerFrame {
+    /// First frame of a stream: what it carries. The receiver answers with [`PeerFrame::Resume`].
+    Open {
+        /// The job.
+        job: JobId,
+        /// The placement's generation.
+        generation: Generation,
+        /// What will flow.
+        channel: Channel,
+    },
+    /// The receiver's answer: the number of the message it expects next.
+    Resume {
+        /// Number of the next message.
+        next: u64,
+    },
+    /// A message; its payload is the next frame.
+    Message {
+        /// Its number in the channel, from 0.
+        number: u64,
+        /// What it is.
+        header: OpDataHeader,
+    },
+    /// All messages before this number were taken by the receiver's task loop.
+    Taken {
+        /// Number of the first message not taken.
+        next: u64,
+    },
+}

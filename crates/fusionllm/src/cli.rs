@@ -1,0 +1,249 @@
+//! What was typed.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Train one large model on geo-distributed, mismatched GPUs.
+#[derive(Debug, Parser)]
+#[command(name = "fusionllm", version, about, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train on this machine: a broker, N CompNode processes, and the whole job
+    Train(Train),
+    /// Run a broker and print its join ticket
+    Broker(Broker),
+    /// Run a CompNode: join a broker and work for it
+    Join(Join),
+    /// Hand a job to a running broker
+    Submit(Submit),
+    /// Show a broker's jobs and CompNodes
+    Status(Status),
+    /// Stop a job; its last checkpoint stays
+    Stop(JobCommand),
+    /// Go on with a stopped or failed job from its last checkpoint
+    Resume(ResumeJob),
+    /// Show the graph and the placement of a job, without training
+    Plan(Plan),
+    /// Write a checkpoint in Hugging Face layout
+    Export(Export),
+    /// Write text with a trained model
+    Generate(Generate),
+}
+
+impl Cli {
+    /// Log level when FUSIONLLM_LOG says nothing: services tell what they do, commands only what is wrong.
+    pub(crate) fn default_log(&self) -> &'static str {
+        match &self.command {
+            Command::Broker(_) => "warn,fusionllm=info,fusionllm_broker=info,fusionllm_transport=info",
+            Command::Join(join) if !join.child => "warn,fusionllm=info,fusionllm_compnode=info",
+            _ => "error,fusionllm_broker=warn,fusionllm_compnode=warn",
+        }
+    }
+}
+
+/// A job file and changes to it.
+#[derive(Debug, Args)]
+pub(crate) struct Overrides {
+    /// Override a job key, such as --set train.steps=100 (repeatable)
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Train {
+    /// Job file (see docs/job.md); not needed with --resume
+    #[arg(required_unless_present = "resume")]
+    pub(crate) job: Option<PathBuf>,
+    /// CompNode processes to start [default: placement.compnodes, or 3]
+    #[arg(long, value_name = "N")]
+    pub(crate) compnodes: Option<u32>,
+    /// Run directory [default: runs/NAME-TIME]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Go on from a checkpoint or from a run directory's newest one
+    #[arg(long, value_name = "DIR", conflicts_with = "job")]
+    pub(crate) resume: Option<PathBuf>,
+    /// Device of every CompNode: auto, cpu, cuda[:N], vulkan[:N], metal, rocm[:N]
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// One JSON object a line instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Broker {
+    /// Address to listen on; port 0 takes any
+    #[arg(long, default_value = "0.0.0.0:7710")]
+    pub(crate) bind: SocketAddr,
+    /// Further address under which CompNodes reach this broker, such as a forwarded port (repeatable)
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) advertise: Vec<SocketAddr>,
+    /// Where key, secret, ticket and job records are kept [default: the user's state folder]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+    /// Where run directories are made
+    #[arg(long, value_name = "DIR", default_value = "runs")]
+    pub(crate) runs: PathBuf,
+    /// Print the ticket as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Join {
+    /// The broker's ticket [default: $FUSIONLLM_TICKET]
+    pub(crate) ticket: Option<String>,
+    /// Name shown to people [default: the host's name]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// What to compute with: auto, cpu, cuda[:N], vulkan[:N], metal, rocm[:N]
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// Address where other CompNodes connect; port 0 takes any
+    #[arg(long, default_value = "0.0.0.0:0")]
+    pub(crate) bind: SocketAddr,
+    /// Further address under which other CompNodes reach this one (repeatable)
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) advertise: Vec<SocketAddr>,
+    /// Leave when standard input ends, as it does when the parent process dies
+    #[arg(long, hide = true)]
+    pub(crate) child: bool,
+}
+
+/// How a command finds its broker.
+#[derive(Debug, Args)]
+pub(crate) struct BrokerAddress {
+    /// The broker's ticket [default: $FUSIONLLM_TICKET, else that of a broker on this machine]
+    #[arg(long)]
+    pub(crate) ticket: Option<String>,
+    /// State folder of a broker on this machine
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Submit {
+    /// Job file (see docs/job.md)
+    pub(crate) job: PathBuf,
+    /// Stay and show progress until the job ends
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// One JSON object a line instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// One JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct JobCommand {
+    /// The job's number, as status shows it
+    pub(crate) job: u64,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResumeJob {
+    /// The job's number, as status shows it
+    pub(crate) job: u64,
+    /// Stay and show progress until the job ends
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// One JSON object a line instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Plan {
+    /// Job file (see docs/job.md)
+    pub(crate) job: PathBuf,
+    /// CompNodes to plan for [default: placement.compnodes, or 3]
+    #[arg(long, value_name = "N")]
+    pub(crate) compnodes: Option<u32>,
+    /// Print the OP-DAG's table too
+    #[arg(long)]
+    pub(crate) graph: bool,
+    /// Write the OP-DAG as JSON; a job can name it as model.path
+    #[arg(long, value_name = "FILE")]
+    pub(crate) write_graph: Option<PathBuf>,
+    /// Write the OP-DAG in Graphviz form
+    #[arg(long, value_name = "FILE")]
+    pub(crate) write_dot: Option<PathBuf>,
+    /// One JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// A checkpoint, or a run directory for its newest one
+    pub(crate) checkpoint: PathBuf,
+    /// Folder to write: config.json, model.safetensors, tokenizer.json
+    pub(crate) dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    /// A checkpoint, a run directory, or a Hugging Face folder
+    pub(crate) dir: PathBuf,
+    /// Text to continue
+    #[arg(long)]
+    pub(crate) prompt: String,
+    /// Tokens to write
+    #[arg(long, default_value_t = 100)]
+    pub(crate) tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token every time
+    #[arg(long, default_value_t = 0.8)]
+    pub(crate) temperature: f64,
+    /// Draw among this many likeliest tokens; 0: among all
+    #[arg(long, default_value_t = 40)]
+    pub(crate) top_k: usize,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// What to compute with
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// One JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

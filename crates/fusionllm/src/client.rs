@@ -1,0 +1,86 @@
+//! A command's connection to a running broker.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use fusionllm_protocol::{ClientRequest, Hello, PROTOCOL_VERSION, Role, ToClient, Welcome, decode, encode};
+use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
+use tokio::time::timeout;
+
+use crate::cli::BrokerAddress;
+use crate::exit::bad_input;
+use crate::paths::state_dir;
+
+/// A broker that says nothing for this long on a new connection is not one.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Largest answer: a status of many jobs.
+const ANSWER_BYTES: u64 = 64 << 20;
+
+/// An open connection.
+pub(crate) struct Client {
+    endpoint: Endpoint,
+    session: Session,
+    sink: FrameSink,
+    source: FrameSource,
+}
+
+impl Client {
+    /// Connects by the ticket given, that of the environment, or that of a broker on this machine.
+    pub(crate) async fn connect(address: &BrokerAddress) -> anyhow::Result<Self> {
+        let ticket = find_ticket(address)?;
+        // Own addresses are of no use to a client: whatever interface leads to the broker will do.
+        let bind = "0.0.0.0:0".parse().context("wildcard address")?;
+        let config = EndpointConfig::new(Identity::generate(), bind);
+        let endpoint = Endpoint::bind(config, Arc::new(Members::default())).await?;
+        let session = endpoint.connect(&ticket.broker).await.context("cannot reach the broker; is it running?")?;
+        let (mut sink, mut source) = session.open_bi().await?;
+        let hello = Hello { version: PROTOCOL_VERSION, secret: *ticket.secret.as_bytes(), role: Role::Client };
+        sink.send(&encode(&hello)?).await?;
+        match receive::<Welcome>(&mut source).await? {
+            Welcome::Accepted { .. } => Ok(Self { endpoint, session, sink, source }),
+            Welcome::Refused { reason } => bail!("the broker refused: {reason}"),
+        }
+    }
+
+    /// Sends a request and waits for its answer; a broker's error becomes ours.
+    pub(crate) async fn request(&mut self, request: &ClientRequest) -> anyhow::Result<ToClient> {
+        self.sink.send(&encode(request)?).await?;
+        match receive(&mut self.source).await? {
+            ToClient::Error { reason, bad_input: true } => Err(bad_input(reason)),
+            ToClient::Error { reason, bad_input: false } => bail!(reason),
+            answer => Ok(answer),
+        }
+    }
+
+    /// The next message of a followed job; nothing when the broker has no more.
+    pub(crate) async fn next(&mut self) -> anyhow::Result<Option<ToClient>> {
+        let frame = self.source.recv_limited(ANSWER_BYTES).await.context("lost the broker")?;
+        Ok(frame.map(|f| decode(&f)).transpose()?)
+    }
+
+    /// Says goodbye.
+    pub(crate) async fn close(self) {
+        self.session.close(0, "done");
+        self.endpoint.close().await;
+    }
+}
+
+async fn receive<T: serde::de::DeserializeOwned>(source: &mut FrameSource) -> anyhow::Result<T> {
+    let waited = timeout(ANSWER_LIMIT, source.recv_limited(ANSWER_BYTES)).await;
+    let frame = waited.context("the broker does not answer")??.context("the broker closed the connection")?;
+    Ok(decode(&frame)?)
+}
+
+fn find_ticket(address: &BrokerAddress) -> anyhow::Result<Ticket> {
+    let text = match (&address.ticket, std::env::var("FUSIONLLM_TICKET")) {
+        (Some(ticket), _) => ticket.clone(),
+        (None, Ok(ticket)) if address.state.is_none() => ticket,
+        (None, _) => {
+            let path = state_dir(address.state.as_deref())?.join("ticket");
+            let missing = |e| bad_input(format!("no broker's ticket at {}: {e}; start one or give --ticket", path.display()));
+            std::fs::read_to_string(&path).map_err(missing)?
+        }
+    };
+    text.trim().parse().map_err(bad_input)
+}

@@ -1,0 +1,29 @@
+//! `fusionllm broker`
+
+use fusionllm_broker::{Broker, BrokerConfig};
+
+use crate::cli;
+use crate::paths::state_dir;
+use crate::render;
+
+pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
+    let config = BrokerConfig {
+        bind: args.bind,
+        advertise: args.advertise,
+        state_dir: state_dir(args.state.as_deref())?,
+        runs_dir: args.runs,
+        secret: None,
+    };
+    let broker = Broker::start(config).await.map_err(super::train::broker_error)?;
+    let ticket = broker.ticket().to_string();
+    if args.json {
+        render::json(&serde_json::json!({ "ticket": ticket }), false)?;
+    } else {
+        render::line("On each machine that shall compute, run:\n")?;
+        render::line(&format!("    fusionllm join {ticket}\n"))?;
+        render::line("The ticket lets its holder in: keep it to yourselves. Ctrl-C ends the broker.")?;
+    }
+    super::follow::interrupted().await;
+    broker.shutdown().await;
+    Ok(())
+}

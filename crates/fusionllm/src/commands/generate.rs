@@ -1,0 +1,39 @@
+//! `fusionllm generate`
+
+use std::sync::Arc;
+
+use fusionllm_compnode::{Generator, SamplingSpec, open_device};
+
+use super::model::TrainedModel;
+use crate::cli;
+use crate::exit::bad_input;
+use crate::render;
+
+pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
+    if args.prompt.is_empty() {
+        return Err(bad_input("--prompt is empty, give at least one character"));
+    }
+    let model = super::model::open(&args.dir)?;
+    let sampling =
+        SamplingSpec { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
+    let text = write(model, &args.prompt, sampling, &args.device)?;
+    if args.json {
+        render::json(&serde_json::json!({ "prompt": args.prompt, "text": text }), true)
+    } else {
+        render::line(&format!("{}{text}", args.prompt))
+    }
+}
+
+/// The text with which a model continues a prompt.
+pub(super) fn write(
+    model: TrainedModel,
+    prompt: &str,
+    sampling: SamplingSpec,
+    device: &str,
+) -> anyhow::Result<String> {
+    let ids = model.tokenizer.encode(prompt)?;
+    let (device, _) = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
+    let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;
+    let written = generator.generate(&ids, sampling)?;
+    Ok(model.tokenizer.decode(&written))
+}

@@ -1,0 +1,54 @@
+//! `fusionllm join`
+
+use fusionllm_compnode::{JoinConfig, join};
+use fusionllm_transport::{Identity, Ticket};
+use tokio::io::AsyncReadExt;
+
+use crate::cli;
+use crate::exit::bad_input;
+
+pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
+    let text = match args.ticket {
+        Some(ticket) => ticket,
+        None => std::env::var("FUSIONLLM_TICKET")
+            .map_err(|_| bad_input("no ticket: give the one that `fusionllm broker` printed"))?,
+    };
+    let ticket: Ticket = text.trim().parse().map_err(bad_input)?;
+    let config = JoinConfig {
+        ticket,
+        name: args.name.unwrap_or_else(host_name),
+        device: args.device.parse().map_err(bad_input)?,
+        // A new key each time: a CompNode is known by the ticket that it holds.
+        identity: Identity::generate(),
+        bind: args.bind,
+        advertise: args.advertise,
+    };
+    let child = args.child;
+    let shutdown = async move {
+        tokio::select! {
+            () = super::follow::interrupted(), if !child => {}
+            () = input_ended(), if child => {}
+        }
+    };
+    Ok(join(config, shutdown).await?)
+}
+
+/// A child lives as long as its parent holds the other end. Ctrl-C reaches the whole process group, but how a child
+/// ends is for its parent to say.
+async fn input_ended() {
+    let ignored = tokio::spawn(async {
+        loop {
+            super::follow::interrupted().await;
+        }
+    });
+    let mut input = tokio::io::stdin();
+    let mut buffer = [0u8; 64];
+    while matches!(input.read(&mut buffer).await, Ok(n) if n > 0) {}
+    ignored.abort();
+}
+
+fn host_name() -> String {
+    let from_file = std::fs::read_to_string("/etc/hostname").ok();
+    let name = from_file.map(|n| n.trim().to_owned()).filter(|n| !n.is_empty());
+    name.or_else(|| std::env::var("COMPUTERNAME").ok()).unwrap_or_else(|| "compnode".to_owned())
+}

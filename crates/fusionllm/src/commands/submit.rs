@@ -1,0 +1,71 @@
+//! `fusionllm submit`, `stop` and `resume`
+
+use fusionllm_protocol::{ClientRequest, JobEvent, JobId, ToClient};
+
+use crate::cli;
+use crate::client::Client;
+use crate::progress::Progress;
+use crate::render;
+
+pub(super) async fn submit(args: cli::Submit) -> anyhow::Result<()> {
+    let spec = super::job_file::read(&args.job, &args.overrides.overrides)?;
+    let steps = spec.train.steps;
+    let mut client = Client::connect(&args.broker).await?;
+    let request = ClientRequest::Submit { spec: Box::new(spec), follow: args.follow };
+    accepted(&mut client, &request, args.json).await?;
+    finish(client, args.follow, args.json, steps).await
+}
+
+pub(super) async fn resume(args: cli::ResumeJob) -> anyhow::Result<()> {
+    let mut client = Client::connect(&args.broker).await?;
+    let job = JobId(args.job);
+    let steps = match client.request(&ClientRequest::Status).await? {
+        ToClient::Status(report) => report.jobs.iter().find(|j| j.job == job).map_or(0, |j| j.steps),
+        _ => 0,
+    };
+    accepted(&mut client, &ClientRequest::Resume { job, follow: args.follow }, args.json).await?;
+    finish(client, args.follow, args.json, steps).await
+}
+
+pub(super) async fn stop(args: cli::JobCommand) -> anyhow::Result<()> {
+    let mut client = Client::connect(&args.broker).await?;
+    let job = JobId(args.job);
+    client.request(&ClientRequest::Stop { job }).await?;
+    client.close().await;
+    render::line(&format!("{job} stopped; `fusionllm resume {}` goes on from its last checkpoint", args.job))
+}
+
+async fn accepted(client: &mut Client, request: &ClientRequest, json: bool) -> anyhow::Result<()> {
+    if let ToClient::Submitted { job, run_dir } = client.request(request).await? {
+        if json {
+            render::json(&serde_json::json!({ "job": job, "run_dir": run_dir }), false)?;
+        } else {
+            render::line(&format!("{job}, run directory {run_dir} on the broker's machine"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Follows the job to its end, if asked to. Ctrl-C ends the following, not the job.
+async fn finish(mut client: Client, follow: bool, json: bool, steps: u64) -> anyhow::Result<()> {
+    let mut result = Ok(());
+    if follow {
+        let mut progress = Progress::new(json, steps);
+        loop {
+            let message = tokio::select! {
+                message = client.next() => message?,
+                () = super::follow::interrupted() => None,
+            };
+            let Some(ToClient::Event(event)) = message else { break };
+            progress.event(&event)?;
+            if let JobEvent::State { state, .. } = &event
+                && state.is_final()
+            {
+                result = super::follow::outcome(state);
+                break;
+            }
+        }
+    }
+    client.close().await;
+    result
+}

@@ -1,0 +1,158 @@
+//! `fusionllm train`: the main job, all on this machine.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use fusionllm_broker::{Broker, BrokerConfig, BrokerError, RunReport, load_model, open_checkpoint};
+use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
+use fusionllm_planner::{Cluster, place};
+use fusionllm_protocol::{JobEvent, JobSpec};
+use tokio::sync::broadcast::error::RecvError;
+
+use super::plan::DEFAULT_COMPNODES;
+use crate::cli;
+use crate::exit::bad_input;
+use crate::local::LocalCompNodes;
+use crate::paths::default_run_dir;
+use crate::progress::Progress;
+use crate::render;
+
+/// What the finished model continues.
+const PROMPT: &str = "The ";
+/// Tokens that it writes.
+const SAMPLE_TOKENS: usize = 80;
+
+/// A job that has passed all checks.
+struct Checked {
+    spec: JobSpec,
+    /// Checkpoint to go on from.
+    from: Option<PathBuf>,
+    run_dir: PathBuf,
+    compnodes: u32,
+}
+
+pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
+    let checked = check(&args)?;
+    let state = tempfile::tempdir().context("cannot make a temporary folder for the broker's state")?;
+    let config = BrokerConfig {
+        bind: "127.0.0.1:0".parse().context("loopback address")?,
+        advertise: Vec::new(),
+        state_dir: state.path().to_owned(),
+        runs_dir: PathBuf::from("runs"),
+        secret: None,
+    };
+    let broker = Broker::start(config).await.map_err(broker_error)?;
+    let result = train(&args, &checked, &broker).await;
+    broker.shutdown().await;
+    result
+}
+
+/// Everything that can be wrong with the input is found here, before anything is started or written.
+fn check(args: &cli::Train) -> anyhow::Result<Checked> {
+    let overrides = &args.overrides.overrides;
+    let (mut spec, from, resumed_dir) = match (&args.job, &args.resume) {
+        (_, Some(dir)) => {
+            let checkpoint = open_checkpoint(dir).map_err(bad_input)?;
+            let text = toml::to_string(&checkpoint.manifest().job).context("the checkpoint's job")?;
+            let spec = JobSpec::from_toml(&text, overrides).map_err(bad_input)?;
+            spec.validate().map_err(bad_input)?;
+            let done = checkpoint.manifest().step;
+            if done >= spec.train.steps {
+                let hint = "raise it with --set train.steps=N";
+                return Err(bad_input(format!("{done} of train.steps = {} are done; {hint}", spec.train.steps)));
+            }
+            let folder = checkpoint.path().to_owned();
+            let run_dir = folder.parent().and_then(Path::parent).map(Path::to_owned);
+            (spec, Some(folder), run_dir)
+        }
+        (Some(job), None) => (super::job_file::read(job, overrides)?, None, None),
+        (None, None) => return Err(bad_input("no job file")),
+    };
+    let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(DEFAULT_COMPNODES);
+    spec.placement.compnodes = Some(compnodes);
+    open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
+    let model = load_model(&spec).map_err(bad_input)?;
+    place(&model.dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
+    let tokenizer = Tokenizer::open(&spec.data.tokenizer).map_err(bad_input)?;
+    Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
+    let run_dir = match (&args.out, resumed_dir) {
+        (Some(out), _) => out.clone(),
+        (None, Some(dir)) => dir,
+        (None, None) => default_run_dir(Path::new("runs"), &spec.name),
+    };
+    if from.is_none() && run_dir.join("metrics.jsonl").exists() {
+        let hint = "give another --out, or go on with it by --resume";
+        return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
+    }
+    Ok(Checked { spec, from, run_dir: std::path::absolute(run_dir)?, compnodes })
+}
+
+async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow::Result<()> {
+    if !args.json {
+        render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
+    }
+    let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device);
+    let compnodes = tokio::select! {
+        started = starting => started?,
+        () = super::follow::interrupted() => anyhow::bail!("interrupted before training began"),
+    };
+    let result = run_job(args, checked, broker).await;
+    compnodes.stop().await;
+    let report = result?;
+    finish(args, checked, &report)
+}
+
+/// Submits the job and follows it to its end. Ctrl-C stops it.
+async fn run_job(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow::Result<RunReport> {
+    let mut events = broker.subscribe();
+    let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
+    let job = match &checked.from {
+        Some(checkpoint) => broker.resume_from(spec, checkpoint.clone(), run_dir).await,
+        None => broker.submit(spec, Some(run_dir)).await,
+    };
+    let job = job.map_err(broker_error)?;
+    let mut progress = Progress::new(args.json, checked.spec.train.steps);
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            () = super::follow::interrupted() => {
+                broker.stop(job).await.map_err(broker_error)?;
+                continue;
+            }
+        };
+        match event {
+            Ok(event) => {
+                progress.event(&event)?;
+                if let JobEvent::State { state, .. } = &event
+                    && state.is_final()
+                {
+                    super::follow::outcome(state)?;
+                    return broker.report(job).await.map_err(broker_error);
+                }
+            }
+            // The bar may skip a few steps; metrics.jsonl has them all.
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => anyhow::bail!("the broker ended before the job"),
+        }
+    }
+}
+
+/// Says what came of it, and lets the model write a line.
+fn finish(args: &cli::Train, checked: &Checked, report: &RunReport) -> anyhow::Result<()> {
+    let sampling = SamplingSpec { tokens: SAMPLE_TOKENS, temperature: 0.8, top_k: 40, seed: checked.spec.train.seed };
+    let model = super::model::open_trained(&checked.run_dir)?;
+    let text = super::generate::write(model, PROMPT, sampling, &args.device)?;
+    let sample = format!("{PROMPT}{text}");
+    if args.json {
+        let done = serde_json::json!({ "event": "done", "report": report, "sample": sample });
+        return render::json(&done, false);
+    }
+    render::line(&format!("\n{}", report.summary()))?;
+    render::line(&format!("the model writes: {:?}", sample))?;
+    render::line(&format!("run directory: {}", checked.run_dir.display()))
+}
+
+/// A broker's error with its exit code.
+pub(super) fn broker_error(error: BrokerError) -> anyhow::Error {
+    if error.is_bad_input() { bad_input(error) } else { error.into() }
+}

@@ -1,0 +1,136 @@
+//! How a job goes: a bar on a terminal, plain lines elsewhere, JSON lines on request.
+
+use std::io::IsTerminal;
+use std::time::Instant;
+
+use fusionllm_protocol::{JobEvent, JobState, StepMetrics};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::render;
+
+/// Steps over which speed and time left are averaged.
+const WINDOW: usize = 20;
+/// Plain lines are written for about this many steps of a job.
+const PLAIN_LINES: u64 = 20;
+
+/// Shows the events of one job.
+pub(crate) struct Progress {
+    output: Output,
+    steps: u64,
+    recent: Vec<(f64, u64)>,
+    began: Instant,
+    last_eval: Option<f64>,
+}
+
+enum Output {
+    Bar(ProgressBar),
+    Plain,
+    Json,
+}
+
+impl Progress {
+    /// Progress towards `steps` updates.
+    pub(crate) fn new(json: bool, steps: u64) -> Self {
+        let output = if json {
+            Output::Json
+        } else if std::io::stderr().is_terminal() {
+            let bar = ProgressBar::new(steps);
+            if let Ok(style) = ProgressStyle::with_template("{bar:30.cyan/blue} {pos}/{len} {msg}") {
+                bar.set_style(style);
+            }
+            Output::Bar(bar)
+        } else {
+            Output::Plain
+        };
+        Self { output, steps, recent: Vec::new(), began: Instant::now(), last_eval: None }
+    }
+
+    /// Shows one event.
+    pub(crate) fn event(&mut self, event: &JobEvent) -> anyhow::Result<()> {
+        if let Output::Json = self.output {
+            return render::json(event, false);
+        }
+        match event {
+            JobEvent::State { state, .. } => match state {
+                JobState::Running => self.note("training"),
+                JobState::Waiting { .. } | JobState::Preparing => self.note(&render::state(state)),
+                JobState::Done | JobState::Failed { .. } | JobState::Stopped => self.finish(),
+            },
+            JobEvent::Data { data, .. } => self.note(&format!(
+                "data: {} files, {} training tokens, {} held out; a unigram model's loss is {:.4}",
+                data.files, data.train_tokens, data.eval_tokens, data.unigram_loss
+            )),
+            JobEvent::Step { metrics, .. } => self.step(metrics),
+            JobEvent::Checkpoint { step, .. } => self.note(&format!("checkpoint at step {step}")),
+            _ => Ok(()),
+        }
+    }
+
+    fn step(&mut self, metrics: &StepMetrics) -> anyhow::Result<()> {
+        self.recent.push((metrics.step_s, metrics.tokens));
+        if self.recent.len() > WINDOW {
+            self.recent.remove(0);
+        }
+        self.last_eval = metrics.eval_loss.or(self.last_eval);
+        let seconds: f64 = self.recent.iter().map(|r| r.0).sum();
+        let tokens: u64 = self.recent.iter().map(|r| r.1).sum();
+        let left = seconds / self.recent.len() as f64 * self.steps.saturating_sub(metrics.step) as f64;
+        let eval = self.last_eval.map_or_else(String::new, |l| format!(" eval {l:.4}"));
+        let text =
+            format!("loss {:.4}{eval} {:.0} tokens/s, {} left", metrics.loss, tokens as f64 / seconds, duration(left));
+        match &self.output {
+            Output::Bar(bar) => {
+                bar.set_position(metrics.step);
+                bar.set_message(text);
+                Ok(())
+            }
+            Output::Plain if self.is_shown(metrics) => render::line(&format!("step {}/{}: {text}", metrics.step, self.steps)),
+            Output::Plain | Output::Json => Ok(()),
+        }
+    }
+
+    fn is_shown(&self, metrics: &StepMetrics) -> bool {
+        let every = (self.steps / PLAIN_LINES).max(1);
+        metrics.step == 1 || metrics.step.is_multiple_of(every) || metrics.eval_loss.is_some()
+    }
+
+    fn note(&self, text: &str) -> anyhow::Result<()> {
+        match &self.output {
+            Output::Bar(bar) => {
+                bar.println(text);
+                Ok(())
+            }
+            Output::Plain => render::line(text),
+            Output::Json => Ok(()),
+        }
+    }
+
+    fn finish(&self) -> anyhow::Result<()> {
+        if let Output::Bar(bar) = &self.output {
+            bar.finish();
+        }
+        self.note(&format!("ended after {}", duration(self.began.elapsed().as_secs_f64())))
+    }
+}
+
+/// Seconds as people say them.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.max(0.0).round() as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s} s"),
+        (0, m, s) => format!("{m} min {s:02} s"),
+        (h, m, _) => format!("{h} h {m:02} min"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_well() {
+        assert_eq!(duration(7.4), "7 s");
+        assert_eq!(duration(187.0), "3 min 07 s");
+        assert_eq!(duration(7300.0), "2 h 01 min");
+    }
+}

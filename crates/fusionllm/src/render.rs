@@ -1,0 +1,101 @@
+//! Reports as text and as JSON, from the same types.
+
+use std::io::Write;
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::Placement;
+use fusionllm_protocol::{JobState, StatusReport};
+use serde::Serialize;
+
+/// Prints one JSON document or line to standard output.
+pub(crate) fn json<T: Serialize>(value: &T, pretty: bool) -> anyhow::Result<()> {
+    let text = if pretty { serde_json::to_string_pretty(value)? } else { serde_json::to_string(value)? };
+    line(&text)
+}
+
+/// Prints a line to standard output; a closed pipe is an error that the exit code forgives.
+pub(crate) fn line(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{text}")?;
+    Ok(out.flush()?)
+}
+
+/// A job's state in a few words.
+pub(crate) fn state(state: &JobState) -> String {
+    match state {
+        JobState::Waiting { reason } => format!("waiting: {reason}"),
+        JobState::Preparing => "preparing".to_owned(),
+        JobState::Running => "running".to_owned(),
+        JobState::Done => "done".to_owned(),
+        JobState::Failed { reason, .. } => format!("failed: {reason}"),
+        JobState::Stopped => "stopped".to_owned(),
+    }
+}
+
+/// Jobs and CompNodes as two tables.
+pub(crate) fn status(report: &StatusReport) -> String {
+    let mut text = String::new();
+    if report.jobs.is_empty() {
+        text.push_str("no jobs\n");
+    } else {
+        text.push_str(&format!("{:<5} {:<20} {:>13} {:>9}  {}\n", "job", "name", "step", "loss", "state"));
+    }
+    for job in &report.jobs {
+        let step = format!("{}/{}", job.step, job.steps);
+        let loss = job.loss.map_or_else(|| "-".to_owned(), |l| format!("{l:.4}"));
+        text.push_str(&format!("{:<5} {:<20} {step:>13} {loss:>9}  {}\n", job.job.0, job.name, state(&job.state)));
+    }
+    text.push('\n');
+    if report.compnodes.is_empty() {
+        text.push_str("no CompNodes have joined");
+    } else {
+        text.push_str(&format!("{:<20} {:<12} {:<20} {}", "CompNode", "id", "device", "job"));
+    }
+    for node in &report.compnodes {
+        let job = node.job.map_or_else(|| "idle".to_owned(), |j| j.0.to_string());
+        text.push_str(&format!("\n{:<20} {:<12} {:<20} {job}", node.name, node.id, node.device));
+    }
+    text
+}
+
+/// A placement as a table: a line a stage, a line a boundary edge.
+pub(crate) fn placement(dag: &OpDag, placement: &Placement, micro_batch_size: usize) -> String {
+    let mut text = format!("{:<6} {:<14} {:>5} {:>12}  {}\n", "stage", "CompNode", "ops", "parameters", "from .. to");
+    for stage in &placement.stages {
+        let name = placement.compnodes.get(stage.compnode.index()).map_or("?", String::as_str);
+        let params: u64 = stage.ops.iter().flat_map(|&op| &dag.op(op).params).map(|&p| dag.param(p).elements()).sum();
+        let end = |op: Option<&fusionllm_graph::OpId>| op.map_or("-", |&op| dag.op(op).name.as_str());
+        text.push_str(&format!(
+            "{:<6} {name:<14} {:>5} {params:>12}  {} .. {}\n",
+            stage.id.0,
+            stage.ops.len(),
+            end(stage.ops.first()),
+            end(stage.ops.last())
+        ));
+    }
+    let boundary: Vec<_> = placement.edges.iter().filter(|e| placement.is_boundary(e)).collect();
+    if !boundary.is_empty() {
+        text.push_str("\nboundary edges, dense bytes per micro-batch and direction\n");
+    }
+    for edge in boundary {
+        let name = |stage| {
+            let node = placement.compnode_of(stage).and_then(|n| placement.compnodes.get(n.index()));
+            node.map_or("?", String::as_str)
+        };
+        let op = dag.op(edge.op);
+        let arrow = if edge.gradient { "<->" } else { "-->" };
+        text.push_str(&format!(
+            "  {} {arrow} {}  {:<20} {:>12}  {}\n",
+            name(edge.from),
+            name(edge.to),
+            op.name,
+            op.output.bytes(micro_batch_size),
+            edge.activation_codec.name()
+        ));
+    }
+    for tied in &placement.tied {
+        let holders: Vec<_> = tied.holders.iter().filter_map(|n| placement.compnodes.get(n.index())).cloned().collect();
+        text.push_str(&format!("  tied: {} on {}\n", dag.param(tied.param).name, holders.join(", ")));
+    }
+    text.trim_end().to_owned()
+}
