@@ -1,1 +1,23 @@
-//! Bytes between authenticated peers
+//! Bytes between authenticated peers: identity, tickets, admission, connections, streams of frames.
+//!
+//! QUIC by [iroh](https://docs.rs/iroh) between public-key identities, encrypted and authenticated both ways. No
+//! relay, no address lookup, no third party: peers are dialled at the addresses that they gave. What the bytes mean
+//! is not known here.
+
+mod admission;
+mod endpoint;
+mod error;
+mod identity;
+mod peer;
+mod session;
+mod stream;
+mod ticket;
+
+pub use admission::{Admission, Admit, AdmitAll, Members};
+pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
+pub use error::{BindError, ConnectError, IdentityError, SessionError, TicketError};
+pub use identity::Identity;
+pub use peer::{PeerAddr, PeerId};
+pub use session::{CloseReason, Session, SessionStats};
+pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES};
+pub use ticket::{Secret, Ticket};

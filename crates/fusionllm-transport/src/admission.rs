@@ -1,0 +1,58 @@
+//! Who may connect.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::PeerId;
+
+/// What becomes of a connection that somebody opens to us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admit {
+    /// It is kept.
+    Accept,
+    /// It is closed, and the peer is told why.
+    Refuse {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Decides on every connection that somebody opens to us, once the peer has proved its key.
+pub trait Admission: Send + Sync + Debug {
+    /// Whether this peer may connect.
+    fn admit(&self, peer: PeerId) -> Admit;
+}
+
+/// Everybody may connect: for a broker, which asks for the ticket's secret afterwards.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AdmitAll;
+
+impl Admission for AdmitAll {
+    fn admit(&self, _peer: PeerId) -> Admit {
+        Admit::Accept
+    }
+}
+
+/// Only listed peers may connect. Clones share the list.
+#[derive(Clone, Debug, Default)]
+pub struct Members(Arc<RwLock<BTreeSet<PeerId>>>);
+
+impl Members {
+    /// Makes the list exactly these.
+    pub fn replace(&self, peers: impl IntoIterator<Item = PeerId>) {
+        let peers = peers.into_iter().collect();
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = peers;
+    }
+
+    /// Whether a peer is listed.
+    pub fn contains(&self, peer: PeerId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+    }
+}
+
+impl Admission for Members {
+    fn admit(&self, peer: PeerId) -> Admit {
+        if self.contains(peer) { Admit::Accept } else { Admit::Refuse { reason: "not a member".to_owned() } }
+    }
+}

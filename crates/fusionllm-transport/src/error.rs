@@ -1,0 +1,220 @@
+//! What can go wrong on the way to and from a peer.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use iroh::endpoint::{ConnectionError, ReadError, StoppedError, WriteError};
+
+use crate::PeerId;
+
+/// Why an endpoint cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// Another process has the port.
+    #[error("address {addr} is in use by another process, choose another port (0 takes any)")]
+    PortInUse {
+        /// Where it was to listen.
+        addr: SocketAddr,
+    },
+    /// The address is not this machine's, or may not be used.
+    #[error("cannot listen on {addr}: {reason}")]
+    Address {
+        /// Where it was to listen.
+        addr: SocketAddr,
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// Why a peer cannot be reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// No address is known.
+    #[error("no address of peer {peer} is known")]
+    NoAddress {
+        /// Whom.
+        peer: PeerId,
+    },
+    /// The bytes are no public key.
+    #[error("{peer} is not a valid public key")]
+    NotAKey {
+        /// Whose.
+        peer: PeerId,
+    },
+    /// Nobody answered in time.
+    #[error("peer {peer} does not answer at {} within {limit_s} s", join(addrs))]
+    Unreachable {
+        /// Whom.
+        peer: PeerId,
+        /// Where it was tried.
+        addrs: Vec<SocketAddr>,
+        /// How long, in seconds.
+        limit_s: u64,
+    },
+    /// The peer or the network said no.
+    #[error("cannot connect to peer {peer} at {}: {reason}", join(addrs))]
+    Failed {
+        /// Whom.
+        peer: PeerId,
+        /// Where it was tried.
+        addrs: Vec<SocketAddr>,
+        /// Why.
+        reason: String,
+    },
+}
+
+fn join(addrs: &[SocketAddr]) -> String {
+    addrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Why a connection or a stream cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// The peer closed the connection.
+    #[error("the peer closed the connection: {reason}")]
+    Closed {
+        /// Its code.
+        code: u64,
+        /// Its words.
+        reason: String,
+    },
+    /// This side closed the connection.
+    #[error("the connection is closed")]
+    ClosedHere,
+    /// Nothing came from the peer for too long.
+    #[error("the peer does not answer any more")]
+    TimedOut,
+    /// The connection broke otherwise.
+    #[error("the connection is lost: {reason}")]
+    Lost {
+        /// How.
+        reason: String,
+    },
+    /// The peer gave the stream up.
+    #[error("the peer gave up the stream (code {code})")]
+    StreamEnded {
+        /// Its code.
+        code: u64,
+    },
+    /// The stream ended within a frame.
+    #[error("the stream ended after {got} of {expected} bytes of a frame")]
+    Clipped {
+        /// Bytes that came.
+        got: u64,
+        /// Bytes that were announced.
+        expected: u64,
+    },
+    /// A frame is larger than the reader takes.
+    #[error("a frame of {announced} bytes was announced, at most {limit} are taken")]
+    TooLarge {
+        /// Its size.
+        announced: u64,
+        /// The limit.
+        limit: u64,
+    },
+}
+
+impl From<ConnectionError> for SessionError {
+    fn from(error: ConnectionError) -> Self {
+        match error {
+            ConnectionError::ApplicationClosed(close) => Self::Closed {
+                code: close.error_code.into_inner(),
+                reason: String::from_utf8_lossy(&close.reason).into_owned(),
+            },
+            ConnectionError::LocallyClosed => Self::ClosedHere,
+            ConnectionError::TimedOut => Self::TimedOut,
+            other => Self::Lost { reason: other.to_string() },
+        }
+    }
+}
+
+impl From<WriteError> for SessionError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::ConnectionLost(error) => error.into(),
+            WriteError::Stopped(code) => Self::StreamEnded { code: code.into_inner() },
+            other @ (WriteError::ClosedStream | WriteError::ZeroRttRejected) => {
+                Self::Lost { reason: other.to_string() }
+            }
+        }
+    }
+}
+
+impl From<ReadError> for SessionError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::ConnectionLost(error) => error.into(),
+            ReadError::Reset(code) => Self::StreamEnded { code: code.into_inner() },
+            other @ (ReadError::ClosedStream | ReadError::ZeroRttRejected) => Self::Lost { reason: other.to_string() },
+        }
+    }
+}
+
+impl From<StoppedError> for SessionError {
+    fn from(error: StoppedError) -> Self {
+        match error {
+            StoppedError::ConnectionLost(error) => error.into(),
+            other @ StoppedError::ZeroRttRejected => Self::Lost { reason: other.to_string() },
+        }
+    }
+}
+
+/// Why a text is no ticket.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TicketError {
+    /// It does not begin as tickets do.
+    #[error("not a ticket: it should begin with `{prefix}`; copy the whole line that the broker printed")]
+    Prefix {
+        /// How tickets begin.
+        prefix: &'static str,
+    },
+    /// A character that no ticket has.
+    #[error("not a ticket: unexpected character at position {position}; copy the whole line that the broker printed")]
+    Character {
+        /// Counted from 1.
+        position: usize,
+    },
+    /// It is cut off or mistyped.
+    #[error("the ticket is cut off or mistyped: copy the whole line that the broker printed")]
+    Damaged,
+    /// It is of another release.
+    #[error("the ticket has form {version}, this build reads form {known}: use the broker's release")]
+    Version {
+        /// Its form.
+        version: u8,
+        /// Ours.
+        known: u8,
+    },
+}
+
+/// Why an identity file is unusable.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IdentityError {
+    /// It could not be read or written.
+    #[error("identity file {path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not what this program wrote.
+    #[error("identity file {path} is damaged (64 hexadecimal digits expected); remove it to get a new identity")]
+    Malformed {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Others may read it.
+    #[error("identity file {path} can be read by others (mode {mode:o}), run `chmod 600` on it")]
+    Readable {
+        /// Which.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+}

@@ -1,0 +1,104 @@
+//! Streams of frames: eight bytes of length (little-endian), then that many bytes.
+
+use iroh::endpoint::{RecvStream, SendStream};
+
+use crate::SessionError;
+
+/// Largest frame that [`FrameSource::recv`] takes.
+pub const MAX_FRAME_BYTES: u64 = 4 << 30;
+const LENGTH_BYTES: u64 = 8;
+/// A reader's memory grows by at most this much ahead of what has come.
+const GROWTH_BYTES: usize = 1 << 20;
+
+/// The sending end of a stream.
+#[derive(Debug)]
+pub struct FrameSink(SendStream);
+
+impl FrameSink {
+    pub(crate) fn new(stream: SendStream) -> Self {
+        Self(stream)
+    }
+
+    /// Sends one frame; returns once it is in the send buffer. Dropped before it is done, it leaves a broken stream.
+    ///
+    /// # Errors
+    /// [`SessionError`] if the peer or the connection is gone.
+    pub async fn send(&mut self, frame: &[u8]) -> Result<(), SessionError> {
+        self.0.write_all(&(frame.len() as u64).to_le_bytes()).await?;
+        Ok(self.0.write_all(frame).await?)
+    }
+
+    /// Streams of higher priority go first; the default is 0.
+    pub fn set_priority(&mut self, priority: i32) {
+        // A stream that has ended needs no priority.
+        let _ = self.0.set_priority(priority);
+    }
+
+    /// Ends the stream and waits until the peer has received all of it.
+    ///
+    /// # Errors
+    /// [`SessionError`] if the peer did not take it all.
+    pub async fn finish(mut self) -> Result<(), SessionError> {
+        // Only a stream that was reset before cannot be finished, and then the peer has not received all.
+        self.0.finish().map_err(|e| SessionError::Lost { reason: e.to_string() })?;
+        match self.0.stopped().await? {
+            None => Ok(()),
+            Some(code) => Err(SessionError::StreamEnded { code: code.into_inner() }),
+        }
+    }
+}
+
+/// The receiving end of a stream.
+#[derive(Debug)]
+pub struct FrameSource(RecvStream);
+
+impl FrameSource {
+    pub(crate) fn new(stream: RecvStream) -> Self {
+        Self(stream)
+    }
+
+    /// The next frame of at most [`MAX_FRAME_BYTES`]; nothing at the stream's end.
+    ///
+    /// # Errors
+    /// As [`Self::recv_limited`].
+    pub async fn recv(&mut self) -> Result<Option<Vec<u8>>, SessionError> {
+        self.recv_limited(MAX_FRAME_BYTES).await
+    }
+
+    /// The next frame of at most `limit` bytes; nothing at the stream's end. Memory grows only with what has come,
+    /// whatever length was announced. Dropped before it is done, it loses the frame's beginning.
+    ///
+    /// # Errors
+    /// [`SessionError`] if the stream ends within a frame, a larger frame is announced, or the connection is gone.
+    pub async fn recv_limited(&mut self, limit: u64) -> Result<Option<Vec<u8>>, SessionError> {
+        let header = self.read_up_to(LENGTH_BYTES).await?;
+        if header.is_empty() {
+            return Ok(None);
+        }
+        let got = header.len() as u64;
+        let header: [u8; 8] = header.try_into().map_err(|_| SessionError::Clipped { got, expected: LENGTH_BYTES })?;
+        let announced = u64::from_le_bytes(header);
+        if announced > limit {
+            return Err(SessionError::TooLarge { announced, limit });
+        }
+        let frame = self.read_up_to(announced).await?;
+        let got = frame.len() as u64;
+        if got == announced { Ok(Some(frame)) } else { Err(SessionError::Clipped { got, expected: announced }) }
+    }
+
+    /// `count` bytes, or fewer if the stream ends.
+    async fn read_up_to(&mut self, count: u64) -> Result<Vec<u8>, SessionError> {
+        let mut left = usize::try_from(count).unwrap_or(usize::MAX);
+        let mut bytes = Vec::new();
+        while left > 0 {
+            let Some(chunk) = self.0.read_chunk(left).await? else { break };
+            if bytes.capacity() - bytes.len() < chunk.len() {
+                // Doubling, but never far ahead of what has come.
+                bytes.reserve_exact(bytes.len().max(GROWTH_BYTES).min(left).max(chunk.len()));
+            }
+            bytes.extend_from_slice(&chunk);
+            left -= chunk.len();
+        }
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,148 @@
+//! Tickets: where the broker is and the secret that admits.
+
+use std::fmt;
+use std::str::FromStr;
+
+use data_encoding::BASE32_NOPAD;
+use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
+
+use crate::{PeerAddr, TicketError};
+
+const PREFIX: &str = "fusionllm";
+const FORM: u8 = 1;
+const CHECKSUM_BYTES: usize = 4;
+
+/// What a ticket holder shows to be let in.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Secret([u8; 32]);
+
+impl Secret {
+    /// A new one.
+    pub fn generate() -> Self {
+        Self(rand::random())
+    }
+
+    /// From its bytes.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// Whether both are the same, in a time that does not tell how much of them is.
+    pub fn matches(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(not shown)")
+    }
+}
+
+/// What a broker prints for those who may join it: one word to copy.
+#[derive(Clone, Debug)]
+pub struct Ticket {
+    /// The broker.
+    pub broker: PeerAddr,
+    /// What admits.
+    pub secret: Secret,
+}
+
+/// `fusionllm`, then base32 of form, content and CRC-32.
+impl fmt::Display for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = postcard::to_stdvec(&(FORM, &self.broker, &self.secret)).map_err(|_| fmt::Error)?;
+        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        write!(f, "{PREFIX}{}", BASE32_NOPAD.encode(&bytes).to_ascii_lowercase())
+    }
+}
+
+impl FromStr for Ticket {
+    type Err = TicketError;
+
+    fn from_str(text: &str) -> Result<Self, TicketError> {
+        let code = text.strip_prefix(PREFIX).ok_or(TicketError::Prefix { prefix: PREFIX })?;
+        let strange = |c: char| !matches!(c, 'a'..='z' | '2'..='7');
+        if let Some((before, _)) = code.split_once(strange) {
+            return Err(TicketError::Character { position: PREFIX.len() + before.chars().count() + 1 });
+        }
+        let decoded = BASE32_NOPAD.decode(code.to_ascii_uppercase().as_bytes());
+        let bytes = decoded.map_err(|_| TicketError::Damaged)?;
+        let content = bytes.len().checked_sub(CHECKSUM_BYTES).and_then(|end| bytes.split_at_checked(end));
+        let (content, checksum) = content.ok_or(TicketError::Damaged)?;
+        if crc32fast::hash(content).to_le_bytes() != checksum {
+            return Err(TicketError::Damaged);
+        }
+        match content.first() {
+            Some(&FORM) => {}
+            Some(&version) => return Err(TicketError::Version { version, known: FORM }),
+            None => return Err(TicketError::Damaged),
+        }
+        let (_, broker, secret): (u8, PeerAddr, Secret) =
+            postcard::from_bytes(content).map_err(|_| TicketError::Damaged)?;
+        Ok(Self { broker, secret })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Identity;
+
+    fn ticket() -> Ticket {
+        let addrs = vec!["192.0.2.7:7710".parse().unwrap(), "[2001:db8::7]:7710".parse().unwrap()];
+        Ticket { broker: PeerAddr { id: Identity::generate().id(), addrs }, secret: Secret::generate() }
+    }
+
+    #[test]
+    fn a_ticket_survives_the_way_through_text() {
+        for _ in 0..50 {
+            let ticket = ticket();
+            let read: Ticket = ticket.to_string().parse().unwrap();
+            assert_eq!(read.broker, ticket.broker);
+            assert!(read.secret.matches(&ticket.secret));
+            assert!(!read.secret.matches(&Secret::generate()));
+        }
+    }
+
+    #[test]
+    fn every_damage_is_found() {
+        let text = ticket().to_string();
+        for at in 0..text.len() {
+            for other in ['a', 'q', '3', '-', 'A'] {
+                let mut damaged: Vec<char> = text.chars().collect();
+                if damaged[at] == other {
+                    continue;
+                }
+                damaged[at] = other;
+                let damaged: String = damaged.into_iter().collect();
+                assert!(damaged.parse::<Ticket>().is_err(), "`{other}` at {at}");
+            }
+            assert!(text[..at].parse::<Ticket>().is_err(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn errors_say_what_would_be_right() {
+        let error = |text: &str| text.parse::<Ticket>().unwrap_err().to_string();
+        assert!(error("hello").starts_with("not a ticket: it should begin with `fusionllm`"));
+        assert!(error("fusionllmab1").contains("position 12"));
+        let mut bytes = vec![9u8];
+        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        let newer = format!("{PREFIX}{}", BASE32_NOPAD.encode(&bytes).to_ascii_lowercase());
+        assert_eq!(error(&newer), "the ticket has form 9, this build reads form 1: use the broker's release");
+    }
+
+    #[test]
+    fn a_secret_is_not_shown() {
+        let ticket = ticket();
+        let shown = format!("{ticket:?}");
+        assert!(shown.contains("not shown") && !shown.contains(&format!("{:?}", ticket.secret.as_bytes())));
+    }
+}
