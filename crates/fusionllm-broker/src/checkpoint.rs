@@ -226,6 +226,11 @@ impl Checkpoint {
         &self.tensors
     }
 
+    /// All its tensors, without the rest.
+    pub(crate) fn into_tensors(self) -> TensorSet {
+        self.tensors
+    }
+
     /// Shape and little-endian f32 bytes of a parameter or of an `optimizer.KIND.NAME` entry.
     ///
     /// # Errors

@@ -55,12 +55,6 @@ pub enum BrokerError {
     /// The job store is unusable.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Another broker has the state directory.
-    #[error("state directory {path} is in use by another broker, stop it or give another directory")]
-    Locked {
-        /// Which.
-        path: PathBuf,
-    },
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
@@ -120,7 +114,6 @@ impl BrokerError {
             | Self::UnknownJob { .. }
             | Self::JobState { .. } => true,
             Self::Store(_)
-            | Self::Locked { .. }
             | Self::Io { .. }
             | Self::Bind(_)
             | Self::Identity(_)
@@ -213,6 +206,12 @@ pub enum StoreError {
         path: PathBuf,
         /// The database's message.
         reason: String,
+    },
+    /// Another broker has it.
+    #[error("job store {path} is in use by another broker, stop it or give another --state")]
+    InUse {
+        /// Its file.
+        path: PathBuf,
     },
     /// It was written by another version.
     #[error("job store {path} has schema version {got}, this build reads version {expected}: use a newer release")]

@@ -1,1 +1,23 @@
-//! Admits, plans, watches, records, shows
+//! Admits, plans, watches, records, shows.
+//!
+//! Decisions live in `core`, a state machine without sockets, files or clock; `server` is the shell around it. The
+//! rest reads and writes what a broker keeps: models, checkpoints, run directories, the store of jobs.
+
+mod checkpoint;
+mod core;
+mod error;
+mod metrics;
+mod model;
+mod report;
+mod run_dir;
+mod server;
+mod store;
+#[cfg(test)]
+mod testing;
+
+pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
+pub use error::{BrokerError, CheckpointError, StoreError};
+pub use model::{LoadedModel, load_model, load_model_dir};
+pub use report::RunReport;
+pub use run_dir::{PlacementFile, StageSummary, default_run_dir, write_atomic};
+pub use server::{Broker, BrokerConfig, JobEvents, Submitted};

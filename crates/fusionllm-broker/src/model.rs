@@ -13,6 +13,8 @@ use crate::checkpoint::TensorSet;
 pub struct LoadedModel {
     /// The OP-DAG.
     pub dag: OpDag,
+    /// Its sizes, if it is a GPT-2 by name or from a Hugging Face directory.
+    pub config: Option<Gpt2Config>,
     /// A safetensors file with its parameters, if it has been trained before.
     pub weights: Option<PathBuf>,
 }
@@ -27,7 +29,7 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
         Some(path) => {
             let text = std::fs::read_to_string(path).map_err(|e| model_error(path, format!("not readable: {e}")))?;
             let dag = OpDag::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
-            LoadedModel { dag, weights: None }
+            LoadedModel { dag, config: None, weights: None }
         }
         None => {
             let name = spec.model.name.clone().unwrap_or_default();
@@ -36,7 +38,7 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
                 return Err(model_error(Path::new(&name), "not a model known by name".to_owned()));
             };
             let dag = gpt2(&config, spec.data.seq_len).map_err(|source| graph_error(&name, source))?;
-            LoadedModel { dag, weights: None }
+            LoadedModel { dag, config: Some(config), weights: None }
         }
     };
     check_trainable(&model.dag, spec)?;
@@ -62,19 +64,38 @@ pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerE
 }
 
 fn from_folder(folder: &Path, spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
+    let mut config = read_config(folder)?;
+    config.dropout = spec.model.dropout;
+    load_folder(folder, config, spec.data.seq_len)
+}
+
+/// Reads a Hugging Face directory of a GPT-2, as a model for its longest sequences.
+///
+/// # Errors
+/// [`BrokerError`] that names the file; each is bad input.
+pub fn load_model_dir(folder: &Path) -> Result<LoadedModel, BrokerError> {
+    let mut config = read_config(folder)?;
+    config.dropout = 0.0;
+    let seq_len = config.n_positions;
+    load_folder(folder, config, seq_len)
+}
+
+fn read_config(folder: &Path) -> Result<Gpt2Config, BrokerError> {
     let path = folder.join("config.json");
     let text = std::fs::read_to_string(&path)
         .map_err(|e| model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a GPT-2")))?;
-    let mut config = Gpt2Config::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
-    config.dropout = spec.model.dropout;
-    let dag =
-        gpt2(&config, spec.data.seq_len).map_err(|source| graph_error(&path.display().to_string(), source))?;
+    Gpt2Config::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))
+}
+
+fn load_folder(folder: &Path, config: Gpt2Config, seq_len: usize) -> Result<LoadedModel, BrokerError> {
+    let path = folder.join("config.json");
+    let dag = gpt2(&config, seq_len).map_err(|source| graph_error(&path.display().to_string(), source))?;
     let weights = folder.join("model.safetensors");
     let weights = weights.is_file().then_some(weights);
     if let Some(weights) = &weights {
         TensorSet::of_hugging_face(weights, &dag)?;
     }
-    Ok(LoadedModel { dag, weights })
+    Ok(LoadedModel { dag, config: Some(config), weights })
 }
 
 fn model_error(path: &Path, reason: String) -> BrokerError {

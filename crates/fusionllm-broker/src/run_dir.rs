@@ -129,6 +129,15 @@ impl RunDir {
     }
 }
 
+/// Where a run goes that was given no directory: `RUNS/NAME-YYYYMMDD-HHMMSS`, in UTC.
+pub fn default_run_dir(runs: &Path, name: &str, now: std::time::SystemTime) -> PathBuf {
+    let now = time::OffsetDateTime::from(now);
+    let (date, time) = (now.date(), now.time());
+    let (year, month, day) = (date.year(), u8::from(date.month()), date.day());
+    let (hour, minute, second) = (time.hour(), time.minute(), time.second());
+    runs.join(format!("{name}-{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}"))
+}
+
 /// Whether nothing would be overwritten there.
 pub(crate) fn is_free(path: &Path) -> bool {
     std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.next().is_none())
@@ -139,7 +148,10 @@ pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
 }
 
 /// Writes a whole file or nothing: temporary name beside it, sync, rename, sync of the folder.
-pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
+///
+/// # Errors
+/// [`BrokerError::Io`] that names the file.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
     write_atomic_with_mode(path, bytes, None)
 }
 
@@ -205,6 +217,12 @@ mod tests {
         let path = folder.path().join("ticket");
         write_private(&path, b"x").unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_run_directory_has_name_and_time() {
+        let at = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+        assert_eq!(default_run_dir(Path::new("runs"), "x", at), Path::new("runs/x-20231114-221320"));
     }
 
     #[test]

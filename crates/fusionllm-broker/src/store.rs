@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{Generation, JobId, JobSpec, JobState, JobSummary};
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use crate::StoreError;
@@ -17,26 +17,26 @@ const SCHEMA_VERSION: u64 = 1;
 
 /// What the broker remembers of a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct JobRecord {
+pub(crate) struct JobRecord {
     /// Its id.
-    pub job: JobId,
+    pub(crate) job: JobId,
     /// The job, paths absolute.
-    pub spec: JobSpec,
+    pub(crate) spec: JobSpec,
     /// Its state.
-    pub state: JobState,
+    pub(crate) state: JobState,
     /// Updates done.
-    pub step: u64,
+    pub(crate) step: u64,
     /// Last training loss.
-    pub loss: Option<f64>,
+    pub(crate) loss: Option<f64>,
     /// Its run directory; made when the job is placed.
-    pub run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
     /// Number of its last placement; 0 before the first.
-    pub generation: Generation,
+    pub(crate) generation: Generation,
 }
 
 impl JobRecord {
     /// As a line of a status report.
-    pub fn summary(&self) -> JobSummary {
+    pub(crate) fn summary(&self) -> JobSummary {
         JobSummary {
             job: self.job,
             name: self.spec.name.clone(),
@@ -60,7 +60,10 @@ impl Store {
     /// Opens the store, or makes an empty one.
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |reason: String| StoreError::Database { path: path.to_owned(), reason };
-        let database = Database::create(path).map_err(|e| fail(e.to_string()))?;
+        let database = Database::create(path).map_err(|e| match e {
+            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+            other => fail(other.to_string()),
+        })?;
         let store = Self { path: path.to_owned(), database };
         store.check_version()?;
         Ok(store)

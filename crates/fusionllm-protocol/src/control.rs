@@ -164,8 +164,6 @@ pub enum FromCompNode {
     },
     /// Still alive; sent every few seconds.
     Heartbeat,
-    /// The CompNode ends of its own will.
-    Leaving,
 }
 
 /// What a CompNode reports of one step.

@@ -63,3 +63,14 @@ pub enum JobEvent {
         path: String,
     },
 }
+
+impl JobEvent {
+    /// The job it is about.
+    pub fn job(&self) -> JobId {
+        match self {
+            Self::State { job, .. } | Self::Data { job, .. } | Self::Step { job, .. } | Self::Checkpoint { job, .. } => {
+                *job
+            }
+        }
+    }
+}

@@ -67,6 +67,8 @@ pub struct DataSpec {
     pub seq_len: usize,
     /// Token ids and labels never leave the data owner.
     pub private: bool,
+    /// Name of the CompNode that has the files; if not given, the first one that joined.
+    pub owner: Option<String>,
     /// Share of the text, at its end, that is held out.
     pub eval_fraction: f64,
 }

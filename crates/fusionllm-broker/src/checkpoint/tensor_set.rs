@@ -91,7 +91,7 @@ impl TensorSet {
         });
         let mut names: Vec<String> = with_state.collect();
         // Readers want tensors aligned: the widest elements first.
-        let width = |name: &String| self.find(name).ok().and_then(|(f, s)| Some(f.info(s)?.dtype)).map(Dtype::bitsize);
+        let width = |name: &String| self.find(name).ok().and_then(|(f, s)| Some(f.info(s)?.dtype)).map(|t| t.bitsize());
         names.sort_by_key(|name| std::cmp::Reverse(width(name)));
         let mut header = serde_json::Map::new();
         let mut offset = 0;

@@ -16,6 +16,7 @@ use crate::CompNodeError;
 use crate::checkpoint::write_shard;
 use crate::executor::NamedTensor;
 use crate::links::{JobLinks, NetworkExchange};
+use crate::mailbox::Mailbox;
 use crate::task_loop::{JobSink, TaskLoop};
 
 /// The job at hand.
@@ -73,12 +74,13 @@ impl RunningJob {
         let uploads = tokio::spawn(upload_shards(broker, key, node, shard_queue));
         let (done, ended) = oneshot::channel();
         let exchange_links = Arc::clone(&links);
+        let mailbox = Arc::clone(&links.mailbox);
         let reports = events.clone();
         let compute = move || {
             let exchange = NetworkExchange::new(exchange_links, runtime);
             let Prepared { plan, executor, batches, .. } = prepared;
             let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
-            let mut sink = NodeSink { key, events: reports, shards };
+            let mut sink = NodeSink { key, events: reports, shards, mailbox };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
             let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
                 Err(CompNodeError::ComputeThread { reason: panic_message(panic.as_ref()) })
@@ -107,10 +109,15 @@ struct NodeSink {
     key: JobKey,
     events: mpsc::Sender<NodeEvent>,
     shards: mpsc::Sender<(u64, Vec<NamedTensor>)>,
+    mailbox: Arc<Mailbox>,
 }
 
 impl JobSink for NodeSink {
     fn step(&mut self, report: StepReport) -> Result<(), CompNodeError> {
+        // A CompNode without peers would not notice otherwise that its job was dropped.
+        if let Some(error) = self.mailbox.closed() {
+            return Err(error.into());
+        }
         let message = FromCompNode::Step { job: self.key.job, generation: self.key.generation, report };
         let sent = self.events.blocking_send(NodeEvent::Tell(Box::new(message)));
         sent.map_err(|_| CompNodeError::Broker { reason: "the connection is gone".to_owned() })

@@ -17,6 +17,7 @@ const KEYS: &[(&str, &str)] = &[
     ("data", "tokenizer"),
     ("data", "seq_len"),
     ("data", "private"),
+    ("data", "owner"),
     ("data", "eval_fraction"),
     ("train", "steps"),
     ("train", "batch"),

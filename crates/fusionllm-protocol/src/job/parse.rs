@@ -63,6 +63,7 @@ fn data(s: &Section<'_>) -> Result<DataSpec, JobError> {
         tokenizer: s.text("tokenizer")?.unwrap_or_else(|| "bytes".to_owned()),
         seq_len: s.integer("seq_len")?.unwrap_or(128),
         private: s.flag("private")?,
+        owner: s.text("owner")?,
         eval_fraction: s.real("eval_fraction", 0.1)?,
     })
 }

@@ -51,6 +51,7 @@ format = "text"
 tokenizer = "tok.json"
 seq_len = 32
 private = true
+owner = "office"
 eval_fraction = 0.2
 [train]
 steps = 7

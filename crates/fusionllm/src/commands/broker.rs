@@ -12,7 +12,6 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         advertise: args.advertise,
         state_dir: state_dir(args.state.as_deref())?,
         runs_dir: args.runs,
-        secret: None,
     };
     let broker = Broker::start(config).await.map_err(super::train::broker_error)?;
     let ticket = broker.ticket().to_string();

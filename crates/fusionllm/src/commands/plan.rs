@@ -1,7 +1,6 @@
 //! `fusionllm plan`
 
-use anyhow::Context;
-use fusionllm_broker::load_model;
+use fusionllm_broker::{load_model, write_atomic};
 use fusionllm_planner::{Cluster, place};
 use serde_json::json;
 
@@ -19,10 +18,10 @@ pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
     let count = args.compnodes.or(spec.placement.compnodes).unwrap_or(DEFAULT_COMPNODES);
     let placement = place(dag, &Cluster::uniform(count as usize), &spec.placement_spec()).map_err(bad_input)?;
     if let Some(path) = &args.write_graph {
-        std::fs::write(path, dag.to_json()).with_context(|| path.display().to_string())?;
+        write_atomic(path, dag.to_json().as_bytes())?;
     }
     if let Some(path) = &args.write_dot {
-        std::fs::write(path, dag.to_dot()).with_context(|| path.display().to_string())?;
+        write_atomic(path, dag.to_dot().as_bytes())?;
     }
     let micro_batch_size = spec.micro_batch_size() as usize;
     if args.json {

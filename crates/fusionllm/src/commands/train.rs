@@ -1,19 +1,18 @@
 //! `fusionllm train`: the main job, all on this machine.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use anyhow::Context;
-use fusionllm_broker::{Broker, BrokerConfig, BrokerError, RunReport, load_model, open_checkpoint};
+use fusionllm_broker::{Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, open_checkpoint};
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobSpec};
-use tokio::sync::broadcast::error::RecvError;
 
 use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
 use crate::exit::bad_input;
 use crate::local::LocalCompNodes;
-use crate::paths::default_run_dir;
 use crate::progress::Progress;
 use crate::render;
 
@@ -39,7 +38,6 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
         advertise: Vec::new(),
         state_dir: state.path().to_owned(),
         runs_dir: PathBuf::from("runs"),
-        secret: None,
     };
     let broker = Broker::start(config).await.map_err(broker_error)?;
     let result = train(&args, &checked, &broker).await;
@@ -78,7 +76,7 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
     let run_dir = match (&args.out, resumed_dir) {
         (Some(out), _) => out.clone(),
         (None, Some(dir)) => dir,
-        (None, None) => default_run_dir(Path::new("runs"), &spec.name),
+        (None, None) => default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()),
     };
     if from.is_none() && run_dir.join("metrics.jsonl").exists() {
         let hint = "give another --out, or go on with it by --resume";
@@ -104,35 +102,27 @@ async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow:
 
 /// Submits the job and follows it to its end. Ctrl-C stops it.
 async fn run_job(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow::Result<RunReport> {
-    let mut events = broker.subscribe();
     let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
-    let job = match &checked.from {
+    let submitted = match &checked.from {
         Some(checkpoint) => broker.resume_from(spec, checkpoint.clone(), run_dir).await,
         None => broker.submit(spec, Some(run_dir)).await,
     };
-    let job = job.map_err(broker_error)?;
+    let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
     loop {
         let event = tokio::select! {
-            event = events.recv() => event,
+            event = events.next() => event.context("the broker ended before the job")?,
             () = super::follow::interrupted() => {
                 broker.stop(job).await.map_err(broker_error)?;
                 continue;
             }
         };
-        match event {
-            Ok(event) => {
-                progress.event(&event)?;
-                if let JobEvent::State { state, .. } = &event
-                    && state.is_final()
-                {
-                    super::follow::outcome(state)?;
-                    return broker.report(job).await.map_err(broker_error);
-                }
-            }
-            // The bar may skip a few steps; metrics.jsonl has them all.
-            Err(RecvError::Lagged(_)) => {}
-            Err(RecvError::Closed) => anyhow::bail!("the broker ended before the job"),
+        progress.event(&event)?;
+        if let JobEvent::State { state, .. } = &event
+            && state.is_final()
+        {
+            super::follow::outcome(state)?;
+            return broker.report(job).await.map_err(broker_error);
         }
     }
 }

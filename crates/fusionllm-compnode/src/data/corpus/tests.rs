@@ -11,6 +11,7 @@ fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
         tokenizer: "bytes".to_owned(),
         seq_len,
         private: false,
+        owner: None,
         eval_fraction: 0.25,
     }
 }

@@ -1,0 +1,575 @@
+//! The broker's decisions: a state machine without sockets, files or clock.
+//!
+//! Everything that happens is a [`CoreEvent`]; everything that follows is an [`Action`] for the shell in
+//! [`crate::server`]. So every order of events can be tried in a test.
+
+mod registry;
+mod run;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::{Cluster, NodeIndex, Placement, place};
+use fusionllm_protocol::{
+    Assignment, BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec,
+    JobState, PeerRecord, StatusReport, StepMetrics, WeightSource,
+};
+
+use crate::BrokerError;
+use crate::checkpoint::{FinishSpec, StoredShard, TensorSet};
+use crate::run_dir::PlacementFile;
+use crate::store::JobRecord;
+use registry::Registry;
+use run::Run;
+
+/// A CompNode that sends no heartbeat for this long is lost.
+pub(crate) const LEASE: Duration = Duration::from_secs(15);
+/// A job's progress is written to the store at most this often.
+const PERSIST_EVERY: Duration = Duration::from_secs(5);
+
+/// One connection of a CompNode. A CompNode that comes back has another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ConnectionId(pub(crate) u64);
+
+/// A placement of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct RunKey {
+    pub(crate) job: JobId,
+    pub(crate) generation: Generation,
+}
+
+/// A CompNode that wants to join.
+#[derive(Clone, Debug)]
+pub(crate) struct Joining {
+    pub(crate) name: String,
+    pub(crate) id: String,
+    pub(crate) device: String,
+    pub(crate) addr: PeerRecord,
+}
+
+/// What a job starts from.
+#[derive(Clone, Debug)]
+pub(crate) struct StartPoint {
+    pub(crate) dag: Arc<OpDag>,
+    /// The OP-DAG's JSON form.
+    pub(crate) graph: String,
+    /// Parameters, and optimizer state if they come from a checkpoint; nothing: from the job's seed.
+    pub(crate) weights: Option<Arc<TensorSet>>,
+    /// Updates already done.
+    pub(crate) step: u64,
+}
+
+/// Something happened.
+#[derive(Debug)]
+pub(crate) enum CoreEvent {
+    /// A CompNode's connection ended.
+    Left { connection: ConnectionId, reason: String },
+    /// A CompNode says something.
+    Said { connection: ConnectionId, message: FromCompNode },
+    /// A shard lies in its partial folder.
+    ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
+    /// A checkpoint is whole.
+    CheckpointFinished { key: RunKey, step: u64, path: PathBuf },
+    /// The broker itself cannot go on with a job.
+    RunFailed { key: RunKey, reason: String },
+    /// Time passes.
+    Tick,
+}
+
+/// Something to do, in this order.
+#[derive(Debug)]
+pub(crate) enum Action {
+    /// Tell a CompNode.
+    Send { to: ConnectionId, message: FromBroker },
+    /// Send these parameters to a CompNode.
+    SendWeights { to: ConnectionId, key: RunKey, params: Vec<String>, from: Arc<TensorSet> },
+    /// End the connection.
+    Disconnect { to: ConnectionId, reason: String },
+    /// Make or take over the run directory.
+    OpenRun(Box<OpenRun>),
+    /// Write what the data owner found.
+    WriteData { key: RunKey, run_dir: PathBuf, data: DataReport },
+    /// Append a line to the metrics.
+    AppendMetrics { key: RunKey, metrics: StepMetrics },
+    /// All shards are there: check them and show the checkpoint.
+    FinishCheckpoint { key: RunKey, spec: Box<FinishSpec> },
+    /// Write the report.
+    WriteReport { record: Box<JobRecord> },
+    /// Remember the job.
+    Persist(Box<JobRecord>),
+    /// Tell whoever follows.
+    Emit(JobEvent),
+}
+
+/// What a run directory holds from the start.
+#[derive(Debug)]
+pub(crate) struct OpenRun {
+    pub(crate) key: RunKey,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) spec: JobSpec,
+    pub(crate) graph: String,
+    pub(crate) placement: PlacementFile,
+    pub(crate) start_step: u64,
+}
+
+/// A job that is known.
+#[derive(Debug)]
+struct Job {
+    record: JobRecord,
+    /// Not known after a restart; a resume brings it.
+    start: Option<StartPoint>,
+    run: Option<Run>,
+    persisted: Duration,
+}
+
+/// The whole state.
+#[derive(Debug, Default)]
+pub(crate) struct Core {
+    compnodes: Registry,
+    jobs: BTreeMap<JobId, Job>,
+}
+
+impl Core {
+    /// The state after a start: jobs that were at work have failed. Gives what must be remembered of that.
+    pub(crate) fn restore(records: Vec<JobRecord>) -> (Self, Vec<Action>) {
+        let mut core = Self::default();
+        let mut actions = Vec::new();
+        for mut record in records {
+            if !record.state.is_final() {
+                let reason = format!("the broker restarted at step {}; {}", record.step, resume_hint(record.job));
+                record.state = JobState::Failed { reason, bad_input: false };
+                actions.push(Action::Persist(Box::new(record.clone())));
+            }
+            core.jobs.insert(record.job, Job { record, start: None, run: None, persisted: Duration::ZERO });
+        }
+        (core, actions)
+    }
+
+    /// A CompNode joins. Gives its name here.
+    pub(crate) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> (String, Vec<Action>) {
+        let name = self.compnodes.join(connection, joining, now);
+        (name, self.schedule(now))
+    }
+
+    /// A new job.
+    pub(crate) fn submit(
+        &mut self,
+        spec: JobSpec,
+        start: StartPoint,
+        run_dir: PathBuf,
+        now: Duration,
+    ) -> Result<(JobId, Vec<Action>), BrokerError> {
+        self.check(&spec, &start)?;
+        let job = JobId(self.jobs.keys().next_back().map_or(1, |last| last.0 + 1));
+        let record = JobRecord {
+            job,
+            spec,
+            state: JobState::Waiting { reason: String::new() },
+            step: start.step,
+            loss: None,
+            run_dir,
+            generation: Generation(0),
+        };
+        self.jobs.insert(job, Job { record, start: Some(start), run: None, persisted: now });
+        let mut actions = self.set_state(job, JobState::Waiting { reason: "its turn has not come".to_owned() });
+        actions.extend(self.schedule(now));
+        Ok((job, actions))
+    }
+
+    /// Goes on with a stopped or failed job.
+    pub(crate) fn resume(&mut self, job: JobId, start: StartPoint, now: Duration) -> Result<Vec<Action>, BrokerError> {
+        let record = self.record(job)?;
+        if !matches!(record.state, JobState::Failed { .. } | JobState::Stopped) {
+            let state = state_words(&record.state);
+            return Err(BrokerError::JobState { job, state, expected: "a stopped or failed job" });
+        }
+        let spec = record.spec.clone();
+        self.check(&spec, &start)?;
+        if let Some(known) = self.jobs.get_mut(&job) {
+            known.record.step = start.step;
+            known.start = Some(start);
+        }
+        let mut actions = self.set_state(job, JobState::Waiting { reason: "its turn has not come".to_owned() });
+        actions.extend(self.schedule(now));
+        Ok(actions)
+    }
+
+    /// Stops a job that has not ended.
+    pub(crate) fn stop(&mut self, job: JobId, now: Duration) -> Result<Vec<Action>, BrokerError> {
+        let record = self.record(job)?;
+        if record.state.is_final() {
+            let state = state_words(&record.state);
+            return Err(BrokerError::JobState { job, state, expected: "a job that has not ended" });
+        }
+        let mut actions = self.end(job, JobState::Stopped, "the job was stopped");
+        actions.extend(self.schedule(now));
+        Ok(actions)
+    }
+
+    /// Whether the job could ever be placed.
+    fn check(&self, spec: &JobSpec, start: &StartPoint) -> Result<(), BrokerError> {
+        if start.step >= spec.train.steps {
+            let path = PathBuf::from(&spec.name);
+            return Err(BrokerError::NothingLeft { path, step: start.step, steps: spec.train.steps });
+        }
+        let count = least_compnodes(spec);
+        place(&start.dag, &Cluster::uniform(count), &spec.placement_spec())?;
+        Ok(())
+    }
+
+    /// What is known of a job.
+    pub(crate) fn record(&self, job: JobId) -> Result<&JobRecord, BrokerError> {
+        self.jobs.get(&job).map(|j| &j.record).ok_or(BrokerError::UnknownJob { job })
+    }
+
+    /// Whether another job writes there.
+    pub(crate) fn uses_run_dir(&self, path: &std::path::Path) -> bool {
+        self.jobs.values().any(|job| job.record.run_dir == path)
+    }
+
+    /// Jobs and CompNodes.
+    pub(crate) fn status(&self) -> StatusReport {
+        StatusReport {
+            jobs: self.jobs.values().map(|job| job.record.summary()).collect(),
+            compnodes: self.compnodes.summaries(),
+        }
+    }
+
+    /// Where a shard that a CompNode offers is to be written: the checkpoint folder of its job. Nothing if it is not
+    /// wanted.
+    pub(crate) fn shard_folder(&self, connection: ConnectionId, header: &BlobHeader) -> Option<PathBuf> {
+        let BlobKind::Shard { step, node } = header.kind else { return None };
+        let job = self.jobs.get(&header.job)?;
+        let run = job.run.as_ref().filter(|run| run.key.generation == header.generation)?;
+        run.wants_shard(connection, node, step).then(|| run.checkpoints.clone())
+    }
+
+    /// Everything else that happens.
+    pub(crate) fn handle(&mut self, event: CoreEvent, now: Duration) -> Vec<Action> {
+        match event {
+            CoreEvent::Left { connection, reason } => self.left(connection, &reason, now),
+            CoreEvent::Said { connection, message } => self.said(connection, message, now),
+            CoreEvent::ShardStored { key, step, node, shard } => match self.run_mut(key) {
+                Some(run) => {
+                    run.shard_stored(step, node, shard);
+                    self.advance(key, now)
+                }
+                None => Vec::new(),
+            },
+            CoreEvent::CheckpointFinished { key, step, path } => match self.run_mut(key) {
+                Some(run) => {
+                    run.checkpoint_finished(step);
+                    let path = path.display().to_string();
+                    let mut actions = vec![Action::Emit(JobEvent::Checkpoint { job: key.job, step, path })];
+                    actions.extend(self.advance(key, now));
+                    actions
+                }
+                None => Vec::new(),
+            },
+            CoreEvent::RunFailed { key, reason } => self.fail(key, reason, false, now),
+            CoreEvent::Tick => {
+                let silent = self.compnodes.silent_since(now.saturating_sub(LEASE));
+                let mut actions = Vec::new();
+                for connection in silent {
+                    let reason = format!("no heartbeat for {} s", LEASE.as_secs());
+                    actions.push(Action::Disconnect { to: connection, reason: reason.clone() });
+                    actions.extend(self.left(connection, &reason, now));
+                }
+                actions
+            }
+        }
+    }
+
+    fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {
+        let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
+        let Some(key) = gone.run else { return Vec::new() };
+        let step = self.jobs.get(&key.job).map_or(0, |job| job.record.step);
+        let hint = resume_hint(key.job);
+        let reason = format!("CompNode `{}` vanished after step {step}: {reason}; {hint}", gone.name);
+        self.fail(key, reason, false, now)
+    }
+
+    fn said(&mut self, connection: ConnectionId, message: FromCompNode, now: Duration) -> Vec<Action> {
+        if !self.compnodes.seen(connection, now) {
+            return Vec::new();
+        }
+        match message {
+            FromCompNode::Heartbeat => vec![Action::Send { to: connection, message: FromBroker::HeartbeatAck }],
+            FromCompNode::Ready { job, generation, data } => self.ready(RunKey { job, generation }, connection, data, now),
+            FromCompNode::Step { job, generation, report } => {
+                let key = RunKey { job, generation };
+                let Some(run) = self.run_mut(key) else { return Vec::new() };
+                match run.step_reported(connection, report) {
+                    Ok(()) => self.advance(key, now),
+                    Err(reason) => self.fail(key, reason, false, now),
+                }
+            }
+            FromCompNode::Finished { job, generation } => {
+                let key = RunKey { job, generation };
+                let Some(run) = self.run_mut(key) else { return Vec::new() };
+                run.finished(connection);
+                self.advance(key, now)
+            }
+            FromCompNode::Failed { job, generation, reason, bad_input } => {
+                let key = RunKey { job, generation };
+                if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
+                    return Vec::new();
+                }
+                let name = self.compnodes.name(connection);
+                // What is wrong with the input is wrong on every machine.
+                let reason = if bad_input { reason } else { format!("CompNode `{name}`: {reason}") };
+                self.fail(key, reason, bad_input, now)
+            }
+        }
+    }
+
+    fn ready(
+        &mut self,
+        key: RunKey,
+        connection: ConnectionId,
+        data: Option<DataReport>,
+        now: Duration,
+    ) -> Vec<Action> {
+        let run_dir = self.jobs.get(&key.job).map(|j| j.record.run_dir.clone()).unwrap_or_default();
+        let Some(run) = self.run_mut(key).filter(|run| run.node_of(connection).is_some()) else { return Vec::new() };
+        let mut actions = Vec::new();
+        if let Some(data) = data {
+            actions.push(Action::WriteData { key, run_dir, data: data.clone() });
+            actions.push(Action::Emit(JobEvent::Data { job: key.job, data }));
+        }
+        if run.ready(connection) {
+            let RunKey { job, generation } = key;
+            let start = |&to| Action::Send { to, message: FromBroker::Start { job, generation } };
+            actions.extend(run.members.iter().map(start));
+            actions.extend(self.set_state(key.job, JobState::Running));
+            if let Some(job) = self.jobs.get_mut(&key.job) {
+                job.persisted = now;
+            }
+        }
+        actions
+    }
+
+    /// After a report: what is complete now?
+    fn advance(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let Some(run) = job.run.as_mut() else { return Vec::new() };
+        let mut actions = Vec::new();
+        while let Some(metrics) = run.next_step() {
+            if !metrics.loss.is_finite() {
+                let (step, lr) = (metrics.step, metrics.lr);
+                let reason = format!(
+                    "the loss is {} at step {step} (learning rate {lr:.2e}): lower train.lr or raise train.warmup",
+                    metrics.loss
+                );
+                return actions.into_iter().chain(self.fail(key, reason, false, now)).collect();
+            }
+            job.record.step = metrics.step;
+            job.record.loss = Some(metrics.loss);
+            actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
+            actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));
+            if now.saturating_sub(job.persisted) >= PERSIST_EVERY {
+                job.persisted = now;
+                actions.push(Action::Persist(Box::new(job.record.clone())));
+            }
+        }
+        for (step, shards) in run.whole_checkpoints() {
+            let spec = FinishSpec {
+                folder: run.checkpoints.clone(),
+                generation: key.generation,
+                step,
+                loss: run.loss_of(step),
+                spec: job.record.spec.clone(),
+                dag: Arc::clone(&run.dag),
+                shards,
+            };
+            actions.push(Action::FinishCheckpoint { key, spec: Box::new(spec) });
+        }
+        if run.is_done() {
+            actions.extend(self.end(key.job, JobState::Done, "the job is done"));
+            actions.extend(self.schedule(now));
+        }
+        actions
+    }
+
+    fn fail(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
+        if self.run_mut(key).is_none() {
+            return Vec::new();
+        }
+        let mut actions = self.end(key.job, JobState::Failed { reason: reason.clone(), bad_input }, &reason);
+        actions.extend(self.schedule(now));
+        actions
+    }
+
+    /// Ends a job: its CompNodes are free again.
+    fn end(&mut self, job: JobId, state: JobState, reason: &str) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(run) = self.jobs.get_mut(&job).and_then(|j| j.run.take()) {
+            let RunKey { job, generation } = run.key;
+            for &to in &run.members {
+                let still_here = self.compnodes.release(to);
+                if still_here && state != JobState::Done {
+                    let message = FromBroker::Abort { job, generation, reason: reason.to_owned() };
+                    actions.push(Action::Send { to, message });
+                }
+            }
+        }
+        let opened = self.jobs.get(&job).is_some_and(|j| j.record.generation > Generation(0));
+        if let Some(known) = self.jobs.get_mut(&job) {
+            known.record.state = state.clone();
+            if opened {
+                actions.push(Action::WriteReport { record: Box::new(known.record.clone()) });
+            }
+        }
+        actions.extend(self.set_state(job, state));
+        actions
+    }
+
+    fn set_state(&mut self, job: JobId, state: JobState) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
+        known.record.state = state.clone();
+        vec![Action::Persist(Box::new(known.record.clone())), Action::Emit(JobEvent::State { job, state })]
+    }
+
+    fn run_mut(&mut self, key: RunKey) -> Option<&mut Run> {
+        self.jobs.get_mut(&key.job)?.run.as_mut().filter(|run| run.key == key)
+    }
+
+    /// Gives waiting jobs, oldest first, the CompNodes they need. A job that must wait holds back those behind it.
+    fn schedule(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. });
+        let waiting: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_waiting(job)).map(|(&id, _)| id).collect();
+        for job in waiting {
+            match self.choose(job) {
+                Ok(members) => actions.extend(self.assign(job, members, now)),
+                Err(reason) => {
+                    let state = JobState::Waiting { reason };
+                    if self.jobs.get(&job).is_some_and(|j| j.record.state != state) {
+                        actions.extend(self.set_state(job, state));
+                    }
+                    break;
+                }
+            }
+        }
+        actions
+    }
+
+    /// The CompNodes for a job, data owner first, or what it waits for.
+    fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
+        let Some(job) = self.jobs.get(&job) else { return Err("it is not known".to_owned()) };
+        let spec = &job.record.spec;
+        let mut idle = self.compnodes.idle();
+        if let Some(owner) = &spec.data.owner {
+            let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
+            let at = at.ok_or_else(|| format!("CompNode `{owner}`, the data's owner, is not idle"))?;
+            let owner = idle.remove(at);
+            idle.insert(0, owner);
+        }
+        let needed = least_compnodes(spec);
+        if idle.len() < needed {
+            return Err(format!("{} of {needed} CompNodes are idle", idle.len()));
+        }
+        if spec.placement.compnodes.is_some() || !spec.placement.stages.is_empty() {
+            idle.truncate(needed);
+        }
+        Ok(idle)
+    }
+
+    fn assign(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
+        let Some(start) = known.start.clone() else { return Vec::new() };
+        let spec = known.record.spec.clone();
+        let mut cluster = Cluster::uniform(members.len());
+        for (profile, &member) in cluster.compnodes.iter_mut().zip(&members) {
+            profile.name = self.compnodes.name(member);
+        }
+        let placement = match place(&start.dag, &cluster, &spec.placement_spec()) {
+            Ok(placement) => placement,
+            Err(error) => {
+                return self.end(job, JobState::Failed { reason: error.to_string(), bad_input: true }, "no placement");
+            }
+        };
+        known.record.generation = Generation(known.record.generation.0 + 1);
+        let key = RunKey { job, generation: known.record.generation };
+        let run_dir = known.record.run_dir.clone();
+        let checkpoints = crate::run_dir::RunDir::new(&run_dir).checkpoints(&spec);
+        for &member in &members {
+            self.compnodes.take(member, key);
+        }
+        let mut actions = vec![Action::OpenRun(Box::new(OpenRun {
+            key,
+            run_dir,
+            spec: spec.clone(),
+            graph: start.graph.clone(),
+            placement: PlacementFile::of(&placement, &start.dag, key.generation),
+            start_step: start.step,
+        }))];
+        actions.extend(self.assignments(key, &spec, &start, &placement, &members));
+        let run = Run::new(key, members, placement, &start, &spec, checkpoints);
+        if let Some(known) = self.jobs.get_mut(&job) {
+            known.run = Some(run);
+            known.persisted = now;
+        }
+        actions.extend(self.set_state(job, JobState::Preparing));
+        actions
+    }
+
+    fn assignments(
+        &self,
+        key: RunKey,
+        spec: &JobSpec,
+        start: &StartPoint,
+        placement: &Placement,
+        members: &[ConnectionId],
+    ) -> Vec<Action> {
+        let peers: Vec<PeerRecord> = members.iter().map(|&m| self.compnodes.addr(m)).collect();
+        let mut actions = Vec::new();
+        for (node, &to) in (0..).map(NodeIndex).zip(members) {
+            let weights = start.weights.as_ref().map_or(WeightSource::Seed(spec.train.seed), |_| WeightSource::Broker);
+            let assignment = Assignment {
+                job: key.job,
+                generation: key.generation,
+                node,
+                spec: spec.clone(),
+                graph: start.graph.clone(),
+                placement: placement.clone(),
+                peers: peers.clone(),
+                start_step: start.step,
+                weights,
+            };
+            actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
+            if let Some(from) = &start.weights {
+                let params = run::param_names(&start.dag, placement, node);
+                actions.push(Action::SendWeights { to, key, params, from: Arc::clone(from) });
+            }
+        }
+        actions
+    }
+}
+
+/// How many CompNodes a job needs at least.
+fn least_compnodes(spec: &JobSpec) -> usize {
+    let listed = spec.placement.stages.iter().map(|s| s.compnode as usize + 1).max().unwrap_or(1);
+    spec.placement.compnodes.map_or(listed, |n| n as usize)
+}
+
+fn resume_hint(job: JobId) -> String {
+    format!("`fusionllm resume {}` goes on from the last checkpoint", job.0)
+}
+
+fn state_words(state: &JobState) -> &'static str {
+    match state {
+        JobState::Waiting { .. } => "is waiting",
+        JobState::Preparing => "is being prepared",
+        JobState::Running => "is running",
+        JobState::Done => "is done",
+        JobState::Failed { .. } => "has failed",
+        JobState::Stopped => "is stopped",
+    }
+}
+
+#[cfg(test)]
+mod tests;

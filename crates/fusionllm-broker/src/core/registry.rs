@@ -1,0 +1,82 @@
+//! Who has joined, and who works on what.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use fusionllm_protocol::{CompNodeSummary, PeerRecord};
+
+use super::{ConnectionId, Joining, RunKey};
+
+/// A CompNode that is connected.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) name: String,
+    pub(super) run: Option<RunKey>,
+    id: String,
+    device: String,
+    addr: PeerRecord,
+    last_seen: Duration,
+}
+
+/// All of them, by connection and thus in the order in which they joined.
+#[derive(Debug, Default)]
+pub(super) struct Registry(BTreeMap<ConnectionId, Member>);
+
+impl Registry {
+    /// Adds a CompNode under its name, or if that is taken, under one with a number. Gives the name.
+    pub(super) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> String {
+        let Joining { name: wanted, id, device, addr } = joining;
+        let is_free = |name: &String| self.0.values().all(|m| m.name != *name);
+        let numbered = (2..).map(|n| format!("{wanted}-{n}"));
+        let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or(wanted);
+        self.0.insert(connection, Member { name: name.clone(), run: None, id, device, addr, last_seen: now });
+        name
+    }
+
+    pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<Member> {
+        self.0.remove(&connection)
+    }
+
+    /// A sign of life. Whether the CompNode is known.
+    pub(super) fn seen(&mut self, connection: ConnectionId, now: Duration) -> bool {
+        self.0.get_mut(&connection).map(|m| m.last_seen = now).is_some()
+    }
+
+    pub(super) fn silent_since(&self, then: Duration) -> Vec<ConnectionId> {
+        self.0.iter().filter(|(_, m)| m.last_seen < then).map(|(&c, _)| c).collect()
+    }
+
+    pub(super) fn idle(&self) -> Vec<ConnectionId> {
+        self.0.iter().filter(|(_, m)| m.run.is_none()).map(|(&c, _)| c).collect()
+    }
+
+    pub(super) fn take(&mut self, connection: ConnectionId, run: RunKey) {
+        if let Some(member) = self.0.get_mut(&connection) {
+            member.run = Some(run);
+        }
+    }
+
+    /// Makes a CompNode idle. Whether it is still connected.
+    pub(super) fn release(&mut self, connection: ConnectionId) -> bool {
+        self.0.get_mut(&connection).map(|m| m.run = None).is_some()
+    }
+
+    pub(super) fn name(&self, connection: ConnectionId) -> String {
+        self.0.get(&connection).map_or_else(|| "unknown".to_owned(), |m| m.name.clone())
+    }
+
+    pub(super) fn addr(&self, connection: ConnectionId) -> PeerRecord {
+        let unknown = || PeerRecord { id: [0; 32], addrs: Vec::new() };
+        self.0.get(&connection).map_or_else(unknown, |m| m.addr.clone())
+    }
+
+    pub(super) fn summaries(&self) -> Vec<CompNodeSummary> {
+        let summary = |m: &Member| CompNodeSummary {
+            name: m.name.clone(),
+            id: m.id.clone(),
+            device: m.device.clone(),
+            job: m.run.map(|key| key.job),
+        };
+        self.0.values().map(summary).collect()
+    }
+}

@@ -1,0 +1,170 @@
+//! One placement of a job at work: who is ready, what was reported, which shards are there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_protocol::{JobSpec, StepMetrics, StepReport};
+
+use super::{ConnectionId, RunKey, StartPoint};
+use crate::checkpoint::StoredShard;
+
+/// Names of the parameters that a CompNode holds.
+pub(super) fn param_names(dag: &OpDag, placement: &Placement, node: NodeIndex) -> Vec<String> {
+    placement.params_of(dag, node).into_iter().map(|p| dag.param(p).name.clone()).collect()
+}
+
+/// A whole checkpoint: by CompNode its shard and the names of its parameters.
+type Shards = Vec<(StoredShard, Vec<String>)>;
+
+/// The state of one placement.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) key: RunKey,
+    /// In the placement's order.
+    pub(super) members: Vec<ConnectionId>,
+    pub(super) dag: Arc<OpDag>,
+    pub(super) checkpoints: PathBuf,
+    placement: Placement,
+    ready: BTreeSet<NodeIndex>,
+    finished: BTreeSet<NodeIndex>,
+    steps: u64,
+    tokens_per_step: u64,
+    /// Steps that every CompNode has reported.
+    merged: u64,
+    /// Checkpoints that are still to come, with the loss of their step once it is known.
+    due: BTreeMap<u64, Option<f64>>,
+    /// Checkpoints that are being checked and shown.
+    finishing: BTreeSet<u64>,
+    reports: BTreeMap<u64, BTreeMap<NodeIndex, StepReport>>,
+    shards: BTreeMap<u64, BTreeMap<NodeIndex, StoredShard>>,
+}
+
+impl Run {
+    pub(super) fn new(
+        key: RunKey,
+        members: Vec<ConnectionId>,
+        placement: Placement,
+        start: &StartPoint,
+        spec: &JobSpec,
+        checkpoints: PathBuf,
+    ) -> Self {
+        let steps = spec.train.steps;
+        let is_due = |step: &u64| *step == steps || step.is_multiple_of(spec.checkpoint.every);
+        Self {
+            key,
+            members,
+            dag: Arc::clone(&start.dag),
+            checkpoints,
+            due: (start.step + 1..=steps).filter(is_due).map(|step| (step, None)).collect(),
+            finishing: BTreeSet::new(),
+            placement,
+            ready: BTreeSet::new(),
+            finished: BTreeSet::new(),
+            steps,
+            tokens_per_step: spec.tokens_per_step(),
+            merged: start.step,
+            reports: BTreeMap::new(),
+            shards: BTreeMap::new(),
+        }
+    }
+
+    /// Which CompNode of the placement a connection is.
+    pub(super) fn node_of(&self, connection: ConnectionId) -> Option<NodeIndex> {
+        (0..).map(NodeIndex).zip(&self.members).find(|(_, m)| **m == connection).map(|(node, _)| node)
+    }
+
+    /// A CompNode is ready. Whether it was the last one.
+    pub(super) fn ready(&mut self, connection: ConnectionId) -> bool {
+        let is_new = self.node_of(connection).is_some_and(|node| self.ready.insert(node));
+        is_new && self.ready.len() == self.members.len()
+    }
+
+    pub(super) fn finished(&mut self, connection: ConnectionId) {
+        self.finished.extend(self.node_of(connection));
+    }
+
+    /// Takes a report in; each CompNode reports each step once and in order.
+    pub(super) fn step_reported(&mut self, connection: ConnectionId, report: StepReport) -> Result<(), String> {
+        let Some(node) = self.node_of(connection) else { return Ok(()) };
+        let step = report.step;
+        let is_known = self.reports.get(&step).is_some_and(|r| r.contains_key(&node));
+        if step <= self.merged || step > self.steps || is_known {
+            return Err(format!("CompNode {} reported step {step}, which was not due", node.0));
+        }
+        self.reports.entry(step).or_default().insert(node, report);
+        Ok(())
+    }
+
+    /// The next step that every CompNode has reported, as one.
+    pub(super) fn next_step(&mut self) -> Option<StepMetrics> {
+        let step = self.merged + 1;
+        if self.reports.get(&step)?.len() < self.members.len() {
+            return None;
+        }
+        let reports = self.reports.remove(&step)?;
+        self.merged = step;
+        let reports = || reports.values();
+        let metrics = StepMetrics {
+            step,
+            // Without a loss there is nothing to go by: not a number, and the job fails.
+            loss: reports().find_map(|r| r.loss).unwrap_or(f64::NAN),
+            tokens: self.tokens_per_step,
+            step_s: reports().map(|r| r.step_s).fold(0.0, f64::max),
+            lr: reports().map(|r| r.lr).fold(0.0, f64::max),
+            grad_norm: reports().find_map(|r| r.grad_norm),
+            eval_loss: reports().find_map(|r| r.eval_loss),
+            links: reports().flat_map(|r| r.links.iter().cloned()).collect(),
+        };
+        if let Some(loss) = self.due.get_mut(&step) {
+            *loss = Some(metrics.loss);
+        }
+        Some(metrics)
+    }
+
+    /// Training loss of a step after which a checkpoint is still to come.
+    pub(super) fn loss_of(&self, step: u64) -> Option<f64> {
+        self.due.get(&step).copied().flatten()
+    }
+
+    /// A checkpoint is whole and in its place.
+    pub(super) fn checkpoint_finished(&mut self, step: u64) {
+        self.finishing.remove(&step);
+        self.due.remove(&step);
+    }
+
+    /// Whether the shard is one that this CompNode owes.
+    pub(super) fn wants_shard(&self, connection: ConnectionId, node: NodeIndex, step: u64) -> bool {
+        let is_known = self.shards.get(&step).is_some_and(|s| s.contains_key(&node));
+        let is_due = self.due.contains_key(&step) && !self.finishing.contains(&step);
+        self.node_of(connection) == Some(node) && is_due && !is_known
+    }
+
+    pub(super) fn shard_stored(&mut self, step: u64, node: NodeIndex, shard: StoredShard) {
+        if node.index() < self.members.len() {
+            self.shards.entry(step).or_default().insert(node, shard);
+        }
+    }
+
+    /// Checkpoints of which all shards are there and whose step is known; they count as being finished now.
+    pub(super) fn whole_checkpoints(&mut self) -> Vec<(u64, Shards)> {
+        let (count, merged) = (self.members.len(), self.merged);
+        let is_whole = |(step, shards): (&u64, &BTreeMap<_, _>)| (shards.len() == count && *step <= merged).then_some(*step);
+        let whole: Vec<u64> = self.shards.iter().filter_map(is_whole).collect();
+        let mut checkpoints = Vec::new();
+        for step in whole {
+            let shards = self.shards.remove(&step).unwrap_or_default();
+            self.finishing.insert(step);
+            let named = shards.into_iter().map(|(node, s)| (s, param_names(&self.dag, &self.placement, node))).collect();
+            checkpoints.push((step, named));
+        }
+        checkpoints
+    }
+
+    /// Whether all is done and every checkpoint is whole.
+    pub(super) fn is_done(&self) -> bool {
+        self.merged == self.steps && self.finished.len() == self.members.len() && self.due.is_empty()
+    }
+}

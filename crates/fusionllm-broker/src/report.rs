@@ -1,0 +1,237 @@
+//! What came out of a run: `report.md`, the end of `train`, and `--json`.
+
+use std::collections::BTreeMap;
+use std::f64::consts::LN_2;
+use std::path::PathBuf;
+
+use fusionllm_protocol::{DataReport, JobId, JobState, StepMetrics};
+use serde::Serialize;
+
+use crate::BrokerError;
+use crate::metrics::read_metrics;
+use crate::run_dir::{PlacementFile, RunDir, StageSummary};
+use crate::store::JobRecord;
+
+/// Training losses are averaged over this many last steps, since a single batch says little.
+const LAST_STEPS: usize = 20;
+
+/// What one link carried over the whole run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LinkTotal {
+    /// Sending CompNode.
+    pub from: String,
+    /// Receiving CompNode.
+    pub to: String,
+    /// Bytes sent.
+    pub bytes: u64,
+    /// Bytes of the same tensors as dense fp32.
+    pub dense_bytes: u64,
+    /// Codec.
+    pub codec: String,
+}
+
+/// What came out of a run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RunReport {
+    /// The job.
+    pub job: JobId,
+    /// Its name.
+    pub name: String,
+    /// How it ended.
+    #[serde(flatten)]
+    pub state: JobState,
+    /// Its run directory.
+    pub run_dir: PathBuf,
+    /// Updates done.
+    pub step: u64,
+    /// Updates asked for.
+    pub steps: u64,
+    /// Mean training loss of the last steps, in nats per token.
+    pub loss: Option<f64>,
+    /// Last evaluation loss, in nats per token.
+    pub eval_loss: Option<f64>,
+    /// The same per UTF-8 byte, in bits.
+    pub eval_bits_per_byte: Option<f64>,
+    /// Evaluation loss of a unigram model of the same text, in nats per token.
+    pub unigram_loss: Option<f64>,
+    /// The same per UTF-8 byte, in bits.
+    pub unigram_bits_per_byte: Option<f64>,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Sum of the steps' wall times, in seconds.
+    pub train_s: f64,
+    /// By the median step.
+    pub tokens_per_s: Option<f64>,
+    /// What the data owner found.
+    pub data: Option<DataReport>,
+    /// Who held what.
+    pub stages: Vec<StageSummary>,
+    /// What the links carried.
+    pub links: Vec<LinkTotal>,
+}
+
+impl RunReport {
+    /// Reads a run directory.
+    pub(crate) fn read(record: &JobRecord) -> Result<Self, BrokerError> {
+        let dir = RunDir::new(&record.run_dir);
+        let metrics = read_metrics(&dir.metrics())?;
+        let data: Option<DataReport> = dir.read_json(&dir.data())?;
+        let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
+        Ok(Self::of(record, &metrics, data, placement.map(|p| p.stages).unwrap_or_default()))
+    }
+
+    fn of(record: &JobRecord, metrics: &[StepMetrics], data: Option<DataReport>, stages: Vec<StageSummary>) -> Self {
+        let last = metrics.get(metrics.len().saturating_sub(LAST_STEPS)..).unwrap_or_default();
+        let mean = last.iter().map(|m| m.loss).sum::<f64>() / last.len() as f64;
+        let eval_loss = metrics.iter().rev().find_map(|m| m.eval_loss);
+        let unigram_loss = data.as_ref().map(|d| d.unigram_loss);
+        let bits = |loss: Option<f64>| Some(loss? / LN_2 / data.as_ref()?.bytes_per_token);
+        let median_step = median(metrics.iter().map(|m| m.step_s).collect());
+        let tokens_per_step = metrics.last().map(|m| m.tokens as f64);
+        Self {
+            job: record.job,
+            name: record.spec.name.clone(),
+            state: record.state.clone(),
+            run_dir: record.run_dir.clone(),
+            step: record.step,
+            steps: record.spec.train.steps,
+            loss: (!last.is_empty()).then_some(mean),
+            eval_loss,
+            eval_bits_per_byte: bits(eval_loss),
+            unigram_loss,
+            unigram_bits_per_byte: bits(unigram_loss),
+            tokens: metrics.iter().map(|m| m.tokens).sum(),
+            train_s: metrics.iter().map(|m| m.step_s).sum(),
+            tokens_per_s: tokens_per_step.zip(median_step).map(|(tokens, seconds)| tokens / seconds),
+            data,
+            stages,
+            links: total(metrics),
+        }
+    }
+
+    /// The few lines that end a run on the terminal.
+    pub fn summary(&self) -> String {
+        let mut lines = vec![format!("{} of {} steps, {} tokens", self.step, self.steps, self.tokens)];
+        if let Some(speed) = self.tokens_per_s {
+            lines.push(format!("{:<17}{speed:.0} tokens/s (median step)", "speed"));
+        }
+        let with_bits = |what: &str, loss: Option<f64>, bits: Option<f64>| {
+            let bits = bits.map_or_else(String::new, |b| format!(", {b:.3} bits per byte"));
+            loss.map(|loss| format!("{what:<17}{loss:.4} nats per token{bits}"))
+        };
+        lines.extend(with_bits("training loss", self.loss, None));
+        lines.extend(with_bits("evaluation loss", self.eval_loss, self.eval_bits_per_byte));
+        lines.extend(with_bits("unigram model", self.unigram_loss, self.unigram_bits_per_byte));
+        lines.join("\n")
+    }
+
+    /// `report.md`.
+    pub(crate) fn markdown(&self) -> String {
+        let state = match &self.state {
+            JobState::Failed { reason, .. } => format!("failed: {reason}"),
+            JobState::Stopped => "stopped".to_owned(),
+            JobState::Done => "done".to_owned(),
+            JobState::Waiting { .. } | JobState::Preparing | JobState::Running => "not ended".to_owned(),
+        };
+        let mut text = format!("# {} ({})\n\n{state}\n\n```text\n{}\n```\n", self.name, self.job, self.summary());
+        if let Some(data) = &self.data {
+            text.push_str(&format!(
+                "\n## Data\n\n{} files, {} tokens to train on, {} held out, {:.3} bytes per token\n",
+                data.files, data.train_tokens, data.eval_tokens, data.bytes_per_token
+            ));
+        }
+        text.push_str("\n## Placement\n\n| stage | CompNode | ops | from | to | parameters |\n|---|---|---|---|---|---|\n");
+        for stage in &self.stages {
+            let end = |op: Option<&String>| op.cloned().unwrap_or_default();
+            let (first, last) = (end(stage.ops.first()), end(stage.ops.last()));
+            let (number, compnode) = (stage.stage, &stage.compnode);
+            let (ops, parameters) = (stage.ops.len(), stage.parameters);
+            text.push_str(&format!("| {number} | {compnode} | {ops} | {first} | {last} | {parameters} |\n"));
+        }
+        if !self.links.is_empty() {
+            text.push_str("\n## Links\n\n| from | to | MB | dense MB | codec |\n|---|---|---|---|---|\n");
+        }
+        for link in &self.links {
+            let (mb, dense) = (link.bytes as f64 / 1e6, link.dense_bytes as f64 / 1e6);
+            text.push_str(&format!("| {} | {} | {mb:.3} | {dense:.3} | {} |\n", link.from, link.to, link.codec));
+        }
+        text.push_str("\nEvery step is in `metrics.jsonl`; losses are in nats per token.\n");
+        text
+    }
+}
+
+fn total(metrics: &[StepMetrics]) -> Vec<LinkTotal> {
+    let mut totals: BTreeMap<(&str, &str, &str), (u64, u64)> = BTreeMap::new();
+    for link in metrics.iter().flat_map(|m| &m.links) {
+        let total = totals.entry((&link.from, &link.to, &link.codec)).or_default();
+        total.0 += link.bytes;
+        total.1 += link.dense_bytes;
+    }
+    let link = |((from, to, codec), (bytes, dense_bytes)): ((&str, &str, &str), (u64, u64))| LinkTotal {
+        from: from.to_owned(),
+        to: to.to_owned(),
+        bytes,
+        dense_bytes,
+        codec: codec.to_owned(),
+    };
+    totals.into_iter().map(link).collect()
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_protocol::Generation;
+
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn a_report_says_what_came_out() {
+        let record = JobRecord {
+            job: JobId(3),
+            spec: testing::spec(&[]),
+            state: JobState::Done,
+            step: 6,
+            loss: Some(2.0),
+            run_dir: PathBuf::from("/runs/x"),
+            generation: Generation(1),
+        };
+        let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
+        let data = DataReport {
+            files: 2,
+            train_tokens: 900,
+            eval_tokens: 100,
+            bytes_per_token: 2.0,
+            unigram_loss: 4.0 * LN_2,
+        };
+        let report = RunReport::of(&record, &metrics, Some(data), Vec::new());
+        assert_eq!((report.tokens, report.tokens_per_s), (6 * 32, Some(32.0 / 2.0)));
+        assert_eq!(report.eval_loss, Some(1.0));
+        assert_eq!(report.unigram_bits_per_byte, Some(2.0));
+        assert_eq!((report.links.len(), report.links[0].bytes), (1, 2100));
+        let text = report.markdown();
+        assert!(text.contains("# run (job 3)") && text.contains("unigram model") && text.contains("| a | b | 0.002 |"));
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["state"], &json["step"]), (&"done".into(), &6.into()));
+    }
+
+    #[test]
+    fn a_run_without_a_step_has_a_report_too() {
+        let record = JobRecord {
+            job: JobId(1),
+            spec: testing::spec(&[]),
+            state: JobState::Stopped,
+            step: 0,
+            loss: None,
+            run_dir: PathBuf::from("/runs/x"),
+            generation: Generation(1),
+        };
+        let report = RunReport::of(&record, &[], None, Vec::new());
+        assert_eq!((report.loss, report.tokens_per_s), (None, None));
+        assert!(report.markdown().contains("stopped") && report.summary().starts_with("0 of 6 steps"));
+    }
+}

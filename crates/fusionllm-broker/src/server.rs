@@ -1,0 +1,238 @@
+//! The shell around the core: sockets, files, clock.
+//!
+//! One task, the [`actor`], owns the core; every connection has tasks of its own that talk to it. One thread, the
+//! [`files`] keeper, writes run directories and the store, in the order in which the core decided.
+
+mod actor;
+mod blob;
+mod client;
+mod compnode;
+mod events;
+mod files;
+mod listen;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use data_encoding::HEXLOWER;
+use fusionllm_protocol::{JobId, JobSpec, StatusReport};
+use fusionllm_transport::{AdmitAll, Endpoint, EndpointConfig, Identity, Secret, Ticket};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
+
+pub use events::{JobEvents, Submitted};
+
+use crate::checkpoint::{TensorSet, open_checkpoint};
+use crate::core::{Core, StartPoint};
+use crate::model::load_model;
+use crate::report::RunReport;
+use crate::run_dir::{default_run_dir, io_error, is_free, write_private};
+use crate::store::{JobRecord, Store};
+use crate::{BrokerError, CheckpointError};
+use actor::{Command, RunDirChoice};
+
+/// How long connections may take to say goodbye.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
+/// Requests that may wait for the actor.
+const COMMAND_QUEUE: usize = 256;
+
+/// What a broker is made of.
+#[derive(Clone, Debug)]
+pub struct BrokerConfig {
+    /// Where it listens; port 0 takes any.
+    pub bind: SocketAddr,
+    /// Further addresses under which it is reached, such as a forwarded port.
+    pub advertise: Vec<SocketAddr>,
+    /// Key, secret, ticket and job records.
+    pub state_dir: PathBuf,
+    /// Where run directories are made.
+    pub runs_dir: PathBuf,
+}
+
+/// A running broker.
+#[derive(Debug)]
+pub struct Broker {
+    ticket: Ticket,
+    handle: Handle,
+    endpoint: Endpoint,
+    listener: JoinHandle<()>,
+    actor: JoinHandle<()>,
+}
+
+impl Broker {
+    /// Starts a broker.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if the address or the state directory cannot be had, or the store is damaged.
+    pub async fn start(config: BrokerConfig) -> Result<Self, BrokerError> {
+        let BrokerConfig { bind, advertise, state_dir, runs_dir } = config;
+        std::fs::create_dir_all(&state_dir).map_err(|e| io_error(&state_dir, e))?;
+        // The store's lock comes first: a second broker must not touch what the first one uses.
+        let store = Store::open(&state_dir.join("broker.redb"))?;
+        let records = store.jobs()?;
+        let identity = Identity::load_or_create(&state_dir.join("key"))?;
+        let secret = load_or_create_secret(&state_dir.join("secret"))?;
+        let endpoint_config = EndpointConfig { advertise, ..EndpointConfig::new(identity, bind) };
+        let endpoint = Endpoint::bind(endpoint_config, Arc::new(AdmitAll)).await?;
+        let ticket = Ticket { broker: endpoint.addr(), secret };
+        write_private(&state_dir.join("ticket"), format!("{ticket}\n").as_bytes())?;
+
+        let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
+        let (core, actions) = Core::restore(records);
+        let files = files::Files::start(store, commands.clone());
+        let actor = tokio::spawn(actor::run(core, actions, inbox, files));
+        let runs_dir = std::path::absolute(&runs_dir).map_err(|e| io_error(&runs_dir, e))?;
+        let handle = Handle { commands, runs_dir: runs_dir.into(), state_dir: state_dir.into() };
+        let listener = tokio::spawn(listen::run(endpoint.clone(), ticket.secret.clone(), handle.clone()));
+        tracing::info!(addrs = ?ticket.broker.addrs, "the broker listens");
+        Ok(Self { ticket, handle, endpoint, listener, actor })
+    }
+
+    /// What admits CompNodes and clients.
+    pub fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
+    /// Jobs and CompNodes.
+    ///
+    /// # Errors
+    /// [`BrokerError::Ended`].
+    pub async fn status(&self) -> Result<StatusReport, BrokerError> {
+        self.handle.status().await
+    }
+
+    /// Takes a job in; paths in it must be absolute. Without `run_dir` one is made under `runs_dir`.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if the job cannot be run.
+    pub async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>) -> Result<Submitted, BrokerError> {
+        self.handle.submit(spec, run_dir).await
+    }
+
+    /// Takes in a job that goes on from a checkpoint in `run_dir`, where it may have run before.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if the job cannot be run.
+    pub async fn resume_from(&self, spec: JobSpec, from: PathBuf, run_dir: PathBuf) -> Result<Submitted, BrokerError> {
+        let start = blocking(move || start_at(&from)).await?;
+        self.handle.submit_at(spec, start, RunDirChoice::Given(run_dir)).await
+    }
+
+    /// Stops a job.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if there is no such job or it has ended.
+    pub async fn stop(&self, job: JobId) -> Result<(), BrokerError> {
+        self.handle.stop(job).await
+    }
+
+    /// What came out of a job that has ended.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if there is no such job or its run directory is not readable.
+    pub async fn report(&self, job: JobId) -> Result<RunReport, BrokerError> {
+        self.handle.ask(|reply| Command::Report { job, reply }).await?
+    }
+
+    /// Sends the CompNodes away and ends. Jobs that run can be resumed by the next broker on the same state.
+    pub async fn shutdown(self) {
+        // If the actor has ended there is nobody to tell.
+        let _ = self.handle.ask(|reply| Command::Shutdown { reply }).await;
+        let _ = timeout(GOODBYE_LIMIT, self.actor).await;
+        self.listener.abort();
+        self.endpoint.close().await;
+    }
+}
+
+/// The way to the actor.
+#[derive(Clone, Debug)]
+pub(crate) struct Handle {
+    commands: mpsc::Sender<Command>,
+    runs_dir: Arc<Path>,
+    state_dir: Arc<Path>,
+}
+
+impl Handle {
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, BrokerError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| BrokerError::Ended)?;
+        answer.await.map_err(|_| BrokerError::Ended)
+    }
+
+    async fn status(&self) -> Result<StatusReport, BrokerError> {
+        self.ask(|reply| Command::Status { reply }).await
+    }
+
+    async fn stop(&self, job: JobId) -> Result<(), BrokerError> {
+        self.ask(|reply| Command::Stop { job, reply }).await?
+    }
+
+    async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>) -> Result<Submitted, BrokerError> {
+        spec.validate()?;
+        let choice = match run_dir {
+            Some(path) if is_free(&path) => RunDirChoice::Given(path),
+            Some(path) => return Err(BrokerError::RunDirNotEmpty { path }),
+            None => RunDirChoice::Free(default_run_dir(&self.runs_dir, &spec.name, SystemTime::now())),
+        };
+        let loading = spec.clone();
+        let start = blocking(move || start_of(&loading)).await?;
+        self.submit_at(spec, start, choice).await
+    }
+
+    async fn submit_at(&self, spec: JobSpec, start: StartPoint, run_dir: RunDirChoice) -> Result<Submitted, BrokerError> {
+        let (spec, start) = (Box::new(spec), Box::new(start));
+        self.ask(|reply| Command::Submit { spec, start, run_dir, reply }).await?
+    }
+
+    /// Goes on with a stopped or failed job from its newest checkpoint, or if it has none, from its beginning.
+    async fn resume(&self, job: JobId) -> Result<Submitted, BrokerError> {
+        let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
+        let start = blocking(move || match start_at(&record.run_dir) {
+            Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => start_of(&record.spec),
+            other => other,
+        });
+        let start = Box::new(start.await?);
+        self.ask(|reply| Command::Resume { job, start, reply }).await?
+    }
+}
+
+/// Runs file work where it holds up nobody.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BrokerError> + Send + 'static,
+) -> Result<T, BrokerError> {
+    // The work ends without a result only when the runtime does.
+    spawn_blocking(work).await.unwrap_or(Err(BrokerError::Ended))
+}
+
+/// A job's beginning.
+fn start_of(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
+    let model = load_model(spec)?;
+    let weights = model.weights.as_deref().map(|path| TensorSet::of_hugging_face(path, &model.dag)).transpose()?;
+    Ok(StartPoint { graph: model.dag.to_json(), dag: Arc::new(model.dag), weights: weights.map(Arc::new), step: 0 })
+}
+
+/// A checkpoint, or the newest one of a run directory.
+fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
+    let checkpoint = open_checkpoint(path)?;
+    let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
+    let weights = Some(Arc::new(checkpoint.into_tensors()));
+    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, step })
+}
+
+fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {
+    match std::fs::read(path) {
+        Ok(text) => {
+            let bytes = HEXLOWER.decode(text.trim_ascii()).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+            bytes.map(Secret::from_bytes).ok_or_else(|| BrokerError::Secret { path: path.to_owned() })
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let secret = Secret::generate();
+            write_private(path, format!("{}\n", HEXLOWER.encode(secret.as_bytes())).as_bytes())?;
+            Ok(secret)
+        }
+        Err(e) => Err(io_error(path, e)),
+    }
+}

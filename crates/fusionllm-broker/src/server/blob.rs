@@ -1,0 +1,111 @@
+//! Checkpoint shards from CompNodes, and weights to them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
+use fusionllm_transport::{FrameSource, Session};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinSet;
+
+use super::actor::Command;
+use super::{Handle, blocking};
+use crate::BrokerError;
+use crate::checkpoint::{Fnv1a, StoredShard, TensorSet, partial_folder, shard_name};
+use crate::core::{ConnectionId, CoreEvent, RunKey};
+use crate::run_dir::io_error;
+
+/// Content frames: small beside memory, large beside a packet.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Bulk gives way to heartbeats and control messages.
+const BULK_PRIORITY: i32 = -10;
+
+/// Receives every shard that a CompNode sends, until its connection ends.
+pub(super) async fn receive_all(
+    connection: ConnectionId,
+    session: &Session,
+    handle: &Handle,
+    tasks: &mut JoinSet<()>,
+) {
+    while let Ok(stream) = session.accept_uni().await {
+        while tasks.try_join_next().is_some() {}
+        let handle = handle.clone();
+        tasks.spawn(async move {
+            if let Err(reason) = receive(connection, stream, &handle).await {
+                tracing::warn!(?connection, reason, "dropped a checkpoint shard");
+            }
+        });
+    }
+}
+
+/// Receives one shard. A job whose shard cannot be kept fails; what nobody asked for is dropped.
+async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Handle) -> Result<(), String> {
+    let first = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| e.to_string())?;
+    let header: BlobHeader = decode(&first.ok_or("it is empty")?).map_err(|e| e.to_string())?;
+    let BlobKind::Shard { step, node } = header.kind else { return Err("it is no shard".to_owned()) };
+    let asked = header.clone();
+    let folder = handle.ask(|reply| Command::ShardFolder { connection, header: asked, reply }).await;
+    let folder = folder.ok().flatten().ok_or("nobody waits for it")?;
+    let key = RunKey { job: header.job, generation: header.generation };
+    let partial = partial_folder(&folder, step, header.generation);
+    let event = match store(stream, &header, &partial, &partial.join(shard_name(node))).await {
+        Ok(shard) => CoreEvent::ShardStored { key, step, node, shard },
+        Err(reason) => CoreEvent::RunFailed { key, reason: format!("checkpoint of step {step}: {reason}") },
+    };
+    // If the actor is gone it needs no word.
+    let _ = handle.commands.send(Command::Event(event)).await;
+    Ok(())
+}
+
+async fn store(mut stream: FrameSource, header: &BlobHeader, folder: &Path, path: &Path) -> Result<StoredShard, String> {
+    let io = |e: std::io::Error| io_error(path, e).to_string();
+    tokio::fs::create_dir_all(folder).await.map_err(io)?;
+    let mut file = File::create(path).await.map_err(io)?;
+    let mut hash = Fnv1a::default();
+    let mut got = 0;
+    while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| e.to_string())? {
+        got += chunk.len() as u64;
+        if got > header.bytes {
+            return Err(format!("more than the {} bytes announced", header.bytes));
+        }
+        hash.update(&chunk);
+        file.write_all(&chunk).await.map_err(io)?;
+    }
+    if got < header.bytes {
+        return Err(format!("{got} of {} bytes came", header.bytes));
+    }
+    file.sync_all().await.map_err(io)?;
+    Ok(StoredShard { bytes: got, fnv1a: hash.hex() })
+}
+
+/// Sends a CompNode its parameters, and their optimizer state if there is one.
+pub(super) async fn send_weights(
+    session: &Session,
+    key: RunKey,
+    params: Vec<String>,
+    from: Arc<TensorSet>,
+    handle: &Handle,
+) -> Result<(), String> {
+    let state_dir = Arc::clone(&handle.state_dir);
+    let gathered = blocking(move || {
+        let file = tempfile::NamedTempFile::new_in(&state_dir).map_err(|e| io_error(&state_dir, e))?;
+        let bytes = from.write_part(&params, file.path()).map_err(BrokerError::from)?;
+        Ok((file, bytes))
+    });
+    let (file, bytes) = gathered.await.map_err(|e| e.to_string())?;
+    let io = |e: std::io::Error| io_error(file.path(), e).to_string();
+    let mut content = File::open(file.path()).await.map_err(io)?;
+    let mut sink = session.open_uni().await.map_err(|e| e.to_string())?;
+    sink.set_priority(BULK_PRIORITY);
+    let header = BlobHeader { job: key.job, generation: key.generation, kind: BlobKind::Weights, bytes };
+    sink.send(&encode(&header).map_err(|e| e.to_string())?).await.map_err(|e| e.to_string())?;
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        let count = content.read(&mut chunk).await.map_err(io)?;
+        if count == 0 {
+            return sink.finish().await.map_err(|e| e.to_string());
+        }
+        sink.send(chunk.get(..count).unwrap_or_default()).await.map_err(|e| e.to_string())?;
+    }
+}

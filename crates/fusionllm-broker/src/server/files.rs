@@ -1,0 +1,133 @@
+//! The thread that writes run directories and the store, in the order of the core's decisions.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::actor::Command;
+use crate::BrokerError;
+use crate::checkpoint::finish;
+use crate::core::{Action, CoreEvent, RunKey};
+use crate::metrics::MetricsWriter;
+use crate::report::RunReport;
+use crate::run_dir::{RunDir, write_atomic};
+use crate::store::{JobRecord, Store};
+
+/// The way to the thread.
+#[derive(Debug)]
+pub(super) struct Files {
+    // Unbounded, since the core never waits for a disk; it grows by one small entry a step.
+    queue: mpsc::UnboundedSender<Work>,
+    thread: JoinHandle<()>,
+}
+
+enum Work {
+    Action(Action),
+    Report { record: Box<JobRecord>, reply: oneshot::Sender<Result<RunReport, BrokerError>> },
+}
+
+impl Files {
+    /// Starts the thread. It reports to `commands` what has become of checkpoints and what could not be written.
+    pub(super) fn start(store: Store, commands: mpsc::Sender<Command>) -> Self {
+        let (queue, mut work) = mpsc::unbounded_channel();
+        // A weak one: the actor ends when all who may ask it have gone.
+        let commands = commands.downgrade();
+        let thread = spawn_blocking(move || {
+            let mut keeper = Keeper { store, writers: BTreeMap::new() };
+            while let Some(next) = work.blocking_recv() {
+                let event = match next {
+                    Work::Action(action) => keeper.perform(action),
+                    Work::Report { record, reply } => {
+                        // Nobody may be waiting for it any more.
+                        let _ = reply.send(RunReport::read(&record));
+                        None
+                    }
+                };
+                if let (Some(event), Some(commands)) = (event, commands.upgrade()) {
+                    // If the actor is gone it needs no word.
+                    let _ = commands.blocking_send(Command::Event(event));
+                }
+            }
+        });
+        Self { queue, thread }
+    }
+
+    /// Queues a file action.
+    pub(super) fn perform(&self, action: Action) {
+        // The thread lives as long as this queue.
+        let _ = self.queue.send(Work::Action(action));
+    }
+
+    /// Queues the reading of a report, after everything queued before.
+    pub(super) fn report(&self, record: JobRecord, reply: oneshot::Sender<Result<RunReport, BrokerError>>) {
+        let _ = self.queue.send(Work::Report { record: Box::new(record), reply });
+    }
+
+    /// Waits until all is written.
+    pub(super) async fn finish(self) {
+        drop(self.queue);
+        if let Err(error) = self.thread.await {
+            tracing::error!(%error, "the file thread has failed");
+        }
+    }
+}
+
+struct Keeper {
+    store: Store,
+    writers: BTreeMap<RunKey, (PathBuf, MetricsWriter)>,
+}
+
+impl Keeper {
+    fn perform(&mut self, action: Action) -> Option<CoreEvent> {
+        let key = match &action {
+            Action::OpenRun(open) => Some(open.key),
+            Action::WriteData { key, .. } | Action::AppendMetrics { key, .. } | Action::FinishCheckpoint { key, .. } => {
+                Some(*key)
+            }
+            _ => None,
+        };
+        match (self.write(action), key) {
+            (Ok(event), _) => event,
+            (Err(error), Some(key)) => Some(CoreEvent::RunFailed { key, reason: error.to_string() }),
+            (Err(error), None) => {
+                tracing::error!(%error, "cannot write");
+                None
+            }
+        }
+    }
+
+    fn write(&mut self, action: Action) -> Result<Option<CoreEvent>, BrokerError> {
+        match action {
+            Action::OpenRun(open) => {
+                let dir = RunDir::new(&open.run_dir);
+                dir.open(&open.spec, &open.graph, &open.placement)?;
+                let writer = MetricsWriter::open(&dir.metrics(), open.start_step)?;
+                self.writers.retain(|key, _| key.job != open.key.job);
+                self.writers.insert(open.key, (dir.metrics(), writer));
+            }
+            Action::WriteData { run_dir, data, .. } => {
+                let dir = RunDir::new(&run_dir);
+                dir.write_json(&dir.data(), &data)?;
+            }
+            Action::AppendMetrics { key, metrics, .. } => {
+                if let Some((path, writer)) = self.writers.get_mut(&key) {
+                    writer.append(path, &metrics)?;
+                }
+            }
+            Action::FinishCheckpoint { key, spec } => {
+                let path = finish(&spec)?;
+                return Ok(Some(CoreEvent::CheckpointFinished { key, step: spec.step, path }));
+            }
+            Action::WriteReport { record } => {
+                self.writers.retain(|key, _| key.job != record.job);
+                let report = RunReport::read(&record)?;
+                write_atomic(&RunDir::new(&record.run_dir).report(), report.markdown().as_bytes())?;
+            }
+            Action::Persist(record) => self.store.put(&record)?,
+            Action::Send { .. } | Action::SendWeights { .. } | Action::Disconnect { .. } | Action::Emit(_) => {}
+        }
+        Ok(None)
+    }
+}
