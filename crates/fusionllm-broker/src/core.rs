@@ -174,9 +174,7 @@ impl Core {
             generation: Generation(0),
         };
         self.jobs.insert(job, Job { record, start: Some(start), run: None, persisted: now });
-        let mut actions = self.set_state(job, JobState::Waiting { reason: "its turn has not come".to_owned() });
-        actions.extend(self.schedule(now));
-        Ok((job, actions))
+        Ok((job, self.schedule(now)))
     }
 
     /// Goes on with a stopped or failed job.
@@ -190,11 +188,10 @@ impl Core {
         self.check(&spec, &start)?;
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.step = start.step;
+            known.record.state = JobState::Waiting { reason: String::new() };
             known.start = Some(start);
         }
-        let mut actions = self.set_state(job, JobState::Waiting { reason: "its turn has not come".to_owned() });
-        actions.extend(self.schedule(now));
-        Ok(actions)
+        Ok(self.schedule(now))
     }
 
     /// Stops a job that has not ended.
@@ -442,15 +439,20 @@ impl Core {
         let mut actions = Vec::new();
         let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. });
         let waiting: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_waiting(job)).map(|(&id, _)| id).collect();
+        let mut held_back_by = None;
         for job in waiting {
-            match self.choose(job) {
+            let chosen = match held_back_by {
+                None => self.choose(job),
+                Some(first) => Err(format!("{first} comes first")),
+            };
+            match chosen {
                 Ok(members) => actions.extend(self.assign(job, members, now)),
                 Err(reason) => {
+                    held_back_by = held_back_by.or(Some(job));
                     let state = JobState::Waiting { reason };
                     if self.jobs.get(&job).is_some_and(|j| j.record.state != state) {
                         actions.extend(self.set_state(job, state));
                     }
-                    break;
                 }
             }
         }

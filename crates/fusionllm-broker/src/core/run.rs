@@ -91,7 +91,8 @@ impl Run {
         let Some(node) = self.node_of(connection) else { return Ok(()) };
         let step = report.step;
         let is_known = self.reports.get(&step).is_some_and(|r| r.contains_key(&node));
-        if step <= self.merged || step > self.steps || is_known {
+        let has_started = self.ready.len() == self.members.len();
+        if !has_started || step <= self.merged || step > self.steps || is_known {
             return Err(format!("CompNode {} reported step {step}, which was not due", node.0));
         }
         self.reports.entry(step).or_default().insert(node, report);

@@ -1,1 +1,439 @@
-//! Tests of the core.
+//! Every transition by hand, then thousands of runs from a seed.
+
+use std::collections::BTreeSet;
+
+use fusionllm_protocol::{LinkBytes, StepReport};
+
+use super::*;
+use crate::testing;
+
+const NOW: Duration = Duration::from_secs(100);
+
+fn start(spec: &JobSpec, step: u64) -> StartPoint {
+    let dag = crate::model::load_model(spec).unwrap().dag;
+    StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights: None, step }
+}
+
+fn joining(name: &str) -> Joining {
+    let addr = PeerRecord { id: [7; 32], addrs: Vec::new() };
+    Joining { name: name.to_owned(), id: "0707".to_owned(), device: "cpu".to_owned(), addr }
+}
+
+/// A core with CompNodes `a`, `b`, ... on connections 1, 2, ...
+fn core(compnodes: u64) -> Core {
+    let mut core = Core::default();
+    for (connection, name) in (1..=compnodes).zip('a'..) {
+        core.join(ConnectionId(connection), joining(&name.to_string()), NOW);
+    }
+    core
+}
+
+fn submit(core: &mut Core, overrides: &[&str]) -> (JobId, Vec<Action>) {
+    let spec = testing::spec(overrides);
+    let start = start(&spec, 0);
+    core.submit(spec, start, PathBuf::from("/runs/x"), NOW).unwrap()
+}
+
+fn report(step: u64, loss: Option<f64>) -> StepReport {
+    let link = LinkBytes {
+        from: "a".to_owned(),
+        to: "b".to_owned(),
+        bytes: 9,
+        dense_bytes: 9,
+        codec: "dense".to_owned(),
+    };
+    StepReport {
+        step,
+        loss,
+        eval_loss: None,
+        lr: 1e-3,
+        grad_norm: Some(1.0),
+        step_s: 0.1 * step as f64,
+        busy_s: 0.1,
+        live_max: 1,
+        links: vec![link],
+    }
+}
+
+const KEY: RunKey = RunKey { job: JobId(1), generation: Generation(1) };
+
+fn say(core: &mut Core, connection: u64, message: FromCompNode) -> Vec<Action> {
+    core.handle(CoreEvent::Said { connection: ConnectionId(connection), message }, NOW)
+}
+
+fn ready(key: RunKey) -> FromCompNode {
+    FromCompNode::Ready { job: key.job, generation: key.generation, data: None }
+}
+
+fn step(key: RunKey, step: u64, loss: Option<f64>) -> FromCompNode {
+    FromCompNode::Step { job: key.job, generation: key.generation, report: report(step, loss) }
+}
+
+fn sent(actions: &[Action]) -> Vec<(u64, &FromBroker)> {
+    let message = |action| match action {
+        &Action::Send { to, ref message } => Some((to.0, message)),
+        _ => None,
+    };
+    actions.iter().filter_map(message).collect()
+}
+
+fn states(actions: &[Action]) -> Vec<JobState> {
+    let state = |action: &Action| match action {
+        Action::Emit(JobEvent::State { state, .. }) => Some(state.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(state).collect()
+}
+
+fn state(core: &Core, job: u64) -> JobState {
+    core.record(JobId(job)).unwrap().state.clone()
+}
+
+fn failure(core: &Core) -> String {
+    match state(core, 1) {
+        JobState::Failed { reason, .. } => reason,
+        other => panic!("the job is {other:?}"),
+    }
+}
+
+/// A job of six steps that runs on two CompNodes.
+fn running() -> Core {
+    let mut core = core(2);
+    submit(&mut core, &[]);
+    say(&mut core, 1, ready(KEY));
+    say(&mut core, 2, ready(KEY));
+    assert_eq!(state(&core, 1), JobState::Running);
+    core
+}
+
+#[test]
+fn a_job_is_assigned_started_and_done() {
+    let mut core = core(2);
+    let (job, actions) = submit(&mut core, &[]);
+    assert_eq!(job, KEY.job);
+    assert!(matches!(actions[0], Action::OpenRun(_)));
+    let assigned: Vec<_> = sent(&actions).iter().map(|(to, m)| (*to, matches!(m, FromBroker::Assign(_)))).collect();
+    assert_eq!(assigned, [(1, true), (2, true)]);
+
+    assert_eq!(sent(&say(&mut core, 1, ready(KEY))), []);
+    let actions = say(&mut core, 2, ready(KEY));
+    let start = FromBroker::Start { job: KEY.job, generation: KEY.generation };
+    assert_eq!(sent(&actions), [(1, &start), (2, &start)]);
+
+    for number in 1..=6 {
+        assert!(say(&mut core, 2, step(KEY, number, Some(3.0 / number as f64))).is_empty());
+        let actions = say(&mut core, 1, step(KEY, number, None));
+        let Action::AppendMetrics { metrics, .. } = &actions[0] else { panic!("{actions:?}") };
+        assert_eq!((metrics.step, metrics.loss, metrics.tokens), (number, 3.0 / number as f64, 32));
+        assert_eq!(metrics.links.len(), 2);
+    }
+    for connection in [1, 2] {
+        let finished = FromCompNode::Finished { job: KEY.job, generation: KEY.generation };
+        assert_eq!(states(&say(&mut core, connection, finished)), []);
+    }
+    // The two checkpoints, after steps 3 and 6, are still to come.
+    for of in [3, 6] {
+        for node in [0, 1] {
+            let shard = StoredShard { bytes: 1, fnv1a: "0".to_owned() };
+            let event = CoreEvent::ShardStored { key: KEY, step: of, node: NodeIndex(node), shard };
+            let actions = core.handle(event, NOW);
+            let finishing = actions.iter().find_map(|a| match a {
+                Action::FinishCheckpoint { spec, .. } => Some((spec.step, spec.loss, spec.shards.len())),
+                _ => None,
+            });
+            assert_eq!(finishing, (node == 1).then_some((of, Some(3.0 / of as f64), 2)));
+        }
+    }
+    let finished = |step| CoreEvent::CheckpointFinished { key: KEY, step, path: PathBuf::from("/c") };
+    assert_eq!(states(&core.handle(finished(3), NOW)), []);
+    let actions = core.handle(finished(6), NOW);
+    assert_eq!(states(&actions), [JobState::Done]);
+    assert!(actions.iter().any(|a| matches!(a, Action::WriteReport { .. })));
+    assert_eq!(sent(&actions), [], "nobody is told to abort what is done");
+    assert!(core.status().compnodes.iter().all(|c| c.job.is_none()));
+}
+
+#[test]
+fn a_compnode_that_vanishes_fails_the_job_and_frees_the_others() {
+    let mut core = running();
+    for connection in [1, 2] {
+        say(&mut core, connection, step(KEY, 1, Some(1.0)));
+    }
+    let left = CoreEvent::Left { connection: ConnectionId(2), reason: "the peer does not answer any more".to_owned() };
+    let actions = core.handle(left, NOW);
+    assert_eq!(
+        failure(&core),
+        "CompNode `b` vanished after step 1: the peer does not answer any more; \
+         `fusionllm resume 1` goes on from the last checkpoint"
+    );
+    assert!(matches!(sent(&actions)[..], [(1, FromBroker::Abort { .. })]));
+    assert_eq!(core.status().compnodes.len(), 1);
+    assert_eq!(core.status().compnodes[0].job, None);
+}
+
+#[test]
+fn a_silent_compnode_loses_its_lease() {
+    let mut core = running();
+    let almost = NOW + LEASE;
+    assert!(core.handle(CoreEvent::Tick, almost).is_empty());
+    let alive = CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat };
+    assert_eq!(sent(&core.handle(alive, almost)), [(1, &FromBroker::HeartbeatAck)]);
+    let actions = core.handle(CoreEvent::Tick, almost + Duration::from_secs(1));
+    assert!(matches!(actions[0], Action::Disconnect { to: ConnectionId(2), .. }));
+    assert!(failure(&core).contains("CompNode `b` vanished after step 0: no heartbeat for 15 s"));
+}
+
+#[test]
+fn the_first_failure_is_the_jobs() {
+    let mut core = running();
+    let failed = |reason: &str, bad_input| FromCompNode::Failed {
+        job: KEY.job,
+        generation: KEY.generation,
+        reason: reason.to_owned(),
+        bad_input,
+    };
+    let actions = say(&mut core, 1, failed("out of memory", false));
+    assert_eq!(sent(&actions).len(), 2);
+    assert!(say(&mut core, 2, failed("lost its peer", false)).is_empty());
+    assert_eq!(failure(&core), "CompNode `a`: out of memory");
+
+    let mut core = running();
+    say(&mut core, 1, failed("/data: no such file", true));
+    assert_eq!(state(&core, 1), JobState::Failed { reason: "/data: no such file".to_owned(), bad_input: true });
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_job() {
+    let mut core = running();
+    say(&mut core, 1, step(KEY, 1, None));
+    say(&mut core, 2, step(KEY, 1, Some(f64::NAN)));
+    assert!(failure(&core).starts_with("the loss is NaN at step 1 (learning rate 1.00e-3): lower train.lr"));
+}
+
+#[test]
+fn messages_of_another_generation_are_dropped() {
+    let mut core = running();
+    core.stop(JobId(1), NOW).unwrap();
+    let spec = core.record(JobId(1)).unwrap().spec.clone();
+    core.resume(JobId(1), start(&spec, 3), NOW).unwrap();
+    let old = [
+        ready(KEY),
+        step(KEY, 4, Some(1.0)),
+        FromCompNode::Finished { job: KEY.job, generation: KEY.generation },
+        FromCompNode::Failed { job: KEY.job, generation: KEY.generation, reason: String::new(), bad_input: false },
+    ];
+    for message in old {
+        assert!(say(&mut core, 1, message).is_empty());
+    }
+    assert_eq!(state(&core, 1), JobState::Preparing);
+    let key = RunKey { generation: Generation(2), ..KEY };
+    for connection in [1, 2] {
+        say(&mut core, connection, ready(key));
+    }
+    assert!(say(&mut core, 1, step(key, 3, None)).iter().any(|a| matches!(a, Action::WriteReport { .. })));
+    assert!(failure(&core).contains("reported step 3, which was not due"));
+}
+
+#[test]
+fn jobs_wait_in_order_for_idle_compnodes() {
+    let mut core = core(1);
+    let (first, actions) = submit(&mut core, &["placement.compnodes=2"]);
+    let waiting = |reason: &str| JobState::Waiting { reason: reason.to_owned() };
+    assert_eq!(states(&actions), [waiting("1 of 2 CompNodes are idle")]);
+    let (second, actions) = submit(&mut core, &["placement.compnodes=1"]);
+    assert_eq!(states(&actions), [waiting("job 1 comes first")]);
+    let (_, actions) = core.join(ConnectionId(2), joining("b"), NOW);
+    assert_eq!(states(&actions), [JobState::Preparing, waiting("0 of 1 CompNodes are idle")]);
+    let actions = core.stop(first, NOW).unwrap();
+    assert_eq!(states(&actions), [JobState::Stopped, JobState::Preparing]);
+    assert_eq!(core.record(second).unwrap().state, JobState::Preparing);
+}
+
+#[test]
+fn the_named_owner_of_the_data_comes_first() {
+    let mut core = core(1);
+    submit(&mut core, &["placement.compnodes=2", "data.owner=office"]);
+    let (_, actions) = core.join(ConnectionId(2), joining("b"), NOW);
+    assert_eq!(states(&actions), [], "still waiting");
+    let (_, actions) = core.join(ConnectionId(3), joining("office"), NOW);
+    let open = actions.iter().find_map(|a| if let Action::OpenRun(open) = a { Some(open) } else { None }).unwrap();
+    assert_eq!(open.placement.placement.compnodes, ["office", "a"]);
+}
+
+#[test]
+fn names_are_unique() {
+    let mut core = core(0);
+    let names: Vec<String> = (1..4).map(|c| core.join(ConnectionId(c), joining("gpu"), NOW).0).collect();
+    assert_eq!(names, ["gpu", "gpu-2", "gpu-3"]);
+}
+
+#[test]
+fn what_cannot_be_run_is_refused() {
+    let mut core = core(1);
+    let mut refusal = |overrides: &[&str], step| {
+        let spec = testing::spec(overrides);
+        let start = start(&spec, step);
+        let error = core.submit(spec, start, PathBuf::from("/runs/x"), NOW).unwrap_err();
+        assert!(error.is_bad_input());
+        error.to_string()
+    };
+    assert!(refusal(&["placement.compnodes=1000"], 0).contains("1000 CompNodes but only"));
+    assert!(refusal(&[], 6).contains("raise train.steps"));
+    assert!(core.stop(JobId(9), NOW).unwrap_err().to_string().contains("no job 9"));
+    submit(&mut core, &[]);
+    let spec = testing::spec(&[]);
+    let error = core.resume(JobId(1), start(&spec, 0), NOW).unwrap_err();
+    assert_eq!(error.to_string(), "job 1 is being prepared, expected a stopped or failed job");
+}
+
+#[test]
+fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
+    let mut core = core(1);
+    submit(&mut core, &[]);
+    let at_work = core.record(JobId(1)).unwrap().clone();
+    let done = JobRecord { job: JobId(2), state: JobState::Done, ..at_work.clone() };
+    let (mut core, actions) = Core::restore(vec![at_work, done]);
+    assert_eq!(actions.len(), 1);
+    assert!(failure(&core).starts_with("the broker restarted at step 0; `fusionllm resume 1`"));
+    assert_eq!(state(&core, 2), JobState::Done);
+    let (next, _) = submit(&mut core, &[]);
+    assert_eq!(next, JobId(3));
+}
+
+#[test]
+fn only_a_shard_that_is_due_is_wanted() {
+    let core = running();
+    let folder = |connection, node, step, generation| {
+        let kind = BlobKind::Shard { step, node: NodeIndex(node) };
+        let header = BlobHeader { job: KEY.job, generation: Generation(generation), kind, bytes: 1 };
+        core.shard_folder(ConnectionId(connection), &header)
+    };
+    assert_eq!(folder(2, 1, 3, 1), Some(PathBuf::from("/runs/x/checkpoints")));
+    assert_eq!(folder(2, 0, 3, 1), None, "another CompNode's");
+    assert_eq!(folder(2, 1, 4, 1), None, "no checkpoint after step 4");
+    assert_eq!(folder(2, 1, 3, 2), None, "another generation's");
+}
+
+/// What must hold after every event, whatever happened.
+struct Watch {
+    core: Core,
+    last_step: BTreeMap<JobId, u64>,
+    started: BTreeSet<RunKey>,
+    ready: BTreeSet<(RunKey, u64)>,
+    was_final: BTreeSet<JobId>,
+}
+
+impl Watch {
+    fn check(&mut self, actions: &[Action]) {
+        for action in actions {
+            match action {
+                Action::Send { message: FromBroker::Start { job, generation }, .. } => {
+                    let key = RunKey { job: *job, generation: *generation };
+                    let run = self.core.jobs[job].run.as_ref().unwrap();
+                    assert!(run.members.iter().all(|m| self.ready.contains(&(key, m.0))), "started before all are ready");
+                    self.started.insert(key);
+                }
+                Action::AppendMetrics { key, metrics } => {
+                    assert!(self.started.contains(key));
+                    let last = self.last_step.insert(key.job, metrics.step);
+                    assert_eq!(metrics.step, last.unwrap_or(0) + 1);
+                }
+                Action::OpenRun(open) => drop(self.last_step.insert(open.key.job, open.start_step)),
+                Action::Emit(JobEvent::State { job, state }) => {
+                    assert!(!self.was_final.contains(job), "{job} left a final state without a resume");
+                    if state.is_final() {
+                        self.was_final.insert(*job);
+                    }
+                }
+                _ => {}
+            }
+        }
+        let mut busy = BTreeSet::new();
+        for job in self.core.jobs.values() {
+            assert_eq!(job.run.is_some(), matches!(job.record.state, JobState::Preparing | JobState::Running));
+            for member in job.run.iter().flat_map(|run| &run.members) {
+                assert!(busy.insert(*member), "a CompNode works on two jobs");
+            }
+        }
+        let shown = self.core.status().compnodes.iter().filter(|c| c.job.is_some()).count();
+        assert_eq!(shown, busy.len());
+    }
+}
+
+/// A small generator, so that a failing seed can be run again.
+fn draw(seed: &mut u64, below: u64) -> u64 {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*seed >> 33) % below
+}
+
+#[test]
+fn no_order_of_events_breaks_the_rules() {
+    let spec = testing::spec(&["placement.compnodes=2"]);
+    let fresh = start(&spec, 0);
+    let (mut starts, mut steps) = (0, 0);
+    for run in 0..1500u64 {
+        let mut seed = run;
+        let mut watch = Watch {
+            core: Core::default(),
+            last_step: BTreeMap::new(),
+            started: BTreeSet::new(),
+            ready: BTreeSet::new(),
+            was_final: BTreeSet::new(),
+        };
+        let mut now = Duration::ZERO;
+        let mut connections = 0;
+        for _ in 0..120 {
+            now += Duration::from_millis(draw(&mut seed, 1000));
+            let mut connection = draw(&mut seed, connections + 1);
+            let job = JobId(1 + draw(&mut seed, 2));
+            let mut key = RunKey { job, generation: Generation(1 + draw(&mut seed, 2) as u32) };
+            // Mostly what a member of a run would say; else whatever.
+            if let Some(run) = watch.core.jobs.get(&job).and_then(|j| j.run.as_ref())
+                && draw(&mut seed, 12) > 0
+            {
+                key = run.key;
+                connection = run.members[draw(&mut seed, 2) as usize].0;
+            }
+            let at = ConnectionId(connection);
+            let said = |message| CoreEvent::Said { connection: at, message };
+            let actions = match draw(&mut seed, 16) {
+                0 | 1 => {
+                    connections += 1;
+                    watch.core.join(ConnectionId(connections), joining("n"), now).1
+                }
+                2 if watch.core.jobs.len() < 2 => {
+                    watch.core.submit(spec.clone(), fresh.clone(), PathBuf::from("/r"), now).unwrap().1
+                }
+                3 if draw(&mut seed, 6) == 0 => watch.core.handle(CoreEvent::Left { connection: at, reason: "gone".to_owned() }, now),
+                4 if draw(&mut seed, 6) == 0 => watch.core.stop(job, now).unwrap_or_default(),
+                5 => {
+                    let resumed = watch.core.resume(job, fresh.clone(), now);
+                    if resumed.is_ok() {
+                        watch.was_final.remove(&job);
+                    }
+                    resumed.unwrap_or_default()
+                }
+                6 | 7 => {
+                    watch.ready.insert((key, connection));
+                    watch.core.handle(said(ready(key)), now)
+                }
+                8..=11 => {
+                    let due = watch.last_step.get(&job).copied().unwrap_or(0) + 1;
+                    let number = if draw(&mut seed, 60) == 0 { draw(&mut seed, 9) } else { due };
+                    watch.core.handle(said(step(key, number, Some(1.0))), now)
+                }
+                12 => {
+                    let shard = StoredShard { bytes: 1, fnv1a: String::new() };
+                    let node = NodeIndex(draw(&mut seed, 3) as u32);
+                    watch.core.handle(CoreEvent::ShardStored { key, step: 3, node, shard }, now)
+                }
+                13 | 14 => watch.core.handle(said(FromCompNode::Heartbeat), now),
+                _ => watch.core.handle(CoreEvent::Tick, now),
+            };
+            watch.check(&actions);
+        }
+        starts += watch.started.len();
+        steps += watch.last_step.values().sum::<u64>();
+    }
+    assert!(starts > 200 && steps > 50, "the runs reach training: {starts} starts, {steps} steps");
+}
