@@ -3,117 +3,34 @@
 //! Everything that happens is a [`CoreEvent`]; everything that follows is an [`Action`] for the shell in
 //! [`crate::server`]. So every order of events can be tried in a test.
 
+mod event;
 mod registry;
 mod run;
+mod schedule;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_graph::OpDag;
-use fusionllm_planner::{Cluster, NodeIndex, Placement, place};
+use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
-    Assignment, BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec,
-    JobState, PeerRecord, StatusReport, StepMetrics, WeightSource,
+    BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, JobState,
+    StatusReport,
 };
 
 use crate::BrokerError;
-use crate::checkpoint::{FinishSpec, StoredShard, TensorSet};
-use crate::run_dir::PlacementFile;
+use crate::checkpoint::FinishSpec;
 use crate::store::JobRecord;
+pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, RunKey, StartPoint};
 use registry::Registry;
 use run::Run;
+use schedule::least_compnodes;
 
 /// A CompNode that sends no heartbeat for this long is lost.
 pub(crate) const LEASE: Duration = Duration::from_secs(15);
 /// A job's progress is written to the store at most this often.
 const PERSIST_EVERY: Duration = Duration::from_secs(5);
-
-/// One connection of a CompNode. A CompNode that comes back has another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ConnectionId(pub(crate) u64);
-
-/// A placement of a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct RunKey {
-    pub(crate) job: JobId,
-    pub(crate) generation: Generation,
-}
-
-/// A CompNode that wants to join.
-#[derive(Clone, Debug)]
-pub(crate) struct Joining {
-    pub(crate) name: String,
-    pub(crate) id: String,
-    pub(crate) device: String,
-    pub(crate) addr: PeerRecord,
-}
-
-/// What a job starts from.
-#[derive(Clone, Debug)]
-pub(crate) struct StartPoint {
-    pub(crate) dag: Arc<OpDag>,
-    /// The OP-DAG's JSON form.
-    pub(crate) graph: String,
-    /// Parameters, and optimizer state if they come from a checkpoint; nothing: from the job's seed.
-    pub(crate) weights: Option<Arc<TensorSet>>,
-    /// Updates already done.
-    pub(crate) step: u64,
-}
-
-/// Something happened.
-#[derive(Debug)]
-pub(crate) enum CoreEvent {
-    /// A CompNode's connection ended.
-    Left { connection: ConnectionId, reason: String },
-    /// A CompNode says something.
-    Said { connection: ConnectionId, message: FromCompNode },
-    /// A shard lies in its partial folder.
-    ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
-    /// A checkpoint is whole.
-    CheckpointFinished { key: RunKey, step: u64, path: PathBuf },
-    /// The broker itself cannot go on with a job.
-    RunFailed { key: RunKey, reason: String },
-    /// Time passes.
-    Tick,
-}
-
-/// Something to do, in this order.
-#[derive(Debug)]
-pub(crate) enum Action {
-    /// Tell a CompNode.
-    Send { to: ConnectionId, message: FromBroker },
-    /// Send these parameters to a CompNode.
-    SendWeights { to: ConnectionId, key: RunKey, params: Vec<String>, from: Arc<TensorSet> },
-    /// End the connection.
-    Disconnect { to: ConnectionId, reason: String },
-    /// Make or take over the run directory.
-    OpenRun(Box<OpenRun>),
-    /// Write what the data owner found.
-    WriteData { key: RunKey, run_dir: PathBuf, data: DataReport },
-    /// Append a line to the metrics.
-    AppendMetrics { key: RunKey, metrics: StepMetrics },
-    /// All shards are there: check them and show the checkpoint.
-    FinishCheckpoint { key: RunKey, spec: Box<FinishSpec> },
-    /// Write the report.
-    WriteReport { record: Box<JobRecord> },
-    /// Remember the job.
-    Persist(Box<JobRecord>),
-    /// Tell whoever follows.
-    Emit(JobEvent),
-}
-
-/// What a run directory holds from the start.
-#[derive(Debug)]
-pub(crate) struct OpenRun {
-    pub(crate) key: RunKey,
-    pub(crate) run_dir: PathBuf,
-    pub(crate) spec: JobSpec,
-    pub(crate) graph: String,
-    pub(crate) placement: PlacementFile,
-    pub(crate) start_step: u64,
-}
 
 /// A job that is known.
 #[derive(Debug)]
@@ -295,7 +212,9 @@ impl Core {
         }
         match message {
             FromCompNode::Heartbeat => vec![Action::Send { to: connection, message: FromBroker::HeartbeatAck }],
-            FromCompNode::Ready { job, generation, data } => self.ready(RunKey { job, generation }, connection, data, now),
+            FromCompNode::Ready { job, generation, data } => {
+                self.ready(RunKey { job, generation }, connection, data, now)
+            }
             FromCompNode::Step { job, generation, report } => {
                 let key = RunKey { job, generation };
                 let Some(run) = self.run_mut(key) else { return Vec::new() };
@@ -323,13 +242,7 @@ impl Core {
         }
     }
 
-    fn ready(
-        &mut self,
-        key: RunKey,
-        connection: ConnectionId,
-        data: Option<DataReport>,
-        now: Duration,
-    ) -> Vec<Action> {
+    fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {
         let run_dir = self.jobs.get(&key.job).map(|j| j.record.run_dir.clone()).unwrap_or_default();
         let Some(run) = self.run_mut(key).filter(|run| run.node_of(connection).is_some()) else { return Vec::new() };
         let mut actions = Vec::new();
@@ -433,129 +346,6 @@ impl Core {
     fn run_mut(&mut self, key: RunKey) -> Option<&mut Run> {
         self.jobs.get_mut(&key.job)?.run.as_mut().filter(|run| run.key == key)
     }
-
-    /// Gives waiting jobs, oldest first, the CompNodes they need. A job that must wait holds back those behind it.
-    fn schedule(&mut self, now: Duration) -> Vec<Action> {
-        let mut actions = Vec::new();
-        let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. });
-        let waiting: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_waiting(job)).map(|(&id, _)| id).collect();
-        let mut held_back_by = None;
-        for job in waiting {
-            let chosen = match held_back_by {
-                None => self.choose(job),
-                Some(first) => Err(format!("{first} comes first")),
-            };
-            match chosen {
-                Ok(members) => actions.extend(self.assign(job, members, now)),
-                Err(reason) => {
-                    held_back_by = held_back_by.or(Some(job));
-                    let state = JobState::Waiting { reason };
-                    if self.jobs.get(&job).is_some_and(|j| j.record.state != state) {
-                        actions.extend(self.set_state(job, state));
-                    }
-                }
-            }
-        }
-        actions
-    }
-
-    /// The CompNodes for a job, data owner first, or what it waits for.
-    fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
-        let Some(job) = self.jobs.get(&job) else { return Err("it is not known".to_owned()) };
-        let spec = &job.record.spec;
-        let mut idle = self.compnodes.idle();
-        if let Some(owner) = &spec.data.owner {
-            let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
-            let at = at.ok_or_else(|| format!("CompNode `{owner}`, the data's owner, is not idle"))?;
-            let owner = idle.remove(at);
-            idle.insert(0, owner);
-        }
-        let needed = least_compnodes(spec);
-        if idle.len() < needed {
-            return Err(format!("{} of {needed} CompNodes are idle", idle.len()));
-        }
-        if spec.placement.compnodes.is_some() || !spec.placement.stages.is_empty() {
-            idle.truncate(needed);
-        }
-        Ok(idle)
-    }
-
-    fn assign(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
-        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
-        let Some(start) = known.start.clone() else { return Vec::new() };
-        let spec = known.record.spec.clone();
-        let mut cluster = Cluster::uniform(members.len());
-        for (profile, &member) in cluster.compnodes.iter_mut().zip(&members) {
-            profile.name = self.compnodes.name(member);
-        }
-        let placement = match place(&start.dag, &cluster, &spec.placement_spec()) {
-            Ok(placement) => placement,
-            Err(error) => {
-                return self.end(job, JobState::Failed { reason: error.to_string(), bad_input: true }, "no placement");
-            }
-        };
-        known.record.generation = Generation(known.record.generation.0 + 1);
-        let key = RunKey { job, generation: known.record.generation };
-        let run_dir = known.record.run_dir.clone();
-        let checkpoints = crate::run_dir::RunDir::new(&run_dir).checkpoints(&spec);
-        for &member in &members {
-            self.compnodes.take(member, key);
-        }
-        let mut actions = vec![Action::OpenRun(Box::new(OpenRun {
-            key,
-            run_dir,
-            spec: spec.clone(),
-            graph: start.graph.clone(),
-            placement: PlacementFile::of(&placement, &start.dag, key.generation),
-            start_step: start.step,
-        }))];
-        actions.extend(self.assignments(key, &spec, &start, &placement, &members));
-        let run = Run::new(key, members, placement, &start, &spec, checkpoints);
-        if let Some(known) = self.jobs.get_mut(&job) {
-            known.run = Some(run);
-            known.persisted = now;
-        }
-        actions.extend(self.set_state(job, JobState::Preparing));
-        actions
-    }
-
-    fn assignments(
-        &self,
-        key: RunKey,
-        spec: &JobSpec,
-        start: &StartPoint,
-        placement: &Placement,
-        members: &[ConnectionId],
-    ) -> Vec<Action> {
-        let peers: Vec<PeerRecord> = members.iter().map(|&m| self.compnodes.addr(m)).collect();
-        let mut actions = Vec::new();
-        for (node, &to) in (0..).map(NodeIndex).zip(members) {
-            let weights = start.weights.as_ref().map_or(WeightSource::Seed(spec.train.seed), |_| WeightSource::Broker);
-            let assignment = Assignment {
-                job: key.job,
-                generation: key.generation,
-                node,
-                spec: spec.clone(),
-                graph: start.graph.clone(),
-                placement: placement.clone(),
-                peers: peers.clone(),
-                start_step: start.step,
-                weights,
-            };
-            actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
-            if let Some(from) = &start.weights {
-                let params = run::param_names(&start.dag, placement, node);
-                actions.push(Action::SendWeights { to, key, params, from: Arc::clone(from) });
-            }
-        }
-        actions
-    }
-}
-
-/// How many CompNodes a job needs at least.
-fn least_compnodes(spec: &JobSpec) -> usize {
-    let listed = spec.placement.stages.iter().map(|s| s.compnode as usize + 1).max().unwrap_or(1);
-    spec.placement.compnodes.map_or(listed, |n| n as usize)
 }
 
 fn resume_hint(job: JobId) -> String {

@@ -112,13 +112,10 @@ impl BrokerError {
             | Self::RunDirNotEmpty { .. }
             | Self::Secret { .. }
             | Self::UnknownJob { .. }
-            | Self::JobState { .. } => true,
-            Self::Store(_)
-            | Self::Io { .. }
-            | Self::Bind(_)
-            | Self::Identity(_)
-            | Self::Protocol(_)
-            | Self::Ended => false,
+            | Self::JobState { .. }
+            | Self::Store(StoreError::InUse { .. })
+            | Self::Bind(_) => true,
+            Self::Store(_) | Self::Io { .. } | Self::Identity(_) | Self::Protocol(_) | Self::Ended => false,
         }
     }
 }
@@ -128,7 +125,9 @@ impl BrokerError {
 #[non_exhaustive]
 pub enum CheckpointError {
     /// The folder holds none.
-    #[error("{path} holds no checkpoint, expected a folder with manifest.json or a run directory with checkpoints/step-N")]
+    #[error(
+        "{path} holds no checkpoint, expected a folder with manifest.json or a run directory with checkpoints/step-N"
+    )]
     None {
         /// The folder.
         path: PathBuf,

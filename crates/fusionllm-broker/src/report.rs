@@ -140,7 +140,9 @@ impl RunReport {
                 data.files, data.train_tokens, data.eval_tokens, data.bytes_per_token
             ));
         }
-        text.push_str("\n## Placement\n\n| stage | CompNode | ops | from | to | parameters |\n|---|---|---|---|---|---|\n");
+        text.push_str(
+            "\n## Placement\n\n| stage | CompNode | ops | from | to | parameters |\n|---|---|---|---|---|---|\n",
+        );
         for stage in &self.stages {
             let end = |op: Option<&String>| op.cloned().unwrap_or_default();
             let (first, last) = (end(stage.ops.first()), end(stage.ops.last()));

@@ -52,7 +52,8 @@ impl PlacementFile {
         let stages = placement.stages.iter().map(|stage| {
             let ops = || stage.ops.iter().filter_map(|op| dag.ops().get(op.index()));
             let params: std::collections::BTreeSet<_> = ops().flat_map(|op| &op.params).collect();
-            let elements = params.iter().filter_map(|p| dag.params().get(p.index())).map(fusionllm_graph::Param::elements);
+            let elements =
+                params.iter().filter_map(|p| dag.params().get(p.index())).map(fusionllm_graph::Param::elements);
             StageSummary {
                 stage: stage.id.0,
                 compnode: placement.compnodes.get(stage.compnode.index()).cloned().unwrap_or_default(),

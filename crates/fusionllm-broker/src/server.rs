@@ -182,7 +182,12 @@ impl Handle {
         self.submit_at(spec, start, choice).await
     }
 
-    async fn submit_at(&self, spec: JobSpec, start: StartPoint, run_dir: RunDirChoice) -> Result<Submitted, BrokerError> {
+    async fn submit_at(
+        &self,
+        spec: JobSpec,
+        start: StartPoint,
+        run_dir: RunDirChoice,
+    ) -> Result<Submitted, BrokerError> {
         let (spec, start) = (Box::new(spec), Box::new(start));
         self.ask(|reply| Command::Submit { spec, start, run_dir, reply }).await?
     }

@@ -9,12 +9,12 @@ use fusionllm_graph::{OpDag, OpId, ParamId};
 use fusionllm_planner::{NodeIndex, Placement, StageId};
 use fusionllm_protocol::Pass;
 
+use crate::ExecutorError;
 use crate::executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
 use crate::host::{download, to_scalar, to_vec};
 use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
 use crate::params::initial_values;
 use crate::segment::{Kept, Segment, Surroundings};
-use crate::ExecutorError;
 
 /// Runs the stages of one CompNode on a Burn device.
 #[derive(Debug)]

@@ -79,7 +79,9 @@ pub enum DataError {
         paths: String,
     },
     /// The text is shorter than one sequence.
-    #[error("the {split} split has {tokens} tokens, but one sequence needs {needed}: give more text, or a smaller data.seq_len")]
+    #[error(
+        "the {split} split has {tokens} tokens, but one sequence needs {needed}: give more text, or a smaller data.seq_len"
+    )]
     TooShort {
         /// Which split.
         split: &'static str,
@@ -97,7 +99,9 @@ pub enum DataError {
         reason: String,
     },
     /// A token id lies outside the model's vocabulary.
-    #[error("the text has token id {id}, but the model's vocabulary ends at {vocab}: set model.vocab_size to at least {needed}")]
+    #[error(
+        "the text has token id {id}, but the model's vocabulary ends at {vocab}: set model.vocab_size to at least {needed}"
+    )]
     Vocabulary {
         /// The largest id.
         id: usize,

@@ -7,8 +7,8 @@ use fusionllm_codec::{Codec, HostTensor};
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::LinkBytes;
 
-use crate::mailbox::{Mailbox, Slot};
 use crate::ExchangeError;
+use crate::mailbox::{Mailbox, Slot};
 
 /// A message to another CompNode.
 #[derive(Clone, Debug)]
@@ -110,10 +110,10 @@ impl MemoryExchange {
 impl Exchange for MemoryExchange {
     fn send(&mut self, message: Message) -> Result<(), ExchangeError> {
         self.tally.add(&message, 0)?;
-        let mailbox = self.mailboxes.get(message.to.index()).ok_or_else(|| ExchangeError::Peer {
-            peer: message.to.to_string(),
-            reason: "has no mailbox".to_owned(),
-        })?;
+        let mailbox = self
+            .mailboxes
+            .get(message.to.index())
+            .ok_or_else(|| ExchangeError::Peer { peer: message.to.to_string(), reason: "has no mailbox".to_owned() })?;
         let mut bytes = Vec::new();
         message.codec.encode(&message.tensor, &mut bytes)?;
         let tensor = message.codec.decode(message.tensor.shape(), message.tensor.element_type(), &bytes)?;

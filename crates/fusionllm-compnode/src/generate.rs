@@ -83,7 +83,7 @@ impl Generator {
         for _ in 0..sampling.tokens {
             let window = &ids[ids.len().saturating_sub(self.seq_len)..];
             let last = window.len() - 1;
-            let (logits, vocab) = self.logits(&window.to_vec())?;
+            let (logits, vocab) = self.logits(window)?;
             let row = &logits[last * vocab..(last + 1) * vocab];
             ids.push(sample(row, sampling, rng.random::<f64>()) as i32);
         }

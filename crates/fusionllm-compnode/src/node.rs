@@ -15,9 +15,9 @@ use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Iden
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
+use crate::CompNodeError;
 use crate::device::{DeviceChoice, open_device};
 use crate::links::peer_record;
-use crate::CompNodeError;
 use running::RunningJob;
 
 /// The broker takes a CompNode for lost after several of these.

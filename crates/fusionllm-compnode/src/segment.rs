@@ -10,11 +10,11 @@ use burn_tensor::{Device, Tensor};
 use fusionllm_codec::HostTensor;
 use fusionllm_graph::{DType, OpDag, OpId, ParamId};
 
+use crate::ExecutorError;
 use crate::executor::{MicroBatch, StageOutput};
 use crate::host::{download, to_scalar, upload};
 use crate::kernels::{self, Arguments, KernelContext, RealValue, Value};
 use crate::params::seed_for;
-use crate::ExecutorError;
 
 /// The fixed part of a stage.
 #[derive(Debug)]
@@ -184,7 +184,9 @@ impl Segment {
         for (op, seed) in sum_over_consumers(around.dag, around.device, gradients)? {
             let Some(output) = kept.outputs.get(&op) else {
                 let name = around.dag.op(op).name.clone();
-                return Err(ExecutorError::Internal { what: format!("a gradient came for `{name}`, which was not sent") });
+                return Err(ExecutorError::Internal {
+                    what: format!("a gradient came for `{name}`, which was not sent"),
+                });
             };
             let term = (output.tensor.clone() * seed.autodiff()).sum();
             root = Some(match root {
@@ -198,10 +200,12 @@ impl Segment {
         let mut tape = root.backward();
         let mut inputs = Vec::new();
         for (op, leaf) in &kept.leaves {
-            let gradient = leaf.tensor.grad_remove(&mut tape).unwrap_or_else(|| leaf.tensor.clone().inner().zeros_like());
+            let gradient =
+                leaf.tensor.grad_remove(&mut tape).unwrap_or_else(|| leaf.tensor.clone().inner().zeros_like());
             inputs.push((*op, download(gradient, &leaf.shape)?));
         }
-        let held: BTreeSet<ParamId> = self.ops.iter().flat_map(|&op| around.dag.op(op).params.iter().copied()).collect();
+        let held: BTreeSet<ParamId> =
+            self.ops.iter().flat_map(|&op| around.dag.op(op).params.iter().copied()).collect();
         let mut params = Vec::new();
         for param in held {
             if let Some(gradient) = around.params.get(&param).and_then(|leaf| leaf.grad_remove(&mut tape)) {

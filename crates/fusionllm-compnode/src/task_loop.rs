@@ -157,12 +157,7 @@ impl TaskLoop {
         }
     }
 
-    fn forward(
-        &mut self,
-        stage: StageId,
-        micro_batch: MicroBatch,
-        task: Task,
-    ) -> Result<Option<f64>, CompNodeError> {
+    fn forward(&mut self, stage: StageId, micro_batch: MicroBatch, task: Task) -> Result<Option<f64>, CompNodeError> {
         let placement = Arc::clone(&self.plan.placement);
         let held = stage_of(&placement, stage)?;
         let mut inputs = self.placeholders(held, micro_batch)?;
@@ -180,10 +175,18 @@ impl TaskLoop {
         self.live_max = self.live_max.max(self.executor.live());
         outgoing.extend(output.tensors);
         for edge in placement.edges.iter().filter(|e| e.from == stage) {
-            let tensor = outgoing.get(&edge.op).cloned().ok_or_else(|| ExecutorError::Internal {
-                what: format!("{stage} gave nothing for {}", edge.id),
-            })?;
-            self.deliver(&placement, edge.to, Channel::Activation(edge.id), micro_batch, tensor, edge.activation_codec)?;
+            let tensor = outgoing
+                .get(&edge.op)
+                .cloned()
+                .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} gave nothing for {}", edge.id) })?;
+            self.deliver(
+                &placement,
+                edge.to,
+                Channel::Activation(edge.id),
+                micro_batch,
+                tensor,
+                edge.activation_codec,
+            )?;
         }
         Ok(output.loss)
     }
@@ -209,9 +212,9 @@ impl TaskLoop {
             self.executor.backward(stage, micro_batch, gradients, loss_scale)?.into_iter().collect();
         self.busy += began.elapsed();
         for edge in placement.edges.iter().filter(|e| e.to == stage && e.gradient) {
-            let tensor = inputs.remove(&edge.op).ok_or_else(|| ExecutorError::Internal {
-                what: format!("{stage} gave no gradient for {}", edge.id),
-            })?;
+            let tensor = inputs
+                .remove(&edge.op)
+                .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} gave no gradient for {}", edge.id) })?;
             self.deliver(&placement, edge.from, Channel::Gradient(edge.id), micro_batch, tensor, edge.gradient_codec)?;
         }
         Ok(())
@@ -377,7 +380,8 @@ fn scalar_of(tensor: &HostTensor) -> f64 {
 }
 
 fn add(sum: Option<Vec<f32>>, part: HostTensor, param: ParamId) -> Result<Vec<f32>, CompNodeError> {
-    let misfit = || ExecutorError::Internal { what: format!("tied gradients of parameter {} differ in shape", param.0) };
+    let misfit =
+        || ExecutorError::Internal { what: format!("tied gradients of parameter {} differ in shape", param.0) };
     let (_, values) = part.into_parts();
     let Values::F32(values) = values else { return Err(misfit().into()) };
     match sum {

@@ -68,9 +68,10 @@ impl JobEvent {
     /// The job it is about.
     pub fn job(&self) -> JobId {
         match self {
-            Self::State { job, .. } | Self::Data { job, .. } | Self::Step { job, .. } | Self::Checkpoint { job, .. } => {
-                *job
-            }
+            Self::State { job, .. }
+            | Self::Data { job, .. }
+            | Self::Step { job, .. }
+            | Self::Checkpoint { job, .. } => *job,
         }
     }
 }

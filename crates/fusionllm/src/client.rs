@@ -78,7 +78,8 @@ fn find_ticket(address: &BrokerAddress) -> anyhow::Result<Ticket> {
         (None, Ok(ticket)) if address.state.is_none() => ticket,
         (None, _) => {
             let path = state_dir(address.state.as_deref())?.join("ticket");
-            let missing = |e| bad_input(format!("no broker's ticket at {}: {e}; start one or give --ticket", path.display()));
+            let missing =
+                |e| bad_input(format!("no broker's ticket at {}: {e}; start one or give --ticket", path.display()));
             std::fs::read_to_string(&path).map_err(missing)?
         }
     };

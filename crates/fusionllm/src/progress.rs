@@ -84,7 +84,9 @@ impl Progress {
                 bar.set_message(text);
                 Ok(())
             }
-            Output::Plain if self.is_shown(metrics) => render::line(&format!("step {}/{}: {text}", metrics.step, self.steps)),
+            Output::Plain if self.is_shown(metrics) => {
+                render::line(&format!("step {}/{}: {text}", metrics.step, self.steps))
+            }
             Output::Plain | Output::Json => Ok(()),
         }
     }

@@ -152,13 +152,15 @@ impl Run {
     /// Checkpoints of which all shards are there and whose step is known; they count as being finished now.
     pub(super) fn whole_checkpoints(&mut self) -> Vec<(u64, Shards)> {
         let (count, merged) = (self.members.len(), self.merged);
-        let is_whole = |(step, shards): (&u64, &BTreeMap<_, _>)| (shards.len() == count && *step <= merged).then_some(*step);
+        let is_whole =
+            |(step, shards): (&u64, &BTreeMap<_, _>)| (shards.len() == count && *step <= merged).then_some(*step);
         let whole: Vec<u64> = self.shards.iter().filter_map(is_whole).collect();
         let mut checkpoints = Vec::new();
         for step in whole {
             let shards = self.shards.remove(&step).unwrap_or_default();
             self.finishing.insert(step);
-            let named = shards.into_iter().map(|(node, s)| (s, param_names(&self.dag, &self.placement, node))).collect();
+            let named =
+                shards.into_iter().map(|(node, s)| (s, param_names(&self.dag, &self.placement, node))).collect();
             checkpoints.push((step, named));
         }
         checkpoints

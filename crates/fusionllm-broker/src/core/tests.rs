@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use fusionllm_protocol::{LinkBytes, StepReport};
+use fusionllm_planner::NodeIndex;
+use fusionllm_protocol::{LinkBytes, PeerRecord, StepReport};
 
 use super::*;
+use crate::checkpoint::StoredShard;
 use crate::testing;
 
 const NOW: Duration = Duration::from_secs(100);
@@ -35,13 +37,8 @@ fn submit(core: &mut Core, overrides: &[&str]) -> (JobId, Vec<Action>) {
 }
 
 fn report(step: u64, loss: Option<f64>) -> StepReport {
-    let link = LinkBytes {
-        from: "a".to_owned(),
-        to: "b".to_owned(),
-        bytes: 9,
-        dense_bytes: 9,
-        codec: "dense".to_owned(),
-    };
+    let link =
+        LinkBytes { from: "a".to_owned(), to: "b".to_owned(), bytes: 9, dense_bytes: 9, codec: "dense".to_owned() };
     StepReport {
         step,
         loss,
@@ -330,7 +327,10 @@ impl Watch {
                 Action::Send { message: FromBroker::Start { job, generation }, .. } => {
                     let key = RunKey { job: *job, generation: *generation };
                     let run = self.core.jobs[job].run.as_ref().unwrap();
-                    assert!(run.members.iter().all(|m| self.ready.contains(&(key, m.0))), "started before all are ready");
+                    assert!(
+                        run.members.iter().all(|m| self.ready.contains(&(key, m.0))),
+                        "started before all are ready"
+                    );
                     self.started.insert(key);
                 }
                 Action::AppendMetrics { key, metrics } => {
@@ -404,7 +404,9 @@ fn no_order_of_events_breaks_the_rules() {
                 2 if watch.core.jobs.len() < 2 => {
                     watch.core.submit(spec.clone(), fresh.clone(), PathBuf::from("/r"), now).unwrap().1
                 }
-                3 if draw(&mut seed, 6) == 0 => watch.core.handle(CoreEvent::Left { connection: at, reason: "gone".to_owned() }, now),
+                3 if draw(&mut seed, 6) == 0 => {
+                    watch.core.handle(CoreEvent::Left { connection: at, reason: "gone".to_owned() }, now)
+                }
                 4 if draw(&mut seed, 6) == 0 => watch.core.stop(job, now).unwrap_or_default(),
                 5 => {
                     let resumed = watch.core.resume(job, fresh.clone(), now);

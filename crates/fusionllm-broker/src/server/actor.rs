@@ -35,7 +35,12 @@ type Reply<T> = oneshot::Sender<T>;
 /// What the actor is asked to do.
 #[derive(Debug)]
 pub(super) enum Command {
-    Join { connection: ConnectionId, joining: Joining, outbox: mpsc::Sender<ToCompNode>, reply: Reply<String> },
+    Join {
+        connection: ConnectionId,
+        joining: Joining,
+        outbox: mpsc::Sender<ToCompNode>,
+        reply: Reply<String>,
+    },
     Event(CoreEvent),
     Submit {
         spec: Box<JobSpec>,
@@ -43,13 +48,34 @@ pub(super) enum Command {
         run_dir: RunDirChoice,
         reply: Reply<Result<Submitted, BrokerError>>,
     },
-    Resume { job: JobId, start: Box<StartPoint>, reply: Reply<Result<Submitted, BrokerError>> },
-    Stop { job: JobId, reply: Reply<Result<(), BrokerError>> },
-    Record { job: JobId, reply: Reply<Result<JobRecord, BrokerError>> },
-    Status { reply: Reply<StatusReport> },
-    Report { job: JobId, reply: Reply<Result<RunReport, BrokerError>> },
-    ShardFolder { connection: ConnectionId, header: BlobHeader, reply: Reply<Option<PathBuf>> },
-    Shutdown { reply: Reply<()> },
+    Resume {
+        job: JobId,
+        start: Box<StartPoint>,
+        reply: Reply<Result<Submitted, BrokerError>>,
+    },
+    Stop {
+        job: JobId,
+        reply: Reply<Result<(), BrokerError>>,
+    },
+    Record {
+        job: JobId,
+        reply: Reply<Result<JobRecord, BrokerError>>,
+    },
+    Status {
+        reply: Reply<StatusReport>,
+    },
+    Report {
+        job: JobId,
+        reply: Reply<Result<RunReport, BrokerError>>,
+    },
+    ShardFolder {
+        connection: ConnectionId,
+        header: BlobHeader,
+        reply: Reply<Option<PathBuf>>,
+    },
+    Shutdown {
+        reply: Reply<()>,
+    },
 }
 
 struct Actor {

@@ -22,12 +22,7 @@ const CHUNK_BYTES: usize = 1 << 20;
 const BULK_PRIORITY: i32 = -10;
 
 /// Receives every shard that a CompNode sends, until its connection ends.
-pub(super) async fn receive_all(
-    connection: ConnectionId,
-    session: &Session,
-    handle: &Handle,
-    tasks: &mut JoinSet<()>,
-) {
+pub(super) async fn receive_all(connection: ConnectionId, session: &Session, handle: &Handle, tasks: &mut JoinSet<()>) {
     while let Ok(stream) = session.accept_uni().await {
         while tasks.try_join_next().is_some() {}
         let handle = handle.clone();
@@ -58,7 +53,12 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
     Ok(())
 }
 
-async fn store(mut stream: FrameSource, header: &BlobHeader, folder: &Path, path: &Path) -> Result<StoredShard, String> {
+async fn store(
+    mut stream: FrameSource,
+    header: &BlobHeader,
+    folder: &Path,
+    path: &Path,
+) -> Result<StoredShard, String> {
     let io = |e: std::io::Error| io_error(path, e).to_string();
     tokio::fs::create_dir_all(folder).await.map_err(io)?;
     let mut file = File::create(path).await.map_err(io)?;

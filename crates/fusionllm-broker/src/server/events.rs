@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use fusionllm_protocol::{JobEvent, JobId, JobState};
-use tokio::sync::{broadcast, watch};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, watch};
 
 /// A job that was taken in.
 #[derive(Debug)]

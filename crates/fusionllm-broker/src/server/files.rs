@@ -18,7 +18,6 @@ use crate::store::{JobRecord, Store};
 /// The way to the thread.
 #[derive(Debug)]
 pub(super) struct Files {
-    // Unbounded, since the core never waits for a disk; it grows by one small entry a step.
     queue: mpsc::UnboundedSender<Work>,
     thread: JoinHandle<()>,
 }
@@ -31,6 +30,10 @@ enum Work {
 impl Files {
     /// Starts the thread. It reports to `commands` what has become of checkpoints and what could not be written.
     pub(super) fn start(store: Store, commands: mpsc::Sender<Command>) -> Self {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the core never waits for a disk, and the thread may wait for the core: a bound could lock both"
+        )]
         let (queue, mut work) = mpsc::unbounded_channel();
         // A weak one: the actor ends when all who may ask it have gone.
         let commands = commands.downgrade();
@@ -83,9 +86,9 @@ impl Keeper {
     fn perform(&mut self, action: Action) -> Option<CoreEvent> {
         let key = match &action {
             Action::OpenRun(open) => Some(open.key),
-            Action::WriteData { key, .. } | Action::AppendMetrics { key, .. } | Action::FinishCheckpoint { key, .. } => {
-                Some(*key)
-            }
+            Action::WriteData { key, .. }
+            | Action::AppendMetrics { key, .. }
+            | Action::FinishCheckpoint { key, .. } => Some(*key),
             _ => None,
         };
         match (self.write(action), key) {

@@ -49,8 +49,7 @@ async fn serve(connection: ConnectionId, session: Session, secret: &Secret, hand
     }
     match hello.role {
         Role::CompNode { name, device, addr } => {
-            let joining =
-                crate::core::Joining { name, id: session.peer().to_string(), device, addr };
+            let joining = crate::core::Joining { name, id: session.peer().to_string(), device, addr };
             compnode::serve(connection, session, joining, sink, source, handle).await;
         }
         Role::Client => client::serve(session, sink, source, handle).await,

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use fusionllm_graph::OpDag;
 use fusionllm_graph::Gpt2Config;
+use fusionllm_graph::OpDag;
 
 use super::shard::write_shard;
 use crate::ShardError;

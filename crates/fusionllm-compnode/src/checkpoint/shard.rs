@@ -84,8 +84,7 @@ mod tests {
 
     #[test]
     fn damaged_bytes_are_an_error() {
-        let bytes =
-            write_shard(&[NamedTensor { name: "a".to_owned(), shape: vec![3], values: vec![1.0; 3] }]).unwrap();
+        let bytes = write_shard(&[NamedTensor { name: "a".to_owned(), shape: vec![3], values: vec![1.0; 3] }]).unwrap();
         for end in 0..bytes.len() {
             assert!(read_shard(&bytes[..end]).is_err(), "cut to {end} bytes");
         }

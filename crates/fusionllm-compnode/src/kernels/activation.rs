@@ -12,17 +12,14 @@ const TWO_SQRT_2_OVER_PI: f64 = 1.595_769_121_605_730_7;
 const CUBIC: f64 = 0.044_715;
 
 /// x → f(x), any shape.
-pub(super) fn forward(
-    arguments: &Arguments<'_>,
-    function: ActivationFunction,
-) -> Result<RealValue, ExecutorError> {
+pub(super) fn forward(arguments: &Arguments<'_>, function: ActivationFunction) -> Result<RealValue, ExecutorError> {
     let x = arguments.real(0)?;
     let tensor = x.tensor.clone();
     let tensor = match function {
         ActivationFunction::GeluTanh => {
             // 0.5·(1 + tanh z) = sigmoid(2z) spares half of the passes over memory.
-            let gate = (tensor.clone() * tensor.clone() * (TWO_SQRT_2_OVER_PI * CUBIC) + TWO_SQRT_2_OVER_PI)
-                * tensor.clone();
+            let gate =
+                (tensor.clone() * tensor.clone() * (TWO_SQRT_2_OVER_PI * CUBIC) + TWO_SQRT_2_OVER_PI) * tensor.clone();
             tensor * sigmoid(gate)
         }
         ActivationFunction::GeluErf => gelu(tensor),

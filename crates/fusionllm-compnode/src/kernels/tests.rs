@@ -56,9 +56,8 @@ impl Case {
             output: TensorType { dtype: DType::F32, shape: Shape::scalar() },
         };
         let track = |t: Tensor<1>| if grad { t.require_grad() } else { t };
-        let flat = |values: &Vec<f32>| {
-            track(Tensor::<1>::from_data(TensorData::new(values.clone(), [values.len()]), &device))
-        };
+        let flat =
+            |values: &Vec<f32>| track(Tensor::<1>::from_data(TensorData::new(values.clone(), [values.len()]), &device));
         let leaves: Vec<Tensor<1>> = self.inputs.iter().map(flat).collect();
         let params: Vec<Tensor<1>> = self.params.iter().map(flat).collect();
         let real = |(leaf, shape): (&Tensor<1>, &Vec<usize>)| {
@@ -92,9 +91,8 @@ impl Case {
         let (values, gradients) = self.run(true);
         assert_near(&values, &wide(&self.forward()));
         let seed = numbers(values.len(), 99);
-        let loss = |case: &Self| -> f64 {
-            case.forward().iter().zip(&seed).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
-        };
+        let loss =
+            |case: &Self| -> f64 { case.forward().iter().zip(&seed).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum() };
         let inputs = self.inputs.len();
         for (index, gradient) in gradients.iter().enumerate() {
             for (element, &got) in gradient.iter().enumerate() {
@@ -171,9 +169,9 @@ fn attention_sees_only_the_past() {
         let x = wide(&case.inputs[0]);
         let at = |b: usize, s: usize, part: usize, h: usize, k: usize| x[(b * seq + s) * 12 + part * width + h * 2 + k];
         let mut expected = Vec::new();
-        for (b, s, h, k) in (0..2).flat_map(|b| {
-            (0..seq).flat_map(move |s| (0..heads).flat_map(move |h| (0..2).map(move |k| (b, s, h, k))))
-        }) {
+        for (b, s, h, k) in (0..2)
+            .flat_map(|b| (0..seq).flat_map(move |s| (0..heads).flat_map(move |h| (0..2).map(move |k| (b, s, h, k)))))
+        {
             let keys = if causal { s + 1 } else { seq };
             let score = |t: usize| (0..2).map(|j| at(b, s, 0, h, j) * at(b, t, 1, h, j)).sum::<f64>() / 2f64.sqrt();
             let total: f64 = (0..keys).map(|t| score(t).exp()).sum();

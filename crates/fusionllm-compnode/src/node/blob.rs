@@ -34,7 +34,8 @@ pub(super) async fn receive_weights(mut stream: FrameSource, key: JobKey) -> Res
 
 /// Sends one blob and waits until the broker has it.
 pub(super) async fn send(broker: &Session, header: BlobHeader, bytes: &[u8]) -> Result<(), CompNodeError> {
-    let fail = |e: fusionllm_transport::SessionError| CompNodeError::Broker { reason: format!("checkpoint shard: {e}") };
+    let fail =
+        |e: fusionllm_transport::SessionError| CompNodeError::Broker { reason: format!("checkpoint shard: {e}") };
     let mut sink = broker.open_uni().await.map_err(fail)?;
     // Bulk gives way to heartbeats and OP-Data.
     sink.set_priority(-10);

@@ -39,8 +39,7 @@ impl RunningJob {
     ) -> Result<(Self, Vec<PeerId>), CompNodeError> {
         let key = JobKey::of(&assignment);
         let placement = Arc::new(assignment.placement.clone());
-        let links =
-            JobLinks::new(endpoint, key.job, key.generation, assignment.node, placement, &assignment.peers);
+        let links = JobLinks::new(endpoint, key.job, key.generation, assignment.node, placement, &assignment.peers);
         let (weights, receiver) = match assignment.weights {
             WeightSource::Seed(_) => (None, None),
             WeightSource::Broker => {
@@ -82,9 +81,8 @@ impl RunningJob {
             let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
             let mut sink = NodeSink { key, events: reports, shards, mailbox };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
-            let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
-                Err(CompNodeError::ComputeThread { reason: panic_message(panic.as_ref()) })
-            });
+            let result = std::panic::catch_unwind(run)
+                .unwrap_or_else(|panic| Err(CompNodeError::ComputeThread { reason: panic_message(panic.as_ref()) }));
             // If the loop is gone nobody needs the result.
             let _ = done.send(result);
         };

@@ -87,7 +87,10 @@ fn adamw_with_warm_up_cosine_and_clipping_follows_pytorch() {
 
 #[test]
 fn sgd_with_momentum_follows_pytorch() {
-    check("sgd", "optimizer = \"sgd\"\nlr = 0.1\nwarmup = 0\nschedule = \"constant\"\nmomentum = 0.9\nweight_decay = 0");
+    check(
+        "sgd",
+        "optimizer = \"sgd\"\nlr = 0.1\nwarmup = 0\nschedule = \"constant\"\nmomentum = 0.9\nweight_decay = 0",
+    );
 }
 
 #[test]

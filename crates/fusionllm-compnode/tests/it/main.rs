@@ -1,4 +1,5 @@
 //! Whole training runs of CompNodes inside one process.
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod golden;
 mod memory;

@@ -10,8 +10,7 @@ fn live(pipeline: Pipeline) -> (Outcome, Vec<u32>) {
     let mut spec = job(TRAIN);
     spec.placement.pipeline = pipeline;
     let run = Run::new(small_gpt2(0.0), spec, 3);
-    let bounds =
-        (0..3).map(|n| run.placement.live_bound(NodeIndex(n)).into_values().max().unwrap()).collect();
+    let bounds = (0..3).map(|n| run.placement.live_bound(NodeIndex(n)).into_values().max().unwrap()).collect();
     (run.synthetic(), bounds)
 }
 

@@ -150,12 +150,9 @@ impl Run {
         let logs: Arc<Mutex<Vec<Log>>> = Arc::new(Mutex::new(vec![Log::default(); count]));
         thread::scope(|scope| {
             for index in 0..count {
-                let exchange = MemoryExchange::new(
-                    NodeIndex(index as u32),
-                    mailboxes.clone(),
-                    self.placement.compnodes.clone(),
-                )
-                .unwrap();
+                let exchange =
+                    MemoryExchange::new(NodeIndex(index as u32), mailboxes.clone(), self.placement.compnodes.clone())
+                        .unwrap();
                 let batches = (index == 0).then(|| Box::new(batches.clone()) as Box<dyn Batches>);
                 let (run, logs) = (&self, Arc::clone(&logs));
                 scope.spawn(move || {
@@ -164,8 +161,7 @@ impl Run {
                     let optimizer = OptimizerSpec::of(&run.spec.train);
                     let seed = run.spec.train.seed;
                     let dag = Arc::clone(&run.dag);
-                    let mut executor =
-                        BurnExecutor::new(dag, &run.placement, node, device, optimizer, seed).unwrap();
+                    let mut executor = BurnExecutor::new(dag, &run.placement, node, device, optimizer, seed).unwrap();
                     if let Some(weights) = &run.weights {
                         executor.import(weights.clone()).unwrap();
                     }

@@ -1,7 +1,7 @@
 //! Contiguous segments whose slowest CompNode is as fast as can be.
 
-use super::pins::Pins;
 use super::Segment;
+use super::pins::Pins;
 use crate::{NodeIndex, PlanError};
 
 /// Splits ops of the given weights over CompNodes of the given speeds, in order, minimising the largest

@@ -3,8 +3,8 @@
 use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
-use super::pins::Pins;
 use super::Segment;
+use super::pins::Pins;
 use crate::{NodeIndex, PlanError};
 
 /// One entry of `placement.stages`: all ops after the previous entry up to and with `last_op`.

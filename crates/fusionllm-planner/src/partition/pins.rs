@@ -29,7 +29,8 @@ impl Pins {
             }
         }
         let half = dag.loss().map_or(n, OpId::index);
-        let tail = if private { (0..n).filter(|&i| pinned[i] && reaches_tail(dag, i, half)).min().unwrap_or(n) } else { n };
+        let tail =
+            if private { (0..n).filter(|&i| pinned[i] && reaches_tail(dag, i, half)).min().unwrap_or(n) } else { n };
         let head = (0..tail).filter(|&i| pinned[i]).map(|i| i + 1).max().unwrap_or(0);
         Self { head, tail, pinned }
     }

@@ -42,7 +42,8 @@ fn times(dag: &OpDag, segments: &[Segment], speeds: &[f64]) -> Vec<f64> {
     for segment in segments {
         for op in segment.ops.clone() {
             let cost = dag.cost(fusionllm_graph::OpId(op as u32), 2);
-            times[segment.compnode.index()] += (cost.fp_flops + cost.bp_flops) as f64 / speeds[segment.compnode.index()];
+            times[segment.compnode.index()] +=
+                (cost.fp_flops + cost.bp_flops) as f64 / speeds[segment.compnode.index()];
         }
     }
     times

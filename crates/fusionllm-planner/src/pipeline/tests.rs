@@ -105,9 +105,7 @@ fn replay(edges: &[StageEdge], orders: &[Vec<Task>], stages: usize) -> Option<Ve
         for (node, order) in orders.iter().enumerate() {
             let Some(&task) = order.get(next[node]) else { continue };
             let ready = crate::is_ready(edges, task, |need| match need {
-                Need::Activation { edge, micro_batch } => {
-                    fp_done.contains(&(edges[edge.index()].from, micro_batch))
-                }
+                Need::Activation { edge, micro_batch } => fp_done.contains(&(edges[edge.index()].from, micro_batch)),
                 Need::Gradient { edge, micro_batch } => bp_done.contains(&(edges[edge.index()].to, micro_batch)),
                 Need::Kept { stage, micro_batch } => fp_done.contains(&(stage, micro_batch)),
             });

@@ -1,4 +1,5 @@
 //! The transport on real sockets of 127.0.0.1.
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod admission;
 mod sessions;

@@ -25,12 +25,7 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
 }
 
 /// The text with which a model continues a prompt.
-pub(super) fn write(
-    model: TrainedModel,
-    prompt: &str,
-    sampling: SamplingSpec,
-    device: &str,
-) -> anyhow::Result<String> {
+pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, device: &str) -> anyhow::Result<String> {
     let ids = model.tokenizer.encode(prompt)?;
     let (device, _) = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
     let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::Context;
-use fusionllm_broker::{Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, open_checkpoint};
+use fusionllm_broker::{
+    Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, open_checkpoint,
+};
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobSpec};

@@ -1,0 +1,99 @@
+//! What the core is told and what it asks for.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::NodeIndex;
+use fusionllm_protocol::{
+    DataReport, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, PeerRecord, StepMetrics,
+};
+
+use crate::checkpoint::{FinishSpec, StoredShard, TensorSet};
+use crate::run_dir::PlacementFile;
+use crate::store::JobRecord;
+
+/// One connection of a CompNode. A CompNode that comes back has another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ConnectionId(pub(crate) u64);
+
+/// A placement of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct RunKey {
+    pub(crate) job: JobId,
+    pub(crate) generation: Generation,
+}
+
+/// A CompNode that wants to join.
+#[derive(Clone, Debug)]
+pub(crate) struct Joining {
+    pub(crate) name: String,
+    pub(crate) id: String,
+    pub(crate) device: String,
+    pub(crate) addr: PeerRecord,
+}
+
+/// What a job starts from.
+#[derive(Clone, Debug)]
+pub(crate) struct StartPoint {
+    pub(crate) dag: Arc<OpDag>,
+    /// The OP-DAG's JSON form.
+    pub(crate) graph: String,
+    /// Parameters, and optimizer state if they come from a checkpoint; nothing: from the job's seed.
+    pub(crate) weights: Option<Arc<TensorSet>>,
+    /// Updates already done.
+    pub(crate) step: u64,
+}
+
+/// Something happened.
+#[derive(Debug)]
+pub(crate) enum CoreEvent {
+    /// A CompNode's connection ended.
+    Left { connection: ConnectionId, reason: String },
+    /// A CompNode says something.
+    Said { connection: ConnectionId, message: FromCompNode },
+    /// A shard lies in its partial folder.
+    ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
+    /// A checkpoint is whole.
+    CheckpointFinished { key: RunKey, step: u64, path: PathBuf },
+    /// The broker itself cannot go on with a job.
+    RunFailed { key: RunKey, reason: String },
+    /// Time passes.
+    Tick,
+}
+
+/// Something to do, in this order.
+#[derive(Debug)]
+pub(crate) enum Action {
+    /// Tell a CompNode.
+    Send { to: ConnectionId, message: FromBroker },
+    /// Send these parameters to a CompNode.
+    SendWeights { to: ConnectionId, key: RunKey, params: Vec<String>, from: Arc<TensorSet> },
+    /// End the connection.
+    Disconnect { to: ConnectionId, reason: String },
+    /// Make or take over the run directory.
+    OpenRun(Box<OpenRun>),
+    /// Write what the data owner found.
+    WriteData { key: RunKey, run_dir: PathBuf, data: DataReport },
+    /// Append a line to the metrics.
+    AppendMetrics { key: RunKey, metrics: StepMetrics },
+    /// All shards are there: check them and show the checkpoint.
+    FinishCheckpoint { key: RunKey, spec: Box<FinishSpec> },
+    /// Write the report.
+    WriteReport { record: Box<JobRecord> },
+    /// Remember the job.
+    Persist(Box<JobRecord>),
+    /// Tell whoever follows.
+    Emit(JobEvent),
+}
+
+/// What a run directory holds from the start.
+#[derive(Debug)]
+pub(crate) struct OpenRun {
+    pub(crate) key: RunKey,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) spec: JobSpec,
+    pub(crate) graph: String,
+    pub(crate) placement: PlacementFile,
+    pub(crate) start_step: u64,
+}

@@ -1,0 +1,136 @@
+//! Which CompNodes a waiting job gets, and what they are told.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fusionllm_planner::{Cluster, NodeIndex, Placement, place};
+use fusionllm_protocol::{Assignment, FromBroker, Generation, JobId, JobSpec, JobState, PeerRecord, WeightSource};
+
+use super::run::{Run, param_names};
+use super::{Action, ConnectionId, Core, Job, OpenRun, RunKey, StartPoint};
+use crate::run_dir::{PlacementFile, RunDir};
+
+impl Core {
+    /// Gives waiting jobs, oldest first, the CompNodes they need. A job that must wait holds back those behind it.
+    pub(super) fn schedule(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. });
+        let waiting: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_waiting(job)).map(|(&id, _)| id).collect();
+        let mut held_back_by = None;
+        for job in waiting {
+            let chosen = match held_back_by {
+                None => self.choose(job),
+                Some(first) => Err(format!("{first} comes first")),
+            };
+            match chosen {
+                Ok(members) => actions.extend(self.assign(job, members, now)),
+                Err(reason) => {
+                    held_back_by = held_back_by.or(Some(job));
+                    let state = JobState::Waiting { reason };
+                    if self.jobs.get(&job).is_some_and(|j| j.record.state != state) {
+                        actions.extend(self.set_state(job, state));
+                    }
+                }
+            }
+        }
+        actions
+    }
+
+    /// The CompNodes for a job, data owner first, or what it waits for.
+    fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
+        let Some(job) = self.jobs.get(&job) else { return Err("it is not known".to_owned()) };
+        let spec = &job.record.spec;
+        let mut idle = self.compnodes.idle();
+        if let Some(owner) = &spec.data.owner {
+            let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
+            let at = at.ok_or_else(|| format!("CompNode `{owner}`, the data's owner, is not idle"))?;
+            let owner = idle.remove(at);
+            idle.insert(0, owner);
+        }
+        let needed = least_compnodes(spec);
+        if idle.len() < needed {
+            return Err(format!("{} of {needed} CompNodes are idle", idle.len()));
+        }
+        if spec.placement.compnodes.is_some() || !spec.placement.stages.is_empty() {
+            idle.truncate(needed);
+        }
+        Ok(idle)
+    }
+
+    fn assign(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
+        let Some(start) = known.start.clone() else { return Vec::new() };
+        let spec = known.record.spec.clone();
+        let mut cluster = Cluster::uniform(members.len());
+        for (profile, &member) in cluster.compnodes.iter_mut().zip(&members) {
+            profile.name = self.compnodes.name(member);
+        }
+        let placement = match place(&start.dag, &cluster, &spec.placement_spec()) {
+            Ok(placement) => placement,
+            Err(error) => {
+                return self.end(job, JobState::Failed { reason: error.to_string(), bad_input: true }, "no placement");
+            }
+        };
+        known.record.generation = Generation(known.record.generation.0 + 1);
+        let key = RunKey { job, generation: known.record.generation };
+        let run_dir = known.record.run_dir.clone();
+        let checkpoints = RunDir::new(&run_dir).checkpoints(&spec);
+        for &member in &members {
+            self.compnodes.take(member, key);
+        }
+        let mut actions = vec![Action::OpenRun(Box::new(OpenRun {
+            key,
+            run_dir,
+            spec: spec.clone(),
+            graph: start.graph.clone(),
+            placement: PlacementFile::of(&placement, &start.dag, key.generation),
+            start_step: start.step,
+        }))];
+        actions.extend(self.assignments(key, &spec, &start, &placement, &members));
+        let run = Run::new(key, members, placement, &start, &spec, checkpoints);
+        if let Some(known) = self.jobs.get_mut(&job) {
+            known.run = Some(run);
+            known.persisted = now;
+        }
+        actions.extend(self.set_state(job, JobState::Preparing));
+        actions
+    }
+
+    fn assignments(
+        &self,
+        key: RunKey,
+        spec: &JobSpec,
+        start: &StartPoint,
+        placement: &Placement,
+        members: &[ConnectionId],
+    ) -> Vec<Action> {
+        let peers: Vec<PeerRecord> = members.iter().map(|&m| self.compnodes.addr(m)).collect();
+        let mut actions = Vec::new();
+        for (node, &to) in (0..).map(NodeIndex).zip(members) {
+            let weights = start.weights.as_ref().map_or(WeightSource::Seed(spec.train.seed), |_| WeightSource::Broker);
+            let assignment = Assignment {
+                job: key.job,
+                generation: key.generation,
+                node,
+                spec: spec.clone(),
+                graph: start.graph.clone(),
+                placement: placement.clone(),
+                peers: peers.clone(),
+                start_step: start.step,
+                weights,
+            };
+            actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
+            if let Some(from) = &start.weights {
+                let params = param_names(&start.dag, placement, node);
+                actions.push(Action::SendWeights { to, key, params, from: Arc::clone(from) });
+            }
+        }
+        actions
+    }
+}
+
+/// How many CompNodes a job needs at least.
+pub(super) fn least_compnodes(spec: &JobSpec) -> usize {
+    let listed = spec.placement.stages.iter().map(|s| s.compnode as usize + 1).max().unwrap_or(1);
+    spec.placement.compnodes.map_or(listed, |n| n as usize)
+}

@@ -1,0 +1,106 @@
+//! Bad input: one line that says what would be right, exit code 2, nothing half-written.
+
+use crate::process::{Bench, text};
+
+/// Runs a command that must refuse its input in one line with all of `words`.
+fn refuses(bench: &Bench, arguments: &str, words: &[&str]) {
+    let output = bench.run(arguments);
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "fusionllm {arguments}\n{}\n{err}", text(&output.stdout));
+    assert_eq!(err.trim_end().lines().count(), 1, "more than a line:\n{err}");
+    assert!(err.starts_with("error: "), "{err}");
+    for word in words {
+        assert!(err.contains(word), "fusionllm {arguments}: `{word}` is missing in {err}");
+    }
+    assert!(!bench.path("run").exists(), "fusionllm {arguments} left a run directory");
+    assert!(!bench.path("runs").exists(), "fusionllm {arguments} left a run directory");
+}
+
+#[test]
+fn jobs_that_cannot_run() {
+    let bench = Bench::new();
+    bench.write("short.txt", "too short");
+    bench.write("not-toml.toml", "[model\n");
+    for (set, words) in [
+        ("train.step=5", &["`train.step`", "`train.steps`"] as &[&str]),
+        ("trian.steps=5", &["unknown", "train"]),
+        ("train.steps=many", &["train.steps", "\"many\""]),
+        ("train.batch=5", &["train.batch", "micro_batches"]),
+        ("data.path=none.txt", &["none.txt"]),
+        ("data.path=short.txt", &["8 tokens", "needs 17"]),
+        ("data.seq_len=1000000", &["seq_len"]),
+        ("data.tokenizer=none.json", &["none.json"]),
+        ("model.name=gpt9", &["gpt9", "gpt2-medium"]),
+        ("model.n_head=3", &["n_head", "divisor"]),
+        ("placement.strategy=fastest", &["fastest", "equal-compute"]),
+        ("placement.strategy=op-fence", &["op-fence", "equal-compute"]),
+        ("compression.policy=ada-topk", &["ada-topk", "dense"]),
+        ("placement.compnodes=500", &["500 CompNodes but only", "use at most"]),
+        ("train.lr=-1", &["train.lr", "-1"]),
+        ("nonsense", &["nonsense", "section.key=value"]),
+    ] {
+        refuses(&bench, &format!("train job.toml --out run --set {set}"), words);
+    }
+    refuses(&bench, "train none.toml", &["none.toml"]);
+    refuses(&bench, "train not-toml.toml", &["not-toml.toml", "line 1"]);
+    refuses(&bench, "train job.toml --compnodes 500 --out run", &["500 CompNodes but only"]);
+    refuses(&bench, "train job.toml --device quantum --out run", &["quantum", "cpu"]);
+    refuses(&bench, "plan job.toml --set train.batch=5", &["train.batch"]);
+}
+
+#[test]
+fn graphs_that_do_not_fit() {
+    let bench = Bench::new();
+    bench.succeed("plan job.toml --write-graph graph.json");
+    let graph = std::fs::read_to_string(bench.path("graph.json")).unwrap();
+    let job = std::fs::read_to_string(bench.path("job.toml")).unwrap();
+    let model = "name = \"gpt2\"\nn_layer = 1\nn_embd = 16\nn_head = 2\n";
+    bench.write("job.toml", &job.replace(model, "path = \"broken.json\"\n"));
+    for (from, to, words) in [
+        ("\"wte\"", "\"wte2\"", &["wte"] as &[&str]),
+        ("\"heads\": 2", "\"heads\": 3", &["h.0.attn"]),
+        ("\"version\": 1", "\"version\": 99", &["version", "99"]),
+    ] {
+        assert!(graph.contains(from), "{from}");
+        bench.write("broken.json", &graph.replacen(from, to, 1));
+        refuses(&bench, "train job.toml --out run", words);
+    }
+}
+
+#[test]
+fn checkpoints_that_are_damaged() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --out done --compnodes 2");
+    let shard = "done/checkpoints/step-8/shard-1.safetensors";
+    let whole = std::fs::read(bench.path(shard)).unwrap();
+    let mut flipped = whole.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    for (bytes, words) in [
+        (flipped, &["shard-1.safetensors", "damaged"] as &[&str]),
+        (whole[..whole.len() - 4].to_vec(), &["shard-1.safetensors", "bytes"]),
+    ] {
+        std::fs::write(bench.path(shard), bytes).unwrap();
+        for command in ["train --resume done", "export done hf", "generate done --prompt a"] {
+            refuses(&bench, command, words);
+        }
+    }
+    std::fs::remove_file(bench.path(shard)).unwrap();
+    refuses(&bench, "train --resume done", &["shard-1.safetensors", "missing"]);
+    refuses(&bench, "train --resume nowhere", &["nowhere", "no checkpoint"]);
+    refuses(&bench, "train job.toml --out done", &["done", "--resume"]);
+    assert!(!bench.path("hf").exists());
+}
+
+#[test]
+fn commands_without_what_they_need() {
+    let bench = Bench::new();
+    refuses(&bench, "join", &["ticket"]);
+    refuses(&bench, "join nonsense", &["fusionllm"]);
+    refuses(&bench, "status", &["no broker's ticket", "--ticket"]);
+    refuses(&bench, "submit job.toml --ticket fusionllmabc", &["cut off or mistyped"]);
+    let output = bench.run("train");
+    assert_eq!(output.status.code(), Some(2));
+    let output = bench.run("--help");
+    assert_eq!(output.status.code(), Some(0));
+}

@@ -1,0 +1,137 @@
+//! Broker, CompNodes and commands as processes of their own.
+
+use serde_json::Value;
+
+use crate::process::{Bench, Running, losses, text};
+
+/// A broker and its ticket.
+fn broker(bench: &Bench) -> (Running, String) {
+    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
+    let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
+    (broker, line["ticket"].as_str().unwrap().to_owned())
+}
+
+fn status(bench: &Bench) -> Value {
+    serde_json::from_str(&bench.succeed("status --state state --json")).unwrap()
+}
+
+/// Starts a CompNode and waits until the broker shows it.
+fn join(bench: &Bench, ticket: &str, name: &str) -> Running {
+    let node = bench.start(&format!("join {ticket} --name {name} --bind 127.0.0.1:0 --device cpu"));
+    while !status(bench)["compnodes"].as_array().unwrap().iter().any(|c| c["name"] == name) {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    node
+}
+
+#[test]
+fn a_job_runs_on_joined_machines_and_gives_the_losses_of_train() {
+    let bench = Bench::new();
+    let (broker, ticket) = broker(&bench);
+    let nodes = [join(&bench, &ticket, "office"), join(&bench, &ticket, "rack")];
+    let out = bench.succeed("submit job.toml --state state --follow");
+    assert!(out.contains("job 1") && out.contains("step 8/8"), "{out}");
+
+    let status = status(&bench);
+    assert_eq!((&status["jobs"][0]["state"]["state"], &status["jobs"][0]["step"]), (&"done".into(), &8.into()));
+    assert!(bench.succeed("status --state state").contains("office"));
+    let run = status["jobs"][0]["run_dir"].as_str().unwrap().to_owned();
+    bench.succeed("train job.toml --out here --compnodes 2");
+    assert_eq!(losses(std::path::Path::new(&run)), losses(&bench.path("here")));
+
+    // The broker goes, and with it the CompNodes.
+    broker.signal("INT");
+    assert_eq!(broker.finish().0, Some(0));
+    for node in nodes {
+        let (code, _, err) = node.finish();
+        assert_eq!(code, Some(0), "{err}");
+    }
+}
+
+#[test]
+fn a_stopped_job_resumes_from_its_checkpoint_on_a_new_broker() {
+    let bench = Bench::new();
+    let (first, ticket) = broker(&bench);
+    let node = join(&bench, &ticket, "office");
+    let mut follow = bench.start("submit job.toml --state state --follow --json --set train.steps=400");
+    follow.wait_for("\"event\":\"checkpoint\"");
+    assert!(bench.succeed("stop 1 --state state").contains("job 1 stopped"));
+    let (code, _, err) = follow.finish();
+    assert!(code == Some(1) && err.contains("the job was stopped"), "{err}");
+    first.signal("TERM");
+    assert_eq!((first.finish().0, node.finish().0), (Some(0), Some(0)));
+
+    let (second, again) = broker(&bench);
+    let secret = |ticket: &str| ticket.len();
+    assert_eq!(secret(&again), secret(&ticket));
+    let _node = join(&bench, &again, "office");
+    let out = bench.succeed("resume 1 --state state --follow");
+    assert!(out.contains("step 400/400"), "{out}");
+    let run = status(&bench)["jobs"][0]["run_dir"].as_str().unwrap().to_owned();
+    assert_eq!(losses(std::path::Path::new(&run)).len(), 400);
+    drop(second);
+}
+
+#[test]
+fn a_stranger_is_refused_and_logged() {
+    let bench = Bench::new();
+    let (broker, _ticket) = broker(&bench);
+    // The right address and key with another secret.
+    let other = Bench::new();
+    let mut ticket: fusionllm::transport::Ticket =
+        std::fs::read_to_string(bench.path("state/ticket")).unwrap().trim().parse().unwrap();
+    ticket.secret = fusionllm::transport::Secret::generate();
+    let output = other.run(&format!("join {ticket} --bind 127.0.0.1:0 --device cpu"));
+    assert_eq!(output.status.code(), Some(1));
+    let err = text(&output.stderr);
+    assert!(err.contains("the ticket is not valid for this broker"), "{err}");
+    let output = other.run(&format!("status --ticket {ticket}"));
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(status(&bench)["compnodes"].as_array().unwrap().len(), 0);
+    broker.signal("INT");
+    let (_, _, log) = broker.finish();
+    assert!(log.contains("refused") && log.contains("the ticket is not valid"), "{log}");
+}
+
+#[test]
+fn a_killed_compnode_fails_the_job_with_a_clear_message() {
+    let bench = Bench::new();
+    let (_broker, ticket) = broker(&bench);
+    let (_office, rack) = (join(&bench, &ticket, "office"), join(&bench, &ticket, "rack"));
+    let mut follow = bench.start("submit job.toml --state state --follow --json --set train.steps=100000");
+    follow.wait_for("\"event\":\"step\"");
+    rack.signal("KILL");
+    let (code, _, err) = follow.finish();
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("CompNode `rack` vanished after step"), "{err}");
+    assert!(err.contains("`fusionllm resume 1`"), "{err}");
+    let status = status(&bench);
+    assert_eq!(status["compnodes"].as_array().unwrap().len(), 1);
+    assert_eq!(status["compnodes"][0]["job"], Value::Null, "the other one is free again");
+}
+
+#[test]
+fn bad_data_on_the_owners_machine_is_the_jobs_fault() {
+    let bench = Bench::new();
+    let (_broker, ticket) = broker(&bench);
+    let _node = join(&bench, &ticket, "office");
+    let output = bench.run("submit job.toml --state state --follow --set data.path=nowhere.txt");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("nowhere.txt"), "{}", text(&output.stderr));
+    let output = bench.run("submit job.toml --state state --set placement.compnodes=999");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("999 CompNodes but only"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_second_broker_on_the_same_state_or_port_is_refused() {
+    let bench = Bench::new();
+    let (_broker, ticket) = broker(&bench);
+    let output = bench.run("broker --bind 127.0.0.1:0 --state state");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("in use by another broker"), "{}", text(&output.stderr));
+    let ticket: fusionllm::transport::Ticket = ticket.parse().unwrap();
+    let output = bench.run(&format!("broker --bind {} --state other", ticket.broker.addrs[0]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("is in use by another process"), "{}", text(&output.stderr));
+}

@@ -1,0 +1,8 @@
+//! The binary as its users run it: real processes, real sockets on loopback.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a helper that fails is a test that fails")]
+
+mod bad_input;
+mod cluster;
+mod process;
+mod tidy;
+mod train;

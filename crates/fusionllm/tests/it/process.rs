@@ -1,0 +1,183 @@
+//! Runs the binary and reads what it says.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// No command of these tests takes nearly as long.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
+
+/// A folder with a text and a small job that trains on it in a second or two.
+pub(crate) struct Bench {
+    folder: TempDir,
+}
+
+const JOB: &str = "
+name = \"small\"
+[model]
+name = \"gpt2\"
+n_layer = 1
+n_embd = 16
+n_head = 2
+[data]
+path = \"text.txt\"
+seq_len = 16
+[train]
+steps = 8
+batch = 4
+micro_batches = 2
+lr = 3e-3
+warmup = 2
+eval_every = 4
+eval_batches = 2
+[checkpoint]
+every = 4
+";
+
+impl Bench {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let words = ["the", "broker", "cuts", "graphs", "and", "machines", "train", "them", "over", "slow", "links"];
+        let text: Vec<&str> = (0..2000usize).map(|i| words[(i * i + i / 7) % words.len()]).collect();
+        std::fs::write(folder.path().join("text.txt"), text.join(" ")).unwrap();
+        std::fs::write(folder.path().join("job.toml"), JOB).unwrap();
+        Self { folder }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    /// The binary, run in this folder with the words of `arguments`.
+    pub(crate) fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fusionllm"));
+        command
+            .args(arguments.split_whitespace())
+            .current_dir(self.folder.path())
+            .env_remove("FUSIONLLM_TICKET")
+            .env_remove("FUSIONLLM_LOG")
+            .env("XDG_STATE_HOME", self.path("state-home"))
+            .env("FUSIONLLM_TEST_FOLDER", self.folder.path());
+        command
+    }
+
+    pub(crate) fn run(&self, arguments: &str) -> Output {
+        self.command(arguments).stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// Runs to the end, which must be good; gives standard output.
+    pub(crate) fn succeed(&self, arguments: &str) -> String {
+        let output = self.run(arguments);
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(0), "fusionllm {arguments}\n{out}\n{err}");
+        out
+    }
+
+    /// Starts it in the background; standard output comes line by line.
+    pub(crate) fn start(&self, arguments: &str) -> Running {
+        let mut child =
+            self.command(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Running { child, lines }
+    }
+
+    /// Every process that was started in this folder, and their children.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn processes(&self) -> usize {
+        let mark = format!("FUSIONLLM_TEST_FOLDER={}", self.folder.path().display());
+        let is_ours = |entry: &std::fs::DirEntry| {
+            let environ = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+            environ.split(|&b| b == 0).any(|variable| variable == mark.as_bytes())
+        };
+        std::fs::read_dir("/proc").unwrap().flatten().filter(is_ours).count()
+    }
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A process in the background; it is killed if the test ends before it.
+pub(crate) struct Running {
+    child: Child,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Running {
+    /// The next line of standard output.
+    pub(crate) fn line(&mut self) -> Option<String> {
+        let mut line = String::new();
+        let count = self.lines.read_line(&mut line).unwrap();
+        (count > 0).then(|| line.trim_end().to_owned())
+    }
+
+    /// Reads lines up to one that contains `wanted`.
+    pub(crate) fn wait_for(&mut self, wanted: &str) -> String {
+        let mut seen = Vec::new();
+        while let Some(line) = self.line() {
+            if line.contains(wanted) {
+                return line;
+            }
+            seen.push(line);
+        }
+        panic!("`{wanted}` did not come; seen:\n{}\n{}", seen.join("\n"), self.errors());
+    }
+
+    fn errors(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(mut stderr) = self.child.stderr.take() {
+            std::io::Read::read_to_string(&mut stderr, &mut text).unwrap();
+        }
+        text
+    }
+
+    #[cfg(unix)]
+    pub(crate) fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Waits for its end; gives the exit code, what was left of standard output, and standard error.
+    pub(crate) fn finish(mut self) -> (Option<i32>, String, String) {
+        let deadline = Instant::now() + LIMIT;
+        let mut out = Vec::new();
+        while let Some(line) = self.line() {
+            out.push(line);
+        }
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the process does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        (status.code(), out.join("\n"), self.errors())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It has mostly gone before.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The lines of a JSON-lines file.
+pub(crate) fn json_lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The training losses in a run directory.
+pub(crate) fn losses(run: &Path) -> Vec<f64> {
+    json_lines(&run.join("metrics.jsonl")).iter().map(|m| m["loss"].as_f64().unwrap()).collect()
+}

@@ -1,0 +1,128 @@
+//! The house rules that a machine can hold.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Lines beyond which a file holds a second idea.
+const MOST_LINES: usize = 450;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            rust_files(&path, files);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+/// `fusionllm-planner` in the table of ARCHITECTURE.md: the crate and those of ours that it may use.
+fn allowed() -> Vec<(String, BTreeSet<String>)> {
+    let text = read(&root().join("ARCHITECTURE.md"));
+    let row = |line: &str| {
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        let name = cells.get(1)?.strip_prefix('`')?.strip_suffix('`')?;
+        let uses = cells.get(2)?;
+        if !name.starts_with("fusionllm") {
+            return None;
+        }
+        let uses = uses.split(',').map(|u| u.trim().trim_matches('`')).filter(|u| !u.is_empty() && *u != "-");
+        Some((name.to_owned(), uses.map(|u| format!("fusionllm-{u}")).collect()))
+    };
+    text.lines().filter_map(row).collect()
+}
+
+#[test]
+fn the_crates_use_each_other_as_the_architecture_says() {
+    let metadata = Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let metadata: Value = serde_json::from_slice(&metadata.stdout).unwrap();
+    let mut real: Vec<(String, BTreeSet<String>)> = Vec::new();
+    for package in metadata["packages"].as_array().unwrap() {
+        let uses = package["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null());
+        let ours = uses.map(|d| d["name"].as_str().unwrap().to_owned()).filter(|n| n.starts_with("fusionllm"));
+        real.push((package["name"].as_str().unwrap().to_owned(), ours.collect()));
+    }
+    real.sort();
+    let mut allowed = allowed();
+    allowed.sort();
+    assert_eq!(real, allowed);
+}
+
+#[test]
+fn every_file_says_what_it_is_and_holds_one_idea() {
+    let mut files = Vec::new();
+    rust_files(&root().join("crates"), &mut files);
+    assert!(files.len() > 100);
+    for file in files {
+        let text = read(&file);
+        assert!(text.starts_with("//! "), "{} does not begin with what it is", file.display());
+        // Tables of cases and tests may be long; code may not.
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        let lines = code.lines().count();
+        let is_test = file.to_string_lossy().contains("tests");
+        assert!(is_test || lines <= MOST_LINES, "{} has {lines} lines of code", file.display());
+    }
+}
+
+#[test]
+fn the_job_page_has_every_key() {
+    let page = read(&root().join("docs/job.md"));
+    for (section, key) in fusionllm::protocol::job_keys() {
+        let full = if section.is_empty() { (*key).to_owned() } else { format!("{section}.{key}") };
+        assert!(page.contains(&format!("| `{full}` |")), "docs/job.md lacks a row for `{full}`");
+    }
+}
+
+#[test]
+fn the_examples_are_jobs() {
+    for entry in std::fs::read_dir(root().join("examples")).unwrap().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            let spec = fusionllm::protocol::JobSpec::from_toml(&read(&path), &[]);
+            let spec = spec.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            spec.validate().unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        }
+    }
+}
+
+#[test]
+fn the_commands_of_the_pages_parse() {
+    let pages = ["README.md", "docs/operating.md"].map(|page| read(&root().join(page)));
+    let mut count = 0;
+    for line in pages.iter().flat_map(|page| page.lines()) {
+        let line = line.trim().trim_start_matches("cargo run --release -- ");
+        let Some(arguments) = line.strip_prefix("fusionllm ").or_else(|| line.strip_prefix("train ")) else { continue };
+        let command = arguments.split_whitespace().next().unwrap_or_default();
+        let command = if line.starts_with("train ") { "train" } else { command };
+        let help = Command::new(env!("CARGO_BIN_EXE_fusionllm")).args([command, "--help"]).output().unwrap();
+        assert!(help.status.success(), "`{line}`: there is no such command");
+        let help = String::from_utf8_lossy(&help.stdout).into_owned();
+        for flag in arguments.split_whitespace().filter(|w| w.starts_with("--")) {
+            assert!(help.contains(flag), "`{line}`: there is no {flag}");
+        }
+        count += 1;
+    }
+    assert!(count >= 5, "{count} commands found");
+}
+
+#[test]
+fn the_readmes_test_command_is_what_ci_runs() {
+    let (readme, ci) = (read(&root().join("README.md")), read(&root().join(".ci/run")));
+    assert!(readme.contains("\ncargo test --workspace\n") && ci.contains("cargo test --workspace"));
+}

@@ -1,0 +1,140 @@
+//! `train`, `plan`, `export` and `generate`.
+
+use serde_json::Value;
+
+use crate::process::{Bench, json_lines, losses, text};
+
+#[test]
+fn training_leaves_a_run_directory_with_all_its_parts() {
+    let bench = Bench::new();
+    let out = bench.succeed("train job.toml --out run");
+    for words in ["unigram model", "evaluation loss", "bits per byte", "the model writes:", "run directory:"] {
+        assert!(out.contains(words), "`{words}` is missing in\n{out}");
+    }
+    let run = bench.path("run");
+    let metrics = json_lines(&run.join("metrics.jsonl"));
+    assert_eq!(metrics.iter().map(|m| m["step"].as_u64().unwrap()).collect::<Vec<_>>(), (1..=8).collect::<Vec<_>>());
+    for line in &metrics {
+        assert_eq!(line["tokens"], 64);
+        assert!(line["loss"].as_f64().unwrap() > 0.0 && line["step_s"].as_f64().unwrap() > 0.0);
+        assert_eq!(line["eval_loss"].is_f64(), line["step"].as_u64().unwrap() % 4 == 0);
+        let links = line["links"].as_array().unwrap();
+        assert!(links.iter().any(|l| l["from"] == "compnode-0" && l["to"] == "compnode-1"));
+        assert!(links.iter().all(|l| l["bytes"].as_u64().unwrap() > 0 && l["codec"].is_string()));
+    }
+    assert!(losses(&run)[7] < losses(&run)[0]);
+    let placement: Value = serde_json::from_slice(&std::fs::read(run.join("placement.json")).unwrap()).unwrap();
+    assert_eq!(placement["stages"].as_array().unwrap().len(), 3);
+    for step in ["step-4", "step-8"] {
+        assert!(run.join("checkpoints").join(step).join("manifest.json").is_file());
+    }
+    assert!(std::fs::read_to_string(run.join("report.md")).unwrap().contains("## Links"));
+    let leftovers: Vec<_> = std::fs::read_dir(run.join("checkpoints")).unwrap().flatten().collect();
+    assert_eq!(leftovers.len(), 2, "{leftovers:?}");
+}
+
+#[test]
+fn json_output_is_one_object_a_line() {
+    let bench = Bench::new();
+    let out = bench.succeed("train job.toml --out run --json --compnodes 1");
+    let events: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let steps = events.iter().filter(|e| e["event"] == "step").count();
+    assert_eq!(steps, 8);
+    let last = events.last().unwrap();
+    assert_eq!(last["event"], "done");
+    assert!(last["report"]["eval_loss"].as_f64().unwrap() > 0.0 && last["sample"].is_string());
+}
+
+#[test]
+fn a_resumed_run_has_the_losses_of_an_uninterrupted_one() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --out run --compnodes 2");
+    let whole = losses(&bench.path("run"));
+    // As if the run had ended between the two checkpoints.
+    std::fs::remove_dir_all(bench.path("run/checkpoints/step-8")).unwrap();
+    bench.succeed("train --resume run --compnodes 3");
+    let resumed = losses(&bench.path("run"));
+    assert_eq!(resumed.len(), 8);
+    for (a, b) in resumed.iter().zip(&whole) {
+        assert!((a - b).abs() <= 1e-5 * b, "{resumed:?}\n{whole:?}");
+    }
+    let output = bench.run("train --resume run");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("8 of train.steps = 8 are done"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_graph_read_from_a_file_trains_the_same_way() {
+    let bench = Bench::new();
+    bench.succeed("plan job.toml --write-graph graph.json");
+    bench.succeed("train job.toml --out named --compnodes 2");
+    let job = std::fs::read_to_string(bench.path("job.toml")).unwrap();
+    let model = "name = \"gpt2\"\nn_layer = 1\nn_embd = 16\nn_head = 2\n";
+    assert!(job.contains(model));
+    bench.write("from-file.toml", &job.replace(model, "path = \"graph.json\"\n"));
+    bench.succeed("train from-file.toml --out from-file --compnodes 2");
+    assert_eq!(losses(&bench.path("named")), losses(&bench.path("from-file")));
+}
+
+#[test]
+fn an_export_generates_what_its_checkpoint_does_and_can_be_trained_on() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --out run");
+    bench.succeed("export run hf");
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        assert!(bench.path("hf").join(file).is_file(), "{file}");
+    }
+    let generate =
+        |from: &str| bench.succeed(&format!("generate {from} --prompt machines --tokens 20 --temperature 0"));
+    let from_run = generate("run");
+    assert!(from_run.starts_with("machines") && from_run.len() > 20);
+    assert_eq!(from_run, generate("hf"));
+
+    let job = std::fs::read_to_string(bench.path("job.toml")).unwrap();
+    let model = "name = \"gpt2\"\nn_layer = 1\nn_embd = 16\nn_head = 2\n";
+    let tuned = job.replace(model, "path = \"hf\"\n").replace("warmup = 2", "warmup = 0");
+    bench.write("tune.toml", &tuned);
+    bench.succeed("train tune.toml --out tuned --compnodes 2");
+    assert!(losses(&bench.path("tuned"))[0] < losses(&bench.path("run"))[1], "it starts from trained weights");
+}
+
+#[test]
+fn plan_shows_graph_and_placement() {
+    let bench = Bench::new();
+    let out = bench.succeed("plan job.toml --compnodes 2 --graph");
+    for words in ["h.0.attn", "compnode-1", "boundary edges", "tied: transformer.wte.weight"] {
+        assert!(out.contains(words), "`{words}` is missing in\n{out}");
+    }
+    let json: Value = serde_json::from_str(&bench.succeed("plan job.toml --json --set train.batch=8")).unwrap();
+    assert_eq!(json["placement"]["compnodes"].as_array().unwrap().len(), 3);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn ctrl_c_stops_the_job_and_leaves_no_process() {
+    let bench = Bench::new();
+    let mut training = bench.start("train job.toml --out run --set train.steps=100000 --json");
+    training.wait_for("\"event\":\"step\"");
+    assert_eq!(bench.processes(), 4);
+    training.signal("INT");
+    let (code, out, err) = training.finish();
+    assert_eq!(code, Some(1), "{out}\n{err}");
+    assert!(err.contains("the job was stopped"), "{err}");
+    assert_eq!(bench.processes(), 0, "orphans");
+    assert!(std::fs::read_to_string(bench.path("run/report.md")).unwrap().contains("stopped"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn compnodes_end_when_their_parent_is_killed() {
+    let bench = Bench::new();
+    let mut training = bench.start("train job.toml --out run --set train.steps=100000 --json");
+    training.wait_for("\"event\":\"step\"");
+    training.signal("KILL");
+    drop(training);
+    let deadline = std::time::Instant::now() + crate::process::LIMIT;
+    while bench.processes() > 0 {
+        assert!(std::time::Instant::now() < deadline, "orphans");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
