@@ -2,9 +2,12 @@
 
 use std::str::FromStr;
 
-use burn_tensor::Device;
+use burn_tensor::{Device, Tensor};
 
 use crate::CompNodeError;
+
+/// The thread that tries a device; its panics are answers.
+pub const PROBE_THREAD: &str = "device-probe";
 
 /// A device by kind; the GPU kinds exist in builds with their feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -16,8 +19,8 @@ pub enum DeviceChoice {
     Cpu,
     /// NVIDIA, by CUDA.
     Cuda(usize),
-    /// Any GPU, by Vulkan.
-    Vulkan(usize),
+    /// A GPU by Vulkan: the discrete one of this number, or the best there is.
+    Vulkan(Option<usize>),
     /// Apple.
     Metal,
     /// AMD, by ROCm.
@@ -33,28 +36,51 @@ impl FromStr for DeviceChoice {
             reason: format!("unknown device `{text}`, expected auto, cpu, cuda[:N], vulkan[:N], metal or rocm[:N]"),
         };
         let (kind, index) = match text.split_once(':') {
-            Some((kind, index)) => (kind, index.parse().map_err(|_| fail())?),
-            None => (text, 0),
+            Some((kind, index)) => (kind, Some(index.parse().map_err(|_| fail())?)),
+            None => (text, None),
         };
-        match kind {
-            "auto" => Ok(Self::Auto),
-            "cpu" => Ok(Self::Cpu),
-            "cuda" => Ok(Self::Cuda(index)),
-            "vulkan" => Ok(Self::Vulkan(index)),
-            "metal" => Ok(Self::Metal),
-            "rocm" => Ok(Self::Rocm(index)),
+        match (kind, index) {
+            ("auto", None) => Ok(Self::Auto),
+            ("cpu", None) => Ok(Self::Cpu),
+            ("cuda", index) => Ok(Self::Cuda(index.unwrap_or(0))),
+            ("vulkan", index) => Ok(Self::Vulkan(index)),
+            ("metal", None) => Ok(Self::Metal),
+            ("rocm", index) => Ok(Self::Rocm(index.unwrap_or(0))),
             _ => Err(fail()),
         }
     }
 }
 
-/// Opens the device and describes it for people.
+/// Opens the device, has it compute something, and describes it for people.
 ///
 /// # Errors
-/// [`CompNodeError::DeviceChoice`] if this build has no such kind.
+/// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
 pub fn open_device(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
+    let (device, name) = select(choice)?;
+    if choice != DeviceChoice::Cpu {
+        probe(device.clone(), &name)?;
+    }
+    Ok((device, name))
+}
+
+/// Backends answer a device that is not there with a panic, so a thread of its own tries.
+fn probe(device: Device, name: &str) -> Result<(), CompNodeError> {
+    let fail =
+        |reason: String| CompNodeError::DeviceChoice { reason: format!("device {name} does not work: {reason}") };
+    let compute = move || {
+        let two = Tensor::<1>::from_floats([1.0], &device) + 1.0;
+        two.try_into_data().map(drop).map_err(|e| format!("{e:?}"))
+    };
+    let thread = std::thread::Builder::new().name(PROBE_THREAD.to_owned()).spawn(compute);
+    match thread.map_err(|e| fail(e.to_string()))?.join() {
+        Ok(computed) => computed.map_err(fail),
+        Err(panic) => Err(fail(crate::panic_message(panic.as_ref()))),
+    }
+}
+
+fn select(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
     #[cfg_attr(
-        any(feature = "cuda", feature = "vulkan", feature = "metal", feature = "rocm"),
+        all(feature = "cuda", feature = "vulkan", feature = "metal", feature = "rocm"),
         expect(unused_variables, reason = "only builds that lack a kind say so")
     )]
     let lacking = |feature: &str| CompNodeError::DeviceChoice {
@@ -68,9 +94,11 @@ pub fn open_device(choice: DeviceChoice) -> Result<(Device, String), CompNodeErr
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda(_) => Err(lacking("cuda")),
         #[cfg(feature = "vulkan")]
-        DeviceChoice::Vulkan(index) => {
+        DeviceChoice::Vulkan(Some(index)) => {
             Ok((Device::vulkan(burn_tensor::DeviceKind::DiscreteGpu(index)), format!("vulkan:{index}")))
         }
+        #[cfg(feature = "vulkan")]
+        DeviceChoice::Vulkan(None) => Ok((Device::vulkan(burn_tensor::DeviceKind::DefaultDevice), "vulkan".to_owned())),
         #[cfg(not(feature = "vulkan"))]
         DeviceChoice::Vulkan(_) => Err(lacking("vulkan")),
         #[cfg(feature = "metal")]
@@ -91,22 +119,22 @@ fn cpu_device() -> (Device, String) {
 
 #[cfg(feature = "cuda")]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
-    open_device(DeviceChoice::Cuda(0))
+    select(DeviceChoice::Cuda(0))
 }
 
 #[cfg(all(feature = "metal", not(feature = "cuda")))]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
-    open_device(DeviceChoice::Metal)
+    select(DeviceChoice::Metal)
 }
 
 #[cfg(all(feature = "rocm", not(any(feature = "cuda", feature = "metal"))))]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
-    open_device(DeviceChoice::Rocm(0))
+    select(DeviceChoice::Rocm(0))
 }
 
 #[cfg(all(feature = "vulkan", not(any(feature = "cuda", feature = "metal", feature = "rocm"))))]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
-    Ok((Device::vulkan(burn_tensor::DeviceKind::DefaultDevice), "vulkan".to_owned()))
+    select(DeviceChoice::Vulkan(None))
 }
 
 #[cfg(not(any(feature = "cuda", feature = "vulkan", feature = "metal", feature = "rocm")))]
@@ -121,6 +149,8 @@ mod tests {
     #[test]
     fn device_names_are_read() {
         assert_eq!("cuda:1".parse::<DeviceChoice>().unwrap(), DeviceChoice::Cuda(1));
+        assert_eq!("vulkan".parse::<DeviceChoice>().unwrap(), DeviceChoice::Vulkan(None));
+        assert!("cpu:1".parse::<DeviceChoice>().is_err());
         assert_eq!("cpu".parse::<DeviceChoice>().unwrap(), DeviceChoice::Cpu);
         let error = "gpu".parse::<DeviceChoice>().unwrap_err().to_string();
         assert!(error.contains("unknown device `gpu`"), "{error}");

@@ -25,7 +25,7 @@ mod task_loop;
 pub use burn_executor::BurnExecutor;
 pub use checkpoint::{export_hugging_face, read_shard, write_shard};
 pub use data::{Batches, Corpus, TextBatches, Tokenizer};
-pub use device::{DeviceChoice, open_device};
+pub use device::{DeviceChoice, PROBE_THREAD, open_device};
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};
 pub use executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
@@ -34,3 +34,9 @@ pub use mailbox::{Mailbox, Slot};
 pub use node::{JoinConfig, join};
 pub use optimizer::OptimizerSpec;
 pub use task_loop::{JobSink, TaskLoop, TrainPlan};
+
+/// What a thread said when it panicked.
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic without a message".to_owned())
+}

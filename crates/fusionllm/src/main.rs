@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     };
     let filter = EnvFilter::try_from_env("FUSIONLLM_LOG").unwrap_or_else(|_| EnvFilter::new(cli.default_log()));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    std::panic::set_hook(Box::new(report_panic));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit::failed(&anyhow::Error::new(error).context("cannot start the async runtime")),
@@ -31,5 +32,13 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::failed(&error),
+    }
+}
+
+/// A panic is a defect of ours: one line to report, and no backtrace. Whatever waits for the thread fails by itself.
+fn report_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    if std::thread::current().name() != Some(fusionllm_compnode::PROBE_THREAD) {
+        let place = panic.location().map_or_else(String::new, ToString::to_string);
+        tracing::error!(place, message = panic.payload_as_str(), "internal error, please report it");
     }
 }

@@ -81,8 +81,9 @@ impl RunningJob {
             let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
             let mut sink = NodeSink { key, events: reports, shards, mailbox };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
-            let result = std::panic::catch_unwind(run)
-                .unwrap_or_else(|panic| Err(CompNodeError::ComputeThread { reason: panic_message(panic.as_ref()) }));
+            let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
+                Err(CompNodeError::ComputeThread { reason: crate::panic_message(panic.as_ref()) })
+            });
             // If the loop is gone nobody needs the result.
             let _ = done.send(result);
         };
@@ -141,9 +142,4 @@ async fn upload_shards(
         blob::send(&broker, header, &bytes).await?;
     }
     Ok(())
-}
-
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic without a message".to_owned())
 }

@@ -8,6 +8,7 @@ use fusionllm_broker::{
     Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, open_checkpoint,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
+use fusionllm_graph::OpDag;
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobSpec};
 
@@ -49,30 +50,19 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
 fn check(args: &cli::Train) -> anyhow::Result<Checked> {
-    let overrides = &args.overrides.overrides;
-    let (mut spec, from, resumed_dir) = match (&args.job, &args.resume) {
-        (_, Some(dir)) => {
-            let checkpoint = open_checkpoint(dir).map_err(bad_input)?;
-            let text = toml::to_string(&checkpoint.manifest().job).context("the checkpoint's job")?;
-            let spec = JobSpec::from_toml(&text, overrides).map_err(bad_input)?;
-            spec.validate().map_err(bad_input)?;
-            let done = checkpoint.manifest().step;
-            if done >= spec.train.steps {
-                let hint = "raise it with --set train.steps=N";
-                return Err(bad_input(format!("{done} of train.steps = {} are done; {hint}", spec.train.steps)));
-            }
-            let folder = checkpoint.path().to_owned();
-            let run_dir = folder.parent().and_then(Path::parent).map(Path::to_owned);
-            (spec, Some(folder), run_dir)
+    let (mut spec, dag, from, resumed_dir) = match (&args.job, &args.resume) {
+        (_, Some(dir)) => resumed(dir, &args.overrides.overrides)?,
+        (Some(job), None) => {
+            let spec = super::job_file::read(job, &args.overrides.overrides)?;
+            let dag = load_model(&spec).map_err(bad_input)?.dag;
+            (spec, dag, None, None)
         }
-        (Some(job), None) => (super::job_file::read(job, overrides)?, None, None),
         (None, None) => return Err(bad_input("no job file")),
     };
     let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(DEFAULT_COMPNODES);
     spec.placement.compnodes = Some(compnodes);
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
-    let model = load_model(&spec).map_err(bad_input)?;
-    place(&model.dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
+    place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
     let tokenizer = Tokenizer::open(&spec.data.tokenizer).map_err(bad_input)?;
     Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
     let run_dir = match (&args.out, resumed_dir) {
@@ -85,6 +75,27 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
     Ok(Checked { spec, from, run_dir: std::path::absolute(run_dir)?, compnodes })
+}
+
+/// Job, graph and folder of a checkpoint, and the run directory in which it lies.
+type Resumed = (JobSpec, OpDag, Option<PathBuf>, Option<PathBuf>);
+
+fn resumed(dir: &Path, overrides: &[String]) -> anyhow::Result<Resumed> {
+    let checkpoint = open_checkpoint(dir).map_err(bad_input)?;
+    let manifest = checkpoint.manifest();
+    let text = toml::to_string(&manifest.job).context("the checkpoint's job")?;
+    let spec = JobSpec::from_toml(&text, overrides).map_err(bad_input)?;
+    spec.validate().map_err(bad_input)?;
+    if spec.model != manifest.job.model || spec.data.seq_len != manifest.job.data.seq_len {
+        return Err(bad_input("a checkpoint's model and data.seq_len cannot be changed, leave them out of --set"));
+    }
+    if manifest.step >= spec.train.steps {
+        let (done, steps) = (manifest.step, spec.train.steps);
+        return Err(bad_input(format!("{done} of train.steps = {steps} are done; raise it with --set train.steps=N")));
+    }
+    let folder = checkpoint.path().to_owned();
+    let run_dir = folder.parent().and_then(Path::parent).map(Path::to_owned);
+    Ok((spec, checkpoint.dag().clone(), Some(folder), run_dir))
 }
 
 async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow::Result<()> {

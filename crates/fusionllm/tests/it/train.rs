@@ -58,6 +58,9 @@ fn a_resumed_run_has_the_losses_of_an_uninterrupted_one() {
     for (a, b) in resumed.iter().zip(&whole) {
         assert!((a - b).abs() <= 1e-5 * b, "{resumed:?}\n{whole:?}");
     }
+    let output = bench.run("train --resume run --set model.n_layer=2");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("model and data.seq_len cannot be changed"), "{}", text(&output.stderr));
     let output = bench.run("train --resume run");
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("8 of train.steps = 8 are done"), "{}", text(&output.stderr));
