@@ -1,27 +1,139 @@
-//! What is known of the machines when a placement is made.
+//! What is known of machines and links when a placement is made: the profile.
+
+mod file;
 
 use serde::{Deserialize, Serialize};
+
+pub use file::{ClusterFile, DeviceEntry, LinkEntry};
+
+use crate::PlanError;
 
 /// One CompNode as the planner sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CompNodeProfile {
     /// Name shown to people; unique in the cluster.
     pub name: String,
-    /// Relative or absolute compute speed, in FLOP/s; only ratios between CompNodes matter to the partitioners.
+    /// Peak speed S in FLOP/s.
     pub flop_per_s: f64,
+    /// λ: the share of the peak that matrix products of real shapes reach, above 0 and at most 1.
+    pub efficiency: f64,
+    /// Bytes per second to and from the device's memory, which bounds elementwise ops; infinite if not known.
+    pub memory_bytes_per_s: f64,
+    /// Bytes that a job may fill.
+    pub memory_bytes: u64,
 }
 
-/// The CompNodes a job may use. The first one owns the data.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+impl CompNodeProfile {
+    /// A CompNode of unit speed and boundless memory.
+    pub fn unit(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            flop_per_s: 1.0,
+            efficiency: 1.0,
+            memory_bytes_per_s: f64::INFINITY,
+            memory_bytes: u64::MAX,
+        }
+    }
+
+    /// Seconds for work of this many FLOPs that moves this many bytes (a roofline: whichever takes longer).
+    pub fn seconds(&self, flops: f64, bytes: f64) -> f64 {
+        (flops / (self.flop_per_s * self.efficiency)).max(bytes / self.memory_bytes_per_s)
+    }
+}
+
+/// One direction between two CompNodes: α seconds of latency, and bandwidth 1/β.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkProfile {
+    /// α: seconds from the last bit sent to the last bit received.
+    pub latency_s: f64,
+    /// 1/β: bytes per second.
+    pub bytes_per_s: f64,
+}
+
+impl LinkProfile {
+    /// A link that costs nothing.
+    pub const FREE: Self = Self { latency_s: 0.0, bytes_per_s: f64::INFINITY };
+
+    /// β·M: seconds for which a message of `bytes` occupies the link.
+    pub fn occupied_s(&self, bytes: f64) -> f64 {
+        bytes / self.bytes_per_s
+    }
+
+    /// α + β·M: seconds from the first bit sent to the last bit received.
+    pub fn transfer_s(&self, bytes: f64) -> f64 {
+        self.latency_s + self.occupied_s(bytes)
+    }
+}
+
+/// The CompNodes that a job may use, and the links between them. The first CompNode owns the data, unless the planner
+/// is free to choose.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Cluster {
-    /// The CompNodes, data owner first.
+    /// The CompNodes.
     pub compnodes: Vec<CompNodeProfile>,
+    /// `links[a][b]` is the direction from `a` to `b`; empty if all links are free.
+    pub links: Vec<Vec<LinkProfile>>,
 }
 
 impl Cluster {
-    /// `count` CompNodes of one speed, named `compnode-0`, `compnode-1`, ...
+    /// `count` CompNodes of one speed over free links, named `compnode-0`, `compnode-1`, ...
     pub fn uniform(count: usize) -> Self {
-        let profile = |i| CompNodeProfile { name: format!("compnode-{i}"), flop_per_s: 1.0 };
-        Self { compnodes: (0..count).map(profile).collect() }
+        let profile = |i| CompNodeProfile::unit(format!("compnode-{i}"));
+        Self { compnodes: (0..count).map(profile).collect(), links: Vec::new() }
+    }
+
+    /// The direction from `a` to `b`.
+    pub fn link(&self, a: usize, b: usize) -> LinkProfile {
+        if a == b {
+            return LinkProfile::FREE;
+        }
+        self.links.get(a).and_then(|row| row.get(b)).copied().unwrap_or(LinkProfile::FREE)
+    }
+
+    /// The CompNodes with these indices, in this order.
+    pub fn select(&self, indices: &[usize]) -> Self {
+        let compnodes = indices.iter().filter_map(|&i| self.compnodes.get(i)).cloned().collect();
+        let row = |&a: &usize| indices.iter().map(|&b| self.link(a, b)).collect();
+        let links = if self.links.is_empty() { Vec::new() } else { indices.iter().map(row).collect() };
+        Self { compnodes, links }
+    }
+
+    /// Holds every number against its range.
+    ///
+    /// # Errors
+    /// [`PlanError::NoCompNodes`], [`PlanError::Profile`] or [`PlanError::Link`] for the first that cannot be.
+    pub fn validate(&self) -> Result<(), PlanError> {
+        if self.compnodes.is_empty() {
+            return Err(PlanError::NoCompNodes);
+        }
+        for node in &self.compnodes {
+            let fail = |what: &'static str, got: f64, expected: &'static str| {
+                Err(PlanError::Profile { name: node.name.clone(), what, got: got.to_string(), expected })
+            };
+            if !(node.flop_per_s.is_finite() && node.flop_per_s > 0.0) {
+                return fail("flop_per_s", node.flop_per_s, "a positive number");
+            }
+            if !(node.efficiency > 0.0 && node.efficiency <= 1.0) {
+                return fail("efficiency", node.efficiency, "above 0 and at most 1");
+            }
+            if node.memory_bytes_per_s.is_nan() || node.memory_bytes_per_s <= 0.0 {
+                return fail("memory_bytes_per_s", node.memory_bytes_per_s, "a positive number");
+            }
+        }
+        let (names, links) = (|i: usize| self.compnodes[i].name.clone(), self.links.as_slice());
+        let is_square = links.len() == self.compnodes.len() && links.iter().all(|row| row.len() == links.len());
+        if !links.is_empty() && !is_square {
+            return Err(PlanError::LinkTable { compnodes: self.compnodes.len(), rows: links.len() });
+        }
+        for (a, row) in links.iter().enumerate() {
+            for (b, link) in row.iter().enumerate().filter(|(b, _)| *b != a) {
+                let latency_fits = link.latency_s.is_finite() && link.latency_s >= 0.0;
+                if !latency_fits || link.bytes_per_s.is_nan() || link.bytes_per_s <= 0.0 {
+                    let got = format!("{} s and {} bytes/s", link.latency_s, link.bytes_per_s);
+                    return Err(PlanError::Link { from: names(a), to: names(b), got });
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Why no placement could be made.
 
 /// Why a job cannot be placed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
     /// There are fewer ops to give away than CompNodes.
@@ -46,13 +46,95 @@ pub enum PlanError {
         /// Where the stages put it.
         compnode: u32,
     },
-    /// A speed that is not a positive number.
-    #[error("CompNode `{name}` has speed {flop_per_s} FLOP/s, expected a positive number")]
-    Speed {
+    /// A number of a CompNode's profile is out of range.
+    #[error("CompNode `{name}` has {what} {got}, expected {expected}")]
+    Profile {
         /// Which CompNode.
         name: String,
-        /// Its speed as text.
-        flop_per_s: String,
+        /// Which number.
+        what: &'static str,
+        /// Its value as text.
+        got: String,
+        /// What would be right.
+        expected: &'static str,
+    },
+    /// A link's numbers are out of range.
+    #[error("link `{from}` to `{to}` has {got}, expected a latency of at least 0 and a positive bandwidth")]
+    Link {
+        /// Sender.
+        from: String,
+        /// Receiver.
+        to: String,
+        /// Its numbers as text.
+        got: String,
+    },
+    /// The table of links does not fit the CompNodes.
+    #[error("{compnodes} CompNodes need as many rows and columns of links, got {rows} rows")]
+    LinkTable {
+        /// CompNodes.
+        compnodes: usize,
+        /// Rows of the table.
+        rows: usize,
+    },
+    /// A cluster file contradicts itself.
+    #[error("{reason}")]
+    ClusterFile {
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// One op alone is too large for every CompNode.
+    #[error(
+        "op `{op}` alone needs {needed_gb:.2} GB with its optimizer state and one micro-batch, the largest CompNode \
+         `{compnode}` has {memory_gb:.2} GB: use smaller micro-batches (more train.micro_batches) or a larger device"
+    )]
+    OpTooLarge {
+        /// Which op.
+        op: String,
+        /// What it needs, in GB.
+        needed_gb: f64,
+        /// The CompNode with the most memory.
+        compnode: String,
+        /// Its memory in GB.
+        memory_gb: f64,
+    },
+    /// No cut fits the CompNodes' memories.
+    #[error(
+        "the job needs {needed_gb:.2} GB with optimizer state and one micro-batch in flight per stage, the \
+         {compnodes} CompNodes have {memory_gb:.2} GB in all and no cut fits: add CompNodes, or use smaller \
+         micro-batches (more train.micro_batches), or a smaller data.seq_len"
+    )]
+    NoFit {
+        /// What it needs at least, in GB.
+        needed_gb: f64,
+        /// How many CompNodes there are.
+        compnodes: usize,
+        /// What they have, in GB.
+        memory_gb: f64,
+    },
+    /// A strategy's placement does not fit a CompNode's memory.
+    #[error(
+        "CompNode `{compnode}` would need {needed_gb:.2} GB and has {memory_gb:.2} GB; strategy `op-fence` heeds memory"
+    )]
+    OverMemory {
+        /// Which CompNode.
+        compnode: String,
+        /// What it would need, in GB.
+        needed_gb: f64,
+        /// Its memory in GB.
+        memory_gb: f64,
+    },
+    /// Too many possibilities to try them all.
+    #[error(
+        "strategy `optimal` tries every placement of up to {most_compnodes} CompNodes and {most_ops} ops, here are {compnodes} and \
+         {ops}: use `op-fence`",
+        most_compnodes = crate::partition::MOST_COMPNODES,
+        most_ops = crate::partition::MOST_OPS
+    )]
+    TooLargeForOptimal {
+        /// CompNodes.
+        compnodes: usize,
+        /// Ops.
+        ops: usize,
     },
     /// No CompNode can take a next task: the stages wait for each other.
     #[error("the task orders cannot be completed: the stages wait for each other (internal error)")]

@@ -4,17 +4,25 @@
 //! clock: the same inputs give the same placement, bit for bit.
 
 mod cluster;
+mod compression;
 mod error;
+mod estimate;
 mod ids;
 mod partition;
 mod pipeline;
 mod placement;
+mod plan;
 mod ready;
+mod simulate;
 
-pub use cluster::{Cluster, CompNodeProfile};
+pub use cluster::{Cluster, ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile};
+pub use compression::{Compression, EdgeCompression, EntryBytes, compress};
 pub use error::PlanError;
+pub use estimate::{CutBytes, Estimate, TRAINING_COPIES, pipeline_formula};
 pub use ids::{EdgeId, NodeIndex, StageId};
-pub use partition::{Segment, StageSpec, Strategy, partition};
+pub use partition::{Segment, StageSpec, Strategy, clusters_by_bandwidth};
 pub use pipeline::{Pipeline, Task, in_flight_limit};
-pub use placement::{PassPlan, Placement, PlacementSpec, Stage, StageEdge, TiedParam, place};
+pub use placement::{PassPlan, Placement, PlacementSpec, Stage, StageEdge, TiedParam};
+pub use plan::{CompNodePrediction, LinkPrediction, Owner, Plan, PlanSpec, Prediction, place, plan};
 pub use ready::{Need, is_ready, needs};
+pub use simulate::{Blame, Cargo, Cause, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate};

@@ -5,15 +5,26 @@
 //! sub-DAG is then the head and the tail of the order, the U-shape.
 
 mod balance;
+mod chain;
 mod explicit;
+mod louvain;
+mod op_fence;
+mod optimal;
+mod order;
 mod pins;
+mod search;
 
 use std::ops::Range;
 
 use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use chain::Chain;
 pub use explicit::StageSpec;
+pub(crate) use op_fence::{Judge, best_of_all, op_fence};
+pub(crate) use optimal::{MOST_COMPNODES, MOST_OPS};
+pub use order::clusters_by_bandwidth;
+pub(crate) use pins::Pins;
 
 use crate::{Cluster, NodeIndex, PlanError};
 
@@ -26,26 +37,35 @@ pub enum Strategy {
     /// Compute in proportion to every CompNode's speed: the paper's second baseline.
     #[default]
     EqualCompute,
+    /// By links, speeds and memories: the paper's OP-Fence, judged by simulation.
+    OpFence,
+    /// The best of all placements: for small cases.
+    Optimal,
 }
 
 impl Strategy {
+    /// Every strategy.
+    pub const ALL: [Self; 4] = [Self::EqualNumber, Self::EqualCompute, Self::OpFence, Self::Optimal];
+
+    /// Its name in job files and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EqualNumber => "equal-number",
+            Self::EqualCompute => "equal-compute",
+            Self::OpFence => "op-fence",
+            Self::Optimal => "optimal",
+        }
+    }
+
     /// The strategy of that name.
     ///
     /// # Errors
     /// [`PlanError::Strategy`] with the names there are.
     pub fn from_name(name: &str) -> Result<Self, PlanError> {
-        match name {
-            "equal-number" => Ok(Self::EqualNumber),
-            "equal-compute" => Ok(Self::EqualCompute),
-            "op-fence" => Err(PlanError::Strategy {
-                reason: "strategy `op-fence` needs measured links, which this version does not have yet; \
-                         use `equal-compute` or `equal-number`"
-                    .to_owned(),
-            }),
-            _ => Err(PlanError::Strategy {
-                reason: format!("unknown strategy `{name}`, expected `equal-compute` or `equal-number`"),
-            }),
-        }
+        Self::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(|s| format!("`{}`", s.name())).join(", ");
+            PlanError::Strategy { reason: format!("unknown strategy `{name}`, expected one of {names}") }
+        })
     }
 }
 
@@ -58,53 +78,32 @@ pub struct Segment {
     pub ops: Range<usize>,
 }
 
-/// Cuts `dag` over `cluster` and returns the segments in pipeline order.
+/// Cuts `dag` into as many segments as `cluster` has CompNodes, in their order: what the baselines do.
 ///
-/// `batch` is the size of a micro-batch in samples; it weighs ops whose cost is not linear in it. Explicit
-/// `stages` override the strategy.
+/// `batch` is the size of a micro-batch in samples. Explicit `stages` override the strategy.
 ///
 /// # Errors
 /// A [`PlanError`] that says what does not fit.
-pub fn partition(
+pub(crate) fn in_order(
     dag: &OpDag,
     cluster: &Cluster,
-    strategy: Strategy,
+    by_number: bool,
     stages: &[StageSpec],
-    private: bool,
+    pins: &Pins,
     batch: usize,
 ) -> Result<Vec<Segment>, PlanError> {
     let compnodes = cluster.compnodes.len();
-    if compnodes == 0 {
-        return Err(PlanError::NoCompNodes);
-    }
-    if dag.ops().is_empty() {
-        return Err(PlanError::EmptyGraph);
-    }
-    for node in &cluster.compnodes {
-        if !(node.flop_per_s.is_finite() && node.flop_per_s > 0.0) {
-            let (name, flop_per_s) = (node.name.clone(), node.flop_per_s.to_string());
-            return Err(PlanError::Speed { name, flop_per_s });
-        }
-    }
-    let pins = pins::Pins::of(dag, private);
     if !stages.is_empty() {
-        return explicit::segments(dag, compnodes, stages, &pins);
+        return explicit::segments(dag, compnodes, stages, pins);
     }
-    let weights: Vec<f64> = match strategy {
-        Strategy::EqualNumber => vec![1.0; dag.ops().len()],
-        Strategy::EqualCompute => {
-            let flops = |op| {
-                let cost = dag.cost(op, batch);
-                (cost.fp_flops + cost.bp_flops) as f64
-            };
-            dag.op_ids().map(flops).collect()
-        }
+    let flops = |op| {
+        let cost = dag.cost(op, batch);
+        (cost.fp_flops + cost.bp_flops) as f64
     };
-    let speeds: Vec<f64> = match strategy {
-        Strategy::EqualNumber => vec![1.0; compnodes],
-        Strategy::EqualCompute => cluster.compnodes.iter().map(|c| c.flop_per_s).collect(),
-    };
-    balance::segments(&weights, &speeds, &pins)
+    let weights: Vec<f64> = if by_number { vec![1.0; dag.ops().len()] } else { dag.op_ids().map(flops).collect() };
+    let speed = |c: &crate::CompNodeProfile| c.flop_per_s * c.efficiency;
+    let speeds: Vec<f64> = if by_number { vec![1.0; compnodes] } else { cluster.compnodes.iter().map(speed).collect() };
+    balance::segments(&weights, &speeds, pins)
 }
 
 #[cfg(test)]

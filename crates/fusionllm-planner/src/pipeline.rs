@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ready::{Need, needs};
-use crate::{NodeIndex, PlanError, Stage, StageEdge, StageId};
+use crate::{PlanError, Stage, StageEdge, StageId};
 
 /// Which pipeline the task orders follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -82,38 +82,66 @@ pub(crate) fn eval_orders(
 const FP_TICKS: u64 = 1;
 const BP_TICKS: u64 = 2;
 
-/// Unit-time list scheduling. All lookups are by (stage, micro-batch).
-struct Simulation<'a> {
-    stages: &'a [Stage],
-    edges: &'a [StageEdge],
+/// How far a stage is: ticks at which its tasks end, in the order in which they started.
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    fp: Vec<u64>,
+    bp: Vec<u64>,
+}
+
+impl Progress {
+    fn is_done(ended: &[u64], micro_batch: u32, now: u64) -> bool {
+        ended.get(micro_batch as usize).is_some_and(|&t| t <= now)
+    }
+
+    /// A stage's tasks run one after another, so they end in order.
+    fn finished(ended: &[u64], now: u64) -> u32 {
+        ended.partition_point(|&t| t <= now) as u32
+    }
+}
+
+/// Unit-time list scheduling.
+struct Simulation {
+    /// Edges that touch a stage, so that a task need not look through all.
+    touching: Vec<Vec<StageEdge>>,
+    /// Stages of a CompNode, later ones first: what is nearest to the loss frees memory soonest.
+    own: Vec<Vec<StageId>>,
     micro_batches: u32,
     with_backward: bool,
     backward_first: bool,
-    /// Tick from which on a task counts as done, by stage and micro-batch.
-    fp_done: Vec<Vec<Option<u64>>>,
-    bp_done: Vec<Vec<Option<u64>>>,
+    progress: Vec<Progress>,
+    /// Of each edge, the stages at its ends.
+    ends: Vec<(StageId, StageId)>,
     free_at: Vec<u64>,
     orders: Vec<Vec<Task>>,
 }
 
-impl<'a> Simulation<'a> {
+impl Simulation {
     fn new(
-        stages: &'a [Stage],
-        edges: &'a [StageEdge],
+        stages: &[Stage],
+        edges: &[StageEdge],
         compnodes: usize,
         micro_batches: u32,
         with_backward: bool,
         backward_first: bool,
     ) -> Self {
-        let empty = vec![vec![None; micro_batches as usize]; stages.len()];
+        let mut touching = vec![Vec::new(); stages.len()];
+        for edge in edges {
+            touching[edge.from.index()].push(edge.clone());
+            touching[edge.to.index()].push(edge.clone());
+        }
+        let mut own = vec![Vec::new(); compnodes];
+        for stage in stages.iter().rev() {
+            own[stage.compnode.index()].push(stage.id);
+        }
         Self {
-            stages,
-            edges,
+            touching,
+            own,
             micro_batches,
             with_backward,
             backward_first,
-            fp_done: empty.clone(),
-            bp_done: empty,
+            progress: vec![Progress::default(); stages.len()],
+            ends: edges.iter().map(|e| (e.from, e.to)).collect(),
             free_at: vec![0; compnodes],
             orders: vec![Vec::new(); compnodes],
         }
@@ -121,54 +149,47 @@ impl<'a> Simulation<'a> {
 
     fn run(mut self, limit: impl Fn(StageId) -> u32) -> Result<Vec<Vec<Task>>, PlanError> {
         let passes = if self.with_backward { 2 } else { 1 };
-        let total = self.stages.len() * self.micro_batches as usize * passes;
+        let total = self.progress.len() * self.micro_batches as usize * passes;
         let mut placed = 0;
         let mut now = 0;
         while placed < total {
             for node in 0..self.orders.len() {
                 if self.free_at[node] <= now
-                    && let Some(task) = self.choose(NodeIndex(node as u32), now, &limit)
+                    && let Some(task) = self.choose(node, now, &limit)
                 {
                     self.start(node, task, now);
                     placed += 1;
                 }
             }
-            let Some(next) = self.next_tick(now) else {
-                if placed == total {
-                    break;
-                }
-                return Err(PlanError::Deadlock);
-            };
-            now = next;
+            // The earliest tick at which some task ends.
+            match self.free_at.iter().copied().filter(|&t| t > now).min() {
+                Some(next) => now = next,
+                None if placed == total => break,
+                None => return Err(PlanError::Deadlock),
+            }
         }
         Ok(self.orders)
     }
 
-    /// The earliest tick after `now` at which some task ends.
-    fn next_tick(&self, now: u64) -> Option<u64> {
-        self.free_at.iter().copied().filter(|&t| t > now).min()
-    }
-
     fn start(&mut self, node: usize, task: Task, now: u64) {
         match task {
-            Task::Fp { stage, micro_batch } => {
+            Task::Fp { stage, .. } => {
                 self.free_at[node] = now + FP_TICKS;
-                self.fp_done[stage.index()][micro_batch as usize] = Some(now + FP_TICKS);
+                self.progress[stage.index()].fp.push(now + FP_TICKS);
             }
-            Task::Bp { stage, micro_batch } => {
+            Task::Bp { stage, .. } => {
                 self.free_at[node] = now + BP_TICKS;
-                self.bp_done[stage.index()][micro_batch as usize] = Some(now + BP_TICKS);
+                self.progress[stage.index()].bp.push(now + BP_TICKS);
             }
             Task::Update => {}
         }
         self.orders[node].push(task);
     }
 
-    /// Later stages first: what is nearest to the loss frees memory soonest.
-    fn choose(&self, node: NodeIndex, now: u64, limit: &impl Fn(StageId) -> u32) -> Option<Task> {
-        let own = || self.stages.iter().rev().filter(move |s| s.compnode == node);
-        let backward = || own().find_map(|s| self.next_backward(s.id, now));
-        let forward = || own().find_map(|s| self.next_forward(s.id, now, limit(s.id)));
+    fn choose(&self, node: usize, now: u64, limit: &impl Fn(StageId) -> u32) -> Option<Task> {
+        let own = || self.own[node].iter().copied();
+        let backward = || own().find_map(|s| self.next_backward(s, now));
+        let forward = || own().find_map(|s| self.next_forward(s, now, limit(s)));
         if !self.with_backward {
             forward()
         } else if self.backward_first {
@@ -179,31 +200,30 @@ impl<'a> Simulation<'a> {
     }
 
     fn next_forward(&self, stage: StageId, now: u64, limit: u32) -> Option<Task> {
-        let started = self.fp_done[stage.index()].iter().flatten().count() as u32;
+        let started = self.progress[stage.index()].fp.len() as u32;
         if started == self.micro_batches {
             return None;
         }
         // Without BP a micro-batch is live until the last stage has seen it.
-        let ended = if self.with_backward { &self.bp_done[stage.index()] } else { self.fp_done.last()? };
-        let finished = ended.iter().flatten().filter(|&&t| t <= now).count() as u32;
+        let ended = if self.with_backward { &self.progress[stage.index()].bp } else { &self.progress.last()?.fp };
+        let live = started.saturating_sub(Progress::finished(ended, now));
         let task = Task::Fp { stage, micro_batch: started };
-        (started.saturating_sub(finished) < limit && self.is_ready(task, now)).then_some(task)
+        (live < limit && self.is_ready(stage, task, now)).then_some(task)
     }
 
     fn next_backward(&self, stage: StageId, now: u64) -> Option<Task> {
-        let started = self.bp_done[stage.index()].iter().flatten().count() as u32;
+        let started = self.progress[stage.index()].bp.len() as u32;
         let task = Task::Bp { stage, micro_batch: started };
-        (started < self.micro_batches && self.is_ready(task, now)).then_some(task)
+        (started < self.micro_batches && self.is_ready(stage, task, now)).then_some(task)
     }
 
-    fn is_ready(&self, task: Task, now: u64) -> bool {
-        let done = |table: &[Vec<Option<u64>>], stage: StageId, micro_batch: u32| {
-            table[stage.index()][micro_batch as usize].is_some_and(|t| t <= now)
-        };
-        needs(self.edges, task).all(|need| match need {
-            Need::Activation { edge, micro_batch } => done(&self.fp_done, self.edges[edge.index()].from, micro_batch),
-            Need::Gradient { edge, micro_batch } => done(&self.bp_done, self.edges[edge.index()].to, micro_batch),
-            Need::Kept { stage, micro_batch } => done(&self.fp_done, stage, micro_batch),
+    fn is_ready(&self, stage: StageId, task: Task, now: u64) -> bool {
+        let fp = |s: StageId, m: u32| Progress::is_done(&self.progress[s.index()].fp, m, now);
+        let bp = |s: StageId, m: u32| Progress::is_done(&self.progress[s.index()].bp, m, now);
+        needs(&self.touching[stage.index()], task).all(|need| match need {
+            Need::Activation { edge, micro_batch } => fp(self.ends[edge.index()].0, micro_batch),
+            Need::Gradient { edge, micro_batch } => bp(self.ends[edge.index()].1, micro_batch),
+            Need::Kept { stage, micro_batch } => fp(stage, micro_batch),
         })
     }
 }

@@ -7,9 +7,7 @@ use fusionllm_graph::{OpDag, OpId, ParamId};
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::{eval_orders, train_orders};
-use crate::{
-    Cluster, EdgeId, NodeIndex, Pipeline, PlanError, StageId, StageSpec, Strategy, Task, in_flight_limit, partition,
-};
+use crate::{EdgeId, NodeIndex, Pipeline, PlanError, Segment, StageId, StageSpec, Strategy, Task, in_flight_limit};
 
 /// One contiguous segment of a sub-DAG along the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +58,7 @@ pub struct PassPlan {
     pub orders: Vec<Vec<Task>>,
 }
 
-/// What [`place`] is asked for.
+/// What [`crate::place`] is asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlacementSpec {
     /// How to cut.
@@ -157,22 +155,13 @@ impl Placement {
     }
 }
 
-/// Makes a placement of `dag` on `cluster`.
-///
-/// # Errors
-/// A [`PlanError`] that says what does not fit and what would.
-pub fn place(dag: &OpDag, cluster: &Cluster, spec: &PlacementSpec) -> Result<Placement, PlanError> {
-    for (what, count) in [
-        ("train.micro_batches", spec.micro_batches),
-        ("the micro-batch size", spec.micro_batch_size),
-        ("train.eval_batches", spec.eval_micro_batches),
-    ] {
-        if count == 0 {
-            return Err(PlanError::Zero { what });
-        }
-    }
-    let batch = spec.micro_batch_size as usize;
-    let segments = partition(dag, cluster, spec.strategy, &spec.stages, spec.private, batch)?;
+/// The placement of given segments on CompNodes of these names, with its edges and task orders.
+pub(crate) fn assemble(
+    dag: &OpDag,
+    compnodes: Vec<String>,
+    segments: Vec<Segment>,
+    spec: &PlacementSpec,
+) -> Result<Placement, PlanError> {
     let stages: Vec<Stage> = segments
         .into_iter()
         .enumerate()
@@ -183,12 +172,12 @@ pub fn place(dag: &OpDag, cluster: &Cluster, spec: &PlacementSpec) -> Result<Pla
         })
         .collect();
     let edges = stage_edges(dag, &stages, spec.codec);
-    let compnodes = cluster.compnodes.len();
-    let train = train_orders(&stages, &edges, compnodes, spec.pipeline, spec.micro_batches)?;
-    let eval = eval_orders(&stages, &edges, compnodes, spec.eval_micro_batches)?;
+    let count = compnodes.len();
+    let train = train_orders(&stages, &edges, count, spec.pipeline, spec.micro_batches)?;
+    let eval = eval_orders(&stages, &edges, count, spec.eval_micro_batches)?;
     let tied = tied_params(dag, &stages);
     Ok(Placement {
-        compnodes: cluster.compnodes.iter().map(|c| c.name.clone()).collect(),
+        compnodes,
         stages,
         edges,
         tied,

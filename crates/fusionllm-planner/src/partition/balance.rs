@@ -31,14 +31,21 @@ pub(super) fn segments(weights: &[f64], speeds: &[f64], pins: &Pins) -> Result<V
     for &speed in &speeds[1..] {
         let mut next = vec![f64::INFINITY; tail + 1];
         let mut cut = vec![0; tail + 1];
-        for end in head..=tail {
-            for start in head..end {
-                let slowest = best[start].max((prefix[end] - prefix[start]) / speed);
-                if slowest < next[end] {
-                    next[end] = slowest;
-                    cut[end] = start;
-                }
+        let first = head + cuts.len();
+        // Starts that no later one beats. Among them `best` rises with the start and what is left falls: where they
+        // cross, their larger one is least.
+        let mut starts: Vec<usize> = Vec::new();
+        for end in first + 1..=tail {
+            while starts.last().is_some_and(|&s| best[s] >= best[end - 1]) {
+                starts.pop();
             }
+            starts.push(end - 1);
+            let time = |start: usize| (prefix[end] - prefix[start]) / speed;
+            let crossing = starts.partition_point(|&s| best[s] < time(s)).min(starts.len() - 1);
+            let slowest = |at: usize| best[starts[at]].max(time(starts[at]));
+            let before = crossing.saturating_sub(1);
+            let at = if slowest(before) <= slowest(crossing) { before } else { crossing };
+            (next[end], cut[end]) = (slowest(at), starts[at]);
         }
         best = next;
         cuts.push(cut);

@@ -20,12 +20,16 @@ fn dag(n_layer: usize) -> OpDag {
 }
 
 fn cluster(speeds: &[f64]) -> Cluster {
-    let profile = |(i, &flop_per_s)| CompNodeProfile { name: format!("n{i}"), flop_per_s };
-    Cluster { compnodes: speeds.iter().enumerate().map(profile).collect() }
+    let profile = |(i, &flop_per_s)| CompNodeProfile { flop_per_s, ..CompNodeProfile::unit(format!("n{i}")) };
+    Cluster { compnodes: speeds.iter().enumerate().map(profile).collect(), links: Vec::new() }
+}
+
+fn try_cut(dag: &OpDag, cluster: &Cluster, strategy: Strategy, private: bool) -> Result<Vec<Segment>, PlanError> {
+    in_order(dag, cluster, strategy == Strategy::EqualNumber, &[], &Pins::of(dag, private), 2)
 }
 
 fn cut(strategy: Strategy, speeds: &[f64], private: bool) -> Vec<Segment> {
-    partition(&dag(2), &cluster(speeds), strategy, &[], private, 2).unwrap()
+    try_cut(&dag(2), &cluster(speeds), strategy, private).unwrap()
 }
 
 fn stage(compnode: u32, last_op: &str) -> StageSpec {
@@ -33,7 +37,8 @@ fn stage(compnode: u32, last_op: &str) -> StageSpec {
 }
 
 fn explicit(compnodes: usize, stages: &[StageSpec], private: bool) -> Result<Vec<Segment>, PlanError> {
-    partition(&dag(2), &Cluster::uniform(compnodes), Strategy::default(), stages, private, 2)
+    let dag = dag(2);
+    in_order(&dag, &Cluster::uniform(compnodes), false, stages, &Pins::of(&dag, private), 2)
 }
 
 /// FP and BP of a segment's ops over the CompNode's speed.
@@ -64,7 +69,7 @@ fn equal_number_gives_equal_numbers() {
 fn equal_compute_follows_the_speeds() {
     let dag = dag(6);
     let speeds = [1.0, 4.0, 2.0];
-    let segments = partition(&dag, &cluster(&speeds), Strategy::EqualCompute, &[], false, 2).unwrap();
+    let segments = try_cut(&dag, &cluster(&speeds), Strategy::EqualCompute, false).unwrap();
     let times = times(&dag, &segments, &speeds);
     let mean = times.iter().sum::<f64>() / 3.0;
     assert!(slowest(&times) < 1.3 * mean, "{times:?}");
@@ -87,11 +92,12 @@ fn private_data_makes_a_u() {
 #[test]
 fn more_compnodes_than_ops_is_an_error_that_says_how_many() {
     let ops = dag(2).ops().len();
-    let error = partition(&dag(2), &Cluster::uniform(ops + 5), Strategy::default(), &[], false, 2).unwrap_err();
+    let cut = |count| try_cut(&dag(2), &Cluster::uniform(count), Strategy::EqualCompute, false);
+    let error = cut(ops + 5).unwrap_err();
     let PlanError::MoreCompNodesThanOps { compnodes, ops: most } = error else { panic!("{error}") };
     assert_eq!(compnodes, ops + 5);
-    assert!(partition(&dag(2), &Cluster::uniform(most), Strategy::default(), &[], false, 2).is_ok());
-    assert!(partition(&dag(2), &Cluster::uniform(most + 1), Strategy::default(), &[], false, 2).is_err());
+    assert!(cut(most).is_ok());
+    assert!(cut(most + 1).is_err());
 }
 
 #[test]
@@ -126,10 +132,9 @@ fn explicit_stages_that_do_not_fit_are_named() {
 
 #[test]
 fn bad_clusters_are_named() {
-    let place = |cluster: &Cluster| partition(&dag(2), cluster, Strategy::default(), &[], false, 2).unwrap_err();
-    assert_eq!(place(&Cluster::default()), PlanError::NoCompNodes);
-    let error = place(&cluster(&[1.0, f64::NAN])).to_string();
-    assert_eq!(error, "CompNode `n1` has speed NaN FLOP/s, expected a positive number");
+    let error = |cluster: &Cluster| cluster.validate().unwrap_err().to_string();
+    assert_eq!(error(&Cluster::default()), "no CompNode to place the job on, expected at least one");
+    assert_eq!(error(&cluster(&[1.0, f64::NAN])), "CompNode `n1` has flop_per_s NaN, expected a positive number");
 }
 
 #[test]
@@ -162,7 +167,7 @@ proptest! {
     ) {
         let dag = dag(n_layer);
         let strategy = if by_number { Strategy::EqualNumber } else { Strategy::EqualCompute };
-        let segments = partition(&dag, &cluster(&speeds), strategy, &[], private, 2).unwrap();
+        let segments = try_cut(&dag, &cluster(&speeds), strategy, private).unwrap();
         let held: Vec<usize> = segments.iter().flat_map(|s| s.ops.clone()).collect();
         prop_assert_eq!(held, (0..dag.ops().len()).collect::<Vec<_>>());
         for node in 0..speeds.len() {

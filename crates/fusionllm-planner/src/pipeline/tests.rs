@@ -5,7 +5,7 @@ use fusionllm_graph::OpId;
 use proptest::prelude::*;
 
 use super::*;
-use crate::EdgeId;
+use crate::{EdgeId, NodeIndex};
 
 /// A chain of stages on the given CompNodes; each edge carries a gradient.
 fn chain(compnodes: &[u32]) -> (Vec<Stage>, Vec<StageEdge>) {

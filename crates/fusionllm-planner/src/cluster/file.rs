@@ -1,0 +1,193 @@
+//! The form of a cluster file: devices, singly or by the dozen, and rules for the links between them.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Cluster, CompNodeProfile, LinkProfile};
+use crate::PlanError;
+
+/// Bytes in the gigabyte of `memory_gb`.
+const GIGABYTE: f64 = 1e9;
+
+/// A cluster file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClusterFile {
+    /// What it describes.
+    #[serde(default)]
+    pub name: String,
+    /// The devices.
+    pub device: Vec<DeviceEntry>,
+    /// Rules for links; of those that fit a pair the last one counts.
+    #[serde(default)]
+    pub link: Vec<LinkEntry>,
+}
+
+/// One or several devices of one kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceEntry {
+    /// Name; with `count`, numbers are appended: `gpu-0`, `gpu-1`, ...
+    pub name: String,
+    /// How many.
+    #[serde(default = "one")]
+    pub count: usize,
+    /// Where they stand, for link rules.
+    #[serde(default)]
+    pub site: String,
+    /// Peak speed S in FLOP/s.
+    pub flop_per_s: f64,
+    /// λ, above 0 and at most 1.
+    #[serde(default = "full")]
+    pub efficiency: f64,
+    /// Speed of the device's memory in GB/s; left out, it bounds nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_gb_per_s: Option<f64>,
+    /// Memory that a job may fill, in GB; left out, it is boundless.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_gb: Option<f64>,
+}
+
+/// One rule for links.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkEntry {
+    /// Name of a device or of a site, or `*`.
+    pub from: String,
+    /// Likewise.
+    pub to: String,
+    /// α, one way, in milliseconds.
+    pub latency_ms: f64,
+    /// Bandwidth in Mbit/s.
+    pub mbit_per_s: f64,
+    /// Only from `from` to `to`, not back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub one_way: bool,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn full() -> f64 {
+    1.0
+}
+
+impl ClusterFile {
+    /// The cluster that the file describes.
+    ///
+    /// # Errors
+    /// [`PlanError::ClusterFile`] for a name that is taken or that no device or site has, and for a pair without a
+    /// rule; otherwise as [`Cluster::validate`].
+    pub fn resolve(&self) -> Result<Cluster, PlanError> {
+        let fail = |reason: String| Err(PlanError::ClusterFile { reason });
+        let mut compnodes = Vec::new();
+        let mut sites = Vec::new();
+        let mut names = BTreeSet::new();
+        for entry in &self.device {
+            for index in 0..entry.count {
+                let name = if entry.count == 1 { entry.name.clone() } else { format!("{}-{index}", entry.name) };
+                if !names.insert(name.clone()) {
+                    return fail(format!("two devices are named `{name}`"));
+                }
+                compnodes.push(CompNodeProfile {
+                    name,
+                    flop_per_s: entry.flop_per_s,
+                    efficiency: entry.efficiency,
+                    memory_bytes_per_s: entry.memory_gb_per_s.map_or(f64::INFINITY, |gb| gb * GIGABYTE),
+                    memory_bytes: entry.memory_gb.map_or(u64::MAX, |gb| (gb.max(0.0) * GIGABYTE) as u64),
+                });
+                sites.push((entry.site.as_str(), entry.name.as_str()));
+            }
+        }
+        for end in self.link.iter().flat_map(|rule| [&rule.from, &rule.to]) {
+            let is_group = sites.iter().any(|(site, group)| site == end || group == end);
+            if end != "*" && !is_group && !names.contains(end) {
+                return fail(format!("a link names `{end}`, which is neither a device nor a site"));
+            }
+        }
+        let fits =
+            |end: &str, i: usize| end == "*" || end == sites[i].0 || end == sites[i].1 || end == compnodes[i].name;
+        let mut links = vec![vec![LinkProfile::FREE; compnodes.len()]; compnodes.len()];
+        for (a, row) in links.iter_mut().enumerate() {
+            for (b, link) in row.iter_mut().enumerate().filter(|(b, _)| *b != a) {
+                let rule = self.link.iter().rev().find(|rule| {
+                    let there = fits(&rule.from, a) && fits(&rule.to, b);
+                    there || (!rule.one_way && fits(&rule.from, b) && fits(&rule.to, a))
+                });
+                let Some(rule) = rule else {
+                    let (a, b) = (&compnodes[a].name, &compnodes[b].name);
+                    return fail(format!("no link rule fits `{a}` to `{b}`; one from `*` to `*` fits all"));
+                };
+                *link = LinkProfile { latency_s: rule.latency_ms / 1e3, bytes_per_s: rule.mbit_per_s * 1e6 / 8.0 };
+            }
+        }
+        let cluster = Cluster { compnodes, links };
+        cluster.validate()?;
+        Ok(cluster)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(name: &str, count: usize, site: &str) -> DeviceEntry {
+        DeviceEntry {
+            name: name.to_owned(),
+            count,
+            site: site.to_owned(),
+            flop_per_s: 1e12,
+            efficiency: 0.5,
+            memory_gb_per_s: None,
+            memory_gb: Some(11.0),
+        }
+    }
+
+    fn rule(from: &str, to: &str, mbit_per_s: f64) -> LinkEntry {
+        LinkEntry { from: from.to_owned(), to: to.to_owned(), latency_ms: 10.0, mbit_per_s, one_way: false }
+    }
+
+    fn file() -> ClusterFile {
+        ClusterFile {
+            name: String::new(),
+            device: vec![device("gpu", 2, "berlin"), device("old", 1, "tokyo")],
+            link: vec![rule("*", "*", 8.0), rule("berlin", "berlin", 1000.0), rule("gpu-1", "tokyo", 80.0)],
+        }
+    }
+
+    #[test]
+    fn the_last_rule_that_fits_counts() {
+        let cluster = file().resolve().unwrap();
+        let names: Vec<&str> = cluster.compnodes.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["gpu-0", "gpu-1", "old"]);
+        assert_eq!(cluster.compnodes[0].memory_bytes, 11_000_000_000);
+        let mbit = |a, b| cluster.link(a, b).bytes_per_s * 8.0 / 1e6;
+        assert_eq!((mbit(0, 1), mbit(0, 2), mbit(1, 2), mbit(2, 1)), (1000.0, 8.0, 80.0, 80.0));
+        assert_eq!(cluster.link(1, 1), LinkProfile::FREE);
+    }
+
+    #[test]
+    fn a_one_way_rule_leaves_the_way_back() {
+        let mut file = file();
+        file.link.push(LinkEntry { one_way: true, ..rule("old", "gpu-0", 2.0) });
+        let cluster = file.resolve().unwrap();
+        assert_eq!((cluster.link(2, 0).bytes_per_s, cluster.link(0, 2).bytes_per_s), (0.25e6, 1e6));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let error = |change: fn(&mut ClusterFile)| {
+            let mut file = file();
+            change(&mut file);
+            file.resolve().unwrap_err().to_string()
+        };
+        assert!(error(|f| f.link[2].to = "paris".to_owned()).contains("`paris`, which is neither a device nor a site"));
+        assert!(error(|f| f.link.truncate(0)).contains("no link rule fits `gpu-0` to `gpu-1`"));
+        assert!(error(|f| f.device.push(device("gpu-1", 1, ""))).contains("two devices are named `gpu-1`"));
+        assert!(error(|f| f.device[0].efficiency = 1.5).contains("`gpu-0` has efficiency 1.5"));
+        assert!(error(|f| f.link[0].mbit_per_s = 0.0).contains("link `gpu-0` to `old`"));
+        assert!(error(|f| f.device.clear()).contains("neither a device"));
+    }
+}

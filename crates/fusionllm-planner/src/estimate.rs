@@ -1,0 +1,250 @@
+//! What ops, stages and cuts cost on which CompNode (the paper's workload estimator, section on the estimator; the
+//! memory model is our reading).
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use fusionllm_graph::{OpDag, OpId};
+
+use crate::{Cluster, CompNodeProfile};
+
+/// Weights, gradients, and AdamW's two moments, in multiples of the parameters' bytes.
+pub const TRAINING_COPIES: u64 = 4;
+/// Times that UPDATE moves the parameters' bytes: AdamW reads four tensors and writes three.
+const UPDATE_MOVES: f64 = 7.0;
+/// FLOPs of an update per parameter.
+const UPDATE_FLOPS: f64 = 16.0;
+
+/// Bytes that cross a cut of the topological order, per micro-batch, dense.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CutBytes {
+    /// Activations, forward.
+    pub forward: f64,
+    /// Gradients, backward.
+    pub backward: f64,
+}
+
+/// Sums over the topological order for one model and micro-batch size; every question about a contiguous segment is
+/// a difference of two of them.
+#[derive(Clone, Debug)]
+pub struct Estimate {
+    ops: usize,
+    fp_flops: Vec<f64>,
+    bp_flops: Vec<f64>,
+    bytes: Vec<f64>,
+    kept: Vec<f64>,
+    param_bytes: Vec<u64>,
+    cuts: Vec<CutBytes>,
+    /// Per distinct speed of a CompNode: sums of FP and of BP seconds.
+    classes: BTreeMap<Class, (Vec<f64>, Vec<f64>)>,
+}
+
+/// CompNodes of one speed share their sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Class {
+    speed: u64,
+    memory: u64,
+}
+
+impl Class {
+    fn of(profile: &CompNodeProfile) -> Self {
+        let speed = (profile.flop_per_s * profile.efficiency).to_bits();
+        Self { speed, memory: profile.memory_bytes_per_s.to_bits() }
+    }
+}
+
+impl Estimate {
+    /// Estimates `dag` in micro-batches of `batch` samples on the CompNodes of `cluster`.
+    pub fn new(dag: &OpDag, batch: usize, cluster: &Cluster) -> Self {
+        let ops = dag.ops().len();
+        let mut estimate = Self {
+            ops,
+            fp_flops: Vec::with_capacity(ops),
+            bp_flops: Vec::with_capacity(ops),
+            bytes: Vec::with_capacity(ops),
+            kept: vec![0.0],
+            param_bytes: vec![0],
+            cuts: cuts(dag, batch),
+            classes: BTreeMap::new(),
+        };
+        let mut seen = vec![false; dag.params().len()];
+        for op in dag.op_ids() {
+            let cost = dag.cost(op, batch);
+            estimate.fp_flops.push(cost.fp_flops as f64);
+            estimate.bp_flops.push(cost.bp_flops as f64);
+            estimate.bytes.push((cost.read_bytes.saturating_add(cost.write_bytes)) as f64);
+            push_sum(&mut estimate.kept, cost.kept_bytes as f64);
+            let mut own = 0u64;
+            for &param in &dag.op(op).params {
+                // A tied parameter is counted once; whoever else holds it holds a copy, which the exact sum shows.
+                if !std::mem::replace(&mut seen[param.index()], true) {
+                    own = own.saturating_add(dag.param(param).bytes());
+                }
+            }
+            let last = estimate.param_bytes.last().copied().unwrap_or(0);
+            estimate.param_bytes.push(last.saturating_add(own));
+        }
+        for profile in &cluster.compnodes {
+            estimate.add_class(profile);
+        }
+        estimate
+    }
+
+    fn add_class(&mut self, profile: &CompNodeProfile) {
+        let class = Class::of(profile);
+        if self.classes.contains_key(&class) {
+            return;
+        }
+        let (mut fp, mut bp) = (vec![0.0], vec![0.0]);
+        for op in 0..self.ops {
+            push_sum(&mut fp, profile.seconds(self.fp_flops[op], self.bytes[op]));
+            // BP moves the same tensors twice: once for each of the gradients it makes.
+            let has_bp = self.bp_flops[op] > 0.0;
+            let bp_bytes = if has_bp { 2.0 * self.bytes[op] } else { 0.0 };
+            push_sum(&mut bp, profile.seconds(self.bp_flops[op], bp_bytes));
+        }
+        self.classes.insert(class, (fp, bp));
+    }
+
+    /// Number of ops.
+    pub fn ops(&self) -> usize {
+        self.ops
+    }
+
+    /// Seconds of FP and of BP of one micro-batch through a segment on a CompNode of the cluster.
+    pub fn seconds(&self, profile: &CompNodeProfile, segment: &Range<usize>) -> (f64, f64) {
+        let Some((fp, bp)) = self.classes.get(&Class::of(profile)) else { return (f64::INFINITY, f64::INFINITY) };
+        (fp[segment.end] - fp[segment.start], bp[segment.end] - bp[segment.start])
+    }
+
+    /// Sums of FP and BP seconds over all ops before each position.
+    pub(crate) fn sums(&self, profile: &CompNodeProfile) -> Option<(&[f64], &[f64])> {
+        self.classes.get(&Class::of(profile)).map(|(fp, bp)| (fp.as_slice(), bp.as_slice()))
+    }
+
+    /// Bytes of the parameters of a segment, each counted where it is first used.
+    pub fn param_bytes(&self, segment: &Range<usize>) -> u64 {
+        self.param_bytes[segment.end] - self.param_bytes[segment.start]
+    }
+
+    /// Bytes kept between FP and BP of one micro-batch.
+    pub fn kept_bytes(&self, segment: &Range<usize>) -> f64 {
+        self.kept[segment.end] - self.kept[segment.start]
+    }
+
+    /// What crosses the cut before op `position`.
+    pub fn cut(&self, position: usize) -> CutBytes {
+        self.cuts.get(position).copied().unwrap_or_default()
+    }
+
+    /// Bytes that a segment needs with `live` micro-batches in flight.
+    pub fn memory_bytes(&self, segment: &Range<usize>, live: u32) -> f64 {
+        (self.param_bytes(segment) as f64) * TRAINING_COPIES as f64 + self.kept_bytes(segment) * f64::from(live)
+    }
+}
+
+/// Seconds of an UPDATE of this many bytes of f32 parameters.
+pub(crate) fn update_seconds(profile: &CompNodeProfile, param_bytes: u64) -> f64 {
+    let bytes = param_bytes as f64;
+    profile.seconds(bytes / 4.0 * UPDATE_FLOPS, bytes * UPDATE_MOVES)
+}
+
+fn push_sum(sums: &mut Vec<f64>, value: f64) {
+    sums.push(sums.last().copied().unwrap_or(0.0) + value);
+}
+
+/// What crosses the cut before each op: the outputs of earlier ops that a later one consumes. Placeholders do not
+/// count: only the data owner has them, and they are a few bytes per token.
+fn cuts(dag: &OpDag, batch: usize) -> Vec<CutBytes> {
+    let ops = dag.ops().len();
+    let mut changes = vec![CutBytes::default(); ops + 2];
+    for op in dag.op_ids() {
+        let is_placeholder = dag.op(op).inputs.is_empty();
+        let Some(last) = dag.consumers(op).iter().map(|c: &OpId| c.index()).max() else { continue };
+        if is_placeholder {
+            continue;
+        }
+        let bytes = dag.op(op).output.bytes(batch) as f64;
+        let backward = if dag.carries_gradient(op) { bytes } else { 0.0 };
+        let (start, end) = (op.index() + 1, last + 1);
+        changes[start].forward += bytes;
+        changes[start].backward += backward;
+        changes[end].forward -= bytes;
+        changes[end].backward -= backward;
+    }
+    let mut sum = CutBytes::default();
+    let mut cuts = Vec::with_capacity(ops + 1);
+    for change in changes.into_iter().take(ops + 1) {
+        sum = CutBytes { forward: sum.forward + change.forward, backward: sum.backward + change.backward };
+        cuts.push(sum);
+    }
+    cuts
+}
+
+/// Seconds of a step by the paper's formula, Σ (C + R) + (n − 1)·max max(C, R): exact for a linear chain of stations.
+/// `stages` has each stage's compute C (FP and BP) and the transfer R into it (both directions), in seconds.
+pub fn pipeline_formula(stages: &[(f64, f64)], micro_batches: u32) -> f64 {
+    let fill: f64 = stages.iter().map(|(c, r)| c + r).sum();
+    let beat = stages.iter().map(|(c, r)| c.max(*r)).fold(0.0, f64::max);
+    fill + f64::from(micro_batches.saturating_sub(1)) * beat
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_graph::{Gpt2Config, gpt2};
+
+    use super::*;
+
+    fn dag() -> OpDag {
+        let config = Gpt2Config {
+            vocab_size: 64,
+            n_positions: 16,
+            n_embd: 16,
+            n_layer: 2,
+            n_head: 2,
+            layer_norm_epsilon: 1e-5,
+            dropout: 0.0,
+        };
+        gpt2(&config, 8).unwrap()
+    }
+
+    #[test]
+    fn a_cut_at_a_block_edge_carries_one_hidden_state() {
+        let dag = dag();
+        let estimate = Estimate::new(&dag, 2, &Cluster::uniform(1));
+        let hidden = 2.0 * 8.0 * 16.0 * 4.0;
+        let after = |name: &str| estimate.cut(dag.find(name).unwrap().index() + 1);
+        assert_eq!(after("h.0.add_2"), CutBytes { forward: hidden, backward: hidden });
+        // Within a block the residual branch crosses too.
+        assert_eq!(after("h.0.attn.c_proj"), CutBytes { forward: 2.0 * hidden, backward: 2.0 * hidden });
+        assert_eq!(estimate.cut(0), CutBytes::default());
+        assert_eq!(estimate.cut(dag.ops().len()), CutBytes::default());
+    }
+
+    #[test]
+    fn segments_add_up_to_the_whole() {
+        let dag = dag();
+        let mut cluster = Cluster::uniform(2);
+        cluster.compnodes[1].flop_per_s = 4.0;
+        let estimate = Estimate::new(&dag, 2, &cluster);
+        let (n, node) = (dag.ops().len(), &cluster.compnodes[1]);
+        let whole = estimate.seconds(node, &(0..n));
+        let parts = [0..7, 7..n].map(|s| estimate.seconds(node, &s));
+        assert!((parts[0].0 + parts[1].0 - whole.0).abs() < 1e-6 * whole.0);
+        assert!((whole.0 - dag.total_cost(2).fp_flops as f64 / 4.0).abs() < 1e-6 * whole.0);
+        assert_eq!(estimate.param_bytes(&(0..n)), dag.param_bytes());
+        assert!(estimate.memory_bytes(&(0..n), 2) > estimate.memory_bytes(&(0..n), 1));
+    }
+
+    #[test]
+    fn a_slow_memory_bounds_what_has_few_flops() {
+        let node = CompNodeProfile { memory_bytes_per_s: 10.0, ..CompNodeProfile::unit("x") };
+        assert_eq!((node.seconds(100.0, 10.0), node.seconds(1.0, 100.0)), (100.0, 10.0));
+    }
+
+    #[test]
+    fn the_formula_is_fill_plus_beats() {
+        assert_eq!(pipeline_formula(&[(2.0, 0.0), (1.0, 3.0)], 4), 6.0 + 9.0);
+        assert_eq!(pipeline_formula(&[(2.0, 0.0)], 1), 2.0);
+    }
+}

@@ -1,0 +1,246 @@
+//! OP-Fence against the baselines and against the best there is, on random clusters and graphs.
+
+use fusionllm_codec::Codec;
+use fusionllm_graph::{DType, DagBuilder, Gpt2Config, Init, OpKind, Param, Shape, WeightLayout, gpt2};
+
+use super::*;
+use crate::{ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile, Pipeline};
+
+/// A small generator, so that a failing seed can be run again.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) % n as u64) as usize
+    }
+
+    fn pick(&mut self, from: &[f64]) -> f64 {
+        from[self.below(from.len())]
+    }
+}
+
+/// An OP-DAG of about `ops` ops: linear ops of random widths, skips over several of them, and branches that join.
+fn random_dag(draw: &mut Draw, ops: usize) -> OpDag {
+    const WIDTHS: [usize; 3] = [32, 128, 512];
+    let mut dag = DagBuilder::new("random");
+    let shape = Shape::batched(&[4, 32]);
+    let input = dag.op("input", OpKind::Input { dtype: DType::F32, shape }, &[], &[]).unwrap();
+    let mut made = vec![(input, 32)];
+    let linear = |dag: &mut DagBuilder, from: (fusionllm_graph::OpId, usize), outputs: usize, name: String| {
+        let (shape, init) = (vec![from.1, outputs], Init::Normal { std: 0.02 });
+        let weight = dag.param(Param { name: format!("{name}.weight"), shape, init, decay: true }).unwrap();
+        let kind = OpKind::Linear { inputs: from.1, outputs, bias: false, layout: WeightLayout::InOut };
+        (dag.op(&name, kind, &[from.0], &[weight]).unwrap(), outputs)
+    };
+    while made.len() < ops {
+        let (last, index) = (made[made.len() - 1], made.len());
+        let skip = made.iter().rev().skip(1).find(|(_, width)| *width == last.1).copied();
+        match (draw.below(4), skip) {
+            (0, Some(skip)) => {
+                made.push((dag.op(&format!("add{index}"), OpKind::Add, &[last.0, skip.0], &[]).unwrap(), last.1))
+            }
+            (1, _) => {
+                let width = WIDTHS[draw.below(3)];
+                let one = linear(&mut dag, last, width, format!("left{index}"));
+                let two = linear(&mut dag, last, width, format!("right{index}"));
+                made.extend([one, two]);
+                made.push((dag.op(&format!("join{index}"), OpKind::Add, &[one.0, two.0], &[]).unwrap(), width));
+            }
+            _ => made.push(linear(&mut dag, last, WIDTHS[draw.below(3)], format!("linear{index}"))),
+        }
+    }
+    dag.build().unwrap()
+}
+
+/// Up to `most` devices at up to three sites, from data-centre to home links.
+fn random_cluster(draw: &mut Draw, most: usize) -> Cluster {
+    let count = 1 + draw.below(most);
+    let site: Vec<usize> = (0..count).map(|_| draw.below(3)).collect();
+    let between: Vec<f64> = (0..9).map(|_| draw.pick(&[1e6, 1e7, 1.25e8])).collect();
+    let compnodes = (0..count)
+        .map(|i| CompNodeProfile { flop_per_s: draw.pick(&[1e7, 3e7, 1e8]), ..CompNodeProfile::unit(format!("n{i}")) });
+    let compnodes = compnodes.collect();
+    let link = |a: usize, b: usize| {
+        let (low, high) = (site[a].min(site[b]), site[a].max(site[b]));
+        if low == high {
+            LinkProfile { latency_s: 1e-4, bytes_per_s: 1.25e9 }
+        } else {
+            LinkProfile { latency_s: 0.02, bytes_per_s: between[low * 3 + high] }
+        }
+    };
+    let links = (0..count).map(|a| (0..count).map(|b| link(a, b)).collect()).collect();
+    Cluster { compnodes, links }
+}
+
+fn spec(strategy: Strategy, micro_batches: u32) -> PlanSpec {
+    PlanSpec::dense(PlacementSpec {
+        strategy,
+        stages: Vec::new(),
+        pipeline: Pipeline::OneFOneB,
+        micro_batches,
+        micro_batch_size: 2,
+        eval_micro_batches: 1,
+        private: false,
+        codec: Codec::Dense,
+    })
+}
+
+fn small_gpt2(n_layer: usize) -> OpDag {
+    let config = Gpt2Config {
+        vocab_size: 64,
+        n_positions: 16,
+        n_embd: 16,
+        n_layer,
+        n_head: 2,
+        layer_norm_epsilon: 1e-5,
+        dropout: 0.0,
+    };
+    gpt2(&config, 8).unwrap()
+}
+
+#[test]
+fn op_fence_is_never_slower_than_a_baseline() {
+    for seed in 0..120 {
+        let mut draw = Draw(seed);
+        let ops = 6 + draw.below(20);
+        let dag = random_dag(&mut draw, ops);
+        let cluster = random_cluster(&mut draw, 6);
+        let micro_batches = 1 + draw.below(6) as u32;
+        let step = |strategy| plan(&dag, &cluster, &spec(strategy, micro_batches)).map(|p| p.prediction.step_s);
+        let fence = step(Strategy::OpFence).unwrap();
+        for baseline in [Strategy::EqualNumber, Strategy::EqualCompute] {
+            if let Ok(baseline) = step(baseline) {
+                assert!(fence <= baseline * (1.0 + 1e-9), "seed {seed}: {fence} against {baseline}");
+            }
+        }
+    }
+}
+
+#[test]
+fn op_fence_is_mostly_within_five_percent_of_the_best() {
+    let (mut close, mut cases) = (0, 0);
+    for seed in 0..40 {
+        let mut draw = Draw(1000 + seed);
+        let ops = 6 + draw.below(9);
+        let dag = random_dag(&mut draw, ops);
+        let cluster = random_cluster(&mut draw, 6);
+        let micro_batches = 2 + draw.below(4) as u32;
+        for owner in [Owner::First, Owner::Any] {
+            let step = |strategy| {
+                let spec = PlanSpec { owner, ..spec(strategy, micro_batches) };
+                plan(&dag, &cluster, &spec).unwrap().prediction.step_s
+            };
+            let (fence, best) = (step(Strategy::OpFence), step(Strategy::Optimal));
+            assert!(best <= fence * (1.0 + 1e-9));
+            cases += 1;
+            close += usize::from(fence <= 1.05 * best);
+        }
+    }
+    assert!(close as f64 >= 0.95 * f64::from(cases), "{close} of {cases} are within 5 %");
+}
+
+#[test]
+fn every_placement_covers_each_op_once_and_heeds_memory() {
+    for seed in 0..80 {
+        let mut draw = Draw(5000 + seed);
+        let ops = 5 + draw.below(16);
+        let dag = random_dag(&mut draw, ops);
+        let mut cluster = random_cluster(&mut draw, 6);
+        for node in &mut cluster.compnodes {
+            node.memory_bytes = draw.pick(&[3e5, 2e6, 2e7]) as u64;
+        }
+        let Ok(plan) = plan(&dag, &cluster, &spec(Strategy::OpFence, 3)) else { continue };
+        let held: Vec<usize> = plan.placement.stages.iter().flat_map(|s| s.ops.iter().map(|op| op.index())).collect();
+        assert_eq!(held, (0..dag.ops().len()).collect::<Vec<_>>(), "seed {seed}");
+        for node in &plan.prediction.compnodes {
+            assert!(node.memory_limit_bytes.is_none_or(|limit| node.memory_bytes <= limit as f64), "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn private_data_stays_with_its_owner_under_op_fence() {
+    let dag = small_gpt2(3);
+    let mut draw = Draw(7);
+    for _ in 0..20 {
+        let cluster = random_cluster(&mut draw, 5);
+        let mut spec = spec(Strategy::OpFence, 4);
+        spec.placement.private = true;
+        let placement = plan(&dag, &cluster, &spec).unwrap().placement;
+        assert_eq!(placement.compnodes[0], "n0");
+        for name in ["wte", "lm_head", "loss"] {
+            let op = dag.find(name).unwrap();
+            let stage = placement.stages.iter().find(|s| s.ops.contains(&op)).unwrap();
+            assert_eq!(stage.compnode, NodeIndex(0), "`{name}`");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_does_not_help_is_left_out() {
+    let dag = small_gpt2(4);
+    let mut cluster = Cluster::uniform(3);
+    for node in &mut cluster.compnodes {
+        node.flop_per_s = 1e8;
+    }
+    let fast = LinkProfile { latency_s: 1e-4, bytes_per_s: 1e9 };
+    let slow = LinkProfile { latency_s: 1.0, bytes_per_s: 1e4 };
+    cluster.links = vec![vec![fast, fast, slow], vec![fast, fast, slow], vec![slow, slow, fast]];
+    let plan = plan(&dag, &cluster, &spec(Strategy::OpFence, 4)).unwrap();
+    assert_eq!(plan.placement.compnodes, ["compnode-0", "compnode-1"]);
+}
+
+#[test]
+fn a_job_that_fits_nowhere_says_what_would_make_it_fit() {
+    let dag = small_gpt2(2);
+    let error = |memory: u64| {
+        let mut cluster = Cluster::uniform(2);
+        cluster.compnodes.iter_mut().for_each(|c| c.memory_bytes = memory);
+        plan(&dag, &cluster, &spec(Strategy::OpFence, 2)).unwrap_err().to_string()
+    };
+    assert!(error(1000).contains("alone needs") && error(1000).contains("train.micro_batches"), "{}", error(1000));
+    assert!(error(60_000).contains("no cut fits: add CompNodes"), "{}", error(60_000));
+    let mut cluster = Cluster::uniform(2);
+    cluster.compnodes.iter_mut().for_each(|c| c.memory_bytes = 60_000);
+    let error = plan(&dag, &cluster, &spec(Strategy::EqualCompute, 2)).unwrap_err().to_string();
+    assert!(error.contains("`compnode-0` would need"), "{error}");
+}
+
+#[test]
+fn ada_topk_speeds_up_what_slow_links_bound() {
+    let dag = small_gpt2(4);
+    let device = DeviceEntry {
+        name: "gpu".to_owned(),
+        count: 3,
+        site: String::new(),
+        flop_per_s: 1e9,
+        efficiency: 0.5,
+        memory_gb_per_s: None,
+        memory_gb: None,
+    };
+    let rule = LinkEntry { from: "*".to_owned(), to: "*".to_owned(), latency_ms: 1.0, mbit_per_s: 1.0, one_way: false };
+    let cluster = ClusterFile { name: String::new(), device: vec![device], link: vec![rule] }.resolve().unwrap();
+    let step = |compression| {
+        let spec = PlanSpec { compression, ..spec(Strategy::EqualCompute, 4) };
+        plan(&dag, &cluster, &spec).unwrap().prediction.step_s
+    };
+    let dense = step(Compression::Dense);
+    let ada = step(Compression::AdaTopk { ratio: 50.0, literal: false });
+    let uniform = step(Compression::UniformTopk { ratio: 50.0 });
+    assert!(ada < 0.6 * dense && uniform < 0.6 * dense, "{dense} {uniform} {ada}");
+}
+
+#[test]
+fn predictions_hang_together() {
+    let dag = small_gpt2(3);
+    let mut cluster = Cluster::uniform(3);
+    cluster.compnodes.iter_mut().for_each(|c| c.flop_per_s = 1e8);
+    let plan = plan(&dag, &cluster, &PlanSpec { tokens_per_step: 64, ..spec(Strategy::EqualCompute, 4) }).unwrap();
+    let prediction = &plan.prediction;
+    assert_eq!(prediction.compnodes.iter().map(|c| c.ops).sum::<usize>(), dag.ops().len());
+    assert!((prediction.tokens_per_s * prediction.step_s - 64.0).abs() < 1e-9);
+    assert!(prediction.formula_s > 0.0 && prediction.compnodes.iter().all(|c| c.busy > 0.0 && c.busy <= 1.0));
+    assert!(prediction.links.iter().any(|l| l.from == "compnode-0" && l.to == "compnode-1" && l.bytes > 0.0));
+    assert!(!prediction.critical_path.is_empty());
+}

@@ -1,0 +1,320 @@
+//! The event simulator: how long a training step takes, and what it waits for.
+//!
+//! It runs the very task orders that the runtime runs and asks the same readiness rule. Each CompNode computes one task
+//! at a time; each direction of a link carries one message at a time, in the order in which they were sent. Since a
+//! direction has one sender, which computes in a fixed order, no clock is needed: every time follows from those before.
+
+mod critical;
+mod trace;
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::ready::{Need, needs};
+use crate::{Cluster, EdgeId, NodeIndex, Placement, PlanError, StageEdge, StageId, Task};
+
+pub use critical::{Blame, Resource};
+pub use trace::{Trace, TraceEvent};
+
+/// What a simulation needs to know besides the placement. All times in seconds, all bytes as encoded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepCosts {
+    /// FP and BP of a micro-batch, by stage.
+    pub stage_s: Vec<(f64, f64)>,
+    /// Activation and gradient of a micro-batch, by edge.
+    pub edge_bytes: Vec<(f64, f64)>,
+    /// Encoding and decoding of an activation and of a gradient, together, by edge. It delays a message, not the
+    /// compute.
+    pub codec_s: Vec<(f64, f64)>,
+    /// UPDATE, by CompNode.
+    pub update_s: Vec<f64>,
+    /// Bytes of each tied parameter's gradient, in the placement's order.
+    pub tied_bytes: Vec<f64>,
+    /// Whether the global norm is exchanged before UPDATE.
+    pub clip: bool,
+}
+
+/// What made something start when it did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Nothing: it was the first.
+    Start,
+    /// The end of this span.
+    Span(usize),
+    /// The end of this transfer.
+    Transfer(usize),
+}
+
+/// A task on its CompNode.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// Where.
+    pub node: NodeIndex,
+    /// What.
+    pub task: Task,
+    /// From when, in seconds from the step's begin.
+    pub start_s: f64,
+    /// Until when.
+    pub end_s: f64,
+    /// Why not earlier.
+    pub cause: Cause,
+}
+
+/// What a message carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cargo {
+    /// An activation of this edge and micro-batch.
+    Activation(EdgeId, u32),
+    /// A gradient of this edge and micro-batch.
+    Gradient(EdgeId, u32),
+    /// The gradient of a tied parameter, by its place in the placement.
+    Tied(usize),
+    /// A part or the total of the gradient norm.
+    Norm,
+}
+
+/// A message on its link.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Transfer {
+    /// Sender.
+    pub from: NodeIndex,
+    /// Receiver.
+    pub to: NodeIndex,
+    /// What it carries.
+    pub cargo: Cargo,
+    /// Bytes as encoded.
+    pub bytes: f64,
+    /// When it begins to occupy the link.
+    pub start_s: f64,
+    /// When the link is free again.
+    pub sent_s: f64,
+    /// When the receiver has it, decoded.
+    pub end_s: f64,
+    /// Why it did not start earlier.
+    pub cause: Cause,
+}
+
+/// A simulated step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Simulated {
+    /// Seconds until the last UPDATE ends.
+    pub step_s: f64,
+    /// Every task.
+    pub spans: Vec<Span>,
+    /// Every message.
+    pub transfers: Vec<Transfer>,
+}
+
+impl Simulated {
+    /// The share of the step for which each CompNode computes.
+    pub fn busy(&self, nodes: usize) -> Vec<f64> {
+        let mut busy = vec![0.0; nodes];
+        for span in &self.spans {
+            busy[span.node.index()] += (span.end_s - span.start_s) / self.step_s;
+        }
+        busy
+    }
+
+    /// By direction: bytes, and the share of the step for which it is occupied.
+    pub fn links(&self) -> BTreeMap<(NodeIndex, NodeIndex), (f64, f64)> {
+        let mut links: BTreeMap<_, (f64, f64)> = BTreeMap::new();
+        for transfer in &self.transfers {
+            let link = links.entry((transfer.from, transfer.to)).or_default();
+            link.0 += transfer.bytes;
+            link.1 += (transfer.sent_s - transfer.start_s) / self.step_s;
+        }
+        links
+    }
+}
+
+/// Simulates one training step of `placement` on `cluster`, whose CompNodes are those of the placement, in its order.
+///
+/// # Errors
+/// [`PlanError::Deadlock`] if the orders cannot be completed.
+pub fn simulate(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> Result<Simulated, PlanError> {
+    let mut state = State::new(placement, cluster, costs);
+    let mut waiting: VecDeque<usize> = (0..placement.compnodes.len()).collect();
+    while let Some(node) = waiting.pop_front() {
+        state.advance(node, &mut waiting);
+    }
+    let all_done = |(node, order): (usize, &Vec<Task>)| {
+        let left = order.get(state.next[node]..).unwrap_or_default();
+        left.iter().all(|task| *task == Task::Update)
+    };
+    if !placement.train.orders.iter().enumerate().all(all_done) {
+        return Err(PlanError::Deadlock);
+    }
+    state.finish();
+    let step_s = state.spans.iter().map(|s| s.end_s).fold(0.0, f64::max);
+    Ok(Simulated { step_s, spans: state.spans, transfers: state.transfers })
+}
+
+/// When something is there, and what brought it.
+type Arrival = Option<(f64, Cause)>;
+
+struct State<'a> {
+    placement: &'a Placement,
+    cluster: &'a Cluster,
+    costs: &'a StepCosts,
+    node_of: Vec<usize>,
+    /// Edges that touch a stage, so that a task need not look through all.
+    touching: Vec<Vec<StageEdge>>,
+    next: Vec<usize>,
+    /// When a CompNode is free, and after which span.
+    free: Vec<(f64, Cause)>,
+    kept: Vec<Vec<Arrival>>,
+    activations: Vec<Vec<Arrival>>,
+    gradients: Vec<Vec<Arrival>>,
+    /// When a direction is free, and after which transfer.
+    links: BTreeMap<(usize, usize), (f64, Cause)>,
+    spans: Vec<Span>,
+    transfers: Vec<Transfer>,
+}
+
+impl<'a> State<'a> {
+    fn new(placement: &'a Placement, cluster: &'a Cluster, costs: &'a StepCosts) -> Self {
+        let micro_batches = placement.train.micro_batches as usize;
+        let mut touching = vec![Vec::new(); placement.stages.len()];
+        for edge in &placement.edges {
+            touching[edge.from.index()].push(edge.clone());
+            touching[edge.to.index()].push(edge.clone());
+        }
+        let table = |rows: usize| vec![vec![None; micro_batches]; rows];
+        Self {
+            placement,
+            cluster,
+            costs,
+            node_of: placement.stages.iter().map(|s| s.compnode.index()).collect(),
+            touching,
+            next: vec![0; placement.compnodes.len()],
+            free: vec![(0.0, Cause::Start); placement.compnodes.len()],
+            kept: table(placement.stages.len()),
+            activations: table(placement.edges.len()),
+            gradients: table(placement.edges.len()),
+            links: BTreeMap::new(),
+            spans: Vec::new(),
+            transfers: Vec::new(),
+        }
+    }
+
+    /// Runs a CompNode's order as far as what has arrived allows. Whoever gets a message is looked at again.
+    fn advance(&mut self, node: usize, waiting: &mut VecDeque<usize>) {
+        let order = &self.placement.train.orders[node];
+        while let Some(&task) = order.get(self.next[node]) {
+            let (stage, seconds) = match task {
+                Task::Fp { stage, .. } => (stage, self.costs.stage_s[stage.index()].0),
+                Task::Bp { stage, .. } => (stage, self.costs.stage_s[stage.index()].1),
+                Task::Update => return,
+            };
+            let Some(ready) = self.ready(stage, task) else { return };
+            let (start_s, cause) = if ready.0 > self.free[node].0 { ready } else { self.free[node] };
+            let end_s = start_s + seconds;
+            let span = self.spans.len();
+            self.spans.push(Span { node: NodeIndex(node as u32), task, start_s, end_s, cause });
+            self.free[node] = (end_s, Cause::Span(span));
+            self.next[node] += 1;
+            self.deliver(task, end_s, span, waiting);
+        }
+    }
+
+    /// When all that the task needs is there, and what came last; nothing if something is missing.
+    fn ready(&self, stage: StageId, task: Task) -> Arrival {
+        let mut last = (0.0, Cause::Start);
+        for need in needs(&self.touching[stage.index()], task) {
+            let arrival = match need {
+                Need::Activation { edge, micro_batch } => self.activations[edge.index()][micro_batch as usize],
+                Need::Gradient { edge, micro_batch } => self.gradients[edge.index()][micro_batch as usize],
+                Need::Kept { stage, micro_batch } => self.kept[stage.index()][micro_batch as usize],
+            }?;
+            if arrival.0 > last.0 {
+                last = arrival;
+            }
+        }
+        Some(last)
+    }
+
+    /// What a task made goes to whoever needs it.
+    fn deliver(&mut self, task: Task, end_s: f64, span: usize, waiting: &mut VecDeque<usize>) {
+        let at = (end_s, Cause::Span(span));
+        match task {
+            Task::Fp { stage, micro_batch } => {
+                self.kept[stage.index()][micro_batch as usize] = Some(at);
+                for position in 0..self.touching[stage.index()].len() {
+                    let edge = &self.touching[stage.index()][position];
+                    if edge.from != stage {
+                        continue;
+                    }
+                    let (id, to) = (edge.id, self.node_of[edge.to.index()]);
+                    let (bytes, delay) = (self.costs.edge_bytes[id.index()].0, self.costs.codec_s[id.index()].0);
+                    let from = self.node_of[stage.index()];
+                    let arrival = self.send(from, to, Cargo::Activation(id, micro_batch), bytes, delay, at);
+                    self.activations[id.index()][micro_batch as usize] = Some(arrival);
+                    waiting.push_back(to);
+                }
+            }
+            Task::Bp { stage, micro_batch } => {
+                for position in 0..self.touching[stage.index()].len() {
+                    let edge = &self.touching[stage.index()][position];
+                    if edge.to != stage || !edge.gradient {
+                        continue;
+                    }
+                    let (id, to) = (edge.id, self.node_of[edge.from.index()]);
+                    let (bytes, delay) = (self.costs.edge_bytes[id.index()].1, self.costs.codec_s[id.index()].1);
+                    let from = self.node_of[stage.index()];
+                    let arrival = self.send(from, to, Cargo::Gradient(id, micro_batch), bytes, delay, at);
+                    self.gradients[id.index()][micro_batch as usize] = Some(arrival);
+                    waiting.push_back(to);
+                }
+            }
+            Task::Update => {}
+        }
+    }
+
+    /// Puts a message on its link; within a CompNode it is there at once.
+    fn send(&mut self, from: usize, to: usize, cargo: Cargo, bytes: f64, delay: f64, at: (f64, Cause)) -> (f64, Cause) {
+        if from == to {
+            return at;
+        }
+        let link = self.cluster.link(from, to);
+        let free = self.links.get(&(from, to)).copied().unwrap_or((0.0, Cause::Start));
+        let (start_s, cause) = if free.0 > at.0 { free } else { at };
+        let sent_s = start_s + link.occupied_s(bytes);
+        let end_s = sent_s + link.latency_s + delay;
+        let (from_node, to_node) = (NodeIndex(from as u32), NodeIndex(to as u32));
+        let index = Cause::Transfer(self.transfers.len());
+        self.transfers.push(Transfer { from: from_node, to: to_node, cargo, bytes, start_s, sent_s, end_s, cause });
+        self.links.insert((from, to), (sent_s, index));
+        (end_s, index)
+    }
+
+    /// The step's end: tied gradients, the global norm, UPDATE.
+    fn finish(&mut self) {
+        let later = |a: (f64, Cause), b: (f64, Cause)| if b.0 > a.0 { b } else { a };
+        let nodes = self.free.len();
+        let mut ready = self.free.clone();
+        for (index, tied) in self.placement.tied.iter().enumerate() {
+            let bytes = self.costs.tied_bytes.get(index).copied().unwrap_or(0.0);
+            for (a, b) in tied.holders.iter().flat_map(|a| tied.holders.iter().map(move |b| (a.index(), b.index()))) {
+                let at = self.free[a];
+                let arrival = self.send(a, b, Cargo::Tied(index), bytes, 0.0, at);
+                ready[b] = later(ready[b], arrival);
+            }
+        }
+        if self.costs.clip && nodes > 1 {
+            let mut total = ready[0];
+            for (node, at) in ready.clone().into_iter().enumerate().skip(1) {
+                total = later(total, self.send(node, 0, Cargo::Norm, 0.0, 0.0, at));
+            }
+            ready[0] = total;
+            for (node, at) in ready.iter_mut().enumerate().skip(1) {
+                *at = self.send(0, node, Cargo::Norm, 0.0, 0.0, total);
+            }
+        }
+        for (node, (start_s, cause)) in ready.into_iter().enumerate() {
+            let end_s = start_s + self.costs.update_s.get(node).copied().unwrap_or(0.0);
+            self.spans.push(Span { node: NodeIndex(node as u32), task: Task::Update, start_s, end_s, cause });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,179 @@
+//! Steps worked out by hand, and what must hold for all.
+
+use fusionllm_codec::Codec;
+use fusionllm_graph::OpId;
+use proptest::prelude::*;
+
+use super::*;
+use crate::pipeline::{eval_orders, train_orders};
+use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, Stage, TiedParam, pipeline_formula};
+
+/// A chain of stages, one on each CompNode, with links of one byte per second and this latency.
+fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) -> (Placement, Cluster) {
+    let stage = |i: usize| Stage { id: StageId(i as u32), compnode: NodeIndex(i as u32), ops: vec![OpId(i as u32)] };
+    let edge = |i: usize| StageEdge {
+        id: EdgeId(i as u32),
+        op: OpId(i as u32),
+        from: StageId(i as u32),
+        to: StageId(i as u32 + 1),
+        gradient: true,
+        activation_codec: Codec::Dense,
+        gradient_codec: Codec::Dense,
+    };
+    let list: Vec<Stage> = (0..stages).map(stage).collect();
+    let edges: Vec<StageEdge> = (1..stages).map(|i| edge(i - 1)).collect();
+    let train = train_orders(&list, &edges, stages, pipeline, micro_batches).unwrap();
+    let eval = eval_orders(&list, &edges, stages, 1).unwrap();
+    let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();
+    let link = LinkProfile { latency_s, bytes_per_s: 1.0 };
+    let cluster = Cluster {
+        compnodes: names.iter().map(CompNodeProfile::unit).collect(),
+        links: vec![vec![link; stages]; stages],
+    };
+    let placement = Placement {
+        compnodes: names,
+        stages: list,
+        edges,
+        tied: Vec::new(),
+        pipeline,
+        train: PassPlan { micro_batches, orders: train },
+        eval: PassPlan { micro_batches: 1, orders: eval },
+    };
+    (placement, cluster)
+}
+
+/// FP takes 1 s, BP 2 s, an activation and a gradient of `bytes` seconds each.
+fn costs(stages: usize, bytes: f64) -> StepCosts {
+    StepCosts {
+        stage_s: vec![(1.0, 2.0); stages],
+        edge_bytes: vec![(bytes, bytes); stages - 1],
+        codec_s: vec![(0.0, 0.0); stages - 1],
+        update_s: vec![0.0; stages],
+        tied_bytes: Vec::new(),
+        clip: false,
+    }
+}
+
+fn step_s(stages: usize, micro_batches: u32, pipeline: Pipeline, bytes: f64, latency_s: f64) -> f64 {
+    let (placement, cluster) = chain(stages, micro_batches, pipeline, latency_s);
+    simulate(&placement, &cluster, &costs(stages, bytes)).unwrap().step_s
+}
+
+#[test]
+fn one_compnode_computes_without_a_pause() {
+    assert_eq!(step_s(1, 4, Pipeline::OneFOneB, 0.0, 0.0), 12.0);
+}
+
+/// With free links 1F1B takes (stages − 1 + micro-batches) beats of FP and BP.
+#[test]
+fn a_balanced_pipeline_takes_fill_and_beats() {
+    for pipeline in [Pipeline::OneFOneB, Pipeline::GPipe] {
+        assert_eq!(step_s(4, 8, pipeline, 0.0, 0.0), (3.0 + 8.0) * 3.0);
+    }
+}
+
+#[test]
+fn a_slow_link_sets_the_pace() {
+    // Four activations of 10 s each are there after 1 + 40; one FP and the first BP later the four gradients go back.
+    assert_eq!(step_s(2, 4, Pipeline::GPipe, 10.0, 0.0), 1.0 + 40.0 + 1.0 + 2.0 + 40.0 + 2.0);
+}
+
+#[test]
+fn latency_delays_but_does_not_occupy() {
+    let without = step_s(2, 4, Pipeline::GPipe, 10.0, 0.0);
+    assert_eq!(step_s(2, 4, Pipeline::GPipe, 10.0, 5.0), without + 2.0 * 5.0);
+}
+
+#[test]
+fn directions_do_not_hinder_each_other() {
+    // In 1F1B gradients go back while activations come: the links overlap, or this would take twice as long.
+    let both = step_s(2, 16, Pipeline::OneFOneB, 3.0, 0.0);
+    assert!(both < 16.0 * 6.0 * 1.5, "{both}");
+}
+
+#[test]
+fn codec_time_delays_a_message() {
+    let (placement, cluster) = chain(2, 1, Pipeline::GPipe, 0.0);
+    let mut costs = costs(2, 1.0);
+    let without = simulate(&placement, &cluster, &costs).unwrap().step_s;
+    costs.codec_s = vec![(0.25, 0.5)];
+    assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, without + 0.75);
+}
+
+#[test]
+fn tied_gradients_and_the_norm_come_before_the_update() {
+    let (mut placement, cluster) = chain(2, 1, Pipeline::GPipe, 1.0);
+    let mut costs = costs(2, 0.0);
+    // FP 1 + α 1 + FP 1 + BP 2 + α 1 + BP 2 = 8.
+    assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 8.0);
+    costs.update_s = vec![0.5; 2];
+    costs.clip = true;
+    // n1 is done at 5, its norm is there at 6; n0 is done at 8 and tells n1, who updates at 9.
+    assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 9.5);
+    placement.tied = vec![TiedParam { param: fusionllm_graph::ParamId(0), holders: vec![NodeIndex(0), NodeIndex(1)] }];
+    costs.tied_bytes = vec![4.0];
+    // n0's tied gradient leaves at 8 and is there at 13; n1's norm comes back at 14, the total at 15.
+    assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 15.5);
+}
+
+#[test]
+fn the_critical_path_names_what_the_step_waits_for() {
+    let (placement, cluster) = chain(2, 4, Pipeline::GPipe, 0.0);
+    let simulated = simulate(&placement, &cluster, &costs(2, 10.0)).unwrap();
+    let path = simulated.critical_path(&placement.compnodes);
+    assert_eq!(path[0].to_string(), "47 % of the step waits for the link n0 → n1");
+    assert!((path.iter().map(|b| b.share).sum::<f64>() - 1.0).abs() < 1e-9);
+    let free = simulate(&placement, &cluster, &costs(2, 0.0)).unwrap();
+    assert!(free.critical_path(&placement.compnodes)[0].to_string().contains("computes on"));
+}
+
+#[test]
+fn a_trace_has_a_bar_for_every_task_and_message() {
+    let (placement, cluster) = chain(3, 2, Pipeline::OneFOneB, 0.0);
+    let simulated = simulate(&placement, &cluster, &costs(3, 1.0)).unwrap();
+    let trace = simulated.trace(&placement.compnodes);
+    let bars = trace.events.iter().filter(|e| e.ph == "X").count();
+    assert_eq!(bars, 3 * 2 * 2 + 3 + 2 * 2 * 2);
+    let json = serde_json::to_value(&trace).unwrap();
+    assert_eq!(json["traceEvents"][0]["args"]["name"], "n0");
+    assert_eq!(serde_json::from_value::<Trace>(json).unwrap(), trace);
+}
+
+proptest! {
+    /// No step is shorter than its busiest CompNode or link, nor than one micro-batch there and back; the shares of
+    /// the critical path add up; and without links GPipe takes no longer than the formula.
+    #[test]
+    fn a_step_is_no_shorter_than_what_bounds_it(
+        times in prop::collection::vec((0.1f64..3.0, 0.1f64..5.0), 1..6),
+        bytes in prop::collection::vec((0.0f64..6.0, 0.0f64..6.0), 5),
+        micro_batches in 1u32..8,
+        latency_s in 0.0f64..2.0,
+        gpipe in any::<bool>(),
+    ) {
+        let stages = times.len();
+        let pipeline = if gpipe { Pipeline::GPipe } else { Pipeline::OneFOneB };
+        let (placement, cluster) = chain(stages, micro_batches, pipeline, latency_s);
+        let costs = StepCosts {
+            stage_s: times.clone(),
+            edge_bytes: bytes[..stages - 1].to_vec(),
+            codec_s: vec![(0.0, 0.0); stages - 1],
+            update_s: vec![0.0; stages],
+            tied_bytes: Vec::new(),
+            clip: false,
+        };
+        let simulated = simulate(&placement, &cluster, &costs).unwrap();
+        let n = f64::from(micro_batches);
+        let compute = times.iter().map(|(f, b)| n * (f + b)).fold(0.0, f64::max);
+        let link = costs.edge_bytes.iter().map(|(a, b)| n * a.max(*b)).fold(0.0, f64::max);
+        let way: f64 = times.iter().map(|(f, b)| f + b).sum::<f64>()
+            + costs.edge_bytes.iter().map(|(a, b)| a + b + 2.0 * latency_s).sum::<f64>();
+        prop_assert!(simulated.step_s >= compute.max(link).max(way) - 1e-9);
+        let shares: f64 = simulated.critical_path(&placement.compnodes).iter().map(|b| b.share).sum();
+        prop_assert!((shares - 1.0).abs() < 1e-6, "{}", shares);
+        prop_assert!(simulated.busy(stages).iter().all(|b| *b <= 1.0 + 1e-9));
+        prop_assert!(simulated.links().values().all(|(_, busy)| *busy <= 1.0 + 1e-9));
+        if stages == 1 {
+            prop_assert!((simulated.step_s - pipeline_formula(&[(times[0].0 + times[0].1, 0.0)], micro_batches)).abs() < 1e-9);
+        }
+    }
+}
