@@ -17,7 +17,7 @@ mod testing;
 
 pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
 pub use error::{BrokerError, CheckpointError, StoreError};
-pub use model::{LoadedModel, load_model, load_model_dir};
+pub use model::{LoadedModel, load_model, load_model_dir, read_model};
 pub use report::RunReport;
 pub use run_dir::{PlacementFile, StageSummary, default_run_dir, write_atomic};
 pub use server::{Broker, BrokerConfig, JobEvents, Submitted};

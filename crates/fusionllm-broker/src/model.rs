@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
+use fusionllm_graph::{Gpt2Config, OpDag, gpt2, resnet101};
 use fusionllm_protocol::JobSpec;
 
 use crate::BrokerError;
@@ -19,11 +19,24 @@ pub struct LoadedModel {
     pub weights: Option<PathBuf>,
 }
 
+/// Side of the images of `resnet101`, in pixels, and their classes: ImageNet's.
+const IMAGE: (usize, usize) = (224, 1000);
+
 /// Reads the model that a job names, and holds it against the job.
 ///
 /// # Errors
 /// [`BrokerError`] that names the file or key; each is bad input.
 pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
+    let model = read_model(spec)?;
+    check_trainable(&model.dag, spec)?;
+    Ok(model)
+}
+
+/// Reads the model that a job names, which need not be one that can be trained.
+///
+/// # Errors
+/// [`BrokerError`] that names the file or key; each is bad input.
+pub fn read_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
     let model = match &spec.model.path {
         Some(path) if path.is_dir() => from_folder(path, spec)?,
         Some(path) => {
@@ -33,6 +46,10 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
         }
         None => {
             let name = spec.model.name.clone().unwrap_or_default();
+            if name == "resnet101" {
+                let dag = resnet101(IMAGE.0, IMAGE.1).map_err(|source| graph_error(&name, source))?;
+                return Ok(LoadedModel { dag, config: None, weights: None });
+            }
             let Some(config) = spec.gpt2_config() else {
                 spec.validate()?;
                 return Err(model_error(Path::new(&name), "not a model known by name".to_owned()));
@@ -41,13 +58,16 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
             LoadedModel { dag, config: Some(config), weights: None }
         }
     };
-    check_trainable(&model.dag, spec)?;
     Ok(model)
 }
 
 /// Whether the graph can be trained by this job.
 pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerError> {
     let path = spec.model.path.clone().unwrap_or_else(|| PathBuf::from(dag.name()));
+    if let Some(op) = dag.ops().iter().find(|op| !op.kind.has_kernel()) {
+        let (name, family) = (&op.name, op.kind.family());
+        return Err(model_error(&path, format!("op `{name}` is {family}, which can be planned but not trained yet")));
+    }
     for (what, op) in [("input", dag.input()), ("label", dag.label()), ("cross_entropy", dag.loss())] {
         if op.is_none() {
             return Err(model_error(&path, format!("the OP-DAG has no {what} op, training needs one")));
@@ -122,6 +142,14 @@ mod tests {
         let model = load_model(&testing::spec(&[])).unwrap();
         assert_eq!((model.dag.seq_len(), model.dag.vocab()), (Some(8), Some(256)));
         assert_eq!(model.weights, None);
+    }
+
+    #[test]
+    fn a_model_without_kernels_can_only_be_planned() {
+        let mut spec = testing::spec(&[]);
+        spec.model = fusionllm_protocol::ModelSpec { name: Some("resnet101".to_owned()), ..Default::default() };
+        assert_eq!(read_model(&spec).unwrap().dag.param_elements(), 44_549_160);
+        assert!(error(&spec).ends_with("op `conv1` is conv2d, which can be planned but not trained yet"));
     }
 
     #[test]

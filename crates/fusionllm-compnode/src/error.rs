@@ -18,6 +18,14 @@ pub enum ExecutorError {
         /// The input that is missing.
         input: String,
     },
+    /// An op that can only be planned.
+    #[error("op `{op}` is {family}, which can be planned but not trained yet")]
+    NoKernel {
+        /// The op.
+        op: String,
+        /// Its family.
+        family: &'static str,
+    },
     /// A tensor came in another shape or type than the OP-DAG says.
     #[error("tensor of op `{op}` has shape {got:?}, expected {expected:?}")]
     Shape {

@@ -101,6 +101,10 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
         OpKind::Add => real(elementwise::add(arguments)),
         OpKind::Mul => real(elementwise::mul(arguments)),
         OpKind::Dropout { p } => real(dropout::forward(arguments, *p, context)),
+        OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool => {
+            let (op, family) = (arguments.op.name.clone(), arguments.op.kind.family());
+            Err(ExecutorError::NoKernel { op, family })
+        }
         OpKind::CrossEntropy => real(loss::forward(arguments)),
     }
 }

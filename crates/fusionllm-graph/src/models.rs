@@ -1,5 +1,7 @@
 //! Builders of known models.
 
 mod gpt2;
+mod resnet;
 
 pub use gpt2::{Gpt2Config, gpt2};
+pub use resnet::resnet101;

@@ -10,6 +10,7 @@ use crate::ops::attention::Attention;
 use crate::ops::dropout::Dropout;
 use crate::ops::elementwise::Elementwise;
 use crate::ops::embedding::Embedding;
+use crate::ops::image::{BatchNorm2d, Conv2d, GlobalAvgPool, MaxPool2d, Window};
 use crate::ops::linear::Linear;
 use crate::ops::loss::CrossEntropy;
 use crate::ops::norm::LayerNorm;
@@ -88,6 +89,38 @@ pub enum OpKind {
         /// Probability, at least 0 and less than 1.
         p: f64,
     },
+    /// Convolution without bias. Parameters: weight `[outputs, inputs, kernel, kernel]`.
+    /// `[B, inputs, H, W]` to `[B, outputs, H', W']`.
+    Conv2d {
+        /// Channels of the input.
+        inputs: usize,
+        /// Channels of the output.
+        outputs: usize,
+        /// Side of the square window.
+        kernel: usize,
+        /// Step of the window.
+        stride: usize,
+        /// Zeros on every side.
+        padding: usize,
+    },
+    /// Batch norm over batch, height and width. Parameters: weight `[channels]`, bias `[channels]`.
+    BatchNorm2d {
+        /// Channels.
+        channels: usize,
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// Largest element of each window: `[B, C, H, W]` to `[B, C, H', W']`.
+    MaxPool2d {
+        /// Side of the square window.
+        kernel: usize,
+        /// Step of the window.
+        stride: usize,
+        /// Padding on every side.
+        padding: usize,
+    },
+    /// Mean over height and width: `[B, C, H, W]` to `[B, 1, C]`.
+    GlobalAvgPool,
     /// Loss: logits `[B, S, V]` f32 and labels `[B, S]` i32 to the mean cross-entropy over all B*S tokens, a scalar.
     CrossEntropy,
 }
@@ -179,6 +212,11 @@ impl OpKind {
         self.rule().cost(&Io { inputs, output, batch })
     }
 
+    /// Whether CompNodes have a kernel for it. What has none can be planned, not trained.
+    pub fn has_kernel(&self) -> bool {
+        !matches!(self, Self::Conv2d { .. } | Self::BatchNorm2d { .. } | Self::MaxPool2d { .. } | Self::GlobalAvgPool)
+    }
+
     /// The one dispatch: adding a kind of op makes the compiler ask for its line here.
     fn rule(&self) -> Box<dyn Rule + '_> {
         match *self {
@@ -194,6 +232,14 @@ impl OpKind {
             Self::Add => Box::new(Elementwise::Add),
             Self::Mul => Box::new(Elementwise::Mul),
             Self::Dropout { p } => Box::new(Dropout { p }),
+            Self::Conv2d { inputs, outputs, kernel, stride, padding } => {
+                Box::new(Conv2d { inputs, outputs, window: Window { kernel, stride, padding } })
+            }
+            Self::BatchNorm2d { channels, eps } => Box::new(BatchNorm2d { channels, eps }),
+            Self::MaxPool2d { kernel, stride, padding } => {
+                Box::new(MaxPool2d { window: Window { kernel, stride, padding } })
+            }
+            Self::GlobalAvgPool => Box::new(GlobalAvgPool),
             Self::CrossEntropy => Box::new(CrossEntropy),
         }
     }
@@ -217,6 +263,10 @@ mod tests {
             OpKind::Add,
             OpKind::Mul,
             OpKind::Dropout { p: 0.1 },
+            OpKind::Conv2d { inputs: 3, outputs: 4, kernel: 3, stride: 1, padding: 1 },
+            OpKind::BatchNorm2d { channels: 4, eps: 1e-5 },
+            OpKind::MaxPool2d { kernel: 2, stride: 2, padding: 0 },
+            OpKind::GlobalAvgPool,
             OpKind::CrossEntropy,
         ]
     }

@@ -5,6 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod dropout;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;
+pub(crate) mod image;
 pub(crate) mod linear;
 pub(crate) mod loss;
 pub(crate) mod norm;

@@ -4,7 +4,9 @@
 //! clock: the same inputs give the same placement, bit for bit.
 
 mod cluster;
+mod compare;
 mod compression;
+mod draw;
 mod error;
 mod estimate;
 mod ids;
@@ -16,7 +18,9 @@ mod ready;
 mod simulate;
 
 pub use cluster::{Cluster, ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile};
+pub use compare::{Candidate, compare};
 pub use compression::{Compression, EdgeCompression, EntryBytes, compress};
+pub use draw::{format_bytes, format_seconds};
 pub use error::PlanError;
 pub use estimate::{CutBytes, Estimate, TRAINING_COPIES, pipeline_formula};
 pub use ids::{EdgeId, NodeIndex, StageId};

@@ -152,7 +152,13 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
     } else {
         let owner = (spec.owner == Owner::First).then_some(0);
         let judge = Judge { dag, cluster, estimate: &estimate, pins: &pins, spec, owner };
-        let mut chain = op_fence(&judge, baselines(dag, cluster, &pins, batch))?;
+        let mut starts = baselines(dag, cluster, &pins, batch);
+        if spec.compression != Compression::Dense {
+            // What is best dense is never slower compressed, so the search may not end behind it.
+            let dense = PlanSpec { compression: Compression::Dense, ..spec.clone() };
+            starts.extend(op_fence(&Judge { spec: &dense, ..judge }, starts.clone()));
+        }
+        let mut chain = op_fence(&judge, starts)?;
         if placement.strategy == Strategy::Optimal {
             chain = best_of_all(&judge, chain)?;
         }

@@ -178,13 +178,46 @@ pub(crate) struct ResumeJob {
     pub(crate) broker: BrokerAddress,
 }
 
+/// What the links carry in a prediction.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub(crate) enum PlanCompression {
+    /// Every entry
+    #[default]
+    Dense,
+    /// Top-K by one ratio on every link
+    UniformTopk,
+    /// Top-K by a ratio that follows how slow a link is
+    AdaTopk,
+    /// The same by the published formula
+    AdaTopkLiteral,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Plan {
-    /// Job file (see docs/job.md)
-    pub(crate) job: PathBuf,
-    /// CompNodes to plan for [default: placement.compnodes, or 3]
+    /// Job file (see docs/job.md); several can be compared
+    #[arg(required = true, value_name = "JOB")]
+    pub(crate) jobs: Vec<PathBuf>,
+    /// Cluster file with devices and links (see docs/planning.md); with --compare repeatable
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cluster: Vec<PathBuf>,
+    /// CompNodes to plan for [default: placement.compnodes, or all of the cluster, or 3]
     #[arg(long, value_name = "N")]
     pub(crate) compnodes: Option<u32>,
+    /// What the links carry in the prediction
+    #[arg(long, value_enum, default_value_t, value_name = "POLICY")]
+    pub(crate) compression: PlanCompression,
+    /// Dense bytes over sent bytes, on the slowest link for ada-topk
+    #[arg(long, default_value_t = 100.0, value_name = "R")]
+    pub(crate) ratio: f64,
+    /// All strategies and compressions side by side
+    #[arg(long)]
+    pub(crate) compare: bool,
+    /// Draw placement and timeline
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    /// Write the simulated step as a trace for ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
     /// Print the OP-DAG's table too
     #[arg(long)]
     pub(crate) graph: bool,

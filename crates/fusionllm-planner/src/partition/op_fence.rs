@@ -22,6 +22,7 @@ const COMMUNITIES: usize = 6;
 const STARTS: usize = 6;
 
 /// Everything that a chain is judged by.
+#[derive(Clone, Copy)]
 pub(crate) struct Judge<'a> {
     pub(crate) dag: &'a OpDag,
     pub(crate) cluster: &'a Cluster,

@@ -4,7 +4,7 @@ use fusionllm_codec::Codec;
 use fusionllm_graph::{DType, DagBuilder, Gpt2Config, Init, OpKind, Param, Shape, WeightLayout, gpt2};
 
 use super::*;
-use crate::{ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile, Pipeline};
+use crate::{ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile, Pipeline, compare};
 
 /// A small generator, so that a failing seed can be run again.
 struct Draw(u64);
@@ -229,6 +229,39 @@ fn ada_topk_speeds_up_what_slow_links_bound() {
     let ada = step(Compression::AdaTopk { ratio: 50.0, literal: false });
     let uniform = step(Compression::UniformTopk { ratio: 50.0 });
     assert!(ada < 0.6 * dense && uniform < 0.6 * dense, "{dense} {uniform} {ada}");
+}
+
+#[test]
+fn compression_never_makes_op_fence_slower() {
+    for seed in 0..12 {
+        let mut draw = Draw(seed);
+        let (dag, cluster) = (small_gpt2(3), random_cluster(&mut draw, 6));
+        let step = |compression| {
+            let spec = PlanSpec { compression, ..spec(Strategy::OpFence, 4) };
+            plan(&dag, &cluster, &spec).unwrap().prediction.step_s
+        };
+        let dense = step(Compression::Dense);
+        for compressed in
+            [Compression::UniformTopk { ratio: 100.0 }, Compression::AdaTopk { ratio: 100.0, literal: false }]
+        {
+            let seconds = step(compressed);
+            assert!(seconds <= dense * (1.0 + 1e-9), "seed {seed}, {}: {seconds} against {dense}", compressed.name());
+        }
+    }
+}
+
+#[test]
+fn a_comparison_has_every_strategy_dense_and_compressed() {
+    let (dag, cluster) = (small_gpt2(2), random_cluster(&mut Draw(3), 3));
+    let candidates = compare(&dag, &cluster, &spec(Strategy::EqualNumber, 4), 10.0);
+    let names: Vec<_> = candidates.iter().map(|c| (c.strategy.name(), c.compression.name())).collect();
+    assert_eq!(names.len(), 9);
+    assert!(names.contains(&("op-fence", "ada-topk")) && !names.iter().any(|n| n.0 == "optimal"));
+    for candidate in candidates {
+        let mut spec = spec(candidate.strategy, 4);
+        spec.compression = candidate.compression;
+        assert_eq!(candidate.plan, plan(&dag, &cluster, &spec));
+    }
 }
 
 #[test]

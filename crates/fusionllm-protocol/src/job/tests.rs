@@ -156,7 +156,7 @@ fn a_value_out_of_range_says_what_would_be_right() {
     check_error(&["model.vocab_size=9"], "`model.vocab_size`: is 9, expected at least 256 for the tokenizer `bytes`");
     check_error(
         &["model.name=gpt3"],
-        "`model.name`: is `gpt3`, expected one of `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`",
+        "`model.name`: is `gpt3`, expected one of `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, `resnet101`",
     );
     check_error(&["model.path=x"], "`model.path`: is given beside model.name, expected exactly one of them");
     check_error(&["name=a/b"], "`name`: is \"a/b\", expected a plain name without path separators");

@@ -10,7 +10,7 @@ use super::{JobSpec, LrSchedule, ValueFormat};
 use crate::JobError;
 
 /// The models that are known by name.
-const MODELS: [&str; 4] = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"];
+const MODELS: [&str; 5] = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "resnet101"];
 
 /// Vocabulary of the tokenizer `bytes`.
 const BYTES_VOCAB: usize = 256;
@@ -61,9 +61,14 @@ impl JobSpec {
             (None, None) => {
                 return fail("model.name", "is missing, expected model.name = \"gpt2\" or model.path".to_owned());
             }
-            (Some(name), None) if Gpt2Config::named(name).is_none() => {
+            (Some(name), None) if !MODELS.contains(&name.as_str()) => {
                 let names = MODELS.map(|m| format!("`{m}`")).join(", ");
                 return fail("model.name", format!("is `{name}`, expected one of {names}"));
+            }
+            (Some(name), None) if Gpt2Config::named(name).is_none() => {
+                if let Some((key, _)) = sizes.iter().find(|(_, size)| size.is_some()) {
+                    return fail(key, format!("is given beside model.name = \"{name}\", which has one size"));
+                }
             }
             (None, Some(path)) => {
                 if let Some((key, _)) = sizes.iter().find(|(_, size)| size.is_some()) {

@@ -1,0 +1,84 @@
+//! One plan as tables.
+
+use fusionllm_graph::{OpDag, OpId};
+use fusionllm_planner::{NodeIndex, Plan, format_bytes, format_seconds};
+
+/// Links shown, the busiest first.
+const MOST_LINKS: usize = 24;
+
+/// Who holds what, what the links carry, and what a step takes.
+pub(super) fn plan(dag: &OpDag, plan: &Plan) -> String {
+    let prediction = &plan.prediction;
+    let mut text = format!(
+        "{:<16} {:>5} {:>12} {:>22} {:>11} {:>11} {:>6}  {}\n",
+        "CompNode", "ops", "parameters", "memory", "FP", "BP", "busy", "from .. to"
+    );
+    let name = |op: Option<&OpId>| op.map_or("-", |&op| dag.op(op).name.as_str());
+    for (node, index) in prediction.compnodes.iter().zip(0..) {
+        let memory = match node.memory_limit_bytes {
+            Some(limit) => format!("{} of {}", format_bytes(node.memory_bytes), format_bytes(limit as f64)),
+            None => format_bytes(node.memory_bytes),
+        };
+        let stages = plan.placement.stages_of(NodeIndex(index));
+        let ranges: Vec<_> = stages.map(|s| format!("{} .. {}", name(s.ops.first()), name(s.ops.last()))).collect();
+        text.push_str(&format!(
+            "{:<16} {:>5} {:>12} {memory:>22} {:>11} {:>11} {:>4.0} %  {}\n",
+            node.name,
+            node.ops,
+            node.parameters,
+            format_seconds(node.fp_s),
+            format_seconds(node.bp_s),
+            node.busy * 100.0,
+            ranges.join("; ")
+        ));
+    }
+    text.push_str(&links(plan));
+    text.push_str(&format!("\npredicted step    {}\n", format_seconds(prediction.step_s)));
+    text.push_str(&format!("by the formula    {}\n", format_seconds(prediction.formula_s)));
+    text.push_str(&format!("speed             {:.1} tokens/s\n", prediction.tokens_per_s));
+    let waits: Vec<&str> = prediction.critical_path.iter().take(3).map(String::as_str).collect();
+    text.push_str(&format!("bottleneck        {}", waits.join("; ")));
+    text
+}
+
+fn links(plan: &Plan) -> String {
+    let mut links: Vec<_> = plan.prediction.links.iter().collect();
+    if links.is_empty() {
+        return String::new();
+    }
+    links.sort_by(|a, b| b.busy.total_cmp(&a.busy));
+    let mut text = format!("\n{:<36} {:>12} {:>7} {:>6}\n", "link", "bytes a step", "ratio", "busy");
+    for link in links.iter().take(MOST_LINKS) {
+        let name = format!("{} → {}", link.from, link.to);
+        let ratio = ratio(plan, &link.from, &link.to);
+        text.push_str(&format!(
+            "{name:<36} {:>12} {ratio:>7.1} {:>4.0} %\n",
+            format_bytes(link.bytes),
+            link.busy * 100.0
+        ));
+    }
+    if links.len() > MOST_LINKS {
+        text.push_str(&format!("and {} less busy ones\n", links.len() - MOST_LINKS));
+    }
+    text
+}
+
+/// The largest ratio of what goes this way.
+fn ratio(plan: &Plan, from: &str, to: &str) -> f64 {
+    let placement = &plan.placement;
+    let name = |stage| {
+        let node = placement.compnode_of(stage).and_then(|n| placement.compnodes.get(n.index()));
+        node.map_or("", String::as_str)
+    };
+    let ratios = placement.edges.iter().zip(&plan.compression).filter_map(|(edge, (there, back))| {
+        let ends = (name(edge.from), name(edge.to));
+        if ends == (from, to) {
+            Some(there.ratio)
+        } else if ends == (to, from) && edge.gradient {
+            Some(back.ratio)
+        } else {
+            None
+        }
+    });
+    ratios.reduce(f64::max).unwrap_or(1.0)
+}
