@@ -71,6 +71,9 @@ impl Core {
                 return self.end(job, JobState::Failed { reason: error.to_string(), bad_input: true }, "no placement");
             }
         };
+        // The strategy may leave some out, and has its own order.
+        let named = |name: &String| members.iter().copied().find(|&m| self.compnodes.name(m) == *name);
+        let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
         known.record.generation = Generation(known.record.generation.0 + 1);
         let key = RunKey { job, generation: known.record.generation };
         let run_dir = known.record.run_dir.clone();

@@ -258,6 +258,21 @@ fn the_named_owner_of_the_data_comes_first() {
 }
 
 #[test]
+fn whom_the_strategy_leaves_out_stays_idle() {
+    let mut core = core(26);
+    let (_, actions) = submit(&mut core, &["placement.strategy=op-fence", "placement.compnodes=26"]);
+    let mut assigned = BTreeSet::new();
+    for (to, message) in sent(&actions) {
+        let FromBroker::Assign(assignment) = message else { panic!("{message:?}") };
+        let name = &assignment.placement.compnodes[assignment.node.index()];
+        assert_eq!(*name, core.compnodes.name(ConnectionId(to)), "each is told its own part");
+        assigned.insert(name.clone());
+    }
+    assert!(!assigned.is_empty() && assigned.len() < 26, "there are fewer ops than CompNodes");
+    assert_eq!(core.compnodes.idle().len(), 26 - assigned.len());
+}
+
+#[test]
 fn names_are_unique() {
     let mut core = core(0);
     let names: Vec<String> = (1..4).map(|c| core.join(ConnectionId(c), joining("gpu"), NOW).0).collect();
