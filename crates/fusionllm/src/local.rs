@@ -59,9 +59,16 @@ impl LocalCompNodes {
         Ok(())
     }
 
-    /// Closes their input, waits until they are gone, and ends those that are not.
-    pub(crate) async fn stop(mut self) {
-        for child in &mut self.children {
+    /// Closes their input, waits until they are gone, and ends those that are not. Says which had ended by themselves,
+    /// and how.
+    pub(crate) async fn stop(mut self) -> Vec<String> {
+        let mut crashed = Vec::new();
+        for (index, child) in self.children.iter_mut().enumerate() {
+            if let Ok(Some(status)) = child.try_wait()
+                && !status.success()
+            {
+                crashed.push(format!("the process of compnode-{index} had ended ({status})"));
+            }
             drop(child.stdin.take());
         }
         for child in &mut self.children {
@@ -70,5 +77,6 @@ impl LocalCompNodes {
                 let _ = child.kill().await;
             }
         }
+        crashed
     }
 }

@@ -108,8 +108,12 @@ async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow:
         () = super::follow::interrupted() => anyhow::bail!("interrupted before training began"),
     };
     let result = run_job(args, checked, broker).await;
-    compnodes.stop().await;
-    let report = result?;
+    let crashed = compnodes.stop().await;
+    let report = match result {
+        // The broker knows only that it vanished.
+        Err(error) if !crashed.is_empty() => return Err(error.context(crashed.join(", "))),
+        result => result?,
+    };
     finish(args, checked, &report)
 }
 

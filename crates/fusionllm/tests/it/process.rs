@@ -92,12 +92,18 @@ impl Bench {
     /// Every process that was started in this folder, and their children.
     #[cfg(target_os = "linux")]
     pub(crate) fn processes(&self) -> usize {
+        self.pids().len()
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn pids(&self) -> Vec<String> {
         let mark = format!("FUSIONLLM_TEST_FOLDER={}", self.folder.path().display());
         let is_ours = |entry: &std::fs::DirEntry| {
             let environ = std::fs::read(entry.path().join("environ")).unwrap_or_default();
             environ.split(|&b| b == 0).any(|variable| variable == mark.as_bytes())
         };
-        std::fs::read_dir("/proc").unwrap().flatten().filter(is_ours).count()
+        let ours = std::fs::read_dir("/proc").unwrap().flatten().filter(is_ours);
+        ours.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 }
 
@@ -137,6 +143,10 @@ impl Running {
             std::io::Read::read_to_string(&mut stderr, &mut text).unwrap();
         }
         text
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     #[cfg(unix)]

@@ -129,6 +129,23 @@ fn ctrl_c_stops_the_job_and_leaves_no_process() {
 
 #[cfg(target_os = "linux")]
 #[test]
+fn a_compnode_process_that_crashes_is_named_with_its_signal() {
+    let bench = Bench::new();
+    let mut training = bench.start("train job.toml --out run --set train.steps=100000 --json");
+    training.wait_for("\"event\":\"step\"");
+    let parent = training.id().to_string();
+    let mut children: Vec<u32> = bench.pids().iter().filter(|p| **p != parent).map(|p| p.parse().unwrap()).collect();
+    children.sort_unstable();
+    let crash = std::process::Command::new("kill").args(["-KILL", &children[1].to_string()]).status().unwrap();
+    assert!(crash.success());
+    let (code, out, err) = training.finish();
+    assert_eq!(code, Some(1), "{out}\n{err}");
+    assert!(err.contains("had ended (signal: 9") && err.contains("vanished after step"), "{err}");
+    assert_eq!(bench.processes(), 0, "orphans");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
 fn compnodes_end_when_their_parent_is_killed() {
     let bench = Bench::new();
     let mut training = bench.start("train job.toml --out run --set train.steps=100000 --json");
