@@ -95,10 +95,10 @@ fn select(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
         DeviceChoice::Cuda(_) => Err(lacking("cuda")),
         #[cfg(feature = "vulkan")]
         DeviceChoice::Vulkan(Some(index)) => {
-            Ok((Device::vulkan(burn_tensor::DeviceKind::DiscreteGpu(index)), format!("vulkan:{index}")))
+            Ok((Device::wgpu(burn_tensor::DeviceKind::DiscreteGpu(index)), format!("vulkan:{index}")))
         }
         #[cfg(feature = "vulkan")]
-        DeviceChoice::Vulkan(None) => Ok((Device::vulkan(burn_tensor::DeviceKind::DefaultDevice), "vulkan".to_owned())),
+        DeviceChoice::Vulkan(None) => Ok((Device::wgpu(burn_tensor::DeviceKind::DefaultDevice), "vulkan".to_owned())),
         #[cfg(not(feature = "vulkan"))]
         DeviceChoice::Vulkan(_) => Err(lacking("vulkan")),
         #[cfg(feature = "metal")]
