@@ -71,6 +71,18 @@ impl Io<'_> {
         self.output.bytes(self.batch)
     }
 
+    /// A matrix product of `fp_flops` with the op's parameters: BP is two of them, by input and by weight. Keeps the
+    /// input.
+    pub(crate) fn matrix_product(&self, fp_flops: u64, param_bytes: u64) -> Cost {
+        Cost {
+            fp_flops,
+            bp_flops: fp_flops.saturating_mul(2),
+            read_bytes: self.input_bytes().saturating_add(param_bytes),
+            write_bytes: self.output_bytes(),
+            kept_bytes: self.input_bytes(),
+        }
+    }
+
     /// A cost per output element, reading the inputs and writing the output once.
     pub(crate) fn per_element(&self, fp: u64, bp: u64, kept_bytes: u64) -> Cost {
         let elements = self.output_elements();
@@ -129,6 +141,11 @@ pub(crate) fn wrong_attribute(attribute: &'static str, got: impl Display, expect
 /// The attribute must not be 0.
 pub(crate) fn positive(attribute: &'static str, value: usize) -> Result<(), Misfit> {
     if value == 0 { Err(wrong_attribute(attribute, value, "at least 1")) } else { Ok(()) }
+}
+
+/// What a norm adds to the variance must be a finite number over 0.
+pub(crate) fn positive_eps(eps: f64) -> Result<(), Misfit> {
+    if eps.is_finite() && eps > 0.0 { Ok(()) } else { Err(wrong_attribute("eps", eps, "a finite number over 0")) }
 }
 
 /// Product that stops at the largest count.

@@ -79,20 +79,16 @@ impl Plan {
     fn label(&self, svg: &mut String, dag: &OpDag, index: usize, y: f64) {
         let Some(node) = self.prediction.compnodes.get(index) else { return };
         text(svg, MARGIN, y + 18.0, "font-weight=\"bold\"", &node.name);
-        let memory = match node.memory_limit_bytes {
-            Some(limit) => format!("{} of {}", format_bytes(node.memory_bytes), format_bytes(limit as f64)),
-            None => format_bytes(node.memory_bytes),
-        };
         let right = MARGIN + LABEL_WIDTH - 12.0;
-        let busy = format!("{memory}, busy {:.0} %", node.busy * 100.0);
+        let busy = format!("{}, busy {:.0} %", node.memory(), node.busy * 100.0);
         text(svg, right, y + 18.0, "text-anchor=\"end\" fill=\"#666\" font-size=\"11\"", &busy);
-        let name = |op: Option<&fusionllm_graph::OpId>| op.map_or("-", |&op| dag.op(op).name.as_str());
-        let ranges: Vec<String> = self
-            .placement
-            .stages_of(NodeIndex(index as u32))
-            .map(|s| format!("{} .. {}", name(s.ops.first()), name(s.ops.last())))
-            .collect();
-        text(svg, MARGIN, y + 34.0, "fill=\"#666\" font-size=\"11\"", &ranges.join("; "));
+        text(
+            svg,
+            MARGIN,
+            y + 34.0,
+            "fill=\"#666\" font-size=\"11\"",
+            &self.placement.pieces(dag, NodeIndex(index as u32)),
+        );
     }
 }
 
@@ -145,23 +141,13 @@ pub fn format_bytes(bytes: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_graph::{Gpt2Config, gpt2};
-
     use super::*;
+    use crate::testing::small_gpt2;
     use crate::{Cluster, Pipeline, PlacementSpec, PlanSpec, Strategy, plan};
 
     #[test]
     fn the_drawing_has_a_bar_for_every_task_and_message_and_escapes_names() {
-        let config = Gpt2Config {
-            vocab_size: 64,
-            n_positions: 16,
-            n_embd: 16,
-            n_layer: 2,
-            n_head: 2,
-            layer_norm_epsilon: 1e-5,
-            dropout: 0.0,
-        };
-        let dag = gpt2(&config, 8).unwrap();
+        let dag = small_gpt2(2);
         let mut cluster = Cluster::uniform(2);
         cluster.compnodes[1].name = "a<b>&c".to_owned();
         let spec = PlanSpec::dense(PlacementSpec {

@@ -191,26 +191,12 @@ pub fn pipeline_formula(stages: &[(f64, f64)], micro_batches: u32) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_graph::{Gpt2Config, gpt2};
-
     use super::*;
-
-    fn dag() -> OpDag {
-        let config = Gpt2Config {
-            vocab_size: 64,
-            n_positions: 16,
-            n_embd: 16,
-            n_layer: 2,
-            n_head: 2,
-            layer_norm_epsilon: 1e-5,
-            dropout: 0.0,
-        };
-        gpt2(&config, 8).unwrap()
-    }
+    use crate::testing::small_gpt2;
 
     #[test]
     fn a_cut_at_a_block_edge_carries_one_hidden_state() {
-        let dag = dag();
+        let dag = small_gpt2(2);
         let estimate = Estimate::new(&dag, 2, &Cluster::uniform(1));
         let hidden = 2.0 * 8.0 * 16.0 * 4.0;
         let after = |name: &str| estimate.cut(dag.find(name).unwrap().index() + 1);
@@ -223,7 +209,7 @@ mod tests {
 
     #[test]
     fn segments_add_up_to_the_whole() {
-        let dag = dag();
+        let dag = small_gpt2(2);
         let mut cluster = Cluster::uniform(2);
         cluster.compnodes[1].flop_per_s = 4.0;
         let estimate = Estimate::new(&dag, 2, &cluster);

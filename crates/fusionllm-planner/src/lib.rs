@@ -16,6 +16,8 @@ mod placement;
 mod plan;
 mod ready;
 mod simulate;
+#[cfg(test)]
+mod testing;
 
 pub use cluster::{Cluster, ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile};
 pub use compare::{Candidate, compare};

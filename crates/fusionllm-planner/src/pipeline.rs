@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ready::{Need, needs};
+use crate::ready::{Need, needs, touching};
 use crate::{PlanError, Stage, StageEdge, StageId};
 
 /// Which pipeline the task orders follow.
@@ -125,17 +125,12 @@ impl Simulation {
         with_backward: bool,
         backward_first: bool,
     ) -> Self {
-        let mut touching = vec![Vec::new(); stages.len()];
-        for edge in edges {
-            touching[edge.from.index()].push(edge.clone());
-            touching[edge.to.index()].push(edge.clone());
-        }
         let mut own = vec![Vec::new(); compnodes];
         for stage in stages.iter().rev() {
             own[stage.compnode.index()].push(stage.id);
         }
         Self {
-            touching,
+            touching: touching(stages.len(), edges),
             own,
             micro_batches,
             with_backward,

@@ -114,6 +114,13 @@ impl Placement {
         self.stages.iter().filter(move |s| s.compnode == node)
     }
 
+    /// The pieces that a CompNode holds, for people: `input .. h.1.add_2; ln_f .. loss`.
+    pub fn pieces(&self, dag: &OpDag, node: NodeIndex) -> String {
+        let name = |op: Option<&OpId>| op.map_or("-", |&op| dag.op(op).name.as_str());
+        let piece = |s: &Stage| format!("{} .. {}", name(s.ops.first()), name(s.ops.last()));
+        self.stages_of(node).map(piece).collect::<Vec<_>>().join("; ")
+    }
+
     /// The parameters that a CompNode holds, ascending.
     pub fn params_of(&self, dag: &OpDag, node: NodeIndex) -> Vec<ParamId> {
         let params: BTreeSet<ParamId> = self

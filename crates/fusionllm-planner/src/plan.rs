@@ -10,7 +10,7 @@ use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
 use crate::placement::assemble;
 use crate::{
     Blame, Cluster, Compression, EdgeCompression, EntryBytes, Estimate, NodeIndex, Placement, PlacementSpec, PlanError,
-    Segment, Simulated, StepCosts, Strategy, TRAINING_COPIES, compress, pipeline_formula, simulate,
+    Segment, Simulated, StepCosts, Strategy, TRAINING_COPIES, compress, format_bytes, pipeline_formula, simulate,
 };
 
 /// Which CompNode owns the data and comes first in the pipeline.
@@ -67,6 +67,15 @@ pub struct CompNodePrediction {
     pub memory_limit_bytes: Option<u64>,
     /// Share of the step for which it computes.
     pub busy: f64,
+}
+
+impl CompNodePrediction {
+    /// Memory for people: what it needs, and of how much.
+    pub fn memory(&self) -> String {
+        let needed = format_bytes(self.memory_bytes);
+        self.memory_limit_bytes
+            .map_or_else(|| needed.clone(), |limit| format!("{needed} of {}", format_bytes(limit as f64)))
+    }
 }
 
 /// What one direction of a link is predicted to do.

@@ -52,3 +52,13 @@ pub fn needs(edges: &[StageEdge], task: Task) -> impl Iterator<Item = Need> + '_
 pub fn is_ready(edges: &[StageEdge], task: Task, has: impl Fn(Need) -> bool) -> bool {
     needs(edges, task).all(has)
 }
+
+/// By stage, the edges that touch it, so that a task need not look through all.
+pub(crate) fn touching(stages: usize, edges: &[StageEdge]) -> Vec<Vec<StageEdge>> {
+    let mut touching = vec![Vec::new(); stages];
+    for edge in edges {
+        touching[edge.from.index()].push(edge.clone());
+        touching[edge.to.index()].push(edge.clone());
+    }
+    touching
+}

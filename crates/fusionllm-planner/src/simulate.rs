@@ -9,7 +9,7 @@ mod trace;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::ready::{Need, needs};
+use crate::ready::{Need, needs, touching};
 use crate::{Cluster, EdgeId, NodeIndex, Placement, PlanError, StageEdge, StageId, Task};
 
 pub use critical::{Blame, Resource};
@@ -173,18 +173,13 @@ struct State<'a> {
 impl<'a> State<'a> {
     fn new(placement: &'a Placement, cluster: &'a Cluster, costs: &'a StepCosts) -> Self {
         let micro_batches = placement.train.micro_batches as usize;
-        let mut touching = vec![Vec::new(); placement.stages.len()];
-        for edge in &placement.edges {
-            touching[edge.from.index()].push(edge.clone());
-            touching[edge.to.index()].push(edge.clone());
-        }
         let table = |rows: usize| vec![vec![None; micro_batches]; rows];
         Self {
             placement,
             cluster,
             costs,
             node_of: placement.stages.iter().map(|s| s.compnode.index()).collect(),
-            touching,
+            touching: touching(placement.stages.len(), &placement.edges),
             next: vec![0; placement.compnodes.len()],
             free: vec![(0.0, Cause::Start); placement.compnodes.len()],
             kept: table(placement.stages.len()),

@@ -5,7 +5,7 @@ use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::op::{OpClass, ParamRole};
-use crate::ops::{Io, Rule, one, positive, product, role, wrong_attribute, wrong_input};
+use crate::ops::{Io, Rule, one, positive, positive_eps, product, role, wrong_attribute, wrong_input};
 use crate::shape::{Dim, Shape, TensorType};
 
 /// Mean and variance 4, normalisation 2, weight and bias 2.
@@ -92,13 +92,7 @@ impl Rule for Conv2d {
     fn cost(&self, io: &Io<'_>) -> Cost {
         let kernel = self.window.kernel as u64;
         let fp_flops = product(&[2, io.output_elements(), self.inputs as u64, kernel, kernel]);
-        Cost {
-            fp_flops,
-            bp_flops: fp_flops.saturating_mul(2),
-            read_bytes: io.input_bytes().saturating_add(self.param_bytes()),
-            write_bytes: io.output_bytes(),
-            kept_bytes: io.input_bytes(),
-        }
+        io.matrix_product(fp_flops, self.param_bytes())
     }
 }
 
@@ -122,9 +116,7 @@ impl Rule for BatchNorm2d {
 
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
         positive("channels", self.channels)?;
-        if !(self.eps.is_finite() && self.eps > 0.0) {
-            return Err(wrong_attribute("eps", self.eps, "a finite number over 0"));
-        }
+        positive_eps(self.eps)?;
         let input = one(inputs)?;
         with_channels(input, self.channels)?;
         Ok(input.clone())

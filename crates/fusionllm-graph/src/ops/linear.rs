@@ -46,13 +46,7 @@ impl Rule for Linear {
     /// is left out: one part in 2 * inputs. Keeps the input.
     fn cost(&self, io: &Io<'_>) -> Cost {
         let fp_flops = product(&[2, io.input_elements(), self.outputs as u64]);
-        Cost {
-            fp_flops,
-            bp_flops: fp_flops.saturating_mul(2),
-            read_bytes: io.input_bytes().saturating_add(self.param_bytes()),
-            write_bytes: io.output_bytes(),
-            kept_bytes: io.input_bytes(),
-        }
+        io.matrix_product(fp_flops, self.param_bytes())
     }
 }
 

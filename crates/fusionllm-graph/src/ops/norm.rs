@@ -4,7 +4,7 @@ use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::op::{OpClass, ParamRole};
-use crate::ops::{Io, Rule, last_dim, one, positive, product, role, wrong_attribute};
+use crate::ops::{Io, Rule, last_dim, one, positive, positive_eps, product, role};
 use crate::shape::TensorType;
 
 /// Mean and its subtraction 2, square and sum 2, division 1, weight and bias 2.
@@ -32,9 +32,7 @@ impl Rule for LayerNorm {
 
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
         positive("dim", self.dim)?;
-        if !(self.eps.is_finite() && self.eps > 0.0) {
-            return Err(wrong_attribute("eps", self.eps, "a finite number over 0"));
-        }
+        positive_eps(self.eps)?;
         let input = one(inputs)?;
         last_dim(input, self.dim)?;
         Ok(input.clone())

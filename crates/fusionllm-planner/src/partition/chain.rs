@@ -3,7 +3,7 @@
 
 use crate::compression::Compression;
 use crate::partition::pins::Pins;
-use crate::{Cluster, Estimate, NodeIndex, Segment};
+use crate::{Cluster, Estimate, NodeIndex, Pipeline, Segment, StageId, in_flight_limit};
 
 /// The bottleneck is known well enough when it lies between bounds this close.
 const PRECISION: f64 = 1e-3;
@@ -47,8 +47,7 @@ pub(crate) struct Weights<'a> {
     pub(crate) compression: Compression,
     /// Dense fp32 bytes over the bytes of the codec that sends what is not sparsified.
     pub(crate) codec_ratio: f64,
-    /// Most micro-batches that a stage keeps at once, by its distance from the pipeline's end.
-    pub(crate) live: fn(usize, u32) -> u32,
+    pub(crate) pipeline: Pipeline,
     pub(crate) micro_batches: u32,
 }
 
@@ -147,7 +146,7 @@ impl Weights<'_> {
     fn far(&self, order: &[usize], place: usize, device: usize, bottleneck: f64, starts: &[bool]) -> Vec<usize> {
         let (ops, tail) = (self.estimate.ops(), self.pins.tail);
         let profile = &self.cluster.compnodes[device];
-        let live = (self.live)(order.len() - place, self.micro_batches);
+        let live = in_flight_limit(self.pipeline, StageId(place as u32), order.len(), self.micro_batches);
         let is_owner_of_tail = place == 0 && tail < ops && order.len() > 1;
         let (tail_s, tail_bytes) = if is_owner_of_tail {
             (self.time(device, tail, ops), self.estimate.memory_bytes(&(tail..ops), 1))
@@ -157,7 +156,7 @@ impl Weights<'_> {
         let Some((fp, bp)) = self.estimate.sums(profile) else { return vec![0; tail + 1] };
         let last = if order.len() == 1 { ops } else { tail };
         let fits = |start: usize, end: usize| {
-            let end = if end == tail && order.len() == 1 { last } else { end };
+            let end = if end == tail { last } else { end };
             let seconds = (fp[end] - fp[start]) + (bp[end] - bp[start]) + tail_s;
             let bytes = self.estimate.memory_bytes(&(start..end), live) + tail_bytes;
             seconds <= bottleneck && bytes <= profile.memory_bytes as f64

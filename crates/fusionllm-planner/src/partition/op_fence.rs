@@ -10,7 +10,7 @@ use super::order::line;
 use super::search::{improve, is_valid};
 use super::{Pins, optimal};
 use crate::plan::{Priced, price};
-use crate::{Cluster, Estimate, Pipeline, PlanError, PlanSpec, pipeline_formula};
+use crate::{Cluster, Estimate, PlanError, PlanSpec, pipeline_formula};
 
 /// Work that one plan may take, in simulated tasks and placed ops: about a second.
 const WORK_BUDGET: usize = 1_500_000;
@@ -55,17 +55,13 @@ impl Judge<'_> {
     }
 
     fn weights(&self) -> Weights<'_> {
-        let live = match self.spec.placement.pipeline {
-            Pipeline::OneFOneB => |from_end: usize, micro_batches: u32| (from_end as u32).clamp(1, micro_batches),
-            Pipeline::GPipe => |_: usize, micro_batches: u32| micro_batches,
-        };
         Weights {
             estimate: self.estimate,
             cluster: self.cluster,
             pins: self.pins,
             compression: self.spec.compression,
             codec_ratio: self.spec.placement.codec.ratio(),
-            live,
+            pipeline: self.spec.placement.pipeline,
             micro_batches: self.spec.placement.micro_batches,
         }
     }

@@ -1,23 +1,11 @@
 //! Cuts of real graphs, and properties of all cuts.
 
-use fusionllm_graph::{Gpt2Config, OpClass, gpt2};
+use fusionllm_graph::OpClass;
 use proptest::prelude::*;
 
 use super::*;
+use crate::testing::small_gpt2 as dag;
 use crate::{CompNodeProfile, Strategy};
-
-fn dag(n_layer: usize) -> OpDag {
-    let config = Gpt2Config {
-        vocab_size: 64,
-        n_positions: 16,
-        n_embd: 16,
-        n_layer,
-        n_head: 2,
-        layer_norm_epsilon: 1e-5,
-        dropout: 0.0,
-    };
-    gpt2(&config, 8).unwrap()
-}
 
 fn cluster(speeds: &[f64]) -> Cluster {
     let profile = |(i, &flop_per_s)| CompNodeProfile { flop_per_s, ..CompNodeProfile::unit(format!("n{i}")) };

@@ -5,26 +5,8 @@ use fusionllm_graph::OpId;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{EdgeId, NodeIndex};
-
-/// A chain of stages on the given CompNodes; each edge carries a gradient.
-fn chain(compnodes: &[u32]) -> (Vec<Stage>, Vec<StageEdge>) {
-    let stage = |(i, &node): (usize, &u32)| Stage {
-        id: StageId(i as u32),
-        compnode: NodeIndex(node),
-        ops: vec![OpId(i as u32)],
-    };
-    let edge = |i: usize| StageEdge {
-        id: EdgeId(i as u32),
-        op: OpId(i as u32),
-        from: StageId(i as u32),
-        to: StageId(i as u32 + 1),
-        gradient: true,
-        activation_codec: Codec::Dense,
-        gradient_codec: Codec::Dense,
-    };
-    (compnodes.iter().enumerate().map(stage).collect(), (1..compnodes.len()).map(|i| edge(i - 1)).collect())
-}
+use crate::EdgeId;
+use crate::testing::chain;
 
 /// An order as `F0 F1 B0 U`; with the stage if the CompNode holds several.
 fn words(order: &[Task], with_stage: bool) -> String {

@@ -1,9 +1,10 @@
 //! OP-Fence against the baselines and against the best there is, on random clusters and graphs.
 
 use fusionllm_codec::Codec;
-use fusionllm_graph::{DType, DagBuilder, Gpt2Config, Init, OpKind, Param, Shape, WeightLayout, gpt2};
+use fusionllm_graph::{DType, DagBuilder, Init, OpKind, Param, Shape, WeightLayout};
 
 use super::*;
+use crate::testing::small_gpt2;
 use crate::{ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile, Pipeline, compare};
 
 /// A small generator, so that a failing seed can be run again.
@@ -84,19 +85,6 @@ fn spec(strategy: Strategy, micro_batches: u32) -> PlanSpec {
         private: false,
         codec: Codec::Dense,
     })
-}
-
-fn small_gpt2(n_layer: usize) -> OpDag {
-    let config = Gpt2Config {
-        vocab_size: 64,
-        n_positions: 16,
-        n_embd: 16,
-        n_layer,
-        n_head: 2,
-        layer_norm_epsilon: 1e-5,
-        dropout: 0.0,
-    };
-    gpt2(&config, 8).unwrap()
 }
 
 #[test]

@@ -1,27 +1,15 @@
 //! Steps worked out by hand, and what must hold for all.
 
-use fusionllm_codec::Codec;
-use fusionllm_graph::OpId;
 use proptest::prelude::*;
 
 use super::*;
 use crate::pipeline::{eval_orders, train_orders};
-use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, Stage, TiedParam, pipeline_formula};
+use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, TiedParam, pipeline_formula};
 
 /// A chain of stages, one on each CompNode, with links of one byte per second and this latency.
 fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) -> (Placement, Cluster) {
-    let stage = |i: usize| Stage { id: StageId(i as u32), compnode: NodeIndex(i as u32), ops: vec![OpId(i as u32)] };
-    let edge = |i: usize| StageEdge {
-        id: EdgeId(i as u32),
-        op: OpId(i as u32),
-        from: StageId(i as u32),
-        to: StageId(i as u32 + 1),
-        gradient: true,
-        activation_codec: Codec::Dense,
-        gradient_codec: Codec::Dense,
-    };
-    let list: Vec<Stage> = (0..stages).map(stage).collect();
-    let edges: Vec<StageEdge> = (1..stages).map(|i| edge(i - 1)).collect();
+    let ids: Vec<u32> = (0..stages as u32).collect();
+    let (list, edges) = crate::testing::chain(&ids);
     let train = train_orders(&list, &edges, stages, pipeline, micro_batches).unwrap();
     let eval = eval_orders(&list, &edges, stages, 1).unwrap();
     let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();

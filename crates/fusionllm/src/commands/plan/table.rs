@@ -1,6 +1,6 @@
 //! One plan as tables.
 
-use fusionllm_graph::{OpDag, OpId};
+use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Plan, format_bytes, format_seconds};
 
 /// Links shown, the busiest first.
@@ -13,23 +13,17 @@ pub(super) fn plan(dag: &OpDag, plan: &Plan) -> String {
         "{:<16} {:>5} {:>12} {:>22} {:>11} {:>11} {:>6}  {}\n",
         "CompNode", "ops", "parameters", "memory", "FP", "BP", "busy", "from .. to"
     );
-    let name = |op: Option<&OpId>| op.map_or("-", |&op| dag.op(op).name.as_str());
     for (node, index) in prediction.compnodes.iter().zip(0..) {
-        let memory = match node.memory_limit_bytes {
-            Some(limit) => format!("{} of {}", format_bytes(node.memory_bytes), format_bytes(limit as f64)),
-            None => format_bytes(node.memory_bytes),
-        };
-        let stages = plan.placement.stages_of(NodeIndex(index));
-        let ranges: Vec<_> = stages.map(|s| format!("{} .. {}", name(s.ops.first()), name(s.ops.last()))).collect();
         text.push_str(&format!(
-            "{:<16} {:>5} {:>12} {memory:>22} {:>11} {:>11} {:>4.0} %  {}\n",
+            "{:<16} {:>5} {:>12} {:>22} {:>11} {:>11} {:>4.0} %  {}\n",
             node.name,
             node.ops,
             node.parameters,
+            node.memory(),
             format_seconds(node.fp_s),
             format_seconds(node.bp_s),
             node.busy * 100.0,
-            ranges.join("; ")
+            plan.placement.pieces(dag, NodeIndex(index))
         ));
     }
     text.push_str(&links(plan));
