@@ -102,6 +102,17 @@ mod tests {
     }
 
     #[test]
+    fn ops_of_the_same_work_have_the_same_name_for_it() {
+        let dag = gpt2(&Gpt2Config::named("gpt2").unwrap(), 8).unwrap();
+        let work = |name: &str| dag.work(dag.find(name).unwrap(), 2);
+        assert_eq!(work("h.0.attn.c_attn"), "linear in-out 2x8x768 > 2x8x2304");
+        assert_eq!(work("h.0.attn.c_attn"), work("h.11.attn.c_attn"));
+        assert_eq!(work("h.0.add_1"), "add 2x8x768 2x8x768 > 2x8x768");
+        let works: std::collections::BTreeSet<String> = dag.op_ids().map(|op| dag.work(op, 2)).collect();
+        assert!(works.len() < 20, "{works:?}");
+    }
+
+    #[test]
     fn placeholders_cost_nothing_to_go_back_over() {
         let dag = gpt2(&Gpt2Config::named("gpt2").unwrap(), 8).unwrap();
         let input = dag.cost(dag.input().unwrap(), 1);

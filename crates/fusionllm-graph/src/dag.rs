@@ -173,6 +173,24 @@ impl OpDag {
         self.op_ids().filter(|&op| self.op(op).params.contains(&param)).collect()
     }
 
+    /// What work an op is for a micro-batch of `batch` rows: family, variant, and the shapes that enter and leave, such
+    /// as `linear in-out 4x256x768 > 4x256x2304`. Ops of the same work take the same time on the same device.
+    ///
+    /// # Panics
+    /// If `op` is not of this OP-DAG.
+    pub fn work(&self, op: OpId, batch: usize) -> String {
+        let sizes = |id: OpId| {
+            let sizes: Vec<String> = self.op(id).output.shape.resolve(batch).iter().map(usize::to_string).collect();
+            sizes.join("x")
+        };
+        let node = self.op(op);
+        let mut words = vec![node.kind.family().to_owned()];
+        words.extend(node.kind.variant());
+        words.extend(node.inputs.iter().map(|&input| sizes(input)));
+        words.extend([">".to_owned(), sizes(op)]);
+        words.join(" ")
+    }
+
     /// The loss op.
     pub fn loss(&self) -> Option<OpId> {
         self.op_ids().rev().find(|&op| self.op(op).kind.class() == OpClass::Loss)

@@ -194,6 +194,11 @@ impl OpKind {
         self.rule().family()
     }
 
+    /// What changes its speed besides the types of its inputs and output, in a word: `gelu-tanh`.
+    pub(crate) fn variant(&self) -> Option<String> {
+        self.rule().variant()
+    }
+
     /// The parameters it takes, in the order of [`crate::Op::params`].
     pub fn param_roles(&self) -> Vec<ParamRole> {
         self.rule().params()

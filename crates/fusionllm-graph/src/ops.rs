@@ -32,6 +32,11 @@ pub(crate) trait Rule {
         Vec::new()
     }
 
+    /// What changes the op's speed besides the types of its inputs and output, in a word.
+    fn variant(&self) -> Option<String> {
+        None
+    }
+
     /// Checks attributes and inputs and gives the output's type.
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit>;
 

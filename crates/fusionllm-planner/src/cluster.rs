@@ -1,15 +1,19 @@
 //! What is known of machines and links when a placement is made: the profile.
 
 mod file;
+mod measured;
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 pub use file::{ClusterFile, DeviceEntry, LinkEntry};
+pub use measured::{Host, Measured, OpSeconds};
 
 use crate::PlanError;
 
 /// One CompNode as the planner sees it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CompNodeProfile {
     /// Name shown to people; unique in the cluster.
     pub name: String,
@@ -21,6 +25,10 @@ pub struct CompNodeProfile {
     pub memory_bytes_per_s: f64,
     /// Bytes that a job may fill.
     pub memory_bytes: u64,
+    /// The machine whose compute it shares with others; nothing if it has a device of its own.
+    pub host: Option<Host>,
+    /// What was measured; it goes before what follows from the speeds above.
+    pub measured: Option<Arc<Measured>>,
 }
 
 impl CompNodeProfile {
@@ -32,7 +40,19 @@ impl CompNodeProfile {
             efficiency: 1.0,
             memory_bytes_per_s: f64::INFINITY,
             memory_bytes: u64::MAX,
+            host: None,
+            measured: None,
         }
+    }
+
+    /// Seconds of copying a tensor of this many bytes between host and device.
+    pub fn copy_s(&self, bytes: f64) -> f64 {
+        self.measured.as_ref().map_or(0.0, |m| m.copy_s_per_byte * bytes)
+    }
+
+    /// Seconds of a task besides its ops and copies.
+    pub fn task_s(&self) -> f64 {
+        self.measured.as_ref().map_or(0.0, |m| m.task_s)
     }
 
     /// Seconds for work of this many FLOPs that moves this many bytes (a roofline: whichever takes longer).
@@ -115,6 +135,14 @@ impl Cluster {
             }
             if !(node.efficiency > 0.0 && node.efficiency <= 1.0) {
                 return fail("efficiency", node.efficiency, "above 0 and at most 1");
+            }
+            if let Some(host) = &node.host
+                && (host.lanes.is_nan() || host.lanes <= 0.0)
+            {
+                return fail("lanes", host.lanes, "a positive number");
+            }
+            if node.measured.as_ref().is_some_and(|m| !m.is_sane()) {
+                return fail("measured seconds", f64::NAN, "finite numbers of at least 0");
             }
             if node.memory_bytes_per_s.is_nan() || node.memory_bytes_per_s <= 0.0 {
                 return fail("memory_bytes_per_s", node.memory_bytes_per_s, "a positive number");

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use fusionllm_graph::{OpDag, OpId};
 
@@ -44,12 +45,15 @@ pub struct Estimate {
 struct Class {
     speed: u64,
     memory: u64,
+    /// Address of what was measured, which CompNodes of one kind share; 0 if nothing was.
+    measured: usize,
 }
 
 impl Class {
     fn of(profile: &CompNodeProfile) -> Self {
         let speed = (profile.flop_per_s * profile.efficiency).to_bits();
-        Self { speed, memory: profile.memory_bytes_per_s.to_bits() }
+        let measured = profile.measured.as_ref().map_or(0, |m| Arc::as_ptr(m) as usize);
+        Self { speed, memory: profile.memory_bytes_per_s.to_bits(), measured }
     }
 }
 
@@ -84,19 +88,29 @@ impl Estimate {
             let last = estimate.param_bytes.last().copied().unwrap_or(0);
             estimate.param_bytes.push(last.saturating_add(own));
         }
+        let is_measured = cluster.compnodes.iter().any(|c| c.measured.is_some());
+        let works: Vec<String> =
+            if is_measured { dag.op_ids().map(|op| dag.work(op, batch)).collect() } else { Vec::new() };
         for profile in &cluster.compnodes {
-            estimate.add_class(profile);
+            estimate.add_class(profile, &works);
         }
         estimate
     }
 
-    fn add_class(&mut self, profile: &CompNodeProfile) {
+    /// `works` has each op's work, if any CompNode was measured.
+    fn add_class(&mut self, profile: &CompNodeProfile, works: &[String]) {
         let class = Class::of(profile);
         if self.classes.contains_key(&class) {
             return;
         }
         let (mut fp, mut bp) = (vec![0.0], vec![0.0]);
         for op in 0..self.ops {
+            let measured = profile.measured.as_ref().and_then(|m| m.ops.get(works.get(op)?));
+            if let Some(seconds) = measured {
+                push_sum(&mut fp, seconds.fp_s);
+                push_sum(&mut bp, if self.bp_flops[op] > 0.0 { seconds.bp_s } else { 0.0 });
+                continue;
+            }
             push_sum(&mut fp, profile.seconds(self.fp_flops[op], self.bytes[op]));
             // BP moves the same tensors twice: once for each of the gradients it makes.
             let has_bp = self.bp_flops[op] > 0.0;
@@ -146,6 +160,9 @@ impl Estimate {
 /// Seconds of an UPDATE of this many bytes of f32 parameters.
 pub(crate) fn update_seconds(profile: &CompNodeProfile, param_bytes: u64) -> f64 {
     let bytes = param_bytes as f64;
+    if let Some(measured) = &profile.measured {
+        return measured.update_s_per_byte * bytes;
+    }
     profile.seconds(bytes / 4.0 * UPDATE_FLOPS, bytes * UPDATE_MOVES)
 }
 
@@ -220,6 +237,27 @@ mod tests {
         assert!((whole.0 - dag.total_cost(2).fp_flops as f64 / 4.0).abs() < 1e-6 * whole.0);
         assert_eq!(estimate.param_bytes(&(0..n)), dag.param_bytes());
         assert!(estimate.memory_bytes(&(0..n), 2) > estimate.memory_bytes(&(0..n), 1));
+    }
+
+    #[test]
+    fn what_was_measured_goes_before_what_follows_from_speeds() {
+        let dag = small_gpt2(2);
+        let mut cluster = Cluster::uniform(2);
+        let linear = dag.find("h.0.attn.c_attn").unwrap();
+        let ops = [(dag.work(linear, 2), crate::OpSeconds { fp_s: 3.0, bp_s: 5.0 })].into();
+        let measured = crate::Measured { ops, update_s_per_byte: 2.0, ..Default::default() };
+        cluster.compnodes[1].measured = Some(Arc::new(measured));
+        let estimate = Estimate::new(&dag, 2, &cluster);
+        let only = linear.index()..linear.index() + 1;
+        assert_eq!(estimate.seconds(&cluster.compnodes[1], &only), (3.0, 5.0));
+        assert!(estimate.seconds(&cluster.compnodes[0], &only).0 > 3.0);
+        // What was not measured follows from the speeds.
+        let other = only.end..only.end + 1;
+        assert_eq!(
+            estimate.seconds(&cluster.compnodes[0], &other).0,
+            estimate.seconds(&cluster.compnodes[1], &other).0 
+        );
+        assert_eq!(update_seconds(&cluster.compnodes[1], 4), 8.0);
     }
 
     #[test]

@@ -19,7 +19,9 @@ mod simulate;
 #[cfg(test)]
 mod testing;
 
-pub use cluster::{Cluster, ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile};
+pub use cluster::{
+    Cluster, ClusterFile, CompNodeProfile, DeviceEntry, Host, LinkEntry, LinkProfile, Measured, OpSeconds,
+};
 pub use compare::{Candidate, compare};
 pub use compression::{Compression, EdgeCompression, EntryBytes, compress};
 pub use draw::{format_bytes, format_seconds};

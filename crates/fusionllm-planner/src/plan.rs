@@ -218,15 +218,18 @@ pub(crate) fn price(
     let names = cluster.compnodes.iter().map(|c| c.name.clone()).collect();
     let placement = assemble(dag, names, segments, &spec.placement)?;
     let profile = |node: NodeIndex| &cluster.compnodes[node.index()];
-    let stage_s: Vec<(f64, f64)> =
+    let mut stage_s: Vec<(f64, f64)> =
         placement.stages.iter().zip(&ranges).map(|(s, r)| estimate.seconds(profile(s.compnode), r)).collect();
+    add_overheads(dag, &placement, profile, batch, &mut stage_s);
     let (compression, edge_bytes) = send(dag, cluster, &placement, &stage_s, spec);
     let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
     let nodes = || (0..cluster.compnodes.len() as u32).map(NodeIndex);
     let costs = StepCosts {
         codec_s: vec![(0.0, 0.0); edge_bytes.len()],
         edge_bytes,
-        update_s: nodes().map(|n| update_seconds(profile(n), params(n))).collect(),
+        update_s: nodes()
+            .map(|n| update_seconds(profile(n), params(n)) + profile(n).copy_s(tied_copies(dag, &placement, n)))
+            .collect(),
         tied_bytes: placement.tied.iter().map(|t| dag.param(t.param).bytes() as f64).collect(),
         stage_s,
         clip: spec.clip,
@@ -251,6 +254,37 @@ pub(crate) fn price(
     }
     let simulated = simulate(&placement, cluster, &costs)?;
     Ok(Priced { placement, simulated, compression, costs, memory })
+}
+
+/// What a task takes besides its ops: its own overhead, and the copies between host and device of what enters and
+/// leaves the stage.
+fn add_overheads<'a>(
+    dag: &OpDag,
+    placement: &Placement,
+    profile: impl Fn(NodeIndex) -> &'a crate::CompNodeProfile,
+    batch: usize,
+    stage_s: &mut [(f64, f64)],
+) {
+    for stage in &placement.stages {
+        let overhead = profile(stage.compnode).task_s();
+        let seconds = &mut stage_s[stage.id.index()];
+        *seconds = (seconds.0 + overhead, seconds.1 + overhead);
+    }
+    for edge in &placement.edges {
+        let bytes = dag.op(edge.op).output.bytes(batch) as f64;
+        for stage in [edge.from, edge.to] {
+            let Some(node) = placement.compnode_of(stage) else { continue };
+            let copy = profile(node).copy_s(bytes);
+            let seconds = &mut stage_s[stage.index()];
+            *seconds = (seconds.0 + copy, seconds.1 + if edge.gradient { copy } else { 0.0 });
+        }
+    }
+}
+
+/// Bytes of tied gradients that a CompNode copies before UPDATE: its own to the host, the sum of all holders' back.
+fn tied_copies(dag: &OpDag, placement: &Placement, node: NodeIndex) -> f64 {
+    let held = placement.tied.iter().filter(|t| t.holders.contains(&node));
+    held.map(|t| dag.param(t.param).bytes() as f64 * (1 + t.holders.len()) as f64).sum()
 }
 
 type Sent = (Vec<(EdgeCompression, EdgeCompression)>, Vec<(f64, f64)>);

@@ -1,16 +1,19 @@
 //! The event simulator: how long a training step takes, and what it waits for.
 //!
 //! It runs the very task orders that the runtime runs and asks the same readiness rule. Each CompNode computes one task
-//! at a time; each direction of a link carries one message at a time, in the order in which they were sent. Since a
-//! direction has one sender, which computes in a fixed order, no clock is needed: every time follows from those before.
+//! at a time, slower while more CompNodes compute on its machine than that has lanes; each direction of a link carries
+//! one message at a time, in the order in which they were sent.
 
 mod critical;
+mod hosts;
 mod trace;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use crate::ready::{Need, needs, touching};
 use crate::{Cluster, EdgeId, NodeIndex, Placement, PlanError, StageEdge, StageId, Task};
+
+use hosts::{Agenda, Hosts, Turn};
 
 pub use critical::{Blame, Resource};
 pub use trace::{Trace, TraceEvent};
@@ -132,9 +135,18 @@ impl Simulated {
 /// [`PlanError::Deadlock`] if the orders cannot be completed.
 pub fn simulate(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> Result<Simulated, PlanError> {
     let mut state = State::new(placement, cluster, costs);
-    let mut waiting: VecDeque<usize> = (0..placement.compnodes.len()).collect();
-    while let Some(node) = waiting.pop_front() {
-        state.advance(node, &mut waiting);
+    for node in 0..placement.compnodes.len() {
+        state.offer(node);
+    }
+    while let Some((now_s, turn)) = state.agenda.next() {
+        match turn {
+            Turn::Begin(node) => state.begin(node, now_s),
+            Turn::Host(host, version) => {
+                for node in state.hosts.ended(host, version, now_s, &mut state.agenda) {
+                    state.end(node, now_s);
+                }
+            }
+        }
     }
     let all_done = |(node, order): (usize, &Vec<Task>)| {
         let left = order.get(state.next[node]..).unwrap_or_default();
@@ -151,6 +163,17 @@ pub fn simulate(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> 
 /// When something is there, and what brought it.
 type Arrival = Option<(f64, Cause)>;
 
+/// What a CompNode does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Work {
+    /// It waits for its next task's needs.
+    Idle,
+    /// Its next task begins at a time that is on the agenda.
+    Called(Cause),
+    /// It computes the task of this span.
+    Busy(usize),
+}
+
 struct State<'a> {
     placement: &'a Placement,
     cluster: &'a Cluster,
@@ -158,7 +181,10 @@ struct State<'a> {
     node_of: Vec<usize>,
     /// Edges that touch a stage, so that a task need not look through all.
     touching: Vec<Vec<StageEdge>>,
+    hosts: Hosts,
+    agenda: Agenda,
     next: Vec<usize>,
+    at_work: Vec<Work>,
     /// When a CompNode is free, and after which span.
     free: Vec<(f64, Cause)>,
     kept: Vec<Vec<Arrival>>,
@@ -180,7 +206,10 @@ impl<'a> State<'a> {
             costs,
             node_of: placement.stages.iter().map(|s| s.compnode.index()).collect(),
             touching: touching(placement.stages.len(), &placement.edges),
+            hosts: Hosts::new(cluster),
+            agenda: Agenda::default(),
             next: vec![0; placement.compnodes.len()],
+            at_work: vec![Work::Idle; placement.compnodes.len()],
             free: vec![(0.0, Cause::Start); placement.compnodes.len()],
             kept: table(placement.stages.len()),
             activations: table(placement.edges.len()),
@@ -191,24 +220,43 @@ impl<'a> State<'a> {
         }
     }
 
-    /// Runs a CompNode's order as far as what has arrived allows. Whoever gets a message is looked at again.
-    fn advance(&mut self, node: usize, waiting: &mut VecDeque<usize>) {
-        let order = &self.placement.train.orders[node];
-        while let Some(&task) = order.get(self.next[node]) {
-            let (stage, seconds) = match task {
-                Task::Fp { stage, .. } => (stage, self.costs.stage_s[stage.index()].0),
-                Task::Bp { stage, .. } => (stage, self.costs.stage_s[stage.index()].1),
-                Task::Update => return,
-            };
-            let Some(ready) = self.ready(stage, task) else { return };
-            let (start_s, cause) = if ready.0 > self.free[node].0 { ready } else { self.free[node] };
-            let end_s = start_s + seconds;
-            let span = self.spans.len();
-            self.spans.push(Span { node: NodeIndex(node as u32), task, start_s, end_s, cause });
-            self.free[node] = (end_s, Cause::Span(span));
-            self.next[node] += 1;
-            self.deliver(task, end_s, span, waiting);
+    /// The next task of an idle CompNode is called, if all that it needs is known to come.
+    fn offer(&mut self, node: usize) {
+        if self.at_work[node] != Work::Idle {
+            return;
         }
+        let Some((task, stage, _)) = self.next_task(node) else { return };
+        let Some(ready) = self.ready(stage, task) else { return };
+        let (start_s, cause) = if ready.0 > self.free[node].0 { ready } else { self.free[node] };
+        self.at_work[node] = Work::Called(cause);
+        self.agenda.add(start_s, Turn::Begin(node));
+    }
+
+    /// The next task of a CompNode, where it belongs, and its seconds at full speed; nothing before UPDATE.
+    fn next_task(&self, node: usize) -> Option<(Task, StageId, f64)> {
+        let &task = self.placement.train.orders[node].get(self.next[node])?;
+        let costs = |stage: StageId| self.costs.stage_s[stage.index()];
+        match task {
+            Task::Fp { stage, .. } => Some((task, stage, costs(stage).0)),
+            Task::Bp { stage, .. } => Some((task, stage, costs(stage).1)),
+            Task::Update => None,
+        }
+    }
+
+    fn begin(&mut self, node: usize, now_s: f64) {
+        let (Work::Called(cause), Some((task, _, seconds))) = (self.at_work[node], self.next_task(node)) else { return };
+        self.at_work[node] = Work::Busy(self.spans.len());
+        self.spans.push(Span { node: NodeIndex(node as u32), task, start_s: now_s, end_s: now_s, cause });
+        self.hosts.begin(node, seconds, now_s, &mut self.agenda);
+    }
+
+    fn end(&mut self, node: usize, now_s: f64) {
+        let Work::Busy(span) = std::mem::replace(&mut self.at_work[node], Work::Idle) else { return };
+        self.spans[span].end_s = now_s;
+        self.free[node] = (now_s, Cause::Span(span));
+        self.next[node] += 1;
+        self.deliver(self.spans[span].task, now_s, span);
+        self.offer(node);
     }
 
     /// When all that the task needs is there, and what came last; nothing if something is missing.
@@ -228,7 +276,7 @@ impl<'a> State<'a> {
     }
 
     /// What a task made goes to whoever needs it.
-    fn deliver(&mut self, task: Task, end_s: f64, span: usize, waiting: &mut VecDeque<usize>) {
+    fn deliver(&mut self, task: Task, end_s: f64, span: usize) {
         let at = (end_s, Cause::Span(span));
         match task {
             Task::Fp { stage, micro_batch } => {
@@ -243,7 +291,7 @@ impl<'a> State<'a> {
                     let from = self.node_of[stage.index()];
                     let arrival = self.send(from, to, Cargo::Activation(id, micro_batch), bytes, delay, at);
                     self.activations[id.index()][micro_batch as usize] = Some(arrival);
-                    waiting.push_back(to);
+                    self.offer(to);
                 }
             }
             Task::Bp { stage, micro_batch } => {
@@ -257,7 +305,7 @@ impl<'a> State<'a> {
                     let from = self.node_of[stage.index()];
                     let arrival = self.send(from, to, Cargo::Gradient(id, micro_batch), bytes, delay, at);
                     self.gradients[id.index()][micro_batch as usize] = Some(arrival);
-                    waiting.push_back(to);
+                    self.offer(to);
                 }
             }
             Task::Update => {}
@@ -305,7 +353,9 @@ impl<'a> State<'a> {
             }
         }
         for (node, (start_s, cause)) in ready.into_iter().enumerate() {
-            let end_s = start_s + self.costs.update_s.get(node).copied().unwrap_or(0.0);
+            // All CompNodes update at about the same time.
+            let seconds = self.costs.update_s.get(node).copied().unwrap_or(0.0) * self.hosts.slowdown(node);
+            let end_s = start_s + seconds;
             self.spans.push(Span { node: NodeIndex(node as u32), task: Task::Update, start_s, end_s, cause });
         }
     }

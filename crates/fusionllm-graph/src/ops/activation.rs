@@ -32,6 +32,16 @@ impl Rule for Activation {
         "activation"
     }
 
+    fn variant(&self) -> Option<String> {
+        let name = match self.function {
+            ActivationFunction::GeluTanh => "gelu-tanh",
+            ActivationFunction::GeluErf => "gelu-erf",
+            ActivationFunction::Relu => "relu",
+            ActivationFunction::Silu => "silu",
+        };
+        Some(name.to_owned())
+    }
+
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
         let input = one(inputs)?;
         real(input)?;

@@ -20,6 +20,10 @@ impl Rule for Attention {
         "attention"
     }
 
+    fn variant(&self) -> Option<String> {
+        Some(format!("{}-heads", self.heads))
+    }
+
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
         positive("heads", self.heads)?;
         let input = one(inputs)?;

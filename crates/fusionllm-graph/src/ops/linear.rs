@@ -18,6 +18,14 @@ impl Rule for Linear {
         "linear"
     }
 
+    fn variant(&self) -> Option<String> {
+        let layout = match self.layout {
+            WeightLayout::InOut => "in-out",
+            WeightLayout::OutIn => "out-in",
+        };
+        Some(layout.to_owned())
+    }
+
     fn class(&self) -> OpClass {
         OpClass::Parameter
     }

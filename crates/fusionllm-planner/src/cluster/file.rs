@@ -1,10 +1,11 @@
 //! The form of a cluster file: devices, singly or by the dozen, and rules for the links between them.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cluster, CompNodeProfile, LinkProfile};
+use super::{Cluster, CompNodeProfile, Host, LinkProfile, Measured};
 use crate::PlanError;
 
 /// Bytes in the gigabyte of `memory_gb`.
@@ -47,6 +48,12 @@ pub struct DeviceEntry {
     /// Memory that a job may fill, in GB; left out, it is boundless.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_gb: Option<f64>,
+    /// The machine whose compute it shares with others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<Host>,
+    /// What was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
 }
 
 /// One rule for links.
@@ -75,6 +82,35 @@ fn full() -> f64 {
 }
 
 impl ClusterFile {
+    /// A file that describes `cluster`: every device and every direction by itself.
+    pub fn of(cluster: &Cluster, name: &str) -> Self {
+        let device = |node: &CompNodeProfile| DeviceEntry {
+            name: node.name.clone(),
+            count: 1,
+            site: String::new(),
+            flop_per_s: node.flop_per_s,
+            efficiency: node.efficiency,
+            memory_gb_per_s: node.memory_bytes_per_s.is_finite().then_some(node.memory_bytes_per_s / GIGABYTE),
+            memory_gb: (node.memory_bytes < u64::MAX).then_some(node.memory_bytes as f64 / GIGABYTE),
+            host: node.host.clone(),
+            measured: node.measured.as_deref().cloned(),
+        };
+        let names = || cluster.compnodes.iter().map(|c| c.name.as_str()).enumerate();
+        let pairs = names().flat_map(|a| names().map(move |b| (a, b))).filter(|(a, b)| a.0 != b.0);
+        let link = |((a, from), (b, to)): ((usize, &str), (usize, &str))| {
+            let link = cluster.link(a, b);
+            // A free link has no number that a file could hold.
+            let mbit_per_s = (link.bytes_per_s * 8.0 / 1e6).min(1e9);
+            let (from, to) = (from.to_owned(), to.to_owned());
+            LinkEntry { from, to, latency_ms: link.latency_s * 1e3, mbit_per_s, one_way: true }
+        };
+        Self {
+            name: name.to_owned(),
+            device: cluster.compnodes.iter().map(device).collect(),
+            link: pairs.map(link).collect(),
+        }
+    }
+
     /// The cluster that the file describes.
     ///
     /// # Errors
@@ -86,6 +122,7 @@ impl ClusterFile {
         let mut sites = Vec::new();
         let mut names = BTreeSet::new();
         for entry in &self.device {
+            let measured = entry.measured.clone().map(Arc::new);
             for index in 0..entry.count {
                 let name = if entry.count == 1 { entry.name.clone() } else { format!("{}-{index}", entry.name) };
                 if !names.insert(name.clone()) {
@@ -97,6 +134,8 @@ impl ClusterFile {
                     efficiency: entry.efficiency,
                     memory_bytes_per_s: entry.memory_gb_per_s.map_or(f64::INFINITY, |gb| gb * GIGABYTE),
                     memory_bytes: entry.memory_gb.map_or(u64::MAX, |gb| (gb.max(0.0) * GIGABYTE) as u64),
+                    host: entry.host.clone(),
+                    measured: measured.clone(),
                 });
                 sites.push((entry.site.as_str(), entry.name.as_str()));
             }
@@ -142,6 +181,8 @@ mod tests {
             efficiency: 0.5,
             memory_gb_per_s: None,
             memory_gb: Some(11.0),
+            host: None,
+            measured: None,
         }
     }
 
@@ -174,6 +215,18 @@ mod tests {
         file.link.push(LinkEntry { one_way: true, ..rule("old", "gpu-0", 2.0) });
         let cluster = file.resolve().unwrap();
         assert_eq!((cluster.link(2, 0).bytes_per_s, cluster.link(0, 2).bytes_per_s), (0.25e6, 1e6));
+    }
+
+    #[test]
+    fn a_cluster_written_to_a_file_reads_back_as_it_was() {
+        let mut cluster = file().resolve().unwrap();
+        cluster.compnodes[0].host = Some(Host { name: "office".to_owned(), lanes: 1.5 });
+        let ops = [("add 1 1 > 1".to_owned(), super::super::OpSeconds { fp_s: 1e-3, bp_s: 2e-3 })];
+        let measured = Measured { ops: ops.into(), update_s_per_byte: 1e-9, copy_s_per_byte: 2e-9, task_s: 1e-5 };
+        cluster.compnodes[0].measured = Some(Arc::new(measured));
+        cluster.links[2][0].bytes_per_s = 3e5;
+        let text = toml::to_string(&ClusterFile::of(&cluster, "x")).unwrap();
+        assert_eq!(toml::from_str::<ClusterFile>(&text).unwrap().resolve().unwrap(), cluster, "{text}");
     }
 
     #[test]

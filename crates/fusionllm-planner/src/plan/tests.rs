@@ -206,6 +206,8 @@ fn ada_topk_speeds_up_what_slow_links_bound() {
         efficiency: 0.5,
         memory_gb_per_s: None,
         memory_gb: None,
+        host: None,
+        measured: None,
     };
     let rule = LinkEntry { from: "*".to_owned(), to: "*".to_owned(), latency_ms: 1.0, mbit_per_s: 1.0, one_way: false };
     let cluster = ClusterFile { name: String::new(), device: vec![device], link: vec![rule] }.resolve().unwrap();

@@ -47,6 +47,29 @@ fn step_s(stages: usize, micro_batches: u32, pipeline: Pipeline, bytes: f64, lat
     simulate(&placement, &cluster, &costs(stages, bytes)).unwrap().step_s
 }
 
+/// Three CompNodes on a machine that computes for two at full speed.
+#[test]
+fn compnodes_of_one_machine_share_it() {
+    let (placement, mut cluster) = chain(3, 8, Pipeline::OneFOneB, 0.0);
+    let costs = costs(3, 0.0);
+    let alone = simulate(&placement, &cluster, &costs).unwrap().step_s;
+    for node in &mut cluster.compnodes {
+        node.host = Some(crate::Host { name: "office".to_owned(), lanes: 2.0 });
+    }
+    let shared = simulate(&placement, &cluster, &costs).unwrap();
+    // 3 stages x 8 micro-batches x 3 s are 72 s of work; two lanes cannot do them in less than 36.
+    assert!(shared.step_s > alone && shared.step_s >= 36.0 && shared.step_s < 72.0, "{}", shared.step_s);
+    for node in &mut cluster.compnodes {
+        node.host = Some(crate::Host { name: "office".to_owned(), lanes: 1.0 });
+    }
+    let one_lane = simulate(&placement, &cluster, &costs).unwrap().step_s;
+    assert!((one_lane - 72.0).abs() < 1e-6, "one lane is never idle: {one_lane}");
+    for (node, name) in cluster.compnodes.iter_mut().zip(["a", "b", "c"]) {
+        node.host = Some(crate::Host { name: name.to_owned(), lanes: 1.0 });
+    }
+    assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, alone);
+}
+
 #[test]
 fn one_compnode_computes_without_a_pause() {
     assert_eq!(step_s(1, 4, Pipeline::OneFOneB, 0.0, 0.0), 12.0);

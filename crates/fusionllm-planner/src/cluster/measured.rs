@@ -1,0 +1,45 @@
+//! What was measured of a device: more exact than its data sheet.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Seconds that the ops of a job take on one device, as measured there.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// FP and BP of one micro-batch, in seconds, by [`fusionllm_graph::OpDag::work`].
+    pub ops: BTreeMap<String, OpSeconds>,
+    /// Seconds of UPDATE per byte of f32 parameters.
+    pub update_s_per_byte: f64,
+    /// Seconds per byte of a tensor that is copied between host and device, either way.
+    pub copy_s_per_byte: f64,
+    /// Seconds of each FP and BP besides its ops and copies.
+    pub task_s: f64,
+}
+
+/// FP and BP of one micro-batch through one op, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct OpSeconds {
+    /// FP.
+    pub fp_s: f64,
+    /// BP; 0 where no gradient flows.
+    pub bp_s: f64,
+}
+
+impl Measured {
+    /// Whether every number is one that time can have.
+    pub(crate) fn is_sane(&self) -> bool {
+        let seconds = self.ops.values().flat_map(|op| [op.fp_s, op.bp_s]);
+        let rest = [self.update_s_per_byte, self.copy_s_per_byte, self.task_s];
+        seconds.chain(rest).all(|s| s.is_finite() && s >= 0.0)
+    }
+}
+
+/// A machine whose compute several CompNodes share, such as processes on one CPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Host {
+    /// Name of the machine.
+    pub name: String,
+    /// How many of its CompNodes compute at full speed at once; beyond that they share.
+    pub lanes: f64,
+}
