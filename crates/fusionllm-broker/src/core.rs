@@ -7,6 +7,7 @@ mod event;
 mod registry;
 mod run;
 mod schedule;
+mod survey;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, JobState,
+    BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec, JobState,
     StatusReport,
 };
 
@@ -26,6 +27,7 @@ pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, RunKey
 use registry::Registry;
 use run::Run;
 use schedule::least_compnodes;
+use survey::Survey;
 
 /// A CompNode that sends no heartbeat for this long is lost.
 pub(crate) const LEASE: Duration = Duration::from_secs(15);
@@ -46,6 +48,7 @@ struct Job {
 #[derive(Debug, Default)]
 pub(crate) struct Core {
     compnodes: Registry,
+    survey: Survey,
     jobs: BTreeMap<JobId, Job>,
 }
 
@@ -68,6 +71,7 @@ impl Core {
     /// A CompNode joins. Gives its name here.
     pub(crate) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> (String, Vec<Action>) {
         let name = self.compnodes.join(connection, joining, now);
+        self.survey.joined(connection, self.compnodes.all());
         (name, self.schedule(now))
     }
 
@@ -152,6 +156,25 @@ impl Core {
         }
     }
 
+    /// What is known of machines and links. With `max_age` links measured longer ago are measured again, with a job its
+    /// ops are measured; what is not there yet is pending.
+    pub(crate) fn inventory(
+        &mut self,
+        max_age: Option<Duration>,
+        job: Option<(&JobSpec, &StartPoint)>,
+        now: Duration,
+    ) -> (Inventory, Vec<Action>) {
+        let members: Vec<ConnectionId> = self.compnodes.all().collect();
+        if let Some(max_age) = max_age {
+            self.survey.refresh(now.saturating_sub(max_age));
+        }
+        if let Some((spec, start)) = job {
+            self.survey.want(spec, start, &members);
+        }
+        let actions = self.survey.advance(&self.compnodes, now);
+        (self.survey.inventory(&members, &self.compnodes, job, now), actions)
+    }
+
     /// Where a shard that a CompNode offers is to be written: the checkpoint folder of its job. Nothing if it is not
     /// wanted.
     pub(crate) fn shard_folder(&self, connection: ConnectionId, header: &BlobHeader) -> Option<PathBuf> {
@@ -192,6 +215,8 @@ impl Core {
                     actions.push(Action::Disconnect { to: connection, reason: reason.clone() });
                     actions.extend(self.left(connection, &reason, now));
                 }
+                self.survey.tick(now);
+                actions.extend(self.schedule(now));
                 actions
             }
         }
@@ -199,7 +224,8 @@ impl Core {
 
     fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {
         let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
-        let Some(key) = gone.run else { return Vec::new() };
+        self.survey.left(connection);
+        let Some(key) = gone.run else { return self.schedule(now) };
         let step = self.jobs.get(&key.job).map_or(0, |job| job.record.step);
         let hint = resume_hint(key.job);
         let reason = format!("CompNode `{}` vanished after step {step}: {reason}; {hint}", gone.name);
@@ -212,6 +238,15 @@ impl Core {
         }
         match message {
             FromCompNode::Heartbeat => vec![Action::Send { to: connection, message: FromBroker::HeartbeatAck }],
+            FromCompNode::Measured { request, result } => {
+                self.survey.measured(connection, request, result);
+                self.schedule(now)
+            }
+            FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),
+            FromCompNode::Probed { probe, result } => {
+                self.survey.probed(connection, probe, result, now);
+                self.schedule(now)
+            }
             FromCompNode::Ready { job, generation, data } => {
                 self.ready(RunKey { job, generation }, connection, data, now)
             }

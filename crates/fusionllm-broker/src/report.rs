@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::f64::consts::LN_2;
 use std::path::PathBuf;
 
+use fusionllm_planner::format_seconds;
 use fusionllm_protocol::{DataReport, JobId, JobState, StepMetrics};
 use serde::Serialize;
 
@@ -62,6 +63,10 @@ pub struct RunReport {
     pub train_s: f64,
     /// By the median step.
     pub tokens_per_s: Option<f64>,
+    /// Seconds of the median step.
+    pub step_s: Option<f64>,
+    /// What the plan said that a step would take, in seconds.
+    pub predicted_step_s: Option<f64>,
     /// What the data owner found.
     pub data: Option<DataReport>,
     /// Who held what.
@@ -77,10 +82,15 @@ impl RunReport {
         let metrics = read_metrics(&dir.metrics())?;
         let data: Option<DataReport> = dir.read_json(&dir.data())?;
         let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
-        Ok(Self::of(record, &metrics, data, placement.map(|p| p.stages).unwrap_or_default()))
+        Ok(Self::of(record, &metrics, data, placement))
     }
 
-    fn of(record: &JobRecord, metrics: &[StepMetrics], data: Option<DataReport>, stages: Vec<StageSummary>) -> Self {
+    fn of(
+        record: &JobRecord,
+        metrics: &[StepMetrics],
+        data: Option<DataReport>,
+        placement: Option<PlacementFile>,
+    ) -> Self {
         let last = metrics.get(metrics.len().saturating_sub(LAST_STEPS)..).unwrap_or_default();
         let mean = last.iter().map(|m| m.loss).sum::<f64>() / last.len() as f64;
         let eval_loss = metrics.iter().rev().find_map(|m| m.eval_loss);
@@ -103,8 +113,10 @@ impl RunReport {
             tokens: metrics.iter().map(|m| m.tokens).sum(),
             train_s: metrics.iter().map(|m| m.step_s).sum(),
             tokens_per_s: tokens_per_step.zip(median_step).map(|(tokens, seconds)| tokens / seconds),
+            step_s: median_step,
+            predicted_step_s: placement.as_ref().map(|p| p.prediction.step_s),
             data,
-            stages,
+            stages: placement.map(|p| p.stages).unwrap_or_default(),
             links: total(metrics),
         }
     }
@@ -114,6 +126,11 @@ impl RunReport {
         let mut lines = vec![format!("{} of {} steps, {} tokens", self.step, self.steps, self.tokens)];
         if let Some(speed) = self.tokens_per_s {
             lines.push(format!("{:<17}{speed:.0} tokens/s (median step)", "speed"));
+        }
+        if let Some((measured, predicted)) = self.step_s.zip(self.predicted_step_s) {
+            let (took, expected) = (format_seconds(measured), format_seconds(predicted));
+            let ratio = measured / predicted;
+            lines.push(format!("{:<17}{took} measured (median), {expected} predicted: {ratio:.2} of it", "step"));
         }
         let with_bits = |what: &str, loss: Option<f64>, bits: Option<f64>| {
             let bits = bits.map_or_else(String::new, |b| format!(", {b:.3} bits per byte"));
@@ -210,7 +227,7 @@ mod tests {
             bytes_per_token: 2.0,
             unigram_loss: 4.0 * LN_2,
         };
-        let report = RunReport::of(&record, &metrics, Some(data), Vec::new());
+        let report = RunReport::of(&record, &metrics, Some(data), None);
         assert_eq!((report.tokens, report.tokens_per_s), (6 * 32, Some(32.0 / 2.0)));
         assert_eq!(report.eval_loss, Some(1.0));
         assert_eq!(report.unigram_bits_per_byte, Some(2.0));
@@ -232,7 +249,7 @@ mod tests {
             run_dir: PathBuf::from("/runs/x"),
             generation: Generation(1),
         };
-        let report = RunReport::of(&record, &[], None, Vec::new());
+        let report = RunReport::of(&record, &[], None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));
         assert!(report.markdown().contains("stopped") && report.summary().starts_with("0 of 6 steps"));
     }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::Placement;
+use fusionllm_planner::{Placement, Prediction};
 use fusionllm_protocol::{Generation, JobSpec};
 use serde::{Deserialize, Serialize};
 
@@ -36,7 +36,7 @@ pub struct StageSummary {
 }
 
 /// `placement.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlacementFile {
     /// Number of the placement.
     pub generation: Generation,
@@ -44,11 +44,13 @@ pub struct PlacementFile {
     pub stages: Vec<StageSummary>,
     /// The placement, for machines.
     pub placement: Placement,
+    /// What a step was predicted to take.
+    pub prediction: Prediction,
 }
 
 impl PlacementFile {
     /// Describes a placement of `dag`.
-    pub(crate) fn of(placement: &Placement, dag: &OpDag, generation: Generation) -> Self {
+    pub(crate) fn of(placement: &Placement, dag: &OpDag, generation: Generation, prediction: Prediction) -> Self {
         let stages = placement.stages.iter().map(|stage| {
             let ops = || stage.ops.iter().filter_map(|op| dag.ops().get(op.index()));
             let params: std::collections::BTreeSet<_> = ops().flat_map(|op| &op.params).collect();
@@ -61,7 +63,7 @@ impl PlacementFile {
                 parameters: elements.sum(),
             }
         });
-        Self { generation, stages: stages.collect(), placement: placement.clone() }
+        Self { generation, stages: stages.collect(), placement: placement.clone(), prediction }
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use data_encoding::HEXLOWER;
-use fusionllm_protocol::{JobId, JobSpec, StatusReport};
+use fusionllm_protocol::{Inventory, JobId, JobSpec, StatusReport};
 use fusionllm_transport::{AdmitAll, Endpoint, EndpointConfig, Identity, Secret, Ticket};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -104,6 +104,15 @@ impl Broker {
         self.handle.status().await
     }
 
+    /// What the joined machines and links can do. Links measured longer ago than `max_age` are measured again, and the
+    /// ops of `job` are measured; what is not there yet is pending.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if the job's model cannot be read.
+    pub async fn inventory(&self, max_age: Option<Duration>, job: Option<JobSpec>) -> Result<Inventory, BrokerError> {
+        self.handle.inventory(max_age, job).await
+    }
+
     /// Takes a job in; paths in it must be absolute. Without `run_dir` one is made under `runs_dir`.
     ///
     /// # Errors
@@ -164,6 +173,18 @@ impl Handle {
 
     async fn status(&self) -> Result<StatusReport, BrokerError> {
         self.ask(|reply| Command::Status { reply }).await
+    }
+
+    async fn inventory(&self, max_age: Option<Duration>, job: Option<JobSpec>) -> Result<Inventory, BrokerError> {
+        let job = match job {
+            Some(spec) => {
+                spec.validate()?;
+                let loading = spec.clone();
+                Some(Box::new((spec, blocking(move || start_of(&loading)).await?)))
+            }
+            None => None,
+        };
+        self.ask(|reply| Command::Inventory { max_age, job, reply }).await
     }
 
     async fn stop(&self, job: JobId) -> Result<(), BrokerError> {

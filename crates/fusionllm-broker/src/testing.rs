@@ -11,6 +11,7 @@ pub(crate) fn spec(overrides: &[&str]) -> JobSpec {
         [model]\nname = \"gpt2\"\nn_embd = 8\nn_layer = 1\nn_head = 2
         [data]\npath = \"/text\"\nseq_len = 8
         [train]\nsteps = 6\nbatch = 4\nmicro_batches = 2\neval_batches = 1
+        [placement]\nstrategy = \"equal-compute\"
         [checkpoint]\nevery = 3
     ";
     let overrides: Vec<String> = overrides.iter().map(|&o| o.to_owned()).collect();

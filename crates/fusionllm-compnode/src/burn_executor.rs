@@ -74,6 +74,29 @@ impl BurnExecutor {
         Self::with_segments(dag, BTreeMap::from([(StageId(0), segment)]), &held, device, optimizer, 0)
     }
 
+    /// An executor of one stage 0 that holds `ops`, of which leaves whatever another op consumes: for measuring.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Param`] if a parameter cannot be initialised.
+    pub(crate) fn of_ops(dag: Arc<OpDag>, ops: Vec<OpId>, device: Device) -> Result<Self, ExecutorError> {
+        let held: BTreeSet<ParamId> = ops.iter().flat_map(|&op| dag.op(op).params.iter().copied()).collect();
+        let leaves = |op: &&OpId| dag.consumers(**op).iter().any(|c| !ops.contains(c));
+        let leaving = ops.iter().filter(leaves).copied().collect();
+        let segment = Segment::new(&dag, ops.clone(), leaving);
+        let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
+        let held: Vec<ParamId> = held.into_iter().collect();
+        Self::with_segments(dag, BTreeMap::from([(StageId(0), segment)]), &held, device, optimizer, 0)
+    }
+
+    /// The ops whose tensors a stage needs from outside, and those whose tensors leave it.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Internal`] if the stage is not held here.
+    pub(crate) fn borders(&self, stage: StageId) -> Result<(Vec<OpId>, Vec<OpId>), ExecutorError> {
+        let segment = self.segment(stage)?;
+        Ok((segment.entering().iter().copied().collect(), segment.leaving().to_vec()))
+    }
+
     fn with_segments(
         dag: Arc<OpDag>,
         segments: BTreeMap<StageId, Segment>,

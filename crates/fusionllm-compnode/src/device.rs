@@ -27,6 +27,18 @@ pub enum DeviceChoice {
     Rocm(usize),
 }
 
+impl DeviceChoice {
+    /// Whether this is, in this build, the CPU.
+    pub fn is_cpu(self) -> bool {
+        let has_gpu = cfg!(any(feature = "cuda", feature = "vulkan", feature = "metal", feature = "rocm"));
+        match self {
+            Self::Cpu => true,
+            Self::Auto => !has_gpu,
+            Self::Cuda(_) | Self::Vulkan(_) | Self::Metal | Self::Rocm(_) => false,
+        }
+    }
+}
+
 impl FromStr for DeviceChoice {
     type Err = CompNodeError;
 
@@ -113,8 +125,9 @@ fn select(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
 }
 
 fn cpu_device() -> (Device, String) {
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    (Device::flex(), format!("cpu ({threads} threads)"))
+    let threads = rayon::current_num_threads();
+    let plural = if threads == 1 { "" } else { "s" };
+    (Device::flex(), format!("cpu ({threads} thread{plural})"))
 }
 
 #[cfg(feature = "cuda")]

@@ -19,6 +19,7 @@ mod mailbox;
 mod node;
 mod optimizer;
 mod params;
+mod profile;
 mod segment;
 mod task_loop;
 

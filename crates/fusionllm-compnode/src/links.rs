@@ -202,7 +202,8 @@ impl JobLinks {
     }
 }
 
-fn peer_addr(record: &PeerRecord) -> PeerAddr {
+/// Where a peer is, from its record.
+pub(crate) fn peer_addr(record: &PeerRecord) -> PeerAddr {
     PeerAddr { id: PeerId::from_bytes(record.id), addrs: record.addrs.clone() }
 }
 

@@ -5,12 +5,14 @@
 mod assignment;
 mod blob;
 mod running;
+mod survey;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{FromBroker, FromCompNode, Hello, PROTOCOL_VERSION, Role, Welcome, decode, encode};
+use fusionllm_protocol::{DeviceProfile, FromBroker, FromCompNode, Hello, PROTOCOL_VERSION, Role, Welcome, decode, encode};
 use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
@@ -19,6 +21,7 @@ use crate::CompNodeError;
 use crate::device::{DeviceChoice, open_device};
 use crate::links::peer_record;
 use running::RunningJob;
+use survey::{AwaitedProbes, Surveyor, start_probe};
 
 /// The broker takes a CompNode for lost after several of these.
 const HEARTBEAT: Duration = Duration::from_secs(3);
@@ -46,6 +49,12 @@ pub struct JoinConfig {
     pub bind: SocketAddr,
     /// Addresses to announce besides those found, such as a forwarded port.
     pub advertise: Vec<SocketAddr>,
+    /// Threads of the CPU device; all cores if not given.
+    pub threads: Option<usize>,
+    /// Bytes of memory that jobs may fill; what is free if not given.
+    pub memory_bytes: Option<u64>,
+    /// Where the device's measured profile is kept; nothing: nowhere, and it is measured anew.
+    pub profile_dir: Option<PathBuf>,
 }
 
 /// Everything that the loop reacts to.
@@ -74,7 +83,20 @@ enum SessionEnd {
 /// # Errors
 /// [`CompNodeError`] if the device does not open, the first connection fails, or the broker refuses.
 pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send) -> Result<(), CompNodeError> {
+    if let Some(threads) = config.threads {
+        // A process computes with one pool; if it has one already, that one stays.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
     let (device, device_name) = open_device(config.device)?;
+    let surveyor = Surveyor {
+        device,
+        device_name,
+        choice: config.device,
+        folder: config.profile_dir,
+        memory_bytes: config.memory_bytes,
+    };
+    let measuring = surveyor.clone();
+    let profile = tokio::task::spawn_blocking(move || measuring.device()).await??;
     let members = Arc::new(Members::default());
     let mut endpoint_config = EndpointConfig::new(config.identity, config.bind);
     endpoint_config.advertise = config.advertise;
@@ -85,8 +107,9 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         members,
         ticket: config.ticket,
         name: config.name,
-        device,
-        device_name,
+        surveyor,
+        profile,
+        probes: AwaitedProbes::default(),
         job: None,
         unclaimed: None,
     };
@@ -120,8 +143,9 @@ struct Node {
     members: Arc<Members>,
     ticket: Ticket,
     name: String,
-    device: burn_tensor::Device,
-    device_name: String,
+    surveyor: Surveyor,
+    profile: DeviceProfile,
+    probes: AwaitedProbes,
     job: Option<RunningJob>,
     /// A blob stream that came before the assignment it belongs to.
     unclaimed: Option<FrameSource>,
@@ -175,8 +199,9 @@ impl Node {
         let broker_error = |reason: String| CompNodeError::Broker { reason };
         let role = Role::CompNode {
             name: self.name.clone(),
-            device: self.device_name.clone(),
+            device: self.surveyor.device_name.clone(),
             addr: peer_record(&self.endpoint.addr()),
+            profile: self.profile.clone(),
         };
         let hello = Hello { version: PROTOCOL_VERSION, secret: *self.ticket.secret.as_bytes(), role };
         let exchange = async {
@@ -188,14 +213,15 @@ impl Node {
         let waited = timeout(WELCOME_LIMIT, exchange).await;
         match waited.map_err(|_| broker_error("did not answer; is the ticket this broker's?".to_owned()))?? {
             Welcome::Accepted { name } => {
-                tracing::info!(%name, device = %self.device_name, "joined the broker");
+                tracing::info!(%name, device = %self.surveyor.device_name, "joined the broker");
                 Ok(())
             }
             Welcome::Refused { reason } => Err(broker_error(format!("refused: {reason}"))),
         }
     }
 
-    fn accept_peer(&self, peer: Session) {
+    fn accept_peer(&mut self, peer: Session) {
+        let Some(peer) = self.probes.answer(peer) else { return };
         match &self.job {
             Some(job) => job.links.accept(peer),
             None => peer.close(404, "no job here"),
@@ -230,9 +256,11 @@ impl Node {
             NodeEvent::Broker(Some(FromBroker::Assign(assignment))) => {
                 self.drop_job("replaced by another assignment");
                 let key = assignment::JobKey::of(&assignment);
-                match RunningJob::prepare(*assignment, self.endpoint.clone(), self.device.clone(), events.clone()) {
-                    Ok((job, peers)) => {
-                        self.members.replace(peers);
+                self.probes.clear();
+                let device = self.surveyor.device.clone();
+                match RunningJob::prepare(*assignment, self.endpoint.clone(), device, events.clone()) {
+                    Ok(job) => {
+                        self.members.replace(job.peers().to_vec());
                         self.job = Some(job);
                         if let Some(stream) = self.unclaimed.take() {
                             self.accept_blob(stream);
@@ -254,6 +282,20 @@ impl Node {
                     tracing::info!(%job, %reason, "job aborted");
                     self.drop_job(&reason);
                 }
+                Next::nothing()
+            }
+            NodeEvent::Broker(Some(FromBroker::MeasureOps { request, spec, graph })) => {
+                self.surveyor.start_ops(request, *spec, graph, events.clone());
+                Next::nothing()
+            }
+            NodeEvent::Broker(Some(FromBroker::AwaitProbe { probe, peer })) => {
+                self.probes.expect(&peer, probe);
+                let of_job = self.job.iter().flat_map(|job| job.peers().to_vec());
+                self.members.replace(of_job.chain(self.probes.peers()));
+                Next::Tell(vec![FromCompNode::ProbeAwaited { probe }])
+            }
+            NodeEvent::Broker(Some(FromBroker::Probe { probe, peer })) => {
+                start_probe(probe, &peer, self.endpoint.clone(), events.clone());
                 Next::nothing()
             }
             NodeEvent::Tell(message) => Next::Tell(vec![*message]),

@@ -172,6 +172,11 @@ impl Segment {
         &self.entering
     }
 
+    /// The ops whose tensors leave.
+    pub(crate) fn leaving(&self) -> &[OpId] {
+        &self.leaving
+    }
+
     /// BP of what `forward` kept.
     pub(crate) fn backward(
         &self,

@@ -50,11 +50,6 @@ impl CompNodeProfile {
         self.measured.as_ref().map_or(0.0, |m| m.copy_s_per_byte * bytes)
     }
 
-    /// Seconds of a task besides its ops and copies.
-    pub fn task_s(&self) -> f64 {
-        self.measured.as_ref().map_or(0.0, |m| m.task_s)
-    }
-
     /// Seconds for work of this many FLOPs that moves this many bytes (a roofline: whichever takes longer).
     pub fn seconds(&self, flops: f64, bytes: f64) -> f64 {
         (flops / (self.flop_per_s * self.efficiency)).max(bytes / self.memory_bytes_per_s)

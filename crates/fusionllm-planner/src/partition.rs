@@ -35,9 +35,9 @@ pub enum Strategy {
     /// The same number of ops on every CompNode: the paper's first baseline.
     EqualNumber,
     /// Compute in proportion to every CompNode's speed: the paper's second baseline.
-    #[default]
     EqualCompute,
     /// By links, speeds and memories: the paper's OP-Fence, judged by simulation.
+    #[default]
     OpFence,
     /// The best of all placements: for small cases.
     Optimal,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use fusionllm_graph::OpDag;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::estimate::update_seconds;
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
@@ -49,7 +49,7 @@ impl PlanSpec {
 }
 
 /// What one CompNode is predicted to do.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CompNodePrediction {
     /// Its name.
     pub name: String,
@@ -79,7 +79,7 @@ impl CompNodePrediction {
 }
 
 /// What one direction of a link is predicted to do.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkPrediction {
     /// Sender.
     pub from: String,
@@ -92,7 +92,7 @@ pub struct LinkPrediction {
 }
 
 /// What a step is predicted to take.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Prediction {
     /// Seconds of a step, by simulation.
     pub step_s: f64,
@@ -220,7 +220,7 @@ pub(crate) fn price(
     let profile = |node: NodeIndex| &cluster.compnodes[node.index()];
     let mut stage_s: Vec<(f64, f64)> =
         placement.stages.iter().zip(&ranges).map(|(s, r)| estimate.seconds(profile(s.compnode), r)).collect();
-    add_overheads(dag, &placement, profile, batch, &mut stage_s);
+    add_copies(dag, &placement, profile, batch, &mut stage_s);
     let (compression, edge_bytes) = send(dag, cluster, &placement, &stage_s, spec);
     let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
     let nodes = || (0..cluster.compnodes.len() as u32).map(NodeIndex);
@@ -256,20 +256,14 @@ pub(crate) fn price(
     Ok(Priced { placement, simulated, compression, costs, memory })
 }
 
-/// What a task takes besides its ops: its own overhead, and the copies between host and device of what enters and
-/// leaves the stage.
-fn add_overheads<'a>(
+/// What a task takes besides its ops: the copies between host and device of what enters and leaves the stage.
+fn add_copies<'a>(
     dag: &OpDag,
     placement: &Placement,
     profile: impl Fn(NodeIndex) -> &'a crate::CompNodeProfile,
     batch: usize,
     stage_s: &mut [(f64, f64)],
 ) {
-    for stage in &placement.stages {
-        let overhead = profile(stage.compnode).task_s();
-        let seconds = &mut stage_s[stage.id.index()];
-        *seconds = (seconds.0 + overhead, seconds.1 + overhead);
-    }
     for edge in &placement.edges {
         let bytes = dag.op(edge.op).output.bytes(batch) as f64;
         for stage in [edge.from, edge.to] {

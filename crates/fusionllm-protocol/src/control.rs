@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
-use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_planner::{Measured, NodeIndex, Placement};
 use serde::{Deserialize, Serialize};
 
-use crate::{Generation, JobEvent, JobId, JobSpec};
+use crate::{DeviceProfile, Generation, Inventory, JobEvent, JobId, JobSpec, PairProfile};
 
 /// A CompNode's identity and where it may be reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +34,7 @@ impl std::fmt::Debug for Hello {
 }
 
 /// What connects to a broker.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Role {
     /// A machine that will compute.
     CompNode {
@@ -44,6 +44,8 @@ pub enum Role {
         device: String,
         /// Where other CompNodes reach it.
         addr: PeerRecord,
+        /// What its device can do.
+        profile: DeviceProfile,
     },
     /// A command such as `submit` or `status`.
     Client,
@@ -117,6 +119,29 @@ pub enum FromBroker {
         /// Why, for the log.
         reason: String,
     },
+    /// Measure the ops of this job and answer [`FromCompNode::Measured`].
+    MeasureOps {
+        /// Number of the request.
+        request: u64,
+        /// The job.
+        spec: Box<JobSpec>,
+        /// Its OP-DAG in JSON form.
+        graph: String,
+    },
+    /// Answer the probe of this peer once it comes, and say [`FromCompNode::ProbeAwaited`] at once.
+    AwaitProbe {
+        /// Number of the probe.
+        probe: u64,
+        /// Who will dial.
+        peer: PeerRecord,
+    },
+    /// Measure the links to this peer and back, and answer [`FromCompNode::Probed`].
+    Probe {
+        /// Number of the probe.
+        probe: u64,
+        /// Whom to dial.
+        peer: PeerRecord,
+    },
     /// Answer to a heartbeat.
     HeartbeatAck,
     /// The broker ends: leave.
@@ -161,6 +186,25 @@ pub enum FromCompNode {
         reason: String,
         /// Whether the job's input is at fault (exit code 2) rather than a machine.
         bad_input: bool,
+    },
+    /// What the ops of a job take here, or why that cannot be measured.
+    Measured {
+        /// Number of the request.
+        request: u64,
+        /// The times.
+        result: Result<Measured, String>,
+    },
+    /// The peer may dial now.
+    ProbeAwaited {
+        /// Number of the probe.
+        probe: u64,
+    },
+    /// Both directions to the peer that was dialled, or why they cannot be measured.
+    Probed {
+        /// Number of the probe.
+        probe: u64,
+        /// The links.
+        result: Result<PairProfile, String>,
     },
     /// Still alive; sent every few seconds.
     Heartbeat,
@@ -264,6 +308,13 @@ pub enum ClientRequest {
     },
     /// What is going on.
     Status,
+    /// What the joined machines and links can do.
+    Inventory {
+        /// Links that were measured longer ago are measured again, in seconds.
+        max_age_s: Option<u64>,
+        /// A job whose ops the machines measure.
+        spec: Option<Box<JobSpec>>,
+    },
     /// Stop a job; its last checkpoint stays.
     Stop {
         /// Which.
@@ -290,6 +341,8 @@ pub enum ToClient {
     },
     /// Answer to [`ClientRequest::Status`].
     Status(StatusReport),
+    /// Answer to [`ClientRequest::Inventory`].
+    Inventory(Inventory),
     /// An event of the job that is followed.
     Event(#[serde(with = "crate::wire::as_json")] JobEvent),
     /// Done as asked.

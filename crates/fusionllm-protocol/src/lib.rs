@@ -7,6 +7,7 @@ mod control;
 mod error;
 mod event;
 mod ids;
+mod inventory;
 mod job;
 mod manifest;
 mod op_data;
@@ -21,6 +22,7 @@ pub use control::{
 pub use error::{JobError, ProtocolError};
 pub use event::{JobEvent, StepMetrics};
 pub use ids::{Generation, JobId};
+pub use inventory::{DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
     OptimizerKind, PlacementSection, Precision, TrainSpec, ValueFormat, job_keys,

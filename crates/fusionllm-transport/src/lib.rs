@@ -1,4 +1,4 @@
-//! Bytes between authenticated peers: identity, tickets, admission, connections, streams of frames.
+//! Bytes between authenticated peers: identity, tickets, admission, connections, streams of frames, probes.
 //!
 //! QUIC by [iroh](https://docs.rs/iroh) between public-key identities, encrypted and authenticated both ways. No
 //! relay, no address lookup, no third party: peers are dialled at the addresses that they gave. What the bytes mean
@@ -9,6 +9,7 @@ mod endpoint;
 mod error;
 mod identity;
 mod peer;
+mod probe;
 mod session;
 mod stream;
 mod ticket;
@@ -18,6 +19,7 @@ pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, SessionError, TicketError};
 pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};
+pub use probe::{DirectionSpeed, PairSpeed, answer_probe, probe};
 pub use session::{CloseReason, Session, SessionStats};
 pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES};
 pub use ticket::{Secret, Ticket};

@@ -9,6 +9,8 @@ pub const MAX_FRAME_BYTES: u64 = 4 << 30;
 const LENGTH_BYTES: u64 = 8;
 /// A reader's memory grows by at most this much ahead of what has come.
 const GROWTH_BYTES: usize = 1 << 20;
+/// What is thrown away at once at the most.
+const SKIP_BYTES: usize = 64 << 10;
 
 /// The sending end of a stream.
 #[derive(Debug)]
@@ -26,6 +28,11 @@ impl FrameSink {
     pub async fn send(&mut self, frame: &[u8]) -> Result<(), SessionError> {
         self.0.write_all(&(frame.len() as u64).to_le_bytes()).await?;
         Ok(self.0.write_all(frame).await?)
+    }
+
+    /// Sends bytes without a frame around them; for a reader that only counts.
+    pub(crate) async fn send_raw(&mut self, bytes: &[u8]) -> Result<(), SessionError> {
+        Ok(self.0.write_all(bytes).await?)
     }
 
     /// Streams of higher priority go first; the default is 0.
@@ -84,6 +91,11 @@ impl FrameSource {
         let frame = self.read_up_to(announced).await?;
         let got = frame.len() as u64;
         if got == announced { Ok(Some(frame)) } else { Err(SessionError::Clipped { got, expected: announced }) }
+    }
+
+    /// Throws away what has come and says how many bytes that was; nothing at the stream's end.
+    pub(crate) async fn skip_some(&mut self) -> Result<Option<u64>, SessionError> {
+        Ok(self.0.read_chunk(SKIP_BYTES).await?.map(|chunk| chunk.len() as u64))
     }
 
     /// `count` bytes, or fewer if the stream ends.

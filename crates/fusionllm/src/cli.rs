@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Submit(Submit),
     /// Show a broker's jobs and CompNodes
     Status(Status),
+    /// Show what a broker's machines and links can do
+    Inventory(Inventory),
     /// Stop a job; its last checkpoint stays
     Stop(JobCommand),
     /// Go on with a stopped or failed job from its last checkpoint
@@ -73,6 +75,9 @@ pub(crate) struct Train {
     /// Device of every CompNode: auto, cpu, cuda[:N], vulkan[:N], metal, rocm[:N]
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
+    /// Measure the device again, even if it was measured before
+    #[arg(long)]
+    pub(crate) fresh_profile: bool,
     /// One JSON object a line instead of text
     #[arg(long)]
     pub(crate) json: bool,
@@ -115,6 +120,18 @@ pub(crate) struct Join {
     /// Further address under which other CompNodes reach this one (repeatable)
     #[arg(long, value_name = "ADDR")]
     pub(crate) advertise: Vec<SocketAddr>,
+    /// Threads of the CPU device [default: one for each core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) threads: Option<u32>,
+    /// Memory that jobs may fill, in GB [default: what is free]
+    #[arg(long, value_name = "GB")]
+    pub(crate) memory_gb: Option<f64>,
+    /// Measure the device again, even if it was measured before
+    #[arg(long)]
+    pub(crate) fresh_profile: bool,
+    /// Where the device's measured profile is kept [default: the user's state folder]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
     /// Leave when standard input ends, as it does when the parent process dies
     #[arg(long, hide = true)]
     pub(crate) child: bool,
@@ -154,6 +171,29 @@ pub(crate) struct Status {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) broker: BrokerAddress,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inventory {
+    /// Measure the ops of this job too, which gives λ and exact predictions
+    #[arg(long, value_name = "JOB")]
+    pub(crate) job: Option<PathBuf>,
+    /// Measure all links again
+    #[arg(long)]
+    pub(crate) refresh: bool,
+    /// Stay, measure links again when they are a minute old, and show the tables anew
+    #[arg(long)]
+    pub(crate) watch: bool,
+    /// A cluster file for `plan --cluster`
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) toml: bool,
+    /// One JSON document, or with --watch one a line
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
 }
 
 #[derive(Debug, Args)]

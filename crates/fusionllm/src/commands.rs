@@ -4,6 +4,7 @@ mod broker;
 mod export;
 mod follow;
 mod generate;
+mod inventory;
 mod job_file;
 mod join;
 mod model;
@@ -22,6 +23,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Join(args) => join::run(args).await,
         Command::Submit(args) => submit::submit(args).await,
         Command::Status(args) => status::run(args).await,
+        Command::Inventory(args) => inventory::run(args).await,
         Command::Stop(args) => submit::stop(args).await,
         Command::Resume(args) => submit::resume(args).await,
         Command::Plan(args) => plan::run(&args),

@@ -24,13 +24,17 @@ pub(crate) struct LocalCompNodes {
 
 impl LocalCompNodes {
     /// Starts `count` of them one after another, so that names and joining order agree.
-    pub(crate) async fn start(broker: &Broker, count: u32, device: &str) -> anyhow::Result<Self> {
+    /// They share the cores. With `fresh_profile` they measure their device again.
+    pub(crate) async fn start(broker: &Broker, count: u32, device: &str, fresh_profile: bool) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find the program's own path")?;
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let threads = (cores / count.max(1) as usize).max(1).to_string();
         let mut started = Self { children: Vec::new() };
         for index in 0..count {
             let child = Command::new(&program)
                 .args(["join", "--child", "--bind", "127.0.0.1:0", "--device", device])
-                .args(["--name", &format!("compnode-{index}")])
+                .args(["--name", &format!("compnode-{index}"), "--threads", &threads])
+                .args(fresh_profile.then_some("--fresh-profile"))
                 .env("FUSIONLLM_TICKET", broker.ticket().to_string())
                 .stdin(Stdio::piped())
                 .stdout(Stdio::null())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{
-    DataReport, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, PeerRecord, StepMetrics,
+    DataReport, DeviceProfile, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, PeerRecord, StepMetrics,
 };
 
 use crate::checkpoint::{FinishSpec, StoredShard, TensorSet};
@@ -31,6 +31,7 @@ pub(crate) struct Joining {
     pub(crate) id: String,
     pub(crate) device: String,
     pub(crate) addr: PeerRecord,
+    pub(crate) profile: DeviceProfile,
 }
 
 /// What a job starts from.

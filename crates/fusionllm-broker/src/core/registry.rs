@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use fusionllm_protocol::{CompNodeSummary, PeerRecord};
+use fusionllm_protocol::{CompNodeSummary, DeviceProfile, MachineReport, PeerRecord};
 
 use super::{ConnectionId, Joining, RunKey};
 
@@ -15,6 +15,7 @@ pub(super) struct Member {
     id: String,
     device: String,
     addr: PeerRecord,
+    profile: DeviceProfile,
     last_seen: Duration,
 }
 
@@ -25,11 +26,12 @@ pub(super) struct Registry(BTreeMap<ConnectionId, Member>);
 impl Registry {
     /// Adds a CompNode under its name, or if that is taken, under one with a number. Gives the name.
     pub(super) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> String {
-        let Joining { name: wanted, id, device, addr } = joining;
+        let Joining { name: wanted, id, device, addr, profile } = joining;
         let is_free = |name: &String| self.0.values().all(|m| m.name != *name);
         let numbered = (2..).map(|n| format!("{wanted}-{n}"));
         let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or(wanted);
-        self.0.insert(connection, Member { name: name.clone(), run: None, id, device, addr, last_seen: now });
+        let member = Member { name: name.clone(), run: None, id, device, addr, profile, last_seen: now };
+        self.0.insert(connection, member);
         name
     }
 
@@ -63,6 +65,28 @@ impl Registry {
 
     pub(super) fn name(&self, connection: ConnectionId) -> String {
         self.0.get(&connection).map_or_else(|| "unknown".to_owned(), |m| m.name.clone())
+    }
+
+    /// The machine that a CompNode runs on.
+    pub(super) fn host(&self, connection: ConnectionId) -> &str {
+        self.0.get(&connection).map_or("", |m| &m.profile.host)
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = ConnectionId> + '_ {
+        self.0.keys().copied()
+    }
+
+    /// A CompNode in an inventory, without what belongs to a job.
+    pub(super) fn report(&self, connection: ConnectionId) -> Option<MachineReport> {
+        self.0.get(&connection).map(|m| MachineReport {
+            name: m.name.clone(),
+            id: m.id.clone(),
+            device: m.device.clone(),
+            job: m.run.map(|key| key.job),
+            profile: m.profile.clone(),
+            measured: None,
+            efficiency: None,
+        })
     }
 
     pub(super) fn addr(&self, connection: ConnectionId) -> PeerRecord {

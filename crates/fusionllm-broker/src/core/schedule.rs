@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_planner::{Cluster, NodeIndex, Placement, place};
+use fusionllm_planner::{NodeIndex, Placement, Plan, plan};
 use fusionllm_protocol::{Assignment, FromBroker, Generation, JobId, JobSpec, JobState, PeerRecord, WeightSource};
 
 use super::run::{Run, param_names};
+use super::survey::WorkKey;
 use super::{Action, ConnectionId, Core, Job, OpenRun, RunKey, StartPoint};
 use crate::run_dir::{PlacementFile, RunDir};
 
@@ -19,7 +20,7 @@ impl Core {
         let mut held_back_by = None;
         for job in waiting {
             let chosen = match held_back_by {
-                None => self.choose(job),
+                None => self.choose(job).and_then(|members| self.surveyed(job, members)),
                 Some(first) => Err(format!("{first} comes first")),
             };
             match chosen {
@@ -33,7 +34,20 @@ impl Core {
                 }
             }
         }
+        actions.extend(self.survey.advance(&self.compnodes, now));
         actions
+    }
+
+    /// The CompNodes again, once all is known of them that a plan needs.
+    fn surveyed(&mut self, job: JobId, members: Vec<ConnectionId>) -> Result<Vec<ConnectionId>, String> {
+        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
+            return Err("it is not known".to_owned());
+        };
+        if self.survey.is_complete(&members, WorkKey::of(&record.spec, start)) {
+            return Ok(members);
+        }
+        self.survey.want(&record.spec, start, &members);
+        Err("machines and links are being measured".to_owned())
     }
 
     /// The CompNodes for a job, data owner first, or what it waits for.
@@ -61,12 +75,9 @@ impl Core {
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         let Some(start) = known.start.clone() else { return Vec::new() };
         let spec = known.record.spec.clone();
-        let mut cluster = Cluster::uniform(members.len());
-        for (profile, &member) in cluster.compnodes.iter_mut().zip(&members) {
-            profile.name = self.compnodes.name(member);
-        }
-        let placement = match place(&start.dag, &cluster, &spec.placement_spec()) {
-            Ok(placement) => placement,
+        let cluster = self.survey.inventory(&members, &self.compnodes, Some((&spec, &start)), now).cluster();
+        let Plan { placement, prediction, .. } = match plan(&start.dag, &cluster, &spec.plan_spec()) {
+            Ok(plan) => plan,
             Err(error) => {
                 return self.end(job, JobState::Failed { reason: error.to_string(), bad_input: true }, "no placement");
             }
@@ -86,7 +97,7 @@ impl Core {
             run_dir,
             spec: spec.clone(),
             graph: start.graph.clone(),
-            placement: PlacementFile::of(&placement, &start.dag, key.generation),
+            placement: PlacementFile::of(&placement, &start.dag, key.generation, prediction),
             start_step: start.step,
         }))];
         actions.extend(self.assignments(key, &spec, &start, &placement, &members));

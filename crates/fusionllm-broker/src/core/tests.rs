@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::{LinkBytes, PeerRecord, StepReport};
+use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
+use fusionllm_protocol::{DeviceProfile, LinkBytes, PairProfile, PeerRecord, StepReport};
 
 use super::*;
 use crate::checkpoint::StoredShard;
@@ -18,14 +18,66 @@ fn start(spec: &JobSpec, step: u64) -> StartPoint {
 
 fn joining(name: &str) -> Joining {
     let addr = PeerRecord { id: [7; 32], addrs: Vec::new() };
-    Joining { name: name.to_owned(), id: "0707".to_owned(), device: "cpu".to_owned(), addr }
+    let profile = DeviceProfile {
+        flop_per_s: 1e10,
+        memory_bytes_per_s: 1e10,
+        memory_bytes: None,
+        host: name.to_owned(),
+        lanes: None,
+    };
+    Joining { name: name.to_owned(), id: "0707".to_owned(), device: "cpu".to_owned(), addr, profile }
+}
+
+/// A CompNode joins and is measured. Gives what else happened.
+fn join(core: &mut Core, connection: u64, name: &str) -> Vec<Action> {
+    let (_, actions) = core.join(ConnectionId(connection), joining(name), NOW);
+    measure(core, actions)
+}
+
+/// What a CompNode answers to a request to measure something.
+fn measurement(message: &FromBroker) -> Option<FromCompNode> {
+    let link = LinkProfile { latency_s: 1e-3, bytes_per_s: 1e9 };
+    match message {
+        FromBroker::AwaitProbe { probe, .. } => Some(FromCompNode::ProbeAwaited { probe: *probe }),
+        FromBroker::Probe { probe, .. } => {
+            Some(FromCompNode::Probed { probe: *probe, result: Ok(PairProfile { there: link, back: link }) })
+        }
+        FromBroker::MeasureOps { request, .. } => {
+            Some(FromCompNode::Measured { request: *request, result: Ok(Measured::default()) })
+        }
+        _ => None,
+    }
+}
+
+/// What CompNodes answer to what `actions` ask them to measure.
+fn measurements(actions: &[Action]) -> Vec<(ConnectionId, FromCompNode)> {
+    let answer = |action: &Action| match action {
+        Action::Send { to, message } => measurement(message).map(|answer| (*to, answer)),
+        _ => None,
+    };
+    actions.iter().filter_map(answer).collect()
+}
+
+/// Answers all requests to measure something, and those that follow. Gives the other actions.
+fn measure(core: &mut Core, actions: Vec<Action>) -> Vec<Action> {
+    let mut others = Vec::new();
+    let mut queue: std::collections::VecDeque<Action> = actions.into();
+    while let Some(action) = queue.pop_front() {
+        match measurements(std::slice::from_ref(&action)).pop() {
+            Some((connection, message)) => {
+                queue.extend(core.handle(CoreEvent::Said { connection, message }, NOW));
+            }
+            None => others.push(action),
+        }
+    }
+    others
 }
 
 /// A core with CompNodes `a`, `b`, ... on connections 1, 2, ...
 fn core(compnodes: u64) -> Core {
     let mut core = Core::default();
     for (connection, name) in (1..=compnodes).zip('a'..) {
-        core.join(ConnectionId(connection), joining(&name.to_string()), NOW);
+        join(&mut core, connection, &name.to_string());
     }
     core
 }
@@ -33,7 +85,8 @@ fn core(compnodes: u64) -> Core {
 fn submit(core: &mut Core, overrides: &[&str]) -> (JobId, Vec<Action>) {
     let spec = testing::spec(overrides);
     let start = start(&spec, 0);
-    core.submit(spec, start, PathBuf::from("/runs/x"), NOW).unwrap()
+    let (job, actions) = core.submit(spec, start, PathBuf::from("/runs/x"), NOW).unwrap();
+    (job, measure(core, actions))
 }
 
 fn report(step: u64, loss: Option<f64>) -> StepReport {
@@ -108,7 +161,9 @@ fn a_job_is_assigned_started_and_done() {
     let mut core = core(2);
     let (job, actions) = submit(&mut core, &[]);
     assert_eq!(job, KEY.job);
-    assert!(matches!(actions[0], Action::OpenRun(_)));
+    let position = |wanted: fn(&Action) -> bool| actions.iter().position(wanted);
+    let opened = position(|a| matches!(a, Action::OpenRun(_))).unwrap();
+    assert!(opened < position(|a| matches!(a, Action::Send { message: FromBroker::Assign(_), .. })).unwrap());
     let assigned: Vec<_> = sent(&actions).iter().map(|(to, m)| (*to, matches!(m, FromBroker::Assign(_)))).collect();
     assert_eq!(assigned, [(1, true), (2, true)]);
 
@@ -190,7 +245,7 @@ fn the_first_failure_is_the_jobs() {
         bad_input,
     };
     let actions = say(&mut core, 1, failed("out of memory", false));
-    assert_eq!(sent(&actions).len(), 2);
+    assert_eq!(sent(&actions).len(), 2, "{:?}", sent(&actions));
     assert!(say(&mut core, 2, failed("lost its peer", false)).is_empty());
     assert_eq!(failure(&core), "CompNode `a`: out of memory");
 
@@ -239,8 +294,9 @@ fn jobs_wait_in_order_for_idle_compnodes() {
     assert_eq!(states(&actions), [waiting("1 of 2 CompNodes are idle")]);
     let (second, actions) = submit(&mut core, &["placement.compnodes=1"]);
     assert_eq!(states(&actions), [waiting("job 1 comes first")]);
-    let (_, actions) = core.join(ConnectionId(2), joining("b"), NOW);
-    assert_eq!(states(&actions), [JobState::Preparing, waiting("0 of 1 CompNodes are idle")]);
+    let actions = join(&mut core, 2, "b");
+    let measuring = waiting("machines and links are being measured");
+    assert_eq!(states(&actions), [measuring, JobState::Preparing, waiting("0 of 1 CompNodes are idle")]);
     let actions = core.stop(first, NOW).unwrap();
     assert_eq!(states(&actions), [JobState::Stopped, JobState::Preparing]);
     assert_eq!(core.record(second).unwrap().state, JobState::Preparing);
@@ -250,9 +306,8 @@ fn jobs_wait_in_order_for_idle_compnodes() {
 fn the_named_owner_of_the_data_comes_first() {
     let mut core = core(1);
     submit(&mut core, &["placement.compnodes=2", "data.owner=office"]);
-    let (_, actions) = core.join(ConnectionId(2), joining("b"), NOW);
-    assert_eq!(states(&actions), [], "still waiting");
-    let (_, actions) = core.join(ConnectionId(3), joining("office"), NOW);
+    assert_eq!(states(&join(&mut core, 2, "b")), [], "still waiting");
+    let actions = join(&mut core, 3, "office");
     let open = actions.iter().find_map(|a| if let Action::OpenRun(open) = a { Some(open) } else { None }).unwrap();
     assert_eq!(open.placement.placement.compnodes, ["office", "a"]);
 }
@@ -397,6 +452,7 @@ fn no_order_of_events_breaks_the_rules() {
         };
         let mut now = Duration::ZERO;
         let mut connections = 0;
+        let mut asked: Vec<(ConnectionId, FromCompNode)> = Vec::new();
         for _ in 0..120 {
             now += Duration::from_millis(draw(&mut seed, 1000));
             let mut connection = draw(&mut seed, connections + 1);
@@ -448,6 +504,15 @@ fn no_order_of_events_breaks_the_rules() {
                 _ => watch.core.handle(CoreEvent::Tick, now),
             };
             watch.check(&actions);
+            asked.extend(measurements(&actions));
+            while let Some((connection, message)) = asked.pop() {
+                // Some are never answered.
+                if draw(&mut seed, 20) > 0 {
+                    let actions = watch.core.handle(CoreEvent::Said { connection, message }, now);
+                    watch.check(&actions);
+                    asked.extend(measurements(&actions));
+                }
+            }
         }
         starts += watch.started.len();
         steps += watch.last_step.values().sum::<u64>();

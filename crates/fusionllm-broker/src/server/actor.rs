@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fusionllm_protocol::{BlobHeader, FromBroker, JobEvent, JobId, JobSpec, JobState, StatusReport};
+use fusionllm_protocol::{BlobHeader, FromBroker, Inventory, JobEvent, JobId, JobSpec, JobState, StatusReport};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -63,6 +63,11 @@ pub(super) enum Command {
     },
     Status {
         reply: Reply<StatusReport>,
+    },
+    Inventory {
+        max_age: Option<Duration>,
+        job: Option<Box<(JobSpec, StartPoint)>>,
+        reply: Reply<Inventory>,
     },
     Report {
         job: JobId,
@@ -177,6 +182,12 @@ impl Actor {
             }
             Command::Status { reply } => {
                 let _ = reply.send(self.core.status());
+            }
+            Command::Inventory { max_age, job, reply } => {
+                let job = job.as_deref().map(|(spec, start)| (spec, start));
+                let (inventory, actions) = self.core.inventory(max_age, job, now);
+                let _ = reply.send(inventory);
+                self.perform(actions);
             }
             Command::Report { job, reply } => match self.core.record(job) {
                 Ok(record) => self.files.report(record.clone(), reply),

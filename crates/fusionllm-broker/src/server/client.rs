@@ -45,6 +45,13 @@ async fn answer(request: ClientRequest, handle: &Handle) -> (ToClient, Option<Jo
             Ok(report) => (ToClient::Status(report), None),
             Err(error) => (refusal(&error), None),
         },
+        ClientRequest::Inventory { max_age_s, spec } => {
+            let max_age = max_age_s.map(std::time::Duration::from_secs);
+            match handle.inventory(max_age, spec.map(|s| *s)).await {
+                Ok(inventory) => (ToClient::Inventory(inventory), None),
+                Err(error) => (refusal(&error), None),
+            }
+        }
         ClientRequest::Stop { job } => match handle.stop(job).await {
             Ok(()) => (ToClient::Ok, None),
             Err(error) => (refusal(&error), None),

@@ -48,8 +48,8 @@ async fn serve(connection: ConnectionId, session: Session, secret: &Secret, hand
         return;
     }
     match hello.role {
-        Role::CompNode { name, device, addr } => {
-            let joining = crate::core::Joining { name, id: session.peer().to_string(), device, addr };
+        Role::CompNode { name, device, addr, profile } => {
+            let joining = crate::core::Joining { name, id: session.peer().to_string(), device, addr, profile };
             compnode::serve(connection, session, joining, sink, source, handle).await;
         }
         Role::Client => client::serve(session, sink, source, handle).await,

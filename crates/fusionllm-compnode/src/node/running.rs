@@ -25,18 +25,23 @@ pub(super) struct RunningJob {
     pub(super) links: Arc<JobLinks>,
     /// Where weights from the broker go, while they are waited for.
     pub(super) weights: Option<oneshot::Sender<Result<Vec<NamedTensor>, CompNodeError>>>,
+    peers: Vec<PeerId>,
     prepared: Option<Prepared>,
 }
 
 impl RunningJob {
-    /// Opens the job's wires and begins to build its part; [`NodeEvent::Prepared`] tells when that is done. Gives
-    /// the peers that may connect from now on.
+    /// The CompNodes that may connect.
+    pub(super) fn peers(&self) -> &[PeerId] {
+        &self.peers
+    }
+
+    /// Opens the job's wires and begins to build its part; [`NodeEvent::Prepared`] tells when that is done.
     pub(super) fn prepare(
         assignment: Assignment,
         endpoint: Endpoint,
         device: Device,
         events: mpsc::Sender<NodeEvent>,
-    ) -> Result<(Self, Vec<PeerId>), CompNodeError> {
+    ) -> Result<Self, CompNodeError> {
         let key = JobKey::of(&assignment);
         let placement = Arc::new(assignment.placement.clone());
         let links = JobLinks::new(endpoint, key.job, key.generation, assignment.node, placement, &assignment.peers);
@@ -54,7 +59,7 @@ impl RunningJob {
             // If the loop is gone nobody needs the result.
             let _ = events.send(NodeEvent::Prepared(Box::new(result))).await;
         });
-        Ok((Self { key, links, weights, prepared: None }, peers))
+        Ok(Self { key, links, weights, peers, prepared: None })
     }
 
     /// The part is built: tell the broker.

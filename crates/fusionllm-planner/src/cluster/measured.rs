@@ -13,8 +13,6 @@ pub struct Measured {
     pub update_s_per_byte: f64,
     /// Seconds per byte of a tensor that is copied between host and device, either way.
     pub copy_s_per_byte: f64,
-    /// Seconds of each FP and BP besides its ops and copies.
-    pub task_s: f64,
 }
 
 /// FP and BP of one micro-batch through one op, in seconds.
@@ -30,7 +28,7 @@ impl Measured {
     /// Whether every number is one that time can have.
     pub(crate) fn is_sane(&self) -> bool {
         let seconds = self.ops.values().flat_map(|op| [op.fp_s, op.bp_s]);
-        let rest = [self.update_s_per_byte, self.copy_s_per_byte, self.task_s];
+        let rest = [self.update_s_per_byte, self.copy_s_per_byte];
         seconds.chain(rest).all(|s| s.is_finite() && s >= 0.0)
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_codec::Codec;
 use fusionllm_graph::Gpt2Config;
-use fusionllm_planner::PlacementSpec;
+use fusionllm_planner::{Compression, EntryBytes, Owner, PlacementSpec, PlanSpec};
 
 use super::{JobSpec, LrSchedule, ValueFormat};
 use crate::JobError;
@@ -230,6 +230,18 @@ impl JobSpec {
             eval_micro_batches: self.train.eval_batches,
             private: self.data.private,
             codec: self.codec(),
+        }
+    }
+
+    /// What a plan of this job is asked for. The data owner is the cluster's first CompNode.
+    pub fn plan_spec(&self) -> PlanSpec {
+        PlanSpec {
+            placement: self.placement_spec(),
+            compression: Compression::Dense,
+            entry: EntryBytes::F32_INDEX64,
+            owner: Owner::First,
+            clip: self.train.clip > 0.0,
+            tokens_per_step: self.tokens_per_step(),
         }
     }
 

@@ -6,6 +6,7 @@ use tokio::io::AsyncReadExt;
 
 use crate::cli;
 use crate::exit::bad_input;
+use crate::paths::state_dir;
 
 pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
     let text = match args.ticket {
@@ -14,6 +15,13 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
             .map_err(|_| bad_input("no ticket: give the one that `fusionllm broker` printed"))?,
     };
     let ticket: Ticket = text.trim().parse().map_err(bad_input)?;
+    if let Some(gb) = args.memory_gb
+        && !(gb.is_finite() && gb > 0.0)
+    {
+        return Err(bad_input(format!("--memory-gb is {gb}, expected a number above 0")));
+    }
+    // A machine without a home measures anew each time.
+    let profile_dir = if args.fresh_profile { None } else { state_dir(args.state.as_deref()).ok() };
     let config = JoinConfig {
         ticket,
         name: args.name.unwrap_or_else(host_name),
@@ -22,6 +30,9 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         identity: Identity::generate(),
         bind: args.bind,
         advertise: args.advertise,
+        threads: args.threads.map(|n| n as usize),
+        memory_bytes: args.memory_gb.map(|gb| (gb * 1e9) as u64),
+        profile_dir,
     };
     let child = args.child;
     let shutdown = async move {

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::Context;
 use fusionllm_broker::{read_model, write_atomic};
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{Cluster, ClusterFile, Compression, EntryBytes, Owner, Plan, PlanSpec, compare, place, plan};
+use fusionllm_planner::{Cluster, ClusterFile, Compression, Plan, PlanSpec, compare, place, plan};
 use fusionllm_protocol::JobSpec;
 use serde_json::json;
 
@@ -148,14 +148,7 @@ fn print_graph(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {
 }
 
 fn plan_spec(job: &Job) -> PlanSpec {
-    PlanSpec {
-        placement: job.spec.placement_spec(),
-        compression: Compression::Dense,
-        entry: EntryBytes::F32_INDEX64,
-        owner: Owner::First,
-        clip: job.spec.train.clip > 0.0,
-        tokens_per_step: tokens_per_step(job),
-    }
+    PlanSpec { tokens_per_step: tokens_per_step(job), ..job.spec.plan_spec() }
 }
 
 /// Labels in a step's global batch: tokens, or images.

@@ -102,7 +102,7 @@ async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow:
     if !args.json {
         render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
     }
-    let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device);
+    let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, args.fresh_profile);
     let compnodes = tokio::select! {
         started = starting => started?,
         () = super::follow::interrupted() => anyhow::bail!("interrupted before training began"),

@@ -1,0 +1,298 @@
+//! What is known of machines and links, and what is being measured.
+//!
+//! Every pair of idle CompNodes is probed once, and again when somebody asks for fresher figures; the ops of a job are
+//! measured before it is placed. A CompNode takes part in one measurement at a time, and so does each machine, since
+//! CompNodes on one machine would disturb each other. What cannot be measured is remembered as such, so that no job
+//! waits for it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::Measured;
+use fusionllm_protocol::{FromBroker, Inventory, JobSpec, LinkReport, MachineReport, PairProfile};
+
+use super::registry::Registry;
+use super::{Action, ConnectionId, StartPoint};
+
+/// A probe that has not been answered for this long is given up.
+const PROBE_LIMIT: Duration = Duration::from_secs(60);
+/// Likewise the measurement of a job's ops.
+const OPS_LIMIT: Duration = Duration::from_secs(600);
+
+/// Which ops were measured: jobs with the same OP-DAG and micro-batches share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct WorkKey(u64);
+
+impl WorkKey {
+    pub(super) fn of(spec: &JobSpec, start: &StartPoint) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (&start.graph, spec.micro_batch_size(), format!("{:?}", spec.train.optimizer)).hash(&mut hasher);
+        Self(hasher.finish())
+    }
+}
+
+/// Two CompNodes; the first one dials.
+type Pair = (ConnectionId, ConnectionId);
+
+#[derive(Debug)]
+struct PairState {
+    /// Nothing if they could not reach each other.
+    result: Option<PairProfile>,
+    at: Duration,
+}
+
+#[derive(Debug)]
+enum Activity {
+    Probe { pair: Pair, since: Duration },
+    Ops { connection: ConnectionId, key: WorkKey, since: Duration },
+}
+
+impl Activity {
+    fn involves(&self, connection: ConnectionId) -> bool {
+        match self {
+            Self::Probe { pair, .. } => pair.0 == connection || pair.1 == connection,
+            Self::Ops { connection: at, .. } => *at == connection,
+        }
+    }
+}
+
+/// Ops that somebody wants measured.
+#[derive(Debug)]
+struct Wanted {
+    spec: Box<JobSpec>,
+    graph: String,
+    members: BTreeSet<ConnectionId>,
+}
+
+/// The state of all measurements.
+#[derive(Debug, Default)]
+pub(super) struct Survey {
+    count: u64,
+    due: BTreeSet<Pair>,
+    pairs: BTreeMap<Pair, PairState>,
+    wanted: BTreeMap<WorkKey, Wanted>,
+    ops: BTreeMap<(ConnectionId, WorkKey), Option<Measured>>,
+    active: BTreeMap<u64, Activity>,
+}
+
+impl Survey {
+    /// A CompNode has joined: its links to all others are due.
+    pub(super) fn joined(&mut self, connection: ConnectionId, others: impl Iterator<Item = ConnectionId>) {
+        self.due.extend(others.filter(|&o| o != connection).map(|o| (o.min(connection), o.max(connection))));
+    }
+
+    /// A CompNode has gone, and with it all that was measured of it.
+    pub(super) fn left(&mut self, connection: ConnectionId) {
+        let concerns = |pair: &Pair| pair.0 == connection || pair.1 == connection;
+        self.due.retain(|pair| !concerns(pair));
+        self.pairs.retain(|pair, _| !concerns(pair));
+        self.ops.retain(|(at, _), _| *at != connection);
+        for wanted in self.wanted.values_mut() {
+            wanted.members.remove(&connection);
+        }
+        // What the other one of a probe measured is lost; with one end gone nobody needs it.
+        self.active.retain(|_, activity| !activity.involves(connection));
+    }
+
+    /// Links that were measured before `then` are due again.
+    pub(super) fn refresh(&mut self, then: Duration) {
+        self.due.extend(self.pairs.iter().filter(|(_, state)| state.at < then).map(|(&pair, _)| pair));
+    }
+
+    /// The ops of a job are to be measured on these CompNodes.
+    pub(super) fn want(&mut self, spec: &JobSpec, start: &StartPoint, members: &[ConnectionId]) {
+        let key = WorkKey::of(spec, start);
+        let at_it = |m: ConnectionId| {
+            let same = |a: &Activity| matches!(a, Activity::Ops { connection, key: k, .. } if (*connection, *k) == (m, key));
+            self.active.values().any(same)
+        };
+        let missing = members.iter().copied().filter(|&m| !self.ops.contains_key(&(m, key)) && !at_it(m));
+        let missing: BTreeSet<ConnectionId> = missing.collect();
+        if missing.is_empty() {
+            return;
+        }
+        let new = || Wanted { spec: Box::new(spec.clone()), graph: start.graph.clone(), members: BTreeSet::new() };
+        self.wanted.entry(key).or_insert_with(new).members.extend(missing);
+    }
+
+    /// Whether all is known that a plan over these CompNodes needs.
+    pub(super) fn is_complete(&self, members: &[ConnectionId], key: WorkKey) -> bool {
+        let ops = members.iter().all(|&m| self.ops.contains_key(&(m, key)));
+        let pair = |&a: &ConnectionId, &b: &ConnectionId| a >= b || self.pairs.contains_key(&(a, b));
+        ops && members.iter().all(|a| members.iter().all(|b| pair(a, b)))
+    }
+
+    /// Starts whatever can start now.
+    pub(super) fn advance(&mut self, registry: &Registry, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let mut busy: BTreeSet<&str> = BTreeSet::new();
+        for activity in self.active.values() {
+            busy.extend(match activity {
+                Activity::Probe { pair, .. } => vec![registry.host(pair.0), registry.host(pair.1)],
+                Activity::Ops { connection, .. } => vec![registry.host(*connection)],
+            });
+        }
+        let idle: BTreeSet<ConnectionId> = registry.idle().into_iter().collect();
+        for (&key, wanted) in &mut self.wanted {
+            let free: Vec<ConnectionId> = wanted.members.intersection(&idle).copied().collect();
+            for connection in free {
+                if !busy.insert(registry.host(connection)) {
+                    continue;
+                }
+                wanted.members.remove(&connection);
+                self.count += 1;
+                self.active.insert(self.count, Activity::Ops { connection, key, since: now });
+                let (spec, graph) = (wanted.spec.clone(), wanted.graph.clone());
+                let message = FromBroker::MeasureOps { request: self.count, spec, graph };
+                actions.push(Action::Send { to: connection, message });
+            }
+        }
+        self.wanted.retain(|_, wanted| !wanted.members.is_empty());
+        let mut started = Vec::new();
+        for &(a, b) in &self.due {
+            let hosts = (registry.host(a), registry.host(b));
+            if !idle.contains(&a) || !idle.contains(&b) || busy.contains(hosts.0) || busy.contains(hosts.1) {
+                continue;
+            }
+            busy.extend([hosts.0, hosts.1]);
+            self.count += 1;
+            self.active.insert(self.count, Activity::Probe { pair: (a, b), since: now });
+            let message = FromBroker::AwaitProbe { probe: self.count, peer: registry.addr(a) };
+            actions.push(Action::Send { to: b, message });
+            started.push((a, b));
+        }
+        self.due.retain(|pair| !started.contains(pair));
+        actions
+    }
+
+    /// The one that is dialled is ready for a probe: the other one may dial.
+    pub(super) fn awaited(&self, connection: ConnectionId, probe: u64, registry: &Registry) -> Vec<Action> {
+        match self.active.get(&probe) {
+            Some(&Activity::Probe { pair, .. }) if pair.1 == connection => {
+                let message = FromBroker::Probe { probe, peer: registry.addr(connection) };
+                vec![Action::Send { to: pair.0, message }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// A probe has ended.
+    pub(super) fn probed(
+        &mut self,
+        connection: ConnectionId,
+        probe: u64,
+        result: Result<PairProfile, String>,
+        now: Duration,
+    ) {
+        let Some(&Activity::Probe { pair, .. }) = self.active.get(&probe) else { return };
+        if pair.0 != connection {
+            return;
+        }
+        self.active.remove(&probe);
+        let sane = |pair: &PairProfile| {
+            let fits = |l: &fusionllm_planner::LinkProfile| {
+                l.latency_s.is_finite() && l.latency_s >= 0.0 && l.bytes_per_s.is_finite() && l.bytes_per_s > 0.0
+            };
+            fits(&pair.there) && fits(&pair.back)
+        };
+        let result = match result {
+            Ok(profile) if sane(&profile) => Some(profile),
+            Ok(_) => None,
+            Err(reason) => {
+                tracing::warn!(from = ?pair.0, to = ?pair.1, reason, "two CompNodes do not reach each other");
+                None
+            }
+        };
+        self.pairs.insert(pair, PairState { result, at: now });
+    }
+
+    /// The ops of a job were measured.
+    pub(super) fn measured(&mut self, connection: ConnectionId, request: u64, result: Result<Measured, String>) {
+        let Some(&Activity::Ops { connection: asked, key, .. }) = self.active.get(&request) else { return };
+        if asked != connection {
+            return;
+        }
+        self.active.remove(&request);
+        if let Err(reason) = &result {
+            tracing::warn!(?connection, reason, "a CompNode cannot measure the ops of a job");
+        }
+        self.ops.insert((connection, key), result.ok());
+    }
+
+    /// Gives up what takes too long.
+    pub(super) fn tick(&mut self, now: Duration) {
+        let overdue = |since: Duration, limit: Duration| now.saturating_sub(since) > limit;
+        let mut given_up = Vec::new();
+        self.active.retain(|_, activity| {
+            let is_over = match activity {
+                Activity::Probe { since, .. } => overdue(*since, PROBE_LIMIT),
+                Activity::Ops { since, .. } => overdue(*since, OPS_LIMIT),
+            };
+            if is_over {
+                given_up.push(match activity {
+                    Activity::Probe { pair, .. } => (Some(*pair), None),
+                    Activity::Ops { connection, key, .. } => (None, Some((*connection, *key))),
+                });
+            }
+            !is_over
+        });
+        for (pair, ops) in given_up {
+            self.pairs.extend(pair.map(|pair| (pair, PairState { result: None, at: now })));
+            self.ops.extend(ops.map(|ops| (ops, None)));
+        }
+    }
+
+    /// Measurements that are still to come.
+    fn pending(&self) -> usize {
+        let ops: usize = self.wanted.values().map(|w| w.members.len()).sum();
+        self.due.len() + self.active.len() + ops
+    }
+
+    /// What is known of these CompNodes, with what the ops of a job take if one is given.
+    pub(super) fn inventory(
+        &self,
+        members: &[ConnectionId],
+        registry: &Registry,
+        job: Option<(&JobSpec, &StartPoint)>,
+        now: Duration,
+    ) -> Inventory {
+        let machine = |&at: &ConnectionId| {
+            let measured = job.and_then(|(spec, start)| self.ops.get(&(at, WorkKey::of(spec, start)))?.clone());
+            let mut report = registry.report(at)?;
+            report.efficiency = job.zip(measured.as_ref()).and_then(|((spec, start), measured)| {
+                efficiency(&start.dag, spec.micro_batch_size() as usize, measured, report.profile.flop_per_s)
+            });
+            report.measured = measured;
+            Some(report)
+        };
+        let machines: Vec<MachineReport> = members.iter().filter_map(machine).collect();
+        let mut links = Vec::new();
+        for (&(a, b), state) in &self.pairs {
+            if !members.contains(&a) || !members.contains(&b) {
+                continue;
+            }
+            let (a, b) = (registry.name(a), registry.name(b));
+            let age_s = now.saturating_sub(state.at).as_secs_f64();
+            let report = |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s };
+            links.push(report(&a, &b, state.result.map(|r| r.there)));
+            links.push(report(&b, &a, state.result.map(|r| r.back)));
+        }
+        Inventory { machines, links, pending: u32::try_from(self.pending()).unwrap_or(u32::MAX) }
+    }
+}
+
+/// λ: the share of S that the ops of an OP-DAG reach together.
+fn efficiency(dag: &OpDag, batch: usize, measured: &Measured, flop_per_s: f64) -> Option<f64> {
+    let (mut flops, mut seconds) = (0.0, 0.0);
+    for op in dag.op_ids() {
+        let cost = dag.cost(op, batch);
+        if let Some(op) = measured.ops.get(&dag.work(op, batch)) {
+            flops += (cost.fp_flops + cost.bp_flops) as f64;
+            seconds += op.fp_s + op.bp_s;
+        }
+    }
+    let share = flops / seconds / flop_per_s;
+    (share.is_finite() && share > 0.0).then_some(share.min(1.0))
+}

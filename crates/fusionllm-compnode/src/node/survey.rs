@@ -1,0 +1,137 @@
+//! What the broker asks this CompNode to measure: its device, the ops of a job, the links to others.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use burn_tensor::Device;
+use fusionllm_graph::OpDag;
+use fusionllm_planner::{LinkProfile, Measured};
+use fusionllm_protocol::{DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
+use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Session, answer_probe, probe};
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+
+use super::NodeEvent;
+use crate::CompNodeError;
+use crate::device::DeviceChoice;
+use crate::links::peer_addr;
+use crate::optimizer::OptimizerSpec;
+use crate::profile::{ProfileCache, free_bytes, host_name, measure_device, measure_ops, work_of};
+
+/// What this CompNode measures with.
+#[derive(Clone, Debug)]
+pub(super) struct Surveyor {
+    pub(super) device: Device,
+    pub(super) device_name: String,
+    pub(super) choice: DeviceChoice,
+    /// Where results are kept; nothing: nowhere.
+    pub(super) folder: Option<PathBuf>,
+    /// Memory that a job may fill, if that was said.
+    pub(super) memory_bytes: Option<u64>,
+}
+
+impl Surveyor {
+    /// The device's profile, out of the file if it is there. For a blocking thread.
+    ///
+    /// # Errors
+    /// [`CompNodeError`] if the device fails.
+    pub(super) fn device(&self) -> Result<DeviceProfile, CompNodeError> {
+        let mut cache = ProfileCache::open(self.folder.as_deref(), &self.device_name);
+        let speed = match cache.speed() {
+            Some(speed) => speed,
+            None => {
+                let speed = measure_device(&self.device)?;
+                cache.set_speed(speed);
+                speed
+            }
+        };
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let lanes = cores as f64 / rayon::current_num_threads() as f64;
+        Ok(DeviceProfile {
+            flop_per_s: speed.flop_per_s,
+            memory_bytes_per_s: speed.memory_bytes_per_s,
+            memory_bytes: self.memory_bytes.or_else(|| free_bytes(self.choice)),
+            host: host_name(),
+            lanes: self.choice.is_cpu().then_some(lanes),
+        })
+    }
+
+    /// What the ops of a job take, out of the file if it is there. For a blocking thread.
+    fn ops(&self, spec: &JobSpec, graph: &str) -> Result<Measured, CompNodeError> {
+        let dag = Arc::new(OpDag::from_json(graph)?);
+        let batch = spec.micro_batch_size() as usize;
+        let mut cache = ProfileCache::open(self.folder.as_deref(), &self.device_name);
+        let work = work_of(&dag, batch);
+        if let Some(measured) = cache.job(&work) {
+            return Ok(measured);
+        }
+        let free = self.memory_bytes.or_else(|| free_bytes(self.choice));
+        let measured = measure_ops(&dag, batch, &self.device, &OptimizerSpec::of(&spec.train), free)?;
+        cache.set_job(&work, measured.clone());
+        Ok(measured)
+    }
+
+    /// Measures the ops of a job on a thread of its own and tells the broker.
+    pub(super) fn start_ops(&self, request: u64, spec: JobSpec, graph: String, events: mpsc::Sender<NodeEvent>) {
+        let surveyor = self.clone();
+        tokio::spawn(async move {
+            let measured = spawn_blocking(move || surveyor.ops(&spec, &graph)).await;
+            let result = measured.unwrap_or_else(|e| Err(e.into())).map_err(|e| e.to_string());
+            // If the loop is gone nobody needs the result.
+            let _ = events.send(NodeEvent::Tell(Box::new(FromCompNode::Measured { request, result }))).await;
+        });
+    }
+}
+
+/// Peers that may dial in order to probe.
+#[derive(Debug, Default)]
+pub(super) struct AwaitedProbes(BTreeMap<PeerId, u64>);
+
+impl AwaitedProbes {
+    pub(super) fn expect(&mut self, peer: &PeerRecord, probe: u64) {
+        self.0.insert(PeerId::from_bytes(peer.id), probe);
+    }
+
+    pub(super) fn peers(&self) -> impl Iterator<Item = PeerId> + '_ {
+        self.0.keys().copied()
+    }
+
+    /// Answers the probe if the peer was expected to make one; gives the connection back if not.
+    pub(super) fn answer(&mut self, session: Session) -> Option<Session> {
+        if self.0.remove(&session.peer()).is_none() {
+            return Some(session);
+        }
+        tokio::spawn(async move {
+            if let Err(error) = answer_probe(&session).await {
+                tracing::debug!(peer = %session.peer(), %error, "a probe broke off");
+            }
+            session.close(0, "probe done");
+        });
+        None
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// Dials a peer, measures both directions, and tells the broker.
+pub(super) fn start_probe(number: u64, peer: &PeerRecord, endpoint: Endpoint, events: mpsc::Sender<NodeEvent>) {
+    let addr = peer_addr(peer);
+    tokio::spawn(async move {
+        let measured = async {
+            let session = endpoint.connect(&addr).await.map_err(|e| e.to_string())?;
+            let speeds = probe(&session).await.map_err(|e| e.to_string());
+            session.close(0, "probe done");
+            speeds
+        };
+        let result = measured.await.map(|pair| PairProfile { there: link(pair.there), back: link(pair.back) });
+        // If the loop is gone nobody needs the result.
+        let _ = events.send(NodeEvent::Tell(Box::new(FromCompNode::Probed { probe: number, result }))).await;
+    });
+}
+
+fn link(speed: DirectionSpeed) -> LinkProfile {
+    LinkProfile { latency_s: speed.latency.as_secs_f64(), bytes_per_s: speed.bytes_per_s.max(1.0) }
+}

@@ -1,0 +1,59 @@
+//! What this CompNode's device can do, by measuring it.
+//!
+//! On joining: the speed of a large matrix product and of memory, and free memory. For a job: FP and BP of each kind
+//! of work in its OP-DAG, through the kernels that will run it, and then of a piece of the OP-DAG as a whole, by which
+//! the single times are corrected. Results are kept in a file and used again while nothing has changed.
+
+mod cache;
+mod device;
+mod memory;
+mod ops;
+
+pub(crate) use cache::{ProfileCache, work_of};
+pub(crate) use device::{host_name, measure_device};
+pub(crate) use memory::free_bytes;
+pub(crate) use ops::measure_ops;
+
+use std::time::{Duration, Instant};
+
+use burn_tensor::Device;
+
+use crate::ExecutorError;
+
+/// Runs of one thing that are timed, unless they take long.
+const MOST_RUNS: usize = 5;
+/// Runs at the least, after one that is not counted.
+const LEAST_RUNS: usize = 2;
+/// Enough seconds for one thing.
+const ENOUGH: Duration = Duration::from_millis(200);
+
+/// Median times of several runs after a first one that warms up. A run gives any number of times.
+fn median_of_runs<const N: usize>(
+    mut run: impl FnMut() -> Result<[f64; N], ExecutorError>,
+) -> Result<[f64; N], ExecutorError> {
+    run()?;
+    let began = Instant::now();
+    let mut runs: Vec<[f64; N]> = Vec::new();
+    while runs.len() < LEAST_RUNS || (runs.len() < MOST_RUNS && began.elapsed() < ENOUGH) {
+        runs.push(run()?);
+    }
+    Ok(std::array::from_fn(|i| {
+        let mut times: Vec<f64> = runs.iter().map(|times| times[i]).collect();
+        times.sort_by(f64::total_cmp);
+        // Of two the lower: what disturbs a run only makes it longer.
+        times[(times.len() - 1) / 2]
+    }))
+}
+
+/// Seconds until all that `work` put on the device is done.
+fn timed<T>(device: &Device, work: impl FnOnce() -> Result<T, ExecutorError>) -> Result<(f64, T), ExecutorError> {
+    let began = Instant::now();
+    let result = work()?;
+    device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })?;
+    Ok((began.elapsed().as_secs_f64(), result))
+}
+
+/// Values that are neither all alike nor subnormal.
+fn pattern(count: usize) -> Vec<f32> {
+    (0..count as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 24) as f32 - 0.5).collect()
+}

@@ -1,0 +1,166 @@
+//! What is measured of machines and links, and the cluster that follows from it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fusionllm_planner::{Cluster, CompNodeProfile, Host, LinkProfile, Measured};
+use serde::{Deserialize, Serialize};
+
+use crate::JobId;
+
+/// What a CompNode says of its device when it joins. Measured on no job's shapes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceProfile {
+    /// S: FLOP/s of a large square matrix product.
+    pub flop_per_s: f64,
+    /// Bytes per second to and from the device's memory, by adding two large tensors.
+    pub memory_bytes_per_s: f64,
+    /// Bytes of memory that are free for a job; nothing if the device does not tell.
+    pub memory_bytes: Option<u64>,
+    /// Which machine it is, the same for all CompNodes on it.
+    pub host: String,
+    /// How many CompNodes on this machine compute at full speed at once; nothing if each has a device of its own.
+    pub lanes: Option<f64>,
+}
+
+/// Both directions between two CompNodes, as the one that dialled saw them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PairProfile {
+    /// From the one that dialled to the other.
+    pub there: LinkProfile,
+    /// The other way.
+    pub back: LinkProfile,
+}
+
+/// One machine in an inventory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MachineReport {
+    /// The CompNode's name.
+    pub name: String,
+    /// Its public key in hexadecimal, shortened.
+    pub id: String,
+    /// Its device, for people.
+    pub device: String,
+    /// The job it works on.
+    pub job: Option<JobId>,
+    /// What it said of its device.
+    pub profile: DeviceProfile,
+    /// What it measured of the ops of the job that was asked about.
+    pub measured: Option<Measured>,
+    /// λ: the share of S that the ops of that job reach together.
+    pub efficiency: Option<f64>,
+}
+
+/// One direction in an inventory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkReport {
+    /// Sender.
+    pub from: String,
+    /// Receiver.
+    pub to: String,
+    /// What was measured; nothing if the two could not reach each other.
+    pub link: Option<LinkProfile>,
+    /// Seconds since.
+    pub age_s: f64,
+}
+
+/// What the joined machines and links can do.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Every CompNode that is connected, in the order in which they joined.
+    pub machines: Vec<MachineReport>,
+    /// Every direction that was measured.
+    pub links: Vec<LinkReport>,
+    /// Measurements that are still to come.
+    pub pending: u32,
+}
+
+/// A link over which nothing comes: no plan will use it where there is another way.
+const UNREACHABLE: LinkProfile = LinkProfile { latency_s: 1e6, bytes_per_s: 1.0 };
+
+impl Inventory {
+    /// The cluster of all machines, in their order. CompNodes on one machine share its memory.
+    pub fn cluster(&self) -> Cluster {
+        let mut on_host: BTreeMap<&str, u64> = BTreeMap::new();
+        for machine in self.machines.iter().filter(|m| m.profile.lanes.is_some()) {
+            *on_host.entry(&machine.profile.host).or_default() += 1;
+        }
+        // CompNodes that measured the same share it, so that the planner sees that they are alike.
+        let mut shared: Vec<Arc<Measured>> = Vec::new();
+        let mut share = |measured: &Measured| {
+            let known = shared.iter().find(|known| ***known == *measured).cloned();
+            known.unwrap_or_else(|| {
+                shared.push(Arc::new(measured.clone()));
+                shared[shared.len() - 1].clone()
+            })
+        };
+        let profile = |machine: &MachineReport| CompNodeProfile {
+            name: machine.name.clone(),
+            flop_per_s: machine.profile.flop_per_s,
+            efficiency: machine.efficiency.unwrap_or(1.0),
+            memory_bytes_per_s: machine.profile.memory_bytes_per_s,
+            memory_bytes: machine.profile.memory_bytes.map_or(u64::MAX, |bytes| {
+                let sharing = machine.profile.lanes.and_then(|_| on_host.get(machine.profile.host.as_str()));
+                bytes / sharing.copied().unwrap_or(1).max(1)
+            }),
+            host: machine.profile.lanes.map(|lanes| Host { name: machine.profile.host.clone(), lanes }),
+            measured: machine.measured.as_ref().map(&mut share),
+        };
+        let compnodes: Vec<CompNodeProfile> = self.machines.iter().map(profile).collect();
+        let mut links = vec![vec![UNREACHABLE; compnodes.len()]; compnodes.len()];
+        let index: BTreeMap<&str, usize> = self.machines.iter().map(|m| m.name.as_str()).zip(0..).collect();
+        for link in &self.links {
+            if let (Some(&from), Some(&to)) = (index.get(link.from.as_str()), index.get(link.to.as_str())) {
+                links[from][to] = link.link.unwrap_or(UNREACHABLE);
+            }
+        }
+        Cluster { compnodes, links }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(name: &str, host: &str, lanes: Option<f64>) -> MachineReport {
+        let profile = DeviceProfile {
+            flop_per_s: 1e10,
+            memory_bytes_per_s: 1e10,
+            memory_bytes: Some(8_000_000_000),
+            host: host.to_owned(),
+            lanes,
+        };
+        let measured = Some(Measured { copy_s_per_byte: 1e-9, ..Measured::default() });
+        let (name, id, device) = (name.to_owned(), "00".to_owned(), "cpu".to_owned());
+        MachineReport { name, id, device, job: None, profile, measured, efficiency: Some(0.5) }
+    }
+
+    #[test]
+    fn machines_become_a_cluster_and_share_what_they_share() {
+        let link = LinkProfile { latency_s: 0.01, bytes_per_s: 1e6 };
+        let report = |from: &str, to: &str, link| LinkReport {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            link,
+            age_s: 1.0,
+        };
+        let inventory = Inventory {
+            machines: vec![
+                machine("a", "office", Some(2.0)),
+                machine("b", "office", Some(2.0)),
+                machine("gpu", "rack", None),
+            ],
+            links: vec![report("a", "b", Some(link)), report("b", "gpu", None)],
+            pending: 0,
+        };
+        let cluster = inventory.cluster();
+        cluster.validate().unwrap();
+        let memory: Vec<u64> = cluster.compnodes.iter().map(|c| c.memory_bytes).collect();
+        assert_eq!(memory, [4_000_000_000, 4_000_000_000, 8_000_000_000]);
+        assert_eq!(cluster.link(0, 1), link);
+        assert_eq!((cluster.link(1, 2), cluster.link(1, 0)), (UNREACHABLE, UNREACHABLE));
+        let measured = |i: usize| cluster.compnodes[i].measured.clone().unwrap();
+        assert!(Arc::ptr_eq(&measured(0), &measured(2)));
+        assert_eq!(cluster.compnodes[2].host, None);
+    }
+}
