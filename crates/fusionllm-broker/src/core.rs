@@ -237,7 +237,10 @@ impl Core {
             return Vec::new();
         }
         match message {
-            FromCompNode::Heartbeat => vec![Action::Send { to: connection, message: FromBroker::HeartbeatAck }],
+            FromCompNode::Heartbeat => {
+                let message = FromBroker::HeartbeatAck { now_s: now.as_secs_f64() };
+                vec![Action::Send { to: connection, message }]
+            },
             FromCompNode::Measured { request, result } => {
                 self.survey.measured(connection, request, result);
                 self.schedule(now)
@@ -302,7 +305,11 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         let Some(run) = job.run.as_mut() else { return Vec::new() };
         let mut actions = Vec::new();
-        while let Some(metrics) = run.next_step() {
+        while let Some((metrics, traced)) = run.next_step() {
+            if let Some(measured) = traced {
+                let run_dir = job.record.run_dir.clone();
+                actions.push(Action::WriteTrace { key, run_dir, measured: Box::new(measured) });
+            }
             if !metrics.loss.is_finite() {
                 let (step, lr) = (metrics.step, metrics.lr);
                 let reason = format!(

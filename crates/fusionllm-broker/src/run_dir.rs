@@ -8,6 +8,7 @@
 //! | `data.json` | what the data owner found |
 //! | `metrics.jsonl` | a line a step |
 //! | `checkpoints/step-N/` | checkpoints |
+//! | `trace.json` | one step, measured and predicted, for <https://ui.perfetto.dev> |
 //! | `report.md` | what came out |
 
 use std::fs::File;
@@ -92,6 +93,10 @@ impl RunDir {
 
     pub(crate) fn metrics(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
+    }
+
+    pub(crate) fn trace(&self) -> PathBuf {
+        self.path.join("trace.json")
     }
 
     pub(crate) fn report(&self) -> PathBuf {

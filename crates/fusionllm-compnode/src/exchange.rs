@@ -8,7 +8,7 @@ use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::LinkBytes;
 
 use crate::ExchangeError;
-use crate::mailbox::{Mailbox, Slot};
+use crate::mailbox::{Arrived, Mailbox, Slot};
 
 /// A message to another CompNode.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ pub trait Exchange: Send {
     ///
     /// # Errors
     /// [`ExchangeError`] if the job was aborted or the peer is lost.
-    fn receive(&mut self, slot: Slot) -> Result<HostTensor, ExchangeError>;
+    fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError>;
 
     /// What was handed over since the last call, by receiver.
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes>;
@@ -121,7 +121,7 @@ impl Exchange for MemoryExchange {
         Ok(())
     }
 
-    fn receive(&mut self, slot: Slot) -> Result<HostTensor, ExchangeError> {
+    fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError> {
         self.own.take(slot)
     }
 

@@ -21,6 +21,7 @@ mod optimizer;
 mod params;
 mod profile;
 mod segment;
+mod step_log;
 mod task_loop;
 
 pub use burn_executor::BurnExecutor;
@@ -31,7 +32,7 @@ pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardErr
 pub use exchange::{Exchange, MemoryExchange, Message};
 pub use executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
 pub use generate::{Generator, SamplingSpec};
-pub use mailbox::{Mailbox, Slot};
+pub use mailbox::{Arrived, Mailbox, Slot};
 pub use node::{JoinConfig, join};
 pub use optimizer::OptimizerSpec;
 pub use task_loop::{JobSink, TaskLoop, TrainPlan};

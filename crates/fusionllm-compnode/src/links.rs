@@ -12,7 +12,6 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use fusionllm_codec::HostTensor;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{Channel, Generation, JobId, LinkBytes, PeerFrame, PeerRecord, encode};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
@@ -23,7 +22,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::ExchangeError;
 use crate::exchange::{Exchange, LinkTally, Message};
-use crate::mailbox::{Mailbox, Slot};
+use crate::mailbox::{Arrived, Mailbox, Slot};
 use incoming::Incoming;
 
 /// A peer that cannot be reached for this long is lost: longer than a home router's restart of its uplink.
@@ -260,10 +259,10 @@ impl Exchange for NetworkExchange {
         })
     }
 
-    fn receive(&mut self, slot: Slot) -> Result<HostTensor, ExchangeError> {
-        let tensor = self.links.mailbox.take(slot)?;
+    fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError> {
+        let arrived = self.links.mailbox.take(slot)?;
         self.links.incoming(slot.channel).confirm_one();
-        Ok(tensor)
+        Ok(arrived)
     }
 
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use fusionllm_codec::HostTensor;
 use fusionllm_protocol::{Channel, Pass};
@@ -28,16 +29,25 @@ pub struct Mailbox {
     changed: Condvar,
 }
 
+/// A message that has arrived.
+#[derive(Clone, Debug)]
+pub struct Arrived {
+    /// The tensor.
+    pub tensor: HostTensor,
+    /// When it was there, decoded.
+    pub at: Instant,
+}
+
 #[derive(Debug, Default)]
 struct State {
-    arrived: BTreeMap<Slot, HostTensor>,
+    arrived: BTreeMap<Slot, Arrived>,
     closed: Option<ExchangeError>,
 }
 
 impl Mailbox {
     /// Delivers a message.
     pub fn put(&self, slot: Slot, tensor: HostTensor) {
-        self.lock().arrived.insert(slot, tensor);
+        self.lock().arrived.insert(slot, Arrived { tensor, at: Instant::now() });
         self.changed.notify_all();
     }
 
@@ -45,11 +55,11 @@ impl Mailbox {
     ///
     /// # Errors
     /// Whatever the mailbox was closed with, if the message is not there.
-    pub fn take(&self, slot: Slot) -> Result<HostTensor, ExchangeError> {
+    pub fn take(&self, slot: Slot) -> Result<Arrived, ExchangeError> {
         let mut state = self.lock();
         loop {
-            if let Some(tensor) = state.arrived.remove(&slot) {
-                return Ok(tensor);
+            if let Some(arrived) = state.arrived.remove(&slot) {
+                return Ok(arrived);
             }
             if let Some(error) = &state.closed {
                 return Err(error.clone());

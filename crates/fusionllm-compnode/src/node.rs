@@ -10,7 +10,7 @@ mod survey;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fusionllm_protocol::{DeviceProfile, FromBroker, FromCompNode, Hello, PROTOCOL_VERSION, Role, Welcome, decode, encode};
 use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
@@ -20,6 +20,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use crate::CompNodeError;
 use crate::device::{DeviceChoice, open_device};
 use crate::links::peer_record;
+use crate::step_log::ClockOffset;
 use running::RunningJob;
 use survey::{AwaitedProbes, Surveyor, start_probe};
 
@@ -110,6 +111,8 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         surveyor,
         profile,
         probes: AwaitedProbes::default(),
+        clock: Arc::default(),
+        heartbeat_at: None,
         job: None,
         unclaimed: None,
     };
@@ -146,6 +149,9 @@ struct Node {
     surveyor: Surveyor,
     profile: DeviceProfile,
     probes: AwaitedProbes,
+    clock: Arc<ClockOffset>,
+    /// When the heartbeat that is not answered yet was sent.
+    heartbeat_at: Option<Instant>,
     job: Option<RunningJob>,
     /// A blob stream that came before the assignment it belongs to.
     unclaimed: Option<FrameSource>,
@@ -168,6 +174,7 @@ impl Node {
         let end = loop {
             tokio::select! {
                 _ = heartbeat.tick() => {
+                    self.heartbeat_at = Some(Instant::now());
                     if tell(&mut sink, &FromCompNode::Heartbeat).await.is_err() {
                         break SessionEnd::Lost;
                     }
@@ -252,7 +259,12 @@ impl Node {
         match event {
             NodeEvent::Broker(None) => Next::End(SessionEnd::Lost),
             NodeEvent::Broker(Some(FromBroker::Shutdown)) => Next::End(SessionEnd::Leave),
-            NodeEvent::Broker(Some(FromBroker::HeartbeatAck)) => Next::nothing(),
+            NodeEvent::Broker(Some(FromBroker::HeartbeatAck { now_s })) => {
+                if let Some(sent) = self.heartbeat_at.take() {
+                    self.clock.learn(sent, now_s);
+                }
+                Next::nothing()
+            }
             NodeEvent::Broker(Some(FromBroker::Assign(assignment))) => {
                 self.drop_job("replaced by another assignment");
                 let key = assignment::JobKey::of(&assignment);
@@ -273,7 +285,7 @@ impl Node {
             NodeEvent::Broker(Some(FromBroker::Start { job, generation })) => {
                 let key = assignment::JobKey { job, generation };
                 match self.job.as_mut().filter(|j| j.key == key) {
-                    Some(job) => Next::Tell(job.start(broker.clone(), events.clone()).into_iter().collect()),
+                    Some(job) => Next::Tell(job.start(broker.clone(), events.clone(), Arc::clone(&self.clock)).into_iter().collect()),
                     None => Next::nothing(),
                 }
             }

@@ -16,6 +16,7 @@ use crate::data::Batches;
 use crate::exchange::{Exchange, Message};
 use crate::executor::{Executor, MicroBatch, NamedTensor, UpdateSpec};
 use crate::mailbox::Slot;
+use crate::step_log::StepLog;
 use crate::{CompNodeError, ExecutorError};
 
 /// What a task loop works by.
@@ -59,6 +60,7 @@ pub struct TaskLoop {
     local: BTreeMap<Slot, HostTensor>,
     busy: Duration,
     live_max: usize,
+    log: StepLog,
 }
 
 impl std::fmt::Debug for TaskLoop {
@@ -75,7 +77,7 @@ impl TaskLoop {
         exchange: Box<dyn Exchange>,
         batches: Option<Box<dyn Batches>>,
     ) -> Self {
-        Self { plan, executor, exchange, batches, local: BTreeMap::new(), busy: Duration::ZERO, live_max: 0 }
+        Self { plan, executor, exchange, batches, local: BTreeMap::new(), busy: Duration::ZERO, live_max: 0, log: StepLog::default() }
     }
 
     /// Runs all steps that are left.
@@ -104,11 +106,13 @@ impl TaskLoop {
         let began = Instant::now();
         self.busy = Duration::ZERO;
         self.live_max = 0;
+        self.log.begin(step, self.plan.start_step, self.plan.spec.train.steps);
         let placement = Arc::clone(&self.plan.placement);
         let loss = self.pass(&placement.train, Pass::Train, step)?;
         let (lr, grad_norm) = self.update(step)?;
         let step_s = began.elapsed().as_secs_f64();
         let busy_s = self.busy.as_secs_f64();
+        let trace = self.log.end();
         let done = step + 1;
         let eval_loss = if self.is_due(done, self.plan.spec.train.eval_every) {
             self.pass(&placement.eval, Pass::Eval, step)?
@@ -125,6 +129,7 @@ impl TaskLoop {
             busy_s,
             live_max: u32::try_from(self.live_max).unwrap_or(u32::MAX),
             links: self.exchange.drain_link_bytes(),
+            trace,
         })
     }
 
@@ -157,6 +162,13 @@ impl TaskLoop {
         }
     }
 
+    /// A task that began then has ended.
+    fn worked(&mut self, task: Task, began: Instant) {
+        let now = Instant::now();
+        self.busy += now - began;
+        self.log.task(task, began, now);
+    }
+
     fn forward(&mut self, stage: StageId, micro_batch: MicroBatch, task: Task) -> Result<Option<f64>, CompNodeError> {
         let placement = Arc::clone(&self.plan.placement);
         let held = stage_of(&placement, stage)?;
@@ -171,7 +183,7 @@ impl TaskLoop {
         }
         let began = Instant::now();
         let output = self.executor.forward(stage, micro_batch, inputs)?;
-        self.busy += began.elapsed();
+        self.worked(task, began);
         self.live_max = self.live_max.max(self.executor.live());
         outgoing.extend(output.tensors);
         for edge in placement.edges.iter().filter(|e| e.from == stage) {
@@ -210,7 +222,7 @@ impl TaskLoop {
         let began = Instant::now();
         let mut inputs: BTreeMap<OpId, HostTensor> =
             self.executor.backward(stage, micro_batch, gradients, loss_scale)?.into_iter().collect();
-        self.busy += began.elapsed();
+        self.worked(task, began);
         for edge in placement.edges.iter().filter(|e| e.to == stage && e.gradient) {
             let tensor = inputs
                 .remove(&edge.op)
@@ -252,7 +264,9 @@ impl TaskLoop {
                 ExecutorError::Internal { what: format!("{channel:?} of {other} is not there") }.into()
             });
         }
-        Ok(self.exchange.receive(slot)?)
+        let arrived = self.exchange.receive(slot)?;
+        self.log.arrived(channel, micro_batch.index, arrived.at);
+        Ok(arrived.tensor)
     }
 
     /// Hands a tensor to the stage `other`, here or on its CompNode.
@@ -271,7 +285,10 @@ impl TaskLoop {
                 self.local.insert(slot, tensor);
                 Ok(())
             }
-            Some(to) => Ok(self.exchange.send(Message { to, slot, tensor, codec })?),
+            Some(to) => {
+                self.log.sent(channel, micro_batch.index);
+                Ok(self.exchange.send(Message { to, slot, tensor, codec })?)
+            }
             None => Err(ExecutorError::Internal { what: format!("{other} is on no CompNode") }.into()),
         }
     }
@@ -286,7 +303,7 @@ impl TaskLoop {
         let lr = self.plan.spec.lr_at(step);
         let began = Instant::now();
         self.executor.update(UpdateSpec { step, lr, gradient_scale })?;
-        self.busy += began.elapsed();
+        self.worked(Task::Update, began);
         Ok((lr, norm))
     }
 
@@ -313,7 +330,7 @@ impl TaskLoop {
                     Some(own_part) if from == node => own_part,
                     other => {
                         own.extend(other.map(|part| (tied.param, part)));
-                        self.exchange.receive(step_slot(Channel::Tied { param: tied.param, from }, step))?
+                        self.exchange.receive(step_slot(Channel::Tied { param: tied.param, from }, step))?.tensor
                     }
                 };
                 shape = part.shape().to_vec();
@@ -341,7 +358,7 @@ impl TaskLoop {
         let others = (0..placement.compnodes.len() as u32).map(NodeIndex).filter(|&n| n != NodeIndex(0));
         let norm = if node == NodeIndex(0) {
             for from in others.clone() {
-                total += scalar_of(&self.exchange.receive(step_slot(Channel::NormPart { from }, step))?);
+                total += scalar_of(&self.exchange.receive(step_slot(Channel::NormPart { from }, step))?.tensor);
             }
             // Everybody clips by the same number, so CompNode 0 rounds it as the wire does.
             let norm = f64::from(total.sqrt() as f32);
@@ -351,7 +368,7 @@ impl TaskLoop {
             norm
         } else {
             self.send_scalar(NodeIndex(0), Channel::NormPart { from: node }, step, total)?;
-            scalar_of(&self.exchange.receive(step_slot(Channel::NormTotal { to: node }, step))?)
+            scalar_of(&self.exchange.receive(step_slot(Channel::NormTotal { to: node }, step))?.tensor)
         };
         if norm.is_finite() {
             Ok(norm)

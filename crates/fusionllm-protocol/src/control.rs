@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use fusionllm_planner::{Measured, NodeIndex, Placement};
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceProfile, Generation, Inventory, JobEvent, JobId, JobSpec, PairProfile};
+use crate::{DeviceProfile, Generation, Inventory, JobEvent, JobId, JobSpec, PairProfile, StepTrace};
 
 /// A CompNode's identity and where it may be reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,7 +143,10 @@ pub enum FromBroker {
         peer: PeerRecord,
     },
     /// Answer to a heartbeat.
-    HeartbeatAck,
+    HeartbeatAck {
+        /// The broker's clock, in seconds since it started.
+        now_s: f64,
+    },
     /// The broker ends: leave.
     Shutdown,
 }
@@ -231,6 +234,8 @@ pub struct StepReport {
     pub live_max: u32,
     /// Bytes that this CompNode sent, by receiver.
     pub links: Vec<LinkBytes>,
+    /// What it did when, in seconds of the broker's clock, for the step that is traced.
+    pub trace: Option<StepTrace>,
 }
 
 /// What one link carried.

@@ -11,6 +11,7 @@ mod inventory;
 mod job;
 mod manifest;
 mod op_data;
+mod trace;
 mod version;
 mod window;
 mod wire;
@@ -29,6 +30,7 @@ pub use job::{
 };
 pub use manifest::{Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
+pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
 pub use version::PROTOCOL_VERSION;
 pub use window::{ReceiveWindow, Received, SendWindow};
 pub use wire::{decode, encode};

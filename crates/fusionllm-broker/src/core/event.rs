@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::NodeIndex;
+use fusionllm_planner::{NodeIndex, Simulated};
 use fusionllm_protocol::{
     DataReport, DeviceProfile, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, PeerRecord, StepMetrics,
 };
@@ -76,6 +76,8 @@ pub(crate) enum Action {
     OpenRun(Box<OpenRun>),
     /// Write what the data owner found.
     WriteData { key: RunKey, run_dir: PathBuf, data: DataReport },
+    /// Write what was done when in one step.
+    WriteTrace { key: RunKey, run_dir: PathBuf, measured: Box<Simulated> },
     /// Append a line to the metrics.
     AppendMetrics { key: RunKey, metrics: StepMetrics },
     /// All shards are there: check them and show the checkpoint.
@@ -96,5 +98,7 @@ pub(crate) struct OpenRun {
     pub(crate) spec: JobSpec,
     pub(crate) graph: String,
     pub(crate) placement: PlacementFile,
+    /// The step as it was predicted.
+    pub(crate) predicted: Simulated,
     pub(crate) start_step: u64,
 }

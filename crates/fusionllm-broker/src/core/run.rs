@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{JobSpec, StepMetrics, StepReport};
+use fusionllm_planner::{NodeIndex, Placement, Simulated};
+use fusionllm_protocol::{JobSpec, StepMetrics, StepReport, StepTrace, measured_step};
 
 use super::{ConnectionId, RunKey, StartPoint};
 use crate::checkpoint::StoredShard;
@@ -100,13 +100,16 @@ impl Run {
     }
 
     /// The next step that every CompNode has reported, as one.
-    pub(super) fn next_step(&mut self) -> Option<StepMetrics> {
+    /// If it was traced, also what was done when.
+    pub(super) fn next_step(&mut self) -> Option<(StepMetrics, Option<Simulated>)> {
         let step = self.merged + 1;
         if self.reports.get(&step)?.len() < self.members.len() {
             return None;
         }
         let reports = self.reports.remove(&step)?;
         self.merged = step;
+        let traces: Option<Vec<StepTrace>> = reports.values().map(|r| r.trace.clone()).collect();
+        let traced = traces.map(|traces| measured_step(&self.placement, &traces));
         let reports = || reports.values();
         let metrics = StepMetrics {
             step,
@@ -122,7 +125,7 @@ impl Run {
         if let Some(loss) = self.due.get_mut(&step) {
             *loss = Some(metrics.loss);
         }
-        Some(metrics)
+        Some((metrics, traced))
     }
 
     /// Training loss of a step after which a checkpoint is still to come.

@@ -76,7 +76,7 @@ impl Core {
         let Some(start) = known.start.clone() else { return Vec::new() };
         let spec = known.record.spec.clone();
         let cluster = self.survey.inventory(&members, &self.compnodes, Some((&spec, &start)), now).cluster();
-        let Plan { placement, prediction, .. } = match plan(&start.dag, &cluster, &spec.plan_spec()) {
+        let Plan { placement, prediction, simulated: predicted, .. } = match plan(&start.dag, &cluster, &spec.plan_spec()) {
             Ok(plan) => plan,
             Err(error) => {
                 return self.end(job, JobState::Failed { reason: error.to_string(), bad_input: true }, "no placement");
@@ -98,6 +98,7 @@ impl Core {
             spec: spec.clone(),
             graph: start.graph.clone(),
             placement: PlacementFile::of(&placement, &start.dag, key.generation, prediction),
+            predicted,
             start_step: start.step,
         }))];
         actions.extend(self.assignments(key, &spec, &start, &placement, &members));

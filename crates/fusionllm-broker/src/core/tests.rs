@@ -102,6 +102,7 @@ fn report(step: u64, loss: Option<f64>) -> StepReport {
         busy_s: 0.1,
         live_max: 1,
         links: vec![link],
+        trace: None,
     }
 }
 
@@ -229,7 +230,7 @@ fn a_silent_compnode_loses_its_lease() {
     let almost = NOW + LEASE;
     assert!(core.handle(CoreEvent::Tick, almost).is_empty());
     let alive = CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat };
-    assert_eq!(sent(&core.handle(alive, almost)), [(1, &FromBroker::HeartbeatAck)]);
+    assert_eq!(sent(&core.handle(alive, almost)), [(1, &FromBroker::HeartbeatAck { now_s: almost.as_secs_f64() })]);
     let actions = core.handle(CoreEvent::Tick, almost + Duration::from_secs(1));
     assert!(matches!(actions[0], Action::Disconnect { to: ConnectionId(2), .. }));
     assert!(failure(&core).contains("CompNode `b` vanished after step 0: no heartbeat for 15 s"));

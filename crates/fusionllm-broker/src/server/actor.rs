@@ -235,6 +235,7 @@ impl Actor {
                 }
                 Action::OpenRun(_)
                 | Action::WriteData { .. }
+                | Action::WriteTrace { .. }
                 | Action::AppendMetrics { .. }
                 | Action::FinishCheckpoint { .. }
                 | Action::WriteReport { .. }

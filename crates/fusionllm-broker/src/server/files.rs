@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use fusionllm_planner::{Simulated, Trace};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -38,7 +39,7 @@ impl Files {
         // A weak one: the actor ends when all who may ask it have gone.
         let commands = commands.downgrade();
         let thread = spawn_blocking(move || {
-            let mut keeper = Keeper { store, writers: BTreeMap::new() };
+            let mut keeper = Keeper { store, writers: BTreeMap::new(), predicted: BTreeMap::new() };
             while let Some(next) = work.blocking_recv() {
                 let event = match next {
                     Work::Action(action) => keeper.perform(action),
@@ -80,6 +81,8 @@ impl Files {
 struct Keeper {
     store: Store,
     writers: BTreeMap<RunKey, (PathBuf, MetricsWriter)>,
+    /// CompNodes and predicted step of each run, until the measured one is there.
+    predicted: BTreeMap<RunKey, (Vec<String>, Simulated)>,
 }
 
 impl Keeper {
@@ -87,6 +90,7 @@ impl Keeper {
         let key = match &action {
             Action::OpenRun(open) => Some(open.key),
             Action::WriteData { key, .. }
+            | Action::WriteTrace { key, .. }
             | Action::AppendMetrics { key, .. }
             | Action::FinishCheckpoint { key, .. } => Some(*key),
             _ => None,
@@ -109,10 +113,20 @@ impl Keeper {
                 let writer = MetricsWriter::open(&dir.metrics(), open.start_step)?;
                 self.writers.retain(|key, _| key.job != open.key.job);
                 self.writers.insert(open.key, (dir.metrics(), writer));
+                let names = open.placement.placement.compnodes.clone();
+                self.predicted.retain(|key, _| key.job != open.key.job);
+                self.predicted.insert(open.key, (names, open.predicted));
             }
             Action::WriteData { run_dir, data, .. } => {
                 let dir = RunDir::new(&run_dir);
                 dir.write_json(&dir.data(), &data)?;
+            }
+            Action::WriteTrace { key, run_dir, measured } => {
+                if let Some((names, predicted)) = self.predicted.remove(&key) {
+                    let trace = Trace::side_by_side(&[("measured", &measured), ("predicted", &predicted)], &names);
+                    let dir = RunDir::new(&run_dir);
+                    dir.write_json(&dir.trace(), &trace)?;
+                }
             }
             Action::AppendMetrics { key, metrics, .. } => {
                 if let Some((path, writer)) = self.writers.get_mut(&key) {
@@ -125,6 +139,7 @@ impl Keeper {
             }
             Action::WriteReport { record } => {
                 self.writers.retain(|key, _| key.job != record.job);
+                self.predicted.retain(|key, _| key.job != record.job);
                 let report = RunReport::read(&record)?;
                 write_atomic(&RunDir::new(&record.run_dir).report(), report.markdown().as_bytes())?;
             }

@@ -17,6 +17,7 @@ use crate::checkpoint::write_shard;
 use crate::executor::NamedTensor;
 use crate::links::{JobLinks, NetworkExchange};
 use crate::mailbox::Mailbox;
+use crate::step_log::ClockOffset;
 use crate::task_loop::{JobSink, TaskLoop};
 
 /// The job at hand.
@@ -70,7 +71,12 @@ impl RunningJob {
     }
 
     /// Starts the compute thread. Gives a message if that is not possible.
-    pub(super) fn start(&mut self, broker: Session, events: mpsc::Sender<NodeEvent>) -> Option<FromCompNode> {
+    pub(super) fn start(
+        &mut self,
+        broker: Session,
+        events: mpsc::Sender<NodeEvent>,
+        clock: Arc<ClockOffset>,
+    ) -> Option<FromCompNode> {
         let prepared = self.prepared.take()?;
         let (key, links, runtime) = (self.key, Arc::clone(&self.links), Handle::current());
         let node = prepared.plan.node;
@@ -84,7 +90,7 @@ impl RunningJob {
             let exchange = NetworkExchange::new(exchange_links, runtime);
             let Prepared { plan, executor, batches, .. } = prepared;
             let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
-            let mut sink = NodeSink { key, events: reports, shards, mailbox };
+            let mut sink = NodeSink { key, events: reports, shards, mailbox, clock };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
             let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
                 Err(CompNodeError::ComputeThread { reason: crate::panic_message(panic.as_ref()) })
@@ -114,10 +120,12 @@ struct NodeSink {
     events: mpsc::Sender<NodeEvent>,
     shards: mpsc::Sender<(u64, Vec<NamedTensor>)>,
     mailbox: Arc<Mailbox>,
+    clock: Arc<ClockOffset>,
 }
 
 impl JobSink for NodeSink {
-    fn step(&mut self, report: StepReport) -> Result<(), CompNodeError> {
+    fn step(&mut self, mut report: StepReport) -> Result<(), CompNodeError> {
+        report.trace = report.trace.and_then(|trace| self.clock.apply(trace));
         // A CompNode without peers would not notice otherwise that its job was dropped.
         if let Some(error) = self.mailbox.closed() {
             return Err(error.into());

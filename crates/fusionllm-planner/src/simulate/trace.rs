@@ -41,6 +41,21 @@ pub struct NameArgs {
     pub name: String,
 }
 
+impl Trace {
+    /// Several steps of the same CompNodes, each under a word of its own.
+    pub fn side_by_side(steps: &[(&str, &Simulated)], names: &[String]) -> Self {
+        let mut events = Vec::new();
+        let count = u32::try_from(names.len()).unwrap_or(u32::MAX);
+        for (place, (word, step)) in (0u32..).zip(steps) {
+            let named: Vec<String> = names.iter().map(|name| format!("{name}, {word}")).collect();
+            let mut own = step.events(&named);
+            own.iter_mut().for_each(|event| event.pid += place * count);
+            events.extend(own);
+        }
+        Self { events }
+    }
+}
+
 impl TraceEvent {
     fn bar(name: String, pid: u32, tid: u32, start_s: f64, end_s: f64) -> Self {
         let (ts, dur) = (start_s * 1e6, (end_s - start_s) * 1e6);
@@ -56,6 +71,10 @@ impl TraceEvent {
 impl Simulated {
     /// The step as a trace, with the CompNodes' names.
     pub fn trace(&self, names: &[String]) -> Trace {
+        Trace { events: self.events(names) }
+    }
+
+    fn events(&self, names: &[String]) -> Vec<TraceEvent> {
         let mut events = Vec::new();
         for (pid, name) in (0..).zip(names) {
             events.push(TraceEvent::label("process_name", pid, 0, name.clone()));
@@ -83,6 +102,6 @@ impl Simulated {
             let (pid, tid) = (transfer.from.0, transfer.to.0 + 1);
             events.push(TraceEvent::bar(name, pid, tid, transfer.start_s, transfer.sent_s));
         }
-        Trace { events }
+        events
     }
 }

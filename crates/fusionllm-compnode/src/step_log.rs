@@ -1,0 +1,110 @@
+//! What a task loop did when, for the trace of a step.
+
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use fusionllm_planner::Task;
+use fusionllm_protocol::{Channel, StepTrace, TracedMessage, TracedTask};
+
+/// This step after a start is traced: by then devices and connections are warm.
+const TRACED: u64 = 5;
+
+/// Seconds of this process's clock, which [`ClockOffset`] brings to the broker's.
+fn process_seconds(at: Instant) -> f64 {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    let began = *BEGAN.get_or_init(Instant::now);
+    // Nothing that is logged lies before the first call by more than rounding.
+    at.saturating_duration_since(began).as_secs_f64()
+}
+
+/// The log of the step at hand.
+#[derive(Debug, Default)]
+pub(crate) struct StepLog {
+    trace: Option<StepTrace>,
+}
+
+impl StepLog {
+    /// Begins the log of a step, if it is the one that is traced.
+    pub(crate) fn begin(&mut self, step: u64, start_step: u64, steps: u64) {
+        let traced = (start_step + TRACED).min(steps);
+        self.trace = (step + 1 == traced).then(StepTrace::default);
+    }
+
+    pub(crate) fn task(&mut self, task: Task, start: Instant, end: Instant) {
+        if let Some(trace) = &mut self.trace {
+            let (start_s, end_s) = (process_seconds(start), process_seconds(end));
+            trace.tasks.push(TracedTask { task, start_s, end_s });
+        }
+    }
+
+    pub(crate) fn sent(&mut self, channel: Channel, micro_batch: u32) {
+        if let Some(trace) = &mut self.trace {
+            trace.sent.push(TracedMessage { channel, micro_batch, at_s: process_seconds(Instant::now()) });
+        }
+    }
+
+    pub(crate) fn arrived(&mut self, channel: Channel, micro_batch: u32, at: Instant) {
+        if let Some(trace) = &mut self.trace {
+            trace.arrived.push(TracedMessage { channel, micro_batch, at_s: process_seconds(at) });
+        }
+    }
+
+    /// The trace, in seconds of this process's clock.
+    pub(crate) fn end(&mut self) -> Option<StepTrace> {
+        self.trace.take()
+    }
+}
+
+/// How far the broker's clock is ahead of this process's, by the heartbeat with the shortest way.
+#[derive(Debug, Default)]
+pub(crate) struct ClockOffset(Mutex<Option<(Duration, f64)>>);
+
+impl ClockOffset {
+    /// A heartbeat was sent at `sent` and answered when the broker's clock stood at `broker_s`.
+    pub(crate) fn learn(&self, sent: Instant, broker_s: f64) {
+        let (now, round_trip) = (Instant::now(), sent.elapsed());
+        let offset = broker_s - (process_seconds(now) - round_trip.as_secs_f64() / 2.0);
+        let mut best = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if best.is_none_or(|(shortest, _)| round_trip < shortest) {
+            *best = Some((round_trip, offset));
+        }
+    }
+
+    /// The trace in seconds of the broker's clock; nothing if that is not known.
+    pub(crate) fn apply(&self, mut trace: StepTrace) -> Option<StepTrace> {
+        let (_, offset) = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
+        trace.shift(offset);
+        Some(trace)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_one_step_is_logged() {
+        let mut log = StepLog::default();
+        for (step, traced) in [(3, false), (4, true), (5, false)] {
+            log.begin(step, 0, 100);
+            log.task(Task::Update, Instant::now(), Instant::now());
+            assert_eq!(log.end().is_some(), traced, "step {step}");
+        }
+        log.begin(1, 0, 2);
+        assert!(log.end().is_some(), "a short run's last step");
+    }
+
+    #[test]
+    fn a_trace_is_brought_to_the_brokers_clock() {
+        let offset = ClockOffset::default();
+        assert_eq!(offset.apply(StepTrace::default()), None);
+        let now = Instant::now();
+        let before = process_seconds(now);
+        offset.learn(now, 1000.0);
+        let mut log = StepLog::default();
+        log.begin(0, 0, 1);
+        log.task(Task::Update, now, now);
+        let trace = offset.apply(log.end().unwrap()).unwrap();
+        assert!((trace.tasks[0].start_s - 1000.0).abs() < 0.1, "{trace:?} {before}");
+    }
+}
