@@ -5,9 +5,16 @@
 //! allocates more than that shape allows.
 
 mod codec;
+mod codecs;
+mod density;
 mod error;
+mod real;
 mod tensor;
+#[cfg(test)]
+mod testing;
 
-pub use codec::Codec;
+pub use codec::{Codec, LowRankValues, Residual, TopKValues};
+pub use density::Density;
 pub use error::CodecError;
+pub use real::Real;
 pub use tensor::{ElementType, HostTensor, Values};
