@@ -51,7 +51,8 @@ pub enum Codec {
         values: TopKValues,
     },
     /// Coefficients of the rows (last dimension) in an orthonormal basis that both ends hold. Needs
-    /// state at both ends to be small: without it each payload carries the basis.
+    /// [`EdgeEncoder`](crate::EdgeEncoder) and [`EdgeDecoder`](crate::EdgeDecoder) to be small: without their
+    /// memory each payload carries the basis.
     LowRank {
         /// Vectors of the basis; the row length, where that is less. 0 counts as 1.
         rank: u32,
@@ -273,7 +274,11 @@ impl Codec {
                 quantize::encode(self.width(), values, out);
             }
             Self::TopK { density, values: form } => topk::encode(density, form, values, &mut scratch.topk, out),
-            Self::LowRank { .. } => return Err(CodecError::Corrupt { codec: self.name(), what: "it needs state" }),
+            Self::LowRank { rank, values: form, residual } => {
+                let layout = low_rank::Layout::of(shape, rank, form, residual);
+                let memory = (&mut scratch.low_rank, &mut scratch.topk);
+                low_rank::Sender::default().encode(layout, low_rank::Policy::default(), values, memory, out);
+            }
         }
         Ok(())
     }
@@ -296,7 +301,11 @@ impl Codec {
                 quantize::decode(self.width(), n, rest, into)?;
             }
             Self::TopK { density, values } => topk::decode(n, density, values, bytes, &mut scratch.topk, into)?,
-            Self::LowRank { .. } => return Err(CodecError::Corrupt { codec: self.name(), what: "it needs state" }),
+            Self::LowRank { rank, values, residual } => {
+                let layout = low_rank::Layout::of(shape, rank, values, residual);
+                let memory = (&mut scratch.low_rank, &mut scratch.topk);
+                low_rank::decode(shape, layout, bytes, &mut None, memory, into)?;
+            }
         }
         Ok(())
     }

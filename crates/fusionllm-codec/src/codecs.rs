@@ -8,6 +8,7 @@ pub(crate) mod plain;
 pub(crate) mod positions;
 pub(crate) mod quantize;
 pub(crate) mod select;
+pub(crate) mod subspace;
 pub(crate) mod topk;
 
 use crate::CodecError;
@@ -16,6 +17,7 @@ use crate::CodecError;
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     pub(crate) topk: topk::Scratch,
+    pub(crate) low_rank: low_rank::Scratch,
 }
 
 /// Splits the layout version off a payload.

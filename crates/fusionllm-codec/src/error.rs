@@ -73,4 +73,18 @@ pub enum CodecError {
         /// What is wrong with it.
         what: &'static str,
     },
+    /// A low-rank payload refers to a basis that this end does not hold: a message was lost, or state was.
+    #[error("lowrank payload needs basis {needed}, this end holds {}", .held.map_or("none".to_owned(), |n| n.to_string()))]
+    MissingBasis {
+        /// Number of the basis that it needs.
+        needed: u32,
+        /// Number of the one that is held.
+        held: Option<u32>,
+    },
+    /// Saved state of an edge that no edge can have had.
+    #[error("the saved state of an edge is corrupt: {what}")]
+    State {
+        /// What is wrong with it.
+        what: &'static str,
+    },
 }
