@@ -16,10 +16,9 @@
 
 mod notation;
 
-use half::f16;
 use serde::{Deserialize, Serialize};
 
-use crate::codecs::plain::{collect, extend, from_bf16, to_bf16};
+use crate::codecs::plain::{collect, collect_f16, extend, extend_f16, from_bf16, to_bf16};
 use crate::codecs::quantize::{self, Width};
 use crate::codecs::{Scratch, low_rank, take_version, topk};
 use crate::tensor::element_count;
@@ -268,7 +267,7 @@ impl Codec {
         match self {
             Self::Dense => extend(out, values, f32::to_le_bytes),
             Self::Bf16 => extend(out, values, |x| to_bf16(x).to_le_bytes()),
-            Self::F16 => extend(out, values, |x| f16::from_f32(x).to_le_bytes()),
+            Self::F16 => extend_f16(out, values),
             Self::Int8 | Self::Int4 => {
                 out.push(quantize::VERSION);
                 quantize::encode(self.width(), values, out);
@@ -295,7 +294,7 @@ impl Codec {
         match self {
             Self::Dense => collect(bytes, into, f32::from_le_bytes),
             Self::Bf16 => collect(bytes, into, |b| from_bf16(u16::from_le_bytes(b))),
-            Self::F16 => collect(bytes, into, |b| f16::from_le_bytes(b).to_f32()),
+            Self::F16 => collect_f16(bytes, into),
             Self::Int8 | Self::Int4 => {
                 let rest = take_version(self.name(), quantize::VERSION, bytes)?;
                 quantize::decode(self.width(), n, rest, into)?;

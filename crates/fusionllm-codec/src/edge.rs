@@ -9,7 +9,7 @@ mod prediction;
 use serde::{Deserialize, Serialize};
 
 use crate::codecs::low_rank::{self, Basis, Layout, Policy, Sender};
-use crate::codecs::{Scratch, subspace::square_sum};
+use crate::codecs::{Scratch, subspace::square_sum, topk::finite};
 use crate::tensor::element_count;
 use crate::{Codec, CodecError};
 use prediction::Prediction;
@@ -130,20 +130,15 @@ impl EdgeEncoder {
         if predict {
             state.prediction.fit(shape);
         }
-        let has_residual = options.error_feedback && !state.residual.is_empty();
-        let sent: &[f32] = if has_residual || predict {
-            input.clear();
-            input.extend_from_slice(values);
-            if has_residual {
-                input.iter_mut().zip(&state.residual).for_each(|(x, r)| *x += r);
-            }
+        // With feedback, the tensor is added to the residual, and what was decoded taken from it, in place.
+        let input = if options.error_feedback { &mut state.residual } else { input };
+        if options.error_feedback || predict {
+            add_to(input, values);
             if predict {
                 state.prediction.subtract_from(input);
             }
-            input
-        } else {
-            values
-        };
+        }
+        let sent: &[f32] = if options.error_feedback || predict { input } else { values };
         let start = out.len();
         match low_rank_layout(codec, shape) {
             Some(layout) => {
@@ -156,15 +151,20 @@ impl EdgeEncoder {
             None => codec.encode_f32(shape, sent, scratch, out)?,
         }
         let mut relative_error = None;
-        if measure || options.error_feedback || predict {
+        if let (Codec::TopK { values: form, .. }, false, false) = (codec, measure, predict) {
+            if options.error_feedback {
+                scratch.topk.take_kept_out_of(form, &out[start..], input)?;
+            }
+        } else if measure || options.error_feedback || predict {
             reconstruct(codec, shape, &out[start..], &mut state.sender.basis, scratch, decoded)?;
             if measure {
                 let mean = if predict { state.prediction.values() } else { &[] };
                 relative_error = Some(relative(sent, decoded, mean));
             }
             if options.error_feedback {
-                state.residual.clear();
-                state.residual.extend(sent.iter().zip(&*decoded).map(|(x, y)| finite(x - y)));
+                input.iter_mut().zip(&*decoded).for_each(|(x, y)| *x = finite(*x - y));
+            } else {
+                input.clear();
             }
             if predict {
                 state.prediction.learn(decoded);
@@ -295,8 +295,14 @@ fn reconstruct(
     }
 }
 
-fn finite(x: f32) -> f32 {
-    if x.is_finite() { x } else { 0.0 }
+/// Adds the tensor to a residual that fits it, or makes it one.
+fn add_to(residual: &mut Vec<f32>, values: &[f32]) {
+    if residual.len() == values.len() {
+        residual.iter_mut().zip(values).for_each(|(r, x)| *r += x);
+    } else {
+        residual.clear();
+        residual.extend_from_slice(values);
+    }
 }
 
 /// Relative error of `decoded`, both plus the prediction `mean` of each row.

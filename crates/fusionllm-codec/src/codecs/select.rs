@@ -7,9 +7,13 @@
 //! all that reaches the lower bound; the exact threshold is then sought only among those between the bounds. If
 //! the guess was wrong, a histogram gives bounds that cannot be. The result never depends on the sample.
 
+use multiversion::multiversion;
+
 const MAGNITUDE: u32 = 0x7fff_ffff;
 /// Elements that are skipped or looked into together.
 const LANES: usize = 16;
+/// Elements for which room is made at once.
+const CHUNK: usize = 1 << 12;
 /// Elements from which the bounds are guessed.
 const SAMPLE: usize = 1 << 14;
 /// Standard deviations between the expected rank in the sample and each bound.
@@ -34,7 +38,7 @@ struct Bounds {
     high: u32,
 }
 
-#[inline]
+#[inline(always)]
 fn key(value: f32) -> u32 {
     value.to_bits() & MAGNITUDE
 }
@@ -110,39 +114,30 @@ impl Scratch {
 
     /// Collects position and key of everything that reaches `low`.
     fn collect(&mut self, values: &[f32], low: u32) {
-        self.positions.clear();
-        self.keys.clear();
-        let (blocks, rest) = values.as_chunks::<LANES>();
-        for (i, block) in blocks.iter().enumerate() {
-            // Signed, as the oldest vector instructions compare no unsigned integers.
-            let hits = block.iter().fold(0, |hits, &x| hits | i32::from(key(x) as i32 >= low as i32));
-            if hits != 0 {
-                self.collect_block(block, i * LANES, low);
-            }
-        }
-        self.collect_block(rest, blocks.len() * LANES, low);
-    }
-
-    /// Of at most [`LANES`] values; without branches on the values.
-    #[inline]
-    fn collect_block(&mut self, block: &[f32], start: usize, low: u32) {
-        let (mut positions, mut keys) = ([0; LANES], [0; LANES]);
+        let Self { positions, keys, .. } = self;
         let mut count = 0;
-        for (i, &value) in block.iter().enumerate() {
-            let key = key(value);
-            positions[count % LANES] = (start + i) as u32;
-            keys[count % LANES] = key;
-            count += usize::from(key >= low);
+        for (chunk, start) in values.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
+            let room = count + chunk.len();
+            if keys.len() < room {
+                positions.resize(room + room / 2, 0);
+                keys.resize(room + room / 2, 0);
+            }
+            count += collect_chunk(chunk, start, low, &mut positions[count..room], &mut keys[count..room]);
         }
-        self.positions.extend_from_slice(&positions[..count]);
-        self.keys.extend_from_slice(&keys[..count]);
+        positions.truncate(count);
+        keys.truncate(count);
     }
 
     /// Keeps the `k` best candidates, of which there are at least as many; false if `high` was too low.
     fn keep(&mut self, k: usize, high: u32, into: &mut Vec<u32>) -> bool {
-        self.band.clear();
-        self.band.extend(self.keys.iter().copied().filter(|&key| key < high));
-        let certain = self.keys.len() - self.band.len();
+        self.band.resize(self.keys.len(), 0);
+        let mut uncertain = 0;
+        for &key in &self.keys {
+            self.band[uncertain] = key;
+            uncertain += usize::from(key < high);
+        }
+        self.band.truncate(uncertain);
+        let certain = self.keys.len() - uncertain;
         if certain > k {
             return false;
         }
@@ -155,16 +150,38 @@ impl Scratch {
             let larger = above.iter().filter(|&&key| key > threshold).count();
             (threshold, wanted - larger)
         };
-        into.reserve(k);
+        // One more than are kept: each candidate is written, and overwritten unless it is kept.
+        into.resize(k + 1, 0);
+        let mut count = 0;
         for (&position, &key) in self.positions.iter().zip(&self.keys) {
-            let tie = key == threshold && ties > 0;
+            let tie = (key == threshold) & (ties > 0);
             ties -= usize::from(tie);
-            if key > threshold || tie {
-                into.push(position);
-            }
+            into[count] = position;
+            count += usize::from((key > threshold) | tie);
         }
+        into.truncate(k);
         true
     }
+}
+
+/// Writes position and key of everything that reaches `low`, and answers how many do. There is room for all.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn collect_chunk(values: &[f32], start: u32, low: u32, positions: &mut [u32], keys: &mut [u32]) -> usize {
+    let mut count = 0;
+    for (block, start) in values.chunks(LANES).zip((start..).step_by(LANES)) {
+        // Signed, as the oldest vector instructions compare no unsigned integers.
+        let hits = block.iter().fold(0, |hits, &x| hits | i32::from(key(x) as i32 >= low as i32));
+        if hits != 0 {
+            // Without branches: each is written, and overwritten unless it counts.
+            for (&value, position) in block.iter().zip(start..) {
+                let key = key(value);
+                positions[count] = position;
+                keys[count] = key;
+                count += usize::from(key >= low);
+            }
+        }
+    }
+    count
 }
 
 #[cfg(test)]

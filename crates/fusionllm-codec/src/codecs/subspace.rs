@@ -4,8 +4,10 @@
 //! then by row, so that numbers of like size are neighbours. All sums have a fixed order: both ends of an edge,
 //! and every run, compute the same bits.
 
+use multiversion::multiversion;
+
 /// Partial sums of a dot product.
-const LANES: usize = 8;
+const LANES: usize = 16;
 /// Vectors that are worked on together, to read each row less often.
 const GROUP: usize = 4;
 /// A vector that loses this share of its length to the others holds little but rounding errors.
@@ -16,44 +18,72 @@ pub(crate) fn project(x: &[f32], width: usize, vectors: &[f32], into: &mut Vec<f
     let (rows, rank) = (x.len() / width, vectors.len() / width);
     into.clear();
     into.resize(rows * rank, 0.0);
+    project_rows(x, rows, width, vectors, into);
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn project_rows(x: &[f32], rows: usize, width: usize, vectors: &[f32], into: &mut [f32]) {
+    let groups = vectors.chunks_exact(GROUP * width);
+    let left = groups.remainder();
     for (i, row) in x.chunks_exact(width).enumerate() {
-        let groups = vectors.chunks_exact(GROUP * width);
-        let first_left = groups.len() * GROUP;
-        for (group, first) in groups.clone().zip((0..).step_by(GROUP)) {
-            for (j, sum) in dots::<GROUP>(row, group).into_iter().enumerate() {
-                into[(first + j) * rows + i] = sum;
+        for (j, group) in groups.clone().enumerate() {
+            for (sum, j) in four_dots(row, group).into_iter().zip(j * GROUP..) {
+                into[j * rows + i] = sum;
             }
         }
-        for (vector, j) in groups.remainder().chunks_exact(width).zip(first_left..) {
-            let [sum] = dots::<1>(row, vector);
-            into[j * rows + i] = sum;
+        for (vector, j) in left.chunks_exact(width).zip(groups.len() * GROUP..) {
+            into[j * rows + i] = dot(row, vector);
         }
     }
 }
 
-fn dots<const G: usize>(row: &[f32], vectors: &[f32]) -> [f32; G] {
-    let width = row.len();
-    let (chunks, rest) = row.as_chunks::<LANES>();
-    let vectors: [&[f32]; G] = std::array::from_fn(|g| &vectors[g * width..][..width]);
-    let chunked: [&[[f32; LANES]]; G] = vectors.map(|v| &v.as_chunks().0[..chunks.len()]);
-    let mut sums = [[0.0; LANES]; G];
-    for (i, x) in chunks.iter().enumerate() {
-        for (sums, vector) in sums.iter_mut().zip(chunked) {
-            for lane in 0..LANES {
-                sums[lane] += x[lane] * vector[i][lane];
-            }
+/// Products with the [`GROUP`] vectors of `group`. Written out, for the sums to stay in registers.
+#[inline(always)]
+fn four_dots(row: &[f32], group: &[f32]) -> [f32; GROUP] {
+    let (ab, cd) = group.split_at(2 * row.len());
+    let ((a, b), (c, d)) = (ab.split_at(row.len()), cd.split_at(row.len()));
+    let (x, rest) = row.as_chunks::<LANES>();
+    let chunks = [a, b, c, d].map(|vector| vector.as_chunks::<LANES>().0);
+    let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [[0.0; LANES]; GROUP];
+    for ((((x, a), b), c), d) in x.iter().zip(chunks[0]).zip(chunks[1]).zip(chunks[2]).zip(chunks[3]) {
+        for lane in 0..LANES {
+            sum_a[lane] += x[lane] * a[lane];
+            sum_b[lane] += x[lane] * b[lane];
+            sum_c[lane] += x[lane] * c[lane];
+            sum_d[lane] += x[lane] * d[lane];
         }
     }
-    std::array::from_fn(|g| {
-        let tail: f32 = rest.iter().zip(&vectors[g][width - rest.len()..]).map(|(x, v)| x * v).sum();
-        sums[g].iter().sum::<f32>() + tail
-    })
+    let whole = row.len() - rest.len();
+    let sum = |lanes: [f32; LANES], vector: &[f32]| lanes.iter().sum::<f32>() + short_dot(rest, &vector[whole..]);
+    [sum(sum_a, a), sum(sum_b, b), sum(sum_c, c), sum(sum_d, d)]
+}
+
+#[inline(always)]
+fn dot(row: &[f32], vector: &[f32]) -> f32 {
+    let ((x, rest_x), (v, rest_v)) = (row.as_chunks::<LANES>(), vector.as_chunks::<LANES>());
+    let mut sums = [0.0; LANES];
+    for (x, v) in x.iter().zip(v) {
+        for lane in 0..LANES {
+            sums[lane] += x[lane] * v[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + short_dot(rest_x, rest_v)
+}
+
+#[inline(always)]
+fn short_dot(x: &[f32], v: &[f32]) -> f32 {
+    x.iter().zip(v).map(|(x, v)| x * v).sum()
 }
 
 /// Replaces `into` by the rows that have these coefficients.
 pub(crate) fn rebuild(coefficients: &[f32], rows: usize, width: usize, vectors: &[f32], into: &mut Vec<f32>) {
     into.clear();
     into.resize(rows * width, 0.0);
+    rebuild_rows(coefficients, rows, width, vectors, into);
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn rebuild_rows(coefficients: &[f32], rows: usize, width: usize, vectors: &[f32], into: &mut [f32]) {
     for (i, row) in into.chunks_exact_mut(width).enumerate() {
         let groups = vectors.chunks_exact(GROUP * width);
         let first_left = groups.len() * GROUP;
@@ -71,6 +101,7 @@ pub(crate) fn rebuild(coefficients: &[f32], rows: usize, width: usize, vectors: 
     }
 }
 
+#[inline(always)]
 fn add_scaled(row: &mut [f32], factor: f32, vector: &[f32]) {
     for (x, v) in row.iter_mut().zip(vector) {
         *x += factor * v;
@@ -78,6 +109,7 @@ fn add_scaled(row: &mut [f32], factor: f32, vector: &[f32]) {
 }
 
 /// Sum of squares.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
 pub(crate) fn square_sum(values: &[f32]) -> f64 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut sums = [0.0; LANES];
@@ -108,12 +140,18 @@ pub(crate) fn refine(x: &[f32], width: usize, vectors: &mut [f32], iterations: u
             return;
         }
         vectors.fill(0.0);
-        for (i, row) in x.chunks_exact(width).enumerate() {
-            for (j, vector) in vectors.chunks_exact_mut(width).enumerate() {
-                add_scaled(vector, coefficients[j * rows + i] / largest, row);
-            }
-        }
+        gather_rows(x, rows, width, coefficients, 1.0 / largest, vectors);
         orthonormalise(vectors, width);
+    }
+}
+
+/// Adds each row, times its coefficients and `factor`, to the vectors.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn gather_rows(x: &[f32], rows: usize, width: usize, coefficients: &[f32], factor: f32, vectors: &mut [f32]) {
+    for (i, row) in x.chunks_exact(width).enumerate() {
+        for (j, vector) in vectors.chunks_exact_mut(width).enumerate() {
+            add_scaled(vector, coefficients[j * rows + i] * factor, row);
+        }
     }
 }
 
@@ -127,8 +165,7 @@ fn orthonormalise(vectors: &mut [f32], width: usize) {
             let before = square_sum(vector).sqrt();
             for _ in 0..2 {
                 for other in done.chunks_exact(width) {
-                    let shared: f64 = other.iter().zip(&*vector).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-                    add_scaled(vector, -shared as f32, other);
+                    take_out(vector, other);
                 }
             }
             let after = square_sum(vector).sqrt();
@@ -139,6 +176,18 @@ fn orthonormalise(vectors: &mut [f32], width: usize) {
             fill(vector, (j as u64 + 1) << 8 | attempt);
         }
     }
+}
+
+/// Takes out of a vector what it shares with another of length 1.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn take_out(vector: &mut [f32], other: &[f32]) {
+    let mut sums = [0.0; LANES];
+    for (a, b) in vector.chunks(LANES).zip(other.chunks(LANES)) {
+        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += f64::from(a) * f64::from(b);
+        }
+    }
+    add_scaled(vector, -sums.iter().sum::<f64>() as f32, other);
 }
 
 /// Numbers from -1 to 1 that follow from the seed (SplitMix64).

@@ -43,7 +43,36 @@ fn value_bytes(k: u64, values: TopKValues) -> u64 {
     }
 }
 
-/// Appends the payload. `scratch.positions` then holds what was kept.
+impl Scratch {
+    /// Makes of the tensor that was just encoded as `payload` what its decoding lacks, without decoding it whole.
+    pub(crate) fn take_kept_out_of(
+        &mut self,
+        form: TopKValues,
+        payload: &[u8],
+        tensor: &mut [f32],
+    ) -> Result<(), CodecError> {
+        let Self { positions, kept, .. } = self;
+        // What is not finite is kept first: if a kept one is finite, all others are.
+        let others_are_finite = kept.iter().any(|x| x.is_finite());
+        let values = payload.len() - value_bytes(kept.len() as u64, form) as usize;
+        read_values(form, kept.len(), &payload[values..], kept)?;
+        for (&position, &value) in positions.iter().zip(&*kept) {
+            let rest = &mut tensor[position as usize];
+            *rest = finite(*rest - value);
+        }
+        if !others_are_finite {
+            tensor.iter_mut().for_each(|x| *x = finite(*x));
+        }
+        Ok(())
+    }
+}
+
+/// The number, or 0 where it is none.
+pub(crate) fn finite(x: f32) -> f32 {
+    if x.is_finite() { x } else { 0.0 }
+}
+
+/// Appends the payload. `scratch` then holds the positions and values that were kept.
 pub(crate) fn encode(density: Density, form: TopKValues, values: &[f32], scratch: &mut Scratch, out: &mut Vec<u8>) {
     let n = values.len() as u64;
     scratch.select.largest(values, density.kept(n) as usize, &mut scratch.positions);
@@ -71,10 +100,14 @@ pub(crate) fn read(
     let marked = super::take(NAME, &mut rest, positions::bytes(n as u64, k))?;
     let values = super::take(NAME, &mut rest, value_bytes(k, form))?;
     positions::decode(NAME, marked, n as u64, k as usize, &mut scratch.positions)?;
+    read_values(form, k as usize, values, &mut scratch.kept)
+}
+
+fn read_values(form: TopKValues, k: usize, bytes: &[u8], into: &mut Vec<f32>) -> Result<(), CodecError> {
     match form {
-        TopKValues::F32 => collect(values, &mut scratch.kept, f32::from_le_bytes),
-        TopKValues::Bf16 => collect(values, &mut scratch.kept, |b| from_bf16(u16::from_le_bytes(b))),
-        TopKValues::Int8 => quantize::decode(Width::Int8, k as usize, values, &mut scratch.kept)?,
+        TopKValues::F32 => collect(bytes, into, f32::from_le_bytes),
+        TopKValues::Bf16 => collect(bytes, into, |b| from_bf16(u16::from_le_bytes(b))),
+        TopKValues::Int8 => quantize::decode(Width::Int8, k, bytes, into)?,
     }
     Ok(())
 }
