@@ -81,6 +81,7 @@ pub struct EdgeEncoder {
     input: Vec<f32>,
     /// What the decoder makes of it, before it adds its prediction.
     decoded: Vec<f32>,
+    sums: prediction::Sums,
 }
 
 impl EdgeEncoder {
@@ -121,7 +122,7 @@ impl EdgeEncoder {
         if expected != got {
             return Err(CodecError::ValueCount { shape: shape.to_vec(), expected, got });
         }
-        let Self { options, state, scratch, input, decoded } = self;
+        let Self { options, state, scratch, input, decoded, sums } = self;
         if options.error_feedback && state.shape != shape {
             state.shape = shape.to_vec();
             state.residual.clear();
@@ -167,7 +168,7 @@ impl EdgeEncoder {
                 input.clear();
             }
             if predict {
-                state.prediction.learn(decoded);
+                state.prediction.learn(decoded, sums);
             }
         }
         Ok(Encoded { bytes: (out.len() - start) as u64, relative_error })
@@ -217,6 +218,7 @@ pub struct EdgeDecoder {
     predict: bool,
     state: EdgeState,
     scratch: Scratch,
+    sums: prediction::Sums,
 }
 
 impl EdgeDecoder {
@@ -241,7 +243,7 @@ impl EdgeDecoder {
         reconstruct(codec, shape, bytes, &mut self.state.sender.basis, &mut self.scratch, into)?;
         if self.predict && !codec.is_lossless() {
             self.state.prediction.fit(shape);
-            self.state.prediction.add_and_learn(into);
+            self.state.prediction.add_and_learn(into, &mut self.sums);
         }
         Ok(())
     }

@@ -24,8 +24,10 @@ const BUCKET_SHIFT: u32 = 19;
 /// Memory that is reused from call to call.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
+    /// Candidates: the first `count` of each.
     positions: Vec<u32>,
     keys: Vec<u32>,
+    count: usize,
     /// Sample, then the keys between the bounds.
     band: Vec<u32>,
     histogram: Vec<u32>,
@@ -58,7 +60,7 @@ impl Scratch {
         }
         let guess = self.guess(values, k);
         self.collect(values, guess.low);
-        if self.keys.len() >= k && self.keep(k, guess.high, into) {
+        if self.count >= k && self.keep(k, guess.high, into) {
             return;
         }
         let bounds = self.count(values, k);
@@ -124,20 +126,20 @@ impl Scratch {
             }
             count += collect_chunk(chunk, start, low, &mut positions[count..room], &mut keys[count..room]);
         }
-        positions.truncate(count);
-        keys.truncate(count);
+        self.count = count;
     }
 
     /// Keeps the `k` best candidates, of which there are at least as many; false if `high` was too low.
     fn keep(&mut self, k: usize, high: u32, into: &mut Vec<u32>) -> bool {
-        self.band.resize(self.keys.len(), 0);
+        let keys = &self.keys[..self.count];
+        self.band.resize(keys.len(), 0);
         let mut uncertain = 0;
-        for &key in &self.keys {
+        for &key in keys {
             self.band[uncertain] = key;
             uncertain += usize::from(key < high);
         }
         self.band.truncate(uncertain);
-        let certain = self.keys.len() - uncertain;
+        let certain = keys.len() - uncertain;
         if certain > k {
             return false;
         }
@@ -153,7 +155,7 @@ impl Scratch {
         // One more than are kept: each candidate is written, and overwritten unless it is kept.
         into.resize(k + 1, 0);
         let mut count = 0;
-        for (&position, &key) in self.positions.iter().zip(&self.keys) {
+        for (&position, &key) in self.positions.iter().zip(keys) {
             let tie = (key == threshold) & (ties > 0);
             ties -= usize::from(tie);
             into[count] = position;
@@ -233,7 +235,7 @@ mod tests {
         // Both wrong: too few reach `low`, and too many reach `high`.
         for (low, high) in [(0.9999f32, 1.0f32), (0.0, 0.001)] {
             scratch.collect(&values, key(low));
-            let enough = scratch.keys.len() >= 1000;
+            let enough = scratch.count >= 1000;
             assert!(!enough || !scratch.keep(1000, key(high), &mut kept));
         }
         let bounds = scratch.count(&values, 1000);
