@@ -60,6 +60,7 @@ fn median(mut times: Vec<f64>) -> f64 {
 struct Row {
     name: String,
     codec: Codec,
+    measure: bool,
     encoder: EdgeEncoder,
     decoder: EdgeDecoder,
     bytes: Vec<u8>,
@@ -70,8 +71,9 @@ struct Row {
 
 fn rows(filter: &str) -> Vec<Row> {
     let feedback = EdgeOptions { error_feedback: true, ..EdgeOptions::default() };
-    let row = |text: &str, name: String, options| Row {
-        name,
+    let row = |text: &str, with: &str, options| Row {
+        name: format!("{text}{with}"),
+        measure: with.ends_with("measured"),
         codec: text.parse().unwrap(),
         encoder: EdgeEncoder::new(options),
         decoder: EdgeDecoder::new(options),
@@ -80,9 +82,13 @@ fn rows(filter: &str) -> Vec<Row> {
         decode: Vec::new(),
         copy: Vec::new(),
     };
-    let plain = CODECS.iter().map(|text| row(text, (*text).to_owned(), EdgeOptions::default()));
-    let fed = ["topk:0.01:bf16", "int4"].map(|text| row(text, format!("{text} with feedback"), feedback));
-    plain.chain(fed).filter(|row| row.name.contains(filter)).collect()
+    let plain = CODECS.iter().map(|text| row(text, "", EdgeOptions::default()));
+    let predict = EdgeOptions { predict: true, ..feedback };
+    let more = ["topk:0.01:bf16", "int4"].map(|text| {
+        let measured = row(text, ", measured", EdgeOptions::default());
+        [measured, row(text, ", feedback", feedback), row(text, ", feedback, prediction", predict)]
+    });
+    plain.chain(more.into_iter().flatten()).filter(|row| row.name.contains(filter)).collect()
 }
 
 fn measure(shape: &[usize], filter: &str) {
@@ -91,11 +97,11 @@ fn measure(shape: &[usize], filter: &str) {
     let mut rows = rows(filter);
     for round in 0..=ROUNDS {
         for row in &mut rows {
-            let Row { codec, encoder, decoder, bytes, .. } = row;
+            let Row { codec, measure, encoder, decoder, bytes, .. } = row;
             bytes.clear();
             let copy = seconds(|| black_box(&mut copied).copy_from_slice(black_box(&values)));
             let encode = seconds(|| {
-                encoder.encode(*codec, shape, black_box(&values), bytes).unwrap();
+                encoder.encode_and_measure(*codec, shape, black_box(&values), bytes, *measure).unwrap();
             });
             let decode = seconds(|| decoder.decode(*codec, shape, black_box(bytes), &mut decoded).unwrap());
             // The first round fills memory that is reused, and the basis.
@@ -107,12 +113,12 @@ fn measure(shape: &[usize], filter: &str) {
         }
     }
     println!("\nshape {shape:?}, {ROUNDS} rounds, GB/s of f32 input");
-    println!("{:<32} {:>10} {:>8} {:>8} {:>8}", "codec", "bytes/elt", "encode", "decode", "memcpy");
+    println!("{:<38} {:>10} {:>8} {:>8} {:>8}", "codec", "bytes/elt", "encode", "decode", "memcpy");
     for row in rows {
         let rate = |times| 4e-9 * values.len() as f64 / median(times);
         let size = row.bytes.len() as f64 / values.len() as f64;
         let (encode, decode, copy) = (rate(row.encode), rate(row.decode), rate(row.copy));
-        println!("{:<32} {size:>10.4} {encode:>8.2} {decode:>8.2} {copy:>8.2}", row.name);
+        println!("{:<38} {size:>10.4} {encode:>8.2} {decode:>8.2} {copy:>8.2}", row.name);
     }
 }
 

@@ -302,7 +302,7 @@ pub(crate) fn decode(
 }
 
 fn read_basis(layout: &Layout, number: u32, bytes: &[u8]) -> Result<Basis, CodecError> {
-    let what = "the basis has a number above 1 or none";
+    let what = "a number of the basis is above 1 or none";
     let (numbers, _) = bytes.as_chunks::<2>();
     if numbers.iter().any(|&b| u16::from_le_bytes(b) & 0x7fff > ONE) {
         return Err(CodecError::Corrupt { codec: NAME, what });

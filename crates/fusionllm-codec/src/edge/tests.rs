@@ -230,3 +230,38 @@ fn a_non_finite_element_does_not_spoil_the_next_tensor() {
         }
     }
 }
+
+#[test]
+fn wrong_low_rank_payloads_are_told_apart() {
+    let low = codec("lowrank:1:bf16+topk:0.5:bf16");
+    // One row of two, along the first axis: header, basis (1, 0), coefficient 3, residual 5 at position 1.
+    let sound = [1, 1, 7, 0, 0, 0, 0x80, 0x3f, 0, 0, 0x40, 0x40, 1, 0b10, 0xa0, 0x40];
+    let mut back = Vec::new();
+    EdgeDecoder::default().decode(low, &[1, 2], &sound, &mut back).unwrap();
+    assert_eq!(back, [3.0, 5.0]);
+    let mut error = |place: usize, byte: u8| {
+        let mut bytes = sound;
+        bytes[place] = byte;
+        EdgeDecoder::default().decode(low, &[1, 2], &bytes, &mut back).unwrap_err().to_string()
+    };
+    assert_eq!(error(0, 2), "lowrank payload has layout version 2, expected 1");
+    assert_eq!(error(1, 2), "lowrank payload is corrupt: its form is unknown");
+    assert_eq!(error(1, 0), "lowrank payload of shape [1, 2] has 16 bytes, expected 12");
+    assert_eq!(error(6, 0x81), "lowrank payload is corrupt: a number of the basis is above 1 or none");
+    assert_eq!(error(12, 0), "topk payload has layout version 0, expected 1");
+    assert!(error(13, 0b11).contains("more positions"));
+}
+
+#[test]
+fn an_empty_tensor_costs_a_header_and_a_wrong_one_nothing() {
+    let mut ends = ends(options(true, true));
+    for (text, size) in [("dense", 0), ("int4", 1), ("topk:0.1", 1), ("lowrank:4", 6)] {
+        let (encoded, back) = send(codec(text), &[0, 5], &[], &mut ends);
+        assert_eq!((encoded.bytes, encoded.relative_error, back.len()), (size, Some(0.0), 0), "{text}");
+    }
+    let before = ends.0.state.clone();
+    let mut out = Vec::new();
+    let error = ends.0.encode(codec("topk:0.1"), &[2, 3], &[0.0; 5], &mut out).unwrap_err();
+    assert!(matches!(error, CodecError::ValueCount { expected: 6, got: 5, .. }));
+    assert!(out.is_empty() && ends.0.state == before);
+}
