@@ -1,20 +1,33 @@
-//! The codecs and their byte layouts (all little-endian, row-major, no header).
+//! The codecs, their sizes, and encoding without state.
 //!
-//! | codec | bytes an element | loses |
+//! | codec | bytes an element, nearly | loses |
 //! |---|---|---|
 //! | `dense` | 4 | nothing: IEEE 754 binary32, or two's-complement int32 |
 //! | `bf16` | 2 | 16 low mantissa bits, rounded to nearest even |
 //! | `f16` | 2 | 13 low mantissa bits, and range beyond 65504 becomes infinity |
+//! | `int8` | 1.03 | all but 255 steps of the largest magnitude of 64 neighbours |
+//! | `int4` | 0.53 | all but 15 such steps |
+//! | `topk` at 1 % | 0.051, 0.031, 0.021 with f32, bf16, int8 values | all but the entries of largest magnitude |
+//! | `lowrank` of rank r, rows of d | r/d times 2, 1.03, 0.53, and the basis when it is sent | what is across the basis |
 //!
-//! NaN stays NaN and infinity stays infinity in each of them.
+//! All bytes are little-endian and elements row-major. `dense`, `bf16` and `f16` have no header, and keep NaN and
+//! infinity. Payloads of the others begin with a layout version; their modules under `codecs`, and
+//! docs/codecs.md, have layouts and what becomes of NaN and infinity.
 
-use half::{bf16, f16};
+mod notation;
+
 use serde::{Deserialize, Serialize};
 
+use crate::codecs::plain::{collect, collect_f16, extend, extend_f16, from_bf16, to_bf16};
+use crate::codecs::quantize::{self, Width};
+use crate::codecs::{Scratch, low_rank, take_version, topk};
 use crate::tensor::element_count;
-use crate::{CodecError, ElementType, HostTensor, Values};
+use crate::{CodecError, Density, ElementType, HostTensor, Real, Values};
 
 /// How a boundary tensor is encoded.
+///
+/// Its text form (`topk:0.01:bf16`) is what [`Display`](std::fmt::Display) writes and
+/// [`FromStr`](std::str::FromStr) reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Codec {
@@ -25,27 +38,87 @@ pub enum Codec {
     Bf16,
     /// IEEE 754 binary16.
     F16,
+    /// 8-bit integers with a scale for each block of 64.
+    Int8,
+    /// 4-bit integers with a scale for each block of 64.
+    Int4,
+    /// The entries of largest magnitude, zero elsewhere.
+    TopK {
+        /// Share of entries that are kept.
+        density: Density,
+        /// How their values are written.
+        values: TopKValues,
+    },
+    /// Coefficients of the rows (last dimension) in an orthonormal basis that both ends hold. Needs
+    /// [`EdgeEncoder`](crate::EdgeEncoder) and [`EdgeDecoder`](crate::EdgeDecoder) to be small: without their
+    /// memory each payload carries the basis.
+    LowRank {
+        /// Vectors of the basis; the row length, where that is less. 0 counts as 1.
+        rank: u32,
+        /// How the coefficients are written.
+        values: LowRankValues,
+        /// Largest entries of what the basis misses, sent beside the coefficients.
+        residual: Option<Residual>,
+    },
 }
 
+/// How the values of kept entries are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TopKValues {
+    /// 4 bytes, exactly.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// 1 byte, and 2 for each 64 kept values.
+    Int8,
+}
+
+/// How low-rank coefficients are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LowRankValues {
+    /// 2 bytes.
+    Bf16,
+    /// 1 byte, and 2 for each 64 coefficients.
+    Int8,
+    /// Half a byte, and 2 for each 64 coefficients.
+    Int4,
+}
+
+/// The sparse part of a low-rank payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Residual {
+    /// Share of entries whose error is sent.
+    pub density: Density,
+    /// How their values are written.
+    pub values: TopKValues,
+}
+
+/// The shape for which [`Codec::ratio`] speaks.
+const TYPICAL: [usize; 2] = [1 << 14, 1 << 10];
+
 impl Codec {
-    /// The codec's name in job files and metrics.
+    /// The codec's family in job files and metrics: its text without parameters.
     pub fn name(self) -> &'static str {
         match self {
             Self::Dense => "dense",
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::TopK { .. } => "topk",
+            Self::LowRank { .. } => "lowrank",
         }
     }
 
-    /// The codec of that name.
+    /// The codec of that text, as [`str::parse`].
     ///
     /// # Errors
-    /// [`CodecError::UnknownCodec`] with the names there are.
+    /// [`CodecError::UnknownCodec`] with the forms there are, [`CodecError::Density`] for a wrong share.
     pub fn from_name(name: &str) -> Result<Self, CodecError> {
-        [Self::Dense, Self::Bf16, Self::F16]
-            .into_iter()
-            .find(|c| c.name() == name)
-            .ok_or_else(|| CodecError::UnknownCodec { name: name.to_owned() })
+        name.parse()
     }
 
     /// Whether decoding gives back exactly what was encoded.
@@ -53,24 +126,57 @@ impl Codec {
         matches!(self, Self::Dense)
     }
 
-    /// Exact encoded size in bytes of a tensor of this shape.
+    /// Exact size in bytes of a tensor of this shape as [`Self::encode`] writes it, whatever its values.
+    ///
+    /// Of a low-rank payload this is the size with the basis, so the most that it can have;
+    /// [`Self::steady_bytes`] is the other.
     ///
     /// # Errors
-    /// [`CodecError::ShapeOverflow`] if the shape is absurd.
+    /// [`CodecError::ShapeOverflow`] if the shape is absurd: above 2^48 elements, and from 2^32 on for `topk` and
+    /// `lowrank`.
     pub fn encoded_bytes(self, shape: &[usize]) -> Result<u64, CodecError> {
-        Ok(element_count(shape)? * self.bytes_per_element())
+        self.bytes(shape, true)
     }
 
-    /// Dense fp32 bytes over encoded bytes; at least 1.
+    /// Exact size in bytes of a tensor of this shape once both ends hold the basis; of codecs without a basis the
+    /// same as [`Self::encoded_bytes`].
+    ///
+    /// # Errors
+    /// As [`Self::encoded_bytes`].
+    pub fn steady_bytes(self, shape: &[usize]) -> Result<u64, CodecError> {
+        self.bytes(shape, false)
+    }
+
+    fn bytes(self, shape: &[usize], with_basis: bool) -> Result<u64, CodecError> {
+        let n = element_count(shape)?;
+        let overflow = || CodecError::ShapeOverflow { shape: shape.to_vec() };
+        let indexed = || if n <= u64::from(u32::MAX) { Ok(n) } else { Err(overflow()) };
+        Ok(match self {
+            Self::Dense => 4 * n,
+            Self::Bf16 | Self::F16 => 2 * n,
+            Self::Int8 => 1 + Width::Int8.bytes(n),
+            Self::Int4 => 1 + Width::Int4.bytes(n),
+            Self::TopK { density, values } => topk::bytes(indexed()?, density, values),
+            Self::LowRank { rank, values, residual } => {
+                indexed()?;
+                low_rank::bytes(shape, rank, values, residual, with_basis).ok_or_else(overflow)?
+            }
+        })
+    }
+
+    /// Dense fp32 bytes over [`Self::steady_bytes`] of a tensor of 16,384 rows of 1,024 elements; for all but the
+    /// low-rank codec, nearly that of any large tensor. Below 1 where a sparse codec keeps too much to save.
     pub fn ratio(self) -> f64 {
-        4.0 / self.bytes_per_element() as f64
+        self.ratio_of(&TYPICAL).unwrap_or(1.0)
     }
 
-    fn bytes_per_element(self) -> u64 {
-        match self {
-            Self::Dense => 4,
-            Self::Bf16 | Self::F16 => 2,
-        }
+    /// Dense fp32 bytes over [`Self::steady_bytes`] of a tensor of this shape; 1 if it has no elements.
+    ///
+    /// # Errors
+    /// As [`Self::encoded_bytes`].
+    pub fn ratio_of(self, shape: &[usize]) -> Result<f64, CodecError> {
+        let (dense, bytes) = (Self::Dense.steady_bytes(shape)?, self.steady_bytes(shape)?);
+        Ok(if dense == 0 { 1.0 } else { dense as f64 / bytes as f64 })
     }
 
     /// Appends the encoded tensor to `out`.
@@ -79,15 +185,13 @@ impl Codec {
     /// [`CodecError::ElementType`] if an integer tensor meets a codec of reals.
     pub fn encode(self, tensor: &HostTensor, out: &mut Vec<u8>) -> Result<(), CodecError> {
         match (self, tensor.values()) {
-            (Self::Dense, Values::F32(v)) => extend(out, v, |x| x.to_le_bytes()),
-            (Self::Dense, Values::I32(v)) => extend(out, v, |x| x.to_le_bytes()),
-            (Self::Bf16, Values::F32(v)) => extend(out, v, |x| bf16::from_f32(x).to_le_bytes()),
-            (Self::F16, Values::F32(v)) => extend(out, v, |x| f16::from_f32(x).to_le_bytes()),
-            (Self::Bf16 | Self::F16, Values::I32(_)) => {
-                return Err(CodecError::ElementType { codec: self.name(), element: ElementType::I32 });
+            (_, Values::F32(values)) => self.encode_slice(tensor.shape(), values, out),
+            (Self::Dense, Values::I32(values)) => {
+                extend(out, values, i32::to_le_bytes);
+                Ok(())
             }
+            (_, Values::I32(_)) => Err(CodecError::ElementType { codec: self.name(), element: ElementType::I32 }),
         }
-        Ok(())
     }
 
     /// Decodes a tensor whose shape and element type are known from elsewhere.
@@ -96,104 +200,128 @@ impl Codec {
     /// A typed error for every byte string that is not an encoding of such a tensor; nothing is allocated
     /// before the length of `bytes` was held against the shape.
     pub fn decode(self, shape: &[usize], element: ElementType, bytes: &[u8]) -> Result<HostTensor, CodecError> {
-        let expected = self.encoded_bytes(shape)?;
-        if expected != bytes.len() as u64 {
-            let (codec, got) = (self.name(), bytes.len() as u64);
-            return Err(CodecError::PayloadLength { codec, shape: shape.to_vec(), expected, got });
-        }
         let values = match (self, element) {
-            (Self::Dense, ElementType::F32) => Values::F32(collect(bytes, f32::from_le_bytes)),
-            (Self::Dense, ElementType::I32) => Values::I32(collect(bytes, i32::from_le_bytes)),
-            (Self::Bf16, ElementType::F32) => Values::F32(collect(bytes, |b| bf16::from_le_bytes(b).to_f32())),
-            (Self::F16, ElementType::F32) => Values::F32(collect(bytes, |b| f16::from_le_bytes(b).to_f32())),
-            (Self::Bf16 | Self::F16, ElementType::I32) => {
-                return Err(CodecError::ElementType { codec: self.name(), element });
+            (_, ElementType::F32) => {
+                let mut values = Vec::<f32>::new();
+                self.decode_slice(shape, bytes, &mut values)?;
+                Values::F32(values)
             }
+            (Self::Dense, ElementType::I32) => {
+                self.check_length(shape, bytes)?;
+                let mut values = Vec::new();
+                collect(bytes, &mut values, i32::from_le_bytes);
+                Values::I32(values)
+            }
+            (_, ElementType::I32) => return Err(CodecError::ElementType { codec: self.name(), element }),
         };
         HostTensor::new(shape.to_vec(), values)
     }
-}
 
-fn extend<T: Copy, const N: usize>(out: &mut Vec<u8>, values: &[T], to_bytes: impl Fn(T) -> [u8; N]) {
-    out.reserve(values.len() * N);
-    out.extend(values.iter().flat_map(|&x| to_bytes(x)));
-}
+    /// Appends the encoding of row-major `values` to `out`.
+    ///
+    /// # Errors
+    /// [`CodecError::ValueCount`] if the values do not fill the shape, [`CodecError::ShapeOverflow`].
+    pub fn encode_slice<E: Real>(self, shape: &[usize], values: &[E], out: &mut Vec<u8>) -> Result<(), CodecError> {
+        let mut scratch = Scratch::default();
+        match E::as_f32(values) {
+            Some(values) => self.encode_f32(shape, values, &mut scratch, out),
+            None => {
+                let wide: Vec<f32> = values.iter().map(|x| x.to_f32()).collect();
+                self.encode_f32(shape, &wide, &mut scratch, out)
+            }
+        }
+    }
 
-fn collect<T, const N: usize>(bytes: &[u8], from_bytes: impl Fn([u8; N]) -> T) -> Vec<T> {
-    bytes.as_chunks::<N>().0.iter().map(|&c| from_bytes(c)).collect()
+    /// Replaces `into` by the tensor that `bytes` encode. After an error `into` holds nothing of worth.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_slice<E: Real>(self, shape: &[usize], bytes: &[u8], into: &mut Vec<E>) -> Result<(), CodecError> {
+        let mut scratch = Scratch::default();
+        match E::as_f32_vec(into) {
+            Some(into) => self.decode_f32(shape, bytes, &mut scratch, into),
+            None => {
+                let mut wide = Vec::new();
+                self.decode_f32(shape, bytes, &mut scratch, &mut wide)?;
+                into.clear();
+                into.extend(wide.into_iter().map(E::from_f32));
+                Ok(())
+            }
+        }
+    }
+
+    /// [`Self::encode_slice`] in reused memory.
+    pub(crate) fn encode_f32(
+        self,
+        shape: &[usize],
+        values: &[f32],
+        scratch: &mut Scratch,
+        out: &mut Vec<u8>,
+    ) -> Result<(), CodecError> {
+        let size = self.encoded_bytes(shape)?;
+        let (expected, got) = (element_count(shape)?, values.len() as u64);
+        if expected != got {
+            return Err(CodecError::ValueCount { shape: shape.to_vec(), expected, got });
+        }
+        out.reserve(usize::try_from(size).map_err(|_| CodecError::ShapeOverflow { shape: shape.to_vec() })?);
+        match self {
+            Self::Dense => extend(out, values, f32::to_le_bytes),
+            Self::Bf16 => extend(out, values, |x| to_bf16(x).to_le_bytes()),
+            Self::F16 => extend_f16(out, values),
+            Self::Int8 | Self::Int4 => {
+                out.push(quantize::VERSION);
+                quantize::encode(self.width(), values, out);
+            }
+            Self::TopK { density, values: form } => topk::encode(density, form, values, &mut scratch.topk, out),
+            Self::LowRank { rank, values: form, residual } => {
+                let layout = low_rank::Layout::of(shape, rank, form, residual);
+                let memory = (&mut scratch.low_rank, &mut scratch.topk);
+                low_rank::Sender::default().encode(layout, low_rank::Policy::default(), values, memory, out);
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Self::decode_slice`] in reused memory.
+    pub(crate) fn decode_f32(
+        self,
+        shape: &[usize],
+        bytes: &[u8],
+        scratch: &mut Scratch,
+        into: &mut Vec<f32>,
+    ) -> Result<(), CodecError> {
+        let n = self.check_length(shape, bytes)?;
+        match self {
+            Self::Dense => collect(bytes, into, f32::from_le_bytes),
+            Self::Bf16 => collect(bytes, into, |b| from_bf16(u16::from_le_bytes(b))),
+            Self::F16 => collect_f16(bytes, into),
+            Self::Int8 | Self::Int4 => {
+                let rest = take_version(self.name(), quantize::VERSION, bytes)?;
+                quantize::decode(self.width(), n, rest, into)?;
+            }
+            Self::TopK { density, values } => topk::decode(n, density, values, bytes, &mut scratch.topk, into)?,
+            Self::LowRank { rank, values, residual } => {
+                let layout = low_rank::Layout::of(shape, rank, values, residual);
+                let memory = (&mut scratch.low_rank, &mut scratch.topk);
+                low_rank::decode(shape, layout, bytes, &mut None, memory, into)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn width(self) -> Width {
+        if self == Self::Int4 { Width::Int4 } else { Width::Int8 }
+    }
+
+    /// Holds the length of a payload against the shape, and answers the number of elements.
+    pub(crate) fn check_length(self, shape: &[usize], bytes: &[u8]) -> Result<usize, CodecError> {
+        let (expected, got) = (self.encoded_bytes(shape)?, bytes.len() as u64);
+        if expected != got {
+            return Err(CodecError::PayloadLength { codec: self.name(), shape: shape.to_vec(), expected, got });
+        }
+        usize::try_from(element_count(shape)?).map_err(|_| CodecError::ShapeOverflow { shape: shape.to_vec() })
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn any_codec() -> impl Strategy<Value = Codec> {
-        prop_oneof![Just(Codec::Dense), Just(Codec::Bf16), Just(Codec::F16)]
-    }
-
-    proptest! {
-        #[test]
-        fn dense_round_trip_is_bit_exact(bits in prop::collection::vec(any::<u32>(), 0..200)) {
-            let values: Vec<f32> = bits.iter().map(|&b| f32::from_bits(b)).collect();
-            let tensor = HostTensor::new(vec![values.len()], Values::F32(values)).unwrap();
-            let mut bytes = Vec::new();
-            Codec::Dense.encode(&tensor, &mut bytes).unwrap();
-            let back = Codec::Dense.decode(tensor.shape(), ElementType::F32, &bytes).unwrap();
-            let back_bits: Vec<u32> = back.as_f32().unwrap().iter().map(|x| x.to_bits()).collect();
-            prop_assert_eq!(back_bits, bits);
-        }
-
-        #[test]
-        fn integers_round_trip(values in prop::collection::vec(any::<i32>(), 0..200)) {
-            let tensor = HostTensor::new(vec![values.len()], Values::I32(values)).unwrap();
-            let mut bytes = Vec::new();
-            Codec::Dense.encode(&tensor, &mut bytes).unwrap();
-            prop_assert_eq!(Codec::Dense.decode(tensor.shape(), ElementType::I32, &bytes).unwrap(), tensor);
-        }
-
-        #[test]
-        fn half_codecs_stay_within_their_precision(values in prop::collection::vec(-1e4f32..1e4, 1..100)) {
-            let tensor = HostTensor::new(vec![values.len()], Values::F32(values.clone())).unwrap();
-            for (codec, relative) in [(Codec::Bf16, 1.0 / 256.0), (Codec::F16, 1.0 / 2048.0)] {
-                let mut bytes = Vec::new();
-                codec.encode(&tensor, &mut bytes).unwrap();
-                prop_assert_eq!(bytes.len() as u64, codec.encoded_bytes(tensor.shape()).unwrap());
-                let back = codec.decode(tensor.shape(), ElementType::F32, &bytes).unwrap();
-                for (a, b) in values.iter().zip(back.as_f32().unwrap()) {
-                    prop_assert!((a - b).abs() <= a.abs() * relative + 1e-7);
-                }
-            }
-        }
-
-        #[test]
-        fn decode_answers_any_bytes_with_a_value_or_an_error(
-            codec in any_codec(),
-            shape in prop::collection::vec(0usize..1 << 40, 0..4),
-            bytes in prop::collection::vec(any::<u8>(), 0..100),
-        ) {
-            if let Ok(tensor) = codec.decode(&shape, ElementType::F32, &bytes) {
-                prop_assert_eq!(codec.encoded_bytes(tensor.shape()).unwrap(), bytes.len() as u64);
-            }
-        }
-    }
-
-    #[test]
-    fn nan_and_infinity_survive_every_codec() {
-        let tensor = HostTensor::new(vec![3], Values::F32(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY])).unwrap();
-        for codec in [Codec::Dense, Codec::Bf16, Codec::F16] {
-            let mut bytes = Vec::new();
-            codec.encode(&tensor, &mut bytes).unwrap();
-            let back = codec.decode(&[3], ElementType::F32, &bytes).unwrap();
-            let v = back.as_f32().unwrap();
-            assert!(v[0].is_nan() && v[1] == f32::INFINITY && v[2] == f32::NEG_INFINITY, "{}", codec.name());
-        }
-    }
-
-    #[test]
-    fn a_short_payload_names_what_was_expected() {
-        let error = Codec::Bf16.decode(&[2, 3], ElementType::F32, &[0; 11]).unwrap_err();
-        assert_eq!(error.to_string(), "bf16 payload of shape [2, 3] has 11 bytes, expected 12");
-    }
-}
+mod tests;

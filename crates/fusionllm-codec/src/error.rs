@@ -41,9 +41,50 @@ pub enum CodecError {
         element: super::ElementType,
     },
     /// No codec has this name.
-    #[error("unknown codec `{name}`, expected one of: dense, bf16, f16")]
+    #[error(
+        "unknown codec `{name}`, expected one of: dense, bf16, f16, int8, int4, \
+         topk:SHARE:f32|bf16|int8, lowrank:RANK:bf16|int8|int4[+topk:…]"
+    )]
     UnknownCodec {
         /// The name that was asked for.
         name: String,
+    },
+    /// A density outside 1 to 1,000,000 parts per million.
+    #[error("density `{given}` is no share from 0.000001 to 1 in whole parts per million")]
+    Density {
+        /// What was given.
+        given: String,
+    },
+    /// The payload is of another version of the layout.
+    #[error("{codec} payload has layout version {got}, expected {expected}")]
+    Version {
+        /// Name of the codec.
+        codec: &'static str,
+        /// The version that this build reads.
+        expected: u8,
+        /// The version that came.
+        got: u8,
+    },
+    /// The payload has the right length, but no encoder writes such bytes.
+    #[error("{codec} payload is corrupt: {what}")]
+    Corrupt {
+        /// Name of the codec.
+        codec: &'static str,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A low-rank payload refers to a basis that this end does not hold: a message was lost, or state was.
+    #[error("lowrank payload needs basis {needed}, this end holds {}", .held.map_or("none".to_owned(), |n| n.to_string()))]
+    MissingBasis {
+        /// Number of the basis that it needs.
+        needed: u32,
+        /// Number of the one that is held.
+        held: Option<u32>,
+    },
+    /// Saved state of an edge that no edge can have had.
+    #[error("the saved state of an edge is corrupt: {what}")]
+    State {
+        /// What is wrong with it.
+        what: &'static str,
     },
 }

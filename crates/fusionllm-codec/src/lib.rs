@@ -3,11 +3,24 @@
 //! This crate knows element values and byte layouts, and nothing of graphs or networks. The bytes of an
 //! encoded tensor carry no shape: both ends know it (it travels in the OP-Data header), and a decoder never
 //! allocates more than that shape allows.
+//!
+//! [`Codec`] alone is stateless. [`EdgeEncoder`] and [`EdgeDecoder`] are the two ends of one direction of one
+//! boundary edge: they reuse their memory from tensor to tensor, keep what a codec dropped for the next tensor
+//! (error feedback), and hold the basis of the low-rank codec.
 
 mod codec;
+mod codecs;
+mod density;
+mod edge;
 mod error;
+mod real;
 mod tensor;
+#[cfg(test)]
+mod testing;
 
-pub use codec::Codec;
+pub use codec::{Codec, LowRankValues, Residual, TopKValues};
+pub use density::Density;
+pub use edge::{EdgeDecoder, EdgeEncoder, EdgeOptions, EdgeState, Encoded};
 pub use error::CodecError;
+pub use real::Real;
 pub use tensor::{ElementType, HostTensor, Values};
