@@ -133,8 +133,8 @@ impl Core {
             let path = PathBuf::from(&spec.name);
             return Err(BrokerError::NothingLeft { path, step: start.step, steps: spec.train.steps });
         }
-        let count = least_compnodes(spec);
-        place(&start.dag, &Cluster::uniform(count), &spec.placement_spec())?;
+        let cluster = start.cluster.clone().unwrap_or_else(|| Cluster::uniform(least_compnodes(spec, start)));
+        place(&start.dag, &cluster, &spec.placement_spec())?;
         Ok(())
     }
 

@@ -11,6 +11,14 @@ use fusionllm_transport::{BindError, IdentityError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BrokerError {
+    /// A cluster file cannot be used.
+    #[error("{path}: {reason}", path = path.display())]
+    ClusterFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The job file is wrong.
     #[error(transparent)]
     Job(#[from] JobError),
@@ -106,6 +114,7 @@ impl BrokerError {
             Self::Job(_)
             | Self::Graph { .. }
             | Self::Model { .. }
+            | Self::ClusterFile { .. }
             | Self::Plan(_)
             | Self::Checkpoint(_)
             | Self::NothingLeft { .. }

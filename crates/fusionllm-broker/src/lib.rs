@@ -4,6 +4,7 @@
 //! rest reads and writes what a broker keeps: models, checkpoints, run directories, the store of jobs.
 
 mod checkpoint;
+mod cluster_file;
 mod core;
 mod error;
 mod metrics;
@@ -15,6 +16,7 @@ mod store;
 #[cfg(test)]
 mod testing;
 
+pub use cluster_file::read_cluster;
 pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
 pub use error::{BrokerError, CheckpointError, StoreError};
 pub use model::{LoadedModel, load_model, load_model_dir, read_model};

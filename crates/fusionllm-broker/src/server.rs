@@ -26,6 +26,7 @@ use tokio::time::timeout;
 pub use events::{JobEvents, Submitted};
 
 use crate::checkpoint::{TensorSet, open_checkpoint};
+use crate::cluster_file::read_cluster;
 use crate::core::{Core, StartPoint};
 use crate::model::load_model;
 use crate::report::RunReport;
@@ -209,6 +210,7 @@ impl Handle {
         start: StartPoint,
         run_dir: RunDirChoice,
     ) -> Result<Submitted, BrokerError> {
+        let (spec, start) = blocking(move || planned_by(spec, start)).await?;
         let (spec, start) = (Box::new(spec), Box::new(start));
         self.ask(|reply| Command::Submit { spec, start, run_dir, reply }).await?
     }
@@ -216,9 +218,12 @@ impl Handle {
     /// Goes on with a stopped or failed job from its newest checkpoint, or if it has none, from its beginning.
     async fn resume(&self, job: JobId) -> Result<Submitted, BrokerError> {
         let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
-        let start = blocking(move || match start_at(&record.run_dir) {
-            Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => start_of(&record.spec),
-            other => other,
+        let start = blocking(move || {
+            let start = match start_at(&record.run_dir) {
+                Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => start_of(&record.spec),
+                other => other,
+            };
+            Ok(planned_by(record.spec, start?)?.1)
         });
         let start = Box::new(start.await?);
         self.ask(|reply| Command::Resume { job, start, reply }).await?
@@ -237,7 +242,15 @@ async fn blocking<T: Send + 'static>(
 fn start_of(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;
     let weights = model.weights.as_deref().map(|path| TensorSet::of_hugging_face(path, &model.dag)).transpose()?;
-    Ok(StartPoint { graph: model.dag.to_json(), dag: Arc::new(model.dag), weights: weights.map(Arc::new), step: 0 })
+    Ok(StartPoint { graph: model.dag.to_json(), dag: Arc::new(model.dag), weights: weights.map(Arc::new), cluster: None, step: 0 })
+}
+
+/// The start with the cluster file that the job names, if it does.
+fn planned_by(spec: JobSpec, mut start: StartPoint) -> Result<(JobSpec, StartPoint), BrokerError> {
+    if let Some(path) = &spec.placement.cluster {
+        start.cluster = Some(read_cluster(path)?.1);
+    }
+    Ok((spec, start))
 }
 
 /// A checkpoint, or the newest one of a run directory.
@@ -245,7 +258,7 @@ fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
     let checkpoint = open_checkpoint(path)?;
     let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
     let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, step })
+    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step })
 }
 
 fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {

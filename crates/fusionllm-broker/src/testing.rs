@@ -27,6 +27,7 @@ pub(crate) fn metrics(step: u64, loss: f64) -> StepMetrics {
         bytes: 100 * step,
         dense_bytes: 200 * step,
         codec: "bf16".to_owned(),
+        error: None,
     };
     StepMetrics {
         step,

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use fusionllm_codec::{Codec, HostTensor};
 use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::LinkBytes;
+use fusionllm_protocol::{Channel, CompressionSpec, LinkBytes, LinkSpeed};
 
 use crate::ExchangeError;
+use crate::channel_codec::{ChannelDecoder, ChannelEncoder, ChannelOptions};
 use crate::mailbox::{Arrived, Mailbox, Slot};
+
+/// Steps between two samples of the error that codecs introduce.
+const SAMPLED_STEPS: u64 = 10;
 
 /// A message to another CompNode.
 #[derive(Clone, Debug)]
@@ -40,6 +44,25 @@ pub trait Exchange: Send {
 
     /// What was handed over since the last call, by receiver.
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes>;
+
+    /// How fast payloads came since the last call, by sender.
+    fn drain_link_speeds(&mut self) -> Vec<LinkSpeed> {
+        Vec::new()
+    }
+
+    /// What error feedback holds back for the next message of each channel, after all that was handed over.
+    ///
+    /// # Errors
+    /// [`ExchangeError`] if the job was aborted or the peer is lost.
+    fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, ExchangeError>;
+
+    /// Puts back what [`Self::residuals`] gave, before anything is sent.
+    fn restore_residual(&mut self, channel: Channel, residual: HostTensor);
+}
+
+/// Whether the error of a message's codec is measured: of one micro-batch every few steps, since it costs a decoding.
+pub(crate) fn is_sampled(slot: &Slot) -> bool {
+    slot.micro_batch == 0 && slot.step.is_multiple_of(SAMPLED_STEPS)
 }
 
 /// Adds up what goes to each receiver.
@@ -47,39 +70,58 @@ pub trait Exchange: Send {
 pub(crate) struct LinkTally {
     names: Vec<String>,
     node: NodeIndex,
-    by_receiver: BTreeMap<NodeIndex, (u64, u64, &'static str)>,
+    by_receiver: BTreeMap<NodeIndex, (u64, u64, Codec)>,
+    found: BTreeMap<NodeIndex, Found>,
+}
+
+/// What is known of a message only once it is encoded.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Found {
+    /// Bytes above the codec's steady size: a low-rank basis.
+    pub(crate) extra_bytes: u64,
+    /// Relative error, if it was measured.
+    pub(crate) error: Option<f64>,
 }
 
 impl LinkTally {
     pub(crate) fn new(names: Vec<String>, node: NodeIndex) -> Self {
-        Self { names, node, by_receiver: BTreeMap::new() }
+        Self { names, node, by_receiver: BTreeMap::new(), found: BTreeMap::new() }
     }
 
     pub(crate) fn add(&mut self, message: &Message, header_bytes: u64) -> Result<(), ExchangeError> {
         let shape = message.tensor.shape();
-        let encoded = message.codec.encoded_bytes(shape)? + header_bytes;
+        let encoded = message.codec.steady_bytes(shape)? + header_bytes;
         let dense = Codec::Dense.encoded_bytes(shape)?;
-        let entry = self.by_receiver.entry(message.to).or_insert((0, 0, message.codec.name()));
+        let entry = self.by_receiver.entry(message.to).or_insert((0, 0, message.codec));
         entry.0 += encoded;
         entry.1 += dense;
         if !message.codec.is_lossless() {
-            entry.2 = message.codec.name();
+            entry.2 = message.codec;
         }
         Ok(())
     }
 
+    /// What encoding a message showed beyond what [`Self::add`] knew.
+    pub(crate) fn encoded(&mut self, to: NodeIndex, found: Found) {
+        let entry = self.found.entry(to).or_default();
+        entry.extra_bytes += found.extra_bytes;
+        entry.error = match (entry.error, found.error) {
+            (Some(a), Some(b)) => Some(a.max(b)),
+            (a, b) => a.or(b),
+        };
+    }
+
     pub(crate) fn drain(&mut self) -> Vec<LinkBytes> {
-        let name = |node: NodeIndex| self.names.get(node.index()).cloned().unwrap_or_else(|| node.to_string());
+        let names = &self.names;
+        let name = |node: NodeIndex| names.get(node.index()).cloned().unwrap_or_else(|| node.to_string());
         let from = name(self.node);
         let entries = std::mem::take(&mut self.by_receiver);
         entries
             .into_iter()
-            .map(|(to, (bytes, dense_bytes, codec))| LinkBytes {
-                from: from.clone(),
-                to: name(to),
-                bytes,
-                dense_bytes,
-                codec: codec.to_owned(),
+            .map(|(to, (bytes, dense_bytes, codec))| {
+                let Found { extra_bytes, error } = self.found.remove(&to).unwrap_or_default();
+                let (from, bytes, codec) = (from.clone(), bytes + extra_bytes, codec.to_string());
+                LinkBytes { from, to: name(to), bytes, dense_bytes, codec, error }
             })
             .collect()
     }
@@ -91,6 +133,9 @@ pub struct MemoryExchange {
     own: Arc<Mailbox>,
     mailboxes: Vec<Arc<Mailbox>>,
     tally: LinkTally,
+    options: ChannelOptions,
+    /// Both ends of what goes out.
+    ends: BTreeMap<Channel, (ChannelEncoder, ChannelDecoder)>,
 }
 
 impl MemoryExchange {
@@ -98,12 +143,18 @@ impl MemoryExchange {
     ///
     /// # Errors
     /// [`ExchangeError::Aborted`] if `node` has no mailbox.
-    pub fn new(node: NodeIndex, mailboxes: Vec<Arc<Mailbox>>, names: Vec<String>) -> Result<Self, ExchangeError> {
+    pub fn new(
+        node: NodeIndex,
+        mailboxes: Vec<Arc<Mailbox>>,
+        names: Vec<String>,
+        compression: CompressionSpec,
+    ) -> Result<Self, ExchangeError> {
         let own = mailboxes
             .get(node.index())
             .cloned()
             .ok_or_else(|| ExchangeError::Aborted { reason: format!("{node} has no mailbox") })?;
-        Ok(Self { own, mailboxes, tally: LinkTally::new(names, node) })
+        let (tally, options) = (LinkTally::new(names, node), ChannelOptions::of(&compression));
+        Ok(Self { own, mailboxes, tally, options, ends: BTreeMap::new() })
     }
 }
 
@@ -114,11 +165,29 @@ impl Exchange for MemoryExchange {
             .mailboxes
             .get(message.to.index())
             .ok_or_else(|| ExchangeError::Peer { peer: message.to.to_string(), reason: "has no mailbox".to_owned() })?;
+        let (slot, codec, options) = (message.slot, message.codec, self.options);
+        let new = || (ChannelEncoder::new(options, slot.channel), ChannelDecoder::new(options, slot.channel));
+        let (encoder, decoder) = self.ends.entry(slot.channel).or_insert_with(new);
         let mut bytes = Vec::new();
-        message.codec.encode(&message.tensor, &mut bytes)?;
-        let tensor = message.codec.decode(message.tensor.shape(), message.tensor.element_type(), &bytes)?;
-        mailbox.put(message.slot, tensor);
+        let found = encoder.encode(&slot, codec, &message.tensor, &mut bytes)?;
+        let (shape, element) = (message.tensor.shape().to_vec(), message.tensor.element_type());
+        let tensor = decoder.decode(slot.pass, codec, shape, element, &bytes)?;
+        self.tally.encoded(message.to, found);
+        mailbox.put(slot, tensor);
         Ok(())
+    }
+
+    fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, ExchangeError> {
+        let residual = |(channel, (encoder, _)): (&Channel, &(ChannelEncoder, ChannelDecoder))| {
+            encoder.residual().map(|residual| (*channel, residual))
+        };
+        Ok(self.ends.iter().filter_map(residual).collect())
+    }
+
+    fn restore_residual(&mut self, channel: Channel, residual: HostTensor) {
+        let mut encoder = ChannelEncoder::new(self.options, channel);
+        encoder.restore(residual);
+        self.ends.insert(channel, (encoder, ChannelDecoder::new(self.options, channel)));
     }
 
     fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError> {

@@ -5,6 +5,7 @@
 //! own; the async shell only moves bytes.
 
 mod burn_executor;
+mod channel_codec;
 mod checkpoint;
 mod data;
 mod device;
@@ -20,6 +21,7 @@ mod node;
 mod optimizer;
 mod params;
 mod profile;
+mod residuals;
 mod segment;
 mod step_log;
 mod task_loop;

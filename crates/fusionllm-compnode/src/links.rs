@@ -5,6 +5,7 @@
 //! never on the compute thread and never on an async worker.
 
 mod incoming;
+mod meter;
 mod outgoing;
 
 use std::collections::BTreeMap;
@@ -12,18 +13,24 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use fusionllm_codec::HostTensor;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{Channel, Generation, JobId, LinkBytes, PeerFrame, PeerRecord, encode};
+use fusionllm_protocol::{
+    Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode,
+};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::ExchangeError;
-use crate::exchange::{Exchange, LinkTally, Message};
+use crate::channel_codec::{ChannelEncoder, ChannelOptions};
+use crate::exchange::{Exchange, Found, LinkTally, Message};
 use crate::mailbox::{Arrived, Mailbox, Slot};
 use incoming::Incoming;
+use meter::Meter;
+use outgoing::Outgoing;
 
 /// A peer that cannot be reached for this long is lost: longer than a home router's restart of its uplink.
 const REDIAL_LIMIT: Duration = Duration::from_secs(45);
@@ -50,22 +57,21 @@ pub(crate) struct JobLinks {
     tasks: Mutex<JoinSet<()>>,
     /// Outgoing channels that still hold messages.
     open_channels: watch::Sender<usize>,
+    /// What the encoders found, until the next step report.
+    found: Mutex<Vec<(NodeIndex, Found)>>,
+    /// By peer, what is coming in.
+    meters: Vec<Meter>,
+    options: ChannelOptions,
 }
 
 impl JobLinks {
-    pub(crate) fn new(
-        endpoint: Endpoint,
-        job: JobId,
-        generation: Generation,
-        node: NodeIndex,
-        placement: Arc<Placement>,
-        peers: &[PeerRecord],
-    ) -> Arc<Self> {
+    pub(crate) fn new(endpoint: Endpoint, assignment: &Assignment) -> Arc<Self> {
+        let peers = &assignment.peers;
         Arc::new(Self {
-            job,
-            generation,
-            node,
-            placement,
+            job: assignment.job,
+            generation: assignment.generation,
+            node: assignment.node,
+            placement: Arc::new(assignment.placement.clone()),
             mailbox: Arc::new(Mailbox::default()),
             endpoint,
             peers: peers.iter().map(peer_addr).collect(),
@@ -74,6 +80,9 @@ impl JobLinks {
             incoming: Mutex::new(BTreeMap::new()),
             tasks: Mutex::new(JoinSet::new()),
             open_channels: watch::Sender::new(0),
+            found: Mutex::default(),
+            meters: peers.iter().map(|_| Meter::default()).collect(),
+            options: ChannelOptions::of(&assignment.spec.compression),
         })
     }
 
@@ -175,7 +184,23 @@ impl JobLinks {
 
     fn incoming(&self, channel: Channel) -> Arc<Incoming> {
         let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(incoming.entry(channel).or_default())
+        let new = || Arc::new(Incoming::new(self.options, channel));
+        Arc::clone(incoming.entry(channel).or_insert_with(new))
+    }
+
+    /// Elements that a tensor of this channel may have, if it comes compressed.
+    fn most_elements(&self, channel: Channel) -> Option<u64> {
+        match channel {
+            Channel::Activation(id) | Channel::Gradient(id) => {
+                self.placement.edges.get(id.index()).map(|edge| edge.elements)
+            }
+            Channel::Tied { .. } | Channel::NormPart { .. } | Channel::NormTotal { .. } => None,
+        }
+    }
+
+    fn found(&self, to: usize, found: Found) {
+        let to = NodeIndex(u32::try_from(to).unwrap_or(u32::MAX));
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).push((to, found));
     }
 
     /// Who sends over a channel that ends here; nothing if it does not end here.
@@ -217,26 +242,38 @@ pub(crate) fn peer_record(addr: &PeerAddr) -> PeerRecord {
 pub(crate) struct NetworkExchange {
     links: Arc<JobLinks>,
     runtime: Handle,
-    queues: BTreeMap<Channel, mpsc::Sender<Message>>,
+    queues: BTreeMap<Channel, mpsc::Sender<Outgoing>>,
     tally: LinkTally,
+    /// Of a checkpoint, until their channels are opened.
+    residuals: BTreeMap<Channel, HostTensor>,
 }
 
 impl NetworkExchange {
     pub(crate) fn new(links: Arc<JobLinks>, runtime: Handle) -> Self {
         let tally = LinkTally::new(links.placement.compnodes.clone(), links.node);
-        Self { links, runtime, queues: BTreeMap::new(), tally }
+        Self { links, runtime, queues: BTreeMap::new(), tally, residuals: BTreeMap::new() }
+    }
+
+    /// Why nothing can be sent any more.
+    fn closed(&self) -> ExchangeError {
+        let stopped = || ExchangeError::Aborted { reason: "the job's wires are closed".to_owned() };
+        self.links.mailbox.closed().unwrap_or_else(stopped)
     }
 
     /// The queue of a channel; the first message opens it.
-    fn queue(&mut self, to: NodeIndex, channel: Channel) -> &mpsc::Sender<Message> {
+    fn queue(&mut self, to: NodeIndex, channel: Channel) -> &mpsc::Sender<Outgoing> {
         self.queues.entry(channel).or_insert_with(|| {
+            let mut encoder = ChannelEncoder::new(self.links.options, channel);
+            if let Some(residual) = self.residuals.remove(&channel) {
+                encoder.restore(residual);
+            }
             let (sender, queue) = mpsc::channel(self.links.placement.window() as usize);
             let links = Arc::clone(&self.links);
             let _context = self.runtime.enter();
             links.open_channels.send_modify(|n| *n += 1);
             self.links.spawn(async move {
                 let peer = to.index();
-                if let Err(error) = outgoing::run(&links, peer, channel, queue).await {
+                if let Err(error) = outgoing::run(&links, peer, channel, queue, encoder).await {
                     links.fail(peer, &error.to_string());
                 }
                 links.open_channels.send_modify(|n| *n = n.saturating_sub(1));
@@ -252,11 +289,8 @@ impl Exchange for NetworkExchange {
         let header_bytes = encode(&header).map_or(0, |h| h.len() as u64) + FRAME_LENGTH_BYTES;
         self.tally.add(&message, header_bytes)?;
         let (to, channel) = (message.to, message.slot.channel);
-        let sent = self.queue(to, channel).blocking_send(message);
-        sent.map_err(|_| {
-            let stopped = || ExchangeError::Aborted { reason: "the job's wires are closed".to_owned() };
-            self.links.mailbox.closed().unwrap_or_else(stopped)
-        })
+        let sent = self.queue(to, channel).blocking_send(Outgoing::Message(message));
+        sent.map_err(|_| self.closed())
     }
 
     fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError> {
@@ -266,6 +300,35 @@ impl Exchange for NetworkExchange {
     }
 
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes> {
+        let found = std::mem::take(&mut *self.links.found.lock().unwrap_or_else(PoisonError::into_inner));
+        for (to, found) in found {
+            self.tally.encoded(to, found);
+        }
         self.tally.drain()
+    }
+
+    fn drain_link_speeds(&mut self) -> Vec<LinkSpeed> {
+        let to = self.links.name_of(self.links.node.index());
+        let speed = |(peer, meter): (usize, &Meter)| {
+            let (bytes, busy) = meter.drain();
+            let (from, to, busy_s) = (self.links.name_of(peer), to.clone(), busy.as_secs_f64());
+            (bytes > 0).then_some(LinkSpeed { from, to, bytes, busy_s })
+        };
+        self.links.meters.iter().enumerate().filter_map(speed).collect()
+    }
+
+    fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, ExchangeError> {
+        let mut residuals = Vec::new();
+        for (&channel, queue) in &self.queues {
+            let (reply, answer) = oneshot::channel();
+            queue.blocking_send(Outgoing::Residual(reply)).map_err(|_| self.closed())?;
+            let residual = answer.blocking_recv().map_err(|_| self.closed())?;
+            residuals.extend(residual.map(|residual| (channel, residual)));
+        }
+        Ok(residuals)
+    }
+
+    fn restore_residual(&mut self, channel: Channel, residual: HostTensor) {
+        self.residuals.insert(channel, residual);
     }
 }

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use fusionllm_codec::{Codec, HostTensor, Values};
 use fusionllm_graph::{OpDag, OpId, ParamId};
-use fusionllm_planner::{Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, needs};
-use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport};
+use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, needs};
+use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport, TopKBackward};
 
 use crate::data::Batches;
 use crate::exchange::{Exchange, Message};
 use crate::executor::{Executor, MicroBatch, NamedTensor, UpdateSpec};
 use crate::mailbox::Slot;
+use crate::residuals;
 use crate::step_log::StepLog;
 use crate::{CompNodeError, ExecutorError};
 
@@ -32,6 +33,8 @@ pub struct TrainPlan {
     pub spec: JobSpec,
     /// Updates already done.
     pub start_step: u64,
+    /// What error feedback held back at the checkpoint.
+    pub residuals: Vec<(Channel, HostTensor)>,
 }
 
 /// Where a task loop reports to.
@@ -58,6 +61,8 @@ pub struct TaskLoop {
     batches: Option<Box<dyn Batches>>,
     /// Tensors between two stages that are both here.
     local: BTreeMap<Slot, HostTensor>,
+    /// Where the activation that came over an edge was kept, for gradients that go back only there.
+    kept: BTreeMap<(EdgeId, u32), Vec<bool>>,
     busy: Duration,
     live_max: usize,
     log: StepLog,
@@ -77,7 +82,7 @@ impl TaskLoop {
         exchange: Box<dyn Exchange>,
         batches: Option<Box<dyn Batches>>,
     ) -> Self {
-        Self { plan, executor, exchange, batches, local: BTreeMap::new(), busy: Duration::ZERO, live_max: 0, log: StepLog::default() }
+        Self { plan, executor, exchange, batches, local: BTreeMap::new(), kept: BTreeMap::new(), busy: Duration::ZERO, live_max: 0, log: StepLog::default() }
     }
 
     /// Runs all steps that are left.
@@ -85,12 +90,20 @@ impl TaskLoop {
     /// # Errors
     /// The first [`CompNodeError`]; the job cannot go on then.
     pub fn run(&mut self, sink: &mut dyn JobSink) -> Result<(), CompNodeError> {
+        for (channel, residual) in std::mem::take(&mut self.plan.residuals) {
+            self.exchange.restore_residual(channel, residual);
+        }
         for step in self.plan.start_step..self.plan.spec.train.steps {
             let report = self.step(step)?;
             let done = report.step;
             sink.step(report)?;
             if self.is_due(done, self.plan.spec.checkpoint.every) {
-                sink.checkpoint(done, self.executor.export()?)?;
+                let mut tensors = self.executor.export()?;
+                if self.plan.spec.compression.error_feedback {
+                    let residuals = self.exchange.residuals()?;
+                    tensors.extend(residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals));
+                }
+                sink.checkpoint(done, tensors)?;
             }
         }
         Ok(())
@@ -129,6 +142,7 @@ impl TaskLoop {
             busy_s,
             live_max: u32::try_from(self.live_max).unwrap_or(u32::MAX),
             links: self.exchange.drain_link_bytes(),
+            received: self.exchange.drain_link_speeds(),
             trace,
         })
     }
@@ -178,6 +192,7 @@ impl TaskLoop {
             if let Need::Activation { edge, .. } = need {
                 let edge = edge_of(&placement, edge.index())?;
                 let tensor = self.fetch(&placement, edge.from, Channel::Activation(edge.id), micro_batch)?;
+                self.remember_kept(edge, micro_batch, &tensor);
                 inputs.push((edge.op, tensor));
             }
         }
@@ -224,12 +239,24 @@ impl TaskLoop {
             self.executor.backward(stage, micro_batch, gradients, loss_scale)?.into_iter().collect();
         self.worked(task, began);
         for edge in placement.edges.iter().filter(|e| e.to == stage && e.gradient) {
-            let tensor = inputs
+            let mut tensor = inputs
                 .remove(&edge.op)
                 .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} gave no gradient for {}", edge.id) })?;
+            if let Some(kept) = self.kept.remove(&(edge.id, micro_batch.index)) {
+                tensor = masked(tensor, &kept)?;
+            }
             self.deliver(&placement, edge.from, Channel::Gradient(edge.id), micro_batch, tensor, edge.gradient_codec)?;
         }
         Ok(())
+    }
+
+    /// Under [`TopKBackward::Mask`], where a sparsified activation was kept.
+    fn remember_kept(&mut self, edge: &StageEdge, micro_batch: MicroBatch, tensor: &HostTensor) {
+        let is_masked = self.plan.spec.compression.backward == TopKBackward::Mask && micro_batch.pass == Pass::Train;
+        if let (true, Codec::TopK { .. }, Some(values)) = (is_masked, edge.activation_codec, tensor.as_f32()) {
+            let kept = values.iter().map(|&x| x != 0.0).collect();
+            self.kept.insert((edge.id, micro_batch.index), kept);
+        }
     }
 
     /// The micro-batch's token ids and labels, for those placeholders that the stage holds.
@@ -280,6 +307,11 @@ impl TaskLoop {
         codec: Codec,
     ) -> Result<(), CompNodeError> {
         let slot = slot(channel, micro_batch);
+        // An evaluation is about the model, which will be used without codecs; half precision costs it nothing.
+        let codec = match (micro_batch.pass, codec) {
+            (Pass::Train, codec) | (Pass::Eval, codec @ (Codec::Dense | Codec::Bf16 | Codec::F16)) => codec,
+            (Pass::Eval, _) => Codec::Bf16,
+        };
         match placement.compnode_of(other) {
             Some(to) if to == self.plan.node => {
                 self.local.insert(slot, tensor);
@@ -381,6 +413,19 @@ impl TaskLoop {
         let tensor = HostTensor::new(Vec::new(), Values::F32(vec![value as f32])).map_err(internal)?;
         Ok(self.exchange.send(Message { to, slot: step_slot(channel, step), tensor, codec: Codec::Dense })?)
     }
+}
+
+/// The tensor with zeros where nothing was kept.
+fn masked(tensor: HostTensor, kept: &[bool]) -> Result<HostTensor, ExecutorError> {
+    let (shape, values) = tensor.into_parts();
+    let values = match values {
+        Values::F32(mut values) => {
+            values.iter_mut().zip(kept).filter(|(_, kept)| !**kept).for_each(|(x, _)| *x = 0.0);
+            Values::F32(values)
+        }
+        integers @ Values::I32(_) => integers,
+    };
+    HostTensor::new(shape, values).map_err(internal)
 }
 
 fn slot(channel: Channel, micro_batch: MicroBatch) -> Slot {

@@ -136,6 +136,9 @@ pub enum PlanError {
         /// Ops.
         ops: usize,
     },
+    /// A boundary tensor is too large for its codec.
+    #[error(transparent)]
+    Codec(fusionllm_codec::CodecError),
     /// No CompNode can take a next task: the stages wait for each other.
     #[error("the task orders cannot be completed: the stages wait for each other (internal error)")]
     Deadlock,

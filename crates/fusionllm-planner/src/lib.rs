@@ -23,7 +23,7 @@ pub use cluster::{
     Cluster, ClusterFile, CompNodeProfile, DeviceEntry, Host, LinkEntry, LinkProfile, Measured, OpSeconds,
 };
 pub use compare::{Candidate, compare};
-pub use compression::{Compression, EdgeCompression, EntryBytes, compress};
+pub use compression::{Compression, Direction, best_of_ratio, compress, topk_of_ratio};
 pub use draw::{format_bytes, format_seconds};
 pub use error::PlanError;
 pub use estimate::{CutBytes, Estimate, TRAINING_COPIES, pipeline_formula};

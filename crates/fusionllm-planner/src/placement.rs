@@ -34,6 +34,8 @@ pub struct StageEdge {
     pub to: StageId,
     /// Whether a gradient flows back.
     pub gradient: bool,
+    /// Elements of the tensor of one micro-batch.
+    pub elements: u64,
     /// How the activation is encoded.
     pub activation_codec: Codec,
     /// How the gradient is encoded.
@@ -178,7 +180,7 @@ pub(crate) fn assemble(
             ops: s.ops.map(|op| OpId(op as u32)).collect(),
         })
         .collect();
-    let edges = stage_edges(dag, &stages, spec.codec);
+    let edges = stage_edges(dag, &stages, spec.codec, spec.micro_batch_size as usize);
     let count = compnodes.len();
     let train = train_orders(&stages, &edges, count, spec.pipeline, spec.micro_batches)?;
     let eval = eval_orders(&stages, &edges, count, spec.eval_micro_batches)?;
@@ -194,7 +196,7 @@ pub(crate) fn assemble(
     })
 }
 
-fn stage_edges(dag: &OpDag, stages: &[Stage], codec: Codec) -> Vec<StageEdge> {
+fn stage_edges(dag: &OpDag, stages: &[Stage], codec: Codec, batch: usize) -> Vec<StageEdge> {
     let stage_of: BTreeMap<OpId, StageId> =
         stages.iter().flat_map(|s| s.ops.iter().map(move |&op| (op, s.id))).collect();
     let mut edges = Vec::new();
@@ -215,6 +217,7 @@ fn stage_edges(dag: &OpDag, stages: &[Stage], codec: Codec) -> Vec<StageEdge> {
             from,
             to,
             gradient,
+            elements: dag.op(op).output.shape.elements(batch),
             activation_codec: codec,
             gradient_codec: codec,
         })

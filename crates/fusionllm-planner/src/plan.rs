@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use fusionllm_codec::Codec;
 use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
+use crate::compression::codec_s;
 use crate::estimate::update_seconds;
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
 use crate::placement::assemble;
 use crate::{
-    Blame, Cluster, Compression, EdgeCompression, EntryBytes, Estimate, NodeIndex, Placement, PlacementSpec, PlanError,
-    Segment, Simulated, StepCosts, Strategy, TRAINING_COPIES, compress, format_bytes, pipeline_formula, simulate,
+    Blame, Cluster, Compression, Direction, Estimate, NodeIndex, Placement, PlacementSpec, PlanError,
+    Segment, Simulated, StageEdge, StepCosts, Strategy, TRAINING_COPIES, compress, format_bytes, pipeline_formula, simulate,
 };
 
 /// Which CompNode owns the data and comes first in the pipeline.
@@ -30,8 +32,6 @@ pub struct PlanSpec {
     pub placement: PlacementSpec,
     /// What the links carry.
     pub compression: Compression,
-    /// What an entry of the Top-K codec costs.
-    pub entry: EntryBytes,
     /// Who owns the data.
     pub owner: Owner,
     /// Whether gradients are clipped by the global norm, which costs two messages.
@@ -43,8 +43,8 @@ pub struct PlanSpec {
 impl PlanSpec {
     /// A plan of `placement` with nothing compressed, on the first CompNode's data.
     pub fn dense(placement: PlacementSpec) -> Self {
-        let (compression, entry) = (Compression::Dense, EntryBytes::F32_INDEX64);
-        Self { placement, compression, entry, owner: Owner::First, clip: true, tokens_per_step: 0 }
+        let compression = Compression::Dense;
+        Self { placement, compression, owner: Owner::First, clip: true, tokens_per_step: 0 }
     }
 }
 
@@ -115,8 +115,8 @@ pub struct Plan {
     pub placement: Placement,
     /// The CompNodes and links that it uses, in its order.
     pub cluster: Cluster,
-    /// By edge: how its activation and its gradient are sent.
-    pub compression: Vec<(EdgeCompression, EdgeCompression)>,
+    /// By edge: dense bytes over sent bytes of its activation and of its gradient.
+    pub ratios: Vec<(f64, f64)>,
     /// What a step takes.
     pub prediction: Prediction,
     /// Every task and message of the simulated step.
@@ -199,7 +199,7 @@ fn baselines(dag: &OpDag, cluster: &Cluster, pins: &Pins, batch: usize) -> Vec<C
 pub(crate) struct Priced {
     pub(crate) placement: Placement,
     pub(crate) simulated: Simulated,
-    compression: Vec<(EdgeCompression, EdgeCompression)>,
+    ratios: Vec<(f64, f64)>,
     costs: StepCosts,
     /// By CompNode: what it needs, and what it has.
     memory: Vec<(f64, u64)>,
@@ -216,16 +216,16 @@ pub(crate) fn price(
     let batch = spec.placement.micro_batch_size as usize;
     let ranges: Vec<_> = segments.iter().map(|s| s.ops.clone()).collect();
     let names = cluster.compnodes.iter().map(|c| c.name.clone()).collect();
-    let placement = assemble(dag, names, segments, &spec.placement)?;
+    let mut placement = assemble(dag, names, segments, &spec.placement)?;
     let profile = |node: NodeIndex| &cluster.compnodes[node.index()];
     let mut stage_s: Vec<(f64, f64)> =
         placement.stages.iter().zip(&ranges).map(|(s, r)| estimate.seconds(profile(s.compnode), r)).collect();
     add_copies(dag, &placement, profile, batch, &mut stage_s);
-    let (compression, edge_bytes) = send(dag, cluster, &placement, &stage_s, spec);
+    let Sent { bytes: edge_bytes, codec_s, ratios } = send(dag, cluster, &mut placement, &stage_s, spec)?;
     let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
     let nodes = || (0..cluster.compnodes.len() as u32).map(NodeIndex);
     let costs = StepCosts {
-        codec_s: vec![(0.0, 0.0); edge_bytes.len()],
+        codec_s,
         edge_bytes,
         update_s: nodes()
             .map(|n| update_seconds(profile(n), params(n)) + profile(n).copy_s(tied_copies(dag, &placement, n)))
@@ -253,7 +253,7 @@ pub(crate) fn price(
         }
     }
     let simulated = simulate(&placement, cluster, &costs)?;
-    Ok(Priced { placement, simulated, compression, costs, memory })
+    Ok(Priced { placement, simulated, ratios, costs, memory })
 }
 
 /// What a task takes besides its ops: the copies between host and device of what enters and leaves the stage.
@@ -281,40 +281,55 @@ fn tied_copies(dag: &OpDag, placement: &Placement, node: NodeIndex) -> f64 {
     held.map(|t| dag.param(t.param).bytes() as f64 * (1 + t.holders.len()) as f64).sum()
 }
 
-type Sent = (Vec<(EdgeCompression, EdgeCompression)>, Vec<(f64, f64)>);
+/// What is sent over each edge: bytes, seconds of encoding and decoding, and ratios of the activation and the gradient.
+#[derive(Default)]
+struct Sent {
+    bytes: Vec<(f64, f64)>,
+    codec_s: Vec<(f64, f64)>,
+    ratios: Vec<(f64, f64)>,
+}
 
-/// How each edge is compressed, and the bytes that follow.
-fn send(dag: &OpDag, cluster: &Cluster, placement: &Placement, stage_s: &[(f64, f64)], spec: &PlanSpec) -> Sent {
+/// Gives each boundary edge its codecs.
+fn send(
+    dag: &OpDag,
+    cluster: &Cluster,
+    placement: &mut Placement,
+    stage_s: &[(f64, f64)],
+    spec: &PlanSpec,
+) -> Result<Sent, PlanError> {
     let batch = spec.placement.micro_batch_size as usize;
-    let node = |stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
-    let mut dense_s = Vec::with_capacity(2 * placement.edges.len());
-    let mut dense_bytes = Vec::with_capacity(placement.edges.len());
-    for edge in &placement.edges {
-        let bytes = dag.op(edge.op).output.bytes(batch) as f64;
-        let (a, b) = (node(edge.from), node(edge.to));
-        // Token ids and labels are sent as they are.
-        let occupied = if edge.gradient { bytes } else { 0.0 };
-        dense_s.push(cluster.link(a, b).occupied_s(occupied));
-        dense_s.push(cluster.link(b, a).occupied_s(occupied));
-        dense_bytes.push(bytes);
+    let node = |placement: &Placement, stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
+    // Token ids and labels are sent as they are, and what stays on its CompNode is not sent.
+    let is_sent = |placement: &Placement, edge: &StageEdge| edge.gradient && placement.is_boundary(edge);
+    let mut directions = Vec::with_capacity(2 * placement.edges.len());
+    for edge in placement.edges.iter().filter(|e| is_sent(placement, e)) {
+        let output = &dag.op(edge.op).output;
+        let (a, b) = (node(placement, edge.from), node(placement, edge.to));
+        for (link, gradient) in [(cluster.link(a, b), false), (cluster.link(b, a), true)] {
+            let dense_s = link.occupied_s(output.bytes(batch) as f64);
+            directions.push(Direction { shape: output.shape.resolve(batch), dense_s, gradient });
+        }
     }
     let slowest = stage_s.iter().map(|(fp, bp)| fp + bp).fold(0.0, f64::max);
-    let mut compressed = compress(spec.compression, spec.entry, &dense_s, slowest).into_iter();
-    let mut compression = Vec::with_capacity(placement.edges.len());
-    let mut bytes = Vec::with_capacity(placement.edges.len());
-    for (edge, dense) in placement.edges.iter().zip(dense_bytes) {
-        let mut next = |codec: fusionllm_codec::Codec| {
-            let one = compressed.next();
-            match one {
-                Some(one) if one.codec != "dense" && edge.gradient => one,
-                _ => EdgeCompression { codec: codec.name().to_owned(), sparsity: 1.0, ratio: codec.ratio() },
-            }
-        };
-        let (there, back) = (next(edge.activation_codec), next(edge.gradient_codec));
-        bytes.push((dense / there.ratio, if edge.gradient { dense / back.ratio } else { 0.0 }));
-        compression.push((there, back));
+    let mut codecs = compress(spec.compression, &directions, slowest, spec.placement.codec).into_iter();
+    let mut sent = Sent::default();
+    for index in 0..placement.edges.len() {
+        let compressed = is_sent(placement, &placement.edges[index]);
+        let edge = &mut placement.edges[index];
+        if let (true, Some(there), Some(back)) = (compressed, codecs.next(), codecs.next()) {
+            (edge.activation_codec, edge.gradient_codec) = (there, back);
+        }
+        let output = &dag.op(edge.op).output;
+        let (shape, elements) = (output.shape.resolve(batch), output.shape.elements(batch) as f64);
+        let bytes = |codec: Codec| codec.steady_bytes(&shape).map(|bytes| bytes as f64).map_err(PlanError::Codec);
+        let (there, back) = (bytes(edge.activation_codec)?, bytes(edge.gradient_codec)?);
+        let (there, back) = (there, if edge.gradient { back } else { 0.0 });
+        let ratio = |bytes: f64| if bytes > 0.0 { 4.0 * elements / bytes } else { 1.0 };
+        sent.ratios.push((ratio(there), ratio(back)));
+        sent.bytes.push((there, back));
+        sent.codec_s.push((codec_s(edge.activation_codec, elements), codec_s(edge.gradient_codec, elements)));
     }
-    (compression, bytes)
+    Ok(sent)
 }
 
 impl Priced {
@@ -327,7 +342,7 @@ impl Priced {
     }
 
     fn into_plan(self, dag: &OpDag, cluster: Cluster, spec: &PlanSpec) -> Plan {
-        let Self { placement, simulated, compression, costs, memory } = self;
+        let Self { placement, simulated, ratios, costs, memory } = self;
         let names = &placement.compnodes;
         let busy = simulated.busy(names.len());
         let compnode = |(index, name): (usize, &String)| {
@@ -361,7 +376,7 @@ impl Priced {
             links: simulated.links().into_iter().filter(|(_, (bytes, _))| *bytes > 0.0).map(link).collect(),
             critical_path: simulated.critical_path(names).iter().map(Blame::to_string).collect(),
         };
-        Plan { placement, cluster, compression, prediction, simulated }
+        Plan { placement, cluster, ratios, prediction, simulated }
     }
 }
 

@@ -27,6 +27,7 @@ pub(crate) fn chain(compnodes: &[u32]) -> (Vec<Stage>, Vec<StageEdge>) {
         ops: vec![OpId(i as u32)],
     };
     let edge = |i: usize| StageEdge {
+        elements: 1,
         id: EdgeId(i as u32),
         op: OpId(i as u32),
         from: StageId(i as u32),

@@ -234,12 +234,14 @@ pub struct StepReport {
     pub live_max: u32,
     /// Bytes that this CompNode sent, by receiver.
     pub links: Vec<LinkBytes>,
+    /// How fast payloads came, by sender.
+    pub received: Vec<LinkSpeed>,
     /// What it did when, in seconds of the broker's clock, for the step that is traced.
     pub trace: Option<StepTrace>,
 }
 
 /// What one link carried.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkBytes {
     /// Name of the sending CompNode.
     pub from: String,
@@ -251,6 +253,22 @@ pub struct LinkBytes {
     pub dense_bytes: u64,
     /// Codec of the activations and gradients.
     pub codec: String,
+    /// What the codec dropped of a sample of them: norm of the error over norm of the tensor.
+    #[serde(default)]
+    pub error: Option<f64>,
+}
+
+/// How fast payloads came over one link in a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkSpeed {
+    /// Name of the sending CompNode.
+    pub from: String,
+    /// Name of the receiving CompNode.
+    pub to: String,
+    /// Bytes of payloads.
+    pub bytes: u64,
+    /// Seconds for which at least one payload was coming in.
+    pub busy_s: f64,
 }
 
 /// What the data owner found in its data.

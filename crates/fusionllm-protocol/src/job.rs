@@ -9,6 +9,7 @@ mod validate;
 
 use std::path::PathBuf;
 
+use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use serde::{Deserialize, Serialize};
 
@@ -163,15 +164,46 @@ pub struct PlacementSection {
     pub pipeline: Pipeline,
     /// Explicit stages instead of a strategy.
     pub stages: Vec<StageSpec>,
+    /// A cluster file, on the broker's machine, to plan by instead of what is measured.
+    pub cluster: Option<PathBuf>,
 }
 
 /// `[compression]`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CompressionSpec {
-    /// Which edges are compressed, and how much.
+    /// Which edges are compressed, and how.
     pub policy: CompressionPolicy,
-    /// Form of the values sent.
+    /// Dense bytes over sent bytes on the slowest link.
+    pub ratio: f64,
+    /// Form of what is not compressed.
     pub values: ValueFormat,
+    /// Form of the values that Top-K keeps.
+    pub topk_values: TopKValues,
+    /// Codec of all activations under the policy `fixed`.
+    pub activations: Codec,
+    /// Codec of all gradients under the policy `fixed`.
+    pub gradients: Codec,
+    /// Add what was dropped of a gradient to the next one.
+    pub error_feedback: bool,
+    /// Send the difference to a running mean that both ends hold.
+    pub predict: bool,
+    /// How the gradient of a Top-K activation goes back.
+    pub backward: TopKBackward,
+    /// Move codecs while training, by measured links and errors.
+    pub adapt: bool,
+    /// Largest relative error that a codec may introduce while the loss falls fast; it tightens as the loss flattens.
+    pub error_budget: f64,
+}
+
+/// How the gradient of an activation goes back that Top-K has sparsified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TopKBackward {
+    /// As if the activation had come whole.
+    #[default]
+    Straight,
+    /// Only where the activation was kept: the gradient of what was computed.
+    Mask,
 }
 
 /// Compression policies.
@@ -181,6 +213,28 @@ pub enum CompressionPolicy {
     /// Every element is sent.
     #[default]
     Dense,
+    /// Top-K by one ratio.
+    UniformTopk,
+    /// Top-K as each link is slow: the paper's AdaTopK.
+    AdaTopk,
+    /// The same by the published formula.
+    AdaTopkLiteral,
+    /// As each link is slow, by the codec that loses least.
+    Adaptive,
+    /// The codecs that are given.
+    Fixed,
+}
+
+impl CompressionPolicy {
+    /// Every policy by its name.
+    pub const NAMES: [(&str, Self); 6] = [
+        ("dense", Self::Dense),
+        ("uniform-topk", Self::UniformTopk),
+        ("ada-topk", Self::AdaTopk),
+        ("ada-topk-literal", Self::AdaTopkLiteral),
+        ("adaptive", Self::Adaptive),
+        ("fixed", Self::Fixed),
+    ];
 }
 
 /// Form of the values on the wire.

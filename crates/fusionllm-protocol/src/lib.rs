@@ -18,7 +18,7 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, DataReport, FromBroker, FromCompNode, Hello,
-    JobState, JobSummary, LinkBytes, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource, Welcome,
+    JobState, JobSummary, LinkBytes, LinkSpeed, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource, Welcome,
 };
 pub use error::{JobError, ProtocolError};
 pub use event::{JobEvent, StepMetrics};
@@ -26,7 +26,7 @@ pub use ids::{Generation, JobId};
 pub use inventory::{DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, TrainSpec, ValueFormat, job_keys,
+    OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, job_keys,
 };
 pub use manifest::{Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};

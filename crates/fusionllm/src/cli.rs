@@ -218,20 +218,6 @@ pub(crate) struct ResumeJob {
     pub(crate) broker: BrokerAddress,
 }
 
-/// What the links carry in a prediction.
-#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
-pub(crate) enum PlanCompression {
-    /// Every entry
-    #[default]
-    Dense,
-    /// Top-K by one ratio on every link
-    UniformTopk,
-    /// Top-K by a ratio that follows how slow a link is
-    AdaTopk,
-    /// The same by the published formula
-    AdaTopkLiteral,
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct Plan {
     /// Job file (see docs/job.md); several can be compared
@@ -243,12 +229,12 @@ pub(crate) struct Plan {
     /// CompNodes to plan for [default: placement.compnodes, or all of the cluster, or 3]
     #[arg(long, value_name = "N")]
     pub(crate) compnodes: Option<u32>,
-    /// What the links carry in the prediction
-    #[arg(long, value_enum, default_value_t, value_name = "POLICY")]
-    pub(crate) compression: PlanCompression,
-    /// Dense bytes over sent bytes, on the slowest link for ada-topk
-    #[arg(long, default_value_t = 100.0, value_name = "R")]
-    pub(crate) ratio: f64,
+    /// What the links carry, instead of compression.policy: dense, uniform-topk, ada-topk, ada-topk-literal, adaptive
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) compression: Option<String>,
+    /// Dense bytes over sent bytes on the slowest link [default: compression.ratio, or 100 with --compare]
+    #[arg(long, value_name = "R")]
+    pub(crate) ratio: Option<f64>,
     /// All strategies and compressions side by side
     #[arg(long)]
     pub(crate) compare: bool,

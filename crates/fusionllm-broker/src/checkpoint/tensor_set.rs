@@ -14,6 +14,9 @@ use crate::CheckpointError;
 /// Optimizer state of parameter P lies under `optimizer.KIND.P`.
 const OPTIMIZER_KINDS: [&str; 3] = ["exp_avg", "exp_avg_sq", "momentum"];
 
+/// Names of what error feedback holds back at an edge begin like this.
+const RESIDUALS: &str = "residual.";
+
 /// Where each tensor lies.
 #[derive(Debug, Default)]
 pub struct TensorSet {
@@ -79,7 +82,7 @@ impl TensorSet {
         Ok((file.info(stored).map(|info| info.shape.clone()).unwrap_or_default(), bytes))
     }
 
-    /// Writes `params` and the optimizer state there is of them as one safetensors file; returns its size in bytes.
+    /// Writes `params`, the optimizer state there is of them, and all residuals of error feedback as one safetensors file; returns its size in bytes.
     /// No more than one megabyte is held in memory.
     ///
     /// # Errors
@@ -89,7 +92,9 @@ impl TensorSet {
             let state = optimizer_names(param).filter(|name| self.places.contains_key(name));
             std::iter::once(param.clone()).chain(state)
         });
-        let mut names: Vec<String> = with_state.collect();
+        // What error feedback held back is for whoever sends over that edge in the new placement.
+        let residuals = self.places.keys().filter(|name| name.starts_with(RESIDUALS)).cloned();
+        let mut names: Vec<String> = with_state.chain(residuals).collect();
         // Readers want tensors aligned: the widest elements first.
         let width = |name: &String| self.find(name).ok().and_then(|(f, s)| Some(f.info(s)?.dtype)).map(|t| t.bitsize());
         names.sort_by_key(|name| std::cmp::Reverse(width(name)));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{NodeIndex, Simulated};
+use fusionllm_planner::{Cluster, NodeIndex, Simulated};
 use fusionllm_protocol::{
     DataReport, DeviceProfile, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, PeerRecord, StepMetrics,
 };
@@ -42,6 +42,8 @@ pub(crate) struct StartPoint {
     pub(crate) graph: String,
     /// Parameters, and optimizer state if they come from a checkpoint; nothing: from the job's seed.
     pub(crate) weights: Option<Arc<TensorSet>>,
+    /// What to plan by instead of what is measured.
+    pub(crate) cluster: Option<Cluster>,
     /// Updates already done.
     pub(crate) step: u64,
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_planner::{NodeIndex, Placement, Plan, plan};
+use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, plan};
 use fusionllm_protocol::{Assignment, FromBroker, Generation, JobId, JobSpec, JobState, PeerRecord, WeightSource};
 
 use super::run::{Run, param_names};
@@ -43,7 +43,7 @@ impl Core {
         let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
             return Err("it is not known".to_owned());
         };
-        if self.survey.is_complete(&members, WorkKey::of(&record.spec, start)) {
+        if start.cluster.is_some() || self.survey.is_complete(&members, WorkKey::of(&record.spec, start)) {
             return Ok(members);
         }
         self.survey.want(&record.spec, start, &members);
@@ -52,8 +52,10 @@ impl Core {
 
     /// The CompNodes for a job, data owner first, or what it waits for.
     fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
-        let Some(job) = self.jobs.get(&job) else { return Err("it is not known".to_owned()) };
-        let spec = &job.record.spec;
+        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
+            return Err("it is not known".to_owned());
+        };
+        let spec = &record.spec;
         let mut idle = self.compnodes.idle();
         if let Some(owner) = &spec.data.owner {
             let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
@@ -61,21 +63,23 @@ impl Core {
             let owner = idle.remove(at);
             idle.insert(0, owner);
         }
-        let needed = least_compnodes(spec);
+        let needed = least_compnodes(spec, start);
         if idle.len() < needed {
             return Err(format!("{} of {needed} CompNodes are idle", idle.len()));
         }
-        if spec.placement.compnodes.is_some() || !spec.placement.stages.is_empty() {
+        if spec.placement.compnodes.is_some() || !spec.placement.stages.is_empty() || start.cluster.is_some() {
             idle.truncate(needed);
         }
         Ok(idle)
     }
 
     fn assign(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
-        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
-        let Some(start) = known.start.clone() else { return Vec::new() };
-        let spec = known.record.spec.clone();
-        let cluster = self.survey.inventory(&members, &self.compnodes, Some((&spec, &start)), now).cluster();
+        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return Vec::new() };
+        let (start, spec) = (start.clone(), record.spec.clone());
+        let cluster = match &start.cluster {
+            Some(cluster) => self.as_if(cluster, &members),
+            None => self.survey.inventory(&members, &self.compnodes, Some((&spec, &start)), now).cluster(),
+        };
         let Plan { placement, prediction, simulated: predicted, .. } = match plan(&start.dag, &cluster, &spec.plan_spec()) {
             Ok(plan) => plan,
             Err(error) => {
@@ -85,6 +89,7 @@ impl Core {
         // The strategy may leave some out, and has its own order.
         let named = |name: &String| members.iter().copied().find(|&m| self.compnodes.name(m) == *name);
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
+        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         known.record.generation = Generation(known.record.generation.0 + 1);
         let key = RunKey { job, generation: known.record.generation };
         let run_dir = known.record.run_dir.clone();
@@ -109,6 +114,16 @@ impl Core {
         }
         actions.extend(self.set_state(job, JobState::Preparing));
         actions
+    }
+
+    /// The cluster of a file, whose devices the CompNodes stand for in their order.
+    fn as_if(&self, cluster: &Cluster, members: &[ConnectionId]) -> Cluster {
+        let first: Vec<usize> = (0..members.len()).collect();
+        let mut cluster = cluster.select(&first);
+        for (profile, &member) in cluster.compnodes.iter_mut().zip(members) {
+            profile.name = self.compnodes.name(member);
+        }
+        cluster
     }
 
     fn assignments(
@@ -145,7 +160,8 @@ impl Core {
 }
 
 /// How many CompNodes a job needs at least.
-pub(super) fn least_compnodes(spec: &JobSpec) -> usize {
+pub(super) fn least_compnodes(spec: &JobSpec, start: &StartPoint) -> usize {
     let listed = spec.placement.stages.iter().map(|s| s.compnode as usize + 1).max().unwrap_or(1);
-    spec.placement.compnodes.map_or(listed, |n| n as usize)
+    let stood_for = start.cluster.as_ref().map_or(listed, |cluster| cluster.compnodes.len());
+    spec.placement.compnodes.map_or(stood_for, |n| n as usize)
 }

@@ -13,7 +13,7 @@ const NOW: Duration = Duration::from_secs(100);
 
 fn start(spec: &JobSpec, step: u64) -> StartPoint {
     let dag = crate::model::load_model(spec).unwrap().dag;
-    StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights: None, step }
+    StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights: None, cluster: None, step }
 }
 
 fn joining(name: &str) -> Joining {
@@ -90,8 +90,8 @@ fn submit(core: &mut Core, overrides: &[&str]) -> (JobId, Vec<Action>) {
 }
 
 fn report(step: u64, loss: Option<f64>) -> StepReport {
-    let link =
-        LinkBytes { from: "a".to_owned(), to: "b".to_owned(), bytes: 9, dense_bytes: 9, codec: "dense".to_owned() };
+    let (from, to, codec) = ("a".to_owned(), "b".to_owned(), "dense".to_owned());
+    let link = LinkBytes { from, to, bytes: 9, dense_bytes: 9, codec, error: None };
     StepReport {
         step,
         loss,
@@ -102,6 +102,7 @@ fn report(step: u64, loss: Option<f64>) -> StepReport {
         busy_s: 0.1,
         live_max: 1,
         links: vec![link],
+        received: Vec::new(),
         trace: None,
     }
 }

@@ -2,23 +2,55 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fusionllm_codec::HostTensor;
+use fusionllm_codec::Codec;
 use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ReceiveWindow, Received, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
+use super::meter::Meter;
 use super::{CONTROL_FRAME_BYTES, JobLinks};
-use crate::mailbox::Slot;
+use crate::channel_codec::{ChannelDecoder, ChannelOptions};
+use crate::mailbox::{Mailbox, Slot};
 
 /// What stays of a channel when its connection is lost.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Incoming {
     window: Mutex<ReceiveWindow>,
     taken: watch::Sender<u64>,
+    decoder: Mutex<ChannelDecoder>,
 }
 
 impl Incoming {
+    pub(super) fn new(options: ChannelOptions, channel: Channel) -> Self {
+        let (window, taken) = (Mutex::default(), watch::Sender::default());
+        Self { window, taken, decoder: Mutex::new(ChannelDecoder::new(options, channel)) }
+    }
+
+    /// Decodes and delivers a message, unless it came before. The decoder remembers what it decoded, so this happens
+    /// as a whole or not at all, whatever becomes of the stream: for a blocking thread.
+    fn deliver(
+        &self,
+        mailbox: &Mailbox,
+        channel: Channel,
+        number: u64,
+        header: OpDataHeader,
+        payload: &[u8],
+    ) -> Result<(), String> {
+        let mut decoder = self.decoder.lock().unwrap_or_else(PoisonError::into_inner);
+        if number < self.lock().next() {
+            return Ok(());
+        }
+        let shape = shape_of(&header);
+        let OpDataHeader { step, pass, micro_batch, codec, element, .. } = header;
+        let tensor = decoder.decode(pass, codec, shape, element, payload).map_err(|e| e.to_string())?;
+        match self.lock().receive(number).map_err(|e| e.to_string())? {
+            Received::Deliver => mailbox.put(Slot { channel, pass, step, micro_batch }, tensor),
+            Received::Duplicate => {}
+        }
+        Ok(())
+    }
+
     /// The task loop took one more message.
     pub(super) fn confirm_one(&self) {
         let next = self.lock().take();
@@ -54,43 +86,48 @@ pub(super) async fn serve(links: &Arc<JobLinks>, peer: usize, mut sink: FrameSin
     }
 }
 
-async fn read(links: &Arc<JobLinks>, peer: usize, channel: Channel, incoming: &Incoming, mut source: FrameSource) {
+async fn read(links: &Arc<JobLinks>, peer: usize, channel: Channel, incoming: &Arc<Incoming>, mut source: FrameSource) {
     while let Ok(Some(frame)) = source.recv_limited(CONTROL_FRAME_BYTES).await {
         let (number, header) = match decode(&frame) {
             Ok(PeerFrame::Message { number, header }) => (number, header),
             Ok(_) => return links.fail(peer, "sent a frame that is no message"),
             Err(error) => return links.fail(peer, &error.to_string()),
         };
-        let shape: Vec<usize> = header.shape.iter().map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect();
-        let expected = match header.codec.encoded_bytes(&shape) {
-            Ok(bytes) => bytes,
-            Err(error) => return links.fail(peer, &error.to_string()),
-        };
-        let Ok(Some(payload)) = source.recv_limited(expected).await else { return };
-        let tensor = match decode_payload(&header, shape, payload).await {
-            Ok(tensor) => tensor,
+        let most = match most_bytes(links, channel, &header) {
+            Ok(most) => most,
             Err(reason) => return links.fail(peer, &reason),
         };
-        // Counted only now that it can be delivered at once: whatever ends this task earlier, the message comes
-        // again over the next stream.
-        let received = incoming.lock().receive(number);
-        match received {
-            Ok(Received::Deliver) => {
-                let OpDataHeader { step, pass, micro_batch, .. } = header;
-                links.mailbox.put(Slot { channel, pass, step, micro_batch }, tensor);
-            }
-            Ok(Received::Duplicate) => {}
-            Err(error) => return links.fail(peer, &error.to_string()),
+        let coming = links.meters.get(peer).map(Meter::begin);
+        let Ok(Some(payload)) = source.recv_limited(most).await else { return };
+        if let Some(coming) = coming {
+            coming.end(payload.len() as u64);
+        }
+        let (at, job) = (Arc::clone(incoming), Arc::clone(links));
+        let delivered = spawn_blocking(move || at.deliver(&job.mailbox, channel, number, header, &payload)).await;
+        match delivered {
+            Ok(Ok(())) => {}
+            Ok(Err(reason)) => return links.fail(peer, &reason),
+            Err(error) => return links.fail(peer, &format!("decoding: {error}")),
         }
     }
     // The sender closed the stream or is lost. If lost, it opens another.
     std::future::pending::<()>().await;
 }
 
-async fn decode_payload(header: &OpDataHeader, shape: Vec<usize>, payload: Vec<u8>) -> Result<HostTensor, String> {
-    let (codec, element) = (header.codec, header.element);
-    let decoded = spawn_blocking(move || codec.decode(&shape, element, &payload)).await;
-    decoded.map_err(|e| format!("decoding: {e}"))?.map_err(|e| e.to_string())
+fn shape_of(header: &OpDataHeader) -> Vec<usize> {
+    header.shape.iter().map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect()
+}
+
+/// Largest payload of a message. A sparse one may announce a tensor far larger than itself, so its shape is held
+/// against the graph's.
+fn most_bytes(links: &JobLinks, channel: Channel, header: &OpDataHeader) -> Result<u64, String> {
+    let shape = shape_of(header);
+    let elements = Codec::Dense.encoded_bytes(&shape).map_err(|e| e.to_string())? / 4;
+    let is_known = |most: u64| elements <= most;
+    if !header.codec.is_lossless() && !links.most_elements(channel).is_some_and(is_known) {
+        return Err(format!("sent a tensor of shape {shape:?} over {channel:?}, which the graph does not have"));
+    }
+    header.codec.encoded_bytes(&shape).map_err(|e| e.to_string())
 }
 
 /// Tells the sender how far the task loop is, until the stream ends.

@@ -2,14 +2,25 @@
 
 use std::sync::Arc;
 
+use fusionllm_codec::HostTensor;
 use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ProtocolError, SendWindow, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
 use super::{CONTROL_FRAME_BYTES, JobLinks};
 use crate::ExchangeError;
-use crate::exchange::Message;
+use crate::channel_codec::ChannelEncoder;
+use crate::exchange::{Found, Message};
+
+/// What the task loop has for a channel.
+#[derive(Debug)]
+pub(super) enum Outgoing {
+    /// A message.
+    Message(Message),
+    /// Say what the encoder holds back after all messages before.
+    Residual(oneshot::Sender<Option<HostTensor>>),
+}
 
 /// An encoded message.
 #[derive(Clone, Debug)]
@@ -23,7 +34,8 @@ pub(super) async fn run(
     links: &Arc<JobLinks>,
     peer: usize,
     channel: Channel,
-    mut queue: mpsc::Receiver<Message>,
+    mut queue: mpsc::Receiver<Outgoing>,
+    mut encoder: ChannelEncoder,
 ) -> Result<(), ExchangeError> {
     let mut window: SendWindow<Encoded> = SendWindow::new(links.placement.window() as usize);
     let mut queue_open = true;
@@ -51,8 +63,14 @@ pub(super) async fn run(
             }
             tokio::select! {
                 message = queue.recv(), if queue_open && window.has_room() => match message {
-                    Some(message) => {
-                        let encoded = encode_message(message).await?;
+                    Some(Outgoing::Residual(reply)) => {
+                        // If nobody waits any more, nobody needs it.
+                        let _ = reply.send(encoder.residual());
+                    }
+                    Some(Outgoing::Message(message)) => {
+                        let (encoded, found);
+                        (encoder, encoded, found) = encode_message(encoder, message).await?;
+                        links.found(peer, found);
                         if window.push(encoded).is_err() {
                             return Err(refused(links, peer, &"the window overflowed (internal error)"));
                         }
@@ -108,12 +126,15 @@ async fn send_all(window: &mut SendWindow<Encoded>, sink: &mut FrameSink) -> Res
     Ok(())
 }
 
-async fn encode_message(message: Message) -> Result<Encoded, ExchangeError> {
+async fn encode_message(
+    mut encoder: ChannelEncoder,
+    message: Message,
+) -> Result<(ChannelEncoder, Encoded, Found), ExchangeError> {
     let encoded = spawn_blocking(move || {
         let header = header_of(&message);
         let mut payload = Vec::new();
-        message.codec.encode(&message.tensor, &mut payload)?;
-        Ok(Encoded { header, payload: Arc::new(payload) })
+        let found = encoder.encode(&message.slot, message.codec, &message.tensor, &mut payload)?;
+        Ok((encoder, Encoded { header, payload: Arc::new(payload) }, found))
     });
     encoded.await.unwrap_or_else(|e| Err(ExchangeError::Aborted { reason: format!("encoding: {e}") }))
 }

@@ -11,6 +11,7 @@ use crate::burn_executor::BurnExecutor;
 use crate::data::{Batches, Corpus, TextBatches, Tokenizer};
 use crate::executor::NamedTensor;
 use crate::optimizer::OptimizerSpec;
+use crate::residuals;
 use crate::task_loop::TrainPlan;
 use crate::{CompNodeError, ExecutorError};
 
@@ -68,9 +69,12 @@ pub(super) fn prepare(
     let optimizer = OptimizerSpec::of(&spec.train);
     let (placement, node) = (&assignment.placement, assignment.node);
     let mut executor = BurnExecutor::new(Arc::clone(&dag), placement, node, device, optimizer, spec.train.seed)?;
+    let mut residuals = Vec::new();
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
-        executor.import(weights.blocking_recv().map_err(lost)??)?;
+        let mut tensors = weights.blocking_recv().map_err(lost)??;
+        residuals = residuals::take(&dag, placement, node, &mut tensors);
+        executor.import(tensors)?;
     }
     let plan = TrainPlan {
         dag,
@@ -78,6 +82,7 @@ pub(super) fn prepare(
         node,
         spec: spec.clone(),
         start_step: assignment.start_step,
+        residuals,
     };
     Ok(Prepared { key, plan, executor, batches, data })
 }

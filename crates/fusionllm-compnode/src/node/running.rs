@@ -44,8 +44,7 @@ impl RunningJob {
         events: mpsc::Sender<NodeEvent>,
     ) -> Result<Self, CompNodeError> {
         let key = JobKey::of(&assignment);
-        let placement = Arc::new(assignment.placement.clone());
-        let links = JobLinks::new(endpoint, key.job, key.generation, assignment.node, placement, &assignment.peers);
+        let links = JobLinks::new(endpoint, &assignment);
         let (weights, receiver) = match assignment.weights {
             WeightSource::Seed(_) => (None, None),
             WeightSource::Broker => {

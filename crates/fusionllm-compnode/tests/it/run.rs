@@ -151,7 +151,12 @@ impl Run {
         thread::scope(|scope| {
             for index in 0..count {
                 let exchange =
-                    MemoryExchange::new(NodeIndex(index as u32), mailboxes.clone(), self.placement.compnodes.clone())
+                    MemoryExchange::new(
+                        NodeIndex(index as u32),
+                        mailboxes.clone(),
+                        self.placement.compnodes.clone(),
+                        self.spec.compression,
+                    )
                         .unwrap();
                 let batches = (index == 0).then(|| Box::new(batches.clone()) as Box<dyn Batches>);
                 let (run, logs) = (&self, Arc::clone(&logs));
@@ -166,6 +171,7 @@ impl Run {
                         executor.import(weights.clone()).unwrap();
                     }
                     let plan = TrainPlan {
+                        residuals: Vec::new(),
                         dag: Arc::clone(&run.dag),
                         placement: Arc::new(run.placement.clone()),
                         node,

@@ -54,11 +54,8 @@ pub(crate) struct Weights<'a> {
 impl Weights<'_> {
     /// Seconds for which the cut before `position` occupies the link from `a` to `b` and back, whichever is longer.
     pub(crate) fn crossing(&self, a: usize, b: usize, position: usize) -> f64 {
-        let ratio = match self.compression {
-            Compression::Dense => self.codec_ratio,
-            // What AdaTopK gives the slowest link, which is the one that the bottleneck is about.
-            Compression::UniformTopk { ratio } | Compression::AdaTopk { ratio, .. } => ratio.max(self.codec_ratio),
-        };
+        // What the slowest link gets, which is the one that the bottleneck is about.
+        let ratio = self.compression.highest_ratio().max(self.codec_ratio);
         let cut = self.estimate.cut(position);
         let forward = self.cluster.link(a, b).occupied_s(cut.forward / ratio);
         forward.max(self.cluster.link(b, a).occupied_s(cut.backward / ratio))

@@ -132,6 +132,7 @@ proptest! {
             let (from, to) = (a.min(b) % nodes.len(), a.max(b) % nodes.len());
             if from < to {
                 edges.push(StageEdge {
+                    elements: 1,
                     id: EdgeId(edges.len() as u32),
                     op: OpId(from as u32),
                     from: StageId(from as u32),

@@ -1,6 +1,6 @@
 //! OP-Fence against the baselines and against the best there is, on random clusters and graphs.
 
-use fusionllm_codec::Codec;
+use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_graph::{DType, DagBuilder, Init, OpKind, Param, Shape, WeightLayout};
 
 use super::*;
@@ -216,8 +216,8 @@ fn ada_topk_speeds_up_what_slow_links_bound() {
         plan(&dag, &cluster, &spec).unwrap().prediction.step_s
     };
     let dense = step(Compression::Dense);
-    let ada = step(Compression::AdaTopk { ratio: 50.0, literal: false });
-    let uniform = step(Compression::UniformTopk { ratio: 50.0 });
+    let ada = step(Compression::AdaTopk { ratio: 50.0, values: TopKValues::Bf16, literal: false });
+    let uniform = step(Compression::UniformTopk { ratio: 50.0, values: TopKValues::Bf16 });
     assert!(ada < 0.6 * dense && uniform < 0.6 * dense, "{dense} {uniform} {ada}");
 }
 
@@ -232,7 +232,11 @@ fn compression_never_makes_op_fence_slower() {
         };
         let dense = step(Compression::Dense);
         for compressed in
-            [Compression::UniformTopk { ratio: 100.0 }, Compression::AdaTopk { ratio: 100.0, literal: false }]
+            [
+                Compression::UniformTopk { ratio: 100.0, values: TopKValues::Bf16 },
+                Compression::AdaTopk { ratio: 100.0, values: TopKValues::Bf16, literal: false },
+                Compression::Adaptive { ratio: 100.0 },
+            ]
         {
             let seconds = step(compressed);
             assert!(seconds <= dense * (1.0 + 1e-9), "seed {seed}, {}: {seconds} against {dense}", compressed.name());

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use fusionllm_codec::{Codec, CodecError, TopKValues};
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use toml::{Table, Value};
 
 use super::keys::{check_keys, full_key};
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, TrainSpec, ValueFormat, overrides,
+    OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, overrides,
 };
 use crate::JobError;
 
@@ -103,6 +104,7 @@ fn placement(s: &Section<'_>) -> Result<PlacementSection, JobError> {
         strategy,
         pipeline: s.choice("pipeline", &pipelines)?,
         stages: stages(s)?,
+        cluster: s.text("cluster")?.map(PathBuf::from),
     })
 }
 
@@ -121,16 +123,21 @@ fn stages(s: &Section<'_>) -> Result<Vec<StageSpec>, JobError> {
 }
 
 fn compression(s: &Section<'_>) -> Result<CompressionSpec, JobError> {
-    if let Some(name @ ("ada-topk" | "uniform-topk")) = s.text("policy")?.as_deref() {
-        let reason = format!(
-            "policy `{name}` needs measured links and Top-K codecs, which this version does not have yet; use `dense`"
-        );
-        return Err(s.value("policy", reason));
-    }
+    let topk_values = [("bf16", TopKValues::Bf16), ("int8", TopKValues::Int8), ("f32", TopKValues::F32)];
+    let backward = [("straight", TopKBackward::Straight), ("mask", TopKBackward::Mask)];
     let values = [("f32", ValueFormat::F32), ("bf16", ValueFormat::Bf16), ("f16", ValueFormat::F16)];
     Ok(CompressionSpec {
-        policy: s.choice("policy", &[("dense", CompressionPolicy::Dense)])?,
+        policy: s.choice("policy", &CompressionPolicy::NAMES)?,
+        ratio: s.real("ratio", 30.0)?,
         values: s.choice("values", &values)?,
+        topk_values: s.choice("topk_values", &topk_values)?,
+        activations: s.codec("activations")?,
+        gradients: s.codec("gradients")?,
+        error_feedback: s.flag("error_feedback")?,
+        predict: s.flag("predict")?,
+        backward: s.choice("backward", &backward)?,
+        adapt: s.flag("adapt")?,
+        error_budget: s.real("error_budget", 0.5)?,
     })
 }
 
@@ -167,6 +174,11 @@ impl<'a> Section<'a> {
             Some(Value::String(text)) => Ok(Some(text.clone())),
             Some(other) => Err(self.wrong_type(key, other, "a string")),
         }
+    }
+
+    fn codec(&self, key: &str) -> Result<Codec, JobError> {
+        let name = self.text(key)?.unwrap_or_else(|| Codec::Dense.name().to_owned());
+        name.parse().map_err(|e: CodecError| self.value(key, e.to_string()))
     }
 
     fn flag(&self, key: &str) -> Result<bool, JobError> {

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_codec::Codec;
 use fusionllm_graph::Gpt2Config;
-use fusionllm_planner::{Compression, EntryBytes, Owner, PlacementSpec, PlanSpec};
+use fusionllm_planner::{Compression, Owner, PlacementSpec, PlanSpec};
 
-use super::{JobSpec, LrSchedule, ValueFormat};
+use super::{CompressionPolicy, CompressionSpec, JobSpec, LrSchedule, ValueFormat};
 use crate::JobError;
 
 /// The models that are known by name.
@@ -39,6 +39,9 @@ impl JobSpec {
         self.validate_data()?;
         self.validate_train()?;
         self.validate_rates()?;
+        let c = &self.compression;
+        in_range("compression.ratio", c.ratio, c.ratio >= 1.0, "at least 1")?;
+        in_range("compression.error_budget", c.error_budget, c.error_budget > 0.0, "above 0")?;
         if self.placement.compnodes == Some(0) {
             return fail("placement.compnodes", "is 0, expected at least 1".to_owned());
         }
@@ -165,6 +168,7 @@ impl JobSpec {
         self.data.path.iter_mut().for_each(resolve);
         self.model.path.iter_mut().for_each(resolve);
         self.checkpoint.to.iter_mut().for_each(resolve);
+        self.placement.cluster.iter_mut().for_each(resolve);
         if self.data.tokenizer != "bytes" {
             self.data.tokenizer = base.join(&self.data.tokenizer).to_string_lossy().into_owned();
         }
@@ -219,6 +223,19 @@ impl JobSpec {
         }
     }
 
+    /// What the links carry.
+    pub fn compression(&self) -> Compression {
+        let CompressionSpec { ratio, topk_values: values, activations, gradients, .. } = self.compression;
+        match self.compression.policy {
+            CompressionPolicy::Dense => Compression::Dense,
+            CompressionPolicy::UniformTopk => Compression::UniformTopk { ratio, values },
+            CompressionPolicy::AdaTopk => Compression::AdaTopk { ratio, values, literal: false },
+            CompressionPolicy::AdaTopkLiteral => Compression::AdaTopk { ratio, values, literal: true },
+            CompressionPolicy::Adaptive => Compression::Adaptive { ratio },
+            CompressionPolicy::Fixed => Compression::Fixed { activations, gradients },
+        }
+    }
+
     /// What the planner is asked for.
     pub fn placement_spec(&self) -> PlacementSpec {
         PlacementSpec {
@@ -237,8 +254,7 @@ impl JobSpec {
     pub fn plan_spec(&self) -> PlanSpec {
         PlanSpec {
             placement: self.placement_spec(),
-            compression: Compression::Dense,
-            entry: EntryBytes::F32_INDEX64,
+            compression: self.compression(),
             owner: Owner::First,
             clip: self.train.clip > 0.0,
             tokens_per_step: self.tokens_per_step(),

@@ -5,11 +5,10 @@ mod table;
 
 use std::path::Path;
 
-use anyhow::Context;
-use fusionllm_broker::{read_model, write_atomic};
+use fusionllm_broker::{read_cluster, read_model, write_atomic};
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{Cluster, ClusterFile, Compression, Plan, PlanSpec, compare, place, plan};
-use fusionllm_protocol::JobSpec;
+use fusionllm_planner::{Cluster, Compression, Plan, PlanSpec, compare, place, plan};
+use fusionllm_protocol::{CompressionPolicy, CompressionSpec, JobSpec};
 use serde_json::json;
 
 use crate::cli;
@@ -18,6 +17,8 @@ use crate::render;
 
 /// CompNodes when neither job nor command line says.
 pub(super) const DEFAULT_COMPNODES: u32 = 3;
+/// Ratio at which policies are compared when the command line says none.
+const COMPARED_RATIO: f64 = 100.0;
 
 /// A job with its graph.
 struct Job {
@@ -42,7 +43,8 @@ pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
     if args.compare {
         return compare_all(args, &jobs);
     }
-    match args.cluster.as_slice() {
+    let of_job = job.spec.placement.cluster.as_slice();
+    match if args.cluster.is_empty() { of_job } else { &args.cluster } {
         [] => without_cluster(args, job),
         [file] => on_cluster(args, job, file),
         _ => Err(bad_input("several clusters can only be compared, add --compare")),
@@ -75,7 +77,7 @@ fn without_cluster(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {
 }
 
 fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
-    let mut cluster = read_cluster(file)?.1;
+    let mut cluster = read_cluster(file).map_err(bad_input)?.1;
     if let Some(count) = args.compnodes.or(job.spec.placement.compnodes) {
         let indices: Vec<usize> = (0..count as usize).collect();
         if indices.len() > cluster.compnodes.len() {
@@ -86,7 +88,7 @@ fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
     }
     let cluster = owner_first(cluster, job, file)?;
     let mut spec = plan_spec(job);
-    spec.compression = compression(args)?;
+    spec.compression = compression(args, job)?;
     let plan = plan(&job.dag, &cluster, &spec).map_err(bad_input)?;
     write_drawings(args, &plan, &job.dag)?;
     if args.json {
@@ -108,20 +110,21 @@ fn compare_all(args: &cli::Plan, jobs: &[Job]) -> anyhow::Result<()> {
     if args.svg.is_some() || args.trace.is_some() || args.compnodes.is_some() {
         return Err(bad_input("--svg, --trace and --compnodes are for one plan, leave them or --compare out"));
     }
-    check_ratio(args.ratio)?;
+    let ratio = args.ratio.unwrap_or(COMPARED_RATIO);
+    check_ratio(ratio)?;
     let mut groups = Vec::new();
     for file in &args.cluster {
-        let (name, cluster) = read_cluster(file)?;
+        let (name, cluster) = read_cluster(file).map_err(bad_input)?;
         for job in jobs {
             let cluster = owner_first(cluster.clone(), job, file)?;
-            let candidates = compare(&job.dag, &cluster, &plan_spec(job), args.ratio);
+            let candidates = compare(&job.dag, &cluster, &plan_spec(job), ratio);
             groups.push(compared::Group { model: job.spec.name.clone(), cluster: name.clone(), candidates });
         }
     }
     if args.json {
-        return render::json(&json!({ "ratio": args.ratio, "strategies": compared::rows(&groups) }), true);
+        return render::json(&json!({ "ratio": ratio, "strategies": compared::rows(&groups) }), true);
     }
-    render::line(&compared::tables(&groups, args.ratio))
+    render::line(&compared::tables(&groups, ratio))
 }
 
 fn describe(args: &cli::Plan, job: &Job) -> anyhow::Result<serde_json::Value> {
@@ -166,32 +169,21 @@ fn check_ratio(ratio: f64) -> anyhow::Result<()> {
     Err(bad_input(format!("--ratio is {ratio}, expected at least 1")))
 }
 
-fn compression(args: &cli::Plan) -> anyhow::Result<Compression> {
-    check_ratio(args.ratio)?;
-    let ratio = args.ratio;
-    Ok(match args.compression {
-        cli::PlanCompression::Dense => Compression::Dense,
-        cli::PlanCompression::UniformTopk => Compression::UniformTopk { ratio },
-        cli::PlanCompression::AdaTopk => Compression::AdaTopk { ratio, literal: false },
-        cli::PlanCompression::AdaTopkLiteral => Compression::AdaTopk { ratio, literal: true },
-    })
-}
-
-/// Name and content of a cluster file.
-fn read_cluster(path: &Path) -> anyhow::Result<(String, Cluster)> {
-    let at = || path.display().to_string();
-    let text = std::fs::read_to_string(path).with_context(at).map_err(|e| bad_input(format!("{e:#}")))?;
-    let file: ClusterFile = toml::from_str(&text).map_err(|e| bad_input(format!("{}: {}", at(), one_line(&e))))?;
-    let cluster = file.resolve().map_err(|e| bad_input(format!("{}: {e}", at())))?;
-    let stem = || path.file_stem().map_or_else(at, |s| s.to_string_lossy().into_owned());
-    Ok((if file.name.is_empty() { stem() } else { file.name }, cluster))
-}
-
-/// A TOML error in one line, with the place.
-fn one_line(error: &toml::de::Error) -> String {
-    let first = error.to_string();
-    let place = first.lines().next().unwrap_or_default().to_owned();
-    if place.contains(error.message()) { place } else { format!("{place}: {}", error.message()) }
+/// The job's compression, with what the command line says instead.
+fn compression(args: &cli::Plan, job: &Job) -> anyhow::Result<Compression> {
+    let ratio = args.ratio.unwrap_or(job.spec.compression.ratio);
+    check_ratio(ratio)?;
+    let policy = match &args.compression {
+        None => job.spec.compression.policy,
+        Some(name) => {
+            let names = CompressionPolicy::NAMES;
+            let known = names.iter().find(|(known, _)| known == name).map(|(_, policy)| *policy);
+            let expected = || names.map(|(name, _)| name).join(", ");
+            known.ok_or_else(|| bad_input(format!("--compression is `{name}`, expected one of: {}", expected())))?
+        }
+    };
+    let spec = CompressionSpec { ratio, policy, ..job.spec.compression };
+    Ok(JobSpec { compression: spec, ..job.spec.clone() }.compression())
 }
 
 /// The cluster with the data's owner in front.

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, open_checkpoint,
+    Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, open_checkpoint, read_cluster,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_graph::OpDag;
@@ -59,7 +59,9 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
         }
         (None, None) => return Err(bad_input("no job file")),
     };
-    let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(DEFAULT_COMPNODES);
+    let cluster = spec.placement.cluster.as_deref().map(read_cluster).transpose().map_err(bad_input)?.map(|c| c.1);
+    let stood_for = cluster.as_ref().map_or(DEFAULT_COMPNODES, |c| u32::try_from(c.compnodes.len()).unwrap_or(u32::MAX));
+    let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(stood_for);
     spec.placement.compnodes = Some(compnodes);
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
     place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;

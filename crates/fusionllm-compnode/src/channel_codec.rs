@@ -1,0 +1,114 @@
+//! The two ends of a channel's encoding: what they remember from message to message.
+//!
+//! Training messages go through the stateful ends of an edge; evaluation messages are encoded each by itself, so that
+//! an evaluation changes nothing.
+
+use fusionllm_codec::{Codec, CodecError, EdgeDecoder, EdgeEncoder, EdgeOptions, ElementType, HostTensor, Values};
+use fusionllm_protocol::{Channel, CompressionSpec, Pass};
+
+use crate::exchange::{Found, is_sampled};
+use crate::mailbox::Slot;
+
+/// What a job says of all its channels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChannelOptions {
+    error_feedback: bool,
+    predict: bool,
+}
+
+impl ChannelOptions {
+    pub(crate) fn of(spec: &CompressionSpec) -> Self {
+        Self { error_feedback: spec.error_feedback, predict: spec.predict }
+    }
+
+    /// Feedback is for gradients, whose sums matter; prediction for activations, which have constant channels.
+    fn edge(self, channel: Channel) -> EdgeOptions {
+        let (is_activation, is_gradient) =
+            (matches!(channel, Channel::Activation(_)), matches!(channel, Channel::Gradient(_)));
+        EdgeOptions {
+            error_feedback: self.error_feedback && is_gradient,
+            predict: self.predict && is_activation,
+            ..EdgeOptions::default()
+        }
+    }
+}
+
+/// The sending end.
+#[derive(Debug)]
+pub(crate) struct ChannelEncoder {
+    edge: EdgeEncoder,
+}
+
+impl ChannelEncoder {
+    pub(crate) fn new(options: ChannelOptions, channel: Channel) -> Self {
+        Self { edge: EdgeEncoder::new(options.edge(channel)) }
+    }
+
+    /// Appends the encoded tensor to `out`.
+    pub(crate) fn encode(
+        &mut self,
+        slot: &Slot,
+        codec: Codec,
+        tensor: &HostTensor,
+        out: &mut Vec<u8>,
+    ) -> Result<Found, CodecError> {
+        let is_lossy = !codec.is_lossless();
+        match (slot.pass, tensor.values()) {
+            (Pass::Train, Values::F32(values)) if is_lossy => {
+                let encoded = self.edge.encode_and_measure(codec, tensor.shape(), values, out, is_sampled(slot))?;
+                let extra_bytes = encoded.bytes.saturating_sub(codec.steady_bytes(tensor.shape())?);
+                Ok(Found { extra_bytes, error: encoded.relative_error })
+            }
+            (Pass::Train | Pass::Eval, _) => {
+                codec.encode(tensor, out)?;
+                Ok(Found::default())
+            }
+        }
+    }
+
+    /// What is held back for the next message.
+    pub(crate) fn residual(&self) -> Option<HostTensor> {
+        let (shape, values) = self.edge.residual()?;
+        HostTensor::new(shape.to_vec(), Values::F32(values.to_vec())).ok()
+    }
+
+    /// Puts a residual back; one that cannot be is as good as none.
+    pub(crate) fn restore(&mut self, residual: HostTensor) {
+        if let (shape, Values::F32(values)) = residual.into_parts()
+            && let Err(error) = self.edge.restore_residual(shape, values)
+        {
+            tracing::warn!(%error, "a residual of the checkpoint is dropped");
+        }
+    }
+}
+
+/// The receiving end.
+#[derive(Debug)]
+pub(crate) struct ChannelDecoder {
+    edge: EdgeDecoder,
+}
+
+impl ChannelDecoder {
+    pub(crate) fn new(options: ChannelOptions, channel: Channel) -> Self {
+        Self { edge: EdgeDecoder::new(options.edge(channel)) }
+    }
+
+    /// The tensor that `bytes` encode.
+    pub(crate) fn decode(
+        &mut self,
+        pass: Pass,
+        codec: Codec,
+        shape: Vec<usize>,
+        element: ElementType,
+        bytes: &[u8],
+    ) -> Result<HostTensor, CodecError> {
+        match (pass, element) {
+            (Pass::Train, ElementType::F32) if !codec.is_lossless() => {
+                let mut values = Vec::new();
+                self.edge.decode(codec, &shape, bytes, &mut values)?;
+                HostTensor::new(shape, Values::F32(values))
+            }
+            (Pass::Train | Pass::Eval, _) => codec.decode(&shape, element, bytes),
+        }
+    }
+}

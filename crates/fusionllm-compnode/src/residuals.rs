@@ -1,0 +1,97 @@
+//! What error feedback holds back, in a checkpoint: under the names of the edge's ops, which outlive a placement.
+
+use std::collections::BTreeMap;
+
+use fusionllm_codec::{HostTensor, Values};
+use fusionllm_graph::OpDag;
+use fusionllm_planner::{EdgeId, NodeIndex, Placement};
+use fusionllm_protocol::Channel;
+
+use crate::executor::NamedTensor;
+
+/// What the names begin with.
+const PREFIX: &str = "residual.";
+
+/// The name of a channel's residual: `residual.gradient.PRODUCER>FIRST_OP_OF_CONSUMING_STAGE`.
+fn name(dag: &OpDag, placement: &Placement, channel: Channel) -> Option<String> {
+    let (word, id) = match channel {
+        Channel::Activation(id) => ("activation", id),
+        Channel::Gradient(id) => ("gradient", id),
+        Channel::Tied { .. } | Channel::NormPart { .. } | Channel::NormTotal { .. } => return None,
+    };
+    let edge = placement.edges.get(id.index())?;
+    let first = placement.stages.get(edge.to.index())?.ops.first()?;
+    Some(format!("{PREFIX}{word}.{}>{}", dag.op(edge.op).name, dag.op(*first).name))
+}
+
+/// Residuals as tensors of a shard.
+pub(crate) fn to_tensors(
+    dag: &OpDag,
+    placement: &Placement,
+    residuals: Vec<(Channel, HostTensor)>,
+) -> impl Iterator<Item = NamedTensor> {
+    residuals.into_iter().filter_map(|(channel, residual)| {
+        let (shape, values) = residual.into_parts();
+        match values {
+            Values::F32(values) => Some(NamedTensor { name: name(dag, placement, channel)?, shape, values }),
+            Values::I32(_) => None,
+        }
+    })
+}
+
+/// Takes the residuals out of `tensors` that `node` sends by in this placement. Those of other cuts are dropped.
+pub(crate) fn take(
+    dag: &OpDag,
+    placement: &Placement,
+    node: NodeIndex,
+    tensors: &mut Vec<NamedTensor>,
+) -> Vec<(Channel, HostTensor)> {
+    let is_residual = |t: &mut NamedTensor| t.name.starts_with(PREFIX);
+    let mut found: BTreeMap<String, NamedTensor> =
+        tensors.extract_if(.., is_residual).map(|t| (t.name.clone(), t)).collect();
+    let mut residuals = Vec::new();
+    for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
+        let senders: [(Channel, EdgeId, _); 2] = [
+            (Channel::Activation(edge.id), edge.id, placement.compnode_of(edge.from)),
+            (Channel::Gradient(edge.id), edge.id, placement.compnode_of(edge.to)),
+        ];
+        for (channel, _, sender) in senders {
+            let tensor = name(dag, placement, channel).and_then(|name| found.remove(&name));
+            if let (true, Some(tensor)) = (sender == Some(node), tensor) {
+                let restored = HostTensor::new(tensor.shape, Values::F32(tensor.values));
+                residuals.extend(restored.ok().map(|t| (channel, t)));
+            }
+        }
+    }
+    residuals
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_graph::{Gpt2Config, gpt2};
+    use fusionllm_planner::{Cluster, place};
+    use fusionllm_protocol::JobSpec;
+
+    use super::*;
+
+    #[test]
+    fn residuals_are_found_again_by_whoever_sends_over_their_edge() {
+        let text = "[model]\nname=\"gpt2\"\n[data]\npath=\"/x\"\n[placement]\nstrategy=\"equal-compute\"";
+        let spec = JobSpec::from_toml(text, &[]).unwrap();
+        let mut config = Gpt2Config::named("gpt2").unwrap();
+        (config.n_layer, config.n_embd, config.n_head) = (2, 8, 2);
+        let dag = gpt2(&config, 8).unwrap();
+        let placement = place(&dag, &Cluster::uniform(2), &spec.placement_spec()).unwrap();
+        let edge = placement.edges.iter().find(|e| placement.is_boundary(e) && e.gradient).unwrap();
+        let residual = HostTensor::new(vec![2], Values::F32(vec![1.0, 2.0])).unwrap();
+        let channel = Channel::Gradient(edge.id);
+        let mut tensors: Vec<NamedTensor> =
+            to_tensors(&dag, &placement, vec![(channel, residual.clone())]).collect();
+        tensors.push(NamedTensor { name: "w".to_owned(), shape: vec![1], values: vec![0.0] });
+        let sender = placement.compnode_of(edge.to).unwrap();
+        let other = placement.compnode_of(edge.from).unwrap();
+        assert_eq!(take(&dag, &placement, other, &mut tensors.clone()), []);
+        assert_eq!(take(&dag, &placement, sender, &mut tensors), [(channel, residual)]);
+        assert_eq!(tensors.len(), 1, "parameters stay");
+    }
+}
