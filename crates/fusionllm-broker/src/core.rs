@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec, JobState,
-    StatusReport,
+    BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec,
+    JobState, StatusReport,
 };
 
 use crate::BrokerError;
@@ -240,7 +240,7 @@ impl Core {
             FromCompNode::Heartbeat => {
                 let message = FromBroker::HeartbeatAck { now_s: now.as_secs_f64() };
                 vec![Action::Send { to: connection, message }]
-            },
+            }
             FromCompNode::Measured { request, result } => {
                 self.survey.measured(connection, request, result);
                 self.schedule(now)

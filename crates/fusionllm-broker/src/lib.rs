@@ -16,8 +16,8 @@ mod store;
 #[cfg(test)]
 mod testing;
 
-pub use cluster_file::read_cluster;
 pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
+pub use cluster_file::read_cluster;
 pub use error::{BrokerError, CheckpointError, StoreError};
 pub use model::{LoadedModel, load_model, load_model_dir, read_model};
 pub use report::RunReport;

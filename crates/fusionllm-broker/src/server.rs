@@ -242,7 +242,13 @@ async fn blocking<T: Send + 'static>(
 fn start_of(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;
     let weights = model.weights.as_deref().map(|path| TensorSet::of_hugging_face(path, &model.dag)).transpose()?;
-    Ok(StartPoint { graph: model.dag.to_json(), dag: Arc::new(model.dag), weights: weights.map(Arc::new), cluster: None, step: 0 })
+    Ok(StartPoint {
+        graph: model.dag.to_json(),
+        dag: Arc::new(model.dag),
+        weights: weights.map(Arc::new),
+        cluster: None,
+        step: 0,
+    })
 }
 
 /// The start with the cluster file that the job names, if it does.

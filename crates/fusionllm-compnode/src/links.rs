@@ -15,9 +15,7 @@ use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{
-    Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode,
-};
+use fusionllm_protocol::{Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};

@@ -12,7 +12,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fusionllm_protocol::{DeviceProfile, FromBroker, FromCompNode, Hello, PROTOCOL_VERSION, Role, Welcome, decode, encode};
+use fusionllm_protocol::{
+    DeviceProfile, FromBroker, FromCompNode, Hello, PROTOCOL_VERSION, Role, Welcome, decode, encode,
+};
 use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
@@ -285,7 +287,9 @@ impl Node {
             NodeEvent::Broker(Some(FromBroker::Start { job, generation })) => {
                 let key = assignment::JobKey { job, generation };
                 match self.job.as_mut().filter(|j| j.key == key) {
-                    Some(job) => Next::Tell(job.start(broker.clone(), events.clone(), Arc::clone(&self.clock)).into_iter().collect()),
+                    Some(job) => Next::Tell(
+                        job.start(broker.clone(), events.clone(), Arc::clone(&self.clock)).into_iter().collect(),
+                    ),
                     None => Next::nothing(),
                 }
             }

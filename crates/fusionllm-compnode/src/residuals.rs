@@ -85,8 +85,7 @@ mod tests {
         let edge = placement.edges.iter().find(|e| placement.is_boundary(e) && e.gradient).unwrap();
         let residual = HostTensor::new(vec![2], Values::F32(vec![1.0, 2.0])).unwrap();
         let channel = Channel::Gradient(edge.id);
-        let mut tensors: Vec<NamedTensor> =
-            to_tensors(&dag, &placement, vec![(channel, residual.clone())]).collect();
+        let mut tensors: Vec<NamedTensor> = to_tensors(&dag, &placement, vec![(channel, residual.clone())]).collect();
         tensors.push(NamedTensor { name: "w".to_owned(), shape: vec![1], values: vec![0.0] });
         let sender = placement.compnode_of(edge.to).unwrap();
         let other = placement.compnode_of(edge.from).unwrap();

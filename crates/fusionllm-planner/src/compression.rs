@@ -206,10 +206,8 @@ mod tests {
         // The paper page's example: at r = 100, a link at 1/200 of the slowest keeps two thirds of its entries.
         let literal = Compression::AdaTopk { ratio: 100.0, values: VALUES, literal: true };
         let codecs = compress(literal, &directions(&[200.0, 1.0]), 0.0, Codec::Dense);
-        let shares: Vec<f64> = codecs
-            .iter()
-            .map(|c| if let Codec::TopK { density, .. } = c { density.share() } else { 1.0 })
-            .collect();
+        let shares: Vec<f64> =
+            codecs.iter().map(|c| if let Codec::TopK { density, .. } = c { density.share() } else { 1.0 }).collect();
         assert!((shares[0] - 1.0 / 300.0).abs() < 1e-6 && (shares[1] - 2.0 / 3.0).abs() < 1e-6, "{shares:?}");
         near(&ratios(ADA, &[200.0, 1.0], 0.0)[1..], &[1.0]);
     }
@@ -230,7 +228,10 @@ mod tests {
     #[test]
     fn the_adaptive_policy_climbs_from_exact_to_coarse() {
         let codec = |ratio| best_of_ratio(&SHAPE, ratio, false, Codec::Dense);
-        assert_eq!([codec(0.5), codec(1.5), codec(3.0), codec(7.0)], [Codec::Dense, Codec::Bf16, Codec::Int8, Codec::Int4]);
+        assert_eq!(
+            [codec(0.5), codec(1.5), codec(3.0), codec(7.0)],
+            [Codec::Dense, Codec::Bf16, Codec::Int8, Codec::Int4]
+        );
         for ratio in [10.0, 30.0, 100.0] {
             assert!(codec(ratio).ratio_of(&SHAPE).unwrap() >= ratio, "{}", codec(ratio));
         }

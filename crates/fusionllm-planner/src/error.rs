@@ -97,6 +97,19 @@ pub enum PlanError {
         /// Its memory in GB.
         memory_gb: f64,
     },
+    /// The data owner cannot hold what must be with the data.
+    #[error(
+        "the data owner `{compnode}` needs {needed_gb:.6} GB for the first ops and has {memory_gb:.6} GB: name another \
+         data.owner, or use smaller micro-batches (more train.micro_batches)"
+    )]
+    OwnerTooSmall {
+        /// The CompNode.
+        compnode: String,
+        /// What it needs at least, in GB.
+        needed_gb: f64,
+        /// Its memory in GB.
+        memory_gb: f64,
+    },
     /// No cut fits the CompNodes' memories.
     #[error(
         "the job needs {needed_gb:.2} GB with optimizer state and one micro-batch in flight per stage, the \

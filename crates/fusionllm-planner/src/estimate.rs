@@ -255,7 +255,7 @@ mod tests {
         let other = only.end..only.end + 1;
         assert_eq!(
             estimate.seconds(&cluster.compnodes[0], &other).0,
-            estimate.seconds(&cluster.compnodes[1], &other).0 
+            estimate.seconds(&cluster.compnodes[1], &other).0
         );
         assert_eq!(update_seconds(&cluster.compnodes[1], 4), 8.0);
     }

@@ -11,8 +11,8 @@ use crate::estimate::update_seconds;
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
 use crate::placement::assemble;
 use crate::{
-    Blame, Cluster, Compression, Direction, Estimate, NodeIndex, Placement, PlacementSpec, PlanError,
-    Segment, Simulated, StageEdge, StepCosts, Strategy, TRAINING_COPIES, compress, format_bytes, pipeline_formula, simulate,
+    Blame, Cluster, Compression, Direction, Estimate, NodeIndex, Placement, PlacementSpec, PlanError, Segment,
+    Simulated, StageEdge, StepCosts, Strategy, TRAINING_COPIES, compress, format_bytes, pipeline_formula, simulate,
 };
 
 /// Which CompNode owns the data and comes first in the pipeline.

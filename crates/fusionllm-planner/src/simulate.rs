@@ -244,7 +244,9 @@ impl<'a> State<'a> {
     }
 
     fn begin(&mut self, node: usize, now_s: f64) {
-        let (Work::Called(cause), Some((task, _, seconds))) = (self.at_work[node], self.next_task(node)) else { return };
+        let (Work::Called(cause), Some((task, _, seconds))) = (self.at_work[node], self.next_task(node)) else {
+            return;
+        };
         self.at_work[node] = Work::Busy(self.spans.len());
         self.spans.push(Span { node: NodeIndex(node as u32), task, start_s: now_s, end_s: now_s, cause });
         self.hosts.begin(node, seconds, now_s, &mut self.agenda);

@@ -138,12 +138,8 @@ mod tests {
     #[test]
     fn machines_become_a_cluster_and_share_what_they_share() {
         let link = LinkProfile { latency_s: 0.01, bytes_per_s: 1e6 };
-        let report = |from: &str, to: &str, link| LinkReport {
-            from: from.to_owned(),
-            to: to.to_owned(),
-            link,
-            age_s: 1.0,
-        };
+        let report =
+            |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s: 1.0 };
         let inventory = Inventory {
             machines: vec![
                 machine("a", "office", Some(2.0)),

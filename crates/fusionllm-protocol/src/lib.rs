@@ -18,7 +18,8 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, DataReport, FromBroker, FromCompNode, Hello,
-    JobState, JobSummary, LinkBytes, LinkSpeed, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource, Welcome,
+    JobState, JobSummary, LinkBytes, LinkSpeed, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource,
+    Welcome,
 };
 pub use error::{JobError, ProtocolError};
 pub use event::{JobEvent, StepMetrics};

@@ -77,7 +77,16 @@ pub fn measured_step(placement: &Placement, traces: &[StepTrace]) -> Simulated {
             // Clocks agree to about a round trip; nothing arrives before it was sent.
             let (start_s, end_s) = (at_s - begin, (message.at_s - begin).max(at_s - begin));
             let cargo = cargo(placement, message);
-            transfers.push(Transfer { from, to, cargo, bytes: 0.0, start_s, sent_s: end_s, end_s, cause: Cause::Start });
+            transfers.push(Transfer {
+                from,
+                to,
+                cargo,
+                bytes: 0.0,
+                start_s,
+                sent_s: end_s,
+                end_s,
+                cause: Cause::Start,
+            });
         }
     }
     let spans = (0..).zip(traces).flat_map(span).collect();

@@ -80,12 +80,17 @@ impl Core {
             Some(cluster) => self.as_if(cluster, &members),
             None => self.survey.inventory(&members, &self.compnodes, Some((&spec, &start)), now).cluster(),
         };
-        let Plan { placement, prediction, simulated: predicted, .. } = match plan(&start.dag, &cluster, &spec.plan_spec()) {
-            Ok(plan) => plan,
-            Err(error) => {
-                return self.end(job, JobState::Failed { reason: error.to_string(), bad_input: true }, "no placement");
-            }
-        };
+        let Plan { placement, prediction, simulated: predicted, .. } =
+            match plan(&start.dag, &cluster, &spec.plan_spec()) {
+                Ok(plan) => plan,
+                Err(error) => {
+                    return self.end(
+                        job,
+                        JobState::Failed { reason: error.to_string(), bad_input: true },
+                        "no placement",
+                    );
+                }
+            };
         // The strategy may leave some out, and has its own order.
         let named = |name: &String| members.iter().copied().find(|&m| self.compnodes.name(m) == *name);
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();

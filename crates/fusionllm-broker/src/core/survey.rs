@@ -105,7 +105,8 @@ impl Survey {
     pub(super) fn want(&mut self, spec: &JobSpec, start: &StartPoint, members: &[ConnectionId]) {
         let key = WorkKey::of(spec, start);
         let at_it = |m: ConnectionId| {
-            let same = |a: &Activity| matches!(a, Activity::Ops { connection, key: k, .. } if (*connection, *k) == (m, key));
+            let same =
+                |a: &Activity| matches!(a, Activity::Ops { connection, key: k, .. } if (*connection, *k) == (m, key));
             self.active.values().any(same)
         };
         let missing = members.iter().copied().filter(|&m| !self.ops.contains_key(&(m, key)) && !at_it(m));
@@ -275,7 +276,8 @@ impl Survey {
             }
             let (a, b) = (registry.name(a), registry.name(b));
             let age_s = now.saturating_sub(state.at).as_secs_f64();
-            let report = |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s };
+            let report =
+                |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s };
             links.push(report(&a, &b, state.result.map(|r| r.there)));
             links.push(report(&b, &a, state.result.map(|r| r.back)));
         }

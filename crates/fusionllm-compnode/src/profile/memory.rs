@@ -48,7 +48,8 @@ fn mebibytes(text: &str) -> Option<u64> {
 
 /// As the kernel's driver says.
 fn amd_free(index: usize) -> Option<u64> {
-    let mut cards: Vec<_> = std::fs::read_dir("/sys/class/drm").ok()?.flatten().map(|e| e.path().join("device")).collect();
+    let mut cards: Vec<_> =
+        std::fs::read_dir("/sys/class/drm").ok()?.flatten().map(|e| e.path().join("device")).collect();
     cards.retain(|card| card.join("mem_info_vram_total").exists());
     cards.sort();
     let read = |name: &str| std::fs::read_to_string(cards.get(index)?.join(name)).ok()?.trim().parse::<u64>().ok();

@@ -150,14 +150,13 @@ impl Run {
         let logs: Arc<Mutex<Vec<Log>>> = Arc::new(Mutex::new(vec![Log::default(); count]));
         thread::scope(|scope| {
             for index in 0..count {
-                let exchange =
-                    MemoryExchange::new(
-                        NodeIndex(index as u32),
-                        mailboxes.clone(),
-                        self.placement.compnodes.clone(),
-                        self.spec.compression,
-                    )
-                        .unwrap();
+                let exchange = MemoryExchange::new(
+                    NodeIndex(index as u32),
+                    mailboxes.clone(),
+                    self.placement.compnodes.clone(),
+                    self.spec.compression,
+                )
+                .unwrap();
                 let batches = (index == 0).then(|| Box::new(batches.clone()) as Box<dyn Batches>);
                 let (run, logs) = (&self, Arc::clone(&logs));
                 scope.spawn(move || {

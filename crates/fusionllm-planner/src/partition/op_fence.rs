@@ -175,6 +175,13 @@ fn orders(judge: &Judge<'_>) -> Vec<Vec<usize>> {
 fn no_fit(judge: &Judge<'_>) -> PlanError {
     const GB: f64 = 1e9;
     let nodes = &judge.cluster.compnodes;
+    if let Some(owner) = judge.owner.and_then(|owner| nodes.get(owner)) {
+        let needed = judge.estimate.memory_bytes(&(0..judge.pins.head.max(1)), 1);
+        if needed > owner.memory_bytes as f64 {
+            let (compnode, memory_gb) = (owner.name.clone(), owner.memory_bytes as f64 / GB);
+            return PlanError::OwnerTooSmall { compnode, needed_gb: needed / GB, memory_gb };
+        }
+    }
     let largest = nodes.iter().max_by_key(|c| c.memory_bytes);
     let (compnode, memory) = largest.map_or((String::new(), 0), |c| (c.name.clone(), c.memory_bytes));
     let heaviest = (0..judge.estimate.ops()).map(|op| (op, judge.estimate.memory_bytes(&(op..op + 1), 1)));

@@ -231,13 +231,11 @@ fn compression_never_makes_op_fence_slower() {
             plan(&dag, &cluster, &spec).unwrap().prediction.step_s
         };
         let dense = step(Compression::Dense);
-        for compressed in
-            [
-                Compression::UniformTopk { ratio: 100.0, values: TopKValues::Bf16 },
-                Compression::AdaTopk { ratio: 100.0, values: TopKValues::Bf16, literal: false },
-                Compression::Adaptive { ratio: 100.0 },
-            ]
-        {
+        for compressed in [
+            Compression::UniformTopk { ratio: 100.0, values: TopKValues::Bf16 },
+            Compression::AdaTopk { ratio: 100.0, values: TopKValues::Bf16, literal: false },
+            Compression::Adaptive { ratio: 100.0 },
+        ] {
             let seconds = step(compressed);
             assert!(seconds <= dense * (1.0 + 1e-9), "seed {seed}, {}: {seconds} against {dense}", compressed.name());
         }

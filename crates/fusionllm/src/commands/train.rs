@@ -60,7 +60,8 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
         (None, None) => return Err(bad_input("no job file")),
     };
     let cluster = spec.placement.cluster.as_deref().map(read_cluster).transpose().map_err(bad_input)?.map(|c| c.1);
-    let stood_for = cluster.as_ref().map_or(DEFAULT_COMPNODES, |c| u32::try_from(c.compnodes.len()).unwrap_or(u32::MAX));
+    let stood_for =
+        cluster.as_ref().map_or(DEFAULT_COMPNODES, |c| u32::try_from(c.compnodes.len()).unwrap_or(u32::MAX));
     let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(stood_for);
     spec.placement.compnodes = Some(compnodes);
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;

@@ -34,6 +34,8 @@ lr = 3e-3
 warmup = 2
 eval_every = 4
 eval_batches = 2
+[placement]
+strategy = \"equal-compute\"
 [checkpoint]
 every = 4
 ";

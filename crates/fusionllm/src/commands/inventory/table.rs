@@ -116,12 +116,8 @@ mod tests {
 
     #[test]
     fn machines_links_and_clusters_are_shown() {
-        let link = |from: &str, to: &str, link| LinkReport {
-            from: from.to_owned(),
-            to: to.to_owned(),
-            link,
-            age_s: 0.0,
-        };
+        let link =
+            |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s: 0.0 };
         let profile = LinkProfile { latency_s: 0.05, bytes_per_s: 1e6 };
         let inventory_of = Inventory {
             machines: vec![machine("a"), machine("b")],
@@ -129,7 +125,9 @@ mod tests {
             pending: 0,
         };
         let text = inventory(&inventory_of);
-        for expected in ["94.4 G FLOP/s", "0.51", "8.00 GB", "8.0 Mbit/s 50.0 ms", "unreachable", "clusters by bandwidth"] {
+        for expected in
+            ["94.4 G FLOP/s", "0.51", "8.00 GB", "8.0 Mbit/s 50.0 ms", "unreachable", "clusters by bandwidth"]
+        {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
         assert_eq!(inventory(&Inventory::default()), "no CompNodes have joined");

@@ -1,0 +1,131 @@
+//! The step's end: tied gradients, the global norm, UPDATE.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use fusionllm_codec::{Codec, HostTensor, Values};
+use fusionllm_graph::ParamId;
+use fusionllm_planner::{NodeIndex, Task};
+use fusionllm_protocol::{Channel, Pass};
+
+use super::{TaskLoop, internal};
+use crate::exchange::Message;
+use crate::executor::UpdateSpec;
+use crate::mailbox::Slot;
+use crate::{CompNodeError, ExecutorError};
+
+impl TaskLoop {
+    /// Tied gradients, the global norm, UPDATE. Gives learning rate and norm.
+    pub(super) fn update(&mut self, step: u64) -> Result<(f64, Option<f64>), CompNodeError> {
+        self.sum_tied_gradients(step)?;
+        let clip = self.plan.spec.train.clip;
+        let norm = if clip > 0.0 { Some(self.global_norm(step)?) } else { None };
+        // The form of PyTorch's clip_grad_norm_.
+        let gradient_scale = norm.map_or(1.0, |norm| (clip / (norm + 1e-6)).min(1.0));
+        let lr = self.plan.spec.lr_at(step);
+        let began = Instant::now();
+        self.executor.update(UpdateSpec { step, lr, gradient_scale })?;
+        self.worked(Task::Update, began);
+        Ok((lr, norm))
+    }
+
+    /// Every holder of a tied parameter gets the sum of all holders' gradients, added in the same order, so the
+    /// copies stay equal.
+    fn sum_tied_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
+        let placement = Arc::clone(&self.plan.placement);
+        let node = self.plan.node;
+        let mine: Vec<_> = placement.tied.iter().filter(|t| t.holders.contains(&node)).collect();
+        let mut own = BTreeMap::new();
+        for tied in &mine {
+            let gradient = self.executor.gradient(tied.param)?;
+            let slot = step_slot(Channel::Tied { param: tied.param, from: node }, step);
+            for &to in tied.holders.iter().filter(|&&h| h != node) {
+                self.exchange.send(Message { to, slot, tensor: gradient.clone(), codec: Codec::Dense })?;
+            }
+            own.insert(tied.param, gradient);
+        }
+        for tied in mine {
+            let mut sum: Option<Vec<f32>> = None;
+            let mut shape = Vec::new();
+            for &from in &tied.holders {
+                let part = match own.remove(&tied.param) {
+                    Some(own_part) if from == node => own_part,
+                    other => {
+                        own.extend(other.map(|part| (tied.param, part)));
+                        self.exchange.receive(step_slot(Channel::Tied { param: tied.param, from }, step))?.tensor
+                    }
+                };
+                shape = part.shape().to_vec();
+                sum = Some(add(sum, part, tied.param)?);
+            }
+            let total = HostTensor::new(shape, Values::F32(sum.unwrap_or_default())).map_err(internal)?;
+            self.executor.set_gradient(tied.param, total)?;
+        }
+        Ok(())
+    }
+
+    /// The norm of all gradients of all CompNodes; a tied parameter counts once, at its first holder.
+    fn global_norm(&mut self, step: u64) -> Result<f64, CompNodeError> {
+        let placement = Arc::clone(&self.plan.placement);
+        let node = self.plan.node;
+        let counts_here = |param: &ParamId| {
+            let tied = placement.tied.iter().find(|t| t.param == *param);
+            tied.is_none_or(|t| t.holders.first() == Some(&node))
+        };
+        let mut params = placement.params_of(&self.plan.dag, node);
+        params.retain(counts_here);
+        let began = Instant::now();
+        let mut total = self.executor.squared_norm(&params)?;
+        self.busy += began.elapsed();
+        let others = (0..placement.compnodes.len() as u32).map(NodeIndex).filter(|&n| n != NodeIndex(0));
+        let norm = if node == NodeIndex(0) {
+            for from in others.clone() {
+                total += scalar_of(&self.exchange.receive(step_slot(Channel::NormPart { from }, step))?.tensor);
+            }
+            // Everybody clips by the same number, so CompNode 0 rounds it as the wire does.
+            let norm = f64::from(total.sqrt() as f32);
+            for to in others {
+                self.send_scalar(to, Channel::NormTotal { to }, step, norm)?;
+            }
+            norm
+        } else {
+            self.send_scalar(NodeIndex(0), Channel::NormPart { from: node }, step, total)?;
+            scalar_of(&self.exchange.receive(step_slot(Channel::NormTotal { to: node }, step))?.tensor)
+        };
+        if norm.is_finite() {
+            Ok(norm)
+        } else {
+            Err(ExecutorError::NotFinite { what: "the gradient norm", value: norm, step }.into())
+        }
+    }
+
+    fn send_scalar(&mut self, to: NodeIndex, channel: Channel, step: u64, value: f64) -> Result<(), CompNodeError> {
+        let tensor = HostTensor::new(Vec::new(), Values::F32(vec![value as f32])).map_err(internal)?;
+        Ok(self.exchange.send(Message { to, slot: step_slot(channel, step), tensor, codec: Codec::Dense })?)
+    }
+}
+
+/// The slot of what is sent once a step.
+fn step_slot(channel: Channel, step: u64) -> Slot {
+    Slot { channel, pass: Pass::Train, step, micro_batch: 0 }
+}
+
+fn scalar_of(tensor: &HostTensor) -> f64 {
+    tensor.as_f32().and_then(|v| v.first()).map_or(f64::NAN, |&v| f64::from(v))
+}
+
+fn add(sum: Option<Vec<f32>>, part: HostTensor, param: ParamId) -> Result<Vec<f32>, CompNodeError> {
+    let misfit =
+        || ExecutorError::Internal { what: format!("tied gradients of parameter {} differ in shape", param.0) };
+    let (_, values) = part.into_parts();
+    let Values::F32(values) = values else { return Err(misfit().into()) };
+    match sum {
+        None => Ok(values),
+        Some(mut sum) if sum.len() == values.len() => {
+            sum.iter_mut().zip(&values).for_each(|(a, b)| *a += b);
+            Ok(sum)
+        }
+        Some(_) => Err(misfit().into()),
+    }
+}
