@@ -11,9 +11,12 @@ compile_error!("wan-emu needs Linux: network namespaces and TUN devices");
 pub mod error;
 pub mod fabric;
 pub mod link;
+pub mod measure;
+pub mod netns;
 pub mod network;
 pub mod packet;
 pub mod pipe;
 pub mod preset;
+pub mod router;
 
 pub use error::Error;
