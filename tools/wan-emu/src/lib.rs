@@ -8,15 +8,21 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("wan-emu needs Linux: network namespaces and TUN devices");
 
+pub mod children;
+pub mod control;
+pub mod emulation;
 pub mod error;
 pub mod fabric;
+pub mod lease;
 pub mod link;
 pub mod measure;
 pub mod netns;
 pub mod network;
+pub mod notice;
 pub mod packet;
 pub mod pipe;
 pub mod preset;
 pub mod router;
+pub mod session;
 
 pub use error::Error;

@@ -12,8 +12,6 @@ use crate::netns::within;
 
 /// Longest that one attempt to connect or to read may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a listener waits at a time, to see whether it is still wanted.
-const TICK: Duration = Duration::from_millis(20);
 /// Datagrams that one call hands to the kernel, as QUIC stacks do.
 const DATAGRAMS: usize = 10;
 /// Bytes of payload of a datagram.
