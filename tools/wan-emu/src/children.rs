@@ -206,6 +206,7 @@ mod tests {
                 namespace: String::new(),
                 up_mbit_per_s: None,
                 down_mbit_per_s: None,
+                overrun: 0,
             })
             .collect();
         let all = environment("x", &nodes, Some(1));

@@ -83,6 +83,7 @@ fn up(file: &Path, net: Option<&str>) -> anyhow::Result<()> {
         BufReader::new(stdout).read_line(&mut line).context("cannot hear from the background process")?;
     }
     if line.trim() == "up" {
+        notice(format_args!("network `{}` is up, `wan-emu down` takes it down", network.name));
         return Ok(());
     }
     let status = child.wait().context("cannot wait for the background process")?;

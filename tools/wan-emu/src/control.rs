@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::fabric::Counters;
 use crate::lease;
 use crate::link::LinkRule;
+use crate::router::Health;
 
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -67,6 +68,8 @@ pub struct Status {
     pub pid: u32,
     /// Seconds since it came up.
     pub up_s: f64,
+    /// How well the machine keeps up.
+    pub health: Health,
     /// Its nodes.
     pub nodes: Vec<NodeStatus>,
     /// Its directed links.
@@ -88,6 +91,8 @@ pub struct NodeStatus {
     pub up_mbit_per_s: Option<f64>,
     /// Rate of its own downlink.
     pub down_mbit_per_s: Option<f64>,
+    /// Packets that it sent faster than this machine could read them: dropped, and by no link.
+    pub overrun: u64,
 }
 
 /// A directed link.

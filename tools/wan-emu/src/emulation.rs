@@ -78,7 +78,7 @@ impl Emulation {
     /// [`Error::Router`].
     pub fn status(&self) -> Result<Status, Error> {
         let nodes = &self.network.nodes;
-        let counters = self.router.as_ref().map(Router::counters).transpose()?.unwrap_or_default();
+        let (counters, health) = self.router.as_ref().map(Router::report).transpose()?.unwrap_or_default();
         let node = |(index, node): (usize, &crate::network::Node)| NodeStatus {
             name: node.name.clone(),
             site: node.site.clone(),
@@ -86,6 +86,7 @@ impl Emulation {
             namespace: self.namespace(index),
             up_mbit_per_s: node.access.up.map(|bits| bits / 1e6),
             down_mbit_per_s: node.access.down.map(|bits| bits / 1e6),
+            overrun: netns::overrun(&self.namespace(index)),
         };
         let link = |(from, to): (usize, usize)| {
             let link = self.network.link(from, to);
@@ -104,6 +105,7 @@ impl Emulation {
         Ok(Status {
             net: self.network.name.clone(),
             pid: process::id(),
+            health,
             up_s: self.since.elapsed().as_secs_f64(),
             nodes: nodes.iter().enumerate().map(node).collect(),
             links: pairs(nodes.len()).map(link).collect(),

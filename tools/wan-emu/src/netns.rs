@@ -108,6 +108,15 @@ pub fn create(namespace: &str, address: Ipv4Addr, mtu: u16) -> Result<SyncDevice
     Ok(device)
 }
 
+/// Packets that a node's device dropped because the router did not read them in time.
+pub fn overrun(namespace: &str) -> u64 {
+    let table = within(namespace, || fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default());
+    let table = table.unwrap_or_default();
+    let line = table.lines().find_map(|line| line.trim().strip_prefix(DEVICE)?.strip_prefix(':'));
+    // Eight columns of what was received, then bytes, packets, errors and drops of what was sent.
+    line.and_then(|line| line.split_whitespace().nth(11)?.parse().ok()).unwrap_or_default()
+}
+
 /// Ends whatever runs in a namespace and deletes it.
 ///
 /// # Errors

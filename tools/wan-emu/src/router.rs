@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use serde::{Deserialize, Serialize};
 use tun_rs::{SyncDevice, VIRTIO_NET_HDR_LEN};
 
 use crate::error::Error;
@@ -26,12 +27,26 @@ const BATCH: usize = 32;
 /// A packet may be delivered so much too early: to wake up costs about as much, and two packets due at nearly the same
 /// time then need one wake-up.
 const EARLY: Nanos = 40_000;
+/// From when on a delivery counts as late.
+const LATE: Nanos = 1_000_000;
 /// Scheduling priority of the thread: a router that waits for the CPU would add delays of its own.
 const NICE: i32 = -15;
 
+/// What became of each directed pair's packets, row by row, and how well the router keeps up.
+pub type Report = (Vec<Counters>, Health);
+
+/// How well the router keeps up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Health {
+    /// The most that a delivery was late, in milliseconds.
+    pub latest_ms: f64,
+    /// Deliveries more than a millisecond late.
+    pub late: u64,
+}
+
 enum Request {
     Change(usize, usize, Link),
-    Counters(SyncSender<Vec<Counters>>),
+    Report(SyncSender<Report>),
     Stop,
 }
 
@@ -64,6 +79,7 @@ impl Router {
             wake: Arc::clone(&wake),
             start: Instant::now(),
             buffer: vec![0; BUFFER],
+            health: Health::default(),
         };
         let run = move || {
             if let Err(error) = carrier.run() {
@@ -83,13 +99,13 @@ impl Router {
         self.send(Request::Change(from, to, link))
     }
 
-    /// Counters of each directed pair, row by row.
+    /// What it did so far.
     ///
     /// # Errors
     /// [`Error::Router`] if it ended.
-    pub fn counters(&self) -> Result<Vec<Counters>, Error> {
+    pub fn report(&self) -> Result<Report, Error> {
         let (reply, answer) = sync_channel(1);
-        self.send(Request::Counters(reply))?;
+        self.send(Request::Report(reply))?;
         answer.recv_timeout(Duration::from_secs(5)).map_err(|_| ended())
     }
 
@@ -125,6 +141,7 @@ struct Carrier {
     wake: Arc<OwnedFd>,
     start: Instant,
     buffer: Vec<u8>,
+    health: Health,
 }
 
 impl Carrier {
@@ -169,7 +186,7 @@ impl Carrier {
             match self.inbox.try_recv() {
                 Ok(Request::Change(from, to, link)) => self.fabric.change(from, to, link),
                 // Who asked may have lost patience.
-                Ok(Request::Counters(reply)) => drop(reply.try_send(self.fabric.counters())),
+                Ok(Request::Report(reply)) => drop(reply.try_send((self.fabric.counters(), self.health))),
                 Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
                 Err(TryRecvError::Empty) => return Ok(true),
             }
@@ -203,7 +220,12 @@ impl Carrier {
     }
 
     fn deliver(&mut self) {
-        let now = self.now() + EARLY;
+        let now = self.now();
+        if let Some(late) = self.fabric.next_due().and_then(|at| now.checked_sub(at)) {
+            self.health.latest_ms = self.health.latest_ms.max(late as f64 / 1e6);
+            self.health.late += u64::from(late > LATE);
+        }
+        let now = now + EARLY;
         while let Some((to, unit)) = self.fabric.next_out(now) {
             // A node whose device was taken down (`ip link set wan0 down`) refuses; so does an unplugged machine.
             let _ = self.devices[to].send(unit.as_bytes());

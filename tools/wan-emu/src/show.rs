@@ -9,6 +9,7 @@ use wan_emu::Error;
 use wan_emu::control::{LinkStatus, NodeStatus, Status};
 use wan_emu::measure::{End, round_trips, tcp_goodput, udp_goodput};
 use wan_emu::preset::PRESETS;
+use wan_emu::router::Health;
 
 /// Round trips measured.
 const ROUND_TRIPS: usize = 20;
@@ -34,8 +35,14 @@ pub(crate) fn status(status: &Status, all: bool, json: bool) -> anyhow::Result<(
         return Ok(writeln!(out, "{}", serde_json::to_string_pretty(status)?)?);
     }
     writeln!(out, "network `{}`, process {}, up for {:.0} s", status.net, status.pid, status.up_s)?;
+    let Health { latest_ms, late } = status.health;
+    writeln!(out, "deliveries more than 1 ms late: {late}, the latest {latest_ms:.2} ms")?;
     for node in &status.nodes {
-        writeln!(out, "  {:<20} {:<12} {:<12} {}", node.name, node.address, node.site, node.namespace)?;
+        write!(out, "  {:<20} {:<12} {:<12} {}", node.name, node.address, node.site, node.namespace)?;
+        if node.overrun > 0 {
+            write!(out, "  sent {} packets too fast for this machine", node.overrun)?;
+        }
+        writeln!(out)?;
     }
     writeln!(
         out,
