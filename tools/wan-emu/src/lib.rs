@@ -24,5 +24,6 @@ pub mod pipe;
 pub mod preset;
 pub mod router;
 pub mod session;
+pub mod urgent;
 
 pub use error::Error;

@@ -2,7 +2,6 @@
 //! it to its receiver's device at that time.
 
 use std::io;
-use std::num::NonZeroU64;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
@@ -19,6 +18,7 @@ use crate::link::Link;
 use crate::network::Network;
 use crate::packet::Unit;
 use crate::pipe::Nanos;
+use crate::urgent::make_urgent;
 
 /// Largest packet that a TUN device hands over.
 const BUFFER: usize = VIRTIO_NET_HDR_LEN + 65_536;
@@ -29,8 +29,6 @@ const BATCH: usize = 32;
 const EARLY: Nanos = 40_000;
 /// From when on a delivery counts as late.
 const LATE: Nanos = 1_000_000;
-/// Scheduling priority of the thread: a router that waits for the CPU would add delays of its own.
-const NICE: i32 = -15;
 
 /// What became of each directed pair's packets, row by row, and how well the router keeps up.
 pub type Report = (Vec<Counters>, Health);
@@ -42,6 +40,8 @@ pub struct Health {
     pub latest_ms: f64,
     /// Deliveries more than a millisecond late.
     pub late: u64,
+    /// Whether its thread has real-time priority; without, other processes hold it up.
+    pub real_time: bool,
 }
 
 enum Request {
@@ -146,9 +146,7 @@ struct Carrier {
 
 impl Carrier {
     fn run(mut self) -> io::Result<()> {
-        // Without these two it is less exact, but works.
-        let _ = rustix::process::setpriority_process(None, NICE);
-        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
+        self.health.real_time = make_urgent();
         loop {
             let ready = self.wait()?;
             if ready[self.devices.len()] && !self.serve()? {

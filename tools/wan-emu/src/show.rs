@@ -35,8 +35,11 @@ pub(crate) fn status(status: &Status, all: bool, json: bool) -> anyhow::Result<(
         return Ok(writeln!(out, "{}", serde_json::to_string_pretty(status)?)?);
     }
     writeln!(out, "network `{}`, process {}, up for {:.0} s", status.net, status.pid, status.up_s)?;
-    let Health { latest_ms, late } = status.health;
+    let Health { latest_ms, late, real_time } = status.health;
     writeln!(out, "deliveries more than 1 ms late: {late}, the latest {latest_ms:.2} ms")?;
+    if !real_time {
+        writeln!(out, "the router has no real-time priority, other processes may hold it up")?;
+    }
     for node in &status.nodes {
         write!(out, "  {:<20} {:<12} {:<12} {}", node.name, node.address, node.site, node.namespace)?;
         if node.overrun > 0 {
