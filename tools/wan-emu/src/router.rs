@@ -26,7 +26,7 @@ const BUFFER: usize = VIRTIO_NET_HDR_LEN + 65_536;
 const BATCH: usize = 32;
 /// A packet may be delivered so much too early: to wake up costs about as much, and two packets due at nearly the same
 /// time then need one wake-up.
-const EARLY: Nanos = 40_000;
+const EARLY: Nanos = 60_000;
 /// From when on a delivery counts as late.
 const LATE: Nanos = 1_000_000;
 
