@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_planner::{Cluster, place};
+use fusionllm_planner::{Cluster, CodecChange, place};
 use fusionllm_protocol::{
     BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec,
     JobState, StatusReport,
@@ -25,7 +25,7 @@ use crate::checkpoint::FinishSpec;
 use crate::store::JobRecord;
 pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, RunKey, StartPoint};
 use registry::Registry;
-use run::Run;
+use run::{MergedStep, Run};
 use schedule::least_compnodes;
 use survey::Survey;
 
@@ -305,7 +305,13 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         let Some(run) = job.run.as_mut() else { return Vec::new() };
         let mut actions = Vec::new();
-        while let Some((metrics, traced)) = run.next_step() {
+        while let Some(MergedStep { metrics, traced, changes }) = run.next_step() {
+            for (to, change) in changes {
+                let CodecChange { edge, gradient, codec, .. } = change;
+                let RunKey { job, generation } = key;
+                let message = FromBroker::SetCodec { job, generation, edge, gradient, codec };
+                actions.push(Action::Send { to, message });
+            }
             if let Some(measured) = traced {
                 let run_dir = job.record.run_dir.clone();
                 actions.push(Action::WriteTrace { key, run_dir, measured: Box::new(measured) });

@@ -38,6 +38,7 @@ pub(crate) fn metrics(step: u64, loss: f64) -> StepMetrics {
         grad_norm: Some(1.0),
         eval_loss: step.is_multiple_of(3).then_some(loss),
         links: vec![link],
+        codec_changes: Vec::new(),
     }
 }
 

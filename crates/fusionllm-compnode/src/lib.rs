@@ -7,6 +7,7 @@
 mod burn_executor;
 mod channel_codec;
 mod checkpoint;
+mod codec_table;
 mod data;
 mod device;
 mod error;
@@ -28,6 +29,7 @@ mod task_loop;
 
 pub use burn_executor::BurnExecutor;
 pub use checkpoint::{export_hugging_face, read_shard, write_shard};
+pub use codec_table::CodecTable;
 pub use data::{Batches, Corpus, TextBatches, Tokenizer};
 pub use device::{DeviceChoice, PROBE_THREAD, open_device};
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardError};

@@ -293,6 +293,13 @@ impl Node {
                     None => Next::nothing(),
                 }
             }
+            NodeEvent::Broker(Some(FromBroker::SetCodec { job, generation, edge, gradient, codec })) => {
+                let key = assignment::JobKey { job, generation };
+                if let Some(job) = self.job.as_ref().filter(|j| j.key == key) {
+                    job.set_codec(edge, gradient, codec);
+                }
+                Next::nothing()
+            }
             NodeEvent::Broker(Some(FromBroker::Abort { job, generation, reason })) => {
                 if self.job.as_ref().is_some_and(|j| j.key == assignment::JobKey { job, generation }) {
                     tracing::info!(%job, %reason, "job aborted");

@@ -14,6 +14,7 @@ use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, needs};
 use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport, TopKBackward};
 
+use crate::codec_table::CodecTable;
 use crate::data::Batches;
 use crate::exchange::{Exchange, Message};
 use crate::executor::{Executor, MicroBatch, NamedTensor};
@@ -37,6 +38,8 @@ pub struct TrainPlan {
     pub start_step: u64,
     /// What error feedback held back at the checkpoint.
     pub residuals: Vec<(Channel, HostTensor)>,
+    /// Codecs that change while training.
+    pub codecs: Arc<CodecTable>,
 }
 
 /// Where a task loop reports to.
@@ -224,7 +227,7 @@ impl TaskLoop {
                 Channel::Activation(edge.id),
                 micro_batch,
                 tensor,
-                edge.activation_codec,
+                self.plan.codecs.activation(edge),
             )?;
         }
         Ok(output.loss)
@@ -257,7 +260,14 @@ impl TaskLoop {
             if let Some(kept) = self.kept.remove(&(edge.id, micro_batch.index)) {
                 tensor = masked(tensor, &kept)?;
             }
-            self.deliver(&placement, edge.from, Channel::Gradient(edge.id), micro_batch, tensor, edge.gradient_codec)?;
+            self.deliver(
+                &placement,
+                edge.from,
+                Channel::Gradient(edge.id),
+                micro_batch,
+                tensor,
+                self.plan.codecs.gradient(edge),
+            )?;
         }
         Ok(())
     }

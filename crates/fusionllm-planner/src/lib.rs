@@ -3,6 +3,7 @@
 //! Knows the OP-DAG, what CompNodes can do, and which codecs there are. Holds no tensors, no sockets and no
 //! clock: the same inputs give the same placement, bit for bit.
 
+mod adapt;
 mod cluster;
 mod compare;
 mod compression;
@@ -19,6 +20,7 @@ mod simulate;
 #[cfg(test)]
 mod testing;
 
+pub use adapt::{CodecChange, Controller, LinkObservation, StepObservation};
 pub use cluster::{
     Cluster, ClusterFile, CompNodeProfile, DeviceEntry, Host, LinkEntry, LinkProfile, Measured, OpSeconds,
 };

@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 
-use fusionllm_planner::{Measured, NodeIndex, Placement};
+use fusionllm_codec::Codec;
+use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement};
 use serde::{Deserialize, Serialize};
 
 use crate::{DeviceProfile, Generation, Inventory, JobEvent, JobId, JobSpec, PairProfile, StepTrace};
@@ -109,6 +110,19 @@ pub enum FromBroker {
         job: JobId,
         /// Its placement.
         generation: Generation,
+    },
+    /// Encode one direction of a boundary edge by another codec from now on.
+    SetCodec {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// The edge.
+        edge: EdgeId,
+        /// Its gradient, or else its activation.
+        gradient: bool,
+        /// The codec.
+        codec: Codec,
     },
     /// Drop the job at once and be idle.
     Abort {

@@ -25,6 +25,26 @@ pub struct StepMetrics {
     pub eval_loss: Option<f64>,
     /// What each link carried in the step.
     pub links: Vec<LinkBytes>,
+    /// Codecs that change after the step.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub codec_changes: Vec<CodecNote>,
+}
+
+/// A codec that changes while training.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodecNote {
+    /// Sender.
+    pub from: String,
+    /// Receiver.
+    pub to: String,
+    /// The op whose output, or its gradient, is sent.
+    pub op: String,
+    /// Whether it is the gradient.
+    pub gradient: bool,
+    /// The codec from now on.
+    pub codec: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// Something that happened to a job.

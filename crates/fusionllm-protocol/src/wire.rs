@@ -60,6 +60,7 @@ mod tests {
             grad_norm: None,
             eval_loss: Some(5.0),
             links: Vec::new(),
+            codec_changes: Vec::new(),
         };
         let summary = JobSummary {
             job: JobId(1),

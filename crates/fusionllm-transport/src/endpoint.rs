@@ -62,9 +62,10 @@ pub struct EndpointConfig {
 }
 
 impl EndpointConfig {
-    /// An endpoint that advertises only its own addresses.
+    /// An endpoint that advertises only its own addresses. One that can be reached from this machine alone uses CUBIC.
     pub fn new(identity: Identity, bind: SocketAddr) -> Self {
-        Self { identity, bind, advertise: Vec::new(), congestion: CongestionControl::default() }
+        let congestion = if bind.ip().is_loopback() { CongestionControl::Cubic } else { CongestionControl::Bbr3 };
+        Self { identity, bind, advertise: Vec::new(), congestion }
     }
 }
 

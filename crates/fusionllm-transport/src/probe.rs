@@ -1,9 +1,9 @@
 //! Latency and bandwidth between two peers, both directions, measured over a connection of their own.
 //!
-//! The peer that dialled leads. Pings come first, then bursts: of growing size until one takes long enough to time, then
-//! some more of that size. A burst is timed where it arrives, from its first to its last packet, so neither the request
-//! nor the way there counts, and only its own speed matters. Medians hold up under jitter. What is sent is bounded in
-//! bytes and in time, so a slow link is not flooded.
+//! The peer that dialled leads. Bursts come first, of growing size until one takes long enough to time, then more of that
+//! size until the two fastest agree: what disturbs a burst only slows it. A burst is timed where it arrives, from its
+//! first to its last packet, so neither the request nor the way there counts. Then pings, whose median holds up under
+//! jitter. What is sent is bounded in bytes and in time, so a slow link is not flooded.
 
 use std::time::Duration;
 
@@ -21,8 +21,10 @@ const FIRST_BYTES: u64 = 64 << 10;
 const MOST_BYTES: u64 = 16 << 20;
 /// A burst that takes this long can be timed.
 const LONG_ENOUGH: Duration = Duration::from_millis(100);
-/// Bursts of which the median is taken.
-const TIMED_BURSTS: usize = 3;
+/// Bursts that are timed, unless the two fastest agree before.
+const MOST_TIMED_BURSTS: usize = 5;
+/// Two speeds agree if the lower is this share of the higher.
+const AGREEMENT: f64 = 0.9;
 /// A direction is given up, or its bursts so far are enough, after this long.
 const DIRECTION_LIMIT: Duration = Duration::from_secs(4);
 /// Both directions and the pings take no longer.
@@ -45,7 +47,7 @@ const GIVE: u8 = 3;
 pub struct DirectionSpeed {
     /// Half of the median round-trip time.
     pub latency: Duration,
-    /// Median over the bursts, in payload bytes per second.
+    /// What two bursts have reached, in payload bytes per second.
     pub bytes_per_s: f64,
 }
 
@@ -78,6 +80,14 @@ pub async fn answer_probe(session: &Session) -> Result<(), SessionError> {
 
 async fn lead(session: &Session) -> Result<PairSpeed, SessionError> {
     let (mut sink, mut source) = session.open_bi().await?;
+    let mut directions = [Bursts::new(TAKE), Bursts::new(GIVE)];
+    // In turn, and before the pings: a congestion controller that has long seen only small messages believes that the
+    // link is slow.
+    while directions.iter().any(|d| !d.is_done()) {
+        for direction in directions.iter_mut().filter(|d| !d.is_done()) {
+            direction.next(session, &mut sink, &mut source).await?;
+        }
+    }
     let mut times = Vec::with_capacity(PINGS);
     for ping in 0..=PINGS {
         let began = Instant::now();
@@ -87,43 +97,66 @@ async fn lead(session: &Session) -> Result<PairSpeed, SessionError> {
         }
     }
     let latency = Duration::from_secs_f64(median(times) / 2.0);
-    let mut speeds = [0.0; 2];
-    for (speed, what) in speeds.iter_mut().zip([TAKE, GIVE]) {
-        *speed = bursts(session, &mut sink, &mut source, what).await?;
-    }
-    let direction = |bytes_per_s: f64| DirectionSpeed { latency, bytes_per_s };
-    Ok(PairSpeed { there: direction(speeds[0]), back: direction(speeds[1]) })
+    let direction = |bursts: &Bursts| DirectionSpeed { latency, bytes_per_s: bursts.bytes_per_s() };
+    Ok(PairSpeed { there: direction(&directions[0]), back: direction(&directions[1]) })
 }
 
-/// Bytes per second in one direction.
-async fn bursts(
-    session: &Session,
-    sink: &mut FrameSink,
-    source: &mut FrameSource,
+/// The bursts of one direction.
+struct Bursts {
     what: u8,
-) -> Result<f64, SessionError> {
-    let began = Instant::now();
-    let mut bytes = FIRST_BYTES;
-    let mut speeds = Vec::with_capacity(TIMED_BURSTS);
-    let mut last = 0.0;
-    while speeds.len() < TIMED_BURSTS && began.elapsed() < DIRECTION_LIMIT {
-        let arrival = if what == TAKE {
-            say(sink, TAKE, bytes).await?;
-            send_burst(session, bytes).await?;
-            Arrival::from_frame(&heard(source).await?)?
-        } else {
-            say(sink, GIVE, bytes).await?;
-            receive_burst(session, bytes).await?
-        };
-        last = arrival.bytes_per_s();
-        if arrival.took >= LONG_ENOUGH || bytes == MOST_BYTES {
-            speeds.push(last);
-        } else {
-            let growth = if arrival.took < LONG_ENOUGH / 4 { 4 } else { 2 };
-            bytes = (bytes * growth).min(MOST_BYTES);
+    bytes: u64,
+    spent: Duration,
+    last: f64,
+    /// The fastest first.
+    timed: Vec<f64>,
+}
+
+impl Bursts {
+    fn new(what: u8) -> Self {
+        Self {
+            what,
+            bytes: FIRST_BYTES,
+            spent: Duration::ZERO,
+            last: 0.0,
+            timed: Vec::with_capacity(MOST_TIMED_BURSTS),
         }
     }
-    Ok(if speeds.is_empty() { last } else { median(speeds) })
+
+    fn is_done(&self) -> bool {
+        let agree = matches!(self.timed[..], [first, second, ..] if second >= first * AGREEMENT);
+        agree || self.timed.len() == MOST_TIMED_BURSTS || self.spent >= DIRECTION_LIMIT
+    }
+
+    async fn next(
+        &mut self,
+        session: &Session,
+        sink: &mut FrameSink,
+        source: &mut FrameSource,
+    ) -> Result<(), SessionError> {
+        let began = Instant::now();
+        say(sink, self.what, self.bytes).await?;
+        let arrival = if self.what == TAKE {
+            send_burst(session, self.bytes).await?;
+            Arrival::from_frame(&heard(source).await?)?
+        } else {
+            receive_burst(session, self.bytes).await?
+        };
+        self.spent += began.elapsed();
+        self.last = arrival.bytes_per_s();
+        if arrival.took >= LONG_ENOUGH || self.bytes == MOST_BYTES {
+            self.timed.push(self.last);
+            self.timed.sort_by(|a, b| b.total_cmp(a));
+        } else {
+            let growth = if arrival.took < LONG_ENOUGH / 4 { 4 } else { 2 };
+            self.bytes = (self.bytes * growth).min(MOST_BYTES);
+        }
+        Ok(())
+    }
+
+    /// What two bursts have reached, or if there were fewer, the last one.
+    fn bytes_per_s(&self) -> f64 {
+        self.timed.get(1).copied().unwrap_or(self.last)
+    }
 }
 
 async fn follow(session: &Session) -> Result<(), SessionError> {

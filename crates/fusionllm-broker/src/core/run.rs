@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{NodeIndex, Placement, Simulated};
-use fusionllm_protocol::{JobSpec, StepMetrics, StepReport, StepTrace, measured_step};
+use fusionllm_planner::{CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation};
+use fusionllm_protocol::{
+    CodecNote, CompressionPolicy, JobSpec, LinkBytes, StepMetrics, StepReport, StepTrace, measured_step,
+};
 
 use super::{ConnectionId, RunKey, StartPoint};
 use crate::checkpoint::StoredShard;
@@ -18,6 +20,15 @@ pub(super) fn param_names(dag: &OpDag, placement: &Placement, node: NodeIndex) -
 
 /// A whole checkpoint: by CompNode its shard and the names of its parameters.
 type Shards = Vec<(StoredShard, Vec<String>)>;
+
+/// A step that every CompNode has reported.
+pub(super) struct MergedStep {
+    pub(super) metrics: StepMetrics,
+    /// What was done when, if it was traced.
+    pub(super) traced: Option<Simulated>,
+    /// Codecs that change, and who must know.
+    pub(super) changes: Vec<(ConnectionId, CodecChange)>,
+}
 
 /// The state of one placement.
 #[derive(Debug)]
@@ -40,6 +51,8 @@ pub(super) struct Run {
     finishing: BTreeSet<u64>,
     reports: BTreeMap<u64, BTreeMap<NodeIndex, StepReport>>,
     shards: BTreeMap<u64, BTreeMap<NodeIndex, StoredShard>>,
+    /// Where codecs adapt while training.
+    controller: Option<Controller>,
 }
 
 impl Run {
@@ -52,6 +65,14 @@ impl Run {
         checkpoints: PathBuf,
     ) -> Self {
         let steps = spec.train.steps;
+        let compression = &spec.compression;
+        let adapts = compression.adapt && compression.policy != CompressionPolicy::Dense;
+        let batch = spec.micro_batch_size() as usize;
+        let new = || {
+            let (policy, budget) = (spec.compression(), compression.error_budget);
+            Controller::new(&start.dag, &placement, batch, policy, spec.codec(), budget)
+        };
+        let controller = adapts.then(new);
         let is_due = |step: &u64| *step == steps || step.is_multiple_of(spec.checkpoint.every);
         Self {
             key,
@@ -68,6 +89,7 @@ impl Run {
             merged: start.step,
             reports: BTreeMap::new(),
             shards: BTreeMap::new(),
+            controller,
         }
     }
 
@@ -100,8 +122,7 @@ impl Run {
     }
 
     /// The next step that every CompNode has reported, as one.
-    /// If it was traced, also what was done when.
-    pub(super) fn next_step(&mut self) -> Option<(StepMetrics, Option<Simulated>)> {
+    pub(super) fn next_step(&mut self) -> Option<MergedStep> {
         let step = self.merged + 1;
         if self.reports.get(&step)?.len() < self.members.len() {
             return None;
@@ -110,6 +131,7 @@ impl Run {
         self.merged = step;
         let traces: Option<Vec<StepTrace>> = reports.values().map(|r| r.trace.clone()).collect();
         let traced = traces.map(|traces| measured_step(&self.placement, &traces));
+        let changes = self.adapt(step, &reports);
         let reports = || reports.values();
         let metrics = StepMetrics {
             step,
@@ -121,11 +143,58 @@ impl Run {
             grad_norm: reports().find_map(|r| r.grad_norm),
             eval_loss: reports().find_map(|r| r.eval_loss),
             links: reports().flat_map(|r| r.links.iter().cloned()).collect(),
+            codec_changes: changes.iter().map(|c| self.note(c)).collect(),
         };
         if let Some(loss) = self.due.get_mut(&step) {
             *loss = Some(metrics.loss);
         }
-        Some((metrics, traced))
+        let sender = |change: CodecChange| Some((*self.members.get(change.sender.index())?, change));
+        Some(MergedStep { metrics, traced, changes: changes.into_iter().filter_map(sender).collect() })
+    }
+
+    /// What the controller makes of a step.
+    fn adapt(&mut self, step: u64, reports: &BTreeMap<NodeIndex, StepReport>) -> Vec<CodecChange> {
+        let Some(controller) = &mut self.controller else { return Vec::new() };
+        let names = &self.placement.compnodes;
+        let index = |name: &str| (0..).map(NodeIndex).zip(names).find(|(_, n)| *n == name).map(|(index, _)| index);
+        let speeds = || reports.values().flat_map(|r| &r.received);
+        let seen = |link: &LinkBytes| {
+            let speed = speeds().find(|s| (&s.from, &s.to) == (&link.from, &link.to))?;
+            Some(LinkObservation {
+                from: index(&link.from)?,
+                to: index(&link.to)?,
+                dense_bytes: link.dense_bytes,
+                received_bytes: speed.bytes,
+                busy_s: speed.busy_s,
+                error: link.error,
+            })
+        };
+        let observation = StepObservation {
+            step,
+            loss: reports.values().find_map(|r| r.loss).unwrap_or(f64::NAN),
+            compute_s: reports.values().map(|r| r.busy_s).fold(0.0, f64::max),
+            links: reports.values().flat_map(|r| &r.links).filter_map(seen).collect(),
+        };
+        controller.observe(&observation)
+    }
+
+    /// A change of codec for people.
+    fn note(&self, change: &CodecChange) -> CodecNote {
+        let name = |node: Option<NodeIndex>| {
+            node.and_then(|n| self.placement.compnodes.get(n.index())).cloned().unwrap_or_default()
+        };
+        let edge = self.placement.edges.get(change.edge.index());
+        let ends = edge.map(|e| (self.placement.compnode_of(e.from), self.placement.compnode_of(e.to)));
+        let (producer, consumer) = ends.unwrap_or_default();
+        let receiver = if change.gradient { producer } else { consumer };
+        CodecNote {
+            from: name(Some(change.sender)),
+            to: name(receiver),
+            op: edge.map(|e| self.dag.op(e.op).name.clone()).unwrap_or_default(),
+            gradient: change.gradient,
+            codec: change.codec.to_string(),
+            reason: change.reason.clone(),
+        }
     }
 
     /// Training loss of a step after which a checkpoint is still to come.

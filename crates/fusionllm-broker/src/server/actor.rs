@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fusionllm_protocol::{BlobHeader, FromBroker, Inventory, JobEvent, JobId, JobSpec, JobState, StatusReport};
+use fusionllm_protocol::{
+    BlobHeader, CodecNote, FromBroker, Inventory, JobEvent, JobId, JobSpec, JobState, StatusReport,
+};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -258,7 +260,13 @@ fn log(event: &JobEvent) {
     match event {
         JobEvent::State { job, state } => tracing::info!(%job, ?state, "job state"),
         JobEvent::Checkpoint { job, step, path } => tracing::info!(%job, step, path, "checkpoint"),
-        JobEvent::Step { job, metrics } => tracing::debug!(%job, step = metrics.step, loss = metrics.loss, "step"),
+        JobEvent::Step { job, metrics } => {
+            tracing::debug!(%job, step = metrics.step, loss = metrics.loss, "step");
+            for change in &metrics.codec_changes {
+                let CodecNote { from, to, op, codec, reason, .. } = change;
+                tracing::info!(%job, step = metrics.step, from, to, op, codec, reason, "a codec changes");
+            }
+        }
         _ => {}
     }
 }

@@ -83,6 +83,7 @@ pub(super) fn prepare(
         spec: spec.clone(),
         start_step: assignment.start_step,
         residuals,
+        codecs: Arc::default(),
     };
     Ok(Prepared { key, plan, executor, batches, data })
 }

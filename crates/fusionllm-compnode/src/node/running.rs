@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use burn_tensor::Device;
-use fusionllm_planner::NodeIndex;
+use fusionllm_codec::Codec;
+use fusionllm_planner::{EdgeId, NodeIndex};
 use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, StepReport, WeightSource};
 use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
@@ -14,6 +15,7 @@ use super::assignment::{JobKey, Prepared, prepare};
 use super::{NodeEvent, blob};
 use crate::CompNodeError;
 use crate::checkpoint::write_shard;
+use crate::codec_table::CodecTable;
 use crate::executor::NamedTensor;
 use crate::links::{JobLinks, NetworkExchange};
 use crate::mailbox::Mailbox;
@@ -27,6 +29,7 @@ pub(super) struct RunningJob {
     /// Where weights from the broker go, while they are waited for.
     pub(super) weights: Option<oneshot::Sender<Result<Vec<NamedTensor>, CompNodeError>>>,
     peers: Vec<PeerId>,
+    codecs: Arc<CodecTable>,
     prepared: Option<Prepared>,
 }
 
@@ -34,6 +37,11 @@ impl RunningJob {
     /// The CompNodes that may connect.
     pub(super) fn peers(&self) -> &[PeerId] {
         &self.peers
+    }
+
+    /// An edge is encoded by another codec from now on.
+    pub(super) fn set_codec(&self, edge: EdgeId, gradient: bool, codec: Codec) {
+        self.codecs.set(edge, gradient, codec);
     }
 
     /// Opens the job's wires and begins to build its part; [`NodeEvent::Prepared`] tells when that is done.
@@ -59,7 +67,7 @@ impl RunningJob {
             // If the loop is gone nobody needs the result.
             let _ = events.send(NodeEvent::Prepared(Box::new(result))).await;
         });
-        Ok(Self { key, links, weights, peers, prepared: None })
+        Ok(Self { key, links, weights, peers, codecs: Arc::default(), prepared: None })
     }
 
     /// The part is built: tell the broker.
@@ -84,10 +92,11 @@ impl RunningJob {
         let (done, ended) = oneshot::channel();
         let exchange_links = Arc::clone(&links);
         let mailbox = Arc::clone(&links.mailbox);
-        let reports = events.clone();
+        let (reports, codecs) = (events.clone(), Arc::clone(&self.codecs));
         let compute = move || {
             let exchange = NetworkExchange::new(exchange_links, runtime);
-            let Prepared { plan, executor, batches, .. } = prepared;
+            let Prepared { mut plan, executor, batches, .. } = prepared;
+            plan.codecs = codecs;
             let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
             let mut sink = NodeSink { key, events: reports, shards, mailbox, clock };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));

@@ -171,6 +171,7 @@ impl Run {
                     }
                     let plan = TrainPlan {
                         residuals: Vec::new(),
+                        codecs: Default::default(),
                         dag: Arc::clone(&run.dag),
                         placement: Arc::new(run.placement.clone()),
                         node,
