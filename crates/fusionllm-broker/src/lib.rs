@@ -9,6 +9,7 @@ mod core;
 mod error;
 mod metrics;
 mod model;
+mod plot;
 mod report;
 mod run_dir;
 mod server;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::f64::consts::LN_2;
 use std::path::PathBuf;
 
-use fusionllm_planner::format_seconds;
+use fusionllm_planner::{format_bytes, format_seconds};
 use fusionllm_protocol::{DataReport, JobId, JobState, StepMetrics};
 use serde::Serialize;
 
@@ -132,6 +132,12 @@ impl RunReport {
             let ratio = measured / predicted;
             lines.push(format!("{:<17}{took} measured (median), {expected} predicted: {ratio:.2} of it", "step"));
         }
+        let sum = |bytes: fn(&LinkTotal) -> u64| self.links.iter().map(bytes).sum::<u64>() as f64;
+        let (sent, dense) = (sum(|l| l.bytes), sum(|l| l.dense_bytes));
+        if dense > 0.0 {
+            let saved = 100.0 * (1.0 - sent / dense).max(0.0);
+            lines.push(format!("{:<17}{} sent, {saved:.0} % less than dense f32", "links", format_bytes(sent)));
+        }
         let with_bits = |what: &str, loss: Option<f64>, bits: Option<f64>| {
             let bits = bits.map_or_else(String::new, |b| format!(", {b:.3} bits per byte"));
             loss.map(|loss| format!("{what:<17}{loss:.4} nats per token{bits}"))
@@ -168,11 +174,15 @@ impl RunReport {
             text.push_str(&format!("| {number} | {compnode} | {ops} | {first} | {last} | {parameters} |\n"));
         }
         if !self.links.is_empty() {
-            text.push_str("\n## Links\n\n| from | to | MB | dense MB | codec |\n|---|---|---|---|---|\n");
+            text.push_str("\n## Links\n\n| from | to | MB | dense MB | saved | codec |\n|---|---|---|---|---|---|\n");
         }
         for link in &self.links {
             let (mb, dense) = (link.bytes as f64 / 1e6, link.dense_bytes as f64 / 1e6);
-            text.push_str(&format!("| {} | {} | {mb:.3} | {dense:.3} | {} |\n", link.from, link.to, link.codec));
+            let (from, to, codec, saved) = (&link.from, &link.to, &link.codec, 100.0 * (1.0 - mb / dense.max(1e-12)));
+            text.push_str(&format!("| {from} | {to} | {mb:.3} | {dense:.3} | {saved:.1} % | {codec} |\n"));
+        }
+        if !self.links.is_empty() {
+            text.push_str("\n![loss against bytes sent](loss-bytes.svg)\n");
         }
         text.push_str("\nEvery step is in `metrics.jsonl`; losses are in nats per token.\n");
         text
@@ -233,7 +243,7 @@ mod tests {
         assert_eq!(report.unigram_bits_per_byte, Some(2.0));
         assert_eq!((report.links.len(), report.links[0].bytes), (1, 2100));
         let text = report.markdown();
-        assert!(text.contains("# run (job 3)") && text.contains("unigram model") && text.contains("| a | b | 0.002 |"));
+        assert!(text.contains("# run (job 3)") && text.contains("unigram model") && text.contains("| a | b | 0.002 | 0.004 | 50.0 % |"));
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["state"], &json["step"]), (&"done".into(), &6.into()));
     }

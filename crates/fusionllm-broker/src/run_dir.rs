@@ -9,6 +9,7 @@
 //! | `metrics.jsonl` | a line a step |
 //! | `checkpoints/step-N/` | checkpoints |
 //! | `trace.json` | one step, measured and predicted, for <https://ui.perfetto.dev> |
+//! | `loss-bytes.svg` | loss against bytes sent |
 //! | `report.md` | what came out |
 
 use std::fs::File;
@@ -97,6 +98,10 @@ impl RunDir {
 
     pub(crate) fn trace(&self) -> PathBuf {
         self.path.join("trace.json")
+    }
+
+    pub(crate) fn plot(&self) -> PathBuf {
+        self.path.join("loss-bytes.svg")
     }
 
     pub(crate) fn report(&self) -> PathBuf {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
-use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_planner::{NodeIndex, Placement, StageEdge, TiedParam};
 use fusionllm_protocol::{Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
@@ -82,6 +82,34 @@ impl JobLinks {
             meters: peers.iter().map(|_| Meter::default()).collect(),
             options: ChannelOptions::of(&assignment.spec.compression),
         })
+    }
+
+    /// Dials every CompNode that is ours to dial and that a message may come from or go to. Who only receives from one
+    /// would else never dial it.
+    pub(crate) fn dial_all(self: &Arc<Self>, clips: bool) {
+        for peer in self.node.index() + 1..self.peers.len() {
+            if !self.talks_to(peer, clips) {
+                continue;
+            }
+            let links = Arc::clone(self);
+            self.spawn(async move {
+                if let Err(error) = links.session_to(peer).await {
+                    links.fail(peer, &error.to_string());
+                }
+            });
+        }
+    }
+
+    /// Whether a channel leads to this CompNode or from it.
+    fn talks_to(&self, peer: usize, clips: bool) -> bool {
+        let (own, peer) = (Some(self.node), Some(NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX))));
+        let ends = |edge: &StageEdge| (self.placement.compnode_of(edge.from), self.placement.compnode_of(edge.to));
+        let is_ours = |(a, b)| (a, b) == (own, peer) || (a, b) == (peer, own);
+        let holds = |tied: &TiedParam| {
+            own.is_some_and(|n| tied.holders.contains(&n)) && peer.is_some_and(|n| tied.holders.contains(&n))
+        };
+        let edges = self.placement.edges.iter().any(|edge| is_ours(ends(edge)));
+        edges || self.placement.tied.iter().any(holds) || (clips && own == Some(NodeIndex(0)))
     }
 
     /// Ends everything: waiting takes give `reason`, tasks stop.

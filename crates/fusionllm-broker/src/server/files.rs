@@ -11,7 +11,8 @@ use super::actor::Command;
 use crate::BrokerError;
 use crate::checkpoint::finish;
 use crate::core::{Action, CoreEvent, RunKey};
-use crate::metrics::MetricsWriter;
+use crate::metrics::{MetricsWriter, read_metrics};
+use crate::plot::loss_against_bytes;
 use crate::report::RunReport;
 use crate::run_dir::{RunDir, write_atomic};
 use crate::store::{JobRecord, Store};
@@ -141,7 +142,13 @@ impl Keeper {
                 self.writers.retain(|key, _| key.job != record.job);
                 self.predicted.retain(|key, _| key.job != record.job);
                 let report = RunReport::read(&record)?;
-                write_atomic(&RunDir::new(&record.run_dir).report(), report.markdown().as_bytes())?;
+                let dir = RunDir::new(&record.run_dir);
+                write_atomic(&dir.report(), report.markdown().as_bytes())?;
+                match loss_against_bytes(&read_metrics(&dir.metrics())?) {
+                    Ok(Some(svg)) => write_atomic(&dir.plot(), svg.as_bytes())?,
+                    Ok(None) => {}
+                    Err(error) => tracing::warn!(error, "the plot of loss against bytes cannot be drawn"),
+                }
             }
             Action::Persist(record) => self.store.put(&record)?,
             Action::Send { .. } | Action::SendWeights { .. } | Action::Disconnect { .. } | Action::Emit(_) => {}

@@ -87,6 +87,7 @@ impl RunningJob {
         let prepared = self.prepared.take()?;
         let (key, links, runtime) = (self.key, Arc::clone(&self.links), Handle::current());
         let node = prepared.plan.node;
+        links.dial_all(prepared.plan.spec.train.clip > 0.0);
         let (shards, shard_queue) = mpsc::channel(1);
         let uploads = tokio::spawn(upload_shards(broker, key, node, shard_queue));
         let (done, ended) = oneshot::channel();

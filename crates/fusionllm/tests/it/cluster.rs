@@ -73,6 +73,34 @@ fn a_stopped_job_resumes_from_its_checkpoint_on_a_new_broker() {
 }
 
 #[test]
+fn an_inventory_shows_machines_and_links_and_can_be_planned_by() {
+    let bench = Bench::new();
+    let (_broker, ticket) = broker(&bench);
+    let (_office, _rack) = (join(&bench, &ticket, "office"), join(&bench, &ticket, "rack"));
+    let inventory: Value =
+        serde_json::from_str(&bench.succeed("inventory --state state --job job.toml --json")).unwrap();
+    let machines = inventory["machines"].as_array().unwrap();
+    assert_eq!(machines.len(), 2);
+    for machine in machines {
+        let number = |value: &Value| value.as_f64().unwrap();
+        assert!(number(&machine["profile"]["flop_per_s"]) > 1e8, "{machine}");
+        assert!(number(&machine["efficiency"]) > 0.0 && number(&machine["efficiency"]) <= 1.0, "{machine}");
+        assert!(machine["measured"]["ops"].as_object().unwrap().keys().any(|k| k.starts_with("linear")), "{machine}");
+    }
+    let links = inventory["links"].as_array().unwrap();
+    assert_eq!(links.len(), 2, "both directions: {inventory}");
+    assert!(links.iter().all(|l| l["link"]["bytes_per_s"].as_f64().is_some_and(|b| b > 1e5)), "{links:?}");
+
+    let table = bench.succeed("inventory --state state");
+    assert!(table.contains("office") && table.contains("Mbit/s") && table.contains("clusters by bandwidth"), "{table}");
+    std::fs::write(bench.path("here.toml"), bench.succeed("inventory --state state --job job.toml --toml")).unwrap();
+    let plan = bench.succeed("plan job.toml --cluster here.toml");
+    assert!(plan.contains("office") && plan.contains("predicted step"), "{plan}");
+    let again: Value = serde_json::from_str(&bench.succeed("inventory --state state --refresh --json")).unwrap();
+    assert!(again["links"][0]["age_s"].as_f64().unwrap() < 10.0, "{again}");
+}
+
+#[test]
 fn a_stranger_is_refused_and_logged() {
     let bench = Bench::new();
     let (broker, _ticket) = broker(&bench);

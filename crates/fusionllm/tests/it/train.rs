@@ -28,7 +28,17 @@ fn training_leaves_a_run_directory_with_all_its_parts() {
     for step in ["step-4", "step-8"] {
         assert!(run.join("checkpoints").join(step).join("manifest.json").is_file());
     }
-    assert!(std::fs::read_to_string(run.join("report.md")).unwrap().contains("## Links"));
+    assert!(placement["prediction"]["step_s"].as_f64().unwrap() > 0.0);
+    assert!(out.contains("measured (median)") && out.contains("predicted"), "{out}");
+    let trace: Value = serde_json::from_slice(&std::fs::read(run.join("trace.json")).unwrap()).unwrap();
+    let names: Vec<&str> = trace["traceEvents"].as_array().unwrap().iter().filter_map(|e| e["name"].as_str()).collect();
+    // Two micro-batches through three stages, measured and predicted.
+    assert_eq!(names.iter().filter(|n| n.starts_with("FP")).count(), 12, "{names:?}");
+    assert!(names.iter().filter(|n| n.starts_with("activation")).count() >= 8, "{names:?}");
+    let report = std::fs::read_to_string(run.join("report.md")).unwrap();
+    assert!(report.contains("## Links") && report.contains("loss-bytes.svg"), "{report}");
+    let svg = std::fs::read_to_string(run.join("loss-bytes.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("polyline"), "{svg}");
     let leftovers: Vec<_> = std::fs::read_dir(run.join("checkpoints")).unwrap().flatten().collect();
     assert_eq!(leftovers.len(), 2, "{leftovers:?}");
 }
@@ -64,6 +74,56 @@ fn a_resumed_run_has_the_losses_of_an_uninterrupted_one() {
     let output = bench.run("train --resume run");
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("8 of train.steps = 8 are done"), "{}", text(&output.stderr));
+}
+
+/// CompNodes that are not neighbours have something to tell each other too: the gradient norm.
+#[test]
+fn four_compnodes_give_the_losses_of_one() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --out four --compnodes 4");
+    bench.succeed("train job.toml --out one --compnodes 1");
+    for (a, b) in losses(&bench.path("four")).iter().zip(&losses(&bench.path("one"))) {
+        assert!((a - b).abs() <= 1e-5 * b, "{a} {b}");
+    }
+}
+
+#[test]
+fn compressed_training_sends_less_and_resumes_where_it_was() {
+    let bench = Bench::new();
+    let keys = "--set compression.policy=fixed --set compression.activations=int8 \
+                --set compression.gradients=topk:0.2:bf16 --set compression.error_feedback=true --compnodes 2";
+    bench.succeed(&format!("train job.toml --out run {keys}"));
+    let links = |line: &Value| -> Vec<(u64, u64, String)> {
+        let links = line["links"].as_array().unwrap().iter();
+        links.map(|l| (l["bytes"].as_u64().unwrap(), l["dense_bytes"].as_u64().unwrap(), l["codec"].to_string())).collect()
+    };
+    let metrics = json_lines(&bench.path("run/metrics.jsonl"));
+    for (bytes, dense, codec) in metrics.iter().flat_map(links) {
+        // Messages are small, so their headers weigh; the tied table and the norm go as they are.
+        assert!(bytes < dense, "{bytes} of {dense} by {codec}");
+    }
+    let codecs = format!("{:?}", links(&metrics[0]));
+    assert!(codecs.contains("int8") && codecs.contains("topk:0.2:bf16"), "{codecs}");
+    let whole = losses(&bench.path("run"));
+    std::fs::remove_dir_all(bench.path("run/checkpoints/step-8")).unwrap();
+    bench.succeed("train --resume run --compnodes 2");
+    for (a, b) in losses(&bench.path("run")).iter().zip(&whole) {
+        assert!((a - b).abs() <= 1e-5 * b, "what error feedback held back was lost: {a} {b}");
+    }
+}
+
+#[test]
+fn a_job_can_be_planned_by_a_cluster_file_instead_of_what_is_measured() {
+    let bench = Bench::new();
+    let device = "[[device]]\nname = \"gpu\"\ncount = 3\nflop_per_s = 1e12\n";
+    let link = "[[link]]\nfrom = \"*\"\nto = \"*\"\nlatency_ms = 1\nmbit_per_s = 1\n";
+    bench.write("slow.toml", &format!("{device}{link}"));
+    let keys = "--set placement.cluster=slow.toml --set compression.policy=ada-topk --set compression.ratio=20";
+    bench.succeed(&format!("train job.toml --out run {keys}"));
+    let placement: Value = serde_json::from_slice(&std::fs::read(bench.path("run/placement.json")).unwrap()).unwrap();
+    assert_eq!(placement["placement"]["compnodes"].as_array().unwrap().len(), 3);
+    let edges = placement["placement"]["edges"].to_string();
+    assert!(edges.contains("top-k"), "{edges}");
 }
 
 #[test]
