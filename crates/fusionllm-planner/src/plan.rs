@@ -34,6 +34,8 @@ pub struct PlanSpec {
     pub compression: Compression,
     /// Who owns the data.
     pub owner: Owner,
+    /// Whether senders keep what a gradient's codec dropped, which costs an f32 an element.
+    pub error_feedback: bool,
     /// Whether gradients are clipped by the global norm, which costs two messages.
     pub clip: bool,
     /// Tokens in a step.
@@ -44,7 +46,7 @@ impl PlanSpec {
     /// A plan of `placement` with nothing compressed, on the first CompNode's data.
     pub fn dense(placement: PlacementSpec) -> Self {
         let compression = Compression::Dense;
-        Self { placement, compression, owner: Owner::First, clip: true, tokens_per_step: 0 }
+        Self { placement, compression, owner: Owner::First, error_feedback: false, clip: true, tokens_per_step: 0 }
     }
 }
 
@@ -251,6 +253,10 @@ pub(crate) fn price(
                 memory[node.index()].0 += 2.0 * bytes;
             }
         }
+        let feeds_back = spec.error_feedback && edge.gradient && !edge.gradient_codec.is_lossless();
+        if let (true, Some(sender)) = (feeds_back, placement.compnode_of(edge.to)) {
+            memory[sender.index()].0 += bytes;
+        }
     }
     let simulated = simulate(&placement, cluster, &costs)?;
     Ok(Priced { placement, simulated, ratios, costs, memory })
@@ -316,7 +322,7 @@ fn send(
     for index in 0..placement.edges.len() {
         let compressed = is_sent(placement, &placement.edges[index]);
         let edge = &mut placement.edges[index];
-        if let (true, Some(there), Some(back)) = (compressed, codecs.next(), codecs.next()) {
+        if compressed && let (Some(there), Some(back)) = (codecs.next(), codecs.next()) {
             (edge.activation_codec, edge.gradient_codec) = (there, back);
         }
         let output = &dag.op(edge.op).output;

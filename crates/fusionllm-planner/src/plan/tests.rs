@@ -195,6 +195,23 @@ fn a_job_that_fits_nowhere_says_what_would_make_it_fit() {
     assert!(error.contains("`compnode-0` would need"), "{error}");
 }
 
+/// Edges that carry no gradient lie between those that do, and take no codec from them.
+#[test]
+fn every_boundary_edge_with_a_gradient_gets_its_codecs() {
+    let dag = small_gpt2(4);
+    let mut spec = spec(Strategy::EqualNumber, 2);
+    let (activations, gradients) = (Codec::Int8, Codec::Int4);
+    spec.compression = Compression::Fixed { activations, gradients };
+    let plan = plan(&dag, &Cluster::uniform(4), &spec).unwrap();
+    let (mut plain, mut compressed) = (0, 0);
+    for edge in &plan.placement.edges {
+        let expected = if edge.gradient { (activations, gradients) } else { (Codec::Dense, Codec::Dense) };
+        assert_eq!((edge.activation_codec, edge.gradient_codec), expected, "{edge:?}");
+        *(if edge.gradient { &mut compressed } else { &mut plain }) += 1;
+    }
+    assert!(plain > 0 && compressed > 3);
+}
+
 #[test]
 fn ada_topk_speeds_up_what_slow_links_bound() {
     let dag = small_gpt2(4);

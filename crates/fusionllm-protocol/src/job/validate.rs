@@ -256,6 +256,7 @@ impl JobSpec {
             placement: self.placement_spec(),
             compression: self.compression(),
             owner: Owner::First,
+            error_feedback: self.compression.error_feedback,
             clip: self.train.clip > 0.0,
             tokens_per_step: self.tokens_per_step(),
         }
