@@ -22,13 +22,14 @@ pub struct EdgeOptions {
     /// Send the difference to the running column mean (over all but the last dimension) of what was decoded, so
     /// that channels with a constant offset need not be sent again and again.
     pub predict: bool,
-    /// Messages after which a low-rank basis is replaced.
+    /// Messages after which a low-rank basis is replaced; 0: so many that bases add a tenth to the bytes.
     pub refresh_every: u32,
     /// Factor by which the relative error of a low-rank basis may grow before it is replaced early.
     pub refresh_growth: f64,
 }
 
-/// Neither feedback nor prediction, a new basis every 200 messages or when its error grows by half.
+/// Neither feedback nor prediction, a new basis so often that it adds a tenth to the bytes, or when its error grows by
+/// half.
 impl Default for EdgeOptions {
     fn default() -> Self {
         let Policy { refresh_every, growth, .. } = Policy::default();

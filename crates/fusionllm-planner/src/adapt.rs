@@ -195,7 +195,7 @@ impl Controller {
             let Some((ratio, reason)) = link.decide(compute_s, budget, most_ratio) else { continue };
             link.ratio = ratio;
             for (edge, gradient, shape) in &link.channels {
-                let codec = codec_of(policy, shape, ratio, *gradient, otherwise);
+                let codec = codec_of(policy, shape, ratio, otherwise);
                 changes.push(CodecChange {
                     edge: *edge,
                     gradient: *gradient,
@@ -253,12 +253,12 @@ impl Link {
     }
 }
 
-fn codec_of(policy: Compression, shape: &[usize], ratio: f64, gradient: bool, otherwise: Codec) -> Codec {
+fn codec_of(policy: Compression, shape: &[usize], ratio: f64, otherwise: Codec) -> Codec {
     match policy {
         Compression::UniformTopk { values, .. } | Compression::AdaTopk { values, .. } => {
             topk_of_ratio(shape, ratio, values, otherwise)
         }
-        Compression::Adaptive { .. } => best_of_ratio(shape, ratio, gradient, otherwise),
+        Compression::Adaptive { .. } => best_of_ratio(shape, ratio, otherwise),
         Compression::Dense => otherwise,
         Compression::Fixed { .. } => topk_of_ratio(shape, ratio, TopKValues::Bf16, otherwise),
     }

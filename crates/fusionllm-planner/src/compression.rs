@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 const DENSE_BYTES_PER_S: f64 = 2e9;
 const SPARSE_BYTES_PER_S: f64 = 1e9;
 const LOW_RANK_BYTES_PER_S: f64 = 5e8;
+/// A low-rank codec's messages with its bases, over those without.
+const BASES: f64 = 1.1;
 /// No boundary tensor keeps less than this many entries in a million.
 const LEAST_PPM: u32 = 10;
 
@@ -107,7 +109,7 @@ pub fn compress(policy: Compression, directions: &[Direction], slowest_stage_s: 
         Compression::AdaTopk { ratio, values, literal: false } => {
             topk_of_ratio(&d.shape, ratio_of(d, ratio), values, otherwise)
         }
-        Compression::Adaptive { ratio } => best_of_ratio(&d.shape, ratio_of(d, ratio), d.gradient, otherwise),
+        Compression::Adaptive { ratio } => best_of_ratio(&d.shape, ratio_of(d, ratio), otherwise),
         Compression::Fixed { activations, .. } if !d.gradient => activations,
         Compression::Fixed { gradients, .. } => gradients,
     };
@@ -134,15 +136,16 @@ pub fn topk_of_ratio(shape: &[usize], ratio: f64, values: TopKValues, otherwise:
     topk(f64::from(low) / 1e6, values)
 }
 
-/// The codec that loses least of those whose message is `ratio` times smaller than dense f32.
-pub fn best_of_ratio(shape: &[usize], ratio: f64, gradient: bool, otherwise: Codec) -> Codec {
-    let wanted = |codec: &Codec| codec.ratio_of(shape).is_ok_and(|r| r >= ratio);
-    let plain = [otherwise, Codec::Bf16, Codec::Int8, Codec::Int4].into_iter().find(wanted);
+/// The codec that loses least of those whose message is `ratio` times smaller than dense f32: by what training lost in
+/// docs/compression.md, the coarsest number that fits as long as one does, and beyond that the row's coefficients in a
+/// basis that follows the tensor.
+pub fn best_of_ratio(shape: &[usize], ratio: f64, otherwise: Codec) -> Codec {
     if ratio <= 1.0 {
         return otherwise;
     }
-    let _ = gradient;
-    plain.unwrap_or_else(|| low_rank_of_ratio(shape, ratio, LowRankValues::Int8))
+    let wanted = |codec: &Codec| codec.ratio_of(shape).is_ok_and(|r| r >= ratio);
+    let plain = [otherwise, Codec::Bf16, Codec::Int8, Codec::Int4].into_iter().find(wanted);
+    plain.unwrap_or_else(|| low_rank_of_ratio(shape, ratio * BASES, LowRankValues::Int8))
 }
 
 /// The low-rank codec of the highest rank whose message is `ratio` times smaller than dense f32.
@@ -227,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_adaptive_policy_climbs_from_exact_to_coarse() {
-        let codec = |ratio| best_of_ratio(&SHAPE, ratio, false, Codec::Dense);
+        let codec = |ratio| best_of_ratio(&SHAPE, ratio, Codec::Dense);
         assert_eq!(
             [codec(0.5), codec(1.5), codec(3.0), codec(7.0)],
             [Codec::Dense, Codec::Bf16, Codec::Int8, Codec::Int4]

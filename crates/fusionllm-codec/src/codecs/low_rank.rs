@@ -58,6 +58,16 @@ impl Layout {
         coefficient_bytes((self.rows * self.rank) as u64, self.values)
     }
 
+    /// Messages from one basis to the next.
+    fn refresh_every(&self, policy: Policy) -> u32 {
+        if policy.refresh_every > 0 {
+            return policy.refresh_every;
+        }
+        let basis = (2 * self.width * self.rank) as f64;
+        // The cast saturates.
+        (basis / (BASIS_SHARE * self.bytes(false) as f64)).ceil() as u32
+    }
+
     fn bytes(&self, with_basis: bool) -> u64 {
         let basis = if with_basis { 2 * self.width * self.rank } else { 0 };
         let n = (self.rows * self.width) as u64;
@@ -120,10 +130,13 @@ impl Basis {
     }
 }
 
+/// A basis is sent so seldom that it adds this share to the bytes of the messages.
+const BASIS_SHARE: f64 = 0.1;
+
 /// When a basis is replaced although it fits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Policy {
-    /// Messages after which it is.
+    /// Messages after which it is; 0: so many that bases add a tenth to the bytes.
     pub(crate) refresh_every: u32,
     /// Factor by which the share that it misses may grow.
     pub(crate) growth: f64,
@@ -133,7 +146,7 @@ pub(crate) struct Policy {
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { refresh_every: 200, growth: 1.5, at_least: 8 }
+        Self { refresh_every: 0, growth: 1.5, at_least: 8 }
     }
 }
 
@@ -210,7 +223,7 @@ impl Sender {
                 subspace::project(x, layout.width, &basis.vectors, coefficients);
                 let limit = policy.growth * self.missed.max(NEGLIGIBLE);
                 let worn = self.age >= policy.at_least && missed(coefficients) > limit;
-                if self.age < policy.refresh_every && !worn {
+                if self.age < layout.refresh_every(policy) && !worn {
                     self.age += 1;
                     return (self.basis.insert(basis), false);
                 }
