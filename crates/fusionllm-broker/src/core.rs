@@ -247,7 +247,7 @@ impl Core {
             }
             FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),
             FromCompNode::Probed { probe, result } => {
-                self.survey.probed(connection, probe, result, now);
+                self.survey.probed(connection, probe, result, &self.compnodes, now);
                 self.schedule(now)
             }
             FromCompNode::Ready { job, generation, data } => {

@@ -243,7 +243,11 @@ mod tests {
         assert_eq!(report.unigram_bits_per_byte, Some(2.0));
         assert_eq!((report.links.len(), report.links[0].bytes), (1, 2100));
         let text = report.markdown();
-        assert!(text.contains("# run (job 3)") && text.contains("unigram model") && text.contains("| a | b | 0.002 | 0.004 | 50.0 % |"));
+        assert!(
+            text.contains("# run (job 3)")
+                && text.contains("unigram model")
+                && text.contains("| a | b | 0.002 | 0.004 | 50.0 % |")
+        );
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["state"], &json["step"]), (&"done".into(), &6.into()));
     }

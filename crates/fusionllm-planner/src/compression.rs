@@ -42,7 +42,8 @@ pub enum Compression {
         /// The published formula, factor 3 and all: it gives the density, whatever bytes follow.
         literal: bool,
     },
-    /// By the same ratios as AdaTopK, but each with the codec that loses least at it.
+    /// As AdaTopK, but each direction with the codec that loses least at its ratio, and links faster than the slowest
+    /// stage where the step gains from it: 1F1B waits for round trips, of which a link is only a part.
     Adaptive {
         /// r: the ratio of bytes on the slowest link.
         ratio: f64,
@@ -90,13 +91,13 @@ pub struct Direction {
     pub gradient: bool,
 }
 
-/// The codec of each direction. `slowest_stage_s` is the time of the slowest stage for one micro-batch; `otherwise` is
-/// for what need not be smaller.
-pub fn compress(policy: Compression, directions: &[Direction], slowest_stage_s: f64, otherwise: Codec) -> Vec<Codec> {
+/// The codec of each direction. No link is made faster than `least_link_s`, the time of the slowest stage for one
+/// micro-batch or less; `otherwise` is for what need not be smaller.
+pub fn compress(policy: Compression, directions: &[Direction], least_link_s: f64, otherwise: Codec) -> Vec<Codec> {
     let longest = directions.iter().map(|d| d.dense_s).fold(0.0, f64::max);
     let share = |d: &Direction| if longest > 0.0 { d.dense_s / longest } else { 0.0 };
     let ratio_of = |d: &Direction, ratio: f64| {
-        let useful = if slowest_stage_s > 0.0 { ratio.min(longest / slowest_stage_s) } else { ratio };
+        let useful = if least_link_s > 0.0 { ratio.min(longest / least_link_s) } else { ratio };
         useful * share(d)
     };
     let of = |d: &Direction| match policy {

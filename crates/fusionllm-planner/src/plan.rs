@@ -1,19 +1,19 @@
 //! The plan: a placement with what it is predicted to take.
 
+mod price;
+
 use std::collections::BTreeMap;
 
-use fusionllm_codec::Codec;
 use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
-use crate::compression::codec_s;
-use crate::estimate::update_seconds;
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
-use crate::placement::assemble;
 use crate::{
-    Blame, Cluster, Compression, Direction, Estimate, NodeIndex, Placement, PlacementSpec, PlanError, Segment,
-    Simulated, StageEdge, StepCosts, Strategy, TRAINING_COPIES, compress, format_bytes, pipeline_formula, simulate,
+    Blame, Cluster, Compression, Estimate, NodeIndex, Placement, PlacementSpec, PlanError, Simulated, StepCosts,
+    Strategy, format_bytes, pipeline_formula,
 };
+use price::gentlest;
+pub(crate) use price::{Priced, price};
 
 /// Which CompNode owns the data and comes first in the pipeline.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -176,7 +176,10 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
         (chain.order.clone(), chain.segments(&pins))
     };
     let used = cluster.select(&order);
-    let priced = price(dag, &used, &estimate, segments, spec)?;
+    let priced = match spec.compression {
+        Compression::Adaptive { .. } => gentlest(dag, &used, &estimate, &segments, spec)?,
+        _ => price(dag, &used, &estimate, segments, spec)?,
+    };
     if let Some(error) = priced.over_memory() {
         return Err(error);
     }
@@ -197,156 +200,7 @@ fn baselines(dag: &OpDag, cluster: &Cluster, pins: &Pins, batch: usize) -> Vec<C
     [true, false].into_iter().filter_map(chain).collect()
 }
 
-/// A placement with its costs and its simulation.
-pub(crate) struct Priced {
-    pub(crate) placement: Placement,
-    pub(crate) simulated: Simulated,
-    ratios: Vec<(f64, f64)>,
-    costs: StepCosts,
-    /// By CompNode: what it needs, and what it has.
-    memory: Vec<(f64, u64)>,
-}
-
-/// Prices segments on `cluster`, whose CompNodes are in the placement's order.
-pub(crate) fn price(
-    dag: &OpDag,
-    cluster: &Cluster,
-    estimate: &Estimate,
-    segments: Vec<Segment>,
-    spec: &PlanSpec,
-) -> Result<Priced, PlanError> {
-    let batch = spec.placement.micro_batch_size as usize;
-    let ranges: Vec<_> = segments.iter().map(|s| s.ops.clone()).collect();
-    let names = cluster.compnodes.iter().map(|c| c.name.clone()).collect();
-    let mut placement = assemble(dag, names, segments, &spec.placement)?;
-    let profile = |node: NodeIndex| &cluster.compnodes[node.index()];
-    let mut stage_s: Vec<(f64, f64)> =
-        placement.stages.iter().zip(&ranges).map(|(s, r)| estimate.seconds(profile(s.compnode), r)).collect();
-    add_copies(dag, &placement, profile, batch, &mut stage_s);
-    let Sent { bytes: edge_bytes, codec_s, ratios } = send(dag, cluster, &mut placement, &stage_s, spec)?;
-    let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
-    let nodes = || (0..cluster.compnodes.len() as u32).map(NodeIndex);
-    let costs = StepCosts {
-        codec_s,
-        edge_bytes,
-        update_s: nodes()
-            .map(|n| update_seconds(profile(n), params(n)) + profile(n).copy_s(tied_copies(dag, &placement, n)))
-            .collect(),
-        tied_bytes: placement.tied.iter().map(|t| dag.param(t.param).bytes() as f64).collect(),
-        stage_s,
-        clip: spec.clip,
-    };
-    let mut memory: Vec<(f64, u64)> =
-        nodes().map(|n| ((params(n) * TRAINING_COPIES) as f64, profile(n).memory_bytes)).collect();
-    for node in nodes() {
-        let live = placement.live_bound(node);
-        for (stage, range) in placement.stages.iter().zip(&ranges).filter(|(s, _)| s.compnode == node) {
-            let count = live.get(&stage.id).copied().unwrap_or(1);
-            memory[node.index()].0 += estimate.kept_bytes(range) * f64::from(count);
-        }
-    }
-    for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
-        // A message is held while it is sent, and while it waits to be taken.
-        let bytes = dag.op(edge.op).output.bytes(batch) as f64;
-        for stage in [edge.from, edge.to] {
-            if let Some(node) = placement.compnode_of(stage) {
-                memory[node.index()].0 += 2.0 * bytes;
-            }
-        }
-        let feeds_back = spec.error_feedback && edge.gradient && !edge.gradient_codec.is_lossless();
-        if let (true, Some(sender)) = (feeds_back, placement.compnode_of(edge.to)) {
-            memory[sender.index()].0 += bytes;
-        }
-    }
-    let simulated = simulate(&placement, cluster, &costs)?;
-    Ok(Priced { placement, simulated, ratios, costs, memory })
-}
-
-/// What a task takes besides its ops: the copies between host and device of what enters and leaves the stage.
-fn add_copies<'a>(
-    dag: &OpDag,
-    placement: &Placement,
-    profile: impl Fn(NodeIndex) -> &'a crate::CompNodeProfile,
-    batch: usize,
-    stage_s: &mut [(f64, f64)],
-) {
-    for edge in &placement.edges {
-        let bytes = dag.op(edge.op).output.bytes(batch) as f64;
-        for stage in [edge.from, edge.to] {
-            let Some(node) = placement.compnode_of(stage) else { continue };
-            let copy = profile(node).copy_s(bytes);
-            let seconds = &mut stage_s[stage.index()];
-            *seconds = (seconds.0 + copy, seconds.1 + if edge.gradient { copy } else { 0.0 });
-        }
-    }
-}
-
-/// Bytes of tied gradients that a CompNode copies before UPDATE: its own to the host, the sum of all holders' back.
-fn tied_copies(dag: &OpDag, placement: &Placement, node: NodeIndex) -> f64 {
-    let held = placement.tied.iter().filter(|t| t.holders.contains(&node));
-    held.map(|t| dag.param(t.param).bytes() as f64 * (1 + t.holders.len()) as f64).sum()
-}
-
-/// What is sent over each edge: bytes, seconds of encoding and decoding, and ratios of the activation and the gradient.
-#[derive(Default)]
-struct Sent {
-    bytes: Vec<(f64, f64)>,
-    codec_s: Vec<(f64, f64)>,
-    ratios: Vec<(f64, f64)>,
-}
-
-/// Gives each boundary edge its codecs.
-fn send(
-    dag: &OpDag,
-    cluster: &Cluster,
-    placement: &mut Placement,
-    stage_s: &[(f64, f64)],
-    spec: &PlanSpec,
-) -> Result<Sent, PlanError> {
-    let batch = spec.placement.micro_batch_size as usize;
-    let node = |placement: &Placement, stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
-    // Token ids and labels are sent as they are, and what stays on its CompNode is not sent.
-    let is_sent = |placement: &Placement, edge: &StageEdge| edge.gradient && placement.is_boundary(edge);
-    let mut directions = Vec::with_capacity(2 * placement.edges.len());
-    for edge in placement.edges.iter().filter(|e| is_sent(placement, e)) {
-        let output = &dag.op(edge.op).output;
-        let (a, b) = (node(placement, edge.from), node(placement, edge.to));
-        for (link, gradient) in [(cluster.link(a, b), false), (cluster.link(b, a), true)] {
-            let dense_s = link.occupied_s(output.bytes(batch) as f64);
-            directions.push(Direction { shape: output.shape.resolve(batch), dense_s, gradient });
-        }
-    }
-    let slowest = stage_s.iter().map(|(fp, bp)| fp + bp).fold(0.0, f64::max);
-    let mut codecs = compress(spec.compression, &directions, slowest, spec.placement.codec).into_iter();
-    let mut sent = Sent::default();
-    for index in 0..placement.edges.len() {
-        let compressed = is_sent(placement, &placement.edges[index]);
-        let edge = &mut placement.edges[index];
-        if compressed && let (Some(there), Some(back)) = (codecs.next(), codecs.next()) {
-            (edge.activation_codec, edge.gradient_codec) = (there, back);
-        }
-        let output = &dag.op(edge.op).output;
-        let (shape, elements) = (output.shape.resolve(batch), output.shape.elements(batch) as f64);
-        let bytes = |codec: Codec| codec.steady_bytes(&shape).map(|bytes| bytes as f64).map_err(PlanError::Codec);
-        let (there, back) = (bytes(edge.activation_codec)?, bytes(edge.gradient_codec)?);
-        let (there, back) = (there, if edge.gradient { back } else { 0.0 });
-        let ratio = |bytes: f64| if bytes > 0.0 { 4.0 * elements / bytes } else { 1.0 };
-        sent.ratios.push((ratio(there), ratio(back)));
-        sent.bytes.push((there, back));
-        sent.codec_s.push((codec_s(edge.activation_codec, elements), codec_s(edge.gradient_codec, elements)));
-    }
-    Ok(sent)
-}
-
 impl Priced {
-    /// The first CompNode whose memory does not hold its part.
-    pub(crate) fn over_memory(&self) -> Option<PlanError> {
-        let over = self.memory.iter().position(|&(needed, limit)| needed > limit as f64)?;
-        let (needed, limit) = self.memory[over];
-        let compnode = self.placement.compnodes[over].clone();
-        Some(PlanError::OverMemory { compnode, needed_gb: needed / 1e9, memory_gb: limit as f64 / 1e9 })
-    }
-
     fn into_plan(self, dag: &OpDag, cluster: Cluster, spec: &PlanSpec) -> Plan {
         let Self { placement, simulated, ratios, costs, memory } = self;
         let names = &placement.compnodes;

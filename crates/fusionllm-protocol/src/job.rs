@@ -180,8 +180,10 @@ pub struct CompressionSpec {
     /// Form of the values that Top-K keeps.
     pub topk_values: TopKValues,
     /// Codec of all activations under the policy `fixed`.
+    #[serde(with = "codec_text")]
     pub activations: Codec,
     /// Codec of all gradients under the policy `fixed`.
+    #[serde(with = "codec_text")]
     pub gradients: Codec,
     /// Add what was dropped of a gradient to the next one.
     pub error_feedback: bool,
@@ -193,6 +195,20 @@ pub struct CompressionSpec {
     pub adapt: bool,
     /// Largest relative error that a codec may introduce while the loss falls fast; it tightens as the loss flattens.
     pub error_budget: f64,
+}
+
+/// A codec in its text form, as the job file has it.
+mod codec_text {
+    use fusionllm_codec::Codec;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(codec: &Codec, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(codec)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Codec, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 /// How the gradient of an activation goes back that Top-K has sparsified.

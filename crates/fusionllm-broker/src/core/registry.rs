@@ -52,6 +52,10 @@ impl Registry {
         self.0.iter().filter(|(_, m)| m.run.is_none()).map(|(&c, _)| c).collect()
     }
 
+    pub(super) fn is_idle(&self, connection: ConnectionId) -> bool {
+        self.0.get(&connection).is_some_and(|m| m.run.is_none())
+    }
+
     pub(super) fn take(&mut self, connection: ConnectionId, run: RunKey) {
         if let Some(member) = self.0.get_mut(&connection) {
             member.run = Some(run);

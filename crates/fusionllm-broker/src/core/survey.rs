@@ -185,6 +185,7 @@ impl Survey {
         connection: ConnectionId,
         probe: u64,
         result: Result<PairProfile, String>,
+        registry: &Registry,
         now: Duration,
     ) {
         let Some(&Activity::Probe { pair, .. }) = self.active.get(&probe) else { return };
@@ -201,6 +202,11 @@ impl Survey {
         let result = match result {
             Ok(profile) if sane(&profile) => Some(profile),
             Ok(_) => None,
+            Err(_) if !registry.is_idle(pair.0) || !registry.is_idle(pair.1) => {
+                // A job came in between; there is another time.
+                self.due.insert(pair);
+                return;
+            }
             Err(reason) => {
                 tracing::warn!(from = ?pair.0, to = ?pair.1, reason, "two CompNodes do not reach each other");
                 None

@@ -329,6 +329,56 @@ fn whom_the_strategy_leaves_out_stays_idle() {
     assert_eq!(core.compnodes.idle().len(), 26 - assigned.len());
 }
 
+/// Two CompNodes on one machine, and one elsewhere.
+#[test]
+fn a_machine_takes_part_in_one_measurement_at_a_time() {
+    let mut core = Core::default();
+    let mut asked = Vec::new();
+    for (connection, host) in [(1, "office"), (2, "office"), (3, "rack")] {
+        let mut joining = joining(&format!("n{connection}"));
+        joining.profile.host = host.to_owned();
+        asked.extend(core.join(ConnectionId(connection), joining, NOW).1);
+    }
+    // Of three pairs one at a time, since each involves the office.
+    let mut probed = Vec::new();
+    while let Some((to, message)) = measurements(&asked).pop() {
+        assert_eq!(sent(&asked).len(), 1, "{asked:?}");
+        probed.extend(matches!(message, FromCompNode::Probed { .. }).then_some(to.0));
+        asked = core.handle(CoreEvent::Said { connection: to, message }, NOW);
+    }
+    assert_eq!(probed, [1, 1, 2], "each pair once, by the one that joined first");
+    let (inventory, actions) = core.inventory(None, None, NOW);
+    assert_eq!((inventory.pending, inventory.links.len(), actions.len()), (0, 6, 0));
+    let (inventory, actions) = core.inventory(Some(Duration::ZERO), None, NOW + Duration::from_secs(9));
+    assert_eq!((inventory.pending, actions.len()), (3, 1), "all is due again");
+}
+
+#[test]
+fn what_cannot_be_measured_holds_up_no_job() {
+    let mut core = Core::default();
+    core.join(ConnectionId(1), joining("a"), NOW);
+    let (_, actions) = core.join(ConnectionId(2), joining("b"), NOW);
+    let probe = |actions: &[Action]| measurements(actions).pop().unwrap();
+    let (to, message) = probe(&actions);
+    let actions = core.handle(CoreEvent::Said { connection: to, message }, NOW);
+    let Some((dialler, FromCompNode::Probed { probe, .. })) = measurements(&actions).pop() else { panic!() };
+    let failed = FromCompNode::Probed { probe, result: Err("no route".to_owned()) };
+    core.handle(CoreEvent::Said { connection: dialler, message: failed }, NOW);
+    let spec = testing::spec(&[]);
+    let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/runs/x"), NOW).unwrap();
+    let mut asked: Vec<u64> = Vec::new();
+    for (to, message) in sent(&actions) {
+        let FromBroker::MeasureOps { request, .. } = message else { panic!("{message:?}") };
+        asked.push(to);
+        let result = Err("the device failed".to_owned());
+        let message = FromCompNode::Measured { request: *request, result };
+        core.handle(CoreEvent::Said { connection: ConnectionId(to), message }, NOW);
+    }
+    assert_eq!(asked, [1, 2]);
+    assert_eq!(state(&core, 1), JobState::Preparing);
+    assert_eq!(core.inventory(None, None, NOW).0.links.iter().filter(|l| l.link.is_none()).count(), 2);
+}
+
 #[test]
 fn names_are_unique() {
     let mut core = core(0);

@@ -264,7 +264,7 @@ fn a_comparison_has_every_strategy_dense_and_compressed() {
     let (dag, cluster) = (small_gpt2(2), random_cluster(&mut Draw(3), 3));
     let candidates = compare(&dag, &cluster, &spec(Strategy::EqualNumber, 4), 10.0);
     let names: Vec<_> = candidates.iter().map(|c| (c.strategy.name(), c.compression.name())).collect();
-    assert_eq!(names.len(), 9);
+    assert_eq!(names.len(), 12);
     assert!(names.contains(&("op-fence", "ada-topk")) && !names.iter().any(|n| n.0 == "optimal"));
     for candidate in candidates {
         let mut spec = spec(candidate.strategy, 4);

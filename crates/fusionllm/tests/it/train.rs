@@ -95,7 +95,9 @@ fn compressed_training_sends_less_and_resumes_where_it_was() {
     bench.succeed(&format!("train job.toml --out run {keys}"));
     let links = |line: &Value| -> Vec<(u64, u64, String)> {
         let links = line["links"].as_array().unwrap().iter();
-        links.map(|l| (l["bytes"].as_u64().unwrap(), l["dense_bytes"].as_u64().unwrap(), l["codec"].to_string())).collect()
+        links
+            .map(|l| (l["bytes"].as_u64().unwrap(), l["dense_bytes"].as_u64().unwrap(), l["codec"].to_string()))
+            .collect()
     };
     let metrics = json_lines(&bench.path("run/metrics.jsonl"));
     for (bytes, dense, codec) in metrics.iter().flat_map(links) {
