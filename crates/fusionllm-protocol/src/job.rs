@@ -216,9 +216,9 @@ mod codec_text {
 #[serde(rename_all = "kebab-case")]
 pub enum TopKBackward {
     /// As if the activation had come whole.
-    #[default]
     Straight,
     /// Only where the activation was kept: the gradient of what was computed.
+    #[default]
     Mask,
 }
 
@@ -227,7 +227,6 @@ pub enum TopKBackward {
 #[serde(rename_all = "kebab-case")]
 pub enum CompressionPolicy {
     /// Every element is sent.
-    #[default]
     Dense,
     /// Top-K by one ratio.
     UniformTopk,
@@ -236,6 +235,7 @@ pub enum CompressionPolicy {
     /// The same by the published formula.
     AdaTopkLiteral,
     /// As each link is slow, by the codec that loses least.
+    #[default]
     Adaptive,
     /// The codecs that are given.
     Fixed,

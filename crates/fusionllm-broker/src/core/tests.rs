@@ -443,6 +443,18 @@ struct Watch {
 }
 
 impl Watch {
+    /// CompNodes answer what they are asked to measure; some never do.
+    fn answer(&mut self, actions: &[Action], seed: &mut u64, now: Duration) {
+        let mut asked = measurements(actions);
+        while let Some((connection, message)) = asked.pop() {
+            if draw(seed, 20) > 0 {
+                let actions = self.core.handle(CoreEvent::Said { connection, message }, now);
+                self.check(&actions);
+                asked.extend(measurements(&actions));
+            }
+        }
+    }
+
     fn check(&mut self, actions: &[Action]) {
         for action in actions {
             match action {
@@ -504,7 +516,6 @@ fn no_order_of_events_breaks_the_rules() {
         };
         let mut now = Duration::ZERO;
         let mut connections = 0;
-        let mut asked: Vec<(ConnectionId, FromCompNode)> = Vec::new();
         for _ in 0..120 {
             now += Duration::from_millis(draw(&mut seed, 1000));
             let mut connection = draw(&mut seed, connections + 1);
@@ -556,15 +567,7 @@ fn no_order_of_events_breaks_the_rules() {
                 _ => watch.core.handle(CoreEvent::Tick, now),
             };
             watch.check(&actions);
-            asked.extend(measurements(&actions));
-            while let Some((connection, message)) = asked.pop() {
-                // Some are never answered.
-                if draw(&mut seed, 20) > 0 {
-                    let actions = watch.core.handle(CoreEvent::Said { connection, message }, now);
-                    watch.check(&actions);
-                    asked.extend(measurements(&actions));
-                }
-            }
+            watch.answer(&actions, &mut seed, now);
         }
         starts += watch.started.len();
         steps += watch.last_step.values().sum::<u64>();

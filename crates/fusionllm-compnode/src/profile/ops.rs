@@ -1,6 +1,7 @@
 //! FP and BP of the ops of a job, as its kernels do them on this device.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -40,9 +41,8 @@ pub(crate) fn measure_ops(
 ) -> Result<Measured, ExecutorError> {
     let mut ops: BTreeMap<String, OpSeconds> = BTreeMap::new();
     for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
-        let work = dag.work(op, batch);
-        if !ops.contains_key(&work) {
-            ops.insert(work, time_op(dag, op, batch, device)?);
+        if let Entry::Vacant(place) = ops.entry(dag.work(op, batch)) {
+            place.insert(time_op(dag, op, batch, device)?);
         }
     }
     let mut measured =

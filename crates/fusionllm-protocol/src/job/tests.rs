@@ -27,7 +27,7 @@ fn the_least_job_gets_every_default() {
     assert_eq!((spec.train.steps, spec.train.batch, spec.train.micro_batches), (1000, 8, 4));
     assert_eq!((spec.train.lr, spec.train.betas, spec.train.clip), (3e-4, [0.9, 0.95], 1.0));
     assert_eq!((spec.train.warmup, spec.train.eval_batches, spec.checkpoint.keep), (20, 8, 3));
-    assert_eq!((spec.placement.strategy, spec.placement.pipeline), (Strategy::EqualCompute, Pipeline::OneFOneB));
+    assert_eq!((spec.placement.strategy, spec.placement.pipeline), (Strategy::OpFence, Pipeline::OneFOneB));
     let config = spec.gpt2_config().unwrap();
     assert_eq!((config.vocab_size, config.n_positions, config.n_embd), (256, 128, 768));
     assert_eq!((spec.micro_batch_size(), spec.tokens_per_step()), (2, 1024));
@@ -164,12 +164,25 @@ fn a_value_out_of_range_says_what_would_be_right() {
 }
 
 #[test]
-fn what_this_version_lacks_is_said_so() {
-    check_error(
-        &["compression.policy=ada-topk"],
-        "`compression.policy`: policy `ada-topk` needs measured links and Top-K codecs, which this version does not \
-         have yet; use `dense`",
-    );
+fn compression_is_read_and_becomes_what_the_planner_takes() {
+    use fusionllm_codec::{Codec, TopKValues};
+    use fusionllm_planner::Compression;
+    let spec = read(LEAST, &[]).unwrap();
+    assert_eq!((spec.compression(), spec.codec()), (Compression::Adaptive { ratio: 10.0 }, Codec::Dense));
+    let ada = ["compression.policy=ada-topk", "compression.ratio=50", "compression.topk_values=int8"];
+    let values = TopKValues::Int8;
+    assert_eq!(read(LEAST, &ada).unwrap().compression(), Compression::AdaTopk { ratio: 50.0, values, literal: false });
+    let fixed = ["compression.policy=fixed", "compression.activations=int4", "compression.gradients=lowrank:8:int8"];
+    let spec = read(LEAST, &fixed).unwrap();
+    let (activations, gradients) = (Codec::Int4, "lowrank:8:int8".parse().unwrap());
+    assert_eq!(spec.compression(), Compression::Fixed { activations, gradients });
+    // A checkpoint's manifest keeps the job as JSON, and a resume reads it as TOML.
+    let text = toml::to_string(&spec).unwrap();
+    assert_eq!(read(&text, &[]).unwrap(), spec);
+    assert_eq!(crate::decode::<JobSpec>(&crate::encode(&spec).unwrap()).unwrap(), spec);
+    check_error(&["compression.ratio=0.5"], "`compression.ratio`: is 0.5, expected at least 1");
+    let error = read(LEAST, &["compression.gradients=int5"]).unwrap_err().to_string();
+    assert!(error.contains("`compression.gradients`") && error.contains("int8"), "{error}");
 }
 
 #[test]

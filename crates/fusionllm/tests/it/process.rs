@@ -36,6 +36,8 @@ eval_every = 4
 eval_batches = 2
 [placement]
 strategy = \"equal-compute\"
+[compression]
+policy = \"dense\"
 [checkpoint]
 every = 4
 ";
