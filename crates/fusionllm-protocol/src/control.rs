@@ -1,12 +1,16 @@
 //! Messages between broker, CompNodes and clients: one frame each, on one two-way stream per connection.
 
+mod client;
+
 use std::net::SocketAddr;
 
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement};
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceProfile, Generation, Inventory, JobEvent, JobId, JobSpec, PairProfile, StepTrace};
+use crate::{DeviceProfile, Generation, JobId, JobSpec, PairProfile, StepTrace};
+
+pub use client::{ClientRequest, CompNodeSummary, JobSummary, StatusReport, ToClient};
 
 /// A CompNode's identity and where it may be reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -331,108 +335,6 @@ impl JobState {
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Done | Self::Failed { .. } | Self::Stopped)
     }
-}
-
-/// From a client to the broker.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum ClientRequest {
-    /// Run a job.
-    Submit {
-        /// The job, paths absolute.
-        spec: Box<JobSpec>,
-        /// Stream its events until it ends.
-        follow: bool,
-    },
-    /// What is going on.
-    Status,
-    /// What the joined machines and links can do.
-    Inventory {
-        /// Links that were measured longer ago are measured again, in seconds.
-        max_age_s: Option<u64>,
-        /// A job whose ops the machines measure.
-        spec: Option<Box<JobSpec>>,
-    },
-    /// Stop a job; its last checkpoint stays.
-    Stop {
-        /// Which.
-        job: JobId,
-    },
-    /// Go on with a stopped or failed job from its last checkpoint.
-    Resume {
-        /// Which.
-        job: JobId,
-        /// Stream its events until it ends.
-        follow: bool,
-    },
-}
-
-/// From the broker to a client.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum ToClient {
-    /// The job is in.
-    Submitted {
-        /// Its id.
-        job: JobId,
-        /// Its run directory on the broker's machine.
-        run_dir: String,
-    },
-    /// Answer to [`ClientRequest::Status`].
-    Status(StatusReport),
-    /// Answer to [`ClientRequest::Inventory`].
-    Inventory(Inventory),
-    /// An event of the job that is followed.
-    Event(#[serde(with = "crate::wire::as_json")] JobEvent),
-    /// Done as asked.
-    Ok,
-    /// Not done.
-    Error {
-        /// Why, in one line.
-        reason: String,
-        /// Whether the request is at fault.
-        bad_input: bool,
-    },
-}
-
-/// Jobs and CompNodes of a broker.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct StatusReport {
-    /// Every job, oldest first.
-    pub jobs: Vec<JobSummary>,
-    /// Every CompNode that is connected.
-    pub compnodes: Vec<CompNodeSummary>,
-}
-
-/// One job in a status report.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct JobSummary {
-    /// Its id.
-    pub job: JobId,
-    /// Its name.
-    pub name: String,
-    /// Its state.
-    #[serde(with = "crate::wire::as_json")]
-    pub state: JobState,
-    /// Updates done.
-    pub step: u64,
-    /// Updates asked for.
-    pub steps: u64,
-    /// Last training loss.
-    pub loss: Option<f64>,
-    /// Its run directory on the broker's machine.
-    pub run_dir: String,
-}
-
-/// One CompNode in a status report.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct CompNodeSummary {
-    /// Its name.
-    pub name: String,
-    /// Its public key in hexadecimal, shortened.
-    pub id: String,
-    /// Its device.
-    pub device: String,
-    /// The job it works on.
-    pub job: Option<JobId>,
 }
 
 /// What a one-way stream between broker and CompNode carries.

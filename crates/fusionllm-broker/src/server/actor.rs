@@ -249,10 +249,13 @@ impl Actor {
     /// A CompNode that does not take its messages is cut off; its connection task reports that it left.
     fn send(&mut self, to: ConnectionId, message: ToCompNode) {
         let Some(outbox) = self.outboxes.get(&to) else { return };
-        if outbox.try_send(message).is_err() {
-            tracing::warn!(?to, "a CompNode does not take its messages");
-            self.outboxes.remove(&to);
+        match outbox.try_send(message) {
+            Ok(()) => return,
+            Err(mpsc::error::TrySendError::Full(_)) => tracing::warn!(?to, "a CompNode does not take its messages"),
+            // It has gone, and its connection task is about to say so.
+            Err(mpsc::error::TrySendError::Closed(_)) => tracing::debug!(?to, "a message for a CompNode that has gone"),
         }
+        self.outboxes.remove(&to);
     }
 }
 

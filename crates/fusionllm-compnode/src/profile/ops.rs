@@ -255,8 +255,8 @@ mod tests {
         let ops = dag.ops().len();
         let mut measured = Measured::default();
         assert_eq!(piece(&dag, 1, &measured, None), 0..ops);
-        measured.ops = dag.op_ids().map(|op| (dag.work(op, 1), OpSeconds { fp_s: 0.1, bp_s: 0.2 })).collect();
-        assert_eq!(piece(&dag, 1, &measured, None), ops / 2..ops / 2 + 5);
+        measured.ops = dag.op_ids().map(|op| (dag.work(op, 1), OpSeconds { fp_s: 0.25, bp_s: 0.25 })).collect();
+        assert_eq!(piece(&dag, 1, &measured, None), ops / 2..ops / 2 + 3);
         assert!(piece(&dag, 1, &measured, Some(1)).is_empty());
     }
 }
