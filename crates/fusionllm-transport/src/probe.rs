@@ -21,14 +21,16 @@ const FIRST_BYTES: u64 = 64 << 10;
 const MOST_BYTES: u64 = 16 << 20;
 /// A burst that takes this long can be timed.
 const LONG_ENOUGH: Duration = Duration::from_millis(100);
+/// And this many round trips, of which a new connection needs the first ones to reach its speed.
+const ENOUGH_ROUND_TRIPS: u32 = 8;
 /// Bursts that are timed, unless the two fastest agree before.
 const MOST_TIMED_BURSTS: usize = 5;
 /// Two speeds agree if the lower is this share of the higher.
 const AGREEMENT: f64 = 0.9;
 /// A direction is given up, or its bursts so far are enough, after this long.
-const DIRECTION_LIMIT: Duration = Duration::from_secs(4);
+const DIRECTION_LIMIT: Duration = Duration::from_secs(6);
 /// Both directions and the pings take no longer.
-const PROBE_LIMIT: Duration = Duration::from_secs(20);
+const PROBE_LIMIT: Duration = Duration::from_secs(30);
 /// A burst uses several streams, as a large OP-Data does: one alone carries a window per round trip at the most.
 const STREAMS: u64 = 4;
 /// Largest frame of a probe's conversation.
@@ -80,7 +82,9 @@ pub async fn answer_probe(session: &Session) -> Result<(), SessionError> {
 
 async fn lead(session: &Session) -> Result<PairSpeed, SessionError> {
     let (mut sink, mut source) = session.open_bi().await?;
-    let mut directions = [Bursts::new(TAKE), Bursts::new(GIVE)];
+    let round_trip = session.stats().rtt.unwrap_or_default();
+    let long_enough = LONG_ENOUGH.max(round_trip * ENOUGH_ROUND_TRIPS);
+    let mut directions = [TAKE, GIVE].map(|what| Bursts::new(what, long_enough));
     // In turn, and before the pings: a congestion controller that has long seen only small messages believes that the
     // link is slow.
     while directions.iter().any(|d| !d.is_done()) {
@@ -104,6 +108,7 @@ async fn lead(session: &Session) -> Result<PairSpeed, SessionError> {
 /// The bursts of one direction.
 struct Bursts {
     what: u8,
+    long_enough: Duration,
     bytes: u64,
     spent: Duration,
     last: f64,
@@ -112,9 +117,10 @@ struct Bursts {
 }
 
 impl Bursts {
-    fn new(what: u8) -> Self {
+    fn new(what: u8, long_enough: Duration) -> Self {
         Self {
             what,
+            long_enough,
             bytes: FIRST_BYTES,
             spent: Duration::ZERO,
             last: 0.0,
@@ -143,11 +149,11 @@ impl Bursts {
         };
         self.spent += began.elapsed();
         self.last = arrival.bytes_per_s();
-        if arrival.took >= LONG_ENOUGH || self.bytes == MOST_BYTES {
+        if arrival.took >= self.long_enough || self.bytes == MOST_BYTES {
             self.timed.push(self.last);
             self.timed.sort_by(|a, b| b.total_cmp(a));
         } else {
-            let growth = if arrival.took < LONG_ENOUGH / 4 { 4 } else { 2 };
+            let growth = if arrival.took < self.long_enough / 4 { 4 } else { 2 };
             self.bytes = (self.bytes * growth).min(MOST_BYTES);
         }
         Ok(())
