@@ -31,7 +31,7 @@ const LOOSENING: f64 = 1.1;
 /// What counts as well within.
 const WELL_WITHIN: f64 = 0.7;
 /// Fewer bytes than this in a step say nothing about a link's speed.
-const LEAST_BYTES: u64 = 16 << 10;
+const LEAST_BYTES: u64 = 64 << 10;
 
 /// What a step showed of one direction of a link.
 #[derive(Clone, Copy, Debug, PartialEq)]
