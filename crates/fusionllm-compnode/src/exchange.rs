@@ -173,7 +173,7 @@ impl Exchange for MemoryExchange {
         let (shape, element) = (message.tensor.shape().to_vec(), message.tensor.element_type());
         let tensor = decoder.decode(slot.pass, codec, shape, element, &bytes)?;
         self.tally.encoded(message.to, found);
-        mailbox.put(slot, tensor);
+        mailbox.put(slot, tensor, codec);
         Ok(())
     }
 

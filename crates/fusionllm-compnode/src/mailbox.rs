@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use fusionllm_codec::HostTensor;
+use fusionllm_codec::{Codec, HostTensor};
 use fusionllm_protocol::{Channel, Pass};
 
 use crate::ExchangeError;
@@ -34,6 +34,8 @@ pub struct Mailbox {
 pub struct Arrived {
     /// The tensor.
     pub tensor: HostTensor,
+    /// How it came. The sender may change codecs while training.
+    pub codec: Codec,
     /// When it was there, decoded.
     pub at: Instant,
 }
@@ -46,8 +48,8 @@ struct State {
 
 impl Mailbox {
     /// Delivers a message.
-    pub fn put(&self, slot: Slot, tensor: HostTensor) {
-        self.lock().arrived.insert(slot, Arrived { tensor, at: Instant::now() });
+    pub fn put(&self, slot: Slot, tensor: HostTensor, codec: Codec) {
+        self.lock().arrived.insert(slot, Arrived { tensor, codec, at: Instant::now() });
         self.changed.notify_all();
     }
 

@@ -18,7 +18,7 @@ use crate::codec_table::CodecTable;
 use crate::data::Batches;
 use crate::exchange::{Exchange, Message};
 use crate::executor::{Executor, MicroBatch, NamedTensor};
-use crate::mailbox::Slot;
+use crate::mailbox::{Arrived, Slot};
 use crate::residuals;
 use crate::step_log::StepLog;
 use crate::{CompNodeError, ExecutorError};
@@ -207,7 +207,6 @@ impl TaskLoop {
             if let Need::Activation { edge, .. } = need {
                 let edge = edge_of(&placement, edge.index())?;
                 let tensor = self.fetch(&placement, edge.from, Channel::Activation(edge.id), micro_batch)?;
-                self.remember_kept(edge, micro_batch, &tensor);
                 inputs.push((edge.op, tensor));
             }
         }
@@ -273,11 +272,11 @@ impl TaskLoop {
     }
 
     /// Under [`TopKBackward::Mask`], where a sparsified activation was kept.
-    fn remember_kept(&mut self, edge: &StageEdge, micro_batch: MicroBatch, tensor: &HostTensor) {
+    fn remember_kept(&mut self, edge: EdgeId, micro_batch: MicroBatch, arrived: &Arrived) {
         let is_masked = self.plan.spec.compression.backward == TopKBackward::Mask && micro_batch.pass == Pass::Train;
-        if let (true, Codec::TopK { .. }, Some(values)) = (is_masked, edge.activation_codec, tensor.as_f32()) {
+        if let (true, Codec::TopK { .. }, Some(values)) = (is_masked, arrived.codec, arrived.tensor.as_f32()) {
             let kept = values.iter().map(|&x| x != 0.0).collect();
-            self.kept.insert((edge.id, micro_batch.index), kept);
+            self.kept.insert((edge, micro_batch.index), kept);
         }
     }
 
@@ -315,6 +314,9 @@ impl TaskLoop {
         }
         let arrived = self.exchange.receive(slot)?;
         self.log.arrived(channel, micro_batch.index, arrived.at);
+        if let Channel::Activation(edge) = channel {
+            self.remember_kept(edge, micro_batch, &arrived);
+        }
         Ok(arrived.tensor)
     }
 

@@ -45,7 +45,7 @@ impl Incoming {
         let OpDataHeader { step, pass, micro_batch, codec, element, .. } = header;
         let tensor = decoder.decode(pass, codec, shape, element, payload).map_err(|e| e.to_string())?;
         match self.lock().receive(number).map_err(|e| e.to_string())? {
-            Received::Deliver => mailbox.put(Slot { channel, pass, step, micro_batch }, tensor),
+            Received::Deliver => mailbox.put(Slot { channel, pass, step, micro_batch }, tensor, codec),
             Received::Duplicate => {}
         }
         Ok(())
