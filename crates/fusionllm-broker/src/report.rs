@@ -178,7 +178,8 @@ impl RunReport {
         }
         for link in &self.links {
             let (mb, dense) = (link.bytes as f64 / 1e6, link.dense_bytes as f64 / 1e6);
-            let (from, to, codec, saved) = (&link.from, &link.to, &link.codec, 100.0 * (1.0 - mb / dense.max(1e-12)));
+            let (from, to, codec, saved) =
+                (&link.from, &link.to, &link.codec, 100.0 * (1.0 - mb / dense.max(1e-12)).max(0.0));
             text.push_str(&format!("| {from} | {to} | {mb:.3} | {dense:.3} | {saved:.1} % | {codec} |\n"));
         }
         if !self.links.is_empty() {
