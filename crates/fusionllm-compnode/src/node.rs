@@ -312,7 +312,7 @@ impl Node {
                 Next::nothing()
             }
             NodeEvent::Broker(Some(FromBroker::AwaitProbe { probe, peer })) => {
-                self.probes.expect(&peer, probe);
+                self.probes.expect(&peer);
                 let of_job = self.job.iter().flat_map(|job| job.peers().to_vec());
                 self.members.replace(of_job.chain(self.probes.peers()));
                 Next::Tell(vec![FromCompNode::ProbeAwaited { probe }])

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{EdgeId, NodeIndex, Placement};
+use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::Channel;
 
 use crate::executor::NamedTensor;
@@ -51,11 +51,11 @@ pub(crate) fn take(
         tensors.extract_if(.., is_residual).map(|t| (t.name.clone(), t)).collect();
     let mut residuals = Vec::new();
     for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
-        let senders: [(Channel, EdgeId, _); 2] = [
-            (Channel::Activation(edge.id), edge.id, placement.compnode_of(edge.from)),
-            (Channel::Gradient(edge.id), edge.id, placement.compnode_of(edge.to)),
+        let senders = [
+            (Channel::Activation(edge.id), placement.compnode_of(edge.from)),
+            (Channel::Gradient(edge.id), placement.compnode_of(edge.to)),
         ];
-        for (channel, _, sender) in senders {
+        for (channel, sender) in senders {
             let tensor = name(dag, placement, channel).and_then(|name| found.remove(&name));
             if let (true, Some(tensor)) = (sender == Some(node), tensor) {
                 let restored = HostTensor::new(tensor.shape, Values::F32(tensor.values));

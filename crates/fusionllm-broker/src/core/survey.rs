@@ -265,8 +265,10 @@ impl Survey {
         job: Option<(&JobSpec, &StartPoint)>,
         now: Duration,
     ) -> Inventory {
+        // The key hashes the whole OP-DAG: once, not for each machine.
+        let key = job.map(|(spec, start)| WorkKey::of(spec, start));
         let machine = |&at: &ConnectionId| {
-            let measured = job.and_then(|(spec, start)| self.ops.get(&(at, WorkKey::of(spec, start)))?.clone());
+            let measured = key.and_then(|key| self.ops.get(&(at, key))?.clone());
             let mut report = registry.report(at)?;
             report.efficiency = job.zip(measured.as_ref()).and_then(|((spec, start), measured)| {
                 efficiency(&start.dag, spec.micro_batch_size() as usize, measured, report.profile.flop_per_s)

@@ -1,6 +1,6 @@
 //! What the broker asks this CompNode to measure: its device, the ops of a job, the links to others.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -86,20 +86,20 @@ impl Surveyor {
 
 /// Peers that may dial in order to probe.
 #[derive(Debug, Default)]
-pub(super) struct AwaitedProbes(BTreeMap<PeerId, u64>);
+pub(super) struct AwaitedProbes(BTreeSet<PeerId>);
 
 impl AwaitedProbes {
-    pub(super) fn expect(&mut self, peer: &PeerRecord, probe: u64) {
-        self.0.insert(PeerId::from_bytes(peer.id), probe);
+    pub(super) fn expect(&mut self, peer: &PeerRecord) {
+        self.0.insert(PeerId::from_bytes(peer.id));
     }
 
     pub(super) fn peers(&self) -> impl Iterator<Item = PeerId> + '_ {
-        self.0.keys().copied()
+        self.0.iter().copied()
     }
 
     /// Answers the probe if the peer was expected to make one; gives the connection back if not.
     pub(super) fn answer(&mut self, session: Session) -> Option<Session> {
-        if self.0.remove(&session.peer()).is_none() {
+        if !self.0.remove(&session.peer()) {
             return Some(session);
         }
         tokio::spawn(async move {
