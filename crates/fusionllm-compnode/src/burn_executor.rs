@@ -12,6 +12,7 @@ use fusionllm_protocol::Pass;
 use crate::ExecutorError;
 use crate::executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
 use crate::host::{download, to_scalar, to_vec};
+use crate::kernels::fused;
 use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
 use crate::params::initial_values;
 use crate::segment::{Kept, Segment, Surroundings};
@@ -216,7 +217,7 @@ impl Executor for BurnExecutor {
         let result = self.segment(stage)?.backward(around, kept, gradients, loss_scale)?;
         for (param, gradient) in result.params {
             let sum = match self.gradients.remove(&param) {
-                Some(sum) => sum + gradient,
+                Some(sum) => fused::accumulate(sum, gradient),
                 None => gradient,
             };
             self.gradients.insert(param, sum);
@@ -251,7 +252,10 @@ impl Executor for BurnExecutor {
         let mut sum = 0.0;
         for param in params {
             if let Some(gradient) = self.gradients.get(param) {
-                sum += to_scalar(gradient.clone().square().sum())?;
+                sum += match fused::sum_of_squares(gradient) {
+                    Some(squares) => squares,
+                    None => to_scalar(gradient.clone().square().sum())?,
+                };
             }
         }
         Ok(sum)

@@ -9,6 +9,7 @@ mod attention;
 mod dropout;
 mod elementwise;
 mod embedding;
+pub(crate) mod fused;
 mod linear;
 mod loss;
 mod norm;
@@ -96,7 +97,7 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
         OpKind::Linear { inputs, outputs, bias, layout } => {
             real(linear::forward(arguments, *inputs, *outputs, *bias, *layout))
         }
-        OpKind::Attention { heads, causal } => real(attention::forward(arguments, *heads, *causal, context)),
+        OpKind::Attention { heads, causal } => real(attention::forward(arguments, *heads, *causal)),
         OpKind::Activation { function } => real(activation::forward(arguments, *function)),
         OpKind::Add => real(elementwise::add(arguments)),
         OpKind::Mul => real(elementwise::mul(arguments)),

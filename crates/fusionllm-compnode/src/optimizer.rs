@@ -57,15 +57,24 @@ pub(crate) fn step(
     decay: bool,
     update: UpdateSpec,
 ) -> Tensor<1> {
-    let gradient = if update.gradient_scale == 1.0 { gradient } else { gradient * update.gradient_scale };
+    let scaled = |gradient: Tensor<1>| match update.gradient_scale {
+        1.0 => gradient,
+        scale => gradient * scale,
+    };
     match *optimizer {
         OptimizerSpec::AdamW { betas, epsilon, weight_decay } => {
-            let param = decayed(param, if decay { weight_decay } else { 0.0 }, update.lr);
-            adamw::step(param, gradient, state, betas, epsilon, update)
+            let weight_decay = if decay { weight_decay } else { 0.0 };
+            let constants = adamw::Constants::new(betas, epsilon, weight_decay, update);
+            match adamw::in_place(param, gradient, state, constants) {
+                Ok(param) => param,
+                Err((param, gradient)) => {
+                    adamw::plain(decayed(param, weight_decay, update.lr), scaled(gradient), state, constants)
+                }
+            }
         }
         OptimizerSpec::Sgd { momentum, weight_decay } => {
             let param = decayed(param, if decay { weight_decay } else { 0.0 }, update.lr);
-            sgd::step(param, gradient, state, momentum, update.lr)
+            sgd::step(param, scaled(gradient), state, momentum, update.lr)
         }
     }
 }

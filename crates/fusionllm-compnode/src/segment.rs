@@ -13,6 +13,7 @@ use fusionllm_graph::{DType, OpDag, OpId, ParamId};
 use crate::ExecutorError;
 use crate::executor::{MicroBatch, StageOutput};
 use crate::host::{download, to_scalar, upload};
+use crate::kernels::fused::{self, Operand, Seeded};
 use crate::kernels::{self, Arguments, KernelContext, RealValue, Value};
 use crate::params::seed_for;
 
@@ -193,7 +194,7 @@ impl Segment {
                     what: format!("a gradient came for `{name}`, which was not sent"),
                 });
             };
-            let term = (output.tensor.clone() * seed.autodiff()).sum();
+            let term = weighted(&output.tensor, seed);
             root = Some(match root {
                 Some(sum) => sum + term,
                 None => term,
@@ -219,6 +220,15 @@ impl Segment {
         }
         Ok(SegmentGradients { inputs, params })
     }
+}
+
+/// A scalar whose gradient in `output` is `seed`.
+fn weighted(output: &Tensor<2>, seed: Tensor<2>) -> Tensor<1> {
+    let fused = match Operand::of(&seed) {
+        Some(Operand::Plain(seed)) => fused::apply(Seeded::new(seed.to_contiguous()), [Operand::of(output)]),
+        _ => None,
+    };
+    fused.unwrap_or_else(|| (output.clone() * seed.autodiff()).sum())
 }
 
 /// RAD: the gradient of a tensor is the sum over all its consumers.

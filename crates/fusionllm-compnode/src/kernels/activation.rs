@@ -1,8 +1,10 @@
 //! Elementwise nonlinearities.
 
+use burn_tensor::Tensor;
 use burn_tensor::activation::{gelu, relu, sigmoid, silu};
 use fusionllm_graph::ActivationFunction;
 
+use super::fused::{self, Gelu, Operand};
 use super::{Arguments, RealValue};
 use crate::ExecutorError;
 
@@ -16,15 +18,17 @@ pub(super) fn forward(arguments: &Arguments<'_>, function: ActivationFunction) -
     let x = arguments.real(0)?;
     let tensor = x.tensor.clone();
     let tensor = match function {
-        ActivationFunction::GeluTanh => {
-            // 0.5·(1 + tanh z) = sigmoid(2z) spares half of the passes over memory.
-            let gate =
-                (tensor.clone() * tensor.clone() * (TWO_SQRT_2_OVER_PI * CUBIC) + TWO_SQRT_2_OVER_PI) * tensor.clone();
-            tensor * sigmoid(gate)
-        }
+        ActivationFunction::GeluTanh => fused::apply(Gelu, [Operand::of(&tensor)]).unwrap_or_else(|| gelu_tanh(tensor)),
         ActivationFunction::GeluErf => gelu(tensor),
         ActivationFunction::Relu => relu(tensor),
         ActivationFunction::Silu => silu(tensor),
     };
     Ok(RealValue { tensor, shape: x.shape.clone() })
+}
+
+/// The tanh form of GELU in Burn's operations.
+pub(super) fn gelu_tanh(x: Tensor<2>) -> Tensor<2> {
+    // 0.5·(1 + tanh z) = sigmoid(2z) spares half of the passes over memory.
+    let gate = (x.clone() * x.clone() * (TWO_SQRT_2_OVER_PI * CUBIC) + TWO_SQRT_2_OVER_PI) * x.clone();
+    x * sigmoid(gate)
 }

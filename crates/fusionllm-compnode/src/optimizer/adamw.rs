@@ -1,20 +1,52 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101), in PyTorch's form of the bias correction.
 
 use burn_tensor::Tensor;
+use multiversion::multiversion;
+use rayon::prelude::*;
 
 use super::ParamState;
 use crate::UpdateSpec;
+use crate::kernels::fused::{TASK, from_cpu, into_cpu, zeros};
 
 pub(super) const EXP_AVG: &str = "exp_avg";
 pub(super) const EXP_AVG_SQ: &str = "exp_avg_sq";
 
-pub(super) fn step(
+/// The constants of one update.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Constants {
+    beta1: f64,
+    beta2: f64,
+    epsilon: f64,
+    /// Learning rate over the first moment's bias correction.
+    rate: f64,
+    /// One over the root of the second moment's.
+    root: f64,
+    /// What decay leaves of a parameter.
+    kept: f64,
+    gradient_scale: f64,
+}
+
+impl Constants {
+    pub(super) fn new([beta1, beta2]: [f64; 2], epsilon: f64, weight_decay: f64, update: UpdateSpec) -> Self {
+        let count = (update.step + 1) as f64;
+        Self {
+            beta1,
+            beta2,
+            epsilon,
+            rate: update.lr / (1.0 - beta1.powf(count)),
+            root: 1.0 / (1.0 - beta2.powf(count)).sqrt(),
+            kept: 1.0 - update.lr * weight_decay,
+            gradient_scale: update.gradient_scale,
+        }
+    }
+}
+
+/// In Burn's operations. Parameter and gradient are decayed and scaled.
+pub(super) fn plain(
     param: Tensor<1>,
     gradient: Tensor<1>,
     state: &mut ParamState,
-    [beta1, beta2]: [f64; 2],
-    epsilon: f64,
-    update: UpdateSpec,
+    Constants { beta1, beta2, epsilon, rate, root, .. }: Constants,
 ) -> Tensor<1> {
     let first = gradient.clone() * (1.0 - beta1);
     let second = gradient.clone() * gradient * (1.0 - beta2);
@@ -26,11 +58,51 @@ pub(super) fn step(
         Some(old) => old * beta2 + second,
         None => second,
     };
-    let count = (update.step + 1) as f64;
-    let (correction1, correction2) = (1.0 - beta1.powf(count), 1.0 - beta2.powf(count));
-    let denominator = exp_avg_sq.clone().sqrt() * (1.0 / correction2.sqrt()) + epsilon;
-    let param = param - exp_avg.clone() / denominator * (update.lr / correction1);
+    let denominator = exp_avg_sq.clone().sqrt() * root + epsilon;
+    let param = param - exp_avg.clone() / denominator * rate;
     state.insert(EXP_AVG, exp_avg);
     state.insert(EXP_AVG_SQ, exp_avg_sq);
     param
+}
+
+/// In one pass on all threads, if the tensors are on the CPU; else parameter and gradient come back as they were.
+pub(super) fn in_place(
+    param: Tensor<1>,
+    gradient: Tensor<1>,
+    state: &mut ParamState,
+    constants: Constants,
+) -> Result<Tensor<1>, (Tensor<1>, Tensor<1>)> {
+    let (mut param, gradient) = match (into_cpu(param), into_cpu(gradient)) {
+        (Ok(param), Ok(gradient)) => (param, gradient.to_contiguous()),
+        (param, gradient) => {
+            return Err((param.map_or_else(|p| p, from_cpu), gradient.map_or_else(|g| g, from_cpu)));
+        }
+    };
+    let mut moment = |kind| state.remove(kind).and_then(|old| into_cpu(old).ok()).unwrap_or_else(|| zeros(&param));
+    let (mut exp_avg, mut exp_avg_sq) = (moment(EXP_AVG), moment(EXP_AVG_SQ));
+    param
+        .storage_mut::<f32>()
+        .par_chunks_mut(TASK)
+        .zip(gradient.storage::<f32>().par_chunks(TASK))
+        .zip(exp_avg.storage_mut::<f32>().par_chunks_mut(TASK))
+        .zip(exp_avg_sq.storage_mut::<f32>().par_chunks_mut(TASK))
+        .for_each(|(((param, gradient), first), second)| update(param, gradient, first, second, constants));
+    state.insert(EXP_AVG, from_cpu(exp_avg));
+    state.insert(EXP_AVG_SQ, from_cpu(exp_avg_sq));
+    Ok(from_cpu(param))
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn update(param: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32], constants: Constants) {
+    let [beta1, rest1] = [constants.beta1, 1.0 - constants.beta1].map(|c| c as f32);
+    let [beta2, rest2] = [constants.beta2, 1.0 - constants.beta2].map(|c| c as f32);
+    let [epsilon, rate] = [constants.epsilon, constants.rate].map(|c| c as f32);
+    let [root, kept, scale] = [constants.root, constants.kept, constants.gradient_scale].map(|c| c as f32);
+    let moments = first.iter_mut().zip(second);
+    for ((param, &gradient), (first, second)) in param.iter_mut().zip(gradient).zip(moments) {
+        let gradient = gradient * scale;
+        *first = *first * beta1 + gradient * rest1;
+        *second = *second * beta2 + gradient * gradient * rest2;
+        *param = *param * kept - *first / (second.sqrt() * root + epsilon) * rate;
+    }
 }

@@ -1,0 +1,112 @@
+//! x · W + b as one product each way.
+
+use burn_flex::FlexTensor;
+use fusionllm_graph::WeightLayout;
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::matrix::{Matrix, MatrixMut, Target, product};
+use super::vector::add;
+use super::{Fused, dims, rows_per_task, tensor};
+
+/// x [N, inputs], weight of inputs · outputs values, and for `N = 3` a bias [outputs] → [N, outputs].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Linear {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) layout: WeightLayout,
+}
+
+/// Operands of which the last is the bias.
+const WITH_BIAS: usize = 3;
+
+impl Linear {
+    /// The weight as [inputs, outputs].
+    fn weight<'a>(&self, values: &'a [f32]) -> Matrix<'a> {
+        match self.layout {
+            WeightLayout::InOut => Matrix::dense(values, self.inputs, self.outputs),
+            WeightLayout::OutIn => Matrix::dense(values, self.outputs, self.inputs).transposed(),
+        }
+    }
+
+    fn x_gradient(&self, weight: &[f32], gradient: Matrix<'_>, rows: usize) -> FlexTensor {
+        let mut values = vec![0.0; rows * self.inputs];
+        let out = MatrixMut::dense(&mut values, rows, self.inputs);
+        product(1.0, gradient, self.weight(weight).transposed(), out, Target::Overwrite, true);
+        tensor(values, [rows, self.inputs])
+    }
+
+    fn weight_gradient(&self, x: Matrix<'_>, gradient: Matrix<'_>) -> FlexTensor {
+        let mut values = vec![0.0; self.inputs * self.outputs];
+        let count = values.len();
+        match self.layout {
+            WeightLayout::InOut => {
+                let out = MatrixMut::dense(&mut values, self.inputs, self.outputs);
+                product(1.0, x.transposed(), gradient, out, Target::Overwrite, true);
+            }
+            WeightLayout::OutIn => {
+                let out = MatrixMut::dense(&mut values, self.outputs, self.inputs);
+                product(1.0, gradient.transposed(), x, out, Target::Overwrite, true);
+            }
+        }
+        tensor(values, [count])
+    }
+
+    /// The sum over rows.
+    fn bias_gradient(&self, gradient: &[f32]) -> FlexTensor {
+        let size = rows_per_task(self.outputs) * self.outputs;
+        let parts: Vec<Vec<f32>> = gradient.par_chunks(size).map(|rows| column_sums(rows, self.outputs)).collect();
+        let mut sum = vec![0.0; self.outputs];
+        for part in parts {
+            add(&mut sum, &part);
+        }
+        tensor(sum, [self.outputs])
+    }
+}
+
+impl<const N: usize> Fused<N> for Linear {
+    /// x and the weight.
+    type Saved = (FlexTensor, FlexTensor);
+
+    fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved) {
+        let [x, weight] = [0, 1].map(|i| inputs[i].clone());
+        let (rows, _) = dims(&x);
+        let mut output = vec![0.0; rows * self.outputs];
+        let bias = inputs.get(WITH_BIAS - 1).and_then(FlexTensor::as_slice::<f32>);
+        if let Some(bias) = bias {
+            output.par_chunks_exact_mut(self.outputs.max(1)).for_each(|row| row.copy_from_slice(bias));
+        }
+        let target = if bias.is_some() { Target::Add } else { Target::Overwrite };
+        let x_values = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
+        let weight_values = self.weight(weight.as_slice().unwrap_or_default());
+        product(1.0, x_values, weight_values, MatrixMut::dense(&mut output, rows, self.outputs), target, true);
+        (tensor(output, [rows, self.outputs]), (x, weight))
+    }
+
+    fn backward(&self, saved: Self::Saved, gradient: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N] {
+        let (x, weight) = saved;
+        let (rows, _) = dims(&x);
+        let values = gradient.as_slice::<f32>().unwrap_or_default();
+        let of_output = Matrix::dense(values, rows, self.outputs);
+        std::array::from_fn(|input| match input {
+            _ if !wanted[input] => None,
+            0 => Some(self.x_gradient(weight.as_slice().unwrap_or_default(), of_output, rows)),
+            1 => {
+                let x = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
+                Some(self.weight_gradient(x, of_output))
+            }
+            _ => Some(self.bias_gradient(values)),
+        })
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn column_sums(rows: &[f32], columns: usize) -> Vec<f32> {
+    let mut sums = vec![0.0; columns];
+    for row in rows.chunks_exact(columns.max(1)) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += value;
+        }
+    }
+    sums
+}
