@@ -22,6 +22,7 @@ use crate::segment::{Kept, Segment, Surroundings};
 pub struct BurnExecutor {
     dag: Arc<OpDag>,
     device: Device,
+    on_cpu: bool,
     seed: u64,
     optimizer: OptimizerSpec,
     segments: BTreeMap<StageId, Segment>,
@@ -112,6 +113,7 @@ impl BurnExecutor {
         }
         let mut executor = Self {
             dag,
+            on_cpu: fused::is_cpu(&device),
             device,
             seed,
             optimizer,
@@ -173,6 +175,12 @@ impl BurnExecutor {
         Surroundings { dag: &self.dag, device: &self.device, params, seed: self.seed }
     }
 
+    /// Runs `compute` on a worker of the thread pool if that is what computes: its parallel loops then need not be handed
+    /// over one by one.
+    fn on_pool<T: Send>(&self, compute: impl FnOnce() -> T + Send) -> T {
+        if self.on_cpu { rayon::scope(|_| compute()) } else { compute() }
+    }
+
     fn held(&self, param: ParamId) -> Result<&Tensor<1>, ExecutorError> {
         self.params
             .get(&param)
@@ -196,7 +204,8 @@ impl Executor for BurnExecutor {
             }
         }
         let params = if training { &self.leaves } else { &self.params };
-        let (output, kept) = segment.forward(self.surroundings(params), micro_batch, inputs, training)?;
+        let around = self.surroundings(params);
+        let (output, kept) = self.on_pool(|| segment.forward(around, micro_batch, inputs, training))?;
         if training {
             self.kept.insert((stage, micro_batch.index), kept);
         }
@@ -214,7 +223,8 @@ impl Executor for BurnExecutor {
             what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
         })?;
         let around = self.surroundings(&self.leaves);
-        let result = self.segment(stage)?.backward(around, kept, gradients, loss_scale)?;
+        let segment = self.segment(stage)?;
+        let result = self.on_pool(|| segment.backward(around, kept, gradients, loss_scale))?;
         for (param, gradient) in result.params {
             let sum = match self.gradients.remove(&param) {
                 Some(sum) => fused::accumulate(sum, gradient),

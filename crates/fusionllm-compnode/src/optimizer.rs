@@ -67,7 +67,8 @@ pub(crate) fn step(
             let constants = adamw::Constants::new(betas, epsilon, weight_decay, update);
             match adamw::in_place(param, gradient, state, constants) {
                 Ok(param) => param,
-                Err((param, gradient)) => {
+                Err(others) => {
+                    let (param, gradient) = *others;
                     adamw::plain(decayed(param, weight_decay, update.lr), scaled(gradient), state, constants)
                 }
             }

@@ -21,7 +21,7 @@ use burn_autodiff::checkpoint::strategy::NoCheckpointing;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 use burn_flex::{Flex, FlexTensor, Layout};
-use burn_tensor::{BackendPrimitive, Bytes, DType, Float, Shape, Tensor};
+use burn_tensor::{BackendPrimitive, Bytes, DType, Device, Float, Shape, Tensor};
 
 pub(crate) use attention::Attention;
 pub(crate) use cross_entropy::CrossEntropy;
@@ -66,10 +66,15 @@ impl Operand {
     }
 }
 
+/// Whether tensors of a device live on the CPU backend.
+pub(crate) fn is_cpu(device: &Device) -> bool {
+    into_cpu(Tensor::<1>::zeros([1], device)).is_ok()
+}
+
 /// The tensor behind a tensor outside autodiff, if it lives on the CPU backend; else the tensor again.
-pub(crate) fn into_cpu<const D: usize>(tensor: Tensor<D>) -> Result<FlexTensor, Tensor<D>> {
+pub(crate) fn into_cpu<const D: usize>(tensor: Tensor<D>) -> Result<FlexTensor, Box<Tensor<D>>> {
     let again = tensor.clone();
-    tensor.try_into_primitive::<Flex>().map_err(|_| again)
+    tensor.try_into_primitive::<Flex>().map_err(|_| Box::new(again))
 }
 
 /// The other way.
@@ -84,7 +89,7 @@ pub(crate) fn accumulate(sum: Tensor<1>, term: Tensor<1>) -> Tensor<1> {
             vector::add_into(sum.storage_mut(), term.to_contiguous().storage());
             from_cpu(sum)
         }
-        (sum, term) => sum.map_or_else(|t| t, from_cpu) + term.map_or_else(|t| t, from_cpu),
+        (sum, term) => sum.map_or_else(|t| *t, from_cpu) + term.map_or_else(|t| *t, from_cpu),
     }
 }
 

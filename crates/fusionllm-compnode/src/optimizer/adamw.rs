@@ -71,11 +71,12 @@ pub(super) fn in_place(
     gradient: Tensor<1>,
     state: &mut ParamState,
     constants: Constants,
-) -> Result<Tensor<1>, (Tensor<1>, Tensor<1>)> {
+) -> Result<Tensor<1>, Box<(Tensor<1>, Tensor<1>)>> {
     let (mut param, gradient) = match (into_cpu(param), into_cpu(gradient)) {
         (Ok(param), Ok(gradient)) => (param, gradient.to_contiguous()),
         (param, gradient) => {
-            return Err((param.map_or_else(|p| p, from_cpu), gradient.map_or_else(|g| g, from_cpu)));
+            let (param, gradient) = (param.map_or_else(|p| *p, from_cpu), gradient.map_or_else(|g| *g, from_cpu));
+            return Err(Box::new((param, gradient)));
         }
     };
     let mut moment = |kind| state.remove(kind).and_then(|old| into_cpu(old).ok()).unwrap_or_else(|| zeros(&param));
@@ -104,5 +105,36 @@ fn update(param: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [
         *first = *first * beta1 + gradient * rest1;
         *second = *second * beta2 + gradient * gradient * rest2;
         *param = *param * kept - *first / (second.sqrt() * root + epsilon) * rate;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_tensor::{Device, TensorData};
+
+    use super::*;
+    use crate::host::to_vec;
+
+    fn tensor(seed: usize) -> Tensor<1> {
+        let values: Vec<f32> = (0..TASK + 5).map(|i| ((i * 7 + seed) % 13) as f32 / 6.0 - 1.0).collect();
+        Tensor::from_data(TensorData::new(values, [TASK + 5]), &Device::flex())
+    }
+
+    #[test]
+    fn in_place_is_the_plain_update() {
+        let (mut in_place_state, mut plain_state) = (ParamState::new(), ParamState::new());
+        let (mut a, mut b) = (tensor(1), tensor(1));
+        for step in 0..4 {
+            let update = UpdateSpec { step, lr: 0.01, gradient_scale: 0.5 };
+            let constants = Constants::new([0.9, 0.95], 1e-8, 0.1, update);
+            let gradient = tensor(3 + step as usize);
+            a = in_place(a, gradient.clone(), &mut in_place_state, constants).unwrap();
+            b = plain(b * (1.0 - 0.01 * 0.1), gradient * 0.5, &mut plain_state, constants);
+            let pairs = to_vec(a.clone()).unwrap().into_iter().zip(to_vec(b.clone()).unwrap());
+            for (a, b) in pairs {
+                assert!((a - b).abs() < 1e-6, "step {step}: {a} against {b}");
+            }
+        }
+        assert_eq!(in_place_state.keys().collect::<Vec<_>>(), plain_state.keys().collect::<Vec<_>>());
     }
 }

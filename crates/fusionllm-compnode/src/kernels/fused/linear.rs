@@ -5,7 +5,7 @@ use fusionllm_graph::WeightLayout;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::matrix::{Matrix, MatrixMut, Target, product};
+use super::matrix::{Matrix, new_product};
 use super::vector::add;
 use super::{Fused, dims, rows_per_task, tensor};
 
@@ -30,26 +30,15 @@ impl Linear {
     }
 
     fn x_gradient(&self, weight: &[f32], gradient: Matrix<'_>, rows: usize) -> FlexTensor {
-        let mut values = vec![0.0; rows * self.inputs];
-        let out = MatrixMut::dense(&mut values, rows, self.inputs);
-        product(1.0, gradient, self.weight(weight).transposed(), out, Target::Overwrite, true);
-        tensor(values, [rows, self.inputs])
+        tensor(new_product(gradient, self.weight(weight).transposed()), [rows, self.inputs])
     }
 
     fn weight_gradient(&self, x: Matrix<'_>, gradient: Matrix<'_>) -> FlexTensor {
-        let mut values = vec![0.0; self.inputs * self.outputs];
-        let count = values.len();
-        match self.layout {
-            WeightLayout::InOut => {
-                let out = MatrixMut::dense(&mut values, self.inputs, self.outputs);
-                product(1.0, x.transposed(), gradient, out, Target::Overwrite, true);
-            }
-            WeightLayout::OutIn => {
-                let out = MatrixMut::dense(&mut values, self.outputs, self.inputs);
-                product(1.0, gradient.transposed(), x, out, Target::Overwrite, true);
-            }
-        }
-        tensor(values, [count])
+        let values = match self.layout {
+            WeightLayout::InOut => new_product(x.transposed(), gradient),
+            WeightLayout::OutIn => new_product(gradient.transposed(), x),
+        };
+        tensor(values, [self.inputs * self.outputs])
     }
 
     /// The sum over rows.
@@ -71,15 +60,12 @@ impl<const N: usize> Fused<N> for Linear {
     fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved) {
         let [x, weight] = [0, 1].map(|i| inputs[i].clone());
         let (rows, _) = dims(&x);
-        let mut output = vec![0.0; rows * self.outputs];
-        let bias = inputs.get(WITH_BIAS - 1).and_then(FlexTensor::as_slice::<f32>);
-        if let Some(bias) = bias {
-            output.par_chunks_exact_mut(self.outputs.max(1)).for_each(|row| row.copy_from_slice(bias));
-        }
-        let target = if bias.is_some() { Target::Add } else { Target::Overwrite };
         let x_values = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
-        let weight_values = self.weight(weight.as_slice().unwrap_or_default());
-        product(1.0, x_values, weight_values, MatrixMut::dense(&mut output, rows, self.outputs), target, true);
+        let mut output = new_product(x_values, self.weight(weight.as_slice().unwrap_or_default()));
+        if let Some(bias) = inputs.get(WITH_BIAS - 1).and_then(FlexTensor::as_slice::<f32>) {
+            let size = rows_per_task(self.outputs) * self.outputs;
+            output.par_chunks_mut(size).for_each(|rows| add_to_rows(rows, bias));
+        }
         (tensor(output, [rows, self.outputs]), (x, weight))
     }
 
@@ -109,4 +95,13 @@ fn column_sums(rows: &[f32], columns: usize) -> Vec<f32> {
         }
     }
     sums
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
+fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
+    for row in rows.chunks_exact_mut(bias.len().max(1)) {
+        for (value, bias) in row.iter_mut().zip(bias) {
+            *value += bias;
+        }
+    }
 }

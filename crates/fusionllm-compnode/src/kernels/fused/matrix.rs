@@ -80,6 +80,29 @@ pub(super) enum Target {
     Add,
 }
 
+/// `a · b` row after row, on all threads.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub(super) fn new_product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    let count = a.rows * b.columns;
+    if a.columns == 0 {
+        return vec![0.0; count];
+    }
+    assert!(a.columns == b.rows, "{} x {} by {} x {}", a.rows, a.columns, b.rows, b.columns);
+    // Large results: filling them with zeros first would be a pass over memory for nothing.
+    let mut out: Vec<f32> = Vec::with_capacity(count);
+    let target = Pointer { values: out.as_mut_ptr(), row_stride: b.columns, target: Target::Overwrite };
+    // SAFETY: the shapes fit, and the buffer has room for all of a.rows x b.columns values, each of which is written and
+    // none read.
+    #[expect(unsafe_code, reason = "a buffer that a foreign function fills")]
+    unsafe {
+        multiply(1.0, a, b, target, true);
+        out.set_len(count);
+    }
+    out
+}
+
 /// `out ← scale · a · b` or `out ← out + scale · a · b`; with `parallel` on all threads.
 ///
 /// # Panics
@@ -95,24 +118,45 @@ pub(super) fn product(scale: f32, a: Matrix<'_>, b: Matrix<'_>, out: MatrixMut<'
         out.rows,
         out.columns
     );
-    let parallelism = if parallel { Parallelism::Rayon(0) } else { Parallelism::None };
-    let (out_values, a_values, b_values) = (out.values.as_mut_ptr(), a.values.as_ptr(), b.values.as_ptr());
-    // SAFETY: the constructors have checked that every element of each matrix lies within its slice, the shapes fit,
-    // and `out` is borrowed mutably, so that nothing that is written overlaps anything that is read.
+    let pointer = Pointer { values: out.values.as_mut_ptr(), row_stride: out.row_stride, target };
+    // SAFETY: the shapes fit, the constructor has checked that every element of `out` lies within its slice, and `out` is
+    // borrowed mutably, so that nothing that is written overlaps anything that is read.
     #[expect(unsafe_code, reason = "the gemm crate takes pointers")]
+    unsafe {
+        multiply(scale, a, b, pointer, parallel);
+    }
+}
+
+/// Where a product goes.
+#[derive(Clone, Copy, Debug)]
+struct Pointer {
+    values: *mut f32,
+    row_stride: usize,
+    target: Target,
+}
+
+/// The product by the `gemm` crate.
+///
+/// # Safety
+/// `a.columns` is `b.rows`; `out` points to a.rows x b.columns values at its stride that nothing else uses; they are
+/// initialised if `out.target` reads them.
+#[expect(unsafe_code, reason = "the gemm crate takes pointers")]
+unsafe fn multiply(scale: f32, a: Matrix<'_>, b: Matrix<'_>, out: Pointer, parallel: bool) {
+    let parallelism = if parallel { Parallelism::Rayon(0) } else { Parallelism::None };
+    // SAFETY: the constructors of `Matrix` have checked that its elements lie within its slice; the rest is our caller's.
     unsafe {
         gemm::gemm::<f32>(
             a.rows,
             b.columns,
             a.columns,
-            out_values,
+            out.values,
             1,
             out.row_stride as isize,
-            target == Target::Add,
-            a_values,
+            out.target == Target::Add,
+            a.values.as_ptr(),
             a.column_stride as isize,
             a.row_stride as isize,
-            b_values,
+            b.values.as_ptr(),
             b.column_stride as isize,
             b.row_stride as isize,
             1.0,
@@ -142,6 +186,9 @@ mod tests {
         assert_eq!(out, expected);
         product(1.0, view, view.transposed(), MatrixMut::strided(&mut out, 3, 3, 3), Target::Overwrite, true);
         assert_eq!(out[4], 61.0);
+        assert_eq!(new_product(view, view.transposed()), out);
+        let none = Matrix::dense(&[], 2, 0);
+        assert_eq!(new_product(none, none.transposed()), [0.0; 4]);
     }
 
     #[test]

@@ -1,1 +1,159 @@
+//! Every fused op against its plain form in Burn: values and gradients, at sizes that no block or vector divides.
+//! `kernels/tests.rs` holds the same ops against formulas and differences.
 
+use burn_tensor::{Int, TensorData};
+use fusionllm_graph::WeightLayout;
+
+use super::*;
+use crate::host::to_vec;
+use crate::kernels::{activation, attention, linear, loss, norm};
+
+/// Numbers without a pattern in [-2, 2).
+fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut draw = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 22) as f32 - 2.0
+    };
+    (0..count).map(|_| draw()).collect()
+}
+
+fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+/// A leaf of the tape.
+fn leaf<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
+    let values = numbers(shape.iter().product(), seed);
+    Tensor::from_data(TensorData::new(values, shape), &device()).require_grad()
+}
+
+/// The output's values, and the gradients of Σ output · numbers in x and the parameters.
+fn run(output: Tensor<2>, x: &Tensor<2>, params: &[Tensor<1>]) -> Vec<Vec<f32>> {
+    let mut found = vec![to_vec(output.clone()).unwrap()];
+    let dims = output.dims();
+    let seed = Tensor::from_data(TensorData::new(numbers(dims[0] * dims[1], 9), dims), &device());
+    let mut tape = (output * seed).sum().backward();
+    found.push(to_vec(x.grad_remove(&mut tape).unwrap()).unwrap());
+    found.extend(params.iter().map(|p| to_vec(p.grad_remove(&mut tape).unwrap()).unwrap()));
+    found
+}
+
+fn assert_alike(what: &str, fused: Option<Vec<Vec<f32>>>, plain: Vec<Vec<f32>>) {
+    let fused = fused.unwrap_or_else(|| panic!("{what}: declined"));
+    for (part, (fused, plain)) in fused.iter().zip(&plain).enumerate() {
+        assert_eq!(fused.len(), plain.len(), "{what}, part {part}");
+        let size = plain.iter().fold(1.0f32, |max, v| max.max(v.abs()));
+        for (i, (a, b)) in fused.iter().zip(plain).enumerate() {
+            assert!((a - b).abs() <= 2e-5 * size, "{what}, part {part}, element {i}: {a} against {b}");
+        }
+    }
+}
+
+#[test]
+fn layer_norm_is_the_plain_one() {
+    for (rows, columns) in [(1, 1), (3, 7), (33, 70), (600, 129)] {
+        let (x, params) = (leaf([rows, columns], 1), [leaf([columns], 2), leaf([columns], 3)]);
+        let [weight, bias] = &params;
+        let operands = [Operand::of(&x), Operand::of(weight), Operand::of(bias)];
+        let fused = apply(LayerNorm { eps: 1e-5 }, operands).map(|y| run(y, &x, &params));
+        let plain = run(norm::plain(x.clone(), weight.clone(), bias.clone(), 1e-5), &x, &params);
+        assert_alike(&format!("layer norm {rows} x {columns}"), fused, plain);
+    }
+}
+
+#[test]
+fn gelu_is_the_plain_one() {
+    for shape in [[1, 1], [5, 13], [130, 257]] {
+        let x = leaf(shape, 1) * 3.0;
+        let fused = apply(Gelu, [Operand::of(&x)]).map(|y: Tensor<2>| to_vec(y).unwrap());
+        let plain = to_vec(activation::gelu_tanh(x.clone())).unwrap();
+        assert_alike("gelu", fused.map(|v| vec![v]), vec![plain]);
+        let x = leaf(shape, 2);
+        let fused = apply(Gelu, [Operand::of(&x)]).map(|y| run(y, &x, &[]));
+        assert_alike("gelu", fused, run(activation::gelu_tanh(x.clone()), &x, &[]));
+    }
+}
+
+#[test]
+fn linear_is_the_plain_one_in_both_layouts() {
+    for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
+        for (rows, inputs, outputs) in [(1, 1, 1), (5, 3, 17), (70, 65, 130)] {
+            let op = Linear { inputs, outputs, layout };
+            let (x, params) = (leaf([rows, inputs], 1), [leaf([inputs * outputs], 2), leaf([outputs], 3)]);
+            let [weight, bias] = &params;
+            let operands = [Operand::of(&x), Operand::of(weight), Operand::of(bias)];
+            let fused = apply(op, operands).map(|y| run(y, &x, &params));
+            let plain = run(linear::plain(x.clone(), weight.clone(), Some(bias.clone()), op), &x, &params);
+            assert_alike("linear", fused, plain);
+            let fused = apply(op, [Operand::of(&x), Operand::of(weight)]).map(|y| run(y, &x, &params[..1]));
+            assert_alike("no bias", fused, run(linear::plain(x.clone(), weight.clone(), None, op), &x, &params[..1]));
+        }
+    }
+}
+
+#[test]
+fn attention_is_the_plain_one() {
+    for causal in [false, true] {
+        for (batch, seq, heads, head_dim) in [(1, 1, 1, 1), (2, 5, 3, 4), (3, 65, 2, 8), (1, 130, 2, 16)] {
+            let width = heads * head_dim;
+            let op = Attention { seq, heads, width, causal };
+            let qkv = leaf([batch * seq, 3 * width], 1);
+            let fused = apply(op, [Operand::of(&qkv)]).map(|y| run(y, &qkv, &[]));
+            let plain = run(attention::plain(qkv.clone(), batch, op), &qkv, &[]);
+            assert_alike(&format!("attention over {seq}, causal: {causal}"), fused, plain);
+        }
+    }
+}
+
+#[test]
+fn attention_survives_scores_beyond_the_range_of_exp() {
+    let op = Attention { seq: 3, heads: 1, width: 2, causal: true };
+    let qkv = leaf([3, 6], 1) * 1e3;
+    let output: Tensor<2> = apply(op, [Operand::of(&qkv)]).unwrap();
+    let plain = to_vec(attention::plain(qkv, 1, op)).unwrap();
+    assert_alike("large scores", Some(vec![to_vec(output).unwrap()]), vec![plain]);
+}
+
+#[test]
+fn cross_entropy_is_the_plain_one() {
+    for (rows, vocab) in [(1, 1), (4, 5), (37, 130), (300, 257)] {
+        let labels: Vec<usize> = (0..rows).map(|i| i * 31 % vocab).collect();
+        let ids = TensorData::new(labels.iter().map(|&l| l as i32).collect::<Vec<_>>(), [rows]);
+        let ids = Tensor::<1, Int>::from_data(ids, &device());
+        let logits = leaf([rows, vocab], 1);
+        let fused = apply(CrossEntropy { labels }, [Operand::of(&logits)]).map(|y| run(y, &logits, &[]));
+        assert_alike("cross-entropy", fused, run(loss::plain(logits.clone(), ids), &logits, &[]));
+    }
+}
+
+#[test]
+fn a_seeded_scalar_gives_its_seed_as_gradient() {
+    let x = leaf([3, 5], 1);
+    let seed = numbers(15, 4);
+    let scalar: Tensor<1> = apply(Seeded::new(tensor(seed.clone(), [3, 5])), [Operand::of(&x)]).unwrap();
+    let mut tape = scalar.backward();
+    assert_eq!(to_vec(x.grad_remove(&mut tape).unwrap()).unwrap(), seed);
+}
+
+#[test]
+fn outside_autodiff_only_fp_runs() {
+    let x = leaf([4, 6], 1);
+    let inner = x.clone().inner();
+    let output: Tensor<2> = apply(Gelu, [Operand::of(&inner)]).unwrap();
+    let tracked: Tensor<2> = apply(Gelu, [Operand::of(&x)]).unwrap();
+    assert!(!output.device().is_autodiff() && tracked.is_tracked());
+    assert_eq!(to_vec(output).unwrap(), to_vec(tracked).unwrap());
+}
+
+#[test]
+fn sums_are_in_place_and_complete() {
+    let (sum, term) = (numbers(TASK + 3, 1), numbers(TASK + 3, 2));
+    let on_device =
+        |values: &Vec<f32>| Tensor::<1>::from_data(TensorData::new(values.clone(), [TASK + 3]), &Device::flex());
+    let expected: Vec<f32> = sum.iter().zip(&term).map(|(a, b)| a + b).collect();
+    assert_eq!(to_vec(accumulate(on_device(&sum), on_device(&term))).unwrap(), expected);
+    let squares = sum_of_squares(&on_device(&sum)).unwrap();
+    let exact: f64 = sum.iter().map(|&a| f64::from(a) * f64::from(a)).sum();
+    assert!((squares - exact).abs() < 1e-6 * exact);
+}
