@@ -220,7 +220,10 @@ impl JobLinks {
             Channel::Activation(id) | Channel::Gradient(id) => {
                 self.placement.edges.get(id.index()).map(|edge| edge.elements)
             }
-            Channel::Tied { .. } | Channel::NormPart { .. } | Channel::NormTotal { .. } => None,
+            Channel::Tied { param, .. } => {
+                self.placement.tied.iter().find(|t| t.param == param).map(|tied| tied.elements)
+            }
+            Channel::NormPart { .. } | Channel::NormTotal { .. } => None,
         }
     }
 

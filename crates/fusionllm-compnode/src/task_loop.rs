@@ -3,6 +3,7 @@
 //! Tasks run in the order that the placement gives; each waits until the readiness rule has all it needs. Sending
 //! never waits for the wire, so compute and transfers overlap; what is live is bounded by the order.
 
+mod tied;
 mod update;
 
 use std::collections::BTreeMap;
@@ -71,6 +72,7 @@ pub struct TaskLoop {
     busy: Duration,
     live_max: usize,
     log: StepLog,
+    feedback: tied::Feedback,
 }
 
 impl std::fmt::Debug for TaskLoop {
@@ -97,6 +99,7 @@ impl TaskLoop {
             busy: Duration::ZERO,
             live_max: 0,
             log: StepLog::default(),
+            feedback: tied::Feedback::default(),
         }
     }
 

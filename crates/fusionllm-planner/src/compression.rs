@@ -117,6 +117,26 @@ pub fn compress(policy: Compression, directions: &[Direction], least_link_s: f64
     directions.iter().map(of).collect()
 }
 
+/// The codec of a tied parameter's gradient, of which a dense message takes `dense_s` on the slowest link between its
+/// holders. That link is `slowness` times as slow as the slowest that carries activations. Only the adaptive policy
+/// compresses it, and only by quantizing: the paper does not treat tied parameters.
+pub(crate) fn compress_tied(
+    policy: Compression,
+    shape: &[usize],
+    dense_s: f64,
+    slowness: f64,
+    least_link_s: f64,
+) -> Codec {
+    let Compression::Adaptive { ratio } = policy else { return Codec::Dense };
+    let useful = if least_link_s > 0.0 { ratio.min(dense_s / least_link_s) } else { ratio };
+    let wanted = useful * slowness.min(1.0);
+    if wanted <= 1.0 {
+        return Codec::Dense;
+    }
+    let fits = |codec: &Codec| codec.ratio_of(shape).is_ok_and(|r| r >= wanted);
+    [Codec::Bf16, Codec::Int8].into_iter().find(fits).unwrap_or(Codec::Int4)
+}
+
 fn topk(share: f64, values: TopKValues) -> Codec {
     let density = Density::from_share(share.min(1.0)).or_else(|_| Density::from_ppm(LEAST_PPM));
     Codec::TopK { density: density.unwrap_or(Density::FULL), values }
@@ -239,6 +259,15 @@ mod tests {
         for ratio in [10.0, 30.0, 100.0] {
             assert!(codec(ratio).ratio_of(&SHAPE).unwrap() >= ratio, "{}", codec(ratio));
         }
+    }
+
+    #[test]
+    fn tied_gradients_are_quantized_as_their_link_is_slow() {
+        let adaptive = Compression::Adaptive { ratio: 10.0 };
+        let codec = |dense_s, slowness| compress_tied(adaptive, &[96, 64], dense_s, slowness, 1.0);
+        assert_eq!([codec(0.5, 1.0), codec(8.0, 0.1)], [Codec::Dense, Codec::Dense]);
+        assert_eq!([codec(1.5, 1.0), codec(3.0, 1.0), codec(80.0, 2.0)], [Codec::Bf16, Codec::Int8, Codec::Int4]);
+        assert_eq!(compress_tied(ADA, &[96, 64], 80.0, 1.0, 1.0), Codec::Dense);
     }
 
     proptest! {

@@ -49,6 +49,10 @@ pub struct TiedParam {
     pub param: ParamId,
     /// Who holds it, ascending. The first one counts it in the global norm.
     pub holders: Vec<NodeIndex>,
+    /// Its elements.
+    pub elements: u64,
+    /// How each holder's gradient is encoded: plain or quantized, without memory of earlier messages.
+    pub codec: Codec,
 }
 
 /// The task orders of one kind of pass.
@@ -236,6 +240,11 @@ fn tied_params(dag: &OpDag, stages: &[Stage]) -> Vec<TiedParam> {
     holders
         .into_iter()
         .filter(|(_, nodes)| nodes.len() > 1)
-        .map(|(param, nodes)| TiedParam { param, holders: nodes.into_iter().collect() })
+        .map(|(param, nodes)| TiedParam {
+            param,
+            holders: nodes.into_iter().collect(),
+            elements: dag.param(param).elements(),
+            codec: Codec::Dense,
+        })
         .collect()
 }

@@ -1,6 +1,5 @@
-//! The step's end: tied gradients, the global norm, UPDATE.
+//! The step's end: the global norm and UPDATE, after the tied gradients.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,41 +27,6 @@ impl TaskLoop {
         self.executor.update(UpdateSpec { step, lr, gradient_scale })?;
         self.worked(Task::Update, began);
         Ok((lr, norm))
-    }
-
-    /// Every holder of a tied parameter gets the sum of all holders' gradients, added in the same order, so the
-    /// copies stay equal.
-    fn sum_tied_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
-        let placement = Arc::clone(&self.plan.placement);
-        let node = self.plan.node;
-        let mine: Vec<_> = placement.tied.iter().filter(|t| t.holders.contains(&node)).collect();
-        let mut own = BTreeMap::new();
-        for tied in &mine {
-            let gradient = self.executor.gradient(tied.param)?;
-            let slot = step_slot(Channel::Tied { param: tied.param, from: node }, step);
-            for &to in tied.holders.iter().filter(|&&h| h != node) {
-                self.exchange.send(Message { to, slot, tensor: gradient.clone(), codec: Codec::Dense })?;
-            }
-            own.insert(tied.param, gradient);
-        }
-        for tied in mine {
-            let mut sum: Option<Vec<f32>> = None;
-            let mut shape = Vec::new();
-            for &from in &tied.holders {
-                let part = match own.remove(&tied.param) {
-                    Some(own_part) if from == node => own_part,
-                    other => {
-                        own.extend(other.map(|part| (tied.param, part)));
-                        self.exchange.receive(step_slot(Channel::Tied { param: tied.param, from }, step))?.tensor
-                    }
-                };
-                shape = part.shape().to_vec();
-                sum = Some(add(sum, part, tied.param)?);
-            }
-            let total = HostTensor::new(shape, Values::F32(sum.unwrap_or_default())).map_err(internal)?;
-            self.executor.set_gradient(tied.param, total)?;
-        }
-        Ok(())
     }
 
     /// The norm of all gradients of all CompNodes; a tied parameter counts once, at its first holder.
@@ -107,25 +71,10 @@ impl TaskLoop {
 }
 
 /// The slot of what is sent once a step.
-fn step_slot(channel: Channel, step: u64) -> Slot {
+pub(super) fn step_slot(channel: Channel, step: u64) -> Slot {
     Slot { channel, pass: Pass::Train, step, micro_batch: 0 }
 }
 
 fn scalar_of(tensor: &HostTensor) -> f64 {
     tensor.as_f32().and_then(|v| v.first()).map_or(f64::NAN, |&v| f64::from(v))
-}
-
-fn add(sum: Option<Vec<f32>>, part: HostTensor, param: ParamId) -> Result<Vec<f32>, CompNodeError> {
-    let misfit =
-        || ExecutorError::Internal { what: format!("tied gradients of parameter {} differ in shape", param.0) };
-    let (_, values) = part.into_parts();
-    let Values::F32(values) = values else { return Err(misfit().into()) };
-    match sum {
-        None => Ok(values),
-        Some(mut sum) if sum.len() == values.len() => {
-            sum.iter_mut().zip(&values).for_each(|(a, b)| *a += b);
-            Ok(sum)
-        }
-        Some(_) => Err(misfit().into()),
-    }
 }

@@ -65,6 +65,23 @@ fn a_tied_embedding_on_two_compnodes() {
 }
 
 #[test]
+fn quantized_gradients_of_a_tied_embedding_keep_its_copies_equal() {
+    let mut spec = job(TRAIN);
+    spec.placement.stages = stages(&[(0, "h.1.add_2"), (1, "loss")]);
+    let dense = Run::new(small_gpt2(0.0), spec.clone(), 2).synthetic();
+    let mut run = Run::new(small_gpt2(0.0), spec, 2);
+    run.placement.tied[0].codec = fusionllm_codec::Codec::Int4;
+    let outcome = run.synthetic();
+    let last = outcome.checkpoint(20);
+    let copies: Vec<_> = last.iter().filter(|t| t.name == "transformer.wte.weight").collect();
+    assert_eq!(copies[0].values, copies[1].values, "the copies of the tied embedding drifted apart");
+    assert_close("int4", &outcome.losses(), &dense.losses(), 0.02);
+    assert_ne!(outcome.losses(), dense.losses());
+    let bytes = |o: &Outcome| o.logs[1].reports[0].links[0].bytes;
+    assert!(bytes(&outcome) < bytes(&dense));
+}
+
+#[test]
 fn gpipe_gives_the_same_losses() {
     check("gpipe", "gpipe", 3, &[]);
 }

@@ -4,12 +4,12 @@ use fusionllm_codec::Codec;
 use fusionllm_graph::OpDag;
 
 use super::PlanSpec;
-use crate::compression::codec_s;
+use crate::compression::{codec_s, compress_tied};
 use crate::estimate::update_seconds;
 use crate::placement::assemble;
 use crate::{
     Cluster, Compression, Direction, Estimate, NodeIndex, Placement, PlanError, Segment, Simulated, StageEdge,
-    StepCosts, TRAINING_COPIES, compress, simulate,
+    StepCosts, TRAINING_COPIES, TiedParam, compress, simulate,
 };
 
 /// How many times faster than the slowest stage the adaptive policy may make links.
@@ -77,6 +77,7 @@ fn price_at(
         placement.stages.iter().zip(&ranges).map(|(s, r)| estimate.seconds(profile(s.compnode), r)).collect();
     add_copies(dag, &placement, profile, batch, &mut stage_s);
     let Sent { bytes: edge_bytes, codec_s, ratios } = send(dag, cluster, &mut placement, &stage_s, spec, headroom)?;
+    compress_tied_params(dag, cluster, &mut placement, &stage_s, spec, headroom);
     let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
     let nodes = || (0..cluster.compnodes.len() as u32).map(NodeIndex);
     let costs = StepCosts {
@@ -85,7 +86,7 @@ fn price_at(
         update_s: nodes()
             .map(|n| update_seconds(profile(n), params(n)) + profile(n).copy_s(tied_copies(dag, &placement, n)))
             .collect(),
-        tied_bytes: placement.tied.iter().map(|t| dag.param(t.param).bytes() as f64).collect(),
+        tied_bytes: placement.tied.iter().map(|t| tied_bytes(dag, t)).collect::<Result<_, _>>()?,
         stage_s,
         clip: spec.clip,
     };
@@ -109,6 +110,12 @@ fn price_at(
         let feeds_back = spec.error_feedback && edge.gradient && !edge.gradient_codec.is_lossless();
         if let (true, Some(sender)) = (feeds_back, placement.compnode_of(edge.to)) {
             memory[sender.index()].0 += bytes;
+        }
+    }
+    for tied in placement.tied.iter().filter(|t| !t.codec.is_lossless()) {
+        // What is held back for the next step.
+        for holder in &tied.holders {
+            memory[holder.index()].0 += dag.param(tied.param).bytes() as f64;
         }
     }
     let simulated = simulate(&placement, cluster, &costs)?;
@@ -138,6 +145,44 @@ fn add_copies<'a>(
 fn tied_copies(dag: &OpDag, placement: &Placement, node: NodeIndex) -> f64 {
     let held = placement.tied.iter().filter(|t| t.holders.contains(&node));
     held.map(|t| dag.param(t.param).bytes() as f64 * (1 + t.holders.len()) as f64).sum()
+}
+
+/// Bytes of a holder's message.
+fn tied_bytes(dag: &OpDag, tied: &TiedParam) -> Result<f64, PlanError> {
+    let bytes = tied.codec.steady_bytes(&dag.param(tied.param).shape).map_err(PlanError::Codec)?;
+    Ok(bytes as f64)
+}
+
+/// Seconds of the slowest stage for one micro-batch.
+fn slowest_stage(stage_s: &[(f64, f64)]) -> f64 {
+    stage_s.iter().map(|(fp, bp)| fp + bp).fold(0.0, f64::max)
+}
+
+/// Gives each tied parameter its codec. Links are compared by what a byte takes, as messages of edges and of tables have
+/// nothing else in common.
+fn compress_tied_params(
+    dag: &OpDag,
+    cluster: &Cluster,
+    placement: &mut Placement,
+    stage_s: &[(f64, f64)],
+    spec: &PlanSpec,
+    headroom: f64,
+) {
+    let byte_s = |a: usize, b: usize| cluster.link(a, b).occupied_s(1.0);
+    let slowest = |pairs: &mut dyn Iterator<Item = (usize, usize)>| {
+        pairs.filter(|(a, b)| a != b).map(|(a, b)| byte_s(a, b).max(byte_s(b, a))).fold(0.0, f64::max)
+    };
+    let node = |stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
+    let of_edges = slowest(&mut placement.edges.iter().map(|e| (node(e.from), node(e.to))));
+    for tied in &mut placement.tied {
+        let param = dag.param(tied.param);
+        let pairs = tied.holders.iter().flat_map(|a| tied.holders.iter().map(|b| (a.index(), b.index())));
+        let between = slowest(&mut pairs.into_iter());
+        let slowness = if of_edges > 0.0 { between / of_edges } else { 0.0 };
+        let dense_s = between * param.bytes() as f64;
+        let least_s = slowest_stage(stage_s) / headroom;
+        tied.codec = compress_tied(spec.compression, &param.shape, dense_s, slowness, least_s);
+    }
 }
 
 /// What is sent over each edge: bytes, seconds of encoding and decoding, and ratios of the activation and the gradient.
@@ -170,8 +215,8 @@ fn send(
             directions.push(Direction { shape: output.shape.resolve(batch), dense_s, gradient });
         }
     }
-    let slowest = stage_s.iter().map(|(fp, bp)| fp + bp).fold(0.0, f64::max);
-    let mut codecs = compress(spec.compression, &directions, slowest / headroom, spec.placement.codec).into_iter();
+    let mut codecs =
+        compress(spec.compression, &directions, slowest_stage(stage_s) / headroom, spec.placement.codec).into_iter();
     let mut sent = Sent::default();
     for index in 0..placement.edges.len() {
         let compressed = is_sent(placement, &placement.edges[index]);

@@ -121,7 +121,12 @@ fn tied_gradients_and_the_norm_come_before_the_update() {
     costs.clip = true;
     // n1 is done at 5, its norm is there at 6; n0 is done at 8 and tells n1, who updates at 9.
     assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 9.5);
-    placement.tied = vec![TiedParam { param: fusionllm_graph::ParamId(0), holders: vec![NodeIndex(0), NodeIndex(1)] }];
+    placement.tied = vec![TiedParam {
+        param: fusionllm_graph::ParamId(0),
+        holders: vec![NodeIndex(0), NodeIndex(1)],
+        elements: 1,
+        codec: fusionllm_codec::Codec::Dense,
+    }];
     costs.tied_bytes = vec![4.0];
     // n0's tied gradient leaves at 8 and is there at 13; n1's norm comes back at 14, the total at 15.
     assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 15.5);

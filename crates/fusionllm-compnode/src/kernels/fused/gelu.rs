@@ -8,7 +8,7 @@ use super::vector::exp;
 use super::{Fused, TASK, tensor};
 
 /// 2·√(2/π): the argument of the sigmoid form of tanh.
-const TWO_SQRT_2_OVER_PI: f32 = 1.595_769;
+const TWO_SQRT_2_OVER_PI: f32 = 1.595_769_2;
 /// The cubic coefficient of the tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415).
 const CUBIC: f32 = 0.044_715;
 
