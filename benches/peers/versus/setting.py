@@ -37,7 +37,7 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape(layers=4, width=256, heads=4, seq=128, batch=8, micro_batches=4),
+    "small": Shape(layers=4, width=256, heads=4, seq=128, batch=16, micro_batches=4),
     "wide": Shape(layers=4, width=768, heads=12, seq=128, batch=8, micro_batches=4),
 }
 
@@ -47,14 +47,14 @@ class Recipe:
     """How both sides train. The learning rate stays constant after the warm-up, and gradients are not clipped."""
 
     lr: float = 1e-3
-    warmup: int = 10
+    warmup: int = 5
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     seed: int = 0
     eval_fraction: float = 0.1
-    eval_batches: int = 16
+    eval_batches: int = 8
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update after `step` updates."""

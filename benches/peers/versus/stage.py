@@ -11,8 +11,8 @@ import argparse
 import datetime
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ class Trainer:
         self.batches = Batches(setting)
         self.eval_batches = self.batches.eval()
 
-    def run(self, do: Any, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+    def run(self, do: Callable[..., object], inputs: torch.Tensor, labels: torch.Tensor) -> float:
         """One batch through the pipeline by `do`; its mean loss on the last rank, elsewhere 0."""
         losses: list[torch.Tensor] = []
         if self.setting.stages == 1:
