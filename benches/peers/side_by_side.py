@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from versus.table import Cell, write_table
 from versus.watch import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGAN = time.monotonic()
 LONGER = 1.25
 """How many times as many steps compressed runs take, so as to reach the loss of the others."""
 
@@ -103,8 +105,8 @@ def collect(plan: Plan, links: list[str], stages: list[int], names: list[str], r
 
 
 def say(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress, with the seconds since the start."""
+    print(f"{time.monotonic() - BEGAN:5.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def chosen(options: Iterable[str], what: str) -> Callable[[str], list[str]]:

@@ -124,6 +124,16 @@ class Cells:
             steps = float(self.steps) if own and own[1] <= target[1] + CLOSE else None
         return (steps, steps * cell.step_s) if steps is not None else None
 
+    def parity(self) -> float | None:
+        """Largest difference of a step's training loss between FusionLLM dense and PyTorch f32, in nats."""
+        pairs = [
+            (ours["loss"], theirs["loss"])
+            for key, cell in self.cells.items()
+            if key[2] == "dense" and (other := self.cells.get((key[0], key[1], "torch")))
+            for ours, theirs in zip(cell.runs[0].steps, other.runs[0].steps, strict=False)
+        ]
+        return max((abs(ours - theirs) for ours, theirs in pairs), default=None)
+
     def loss_ratio(self, key: Key) -> float | None:
         """PyTorch's time to its loss over this side's time to the same."""
         ours, theirs = self.to_loss(key), self.to_loss((key[0], key[1], "torch"))
@@ -133,7 +143,7 @@ class Cells:
 def write_table(cells: dict[Key, Cell], steps: int, shape: Shape, fusionllm: Path) -> str:
     """Everything, as markdown."""
     table = Cells(cells, steps, shape.tokens)
-    parts = [heading(shape, fusionllm), main_rows(table), goal_rows(table), byte_rows(table), memory_rows(table)]
+    parts = [heading(shape, fusionllm), parity_line(table), main_rows(table), goal_rows(table), byte_rows(table), memory_rows(table)]
     return "\n".join(parts)
 
 
@@ -147,6 +157,14 @@ def heading(shape: Shape, fusionllm: Path) -> str:
         f"{version}; PyTorch {torch.__version__}, gloo over TCP with {control}. "
         f"{os.cpu_count()} cores, one thread a process.\n"
     )
+
+
+def parity_line(table: Cells) -> str:
+    """Whether both sides do the same training."""
+    parity = table.parity()
+    if parity is None:
+        return ""
+    return f"Uncompressed f32 training losses of both sides differ by at most {parity:.1e} nats in any step.\n"
 
 
 def main_rows(table: Cells) -> str:
