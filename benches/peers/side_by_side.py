@@ -18,12 +18,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from versus.net import LEAST_STEPS, LINKS, Net, RunFailed
 from versus.setting import SHAPES, Recipe, Setting, write_corpus, write_model
-from versus.sides import SIDES, Side, run_side
+from versus.sides import SIDES, CompNodes, Side, run_pytorch
 from versus.table import Cell, write_table
 from versus.watch import Run
 
@@ -73,19 +74,36 @@ def measure(plan: Plan, link: str, stages: int, attempt: int, names: list[str]) 
     missing = {name: path for name, path in results.items() if not path.exists()}
     if not missing:
         return
-    with Net(plan.wan_emu, LINKS[link], stages, plan.work) as net:
+    folder = fresh(plan.work / "run")
+    with ExitStack() as stack:
+        net = stack.enter_context(Net(plan.wan_emu, LINKS[link], stages, plan.work))
+        compnodes: CompNodes | None = None
         for name, path in missing.items():
-            setting = plan.setting(SIDES[name], link, stages)
-            run = run_side(SIDES[name], net, setting, plan.work / "run", plan.fusionllm, plan.window(setting))
+            side, setting = SIDES[name], plan.setting(SIDES[name], link, stages)
+            try:
+                if side.wire:
+                    run = run_pytorch(side.wire, net, setting, fresh(folder / name), plan.window(setting))
+                else:
+                    if compnodes is None:
+                        compnodes = CompNodes(net, plan.fusionllm, stages, fresh(folder / "compnodes"))
+                        stack.callback(compnodes.close)
+                    run = compnodes.run(side, setting, plan.window(setting))
+            except RunFailed as failure:
+                say(f"{link}, {stages} stages, {name}, round {attempt + 1}: failed: {failure}")
+                continue
             say(f"{link}, {stages} stages, {name}, round {attempt + 1}: {outcome(run, plan.discard)}")
-            if run.error is None:
-                path.write_text(json.dumps(asdict(run)))
+            path.write_text(json.dumps(asdict(run)))
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def outcome(run: Run, discard: int) -> str:
     """One line about a run."""
-    if run.error:
-        return f"failed: {run.error}"
     cell = Cell([run], discard)
     return f"{cell.step_s:.3f} s a step, evaluation loss {cell.eval_loss:.4f} after {len(run.steps)} steps"
 

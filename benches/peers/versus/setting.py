@@ -38,6 +38,7 @@ class Shape:
 
 SHAPES = {
     "small": Shape(layers=4, width=256, heads=4, seq=128, batch=16, micro_batches=4),
+    "narrow": Shape(layers=4, width=128, heads=4, seq=128, batch=32, micro_batches=4),
     "wide": Shape(layers=4, width=768, heads=12, seq=128, batch=8, micro_batches=4),
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,18 +38,6 @@ SIDES = {
 }
 
 
-def run_side(side: Side, net: Net, setting: Setting, folder: Path, fusionllm: Path, window: tuple[int, int]) -> Run:
-    """One run; a failure is in the result."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        if side.wire:
-            return run_pytorch(side.wire, net, setting, folder, window)
-        return run_fusionllm(side, net, setting, folder, fusionllm, window)
-    except RunFailed as failure:
-        return Run(error=str(failure))
-
-
 def run_pytorch(wire: str, net: Net, setting: Setting, folder: Path, window: tuple[int, int]) -> Run:
     """A process a stage, joined by gloo."""
     setting.save(folder / "setting.json")
@@ -70,35 +57,60 @@ def run_pytorch(wire: str, net: Net, setting: Setting, folder: Path, window: tup
         return Run(read_steps(log), sent, processes.memory)
 
 
-def run_fusionllm(
-    side: Side, net: Net, setting: Setting, folder: Path, binary: Path, window: tuple[int, int]
-) -> Run:
-    """A broker and a CompNode a stage; what they measured of their device is kept for the next run."""
-    state, runs = folder / "broker", folder / "runs"
-    job = folder / "job.toml"
-    job.write_text(job_text(setting))
-    env = dict(os.environ)
-    with Processes(folder) as processes:
-        listen = [str(binary), "broker", "--json", "--bind", "10.77.0.1:7710", "--state", str(state)]
-        processes.start("broker", net.on("broker", [*listen, "--runs", str(runs)]), env)
+class CompNodes:
+    """A broker and a CompNode a stage, which measure machines and links once and then take one job after the other."""
+
+    def __init__(self, net: Net, binary: Path, stages: int, folder: Path) -> None:
+        self.net, self.binary, self.folder = net, binary, folder
+        self.state = folder / "broker"
+        self.processes = Processes(folder)
+        try:
+            self._start(stages)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, stages: int) -> None:
+        env, binary, processes = dict(os.environ), str(self.binary), self.processes
+        listen = [binary, "broker", "--json", "--bind", "10.77.0.1:7710", "--state", str(self.state)]
+        processes.start("broker", self.net.on("broker", [*listen, "--runs", str(self.folder / "runs")]), env)
         processes.await_("the broker's ticket", lambda: "\n" in processes.output("broker"))
         ticket = json.loads(processes.output("broker").splitlines()[0])["ticket"]
-        for stage in range(setting.stages):
+        for stage in range(stages):
             name = f"stage-{stage}"
-            kept = folder.parent / f"state-{stage}-of-{setting.stages}"
-            join = [str(binary), "join", ticket, "--name", name, "--bind", f"{address(stage)}:7711"]
+            kept = self.folder.parents[1] / f"state-{stage}-of-{stages}"
+            join = [binary, "join", ticket, "--name", name, "--bind", f"{address(stage)}:7711"]
             limits = ["--threads", "1", "--memory-gb", str(MEMORY_GB), "--device", "cpu", "--state", str(kept)]
-            processes.start(name, net.on(node_name(stage), [*join, *limits]), env)
-            processes.await_(f"{name} to join", lambda n=stage: joined(net, binary, state) > n)
-        submit = [str(binary), "submit", str(job), "--follow", "--json", "--state", str(state)]
+            processes.start(name, self.net.on(node_name(stage), [*join, *limits]), env)
+            processes.await_(f"{name} to join", lambda n=stage: joined(self.net, self.binary, self.state) > n)
+
+    def run(self, side: Side, setting: Setting, window: tuple[int, int]) -> Run:
+        """One job."""
+        job = self.folder / "job.toml"
+        job.write_text(job_text(setting))
+        submit = [str(self.binary), "submit", str(job), "--follow", "--json", "--state", str(self.state)]
         for override in side.overrides:
             submit += ["--set", override]
-        processes.start("submit", net.on("broker", submit), env)
-        sent = processes.follow(net, lambda: next(runs.glob("*/metrics.jsonl"), None), "submit", window)
-        memory = {name: peak for name, peak in processes.memory.items() if name != "submit"}
-        steps = read_steps(next(runs.glob("*/metrics.jsonl")))
+        self.processes.forget_peaks()
+        self.processes.start("submit", self.net.on("broker", submit), dict(os.environ))
+        sent = self.processes.follow(self.net, self._log, "submit", window)
+        del self.processes.running["submit"]
+        memory = {name: peak for name, peak in self.processes.memory.items() if name != "submit"}
+        log = self._log()
+        if log is None:
+            raise RunFailed("the job has no run directory")
+        steps = read_steps(log)
         codecs = {f"{short(link['from'])}>{short(link['to'])}": link["codec"] for link in steps[0]["links"]}
         return Run(steps, sent, memory, codecs)
+
+    def _log(self) -> Path | None:
+        """The steps of the job that was submitted last."""
+        printed = self.processes.output("submit").split("\n")
+        return Path(json.loads(printed[0])["run_dir"]) / "metrics.jsonl" if len(printed) > 1 else None
+
+    def close(self) -> None:
+        """Ends them all."""
+        self.processes.close()
 
 
 def joined(net: Net, binary: Path, state: Path) -> int:

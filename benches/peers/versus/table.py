@@ -42,6 +42,16 @@ class Cell:
         return statistics.median(s["step_s"] for run in self.runs for s in run.steps[self.discard :])
 
     @property
+    def mean_s(self) -> float:
+        """Mean step of all runs, the first ones of each left out: stalls count."""
+        return statistics.mean(s["step_s"] for run in self.runs for s in run.steps[self.discard :])
+
+    @property
+    def slowest_s(self) -> float:
+        """The slowest step of all runs, the first ones of each left out."""
+        return max(s["step_s"] for run in self.runs for s in run.steps[self.discard :])
+
+    @property
     def spread(self) -> tuple[float, float]:
         """Least and largest of the runs' medians."""
         medians = [statistics.median(s["step_s"] for s in run.steps[self.discard :]) for run in self.runs]
@@ -112,7 +122,7 @@ class Cells:
         return torch_cell.step_s / self.cells[key].step_s if torch_cell else None
 
     def to_loss(self, key: Key) -> tuple[float, float] | None:
-        """Steps and seconds to the evaluation loss that PyTorch has after all steps."""
+        """Steps, and seconds by the mean step, to the evaluation loss that PyTorch has after all steps."""
         torch_key = (key[0], key[1], "torch")
         target = self.losses(torch_key) if torch_key in self.cells else None
         if not target:
@@ -122,7 +132,7 @@ class Cells:
         if SIDES[key[2]].whole:
             own = self.losses(key)
             steps = float(self.steps) if own and own[1] <= target[1] + CLOSE else None
-        return (steps, steps * cell.step_s) if steps is not None else None
+        return (steps, steps * cell.mean_s) if steps is not None else None
 
     def parity(self) -> float | None:
         """Largest difference of a step's training loss between FusionLLM dense and PyTorch f32, in nats."""
@@ -143,8 +153,8 @@ class Cells:
 def write_table(cells: dict[Key, Cell], steps: int, shape: Shape, fusionllm: Path) -> str:
     """Everything, as markdown."""
     table = Cells(cells, steps, shape.tokens)
-    parts = [heading(shape, fusionllm), parity_line(table), main_rows(table), goal_rows(table), byte_rows(table), memory_rows(table)]
-    return "\n".join(parts)
+    rows = [parts(table) for parts in (parity_line, main_rows, goal_rows, byte_rows, memory_rows)]
+    return "\n".join([heading(shape, fusionllm), *rows])
 
 
 def heading(shape: Shape, fusionllm: Path) -> str:
@@ -171,16 +181,18 @@ def main_rows(table: Cells) -> str:
     """Speed and loss."""
     steps = table.steps
     lines = [
-        f"| link | stages | side | step, median | runs' medians | tokens/s | × PyTorch f32 | MB a step, all links "
-        f"| training loss | evaluation loss after {steps} steps | steps to PyTorch's | seconds to it | × |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| link | stages | side | step, median | runs' medians | mean | slowest | tokens/s | × PyTorch f32 "
+        "| MB a step, all links | training loss "
+        f"| evaluation loss after {steps} steps | steps to PyTorch's | seconds to it | × |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, cell in table.cells.items():
         losses, reached = table.losses(key), table.to_loss(key)
         same = " ¹" if losses and losses[2] else ""
         low, high = cell.spread
         words = [
-            *names(key), f"{cell.step_s:.3f} s", f"{low:.3f}–{high:.3f}", f"{table.tokens / cell.step_s:.0f}",
+            *names(key), f"{cell.step_s:.3f} s", f"{low:.3f}–{high:.3f}",
+            f"{cell.mean_s:.3f}", f"{cell.slowest_s:.2f}", f"{table.tokens / cell.step_s:.0f}",
             times(table.step_ratio(key)), f"{sum(cell.bytes.values()) / 1e6:.2f}",
             f"{losses[0]:.4f}{same}" if losses else "–", f"{losses[1]:.4f}{same}" if losses else "–",
             f"{reached[0]:.1f}" if reached else "not reached", f"{reached[1]:.1f}" if reached else "–",

@@ -15,7 +15,7 @@ from typing import Any
 from versus.net import Net, RunFailed
 
 TICK_S = 0.01
-MEMORY_EVERY = 10
+MEMORY_EVERY = 20
 PATIENCE_S = 900.0
 GRACE_S = 8.0
 
@@ -28,7 +28,6 @@ class Run:
     bytes: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     codecs: dict[str, str] = field(default_factory=dict)
-    error: str | None = None
 
 
 class Processes:
@@ -43,6 +42,10 @@ class Processes:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends them: Ctrl-C first, then by force."""
         for process in self.running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
@@ -79,6 +82,12 @@ class Processes:
             if time.monotonic() > deadline:
                 raise RunFailed(f"waited {patience_s:.0f} s in vain for {what}")
             time.sleep(0.05)
+
+    def forget_peaks(self) -> None:
+        """Lets the peaks of memory begin anew from what is resident now."""
+        self.memory.clear()
+        for process in self.running.values():
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
     def sample_memory(self) -> None:
         """Reads the peak resident bytes (VmHWM) of every process."""
