@@ -12,7 +12,7 @@ from types import TracebackType
 NAME = "sidebyside"
 INTERFACE = "wan0"
 LEAST_STEPS = 7
-SLOW_MBIT_PER_S = 10
+SLOW_MBIT_PER_S = 200
 
 
 class RunFailed(Exception):
@@ -34,7 +34,7 @@ class Link:
         return max(round(steps * self.share), LEAST_STEPS)
 
     def rounds(self, rounds: int) -> int:
-        """Rounds that are worth their time: on slow links the wire decides, and the first one tells all."""
+        """Rounds that are worth their time: on slow links the wire decides, and one tells all."""
         return rounds if self.mbit_per_s > SLOW_MBIT_PER_S else 1
 
 
