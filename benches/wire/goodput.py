@@ -44,7 +44,8 @@ class Lab:
         self.file.write_text(network(name, self.link))
 
     def __enter__(self):
-        subprocess.run([self.args.wan_emu, "up", self.file], check=True, stdout=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run([self.args.wan_emu, "up", self.file], check=True, **quiet)
         return self
 
     def __exit__(self, *_):

@@ -39,6 +39,9 @@ const FRAME_LENGTH_BYTES: u64 = 16;
 /// Largest control frame between CompNodes; a header is far below.
 const CONTROL_FRAME_BYTES: u64 = 64 << 10;
 
+/// Priority of streams that carry a few bytes for which a CompNode waits.
+const URGENT: i32 = 1;
+
 /// Everything that two tasks of a job's wires share.
 #[derive(Debug)]
 pub struct JobLinks {
