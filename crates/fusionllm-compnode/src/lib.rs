@@ -36,6 +36,7 @@ pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardErr
 pub use exchange::{Exchange, MemoryExchange, Message};
 pub use executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
 pub use generate::{Generator, SamplingSpec};
+pub use links::{JobLinks, NetworkExchange};
 pub use mailbox::{Arrived, Mailbox, Slot};
 pub use node::{JoinConfig, join};
 pub use optimizer::OptimizerSpec;

@@ -39,9 +39,12 @@ const FRAME_LENGTH_BYTES: u64 = 16;
 /// Largest control frame between CompNodes; a header is far below.
 const CONTROL_FRAME_BYTES: u64 = 64 << 10;
 
+/// Priority of streams that carry a few bytes for which a CompNode waits.
+const URGENT: i32 = 1;
+
 /// Everything that two tasks of a job's wires share.
 #[derive(Debug)]
-pub(crate) struct JobLinks {
+pub struct JobLinks {
     pub(crate) job: JobId,
     pub(crate) generation: Generation,
     pub(crate) node: NodeIndex,
@@ -63,7 +66,8 @@ pub(crate) struct JobLinks {
 }
 
 impl JobLinks {
-    pub(crate) fn new(endpoint: Endpoint, assignment: &Assignment) -> Arc<Self> {
+    /// The wires of an assigned job, from `endpoint`; nothing is dialled yet.
+    pub fn new(endpoint: Endpoint, assignment: &Assignment) -> Arc<Self> {
         let peers = &assignment.peers;
         Arc::new(Self {
             job: assignment.job,
@@ -86,7 +90,7 @@ impl JobLinks {
 
     /// Dials every CompNode that is ours to dial and that a message may come from or go to. Who only receives from one
     /// would else never dial it.
-    pub(crate) fn dial_all(self: &Arc<Self>, clips: bool) {
+    pub fn dial_all(self: &Arc<Self>, clips: bool) {
         for peer in self.node.index() + 1..self.peers.len() {
             if !self.talks_to(peer, clips) {
                 continue;
@@ -113,13 +117,13 @@ impl JobLinks {
     }
 
     /// Ends everything: waiting takes give `reason`, tasks stop.
-    pub(crate) fn abort(&self, reason: &str) {
+    pub fn abort(&self, reason: &str) {
         self.mailbox.close(ExchangeError::Aborted { reason: reason.to_owned() });
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
     }
 
     /// A connection that a peer has opened. Connections of strangers are dropped.
-    pub(crate) fn accept(self: &Arc<Self>, session: Session) {
+    pub fn accept(self: &Arc<Self>, session: Session) {
         match self.peers.iter().position(|p| p.id == session.peer()) {
             Some(peer) => self.install(peer, session),
             None => session.close(403, "not of this job"),
@@ -127,7 +131,7 @@ impl JobLinks {
     }
 
     /// Waits until every message was taken by its receiver.
-    pub(crate) async fn drained(&self) {
+    pub async fn drained(&self) {
         let mut open = self.open_channels.subscribe();
         // The sender lives as long as self, so this cannot end early.
         let _ = open.wait_for(|&n| n == 0).await;
@@ -268,7 +272,7 @@ pub(crate) fn peer_record(addr: &PeerAddr) -> PeerRecord {
 
 /// The task loop's end of a job's wires.
 #[derive(Debug)]
-pub(crate) struct NetworkExchange {
+pub struct NetworkExchange {
     links: Arc<JobLinks>,
     runtime: Handle,
     queues: BTreeMap<Channel, mpsc::Sender<Outgoing>>,
@@ -278,7 +282,8 @@ pub(crate) struct NetworkExchange {
 }
 
 impl NetworkExchange {
-    pub(crate) fn new(links: Arc<JobLinks>, runtime: Handle) -> Self {
+    /// The exchange of the CompNode whose wires these are. Its streams live on `runtime`.
+    pub fn new(links: Arc<JobLinks>, runtime: Handle) -> Self {
         let tally = LinkTally::new(links.placement.compnodes.clone(), links.node);
         Self { links, runtime, queues: BTreeMap::new(), tally, residuals: BTreeMap::new() }
     }

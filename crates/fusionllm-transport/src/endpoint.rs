@@ -14,6 +14,7 @@ use noq_proto::congestion::{Bbr3Config, CubicConfig};
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
 
+use crate::congestion::LinkRateConfig;
 use crate::{Admission, Admit, BindError, ConnectError, Identity, PeerAddr, PeerId, Session};
 
 /// Both ends must speak the same.
@@ -41,8 +42,10 @@ const REFUSED: u32 = 403;
 /// How fast a connection may send.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CongestionControl {
-    /// BBR version 3: keeps its speed on long links with loss.
+    /// By the link's measured speed: made for bursts with pauses over long links, with loss or without.
     #[default]
+    LinkRate,
+    /// BBR version 3, to compare with.
     Bbr3,
     /// CUBIC (RFC 9438): steadier between processes of one machine.
     Cubic,
@@ -64,7 +67,7 @@ pub struct EndpointConfig {
 impl EndpointConfig {
     /// An endpoint that advertises only its own addresses. One that can be reached from this machine alone uses CUBIC.
     pub fn new(identity: Identity, bind: SocketAddr) -> Self {
-        let congestion = if bind.ip().is_loopback() { CongestionControl::Cubic } else { CongestionControl::Bbr3 };
+        let congestion = if bind.ip().is_loopback() { CongestionControl::Cubic } else { CongestionControl::LinkRate };
         Self { identity, bind, advertise: Vec::new(), congestion }
     }
 }
@@ -179,6 +182,7 @@ fn transport_config(congestion: CongestionControl) -> QuicTransportConfig {
         .max_idle_timeout(IdleTimeout::try_from(IDLE_LIMIT).ok())
         .keep_alive_interval(KEEP_ALIVE);
     match congestion {
+        CongestionControl::LinkRate => builder.congestion_controller_factory(Arc::new(LinkRateConfig)),
         CongestionControl::Bbr3 => builder.congestion_controller_factory(Arc::new(Bbr3Config::default())),
         CongestionControl::Cubic => builder.congestion_controller_factory(Arc::new(CubicConfig::default())),
     }

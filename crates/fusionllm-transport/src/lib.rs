@@ -5,6 +5,7 @@
 //! is not known here.
 
 mod admission;
+mod congestion;
 mod endpoint;
 mod error;
 mod identity;

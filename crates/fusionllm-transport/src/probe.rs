@@ -85,8 +85,7 @@ async fn lead(session: &Session) -> Result<PairSpeed, SessionError> {
     let round_trip = session.stats().rtt.unwrap_or_default();
     let long_enough = LONG_ENOUGH.max(round_trip * ENOUGH_ROUND_TRIPS);
     let mut directions = [TAKE, GIVE].map(|what| Bursts::new(what, long_enough));
-    // In turn, and before the pings: a congestion controller that has long seen only small messages believes that the
-    // link is slow.
+    // In turn, and before the pings, by which a congestion controller learns nothing of the link's speed.
     while directions.iter().any(|d| !d.is_done()) {
         for direction in directions.iter_mut().filter(|d| !d.is_done()) {
             direction.next(session, &mut sink, &mut source).await?;

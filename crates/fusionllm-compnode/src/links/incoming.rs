@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use super::meter::Meter;
-use super::{CONTROL_FRAME_BYTES, JobLinks};
+use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
 use crate::channel_codec::{ChannelDecoder, ChannelOptions};
 use crate::mailbox::{Mailbox, Slot};
 
@@ -74,6 +74,8 @@ pub(super) async fn serve(links: &Arc<JobLinks>, peer: usize, mut sink: FrameSin
         tracing::warn!(peer = links.name_of(peer), ?channel, "refused a channel that is not the peer's");
         return;
     }
+    // On the way back there are only confirmations, for which the other's compute may wait.
+    sink.set_priority(URGENT);
     let incoming = links.incoming(channel);
     let next = incoming.lock().next();
     let Ok(answer) = encode(&PeerFrame::Resume { next }) else { return };

@@ -8,7 +8,7 @@ use fusionllm_transport::{FrameSink, FrameSource};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
-use super::{CONTROL_FRAME_BYTES, JobLinks};
+use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
 use crate::ExchangeError;
 use crate::channel_codec::ChannelEncoder;
 use crate::exchange::{Found, Message};
@@ -46,6 +46,7 @@ pub(super) async fn run(
             session.closed().await;
             continue;
         };
+        sink.set_priority(priority(channel));
         let Some(next) = open(links, channel, &mut sink, &mut source).await else {
             tokio::time::sleep(super::BACK_OFF.0).await;
             continue;
@@ -83,6 +84,14 @@ pub(super) async fn run(
                 },
             }
         }
+    }
+}
+
+/// What a few bytes hold up goes before large tensors, and before gradients of tied parameters.
+fn priority(channel: Channel) -> i32 {
+    match channel {
+        Channel::NormPart { .. } | Channel::NormTotal { .. } => URGENT,
+        Channel::Activation(_) | Channel::Gradient(_) | Channel::Tied { .. } => 0,
     }
 }
 

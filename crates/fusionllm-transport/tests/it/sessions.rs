@@ -1,12 +1,13 @@
 //! Frames, streams, and how connections end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_transport::{FrameSource, SessionError};
+use fusionllm_transport::{AdmitAll, CongestionControl, Endpoint, EndpointConfig, FrameSource, Identity, SessionError};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use crate::{Pair, pair};
+use crate::{Pair, any_port, pair};
 
 /// Bytes that differ along the frame.
 fn frame(length: usize) -> Vec<u8> {
@@ -58,6 +59,75 @@ async fn a_hundred_streams_do_not_mix() {
         assert_eq!(source.recv().await.unwrap(), None);
     }
     for sender in senders {
+        sender.await.unwrap();
+    }
+}
+
+/// Both directions are full of large frames that go on until the pings are through, so each ping passes bulk each way.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_frames_of_a_higher_priority_pass_bulk_in_both_directions() {
+    let Pair { from, to, dialler: _d, acceptor: _a } = pair().await;
+    let (over, is_over) = tokio::sync::watch::channel(false);
+    let mut bulk = tokio::task::JoinSet::new();
+    for (sender, receiver) in [(from.clone(), to.clone()), (to.clone(), from.clone())] {
+        let is_over = is_over.clone();
+        bulk.spawn(async move {
+            let mut sink = sender.open_uni().await.unwrap();
+            let bytes = frame(8 << 20);
+            sink.send(&bytes).await.unwrap();
+            while !*is_over.borrow() {
+                sink.send(&bytes).await.unwrap();
+            }
+            sink.finish().await.unwrap();
+        });
+        bulk.spawn(async move {
+            let mut source = receiver.accept_uni().await.unwrap();
+            while let Some(got) = source.recv().await.unwrap() {
+                assert_eq!(got.len(), 8 << 20);
+            }
+        });
+    }
+    let (mut sink, mut source) = from.open_bi().await.unwrap();
+    sink.set_priority(1);
+    let answering = tokio::spawn(async move {
+        let (mut sink, mut source) = to.accept_bi().await.unwrap();
+        sink.set_priority(1);
+        while let Some(ping) = source.recv().await.unwrap() {
+            sink.send(&ping).await.unwrap();
+        }
+    });
+    for n in 0..100u8 {
+        sink.send(&[n]).await.unwrap();
+        assert_eq!(source.recv().await.unwrap().unwrap(), [n]);
+    }
+    sink.finish().await.unwrap();
+    over.send(true).unwrap();
+    answering.await.unwrap();
+    bulk.join_all().await;
+}
+
+/// The controller of endpoints that are not on loopback, on a path of a few microseconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn bursts_and_small_frames_come_through_under_every_congestion_control() {
+    for congestion in [CongestionControl::LinkRate, CongestionControl::Bbr3, CongestionControl::Cubic] {
+        let open = async || {
+            let config = EndpointConfig::new(Identity::generate(), any_port());
+            Endpoint::bind(EndpointConfig { congestion, ..config }, Arc::new(AdmitAll)).await.unwrap()
+        };
+        let (dialler, acceptor) = (open().await, open().await);
+        let from = dialler.connect(&acceptor.addr()).await.unwrap();
+        let to = acceptor.accept().await.unwrap();
+        let sender = tokio::spawn(async move {
+            let mut sink = from.open_uni().await.unwrap();
+            for size in [10, 300_000, 10, 10, 5 << 20, 10] {
+                sink.send(&frame(size)).await.unwrap();
+            }
+            sink.finish().await.unwrap();
+        });
+        let mut source = to.accept_uni().await.unwrap();
+        for size in [10, 300_000, 10, 10, 5 << 20, 10] {
+            assert!(source.recv().await.unwrap().unwrap() == frame(size), "{congestion:?}: {size} bytes");
+        }
         sender.await.unwrap();
     }
 }
