@@ -64,6 +64,7 @@ fn main() {
             strategy: Strategy::OpFence,
             stages: Vec::new(),
             pipeline: Pipeline::OneFOneB,
+            run_ahead: None,
             micro_batches: 16,
             micro_batch_size: 1,
             eval_micro_batches: 1,

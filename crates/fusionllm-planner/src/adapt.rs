@@ -287,6 +287,7 @@ mod tests {
                 strategy: Strategy::EqualCompute,
                 stages: Vec::new(),
                 pipeline: Pipeline::OneFOneB,
+                run_ahead: None,
                 micro_batches: 2,
                 micro_batch_size: 2,
                 eval_micro_batches: 1,

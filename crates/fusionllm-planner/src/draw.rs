@@ -154,6 +154,7 @@ mod tests {
             strategy: Strategy::EqualCompute,
             stages: Vec::new(),
             pipeline: Pipeline::OneFOneB,
+            run_ahead: None,
             micro_batches: 3,
             micro_batch_size: 1,
             eval_micro_batches: 1,

@@ -43,10 +43,13 @@ pub enum Task {
     Update,
 }
 
-/// How many micro-batches may be live (FP done or running, BP not done) in a stage at once.
-pub fn in_flight_limit(pipeline: Pipeline, stage: StageId, stages: usize, micro_batches: u32) -> u32 {
+/// How many micro-batches may be live (FP done or running, BP not done) in a stage at once. In 1F1B a stage may run so
+/// many micro-batches ahead of what it needs where links take no time.
+pub fn in_flight_limit(pipeline: Pipeline, run_ahead: u32, stage: StageId, stages: usize, micro_batches: u32) -> u32 {
     match pipeline {
-        Pipeline::OneFOneB => (stages.saturating_sub(stage.index()) as u32).clamp(1, micro_batches),
+        Pipeline::OneFOneB => {
+            (stages.saturating_sub(stage.index()) as u32).saturating_add(run_ahead).clamp(1, micro_batches)
+        }
         Pipeline::GPipe => micro_batches,
     }
 }
@@ -56,10 +59,10 @@ pub(crate) fn train_orders(
     stages: &[Stage],
     edges: &[StageEdge],
     compnodes: usize,
-    pipeline: Pipeline,
+    (pipeline, run_ahead): (Pipeline, u32),
     micro_batches: u32,
 ) -> Result<Vec<Vec<Task>>, PlanError> {
-    let limit = |stage: StageId| in_flight_limit(pipeline, stage, stages.len(), micro_batches);
+    let limit = |stage: StageId| in_flight_limit(pipeline, run_ahead, stage, stages.len(), micro_batches);
     let backward_first = pipeline == Pipeline::OneFOneB;
     let mut orders = Simulation::new(stages, edges, compnodes, micro_batches, true, backward_first).run(limit)?;
     for order in &mut orders {

@@ -7,7 +7,7 @@ use fusionllm_graph::{OpDag, OpId, ParamId};
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::{eval_orders, train_orders};
-use crate::{EdgeId, NodeIndex, Pipeline, PlanError, Segment, StageId, StageSpec, Strategy, Task, in_flight_limit};
+use crate::{EdgeId, NodeIndex, Pipeline, PlanError, Segment, StageId, StageSpec, Strategy, Task};
 
 /// One contiguous segment of a sub-DAG along the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +73,9 @@ pub struct PlacementSpec {
     pub stages: Vec<StageSpec>,
     /// Which pipeline.
     pub pipeline: Pipeline,
+    /// How many micro-batches further than 1F1B a stage may be ahead of its BP; if not given, as many as the step gains
+    /// from and memory holds.
+    pub run_ahead: Option<u32>,
     /// Micro-batches in a training step.
     pub micro_batches: u32,
     /// Samples in a micro-batch.
@@ -140,7 +143,8 @@ impl Placement {
 
     /// The largest number of messages of one edge and direction that can be on the way at once.
     pub fn window(&self) -> u32 {
-        let train = in_flight_limit(self.pipeline, StageId(0), self.stages.len(), self.train.micro_batches);
+        let nodes = (0..self.compnodes.len() as u32).map(NodeIndex);
+        let train = nodes.flat_map(|node| self.live_bound(node).into_values()).max().unwrap_or(0);
         train.max(self.stages.len() as u32) + 1
     }
 
@@ -186,7 +190,8 @@ pub(crate) fn assemble(
         .collect();
     let edges = stage_edges(dag, &stages, spec.codec, spec.micro_batch_size as usize);
     let count = compnodes.len();
-    let train = train_orders(&stages, &edges, count, spec.pipeline, spec.micro_batches)?;
+    let run_ahead = spec.run_ahead.unwrap_or(0);
+    let train = train_orders(&stages, &edges, count, (spec.pipeline, run_ahead), spec.micro_batches)?;
     let eval = eval_orders(&stages, &edges, count, spec.eval_micro_batches)?;
     let tied = tied_params(dag, &stages);
     Ok(Placement {

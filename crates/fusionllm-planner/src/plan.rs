@@ -12,7 +12,7 @@ use crate::{
     Blame, Cluster, Compression, Estimate, NodeIndex, Placement, PlacementSpec, PlanError, Simulated, StepCosts,
     Strategy, format_bytes, pipeline_formula,
 };
-use price::gentlest;
+use price::settle;
 pub(crate) use price::{Priced, price};
 
 /// Which CompNode owns the data and comes first in the pipeline.
@@ -176,10 +176,7 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
         (chain.order.clone(), chain.segments(&pins))
     };
     let used = cluster.select(&order);
-    let priced = match spec.compression {
-        Compression::Adaptive { .. } => gentlest(dag, &used, &estimate, &segments, spec)?,
-        _ => price(dag, &used, &estimate, segments, spec)?,
-    };
+    let priced = settle(dag, &used, &estimate, &segments, spec)?;
     if let Some(error) = priced.over_memory() {
         return Err(error);
     }

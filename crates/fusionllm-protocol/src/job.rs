@@ -162,6 +162,8 @@ pub struct PlacementSection {
     pub strategy: Strategy,
     /// Which task orders.
     pub pipeline: Pipeline,
+    /// How many micro-batches further than 1F1B a stage may be ahead; if not given, the plan finds out.
+    pub run_ahead: Option<u32>,
     /// Explicit stages instead of a strategy.
     pub stages: Vec<StageSpec>,
     /// A cluster file, on the broker's machine, to plan by instead of what is measured.

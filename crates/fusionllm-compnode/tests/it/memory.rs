@@ -9,6 +9,7 @@ const TRAIN: &str = "steps = 2\nbatch = 16\nmicro_batches = 8\nlr = 1e-3\nwarmup
 fn live(pipeline: Pipeline) -> (Outcome, Vec<u32>) {
     let mut spec = job(TRAIN);
     spec.placement.pipeline = pipeline;
+    spec.placement.run_ahead = Some(0);
     let run = Run::new(small_gpt2(0.0), spec, 3);
     let bounds = (0..3).map(|n| run.placement.live_bound(NodeIndex(n)).into_values().max().unwrap()).collect();
     (run.synthetic(), bounds)

@@ -21,7 +21,7 @@ fn words(order: &[Task], with_stage: bool) -> String {
 
 fn orders(pipeline: Pipeline, stages: u32, micro_batches: u32) -> Vec<String> {
     let (stages, edges) = chain(&(0..stages).collect::<Vec<_>>());
-    let orders = train_orders(&stages, &edges, stages.len(), pipeline, micro_batches).unwrap();
+    let orders = train_orders(&stages, &edges, stages.len(), (pipeline, 0), micro_batches).unwrap();
     orders.iter().map(|o| words(o, false)).collect()
 }
 
@@ -63,7 +63,7 @@ fn evaluation_has_no_backward_pass_and_no_update() {
 #[test]
 fn a_u_shape_interleaves_its_ends() {
     let (stages, edges) = chain(&[0, 1, 0]);
-    let orders = train_orders(&stages, &edges, 2, Pipeline::OneFOneB, 2).unwrap();
+    let orders = train_orders(&stages, &edges, 2, (Pipeline::OneFOneB, 0), 2).unwrap();
     assert_eq!(words(&orders[0], true), "F0.0 F0.1 F2.0 B2.0 F2.1 B2.1 B0.0 B0.1 U");
     assert_eq!(words(&orders[1], false), "F0 F1 B0 B1 U");
 }
@@ -72,7 +72,7 @@ fn a_u_shape_interleaves_its_ends() {
 fn stages_that_wait_for_each_other_are_a_deadlock() {
     let (stages, mut edges) = chain(&[0, 1]);
     edges.push(StageEdge { id: EdgeId(1), from: StageId(1), to: StageId(0), ..edges[0].clone() });
-    let error = train_orders(&stages, &edges, 2, Pipeline::OneFOneB, 2).unwrap_err();
+    let error = train_orders(&stages, &edges, 2, (Pipeline::OneFOneB, 0), 2).unwrap_err();
     assert_eq!(error, PlanError::Deadlock);
 }
 
@@ -126,6 +126,7 @@ proptest! {
         skips in prop::collection::vec((0usize..8, 0usize..8), 0..4),
         micro_batches in 1u32..7,
         gpipe in any::<bool>(),
+        run_ahead in 0u32..4,
     ) {
         let (stages, mut edges) = chain(&nodes);
         for (a, b) in skips {
@@ -144,12 +145,12 @@ proptest! {
             }
         }
         let pipeline = if gpipe { Pipeline::GPipe } else { Pipeline::OneFOneB };
-        let orders = train_orders(&stages, &edges, 4, pipeline, micro_batches).unwrap();
+        let orders = train_orders(&stages, &edges, 4, (pipeline, run_ahead), micro_batches).unwrap();
         let tasks: usize = orders.iter().map(Vec::len).sum();
         prop_assert_eq!(tasks, stages.len() * micro_batches as usize * 2 + 4);
         let most = replay(&edges, &orders, stages.len()).expect("completes");
         for (stage, live) in stages.iter().zip(most) {
-            prop_assert!(live <= in_flight_limit(pipeline, stage.id, stages.len(), micro_batches));
+            prop_assert!(live <= in_flight_limit(pipeline, run_ahead, stage.id, stages.len(), micro_batches));
         }
         let eval = eval_orders(&stages, &edges, 4, micro_batches).unwrap();
         prop_assert!(replay(&edges, &eval, stages.len()).is_some());

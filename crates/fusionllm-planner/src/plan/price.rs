@@ -8,8 +8,8 @@ use crate::compression::{codec_s, compress_tied};
 use crate::estimate::update_seconds;
 use crate::placement::assemble;
 use crate::{
-    Cluster, Compression, Direction, Estimate, NodeIndex, Placement, PlanError, Segment, Simulated, StageEdge,
-    StepCosts, TRAINING_COPIES, TiedParam, compress, simulate,
+    Cluster, Compression, Direction, Estimate, NodeIndex, Pipeline, Placement, PlanError, Segment, Simulated,
+    StageEdge, StepCosts, TRAINING_COPIES, TiedParam, compress, simulate,
 };
 
 /// How many times faster than the slowest stage the adaptive policy may make links.
@@ -27,9 +27,52 @@ pub(crate) struct Priced {
     pub(super) memory: Vec<(f64, u64)>,
 }
 
+/// Micro-batches further ahead than 1F1B that are tried.
+const RUN_AHEADS: [u32; 6] = [0, 1, 2, 4, 8, 16];
+/// Tasks in a step beyond which orders are not tried, but taken as they are.
+const FEW_TASKS: usize = 10_000;
+/// A step that is longer by this share is worth fewer live micro-batches.
+const WORTH_RUNNING_AHEAD: f64 = 0.03;
+
+/// Prices segments in the end: with stages running as far ahead as the step gains from and memory holds, and links
+/// compressed as the policy says. 1F1B keeps few micro-batches live, but over long links it waits for each of them to
+/// come back.
+pub(super) fn settle(
+    dag: &OpDag,
+    cluster: &Cluster,
+    estimate: &Estimate,
+    segments: &[Segment],
+    spec: &PlanSpec,
+) -> Result<Priced, PlanError> {
+    let most = spec.placement.micro_batches.saturating_sub(1);
+    let tasks = 2 * segments.len() * spec.placement.micro_batches as usize;
+    let tries: Vec<u32> = match (spec.placement.pipeline, spec.placement.run_ahead) {
+        (Pipeline::OneFOneB, None) if tasks <= FEW_TASKS => {
+            RUN_AHEADS.into_iter().filter(|&n| n < most).chain([most]).collect()
+        }
+        (_, chosen) => vec![chosen.unwrap_or(0)],
+    };
+    let priced = tries.into_iter().map(|run_ahead| {
+        let mut spec = spec.clone();
+        spec.placement.run_ahead = Some(run_ahead);
+        match spec.compression {
+            Compression::Adaptive { .. } => gentlest(dag, cluster, estimate, segments, &spec),
+            _ => price(dag, cluster, estimate, segments.to_vec(), &spec),
+        }
+    });
+    let mut priced = priced.collect::<Result<Vec<_>, _>>()?;
+    // Textbook 1F1B stays, whatever it needs: if that is too much, its error says so.
+    let first = priced.remove(0);
+    priced.retain(|p| p.over_memory().is_none());
+    priced.insert(0, first);
+    let best = priced.iter().map(|p| p.simulated.step_s).fold(f64::INFINITY, f64::min);
+    let fast_enough = |p: &Priced| p.simulated.step_s <= best * (1.0 + WORTH_RUNNING_AHEAD);
+    priced.into_iter().find(fast_enough).ok_or(PlanError::Deadlock)
+}
+
 /// Prices segments with links as many times faster than the slowest stage as the step gains from, and no more: what is
 /// not compressed loses nothing.
-pub(super) fn gentlest(
+fn gentlest(
     dag: &OpDag,
     cluster: &Cluster,
     estimate: &Estimate,

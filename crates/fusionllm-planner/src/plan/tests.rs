@@ -79,6 +79,8 @@ fn spec(strategy: Strategy, micro_batches: u32) -> PlanSpec {
         strategy,
         stages: Vec::new(),
         pipeline: Pipeline::OneFOneB,
+        // What the search compares is textbook 1F1B.
+        run_ahead: Some(0),
         micro_batches,
         micro_batch_size: 2,
         eval_micro_batches: 1,
@@ -285,4 +287,45 @@ fn predictions_hang_together() {
     assert!(prediction.formula_s > 0.0 && prediction.compnodes.iter().all(|c| c.busy > 0.0 && c.busy <= 1.0));
     assert!(prediction.links.iter().any(|l| l.from == "compnode-0" && l.to == "compnode-1" && l.bytes > 0.0));
     assert!(!prediction.critical_path.is_empty());
+}
+
+/// Two CompNodes a long way apart: 0.1 s each way, and next to no compute.
+fn far_apart() -> Cluster {
+    let mut cluster = Cluster::uniform(2);
+    cluster.links = vec![vec![LinkProfile { latency_s: 0.1, bytes_per_s: 1e9 }; 2]; 2];
+    cluster.compnodes.iter_mut().for_each(|c| c.flop_per_s = 1e9);
+    cluster
+}
+
+fn with_run_ahead(run_ahead: Option<u32>) -> PlanSpec {
+    let mut spec = spec(Strategy::EqualNumber, 8);
+    spec.placement.run_ahead = run_ahead;
+    spec
+}
+
+#[test]
+fn over_long_links_stages_run_ahead() {
+    let dag = small_gpt2(3);
+    let textbook = plan(&dag, &far_apart(), &with_run_ahead(Some(0))).unwrap();
+    let chosen = plan(&dag, &far_apart(), &with_run_ahead(None)).unwrap();
+    let (slow, fast) = (textbook.prediction.step_s, chosen.prediction.step_s);
+    assert!(fast < 0.7 * slow, "{fast} against {slow}");
+    let live = |plan: &Plan| plan.placement.live_bound(NodeIndex(0)).into_values().max().unwrap();
+    assert!(live(&textbook) == 2 && live(&chosen) > 2, "{}", live(&chosen));
+    // Where links take no time, it would be memory for nothing.
+    let near = plan(&dag, &Cluster::uniform(2), &with_run_ahead(None)).unwrap();
+    assert_eq!(live(&near), 2);
+}
+
+#[test]
+fn stages_run_no_further_ahead_than_memory_holds() {
+    let dag = small_gpt2(3);
+    let needed = |run_ahead| {
+        let plan = plan(&dag, &far_apart(), &with_run_ahead(run_ahead)).unwrap();
+        plan.prediction.compnodes[0].memory_bytes
+    };
+    let mut cluster = far_apart();
+    cluster.compnodes[0].memory_bytes = (0.5 * (needed(Some(1)) + needed(Some(2)))) as u64;
+    let plan = plan(&dag, &cluster, &with_run_ahead(None)).unwrap();
+    assert_eq!(plan.placement.live_bound(NodeIndex(0)).into_values().max(), Some(3));
 }

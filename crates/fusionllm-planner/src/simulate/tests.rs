@@ -10,7 +10,7 @@ use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, TiedParam, pipelin
 fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) -> (Placement, Cluster) {
     let ids: Vec<u32> = (0..stages as u32).collect();
     let (list, edges) = crate::testing::chain(&ids);
-    let train = train_orders(&list, &edges, stages, pipeline, micro_batches).unwrap();
+    let train = train_orders(&list, &edges, stages, (pipeline, 0), micro_batches).unwrap();
     let eval = eval_orders(&list, &edges, stages, 1).unwrap();
     let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();
     let link = LinkProfile { latency_s, bytes_per_s: 1.0 };

@@ -39,6 +39,7 @@ const KEYS: &[(&str, &str)] = &[
     ("placement", "compnodes"),
     ("placement", "strategy"),
     ("placement", "pipeline"),
+    ("placement", "run_ahead"),
     ("placement", "stages"),
     ("placement", "cluster"),
     ("compression", "policy"),

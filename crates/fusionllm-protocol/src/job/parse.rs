@@ -103,6 +103,7 @@ fn placement(s: &Section<'_>) -> Result<PlacementSection, JobError> {
         compnodes: s.integer("compnodes")?,
         strategy,
         pipeline: s.choice("pipeline", &pipelines)?,
+        run_ahead: s.integer("run_ahead")?,
         stages: stages(s)?,
         cluster: s.text("cluster")?.map(PathBuf::from),
     })
