@@ -65,8 +65,13 @@ pub(super) fn settle(
     let first = priced.remove(0);
     priced.retain(|p| p.over_memory().is_none());
     priced.insert(0, first);
+    first_near_best(priced, WORTH_RUNNING_AHEAD)
+}
+
+/// The first whose step is at most this share longer than the shortest.
+fn first_near_best(priced: Vec<Priced>, share: f64) -> Result<Priced, PlanError> {
     let best = priced.iter().map(|p| p.simulated.step_s).fold(f64::INFINITY, f64::min);
-    let fast_enough = |p: &Priced| p.simulated.step_s <= best * (1.0 + WORTH_RUNNING_AHEAD);
+    let fast_enough = |p: &Priced| p.simulated.step_s <= best * (1.0 + share);
     priced.into_iter().find(fast_enough).ok_or(PlanError::Deadlock)
 }
 
@@ -81,9 +86,7 @@ fn gentlest(
 ) -> Result<Priced, PlanError> {
     let priced = HEADROOMS.map(|headroom| price_at(dag, cluster, estimate, segments.to_vec(), spec, headroom));
     let priced = priced.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let best = priced.iter().map(|p| p.simulated.step_s).fold(f64::INFINITY, f64::min);
-    let fast_enough = |p: &Priced| p.simulated.step_s <= best * (1.0 + WORTH_COMPRESSING);
-    priced.into_iter().find(fast_enough).ok_or(PlanError::Deadlock)
+    first_near_best(priced, WORTH_COMPRESSING)
 }
 
 /// Prices segments on `cluster`, whose CompNodes are in the placement's order.
