@@ -23,10 +23,10 @@ const CODECS: [&str; 16] = [
     "topk:0.05:bf16",
     "topk:0.1:bf16",
     "topk:0.3:bf16",
-    "lowrank:16:bf16",
-    "lowrank:16:int8",
-    "lowrank:64:int8",
-    "lowrank:16:int8+topk:0.01:int8",
+    "transform:0.25",
+    "transform:1",
+    "transform:2",
+    "transform:4",
 ];
 
 /// Gaussian, with one channel in 128 twenty times as large, as activations of transformers have them.
@@ -125,7 +125,7 @@ fn measure(shape: &[usize], filter: &str) {
 fn main() {
     // Cargo passes `--bench`.
     let filter = std::env::args().skip(1).find(|a| !a.starts_with("--")).unwrap_or_default();
-    for shape in [vec![4, 1024, 1024], vec![1, 1024, 768]] {
+    for shape in [vec![4, 1024, 1024], vec![1, 1024, 768], vec![4, 128, 256]] {
         measure(&shape, &filter);
     }
 }

@@ -8,7 +8,7 @@
 //! | `int8` | 1.03 | all but 255 steps of the largest magnitude of 64 neighbours |
 //! | `int4` | 0.53 | all but 15 such steps |
 //! | `topk` at 1 % | 0.051, 0.031, 0.021 with f32, bf16, int8 values | all but the entries of largest magnitude |
-//! | `lowrank` of rank r, rows of d | r/d times 2, 1.03, 0.53, and the basis when it is sent | what is across the basis |
+//! | `transform` of b bits | b/8 at the most, and the basis when it is sent | of a row's coefficients in a basis that follows the tensor, what is below a step |
 //!
 //! All bytes are little-endian and elements row-major. `dense`, `bf16` and `f16` have no header, and keep NaN and
 //! infinity. Payloads of the others begin with a layout version; their modules under `codecs`, and
@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::codecs::plain::{collect, collect_f16, extend, extend_f16, from_bf16, to_bf16};
 use crate::codecs::quantize::{self, Width};
-use crate::codecs::{Scratch, low_rank, take_version, topk};
+use crate::codecs::{Scratch, take_version, topk, transform};
 use crate::tensor::element_count;
-use crate::{CodecError, Density, ElementType, HostTensor, Real, Values};
+use crate::{BitRate, CodecError, Density, ElementType, HostTensor, Real, Values};
 
 /// How a boundary tensor is encoded.
 ///
@@ -49,16 +49,12 @@ pub enum Codec {
         /// How their values are written.
         values: TopKValues,
     },
-    /// Coefficients of the rows (last dimension) in an orthonormal basis that both ends hold. Needs
-    /// [`EdgeEncoder`](crate::EdgeEncoder) and [`EdgeDecoder`](crate::EdgeDecoder) to be small: without their
-    /// memory each payload carries the basis.
-    LowRank {
-        /// Vectors of the basis; the row length, where that is less. 0 counts as 1.
-        rank: u32,
-        /// How the coefficients are written.
-        values: LowRankValues,
-        /// Largest entries of what the basis misses, sent beside the coefficients.
-        residual: Option<Residual>,
+    /// Transform coding: coefficients of the rows (last dimension) in an orthonormal basis that both ends hold, rounded
+    /// to as coarse a step as the bits ask for, and entropy coded. Needs [`EdgeEncoder`](crate::EdgeEncoder) and
+    /// [`EdgeDecoder`](crate::EdgeDecoder) to be small: without their memory each payload carries the basis.
+    Transform {
+        /// Bits an element at the most, without the basis.
+        bits: BitRate,
     },
 }
 
@@ -75,28 +71,6 @@ pub enum TopKValues {
     Int8,
 }
 
-/// How low-rank coefficients are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LowRankValues {
-    /// 2 bytes.
-    Bf16,
-    /// 1 byte, and 2 for each 64 coefficients.
-    Int8,
-    /// Half a byte, and 2 for each 64 coefficients.
-    Int4,
-}
-
-/// The sparse part of a low-rank payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Residual {
-    /// Share of entries whose error is sent.
-    pub density: Density,
-    /// How their values are written.
-    pub values: TopKValues,
-}
-
 /// The shape for which [`Codec::ratio`] speaks.
 const TYPICAL: [usize; 2] = [1 << 14, 1 << 10];
 
@@ -110,7 +84,7 @@ impl Codec {
             Self::Int8 => "int8",
             Self::Int4 => "int4",
             Self::TopK { .. } => "topk",
-            Self::LowRank { .. } => "lowrank",
+            Self::Transform { .. } => "transform",
         }
     }
 
@@ -127,20 +101,18 @@ impl Codec {
         matches!(self, Self::Dense)
     }
 
-    /// Exact size in bytes of a tensor of this shape as [`Self::encode`] writes it, whatever its values.
-    ///
-    /// Of a low-rank payload this is the size with the basis, so the most that it can have;
-    /// [`Self::steady_bytes`] is the other.
+    /// Size in bytes of a tensor of this shape as [`Self::encode`] writes it, whatever its values: of `transform` the
+    /// most that it can have, with the basis, of the others the exact size.
     ///
     /// # Errors
     /// [`CodecError::ShapeOverflow`] if the shape is absurd: above 2^48 elements, and from 2^32 on for `topk` and
-    /// `lowrank`.
+    /// `transform`.
     pub fn encoded_bytes(self, shape: &[usize]) -> Result<u64, CodecError> {
         self.bytes(shape, true)
     }
 
-    /// Exact size in bytes of a tensor of this shape once both ends hold the basis; of codecs without a basis the
-    /// same as [`Self::encoded_bytes`].
+    /// Size in bytes of a tensor of this shape, at the most, once both ends hold the basis; of codecs without a basis
+    /// the same as [`Self::encoded_bytes`].
     ///
     /// # Errors
     /// As [`Self::encoded_bytes`].
@@ -158,15 +130,15 @@ impl Codec {
             Self::Int8 => 1 + Width::Int8.bytes(n),
             Self::Int4 => 1 + Width::Int4.bytes(n),
             Self::TopK { density, values } => topk::bytes(indexed()?, density, values),
-            Self::LowRank { rank, values, residual } => {
+            Self::Transform { bits } => {
                 indexed()?;
-                low_rank::bytes(shape, rank, values, residual, with_basis).ok_or_else(overflow)?
+                transform::bytes(shape, bits, with_basis)
             }
         })
     }
 
-    /// Dense fp32 bytes over [`Self::steady_bytes`] of a tensor of 16,384 rows of 1,024 elements; for all but the
-    /// low-rank codec, nearly that of any large tensor. Below 1 where a sparse codec keeps too much to save.
+    /// Dense fp32 bytes over [`Self::steady_bytes`] of a tensor of 16,384 rows of 1,024 elements; nearly that
+    /// of any large tensor. Below 1 where a sparse codec keeps too much to save.
     pub fn ratio(self) -> f64 {
         self.ratio_of(&TYPICAL).unwrap_or(1.0)
     }
@@ -274,10 +246,10 @@ impl Codec {
                 quantize::encode(self.width(), values, out);
             }
             Self::TopK { density, values: form } => topk::encode(density, form, values, &mut scratch.topk, out),
-            Self::LowRank { rank, values: form, residual } => {
-                let layout = low_rank::Layout::of(shape, rank, form, residual);
-                let memory = (&mut scratch.low_rank, &mut scratch.topk);
-                low_rank::Sender::default().encode(layout, low_rank::Policy::default(), values, memory, out);
+            Self::Transform { bits } => {
+                let layout = transform::Layout::of(shape, bits);
+                let (mut sender, policy) = (transform::Sender::default(), transform::Policy::default());
+                sender.encode(layout, policy, values, &mut scratch.transform, out)?;
             }
         }
         Ok(())
@@ -301,10 +273,9 @@ impl Codec {
                 quantize::decode(self.width(), n, rest, into)?;
             }
             Self::TopK { density, values } => topk::decode(n, density, values, bytes, &mut scratch.topk, into)?,
-            Self::LowRank { rank, values, residual } => {
-                let layout = low_rank::Layout::of(shape, rank, values, residual);
-                let memory = (&mut scratch.low_rank, &mut scratch.topk);
-                low_rank::decode(shape, layout, bytes, &mut None, memory, into)?;
+            Self::Transform { bits } => {
+                let layout = transform::Layout::of(shape, bits);
+                transform::decode(shape, layout, bytes, &mut None, &mut scratch.transform, into)?;
             }
         }
         Ok(())
@@ -317,8 +288,14 @@ impl Codec {
     /// Holds the length of a payload against the shape, and answers the number of elements.
     pub(crate) fn check_length(self, shape: &[usize], bytes: &[u8]) -> Result<usize, CodecError> {
         let (expected, got) = (self.encoded_bytes(shape)?, bytes.len() as u64);
-        if expected != got {
-            return Err(CodecError::PayloadLength { codec: self.name(), shape: shape.to_vec(), expected, got });
+        let (codec, shape_of) = (self.name(), || shape.to_vec());
+        match self {
+            Self::Transform { .. } if got > expected => {
+                return Err(CodecError::PayloadTooLong { codec, shape: shape_of(), most: expected, got });
+            }
+            Self::Transform { .. } => {}
+            _ if got != expected => return Err(CodecError::PayloadLength { codec, shape: shape_of(), expected, got }),
+            _ => {}
         }
         usize::try_from(element_count(shape)?).map_err(|_| CodecError::ShapeOverflow { shape: shape.to_vec() })
     }

@@ -3,13 +3,15 @@
 //! Each module documents its byte layout. All are little-endian; bits are numbered from the lowest of the first
 //! byte. Sections follow each other without gaps, each padded with zero bits to whole bytes.
 
-pub(crate) mod low_rank;
+pub(crate) mod basis;
+pub(crate) mod laplace;
 pub(crate) mod plain;
 pub(crate) mod positions;
 pub(crate) mod quantize;
 pub(crate) mod select;
 pub(crate) mod subspace;
 pub(crate) mod topk;
+pub(crate) mod transform;
 
 use crate::CodecError;
 
@@ -17,7 +19,7 @@ use crate::CodecError;
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     pub(crate) topk: topk::Scratch,
-    pub(crate) low_rank: low_rank::Scratch,
+    pub(crate) transform: transform::Scratch,
 }
 
 /// Splits the layout version off a payload.

@@ -8,7 +8,8 @@ mod prediction;
 
 use serde::{Deserialize, Serialize};
 
-use crate::codecs::low_rank::{self, Basis, Layout, Policy, Sender};
+use crate::codecs::basis::Basis;
+use crate::codecs::transform::{self, Layout, Policy, Sender};
 use crate::codecs::{Scratch, subspace::square_sum, topk::finite};
 use crate::tensor::element_count;
 use crate::{Codec, CodecError};
@@ -22,9 +23,9 @@ pub struct EdgeOptions {
     /// Send the difference to the running column mean (over all but the last dimension) of what was decoded, so
     /// that channels with a constant offset need not be sent again and again.
     pub predict: bool,
-    /// Messages after which a low-rank basis is replaced; 0: so many that bases add a tenth to the bytes.
+    /// Messages after which a basis is replaced; 0: so many that bases add a tenth to the bytes.
     pub refresh_every: u32,
-    /// Factor by which the relative error of a low-rank basis may grow before it is replaced early.
+    /// Factor by which the relative error of a basis may grow before it is replaced early.
     pub refresh_growth: f64,
 }
 
@@ -142,13 +143,12 @@ impl EdgeEncoder {
         }
         let sent: &[f32] = if options.error_feedback || predict { input } else { values };
         let start = out.len();
-        match low_rank_layout(codec, shape) {
+        match transform_layout(codec, shape) {
             Some(layout) => {
                 let default = Policy::default();
                 let (refresh_every, growth) = (options.refresh_every, options.refresh_growth);
                 let policy = Policy { refresh_every, growth, ..default };
-                let memory = (&mut scratch.low_rank, &mut scratch.topk);
-                state.sender.encode(layout, policy, sent, memory, out);
+                state.sender.encode(layout, policy, sent, &mut scratch.transform, out)?;
             }
             None => codec.encode_f32(shape, sent, scratch, out)?,
         }
@@ -275,10 +275,10 @@ fn state_bytes(state: &EdgeState) -> u64 {
     (numbers * size_of::<f32>() + state.sender.basis.as_ref().map_or(0, Basis::memory_bytes)) as u64
 }
 
-/// Outer: whether the codec is low-rank; inner: whether the tensor has elements.
-fn low_rank_layout(codec: Codec, shape: &[usize]) -> Option<Option<Layout>> {
+/// Outer: whether the codec is `transform`; inner: whether the tensor has elements.
+fn transform_layout(codec: Codec, shape: &[usize]) -> Option<Option<Layout>> {
     match codec {
-        Codec::LowRank { rank, values, residual } => Some(Layout::of(shape, rank, values, residual)),
+        Codec::Transform { bits } => Some(Layout::of(shape, bits)),
         _ => None,
     }
 }
@@ -292,8 +292,8 @@ fn reconstruct(
     into: &mut Vec<f32>,
 ) -> Result<(), CodecError> {
     codec.encoded_bytes(shape)?;
-    match low_rank_layout(codec, shape) {
-        Some(layout) => low_rank::decode(shape, layout, bytes, basis, (&mut scratch.low_rank, &mut scratch.topk), into),
+    match transform_layout(codec, shape) {
+        Some(layout) => transform::decode(shape, layout, bytes, basis, &mut scratch.transform, into),
         None => codec.decode_f32(shape, bytes, scratch, into),
     }
 }

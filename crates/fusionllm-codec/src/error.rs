@@ -16,6 +16,18 @@ pub enum CodecError {
         /// Bytes that came.
         got: u64,
     },
+    /// The payload is longer than the shape and codec allow.
+    #[error("{codec} payload of shape {shape:?} has {got} bytes, expected at most {most}")]
+    PayloadTooLong {
+        /// Name of the codec.
+        codec: &'static str,
+        /// Announced shape.
+        shape: Vec<usize>,
+        /// Bytes that the shape allows.
+        most: u64,
+        /// Bytes that came.
+        got: u64,
+    },
     /// The values do not fill the shape.
     #[error("{got} values do not fill shape {shape:?}, which holds {expected}")]
     ValueCount {
@@ -43,7 +55,7 @@ pub enum CodecError {
     /// No codec has this name.
     #[error(
         "unknown codec `{name}`, expected one of: dense, bf16, f16, int8, int4, \
-         topk:SHARE:f32|bf16|int8, lowrank:RANK:bf16|int8|int4[+topk:…]"
+         topk:SHARE:f32|bf16|int8, transform:BITS"
     )]
     UnknownCodec {
         /// The name that was asked for.
@@ -52,6 +64,12 @@ pub enum CodecError {
     /// A density outside 1 to 1,000,000 parts per million.
     #[error("density `{given}` is no share from 0.000001 to 1 in whole parts per million")]
     Density {
+        /// What was given.
+        given: String,
+    },
+    /// Bits an element that no codec can keep to.
+    #[error("rate `{given}` is not from 0.01 to 8 bits an element in whole thousandths")]
+    BitRate {
         /// What was given.
         given: String,
     },
@@ -73,8 +91,8 @@ pub enum CodecError {
         /// What is wrong with it.
         what: &'static str,
     },
-    /// A low-rank payload refers to a basis that this end does not hold: a message was lost, or state was.
-    #[error("lowrank payload needs basis {needed}, this end holds {}", .held.map_or("none".to_owned(), |n| n.to_string()))]
+    /// A `transform` payload refers to a basis that this end does not hold: a message was lost, or state was.
+    #[error("transform payload needs basis {needed}, this end holds {}", .held.map_or("none".to_owned(), |n| n.to_string()))]
     MissingBasis {
         /// Number of the basis that it needs.
         needed: u32,

@@ -6,8 +6,9 @@
 //!
 //! [`Codec`] alone is stateless. [`EdgeEncoder`] and [`EdgeDecoder`] are the two ends of one direction of one
 //! boundary edge: they reuse their memory from tensor to tensor, keep what a codec dropped for the next tensor
-//! (error feedback), and hold the basis of the low-rank codec.
+//! (error feedback), and hold the basis of the transform codec.
 
+mod bit_rate;
 mod codec;
 mod codecs;
 mod density;
@@ -18,7 +19,8 @@ mod tensor;
 #[cfg(test)]
 mod testing;
 
-pub use codec::{Codec, LowRankValues, Residual, TopKValues};
+pub use bit_rate::BitRate;
+pub use codec::{Codec, TopKValues};
 pub use density::Density;
 pub use edge::{EdgeDecoder, EdgeEncoder, EdgeOptions, EdgeState, Encoded};
 pub use error::CodecError;

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use crate::{Codec, Density, LowRankValues, Residual, TopKValues};
+use crate::{BitRate, Codec, Density, TopKValues};
 
 pub(crate) fn any_density() -> impl Strategy<Value = Density> {
     prop_oneof![1u32..=1_000_000, 1u32..=50_000, Just(1_000_000)].prop_map(|ppm| Density::from_ppm(ppm).unwrap())
@@ -10,10 +10,6 @@ pub(crate) fn any_density() -> impl Strategy<Value = Density> {
 
 pub(crate) fn any_topk_values() -> impl Strategy<Value = TopKValues> {
     prop_oneof![Just(TopKValues::F32), Just(TopKValues::Bf16), Just(TopKValues::Int8)]
-}
-
-fn any_residual() -> impl Strategy<Value = Residual> {
-    (any_density(), any_topk_values()).prop_map(|(density, values)| Residual { density, values })
 }
 
 pub(crate) fn stateless_codec() -> impl Strategy<Value = Codec> {
@@ -27,17 +23,12 @@ pub(crate) fn stateless_codec() -> impl Strategy<Value = Codec> {
     ]
 }
 
-pub(crate) fn low_rank_codec() -> impl Strategy<Value = Codec> {
-    let values = prop_oneof![Just(LowRankValues::Bf16), Just(LowRankValues::Int8), Just(LowRankValues::Int4)];
-    (1u32..20, values, prop::option::of(any_residual())).prop_map(|(rank, values, residual)| Codec::LowRank {
-        rank,
-        values,
-        residual,
-    })
+pub(crate) fn transform_codec() -> impl Strategy<Value = Codec> {
+    (10u32..=8_000).prop_map(|bits| Codec::Transform { bits: BitRate::from_thousandths(bits).unwrap() })
 }
 
 pub(crate) fn any_codec() -> impl Strategy<Value = Codec> {
-    prop_oneof![3 => stateless_codec(), 1 => low_rank_codec()]
+    prop_oneof![3 => stateless_codec(), 1 => transform_codec()]
 }
 
 /// Mostly ordinary numbers, some equal, some extreme, some neither.

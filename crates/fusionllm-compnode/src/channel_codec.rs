@@ -56,8 +56,8 @@ impl ChannelEncoder {
         match (slot.pass, tensor.values()) {
             (Pass::Train, Values::F32(values)) if is_lossy => {
                 let encoded = self.edge.encode_and_measure(codec, tensor.shape(), values, out, is_sampled(slot))?;
-                let extra_bytes = encoded.bytes.saturating_sub(codec.steady_bytes(tensor.shape())?);
-                Ok(Found { extra_bytes, error: encoded.relative_error })
+                let beyond_steady = encoded.bytes.cast_signed() - codec.steady_bytes(tensor.shape())?.cast_signed();
+                Ok(Found { beyond_steady, error: encoded.relative_error })
             }
             (Pass::Train | Pass::Eval, _) => {
                 codec.encode(tensor, out)?;

@@ -77,8 +77,8 @@ pub(crate) struct LinkTally {
 /// What is known of a message only once it is encoded.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Found {
-    /// Bytes above the codec's steady size: a low-rank basis.
-    pub(crate) extra_bytes: u64,
+    /// Bytes beyond the codec's steady size: a basis, less what a message does not use.
+    pub(crate) beyond_steady: i64,
     /// Relative error, if it was measured.
     pub(crate) error: Option<f64>,
 }
@@ -104,7 +104,7 @@ impl LinkTally {
     /// What encoding a message showed beyond what [`Self::add`] knew.
     pub(crate) fn encoded(&mut self, to: NodeIndex, found: Found) {
         let entry = self.found.entry(to).or_default();
-        entry.extra_bytes += found.extra_bytes;
+        entry.beyond_steady += found.beyond_steady;
         entry.error = match (entry.error, found.error) {
             (Some(a), Some(b)) => Some(a.max(b)),
             (a, b) => a.or(b),
@@ -119,8 +119,9 @@ impl LinkTally {
         entries
             .into_iter()
             .map(|(to, (bytes, dense_bytes, codec))| {
-                let Found { extra_bytes, error } = self.found.remove(&to).unwrap_or_default();
-                let (from, bytes, codec) = (from.clone(), bytes + extra_bytes, codec.to_string());
+                let Found { beyond_steady, error } = self.found.remove(&to).unwrap_or_default();
+                let (from, codec) = (from.clone(), codec.to_string());
+                let bytes = bytes.saturating_add_signed(beyond_steady);
                 LinkBytes { from, to: name(to), bytes, dense_bytes, codec, error }
             })
             .collect()

@@ -6,16 +6,21 @@
 //! compressed), and r is no higher than what makes the slowest link as fast as the slowest stage. What density gives
 //! that many bytes follows from the codec's own size, so no message is ever larger than dense.
 
-use fusionllm_codec::{Codec, Density, LowRankValues, TopKValues};
+use fusionllm_codec::{BitRate, Codec, Density, TopKValues};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of f32 per second that an encoder and a decoder work through together, one after the other, on one core.
 /// Conservative figures of `cargo bench -p fusionllm-codec`.
 const DENSE_BYTES_PER_S: f64 = 2e9;
 const SPARSE_BYTES_PER_S: f64 = 1e9;
-const LOW_RANK_BYTES_PER_S: f64 = 5e8;
-/// A low-rank codec's messages with its bases, over those without.
+/// Likewise of `transform`: elements whose integers are coded, and products with the vectors of its basis, each two
+/// operations, with which a third of the time goes to finding bases.
+const CODED_ELEMENTS_PER_S: f64 = 4e7;
+const TRANSFORM_FLOP_PER_S: f64 = 3e10;
+/// The messages of `transform` with its bases, over those without.
 const BASES: f64 = 1.1;
+/// Vectors of a basis at the most.
+const MOST_RANK: usize = 1024;
 /// No boundary tensor keeps less than this many entries in a million.
 const LEAST_PPM: u32 = 10;
 
@@ -158,36 +163,39 @@ pub fn topk_of_ratio(shape: &[usize], ratio: f64, values: TopKValues, otherwise:
 }
 
 /// The codec that loses least of those whose message is `ratio` times smaller than dense f32: by what training lost in
-/// docs/compression.md, the coarsest number that fits as long as one does, and beyond that the row's coefficients in a
-/// basis that follows the tensor.
+/// docs/compression.md, the coarsest number that fits as long as one does, and beyond that transform coding.
 pub fn best_of_ratio(shape: &[usize], ratio: f64, otherwise: Codec) -> Codec {
     if ratio <= 1.0 {
         return otherwise;
     }
     let wanted = |codec: &Codec| codec.ratio_of(shape).is_ok_and(|r| r >= ratio);
     let plain = [otherwise, Codec::Bf16, Codec::Int8, Codec::Int4].into_iter().find(wanted);
-    plain.unwrap_or_else(|| low_rank_of_ratio(shape, ratio * BASES, LowRankValues::Int8))
+    plain.unwrap_or_else(|| transform_of_ratio(shape, ratio * BASES))
 }
 
-/// The low-rank codec of the highest rank whose message is `ratio` times smaller than dense f32.
-fn low_rank_of_ratio(shape: &[usize], ratio: f64, values: LowRankValues) -> Codec {
-    let codec = |rank: u32| Codec::LowRank { rank, values, residual: None };
-    let width = shape.last().map_or(1, |&d| u32::try_from(d).unwrap_or(u32::MAX)).max(1);
-    let (mut low, mut high) = (1, width);
+/// Transform coding at the most bits with which a message is `ratio` times smaller than dense f32.
+fn transform_of_ratio(shape: &[usize], ratio: f64) -> Codec {
+    let codec = |thousandths| BitRate::from_thousandths(thousandths).map(|bits| Codec::Transform { bits });
+    let (mut low, mut high) = (BitRate::LEAST.thousandths(), BitRate::MOST.thousandths());
     while low < high {
         let middle = low + (high - low).div_ceil(2);
-        if codec(middle).ratio_of(shape).is_ok_and(|r| r >= ratio) { low = middle } else { high = middle - 1 }
+        let fits = codec(middle).and_then(|codec| codec.ratio_of(shape)).is_ok_and(|r| r >= ratio);
+        if fits { low = middle } else { high = middle - 1 }
     }
-    codec(low)
+    codec(low).unwrap_or(Codec::Transform { bits: BitRate::LEAST })
 }
 
-/// Seconds of encoding and decoding a tensor of this many elements.
-pub(crate) fn codec_s(codec: Codec, elements: f64) -> f64 {
+/// Seconds of encoding and decoding a tensor of this shape.
+pub(crate) fn codec_s(codec: Codec, shape: &[usize]) -> f64 {
+    let elements = shape.iter().map(|&d| d as f64).product::<f64>();
     let bytes = 4.0 * elements;
     match codec {
         Codec::Dense | Codec::Bf16 | Codec::F16 | Codec::Int8 | Codec::Int4 => bytes / DENSE_BYTES_PER_S,
         Codec::TopK { .. } => bytes / SPARSE_BYTES_PER_S,
-        Codec::LowRank { .. } => bytes / LOW_RANK_BYTES_PER_S,
+        Codec::Transform { .. } => {
+            let rank = shape.last().map_or(1, |&width| width.min(MOST_RANK));
+            elements / CODED_ELEMENTS_PER_S + 2.0 * 2.0 * elements * rank as f64 / TRANSFORM_FLOP_PER_S
+        }
     }
 }
 

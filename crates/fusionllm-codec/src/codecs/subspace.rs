@@ -10,6 +10,8 @@ use multiversion::multiversion;
 const LANES: usize = 16;
 /// Vectors that are worked on together, to read each row less often.
 const GROUP: usize = 4;
+/// Rows that are worked on together, to read the vectors less often.
+const TILE: usize = 32;
 /// A vector that loses this share of its length to the others holds little but rounding errors.
 const DEPENDENT: f64 = 1e-5;
 
@@ -18,44 +20,73 @@ pub(crate) fn project(x: &[f32], width: usize, vectors: &[f32], into: &mut Vec<f
     let (rows, rank) = (x.len() / width, vectors.len() / width);
     into.clear();
     into.resize(rows * rank, 0.0);
-    project_rows(x, rows, width, vectors, into);
+    for (tile, first) in x.chunks(TILE * width).zip((0..).step_by(TILE)) {
+        project_tile(tile, first, rows, width, vectors, into);
+    }
 }
 
+/// As [`project`], of rows from `first` on, which stay in the cache while all vectors pass.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
-fn project_rows(x: &[f32], rows: usize, width: usize, vectors: &[f32], into: &mut [f32]) {
+fn project_tile(tile: &[f32], first: usize, rows: usize, width: usize, vectors: &[f32], into: &mut [f32]) {
     let groups = vectors.chunks_exact(GROUP * width);
     let left = groups.remainder();
-    for (i, row) in x.chunks_exact(width).enumerate() {
-        for (j, group) in groups.clone().enumerate() {
-            for (sum, j) in four_dots(row, group).into_iter().zip(j * GROUP..) {
+    for (j, group) in groups.clone().enumerate() {
+        let pairs = tile.chunks_exact(2 * width);
+        let odd = pairs.remainder();
+        for (pair, i) in pairs.clone().zip((first..).step_by(2)) {
+            let (a, b) = pair.split_at(width);
+            for ((sum_a, sum_b), j) in eight_dots(a, b, group).into_iter().zip(j * GROUP..) {
+                into[j * rows + i] = sum_a;
+                into[j * rows + i + 1] = sum_b;
+            }
+        }
+        if !odd.is_empty() {
+            let i = first + 2 * pairs.len();
+            for ((sum, _), j) in eight_dots(odd, odd, group).into_iter().zip(j * GROUP..) {
                 into[j * rows + i] = sum;
             }
         }
-        for (vector, j) in left.chunks_exact(width).zip(groups.len() * GROUP..) {
+    }
+    for (vector, j) in left.chunks_exact(width).zip(rank_of(vectors, width) / GROUP * GROUP..) {
+        for (row, i) in tile.chunks_exact(width).zip(first..) {
             into[j * rows + i] = dot(row, vector);
         }
     }
 }
 
-/// Products with the [`GROUP`] vectors of `group`. Written out, for the sums to stay in registers.
 #[inline(always)]
-fn four_dots(row: &[f32], group: &[f32]) -> [f32; GROUP] {
-    let (ab, cd) = group.split_at(2 * row.len());
-    let ((a, b), (c, d)) = (ab.split_at(row.len()), cd.split_at(row.len()));
-    let (x, rest) = row.as_chunks::<LANES>();
+fn rank_of(vectors: &[f32], width: usize) -> usize {
+    vectors.len() / width
+}
+
+/// Products of two rows with the [`GROUP`] vectors of `group`. Written out, for the sums to stay in registers.
+#[inline(always)]
+fn eight_dots(p: &[f32], q: &[f32], group: &[f32]) -> [(f32, f32); GROUP] {
+    let (ab, cd) = group.split_at(2 * p.len());
+    let ((a, b), (c, d)) = (ab.split_at(p.len()), cd.split_at(p.len()));
+    let ((x, rest_x), (y, rest_y)) = (p.as_chunks::<LANES>(), q.as_chunks::<LANES>());
     let chunks = [a, b, c, d].map(|vector| vector.as_chunks::<LANES>().0);
-    let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [[0.0; LANES]; GROUP];
-    for ((((x, a), b), c), d) in x.iter().zip(chunks[0]).zip(chunks[1]).zip(chunks[2]).zip(chunks[3]) {
+    let [mut pa, mut pb, mut pc, mut pd] = [[0.0; LANES]; GROUP];
+    let [mut qa, mut qb, mut qc, mut qd] = [[0.0; LANES]; GROUP];
+    let vectors = chunks[0].iter().zip(chunks[1]).zip(chunks[2]).zip(chunks[3]);
+    for ((x, y), (((a, b), c), d)) in x.iter().zip(y).zip(vectors) {
         for lane in 0..LANES {
-            sum_a[lane] += x[lane] * a[lane];
-            sum_b[lane] += x[lane] * b[lane];
-            sum_c[lane] += x[lane] * c[lane];
-            sum_d[lane] += x[lane] * d[lane];
+            pa[lane] += x[lane] * a[lane];
+            pb[lane] += x[lane] * b[lane];
+            pc[lane] += x[lane] * c[lane];
+            pd[lane] += x[lane] * d[lane];
+            qa[lane] += y[lane] * a[lane];
+            qb[lane] += y[lane] * b[lane];
+            qc[lane] += y[lane] * c[lane];
+            qd[lane] += y[lane] * d[lane];
         }
     }
-    let whole = row.len() - rest.len();
-    let sum = |lanes: [f32; LANES], vector: &[f32]| lanes.iter().sum::<f32>() + short_dot(rest, &vector[whole..]);
-    [sum(sum_a, a), sum(sum_b, b), sum(sum_c, c), sum(sum_d, d)]
+    let whole = p.len() - rest_x.len();
+    let sum = |lanes: [f32; LANES], rest: &[f32], vector: &[f32]| {
+        lanes.iter().sum::<f32>() + short_dot(rest, &vector[whole..])
+    };
+    let both = |p, q, vector| (sum(p, rest_x, vector), sum(q, rest_y, vector));
+    [both(pa, qa, a), both(pb, qb, b), both(pc, qc, c), both(pd, qd, d)]
 }
 
 #[inline(always)]
@@ -79,23 +110,31 @@ fn short_dot(x: &[f32], v: &[f32]) -> f32 {
 pub(crate) fn rebuild(coefficients: &[f32], rows: usize, width: usize, vectors: &[f32], into: &mut Vec<f32>) {
     into.clear();
     into.resize(rows * width, 0.0);
-    rebuild_rows(coefficients, rows, width, vectors, into);
+    for (tile, first) in into.chunks_mut(TILE * width).zip((0..).step_by(TILE)) {
+        rebuild_tile(coefficients, first, rows, width, vectors, tile);
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
-fn rebuild_rows(coefficients: &[f32], rows: usize, width: usize, vectors: &[f32], into: &mut [f32]) {
-    for (i, row) in into.chunks_exact_mut(width).enumerate() {
-        let groups = vectors.chunks_exact(GROUP * width);
-        let first_left = groups.len() * GROUP;
-        for (group, first) in groups.clone().zip((0..).step_by(GROUP)) {
-            let [a, b, c, d] = std::array::from_fn(|j| coefficients[(first + j) * rows + i]);
-            let (ab, cd) = group.split_at(2 * width);
-            let ((va, vb), (vc, vd)) = (ab.split_at(width), cd.split_at(width));
+fn rebuild_tile(coefficients: &[f32], first: usize, rows: usize, width: usize, vectors: &[f32], tile: &mut [f32]) {
+    let groups = vectors.chunks_exact(GROUP * width);
+    let left = groups.remainder();
+    for (j, group) in groups.enumerate() {
+        let (ab, cd) = group.split_at(2 * width);
+        let ((va, vb), (vc, vd)) = (ab.split_at(width), cd.split_at(width));
+        for (row, i) in tile.chunks_exact_mut(width).zip(first..) {
+            let [a, b, c, d] = std::array::from_fn(|k| coefficients[(j * GROUP + k) * rows + i]);
+            // Most of what a low rate leaves is 0.
+            if [a, b, c, d] == [0.0; GROUP] {
+                continue;
+            }
             for ((((x, va), vb), vc), vd) in row.iter_mut().zip(va).zip(vb).zip(vc).zip(vd) {
                 *x += (a * va + b * vb) + (c * vc + d * vd);
             }
         }
-        for (vector, j) in groups.remainder().chunks_exact(width).zip(first_left..) {
+    }
+    for (vector, j) in left.chunks_exact(width).zip(rank_of(vectors, width) / GROUP * GROUP..) {
+        for (row, i) in tile.chunks_exact_mut(width).zip(first..) {
             add_scaled(row, coefficients[j * rows + i], vector);
         }
     }
@@ -121,12 +160,14 @@ pub(crate) fn square_sum(values: &[f32]) -> f64 {
     sums.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
 }
 
-/// A start that is the same everywhere.
-pub(crate) fn start(width: usize, rank: usize) -> Vec<f32> {
-    let mut vectors = vec![0.0; width * rank];
-    fill(&mut vectors, 0);
-    orthonormalise(&mut vectors, width);
-    vectors
+/// Makes the basis one of `rank` vectors, if it has less, by vectors that are the same everywhere.
+pub(crate) fn extend(vectors: &mut Vec<f32>, width: usize, rank: usize) {
+    let held = vectors.len();
+    if held < width * rank {
+        vectors.resize(width * rank, 0.0);
+        fill(&mut vectors[held..], held as u64);
+        orthonormalise(vectors, width);
+    }
 }
 
 /// Turns the basis towards the directions in which the rows of `x` are longest: block power iterations.
@@ -156,7 +197,7 @@ fn gather_rows(x: &[f32], rows: usize, width: usize, coefficients: &[f32], facto
 }
 
 /// Gram-Schmidt, each vector twice; one that depends on those before it is replaced by another start.
-fn orthonormalise(vectors: &mut [f32], width: usize) {
+pub(crate) fn orthonormalise(vectors: &mut [f32], width: usize) {
     for j in 0..vectors.len() / width {
         let (done, rest) = vectors.split_at_mut(j * width);
         let vector = &mut rest[..width];
@@ -181,13 +222,7 @@ fn orthonormalise(vectors: &mut [f32], width: usize) {
 /// Takes out of a vector what it shares with another of length 1.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
 fn take_out(vector: &mut [f32], other: &[f32]) {
-    let mut sums = [0.0; LANES];
-    for (a, b) in vector.chunks(LANES).zip(other.chunks(LANES)) {
-        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
-            *sum += f64::from(a) * f64::from(b);
-        }
-    }
-    add_scaled(vector, -sums.iter().sum::<f64>() as f32, other);
+    add_scaled(vector, -dot(vector, other), other);
 }
 
 /// Numbers from -1 to 1 that follow from the seed (SplitMix64).
@@ -207,6 +242,12 @@ fn fill(values: &mut [f32], seed: u64) {
 mod tests {
     use super::*;
 
+    fn start(width: usize, rank: usize) -> Vec<f32> {
+        let mut vectors = Vec::new();
+        extend(&mut vectors, width, rank);
+        vectors
+    }
+
     fn gram_is_identity(vectors: &[f32], width: usize) {
         for (i, a) in vectors.chunks_exact(width).enumerate() {
             for (j, b) in vectors.chunks_exact(width).enumerate() {
@@ -218,7 +259,9 @@ mod tests {
 
     #[test]
     fn vectors_are_orthonormal_even_where_they_were_equal() {
-        gram_is_identity(&start(37, 37), 37);
+        let mut vectors = start(37, 20);
+        extend(&mut vectors, 37, 37);
+        gram_is_identity(&vectors, 37);
         let mut equal = vec![1.0; 6 * 20];
         orthonormalise(&mut equal, 20);
         gram_is_identity(&equal, 20);

@@ -278,7 +278,7 @@ fn send(
         let ratio = |bytes: f64| if bytes > 0.0 { 4.0 * elements / bytes } else { 1.0 };
         sent.ratios.push((ratio(there), ratio(back)));
         sent.bytes.push((there, back));
-        sent.codec_s.push((codec_s(edge.activation_codec, elements), codec_s(edge.gradient_codec, elements)));
+        sent.codec_s.push((codec_s(edge.activation_codec, &shape), codec_s(edge.gradient_codec, &shape)));
     }
     Ok(sent)
 }

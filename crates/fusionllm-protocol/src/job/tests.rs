@@ -172,9 +172,9 @@ fn compression_is_read_and_becomes_what_the_planner_takes() {
     let ada = ["compression.policy=ada-topk", "compression.ratio=50", "compression.topk_values=int8"];
     let values = TopKValues::Int8;
     assert_eq!(read(LEAST, &ada).unwrap().compression(), Compression::AdaTopk { ratio: 50.0, values, literal: false });
-    let fixed = ["compression.policy=fixed", "compression.activations=int4", "compression.gradients=lowrank:8:int8"];
+    let fixed = ["compression.policy=fixed", "compression.activations=int4", "compression.gradients=transform:1.5"];
     let spec = read(LEAST, &fixed).unwrap();
-    let (activations, gradients) = (Codec::Int4, "lowrank:8:int8".parse().unwrap());
+    let (activations, gradients) = (Codec::Int4, "transform:1.5".parse().unwrap());
     assert_eq!(spec.compression(), Compression::Fixed { activations, gradients });
     // A checkpoint's manifest keeps the job as JSON, and a resume reads it as TOML.
     let text = toml::to_string(&spec).unwrap();

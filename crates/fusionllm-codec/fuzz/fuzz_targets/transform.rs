@@ -1,17 +1,14 @@
-//! Any bytes as a first and a second `lowrank` message of an edge.
+//! Any bytes as a first and a second `transform` message of an edge.
 #![no_main]
 
 mod common;
 
-use fusionllm_codec::{Codec, EdgeDecoder, EdgeOptions, LowRankValues};
+use fusionllm_codec::{Codec, EdgeDecoder, EdgeOptions};
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let mut input = input;
-    let rank = u32::from(common::byte(&mut input));
     let form = common::byte(&mut input);
-    let values = [LowRankValues::Bf16, LowRankValues::Int8, LowRankValues::Int4][usize::from(form % 3)];
-    let residual = (form & 64 != 0).then(|| common::sparse(&mut input));
-    let codec = Codec::LowRank { rank, values, residual };
+    let codec = Codec::Transform { bits: common::bits(&mut input) };
     let [rows, width] = common::shape(&mut input);
     let shape = [rows % 32, width % 32];
     common::decode(codec, &shape, input);
@@ -22,7 +19,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     for (size, form) in [(first, 1), (steady, 0)] {
         // The header is right, or nothing behind it would ever be reached.
         let mut payload = vec![1, form, 7, 0, 0, 0];
-        payload.extend(input.iter().copied().chain(std::iter::repeat(0)).take(size - 6));
+        payload.extend(input.iter().copied().take(size - 6));
         let before = decoder.state().clone();
         match decoder.decode(codec, &shape, &payload, &mut into) {
             Ok(()) => assert_eq!(into.len(), shape[0] * shape[1]),
