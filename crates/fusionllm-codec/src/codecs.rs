@@ -8,6 +8,7 @@ pub(crate) mod laplace;
 pub(crate) mod plain;
 pub(crate) mod positions;
 pub(crate) mod quantize;
+pub(crate) mod rounding;
 pub(crate) mod select;
 pub(crate) mod subspace;
 pub(crate) mod topk;

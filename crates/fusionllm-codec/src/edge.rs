@@ -23,6 +23,9 @@ pub struct EdgeOptions {
     /// Send the difference to the running column mean (over all but the last dimension) of what was decoded, so
     /// that channels with a constant offset need not be sent again and again.
     pub predict: bool,
+    /// Round so that sums are right on average, rather than each number to the nearest, where the codec can
+    /// (`transform`). For gradients.
+    pub unbiased: bool,
     /// Messages after which a basis is replaced; 0: so many that bases add a tenth to the bytes.
     pub refresh_every: u32,
     /// Factor by which the relative error of a basis may grow before it is replaced early.
@@ -34,7 +37,7 @@ pub struct EdgeOptions {
 impl Default for EdgeOptions {
     fn default() -> Self {
         let Policy { refresh_every, growth, .. } = Policy::default();
-        Self { error_feedback: false, predict: false, refresh_every, refresh_growth: growth }
+        Self { error_feedback: false, predict: false, unbiased: false, refresh_every, refresh_growth: growth }
     }
 }
 
@@ -147,7 +150,7 @@ impl EdgeEncoder {
             Some(layout) => {
                 let default = Policy::default();
                 let (refresh_every, growth) = (options.refresh_every, options.refresh_growth);
-                let policy = Policy { refresh_every, growth, ..default };
+                let policy = Policy { refresh_every, growth, unbiased: options.unbiased, ..default };
                 state.sender.encode(layout, policy, sent, &mut scratch.transform, out)?;
             }
             None => codec.encode_f32(shape, sent, scratch, out)?,

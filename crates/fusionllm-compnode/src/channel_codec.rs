@@ -21,13 +21,14 @@ impl ChannelOptions {
         Self { error_feedback: spec.error_feedback, predict: spec.predict }
     }
 
-    /// Feedback is for gradients, whose sums matter; prediction for activations, which have constant channels.
+    /// Feedback and unbiased rounding are for gradients, whose sums matter; prediction for activations, which have constant channels.
     fn edge(self, channel: Channel) -> EdgeOptions {
         let (is_activation, is_gradient) =
             (matches!(channel, Channel::Activation(_)), matches!(channel, Channel::Gradient(_)));
         EdgeOptions {
             error_feedback: self.error_feedback && is_gradient,
             predict: self.predict && is_activation,
+            unbiased: is_gradient,
             ..EdgeOptions::default()
         }
     }

@@ -20,11 +20,11 @@
 //! and 0. Elements that are NaN, infinite or above 2^100 in magnitude count as 0; they become what their row's other
 //! elements say.
 
-use multiversion::multiversion;
 use serde::{Deserialize, Serialize};
 
 use super::basis::{Basis, basis_bytes};
-use super::laplace::{self, COST_OF_A_BIT, Reader, Tally, Writer};
+use super::laplace::{self, COST_OF_A_BIT, Reader, Writer};
+use super::rounding::Rounding;
 use super::{subspace, take, take_version};
 use crate::{BitRate, CodecError};
 
@@ -38,8 +38,8 @@ const STEP_BYTES: u64 = 4;
 const LEAST_BYTES: u64 = 8;
 /// Vectors of a basis at the most: what turns a row of several thousand elements would cost more than its bytes.
 const MOST_RANK: u64 = 1024;
-/// Vectors whose integers are smaller than this on average, from the last one backwards, are not kept.
-const LEAST_MEAN: f64 = 1.0 / 64.0;
+/// Vectors after the last one whose coefficients are worth sending at a step as much finer as this are not kept.
+const FINER: f32 = 1.0 / 4.0;
 /// Bits of 2^100: squares of larger elements would not add up in f32.
 const TOO_LARGE: u32 = (100 + 127) << 23;
 /// Power iterations of a new basis; [`ITERATIONS`] of one that is refreshed.
@@ -102,7 +102,7 @@ pub(crate) fn bytes(shape: &[usize], bits: BitRate, with_basis: bool) -> u64 {
 /// A basis is sent so seldom that it adds this share to the bytes of the messages.
 const BASIS_SHARE: f64 = 0.1;
 
-/// When a basis is replaced although it fits.
+/// How a tensor is encoded beyond its codec.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Policy {
     /// Messages after which it is; 0: so many that bases add a tenth to the bytes.
@@ -111,11 +111,13 @@ pub(crate) struct Policy {
     pub(crate) growth: f64,
     /// Messages before which growth does not count, lest each carries a basis.
     pub(crate) at_least: u32,
+    /// Whether coefficients are rounded stochastically.
+    pub(crate) unbiased: bool,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { refresh_every: 0, growth: 1.5, at_least: 8 }
+        Self { refresh_every: 0, growth: 1.5, at_least: 8, unbiased: false }
     }
 }
 
@@ -130,6 +132,8 @@ pub(crate) struct Sender {
     age: u32,
     /// Norm of what it missed of the tensor that it was made for, over the tensor's norm.
     missed: f64,
+    /// Messages so far.
+    messages: u32,
 }
 
 /// Memory that is reused from call to call.
@@ -158,19 +162,25 @@ impl Sender {
         let Scratch { clean, coefficients, integers, writer } = scratch;
         let x = cleaned(values, clean);
         let mut sent = Vec::new();
-        let basis = self.prepare(&layout, policy, x, coefficients, &mut sent);
+        self.messages = self.messages.wrapping_add(1);
+        let rounding = if policy.unbiased { Rounding::Stochastic { seed: self.seed() } } else { Rounding::Nearest };
+        let basis = self.prepare((&layout, policy, rounding), x, coefficients, &mut sent);
         out.extend_from_slice(&[VERSION, u8::from(!sent.is_empty())]);
         out.extend_from_slice(&basis.number.to_le_bytes());
         out.extend_from_slice(&sent);
-        write_integers(&layout, coefficients, (integers, writer), out)
+        write_integers(&layout, rounding, coefficients, (integers, writer), out)
             .map_err(|laplace::Impossible| CodecError::Corrupt { codec: NAME, what: "an integer has no symbol" })
+    }
+
+    /// Another one for each message.
+    fn seed(&self) -> u32 {
+        self.messages.wrapping_mul(0x85eb_ca6b)
     }
 
     /// The basis for this tensor, the coefficients, and rank and basis as they are sent, if the other end lacks them.
     fn prepare(
         &mut self,
-        layout: &Layout,
-        policy: Policy,
+        (layout, policy, rounding): (&Layout, Policy, Rounding),
         x: &[f32],
         coefficients: &mut Vec<f32>,
         sent: &mut Vec<u8>,
@@ -196,7 +206,7 @@ impl Sender {
         subspace::extend(&mut vectors, layout.width, layout.rank);
         subspace::refine(x, layout.width, &mut vectors, iterations, coefficients);
         subspace::project(x, layout.width, &vectors, coefficients);
-        let rank = worthy(layout, coefficients);
+        let rank = worthy(layout, rounding, coefficients);
         sent.extend_from_slice(&(rank as u32).to_le_bytes());
         let basis = Basis::write(number, layout.width, &vectors[..rank * layout.width], sent);
         subspace::project(x, layout.width, &basis.vectors, coefficients);
@@ -217,10 +227,10 @@ fn cleaned<'a>(values: &'a [f32], copy: &'a mut Vec<f32>) -> &'a [f32] {
 }
 
 /// Vectors up to the last one that is worth its bytes at the layout's budget.
-fn worthy(layout: &Layout, coefficients: &[f32]) -> usize {
+fn worthy(layout: &Layout, rounding: Rounding, coefficients: &[f32]) -> usize {
     let steps = Steps::of(coefficients);
-    let step = steps.step(coarseness(layout, steps, coefficients));
-    let is_worthy = |group| tally(group, step).sum as f64 >= LEAST_MEAN * layout.rows as f64;
+    let step = FINER * steps.step(coarseness(layout, rounding, steps, coefficients));
+    let is_worthy = |group| rounding.tally(group, step).sum > 0;
     coefficients.chunks_exact(layout.rows).rposition(is_worthy).map_or(1, |last| last + 1)
 }
 
@@ -245,12 +255,12 @@ impl Steps {
 }
 
 /// The least coarseness at which scales and integers fit the budget, nearly.
-fn coarseness(layout: &Layout, steps: Steps, coefficients: &[f32]) -> u32 {
+fn coarseness(layout: &Layout, rounding: Rounding, steps: Steps, coefficients: &[f32]) -> u32 {
     let rank = (coefficients.len() / layout.rows) as u64;
     let budget = (layout.budget - rank.min(layout.budget)).saturating_sub(LEAST_BYTES) * 8 * COST_OF_A_BIT;
     let fits = |coarseness: &u32| {
         let step = steps.step(*coarseness);
-        let cost = |group| tally(group, step).cost(layout.rows);
+        let cost = |group| rounding.tally(group, step).cost(layout.rows);
         coefficients.chunks_exact(layout.rows).map(cost).sum::<u64>() <= budget
     };
     let (mut low, mut high) = (0, 25 * STEPS_OF_AN_OCTAVE);
@@ -264,69 +274,33 @@ fn coarseness(layout: &Layout, steps: Steps, coefficients: &[f32]) -> u32 {
 /// Appends step, scales and integers.
 fn write_integers(
     layout: &Layout,
+    rounding: Rounding,
     coefficients: &[f32],
     (integers, writer): (&mut Vec<i32>, &mut Writer),
     out: &mut Vec<u8>,
 ) -> Result<(), laplace::Impossible> {
     let steps = Steps::of(coefficients);
-    let mut coarseness = coarseness(layout, steps, coefficients);
+    let mut coarseness = coarseness(layout, rounding, steps, coefficients);
     let start = out.len();
     loop {
         let step = steps.step(coarseness);
         out.truncate(start);
         out.extend_from_slice(&step.to_le_bytes());
         writer.clear();
-        for group in coefficients.chunks_exact(layout.rows) {
-            let scale = tally(group, step).scale(layout.rows);
+        for (index, group) in coefficients.chunks_exact(layout.rows).enumerate() {
+            let scale = rounding.tally(group, step).scale(layout.rows);
             out.push(scale);
-            round_all(group, 1.0 / step, integers);
+            rounding.round(group, index, step, integers);
             writer.group(scale, integers)?;
         }
         let scales = out.len() - start - STEP_BYTES as usize;
-        // Costs are foretold but for rounding and for what lies beyond a model's range.
+        // Costs are foretold but for the draws and for what lies beyond a model's range.
         if (scales + writer.bytes()) as u64 <= layout.budget {
             writer.append_to(out);
             return Ok(());
         }
         coarseness += 1;
     }
-}
-
-/// The integer nearest to a coefficient over the step, in f32.
-#[inline(always)]
-fn rounded(x: f32, per_step: f32) -> f32 {
-    const MOST: f32 = laplace::MOST as f32;
-    (x * per_step).round_ties_even().clamp(-MOST, MOST)
-}
-
-/// Replaces `into` by the integers of a group.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
-fn round_all(group: &[f32], per_step: f32, into: &mut Vec<i32>) {
-    into.clear();
-    into.extend(group.iter().map(|&x| rounded(x, per_step) as i32));
-}
-
-/// In lanes that the compiler makes vectors of; that f32 rounds large sums does no harm.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
-fn tally(group: &[f32], step: f32) -> Tally {
-    const LANES: usize = 16;
-    let per_step = 1.0 / step;
-    let (mut nonzero, mut sums) = ([0f32; LANES], [0f32; LANES]);
-    let mut add = |lane: usize, x: f32| {
-        let magnitude = rounded(x, per_step).abs();
-        nonzero[lane] += magnitude.min(1.0);
-        sums[lane] += magnitude;
-    };
-    let (chunks, rest) = group.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &x) in chunk.iter().enumerate() {
-            add(lane, x);
-        }
-    }
-    for (lane, &x) in rest.iter().enumerate() {
-        add(lane, x);
-    }
-    Tally { nonzero: nonzero.iter().sum::<f32>() as u64, sum: sums.iter().sum::<f32>() as u64 }
 }
 
 /// Replaces `into` by the decoded tensor, and `held` by the basis if the payload has one.

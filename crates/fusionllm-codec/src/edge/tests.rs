@@ -45,9 +45,9 @@ proptest! {
         codecs in prop::collection::vec(any_codec(), 1..5),
         rows in 0usize..6, width in 1usize..40,
         values in prop::collection::vec(any_value(), 240),
-        feedback in any::<bool>(), predict in any::<bool>(),
+        feedback in any::<bool>(), predict in any::<bool>(), unbiased in any::<bool>(),
     ) {
-        let mut ends = ends(options(feedback, predict));
+        let mut ends = ends(EdgeOptions { unbiased, ..options(feedback, predict) });
         let values = &values[..rows * width];
         for codec in codecs {
             let (encoded, back) = send(codec, &[rows, width], values, &mut ends);
@@ -188,7 +188,9 @@ fn bits_are_used_and_not_exceeded() {
         send(codec, &shape, &values, &mut ends);
         let (encoded, _) = send(codec, &shape, &values, &mut ends);
         let (bytes, most) = (encoded.bytes as f64, codec.steady_bytes(&shape).unwrap() as f64);
-        assert!(bytes <= most && bytes > 0.95 * most - 16.0, "{bits}: {bytes} of {most}");
+        // At low rates whole directions are dropped at a time.
+        let least = if bits < 0.1 { 0.7 } else { 0.95 };
+        assert!(bytes <= most && bytes > least * most - 16.0, "{bits}: {bytes} of {most}");
         assert!(most <= (512.0 * 128.0 * bits / 8.0) + 10.0, "{bits}: {most}");
     }
 }
