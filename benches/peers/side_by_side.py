@@ -156,7 +156,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sides", type=chosen(SIDES, "side"), default=list(SIDES), help=",".join(SIDES))
     parser.add_argument("--stages", type=stage_counts, default=[2, 4], help="such as 2,4")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
-    parser.add_argument("--steps", type=int, default=40, help="steps to the loss that is compared")
+    parser.add_argument("--steps", type=int, default=100, help="steps to the loss that is compared")
     parser.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--discard", type=int, default=3, help="first steps that no time or byte counts of")
     parser.add_argument("--rounds", type=int, default=2, help="runs of every side, taking turns")

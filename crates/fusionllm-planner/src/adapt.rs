@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_graph::OpDag;
 
+use crate::compression::ratio_behind;
 use crate::{Compression, EdgeId, NodeIndex, Placement, best_of_ratio, topk_of_ratio};
 
 /// Steps between two decisions.
@@ -135,7 +136,7 @@ impl Controller {
             let shape = dag.op(edge.op).output.shape.resolve(batch);
             let directions = [(from, to, false, edge.activation_codec), (to, from, true, edge.gradient_codec)];
             for (from, to, gradient, codec) in directions {
-                let ratio = codec.ratio_of(&shape).unwrap_or(1.0);
+                let ratio = ratio_behind(codec, &shape, gradient);
                 let link = links.entry((from, to)).or_insert_with(|| Link::new(ratio));
                 link.channels.push((edge.id, gradient, shape.clone()));
             }
@@ -195,7 +196,7 @@ impl Controller {
             let Some((ratio, reason)) = link.decide(compute_s, budget, most_ratio) else { continue };
             link.ratio = ratio;
             for (edge, gradient, shape) in &link.channels {
-                let codec = codec_of(policy, shape, ratio, otherwise);
+                let codec = codec_of(policy, shape, ratio, *gradient, otherwise);
                 changes.push(CodecChange {
                     edge: *edge,
                     gradient: *gradient,
@@ -253,12 +254,12 @@ impl Link {
     }
 }
 
-fn codec_of(policy: Compression, shape: &[usize], ratio: f64, otherwise: Codec) -> Codec {
+fn codec_of(policy: Compression, shape: &[usize], ratio: f64, gradient: bool, otherwise: Codec) -> Codec {
     match policy {
         Compression::UniformTopk { values, .. } | Compression::AdaTopk { values, .. } => {
             topk_of_ratio(shape, ratio, values, otherwise)
         }
-        Compression::Adaptive { .. } => best_of_ratio(shape, ratio, otherwise),
+        Compression::Adaptive { .. } => best_of_ratio(shape, ratio, gradient, otherwise),
         Compression::Dense => otherwise,
         Compression::Fixed { .. } => topk_of_ratio(shape, ratio, TopKValues::Bf16, otherwise),
     }

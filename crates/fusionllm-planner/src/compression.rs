@@ -19,6 +19,9 @@ const CODED_ELEMENTS_PER_S: f64 = 4e7;
 const TRANSFORM_FLOP_PER_S: f64 = 3e10;
 /// The messages of `transform` with its bases, over those without.
 const BASES: f64 = 1.1;
+/// Bits of an activation over the mean of activation and gradient, under transform coding: what an activation lacks
+/// disturbs the loss more than what a gradient lacks, which is right on average.
+const ACTIVATION_BITS: f64 = 1.4;
 /// Vectors of a basis at the most.
 const MOST_RANK: usize = 1024;
 /// No boundary tensor keeps less than this many entries in a million.
@@ -115,7 +118,7 @@ pub fn compress(policy: Compression, directions: &[Direction], least_link_s: f64
         Compression::AdaTopk { ratio, values, literal: false } => {
             topk_of_ratio(&d.shape, ratio_of(d, ratio), values, otherwise)
         }
-        Compression::Adaptive { ratio } => best_of_ratio(&d.shape, ratio_of(d, ratio), otherwise),
+        Compression::Adaptive { ratio } => best_of_ratio(&d.shape, ratio_of(d, ratio), d.gradient, otherwise),
         Compression::Fixed { activations, .. } if !d.gradient => activations,
         Compression::Fixed { gradients, .. } => gradients,
     };
@@ -163,14 +166,26 @@ pub fn topk_of_ratio(shape: &[usize], ratio: f64, values: TopKValues, otherwise:
 }
 
 /// The codec that loses least of those whose message is `ratio` times smaller than dense f32: by what training lost in
-/// docs/compression.md, the coarsest number that fits as long as one does, and beyond that transform coding.
-pub fn best_of_ratio(shape: &[usize], ratio: f64, otherwise: Codec) -> Codec {
+/// docs/compression.md, the coarsest number that fits as long as one does, and beyond that transform coding. Of its bits
+/// activations get more than gradients, so that the ratio is that of both together.
+pub fn best_of_ratio(shape: &[usize], ratio: f64, gradient: bool, otherwise: Codec) -> Codec {
     if ratio <= 1.0 {
         return otherwise;
     }
     let wanted = |codec: &Codec| codec.ratio_of(shape).is_ok_and(|r| r >= ratio);
     let plain = [otherwise, Codec::Bf16, Codec::Int8, Codec::Int4].into_iter().find(wanted);
-    plain.unwrap_or_else(|| transform_of_ratio(shape, ratio * BASES))
+    plain.unwrap_or_else(|| transform_of_ratio(shape, ratio * BASES / share_of_bits(gradient)))
+}
+
+/// The ratio for which [`best_of_ratio`] has picked a codec, nearly.
+pub(crate) fn ratio_behind(codec: Codec, shape: &[usize], gradient: bool) -> f64 {
+    let ratio = codec.ratio_of(shape).unwrap_or(1.0);
+    if matches!(codec, Codec::Transform { .. }) { ratio * share_of_bits(gradient) / BASES } else { ratio }
+}
+
+/// Bits of a direction over the mean of both.
+fn share_of_bits(gradient: bool) -> f64 {
+    if gradient { 2.0 - ACTIVATION_BITS } else { ACTIVATION_BITS }
 }
 
 /// Transform coding at the most bits with which a message is `ratio` times smaller than dense f32.
@@ -259,13 +274,18 @@ mod tests {
 
     #[test]
     fn the_adaptive_policy_climbs_from_exact_to_coarse() {
-        let codec = |ratio| best_of_ratio(&SHAPE, ratio, Codec::Dense);
+        let codec = |ratio| best_of_ratio(&SHAPE, ratio, false, Codec::Dense);
         assert_eq!(
             [codec(0.5), codec(1.5), codec(3.0), codec(7.0)],
             [Codec::Dense, Codec::Bf16, Codec::Int8, Codec::Int4]
         );
         for ratio in [10.0, 30.0, 100.0] {
-            assert!(codec(ratio).ratio_of(&SHAPE).unwrap() >= ratio, "{}", codec(ratio));
+            let both = [false, true].map(|gradient| best_of_ratio(&SHAPE, ratio, gradient, Codec::Dense));
+            let bytes = both.map(|codec| codec.steady_bytes(&SHAPE).unwrap() as f64);
+            assert!(2.0 * 4.0 * (4 * 128 * 256) as f64 / (bytes[0] + bytes[1]) >= ratio, "{both:?}");
+            assert!(bytes[0] > bytes[1], "{both:?}");
+            let behind = [false, true].map(|gradient| ratio_behind(both[usize::from(gradient)], &SHAPE, gradient));
+            assert!(behind.iter().all(|behind| (behind / ratio - 1.0).abs() < 0.01), "{behind:?}");
         }
     }
 
@@ -291,8 +311,8 @@ mod tests {
             let longest = dense.iter().copied().fold(0.0, f64::max);
             for (got, seconds) in ratios(policy, &dense, 0.0).iter().zip(&dense) {
                 prop_assert!(*got >= 1.0);
-                // A low-rank message of one vector is the smallest there is.
-                let least = if adaptive { ratio.min(200.0) } else { ratio };
+                // An activation has more than its share of bits, and scales and step are the smallest there is.
+                let least = if adaptive { ratio.min(200.0) / ACTIVATION_BITS } else { ratio };
                 prop_assert!(seconds / got <= longest / least * (1.0 + 1e-9));
             }
         }

@@ -129,7 +129,7 @@ fn compression(s: &Section<'_>) -> Result<CompressionSpec, JobError> {
     let values = [("f32", ValueFormat::F32), ("bf16", ValueFormat::Bf16), ("f16", ValueFormat::F16)];
     Ok(CompressionSpec {
         policy: s.choice("policy", &CompressionPolicy::NAMES)?,
-        ratio: s.real("ratio", 10.0)?,
+        ratio: s.real("ratio", 16.0)?,
         values: s.choice("values", &values)?,
         topk_values: s.choice("topk_values", &topk_values)?,
         activations: s.codec("activations")?,

@@ -168,7 +168,7 @@ fn compression_is_read_and_becomes_what_the_planner_takes() {
     use fusionllm_codec::{Codec, TopKValues};
     use fusionllm_planner::Compression;
     let spec = read(LEAST, &[]).unwrap();
-    assert_eq!((spec.compression(), spec.codec()), (Compression::Adaptive { ratio: 10.0 }, Codec::Dense));
+    assert_eq!((spec.compression(), spec.codec()), (Compression::Adaptive { ratio: 16.0 }, Codec::Dense));
     let ada = ["compression.policy=ada-topk", "compression.ratio=50", "compression.topk_values=int8"];
     let values = TopKValues::Int8;
     assert_eq!(read(LEAST, &ada).unwrap().compression(), Compression::AdaTopk { ratio: 50.0, values, literal: false });
