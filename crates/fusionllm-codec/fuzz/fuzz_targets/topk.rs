@@ -3,11 +3,11 @@
 
 mod common;
 
-use fusionllm_codec::{Codec, Residual};
+use fusionllm_codec::Codec;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let mut input = input;
-    let Residual { density, values } = common::sparse(&mut input);
+    let (density, values) = common::sparse(&mut input);
     let shape = common::shape(&mut input);
     common::decode(Codec::TopK { density, values }, &shape, input);
 });
