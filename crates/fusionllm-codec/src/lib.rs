@@ -21,6 +21,7 @@ mod testing;
 
 pub use bit_rate::BitRate;
 pub use codec::{Codec, TopKValues};
+pub use codecs::transform::MOST_RANK;
 pub use density::Density;
 pub use edge::{EdgeDecoder, EdgeEncoder, EdgeOptions, EdgeState, Encoded};
 pub use error::CodecError;

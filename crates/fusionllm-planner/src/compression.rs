@@ -6,7 +6,7 @@
 //! compressed), and r is no higher than what makes the slowest link as fast as the slowest stage. What density gives
 //! that many bytes follows from the codec's own size, so no message is ever larger than dense.
 
-use fusionllm_codec::{BitRate, Codec, Density, TopKValues};
+use fusionllm_codec::{BitRate, Codec, Density, MOST_RANK, TopKValues};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of f32 per second that an encoder and a decoder work through together, one after the other, on one core.
@@ -25,8 +25,6 @@ const ACTIVATION_BITS: f64 = 1.4;
 /// A gradient has no fewer bits, unless activations have as few: below, training stalls.
 const LEAST_GRADIENT_BITS: f64 = 1.0;
 const F32_BITS: f64 = 32.0;
-/// Vectors of a basis at the most.
-const MOST_RANK: usize = 1024;
 /// No boundary tensor keeps less than this many entries in a million.
 const LEAST_PPM: u32 = 10;
 
@@ -107,10 +105,7 @@ pub struct Direction {
 pub fn compress(policy: Compression, directions: &[Direction], least_link_s: f64, otherwise: Codec) -> Vec<Codec> {
     let longest = directions.iter().map(|d| d.dense_s).fold(0.0, f64::max);
     let share = |d: &Direction| if longest > 0.0 { d.dense_s / longest } else { 0.0 };
-    let ratio_of = |d: &Direction, ratio: f64| {
-        let useful = if least_link_s > 0.0 { ratio.min(longest / least_link_s) } else { ratio };
-        useful * share(d)
-    };
+    let ratio_of = |d: &Direction, ratio: f64| useful_ratio(ratio, longest, least_link_s) * share(d);
     let of = |d: &Direction| match policy {
         Compression::Dense => otherwise,
         Compression::UniformTopk { ratio, values } => topk_of_ratio(&d.shape, ratio, values, otherwise),
@@ -141,13 +136,26 @@ pub(crate) fn compress_tied(
     least_link_s: f64,
 ) -> Codec {
     let Compression::Adaptive { ratio } = policy else { return Codec::Dense };
-    let useful = if least_link_s > 0.0 { ratio.min(dense_s / least_link_s) } else { ratio };
-    let wanted = useful * slowness.min(1.0);
+    let wanted = useful_ratio(ratio, dense_s, least_link_s) * slowness.min(1.0);
     if wanted <= 1.0 {
         return Codec::Dense;
     }
     let fits = |codec: &Codec| codec.ratio_of(shape).is_ok_and(|r| r >= wanted);
     [Codec::Bf16, Codec::Int8].into_iter().find(fits).unwrap_or(Codec::Int4)
+}
+
+/// The ratio, or what makes a link's dense seconds the least that are worth having, if that is lower.
+fn useful_ratio(ratio: f64, dense_s: f64, least_link_s: f64) -> f64 {
+    if least_link_s > 0.0 { ratio.min(dense_s / least_link_s) } else { ratio }
+}
+
+/// The highest number from `low` to `high` that fits, where all below one that fits do; `low` if none does.
+fn highest(mut low: u32, mut high: u32, fits: impl Fn(u32) -> bool) -> u32 {
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    low
 }
 
 fn topk(share: f64, values: TopKValues) -> Codec {
@@ -161,13 +169,10 @@ pub fn topk_of_ratio(shape: &[usize], ratio: f64, values: TopKValues, otherwise:
     if ratio <= 1.0 || wanted(otherwise) {
         return otherwise;
     }
-    let (mut low, mut high) = (LEAST_PPM, Density::FULL.ppm());
-    while low < high {
-        let middle = low + (high - low).div_ceil(2);
-        let fits = Density::from_ppm(middle).is_ok_and(|density| wanted(Codec::TopK { density, values }));
-        if fits { low = middle } else { high = middle - 1 }
-    }
-    topk(f64::from(low) / 1e6, values)
+    let ppm = highest(LEAST_PPM, Density::FULL.ppm(), |ppm| {
+        Density::from_ppm(ppm).is_ok_and(|density| wanted(Codec::TopK { density, values }))
+    });
+    topk(f64::from(ppm) / 1e6, values)
 }
 
 /// The codec that loses least of those whose message is `ratio` times smaller than dense f32: by what training lost in
@@ -219,13 +224,10 @@ fn worth_its_time(codec: Codec, direction: &Direction) -> Codec {
 /// Transform coding at the most bits with which a message is `ratio` times smaller than dense f32.
 fn transform_of_ratio(shape: &[usize], ratio: f64) -> Codec {
     let codec = |thousandths| BitRate::from_thousandths(thousandths).map(|bits| Codec::Transform { bits });
-    let (mut low, mut high) = (BitRate::LEAST.thousandths(), BitRate::MOST.thousandths());
-    while low < high {
-        let middle = low + (high - low).div_ceil(2);
-        let fits = codec(middle).and_then(|codec| codec.ratio_of(shape)).is_ok_and(|r| r >= ratio);
-        if fits { low = middle } else { high = middle - 1 }
-    }
-    codec(low).unwrap_or(Codec::Transform { bits: BitRate::LEAST })
+    let thousandths = highest(BitRate::LEAST.thousandths(), BitRate::MOST.thousandths(), |thousandths| {
+        codec(thousandths).and_then(|codec| codec.ratio_of(shape)).is_ok_and(|r| r >= ratio)
+    });
+    codec(thousandths).unwrap_or(Codec::Transform { bits: BitRate::LEAST })
 }
 
 /// Seconds of encoding and decoding a tensor of this shape.
@@ -236,7 +238,7 @@ pub(crate) fn codec_s(codec: Codec, shape: &[usize]) -> f64 {
         Codec::Dense | Codec::Bf16 | Codec::F16 | Codec::Int8 | Codec::Int4 => bytes / DENSE_BYTES_PER_S,
         Codec::TopK { .. } => bytes / SPARSE_BYTES_PER_S,
         Codec::Transform { .. } => {
-            let rank = shape.last().map_or(1, |&width| width.min(MOST_RANK));
+            let rank = shape.last().map_or(1, |&width| (width as u64).min(MOST_RANK));
             elements / CODED_ELEMENTS_PER_S + 2.0 * 2.0 * elements * rank as f64 / TRANSFORM_FLOP_PER_S
         }
     }

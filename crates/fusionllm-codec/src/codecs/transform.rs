@@ -36,8 +36,8 @@ const RANK_BYTES: u64 = 4;
 const STEP_BYTES: u64 = 4;
 /// Of the integers at the least, so that the coder has room to end.
 const LEAST_BYTES: u64 = 8;
-/// Vectors of a basis at the most: what turns a row of several thousand elements would cost more than its bytes.
-const MOST_RANK: u64 = 1024;
+/// Vectors of a basis of [`Codec::Transform`](crate::Codec::Transform) at the most: what turns a row of several thousand elements would cost more than its bytes.
+pub const MOST_RANK: u64 = 1024;
 /// Vectors after the last one whose coefficients are worth sending at a step as much finer as this are not kept.
 const FINER: f32 = 1.0 / 4.0;
 /// Bits of 2^100: squares of larger elements would not add up in f32.
@@ -105,7 +105,7 @@ const BASIS_SHARE: f64 = 0.1;
 /// How a tensor is encoded beyond its codec.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Policy {
-    /// Messages after which it is; 0: so many that bases add a tenth to the bytes.
+    /// Messages after which a basis is replaced; 0: so many that bases add a tenth to the bytes.
     pub(crate) refresh_every: u32,
     /// Factor by which the share that it misses may grow.
     pub(crate) growth: f64,
@@ -290,8 +290,10 @@ fn write_integers(
         for (index, group) in coefficients.chunks_exact(layout.rows).enumerate() {
             let scale = rounding.tally(group, step).scale(layout.rows);
             out.push(scale);
-            rounding.round(group, index, step, integers);
-            writer.group(scale, integers)?;
+            if scale > 0 {
+                rounding.round(group, index, step, integers);
+                writer.group(scale, integers)?;
+            }
         }
         let scales = out.len() - start - STEP_BYTES as usize;
         // Costs are foretold but for the draws and for what lies beyond a model's range.
