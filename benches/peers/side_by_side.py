@@ -19,11 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from versus.net import LEAST_STEPS, LINKS, Net, RunFailed
-from versus.setting import SHAPES, Recipe, Setting, write_corpus, write_model
+from versus.setting import SHAPES, Recipe, Setting, Shape, write_corpus, write_model
 from versus.sides import SIDES, CompNodes, Side, run_pytorch
 from versus.table import Cell, write_table
 from versus.watch import Run
@@ -42,6 +42,8 @@ class Plan:
     fusionllm: Path
     wan_emu: Path
     shape: str
+    micro_batches: int | None
+    """Those of the shape, if none."""
     steps: int
     eval_every: int
     discard: int
@@ -50,9 +52,14 @@ class Plan:
     def setting(self, side: Side, link: str, stages: int) -> Setting:
         """What one side trains in one cell."""
         steps = LINKS[link].steps(self.steps) if side.whole else round(self.steps * LONGER)
-        return Setting(
-            SHAPES[self.shape], Recipe(), stages, steps, self.eval_every, self.corpus, self.work / self.shape
-        )
+        shape = self.cut()
+        recipe = Recipe(eval_batches=max(Recipe.eval_batches, shape.micro_batches))
+        return Setting(shape, recipe, stages, steps, self.eval_every, self.corpus, self.work / self.shape)
+
+    def cut(self) -> Shape:
+        """The shape in its micro-batches."""
+        shape = SHAPES[self.shape]
+        return replace(shape, micro_batches=self.micro_batches or shape.micro_batches)
 
     def window(self, setting: Setting) -> tuple[int, int]:
         """Steps between which bytes are counted: after the discarded ones, before an evaluation."""
@@ -156,6 +163,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sides", type=chosen(SIDES, "side"), default=list(SIDES), help=",".join(SIDES))
     parser.add_argument("--stages", type=stage_counts, default=[2, 4], help="such as 2,4")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--micro-batches", type=int, help="of a step (default: the shape's)")
     parser.add_argument("--steps", type=int, default=100, help="steps to the loss that is compared")
     parser.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--discard", type=int, default=3, help="first steps that no time or byte counts of")
@@ -182,8 +190,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--eval-every and {LEAST_STEPS} must exceed --discard by at least 2")
     if args.steps < LEAST_STEPS or args.steps % args.eval_every:
         parser.error(f"--steps must be a multiple of --eval-every, and at least {LEAST_STEPS}")
-    if max(args.stages) > SHAPES[args.shape].layers:
-        parser.error(f"--stages: the shape {args.shape} has {SHAPES[args.shape].layers} blocks")
+    shape = SHAPES[args.shape]
+    if args.micro_batches is not None and (args.micro_batches < 1 or shape.batch % args.micro_batches):
+        parser.error(f"--micro-batches: the {shape.batch} sequences of {args.shape} do not divide by it")
+    if max(args.stages) > shape.layers:
+        parser.error(f"--stages: the shape {args.shape} has {shape.layers} blocks")
 
 
 def prepare(args: argparse.Namespace) -> Plan:
@@ -198,7 +209,7 @@ def prepare(args: argparse.Namespace) -> Plan:
     if not (work / args.shape / "config.json").exists():
         write_model(work / args.shape, SHAPES[args.shape], Recipe.seed)
     programs = args.fusionllm.resolve(), args.wan_emu.resolve()
-    return Plan(work, *programs, args.shape, args.steps, args.eval_every, args.discard, corpus)
+    return Plan(work, *programs, args.shape, args.micro_batches, args.steps, args.eval_every, args.discard, corpus)
 
 
 def main() -> None:
@@ -216,7 +227,7 @@ def main() -> None:
     except RunFailed as failure:
         sys.exit(f"error: {failure}")
     cells = collect(plan, args.links, args.stages, args.sides, args.rounds)
-    text = write_table(cells, plan.steps, SHAPES[plan.shape], plan.fusionllm)
+    text = write_table(cells, plan.steps, plan.cut(), plan.fusionllm)
     if args.out:
         args.out.write_text(text)
     else:

@@ -94,6 +94,10 @@ fn on_one_compnode(dag: &OpDag) -> Placement {
     place(dag, &Cluster::uniform(1), &JobSpec::from_toml(job, &[]).unwrap().placement_spec()).unwrap()
 }
 
+/// That of `fusionllm`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() {
     let options = Options::read();
     rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global().unwrap();

@@ -175,12 +175,6 @@ impl BurnExecutor {
         Surroundings { dag: &self.dag, device: &self.device, params, seed: self.seed }
     }
 
-    /// Runs `compute` on a worker of the thread pool if that is what computes: its parallel loops then need not be handed
-    /// over one by one.
-    fn on_pool<T: Send>(&self, compute: impl FnOnce() -> T + Send) -> T {
-        if self.on_cpu { rayon::scope(|_| compute()) } else { compute() }
-    }
-
     fn held(&self, param: ParamId) -> Result<&Tensor<1>, ExecutorError> {
         self.params
             .get(&param)
@@ -205,7 +199,7 @@ impl Executor for BurnExecutor {
         }
         let params = if training { &self.leaves } else { &self.params };
         let around = self.surroundings(params);
-        let (output, kept) = self.on_pool(|| segment.forward(around, micro_batch, inputs, training))?;
+        let (output, kept) = on_pool(self.on_cpu, || segment.forward(around, micro_batch, inputs, training))?;
         if training {
             self.kept.insert((stage, micro_batch.index), kept);
         }
@@ -224,14 +218,17 @@ impl Executor for BurnExecutor {
         })?;
         let around = self.surroundings(&self.leaves);
         let segment = self.segment(stage)?;
-        let result = self.on_pool(|| segment.backward(around, kept, gradients, loss_scale))?;
-        for (param, gradient) in result.params {
-            let sum = match self.gradients.remove(&param) {
-                Some(sum) => fused::accumulate(sum, gradient),
-                None => gradient,
-            };
-            self.gradients.insert(param, sum);
-        }
+        let result = on_pool(self.on_cpu, || segment.backward(around, kept, gradients, loss_scale))?;
+        let sums = &mut self.gradients;
+        on_pool(self.on_cpu, || {
+            for (param, gradient) in result.params {
+                let sum = match sums.remove(&param) {
+                    Some(sum) => fused::accumulate(sum, gradient),
+                    None => gradient,
+                };
+                sums.insert(param, sum);
+            }
+        });
         Ok(result.inputs)
     }
 
@@ -274,13 +271,17 @@ impl Executor for BurnExecutor {
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError> {
         // The leaves share memory with the parameters: without them the optimizer may work in place.
         self.leaves.clear();
-        for (id, gradient) in std::mem::take(&mut self.gradients) {
-            let Some(param) = self.params.remove(&id) else { continue };
-            let decay = self.dag.param(id).decay;
-            let state = self.state.entry(id).or_default();
-            let param = optimizer::step(&self.optimizer, param, gradient, state, decay, spec);
-            self.params.insert(id, param);
-        }
+        let gradients = std::mem::take(&mut self.gradients);
+        let (params, states) = (&mut self.params, &mut self.state);
+        on_pool(self.on_cpu, || {
+            for (id, gradient) in gradients {
+                let Some(param) = params.remove(&id) else { continue };
+                let decay = self.dag.param(id).decay;
+                let state = states.entry(id).or_default();
+                let param = optimizer::step(&self.optimizer, param, gradient, state, decay, spec);
+                params.insert(id, param);
+            }
+        });
         self.make_leaves();
         self.device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })
     }
@@ -305,6 +306,12 @@ impl Executor for BurnExecutor {
         }
         by_stage.into_values().max().unwrap_or(0)
     }
+}
+
+/// Runs `compute` on a worker of the thread pool if that is what computes: its parallel loops then need not be handed
+/// over one by one.
+fn on_pool<T: Send>(on_cpu: bool, compute: impl FnOnce() -> T + Send) -> T {
+    if on_cpu { rayon::scope(|_| compute()) } else { compute() }
 }
 
 fn flat(values: Vec<f32>, device: &Device) -> Tensor<1> {
