@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_graph::OpDag;
 
-use crate::compression::ratio_behind;
-use crate::{Compression, EdgeId, NodeIndex, Placement, best_of_ratio, topk_of_ratio};
+use crate::compression::{best_in_time, ratio_behind};
+use crate::{Compression, Direction, EdgeId, NodeIndex, Placement, topk_of_ratio};
 
 /// Steps between two decisions.
 const PERIOD: u64 = 10;
@@ -104,8 +104,7 @@ impl Average {
 
 #[derive(Debug)]
 struct Link {
-    /// Edge, whether its gradient, shape of its tensor.
-    channels: Vec<(EdgeId, bool, Vec<usize>)>,
+    channels: Vec<Channel>,
     /// In force.
     ratio: f64,
     /// The most that the error allows, as far as is known.
@@ -115,6 +114,14 @@ struct Link {
     error: Average,
     /// Decisions in a row that wanted a higher (above 0) or a lower ratio.
     votes: i32,
+}
+
+/// One boundary tensor of a direction of a link, and the codec in force.
+#[derive(Debug)]
+struct Channel {
+    edge: EdgeId,
+    direction: Direction,
+    codec: Codec,
 }
 
 impl Controller {
@@ -138,7 +145,8 @@ impl Controller {
             for (from, to, gradient, codec) in directions {
                 let ratio = ratio_behind(codec, &shape, gradient);
                 let link = links.entry((from, to)).or_insert_with(|| Link::new(ratio));
-                link.channels.push((edge.id, gradient, shape.clone()));
+                let direction = Direction { shape: shape.clone(), dense_s: 0.0, gradient };
+                link.channels.push(Channel { edge: edge.id, direction, codec });
             }
         }
         Self {
@@ -195,15 +203,15 @@ impl Controller {
         for (&(from, _), link) in &mut self.links {
             let Some((ratio, reason)) = link.decide(compute_s, budget, most_ratio) else { continue };
             link.ratio = ratio;
-            for (edge, gradient, shape) in &link.channels {
-                let codec = codec_of(policy, shape, ratio, *gradient, otherwise);
-                changes.push(CodecChange {
-                    edge: *edge,
-                    gradient: *gradient,
-                    sender: from,
-                    codec,
-                    reason: reason.clone(),
-                });
+            let bytes_per_s = link.bytes_per_s.0;
+            for Channel { edge, direction, codec } in &mut link.channels {
+                let dense_bytes = 4.0 * direction.shape.iter().map(|&d| d as f64).product::<f64>();
+                direction.dense_s = bytes_per_s.map_or(0.0, |speed| dense_bytes / speed);
+                let new = codec_of(policy, direction, ratio, otherwise);
+                if std::mem::replace(codec, new) != new {
+                    let (edge, gradient, reason) = (*edge, direction.gradient, reason.clone());
+                    changes.push(CodecChange { edge, gradient, sender: from, codec: new, reason });
+                }
             }
         }
         changes
@@ -254,19 +262,20 @@ impl Link {
     }
 }
 
-fn codec_of(policy: Compression, shape: &[usize], ratio: f64, gradient: bool, otherwise: Codec) -> Codec {
+fn codec_of(policy: Compression, direction: &Direction, ratio: f64, otherwise: Codec) -> Codec {
+    let topk = |values| topk_of_ratio(&direction.shape, ratio, values, otherwise);
     match policy {
-        Compression::UniformTopk { values, .. } | Compression::AdaTopk { values, .. } => {
-            topk_of_ratio(shape, ratio, values, otherwise)
-        }
-        Compression::Adaptive { .. } => best_of_ratio(shape, ratio, gradient, otherwise),
+        Compression::UniformTopk { values, .. } | Compression::AdaTopk { values, .. } => topk(values),
+        Compression::Adaptive { .. } => best_in_time(direction, ratio, otherwise),
         Compression::Dense => otherwise,
-        Compression::Fixed { .. } => topk_of_ratio(shape, ratio, TopKValues::Bf16, otherwise),
+        Compression::Fixed { .. } => topk(TopKValues::Bf16),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::testing::small_gpt2;
     use crate::{Cluster, Pipeline, PlacementSpec, Strategy, place};
@@ -277,12 +286,17 @@ mod tests {
     /// A run of two CompNodes over a link of `bytes_per_s(step)` each way, whose codecs drop `error(ratio)`.
     struct Run {
         controller: Controller,
+        compute_s: f64,
         ratio: f64,
         changes: Vec<u64>,
+        /// That it changed to.
+        codecs: BTreeSet<String>,
     }
 
+    const TOPK: Compression = Compression::AdaTopk { ratio: 50.0, values: TopKValues::Bf16, literal: false };
+
     impl Run {
-        fn new() -> Self {
+        fn new(policy: Compression) -> Self {
             let dag = small_gpt2(2);
             let spec = PlacementSpec {
                 strategy: Strategy::EqualCompute,
@@ -296,9 +310,8 @@ mod tests {
                 codec: Codec::Dense,
             };
             let placement = place(&dag, &Cluster::uniform(2), &spec).unwrap();
-            let policy = Compression::AdaTopk { ratio: 50.0, values: TopKValues::Bf16, literal: false };
             let controller = Controller::new(&dag, &placement, 2, policy, Codec::Dense, 0.5);
-            Self { controller, ratio: 1.0, changes: Vec::new() }
+            Self { controller, compute_s: COMPUTE_S, ratio: 1.0, changes: Vec::new(), codecs: BTreeSet::new() }
         }
 
         fn steps(
@@ -318,12 +331,13 @@ mod tests {
                     error: Some(error(self.ratio)),
                 };
                 let links = vec![link(0, 1), link(1, 0)];
-                let seen = StepObservation { step, loss: loss(step), compute_s: COMPUTE_S, links };
+                let seen = StepObservation { step, loss: loss(step), compute_s: self.compute_s, links };
                 let changes = self.controller.observe(&seen);
                 if !changes.is_empty() {
                     self.changes.push(step);
                     self.ratio = self.controller.links[&(NodeIndex(0), NodeIndex(1))].ratio;
                     assert!(changes.iter().all(|c| !c.reason.is_empty()));
+                    self.codecs.extend(changes.iter().map(|c| c.codec.to_string()));
                 }
             }
         }
@@ -335,7 +349,7 @@ mod tests {
 
     #[test]
     fn a_slow_link_is_compressed_and_gets_its_precision_back() {
-        let mut run = Run::new();
+        let mut run = Run::new(TOPK);
         run.steps(1..60, 1e9, falling, |_| 0.0);
         assert_eq!((run.ratio, run.changes.len()), (1.0, 0), "a fast link stays exact");
         run.steps(60..160, 1e6, falling, |_| 0.01);
@@ -347,7 +361,7 @@ mod tests {
 
     #[test]
     fn under_steady_conditions_it_settles() {
-        let mut run = Run::new();
+        let mut run = Run::new(TOPK);
         run.steps(1..100, 1e6, falling, |ratio| 0.01 * ratio);
         let changes = run.changes.len();
         run.steps(100..1000, 1e6, falling, |ratio| 0.01 * ratio);
@@ -356,7 +370,7 @@ mod tests {
 
     #[test]
     fn the_error_stays_within_a_budget_that_tightens() {
-        let mut run = Run::new();
+        let mut run = Run::new(TOPK);
         let error = |ratio: f64| if ratio > 1.0 { 0.02 * ratio } else { 0.0 };
         run.steps(1..200, 1e5, falling, error);
         // 80 times would be needed, the job allows 50, and 50 % of error 25.
@@ -364,5 +378,17 @@ mod tests {
         let before = run.ratio;
         run.steps(200..600, 1e5, |_| 0.5, error);
         assert!(run.ratio < before / 2.0 && error(run.ratio) < 0.2, "{} after {before}", run.ratio);
+    }
+    #[test]
+    fn a_link_that_is_faster_than_transform_coding_goes_no_further_than_int4() {
+        let adaptive = Compression::Adaptive { ratio: 16.0 };
+        let [mut fast, mut slow] = [Run::new(adaptive), Run::new(adaptive)];
+        // Both need a ratio of 16 beside so little compute.
+        fast.compute_s = 1e-3;
+        fast.steps(1..100, 40e6, falling, |_| 0.01);
+        assert_eq!(fast.codecs, BTreeSet::from(["int4".to_owned()]));
+        assert_eq!(fast.changes.len(), 1, "once: {:?}", fast.changes);
+        slow.steps(1..100, 1e5, falling, |_| 0.01);
+        assert!(slow.codecs.iter().any(|codec| codec.starts_with("transform")), "{:?}", slow.codecs);
     }
 }

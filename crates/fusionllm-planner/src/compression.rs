@@ -116,9 +116,7 @@ pub fn compress(policy: Compression, directions: &[Direction], least_link_s: f64
         Compression::AdaTopk { ratio, values, literal: false } => {
             topk_of_ratio(&d.shape, ratio_of(d, ratio), values, otherwise)
         }
-        Compression::Adaptive { ratio } => {
-            worth_its_time(best_of_ratio(&d.shape, ratio_of(d, ratio), d.gradient, otherwise), d)
-        }
+        Compression::Adaptive { ratio } => best_in_time(d, ratio_of(d, ratio), otherwise),
         Compression::Fixed { activations, .. } if !d.gradient => activations,
         Compression::Fixed { gradients, .. } => gradients,
     };
@@ -213,9 +211,10 @@ fn share_of_bits(gradient: bool, mean: f64) -> f64 {
     if gradient { of_gradient } else { 2.0 - of_gradient }
 }
 
-/// The codec, or `int4` where transform coding would take longer than what it spares the link.
-fn worth_its_time(codec: Codec, direction: &Direction) -> Codec {
-    let Direction { shape, dense_s, .. } = direction;
+/// [`best_of_ratio`], or `int4` where transform coding would take longer than what it spares the link.
+pub(crate) fn best_in_time(direction: &Direction, ratio: f64, otherwise: Codec) -> Codec {
+    let Direction { shape, dense_s, gradient } = direction;
+    let codec = best_of_ratio(shape, ratio, *gradient, otherwise);
     let seconds = |codec: Codec| dense_s / codec.ratio_of(shape).unwrap_or(1.0) + codec_s(codec, shape);
     let is_slower = matches!(codec, Codec::Transform { .. }) && seconds(codec) > seconds(Codec::Int4);
     if is_slower { Codec::Int4 } else { codec }
