@@ -120,7 +120,11 @@ struct Link {
 #[derive(Debug)]
 struct Channel {
     edge: EdgeId,
-    direction: Direction,
+    /// Its gradient, or else its activation.
+    gradient: bool,
+    shape: Vec<usize>,
+    /// Of its dense message.
+    dense_bytes: f64,
     codec: Codec,
 }
 
@@ -140,13 +144,13 @@ impl Controller {
             let (Some(from), Some(to)) = (placement.compnode_of(edge.from), placement.compnode_of(edge.to)) else {
                 continue;
             };
-            let shape = dag.op(edge.op).output.shape.resolve(batch);
+            let output = &dag.op(edge.op).output;
+            let (shape, dense_bytes) = (output.shape.resolve(batch), output.bytes(batch) as f64);
             let directions = [(from, to, false, edge.activation_codec), (to, from, true, edge.gradient_codec)];
             for (from, to, gradient, codec) in directions {
                 let ratio = ratio_behind(codec, &shape, gradient);
                 let link = links.entry((from, to)).or_insert_with(|| Link::new(ratio));
-                let direction = Direction { shape: shape.clone(), dense_s: 0.0, gradient };
-                link.channels.push(Channel { edge: edge.id, direction, codec });
+                link.channels.push(Channel { edge: edge.id, gradient, shape: shape.clone(), dense_bytes, codec });
             }
         }
         Self {
@@ -201,16 +205,16 @@ impl Controller {
         let (policy, otherwise, most_ratio) = (self.policy, self.otherwise, self.most_ratio);
         let mut changes = Vec::new();
         for (&(from, _), link) in &mut self.links {
-            let Some((ratio, reason)) = link.decide(compute_s, budget, most_ratio) else { continue };
+            let decision = link.decide(compute_s, budget, most_ratio);
+            let (Some((ratio, reason)), Some(bytes_per_s)) = (decision, link.bytes_per_s.0) else { continue };
             link.ratio = ratio;
-            let bytes_per_s = link.bytes_per_s.0;
-            for Channel { edge, direction, codec } in &mut link.channels {
-                let dense_bytes = 4.0 * direction.shape.iter().map(|&d| d as f64).product::<f64>();
-                direction.dense_s = bytes_per_s.map_or(0.0, |speed| dense_bytes / speed);
-                let new = codec_of(policy, direction, ratio, otherwise);
-                if std::mem::replace(codec, new) != new {
-                    let (edge, gradient, reason) = (*edge, direction.gradient, reason.clone());
-                    changes.push(CodecChange { edge, gradient, sender: from, codec: new, reason });
+            for channel in &mut link.channels {
+                let Channel { edge, gradient, ref shape, dense_bytes, .. } = *channel;
+                let direction = Direction { shape: shape.clone(), dense_s: dense_bytes / bytes_per_s, gradient };
+                let codec = codec_of(policy, &direction, ratio, otherwise);
+                if codec != channel.codec {
+                    channel.codec = codec;
+                    changes.push(CodecChange { edge, gradient, sender: from, codec, reason: reason.clone() });
                 }
             }
         }
@@ -379,6 +383,7 @@ mod tests {
         run.steps(200..600, 1e5, |_| 0.5, error);
         assert!(run.ratio < before / 2.0 && error(run.ratio) < 0.2, "{} after {before}", run.ratio);
     }
+
     #[test]
     fn a_link_that_is_faster_than_transform_coding_goes_no_further_than_int4() {
         let adaptive = Compression::Adaptive { ratio: 16.0 };
