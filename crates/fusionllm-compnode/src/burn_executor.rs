@@ -256,16 +256,18 @@ impl Executor for BurnExecutor {
     }
 
     fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
-        let mut sum = 0.0;
-        for param in params {
-            if let Some(gradient) = self.gradients.get(param) {
-                sum += match fused::sum_of_squares(gradient) {
-                    Some(squares) => squares,
-                    None => to_scalar(gradient.clone().square().sum())?,
-                };
+        on_pool(self.on_cpu, || {
+            let mut sum = 0.0;
+            for param in params {
+                if let Some(gradient) = self.gradients.get(param) {
+                    sum += match fused::sum_of_squares(gradient) {
+                        Some(squares) => squares,
+                        None => to_scalar(gradient.clone().square().sum())?,
+                    };
+                }
             }
-        }
-        Ok(sum)
+            Ok(sum)
+        })
     }
 
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError> {
