@@ -42,8 +42,7 @@ class Plan:
     fusionllm: Path
     wan_emu: Path
     shape: str
-    micro_batches: int | None
-    """Those of the shape, if none."""
+    micro_batches: int
     steps: int
     eval_every: int
     discard: int
@@ -58,8 +57,7 @@ class Plan:
 
     def cut(self) -> Shape:
         """The shape in its micro-batches."""
-        shape = SHAPES[self.shape]
-        return replace(shape, micro_batches=self.micro_batches or shape.micro_batches)
+        return replace(SHAPES[self.shape], micro_batches=self.micro_batches)
 
     def window(self, setting: Setting) -> tuple[int, int]:
         """Steps between which bytes are counted: after the discarded ones, before an evaluation."""
@@ -209,7 +207,8 @@ def prepare(args: argparse.Namespace) -> Plan:
     if not (work / args.shape / "config.json").exists():
         write_model(work / args.shape, SHAPES[args.shape], Recipe.seed)
     programs = args.fusionllm.resolve(), args.wan_emu.resolve()
-    return Plan(work, *programs, args.shape, args.micro_batches, args.steps, args.eval_every, args.discard, corpus)
+    micro_batches = args.micro_batches or SHAPES[args.shape].micro_batches
+    return Plan(work, *programs, args.shape, micro_batches, args.steps, args.eval_every, args.discard, corpus)
 
 
 def main() -> None:
