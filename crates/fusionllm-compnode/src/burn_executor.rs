@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn_tensor::{Device, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{OpDag, OpId, ParamId};
-use fusionllm_planner::{NodeIndex, Placement, StageId};
+use fusionllm_planner::{NodeIndex, Placement, StageId, Task, may_defer};
 use fusionllm_protocol::Pass;
 
 use crate::ExecutorError;
@@ -14,6 +14,7 @@ use crate::executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec
 use crate::host::{download, to_scalar, to_vec};
 use crate::kernels::fused;
 use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
+use crate::owed::Owed;
 use crate::params::initial_values;
 use crate::segment::{Kept, Segment, Surroundings};
 
@@ -31,6 +32,8 @@ pub struct BurnExecutor {
     /// The same as leaves of the autodiff tape; made anew after each UPDATE.
     leaves: BTreeMap<ParamId, Tensor<1>>,
     gradients: BTreeMap<ParamId, Tensor<1>>,
+    /// Gradients that are to be added to those above.
+    owed: Owed,
     state: BTreeMap<ParamId, ParamState>,
     kept: BTreeMap<(StageId, u32), Kept>,
 }
@@ -48,10 +51,14 @@ impl BurnExecutor {
         optimizer: OptimizerSpec,
         seed: u64,
     ) -> Result<Self, ExecutorError> {
+        let order = placement.train.orders.get(node.index());
+        let defers = order.is_some_and(|order| order.iter().any(|task| matches!(task, Task::Wg { .. })));
         let mut segments = BTreeMap::new();
         for stage in placement.stages_of(node) {
             let leaving = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();
-            segments.insert(stage.id, Segment::new(&dag, stage.ops.clone(), leaving));
+            let deferring = stage.ops.iter().filter(|&&op| defers && may_defer(&dag, &placement.tied, op));
+            let segment = Segment::new(&dag, stage.ops.clone(), leaving).deferring(deferring.copied().collect());
+            segments.insert(stage.id, segment);
         }
         let held = placement.params_of(&dag, node);
         Self::with_segments(dag, segments, &held, device, optimizer, seed)
@@ -121,6 +128,7 @@ impl BurnExecutor {
             params,
             leaves: BTreeMap::new(),
             gradients: BTreeMap::new(),
+            owed: Owed::default(),
             state: BTreeMap::new(),
             kept: BTreeMap::new(),
         };
@@ -175,6 +183,12 @@ impl BurnExecutor {
         Surroundings { dag: &self.dag, device: &self.device, params, seed: self.seed }
     }
 
+    /// Makes all gradients that were put off.
+    fn settle(&mut self) {
+        let (owed, sums) = (&mut self.owed, &mut self.gradients);
+        on_pool(self.on_cpu, || owed.settle().for_each(|(param, sum)| add_to(sums, param, sum)));
+    }
+
     fn held(&self, param: ParamId) -> Result<&Tensor<1>, ExecutorError> {
         self.params
             .get(&param)
@@ -220,19 +234,26 @@ impl Executor for BurnExecutor {
         let segment = self.segment(stage)?;
         let result = on_pool(self.on_cpu, || segment.backward(around, kept, gradients, loss_scale))?;
         let sums = &mut self.gradients;
-        on_pool(self.on_cpu, || {
-            for (param, gradient) in result.params {
-                let sum = match sums.remove(&param) {
-                    Some(sum) => fused::accumulate(sum, gradient),
-                    None => gradient,
-                };
-                sums.insert(param, sum);
-            }
-        });
+        on_pool(self.on_cpu, || result.params.into_iter().for_each(|(param, term)| add_to(sums, param, term)));
+        let weight = |op: OpId| self.dag.op(op).params.first().copied();
+        let owed = result.owed.into_iter().filter_map(|(op, gradient)| Some((op, weight(op)?, gradient)));
+        self.owed.put_off(stage, micro_batch.index, owed);
         Ok(result.inputs)
     }
 
+    fn owes(&self) -> Option<(StageId, u32)> {
+        self.owed.oldest()
+    }
+
+    fn make_up(&mut self) -> Result<(), ExecutorError> {
+        on_pool(self.on_cpu, || self.owed.make_up());
+        Ok(())
+    }
+
     fn gradient(&mut self, param: ParamId) -> Result<HostTensor, ExecutorError> {
+        if self.owed.concerns(param) {
+            self.settle();
+        }
         let gradient = match self.gradients.get(&param) {
             Some(gradient) => gradient.clone(),
             None => self.held(param)?.zeros_like(),
@@ -256,6 +277,7 @@ impl Executor for BurnExecutor {
     }
 
     fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
+        self.settle();
         on_pool(self.on_cpu, || {
             let mut sum = 0.0;
             for param in params {
@@ -271,6 +293,7 @@ impl Executor for BurnExecutor {
     }
 
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError> {
+        self.settle();
         // The leaves share memory with the parameters: without them the optimizer may work in place.
         self.leaves.clear();
         let gradients = std::mem::take(&mut self.gradients);
@@ -308,6 +331,14 @@ impl Executor for BurnExecutor {
         }
         by_stage.into_values().max().unwrap_or(0)
     }
+}
+
+fn add_to(sums: &mut BTreeMap<ParamId, Tensor<1>>, param: ParamId, term: Tensor<1>) {
+    let sum = match sums.remove(&param) {
+        Some(sum) => fused::accumulate(sum, term),
+        None => term,
+    };
+    sums.insert(param, sum);
 }
 
 /// Runs `compute` on a worker of the thread pool if that is what computes: its parallel loops then need not be handed

@@ -42,6 +42,12 @@ pub trait Exchange: Send {
     /// [`ExchangeError`] if the job was aborted or the peer is lost.
     fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError>;
 
+    /// Takes a message if it is there.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    fn receive_now(&mut self, slot: Slot) -> Result<Option<Arrived>, ExchangeError>;
+
     /// What was handed over since the last call, by receiver.
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes>;
 
@@ -193,6 +199,10 @@ impl Exchange for MemoryExchange {
 
     fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError> {
         self.own.take(slot)
+    }
+
+    fn receive_now(&mut self, slot: Slot) -> Result<Option<Arrived>, ExchangeError> {
+        self.own.take_now(slot)
     }
 
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes> {

@@ -64,8 +64,8 @@ pub trait Executor: Send {
     ) -> Result<StageOutput, ExecutorError>;
 
     /// BP of a micro-batch: takes the gradients of the stage's outputs (one entry per consuming stage; they are
-    /// summed) and gives the gradient of each input that carries one. Parameter gradients accumulate. The loss is
-    /// weighted by `loss_scale`.
+    /// summed) and gives the gradient of each input that carries one. Parameter gradients accumulate, those of the
+    /// linear ops' weights perhaps only by [`Self::make_up`]. The loss is weighted by `loss_scale`.
     ///
     /// # Errors
     /// [`ExecutorError`] if FP of the micro-batch has not run or the device fails.
@@ -76,6 +76,16 @@ pub trait Executor: Send {
         gradients: Vec<(OpId, HostTensor)>,
         loss_scale: f64,
     ) -> Result<Vec<(OpId, HostTensor)>, ExecutorError>;
+
+    /// The stage and micro-batch of the oldest BP that has put off gradients of weights which are still to be made.
+    fn owes(&self) -> Option<(StageId, u32)>;
+
+    /// Makes one gradient of a weight that BP has put off, the oldest; nothing if none is left. What follows makes
+    /// those that it needs itself.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    fn make_up(&mut self) -> Result<(), ExecutorError>;
 
     /// The accumulated gradient of a parameter (zeros if none came).
     ///

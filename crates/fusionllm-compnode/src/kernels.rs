@@ -20,6 +20,8 @@ use fusionllm_graph::{Op, OpKind};
 
 use crate::ExecutorError;
 
+pub(crate) use linear::{Deferred, WeightGradient};
+
 /// A real tensor of logical shape `shape`, held as `[rows, columns]`.
 #[derive(Clone, Debug)]
 pub(crate) struct RealValue {
@@ -108,6 +110,12 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
         }
         OpKind::CrossEntropy => real(loss::forward(arguments)),
     }
+}
+
+/// FP of a linear op whose BP leaves the gradient of the weight for later.
+pub(crate) fn forward_deferred(arguments: &Arguments<'_>) -> Result<(Value, Deferred), ExecutorError> {
+    let (value, deferred) = linear::forward_deferred(arguments)?;
+    Ok((Value::Real(value), deferred))
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ mod links;
 mod mailbox;
 mod node;
 mod optimizer;
+mod owed;
 mod params;
 mod profile;
 mod residuals;

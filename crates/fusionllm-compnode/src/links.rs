@@ -333,6 +333,14 @@ impl Exchange for NetworkExchange {
         Ok(arrived)
     }
 
+    fn receive_now(&mut self, slot: Slot) -> Result<Option<Arrived>, ExchangeError> {
+        let arrived = self.links.mailbox.take_now(slot)?;
+        if arrived.is_some() {
+            self.links.incoming(slot.channel).confirm_one();
+        }
+        Ok(arrived)
+    }
+
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes> {
         let found = std::mem::take(&mut *self.links.found.lock().unwrap_or_else(PoisonError::into_inner));
         for (to, found) in found {

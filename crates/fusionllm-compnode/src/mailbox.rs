@@ -70,6 +70,18 @@ impl Mailbox {
         }
     }
 
+    /// Takes a message if it is there.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_now(&self, slot: Slot) -> Result<Option<Arrived>, ExchangeError> {
+        let mut state = self.lock();
+        match (state.arrived.remove(&slot), &state.closed) {
+            (None, Some(error)) => Err(error.clone()),
+            (arrived, _) => Ok(arrived),
+        }
+    }
+
     /// Ends all waiting, now and later. The first reason stays.
     pub fn close(&self, error: ExchangeError) {
         self.lock().closed.get_or_insert(error);

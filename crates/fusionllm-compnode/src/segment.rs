@@ -14,7 +14,7 @@ use crate::ExecutorError;
 use crate::executor::{MicroBatch, StageOutput};
 use crate::host::{download, to_scalar, upload};
 use crate::kernels::fused::{self, Operand, Seeded};
-use crate::kernels::{self, Arguments, KernelContext, RealValue, Value};
+use crate::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
 use crate::params::seed_for;
 
 /// The fixed part of a stage.
@@ -25,6 +25,8 @@ pub(crate) struct Segment {
     entering: BTreeSet<OpId>,
     /// Ops inside whose output leaves.
     leaving: Vec<OpId>,
+    /// Ops inside whose BP leaves the gradient of the weight for later.
+    deferring: BTreeSet<OpId>,
 }
 
 /// What FP keeps of a micro-batch until its BP.
@@ -33,6 +35,7 @@ pub(crate) struct Kept {
     leaves: BTreeMap<OpId, RealValue>,
     outputs: BTreeMap<OpId, RealValue>,
     loss: Option<Tensor<2>>,
+    deferred: Vec<(OpId, Deferred)>,
 }
 
 /// Gradients that BP gives.
@@ -40,6 +43,8 @@ pub(crate) struct Kept {
 pub(crate) struct SegmentGradients {
     pub(crate) inputs: Vec<(OpId, HostTensor)>,
     pub(crate) params: Vec<(ParamId, Tensor<1>)>,
+    /// Gradients of weights that are still to be made, by op.
+    pub(crate) owed: Vec<(OpId, WeightGradient)>,
 }
 
 /// What a segment computes with.
@@ -62,7 +67,12 @@ impl Segment {
             }
             entering.extend(dag.op(op).inputs.iter().filter(|i| !inside.contains(i)));
         }
-        Self { ops, entering, leaving: leaving.into_iter().collect() }
+        Self { ops, entering, leaving: leaving.into_iter().collect(), deferring: BTreeSet::new() }
+    }
+
+    /// The same, with the gradients of these linear ops' weights left for later.
+    pub(crate) fn deferring(self, deferring: BTreeSet<OpId>) -> Self {
+        Self { deferring, ..self }
     }
 
     /// FP. With `training`, also what BP needs.
@@ -94,8 +104,10 @@ impl Segment {
             };
             values.insert(op, value);
         }
-        self.run(around, micro_batch, training, &mut values)?;
-        self.collect(around.dag, leaves, &values)
+        let deferred = self.run(around, micro_batch, training, &mut values)?;
+        let (output, mut kept) = self.collect(around.dag, leaves, &values)?;
+        kept.deferred = deferred;
+        Ok((output, kept))
     }
 
     fn run(
@@ -104,7 +116,8 @@ impl Segment {
         micro_batch: MicroBatch,
         training: bool,
         values: &mut BTreeMap<OpId, Value>,
-    ) -> Result<(), ExecutorError> {
+    ) -> Result<Vec<(OpId, Deferred)>, ExecutorError> {
+        let mut all_deferred = Vec::new();
         let mut uses: BTreeMap<OpId, usize> = BTreeMap::new();
         for &op in &self.ops {
             for &input in &around.dag.op(op).inputs {
@@ -134,9 +147,17 @@ impl Segment {
             let parts = [micro_batch.step.to_le_bytes(), u64::from(micro_batch.index).to_le_bytes()];
             let seed = seed_for(around.seed, &[op.name.as_bytes(), &parts[0], &parts[1]]);
             let context = KernelContext { device: around.device, training, seed };
-            values.insert(id, kernels::forward(&Arguments { op, inputs, params }, context)?);
+            let arguments = Arguments { op, inputs, params };
+            let value = if training && self.deferring.contains(&id) {
+                let (value, deferred) = kernels::forward_deferred(&arguments)?;
+                all_deferred.push((id, deferred));
+                value
+            } else {
+                kernels::forward(&arguments, context)?
+            };
+            values.insert(id, value);
         }
-        Ok(())
+        Ok(all_deferred)
     }
 
     fn collect(
@@ -146,7 +167,7 @@ impl Segment {
         values: &BTreeMap<OpId, Value>,
     ) -> Result<(StageOutput, Kept), ExecutorError> {
         let mut output = StageOutput::default();
-        let mut kept = Kept { leaves, outputs: BTreeMap::new(), loss: None };
+        let mut kept = Kept { leaves, outputs: BTreeMap::new(), loss: None, deferred: Vec::new() };
         for &op in &self.leaving {
             match values.get(&op) {
                 Some(Value::Real(real)) => {
@@ -201,7 +222,7 @@ impl Segment {
             });
         }
         let Some(root) = root.filter(Tensor::is_tracked) else {
-            return Ok(SegmentGradients { inputs: Vec::new(), params: Vec::new() });
+            return Ok(SegmentGradients { inputs: Vec::new(), params: Vec::new(), owed: Vec::new() });
         };
         let mut tape = root.backward();
         let mut inputs = Vec::new();
@@ -218,7 +239,9 @@ impl Segment {
                 params.push((param, gradient));
             }
         }
-        Ok(SegmentGradients { inputs, params })
+        let owed =
+            kept.deferred.into_iter().filter_map(|(op, deferred)| Some((op, deferred.after(&mut tape)?))).collect();
+        Ok(SegmentGradients { inputs, params, owed })
     }
 }
 

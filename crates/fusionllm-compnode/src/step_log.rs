@@ -33,6 +33,13 @@ impl StepLog {
     pub(crate) fn task(&mut self, task: Task, start: Instant, end: Instant) {
         if let Some(trace) = &mut self.trace {
             let (start_s, end_s) = (process_seconds(start), process_seconds(end));
+            // Weight gradients are made one by one.
+            if let (Task::Wg { .. }, Some(last)) = (task, trace.tasks.last_mut())
+                && last.task == task
+            {
+                last.end_s = end_s;
+                return;
+            }
             trace.tasks.push(TracedTask { task, start_s, end_s });
         }
     }

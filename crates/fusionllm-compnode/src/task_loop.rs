@@ -169,7 +169,8 @@ impl TaskLoop {
     fn pass(&mut self, plan: &PassPlan, pass: Pass, step: u64) -> Result<Option<f64>, CompNodeError> {
         let mut losses = Vec::new();
         let order = plan.orders.get(self.plan.node.index()).cloned().unwrap_or_default();
-        for task in order {
+        let last_bp = order.iter().rposition(|task| matches!(task, Task::Bp { .. }));
+        for (position, task) in order.into_iter().enumerate() {
             match task {
                 Task::Fp { stage, micro_batch } => {
                     let micro_batch = MicroBatch { step, pass, index: micro_batch };
@@ -178,7 +179,11 @@ impl TaskLoop {
                 Task::Bp { stage, micro_batch } => {
                     let micro_batch = MicroBatch { step, pass, index: micro_batch };
                     self.backward(stage, micro_batch, task, 1.0 / f64::from(plan.micro_batches))?;
+                    if last_bp == Some(position) {
+                        self.send_tied_gradients(step)?;
+                    }
                 }
+                Task::Wg { stage, micro_batch } => self.make_up_for(stage, micro_batch)?,
                 // UPDATE closes the order; `step` does it, since it also needs the other CompNodes.
                 Task::Update => {}
             }
@@ -315,12 +320,38 @@ impl TaskLoop {
                 ExecutorError::Internal { what: format!("{channel:?} of {other} is not there") }.into()
             });
         }
-        let arrived = self.exchange.receive(slot)?;
+        let arrived = self.receive(slot)?;
         self.log.arrived(channel, micro_batch.index, arrived.at);
         if let Channel::Activation(edge) = channel {
             self.remember_kept(edge, micro_batch, &arrived);
         }
         Ok(arrived.tensor)
+    }
+
+    /// Waits for a message, and meanwhile makes weight gradients that BP has put off.
+    fn receive(&mut self, slot: Slot) -> Result<Arrived, CompNodeError> {
+        while let Some((stage, micro_batch)) = self.executor.owes() {
+            if let Some(arrived) = self.exchange.receive_now(slot)? {
+                return Ok(arrived);
+            }
+            self.make_up(Task::Wg { stage, micro_batch })?;
+        }
+        Ok(self.exchange.receive(slot)?)
+    }
+
+    /// Makes the weight gradients that this BP has put off, if they are not there yet.
+    fn make_up_for(&mut self, stage: StageId, micro_batch: u32) -> Result<(), CompNodeError> {
+        while self.executor.owes() == Some((stage, micro_batch)) {
+            self.make_up(Task::Wg { stage, micro_batch })?;
+        }
+        Ok(())
+    }
+
+    fn make_up(&mut self, task: Task) -> Result<(), CompNodeError> {
+        let began = Instant::now();
+        self.executor.make_up()?;
+        self.worked(task, began);
+        Ok(())
     }
 
     /// Hands a tensor to the stage `other`, here or on its CompNode.

@@ -65,6 +65,7 @@ fn main() {
             stages: Vec::new(),
             pipeline: Pipeline::OneFOneB,
             run_ahead: None,
+            deferred: None,
             micro_batches: 16,
             micro_batch_size: 1,
             eval_micro_batches: 1,

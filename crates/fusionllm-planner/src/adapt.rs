@@ -307,6 +307,7 @@ mod tests {
                 stages: Vec::new(),
                 pipeline: Pipeline::OneFOneB,
                 run_ahead: None,
+                deferred: None,
                 micro_batches: 2,
                 micro_batch_size: 2,
                 eval_micro_batches: 1,

@@ -19,6 +19,7 @@ const TICKS: usize = 6;
 
 const FP: &str = "#3b7dd8";
 const BP: &str = "#2f9e6e";
+const WG: &str = "#8cc9ac";
 const UPDATE: &str = "#8a8f98";
 const SEND: &str = "#e08a2e";
 
@@ -61,6 +62,9 @@ impl Plan {
             let (color, what) = match span.task {
                 Task::Fp { stage, micro_batch } => (FP, format!("FP, stage {}, micro-batch {micro_batch}", stage.0)),
                 Task::Bp { stage, micro_batch } => (BP, format!("BP, stage {}, micro-batch {micro_batch}", stage.0)),
+                Task::Wg { stage, micro_batch } => {
+                    (WG, format!("weight gradients, stage {}, micro-batch {micro_batch}", stage.0))
+                }
                 Task::Update => (UPDATE, "UPDATE".to_owned()),
             };
             let y = HEADER + ROW * span.node.index() as f64 + 6.0;
@@ -93,7 +97,7 @@ impl Plan {
 }
 
 fn legend(svg: &mut String) {
-    let entries = [("FP", FP), ("BP", BP), ("UPDATE", UPDATE), ("sends", SEND)];
+    let entries = [("FP", FP), ("BP", BP), ("WG", WG), ("UPDATE", UPDATE), ("sends", SEND)];
     for (index, (name, color)) in entries.into_iter().enumerate() {
         let x = MARGIN + LABEL_WIDTH + index as f64 * 84.0;
         rect(svg, (x, 54.0, 12.0, 12.0), color, "");
@@ -155,6 +159,7 @@ mod tests {
             stages: Vec::new(),
             pipeline: Pipeline::OneFOneB,
             run_ahead: None,
+            deferred: None,
             micro_batches: 3,
             micro_batch_size: 1,
             eval_micro_batches: 1,

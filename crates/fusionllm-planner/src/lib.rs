@@ -7,6 +7,7 @@ mod adapt;
 mod cluster;
 mod compare;
 mod compression;
+mod deferred;
 mod draw;
 mod error;
 mod estimate;
@@ -26,6 +27,7 @@ pub use cluster::{
 };
 pub use compare::{Candidate, compare};
 pub use compression::{Compression, Direction, best_of_ratio, compress, topk_of_ratio};
+pub use deferred::{Deferrable, may_defer};
 pub use draw::{format_bytes, format_seconds};
 pub use error::PlanError;
 pub use estimate::{CutBytes, Estimate, TRAINING_COPIES, pipeline_formula};

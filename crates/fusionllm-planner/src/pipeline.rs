@@ -1,13 +1,15 @@
 //! Task orders: what each CompNode computes, in which order, within one pass.
 //!
-//! The orders come out of a simulation in unit time (FP 1, BP 2) in which every CompNode takes, of the tasks
-//! that the readiness rule allows, the one its pipeline prefers. So an order exists only if it can be completed:
-//! it cannot deadlock. On a linear chain this gives the textbook GPipe and 1F1B schedules.
+//! The orders come out of a simulation in unit time (FP 1, BP 2, a message its link's latency) in which every CompNode
+//! takes, of the tasks that the readiness rule allows, the one its pipeline prefers. So an order exists only if it can
+//! be completed: it cannot deadlock. On a linear chain this gives the textbook GPipe and 1F1B schedules.
+
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
 use crate::ready::{Need, needs, touching};
-use crate::{PlanError, Stage, StageEdge, StageId};
+use crate::{EdgeId, PlanError, Stage, StageEdge, StageId};
 
 /// Which pipeline the task orders follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -39,6 +41,14 @@ pub enum Task {
         /// The micro-batch.
         micro_batch: u32,
     },
+    /// Weight gradients that BP of a micro-batch put off. They may be made earlier, whenever the CompNode waits; this
+    /// place in the order is the latest.
+    Wg {
+        /// The stage.
+        stage: StageId,
+        /// The micro-batch.
+        micro_batch: u32,
+    },
     /// Optimizer update of all parameters that the CompNode holds.
     Update,
 }
@@ -54,17 +64,40 @@ pub fn in_flight_limit(pipeline: Pipeline, run_ahead: u32, stage: StageId, stage
     }
 }
 
+/// How the orders of a training step come about.
+#[derive(Clone, Debug)]
+pub(crate) struct Schedule {
+    pub(crate) pipeline: Pipeline,
+    /// Micro-batches that a stage may be further ahead than 1F1B.
+    pub(crate) run_ahead: u32,
+    pub(crate) micro_batches: u32,
+    /// Ticks that a message takes, by edge; where there is none, no time.
+    pub(crate) delays: Vec<u64>,
+}
+
+impl Schedule {
+    /// The ticks of `latency_s` where FP and BP of a micro-batch take `stage_s` seconds.
+    pub(crate) fn delay(&self, latency_s: f64, stage_s: f64) -> u64 {
+        let tick_s = stage_s / (FP_TICKS + BP_TICKS) as f64;
+        // What takes longer than all micro-batches need is long, however much longer.
+        let most = u64::from(self.micro_batches) * (FP_TICKS + BP_TICKS);
+        ((latency_s / tick_s).ceil() as u64).min(most)
+    }
+}
+
 /// The orders of a training step: FP and BP of every micro-batch, then UPDATE.
 pub(crate) fn train_orders(
     stages: &[Stage],
     edges: &[StageEdge],
     compnodes: usize,
-    (pipeline, run_ahead): (Pipeline, u32),
-    micro_batches: u32,
+    schedule: &Schedule,
 ) -> Result<Vec<Vec<Task>>, PlanError> {
+    let Schedule { pipeline, run_ahead, micro_batches, ref delays } = *schedule;
     let limit = |stage: StageId| in_flight_limit(pipeline, run_ahead, stage, stages.len(), micro_batches);
     let backward_first = pipeline == Pipeline::OneFOneB;
-    let mut orders = Simulation::new(stages, edges, compnodes, micro_batches, true, backward_first).run(limit)?;
+    let mut simulation = Simulation::new(stages, edges, compnodes, micro_batches, true, backward_first);
+    simulation.delays.clone_from(delays);
+    let mut orders = simulation.run(limit)?;
     for order in &mut orders {
         order.push(Task::Update);
     }
@@ -115,6 +148,10 @@ struct Simulation {
     progress: Vec<Progress>,
     /// Of each edge, the stages at its ends.
     ends: Vec<(StageId, StageId)>,
+    /// Of each edge, the ticks that a message takes.
+    delays: Vec<u64>,
+    /// When something ends or arrives.
+    events: BTreeSet<u64>,
     free_at: Vec<u64>,
     orders: Vec<Vec<Task>>,
 }
@@ -140,6 +177,8 @@ impl Simulation {
             backward_first,
             progress: vec![Progress::default(); stages.len()],
             ends: edges.iter().map(|e| (e.from, e.to)).collect(),
+            delays: Vec::new(),
+            events: BTreeSet::new(),
             free_at: vec![0; compnodes],
             orders: vec![Vec::new(); compnodes],
         }
@@ -159,8 +198,7 @@ impl Simulation {
                     placed += 1;
                 }
             }
-            // The earliest tick at which some task ends.
-            match self.free_at.iter().copied().filter(|&t| t > now).min() {
+            match self.events.pop_first() {
                 Some(next) => now = next,
                 None if placed == total => break,
                 None => return Err(PlanError::Deadlock),
@@ -170,17 +208,21 @@ impl Simulation {
     }
 
     fn start(&mut self, node: usize, task: Task, now: u64) {
-        match task {
-            Task::Fp { stage, .. } => {
-                self.free_at[node] = now + FP_TICKS;
-                self.progress[stage.index()].fp.push(now + FP_TICKS);
-            }
-            Task::Bp { stage, .. } => {
-                self.free_at[node] = now + BP_TICKS;
-                self.progress[stage.index()].bp.push(now + BP_TICKS);
-            }
-            Task::Update => {}
+        let (stage, ticks) = match task {
+            Task::Fp { stage, .. } => (stage, FP_TICKS),
+            Task::Bp { stage, .. } => (stage, BP_TICKS),
+            Task::Wg { .. } | Task::Update => return,
+        };
+        let end = now + ticks;
+        let progress = &mut self.progress[stage.index()];
+        if ticks == FP_TICKS {
+            progress.fp.push(end)
+        } else {
+            progress.bp.push(end)
         }
+        self.free_at[node] = end;
+        self.events.insert(end);
+        self.events.extend(self.touching[stage.index()].iter().map(|e| end + delay(&self.delays, e.id)));
         self.orders[node].push(task);
     }
 
@@ -216,14 +258,19 @@ impl Simulation {
     }
 
     fn is_ready(&self, stage: StageId, task: Task, now: u64) -> bool {
-        let fp = |s: StageId, m: u32| Progress::is_done(&self.progress[s.index()].fp, m, now);
-        let bp = |s: StageId, m: u32| Progress::is_done(&self.progress[s.index()].bp, m, now);
+        let of = |stage: StageId| &self.progress[stage.index()];
+        let sent = |edge: EdgeId| now.checked_sub(delay(&self.delays, edge));
+        let arrived = |ended: &[u64], edge: EdgeId, m: u32| sent(edge).is_some_and(|t| Progress::is_done(ended, m, t));
         needs(&self.touching[stage.index()], task).all(|need| match need {
-            Need::Activation { edge, micro_batch } => fp(self.ends[edge.index()].0, micro_batch),
-            Need::Gradient { edge, micro_batch } => bp(self.ends[edge.index()].1, micro_batch),
-            Need::Kept { stage, micro_batch } => fp(stage, micro_batch),
+            Need::Activation { edge, micro_batch } => arrived(&of(self.ends[edge.index()].0).fp, edge, micro_batch),
+            Need::Gradient { edge, micro_batch } => arrived(&of(self.ends[edge.index()].1).bp, edge, micro_batch),
+            Need::Kept { stage, micro_batch } => Progress::is_done(&of(stage).fp, micro_batch, now),
         })
     }
+}
+
+fn delay(delays: &[u64], edge: EdgeId) -> u64 {
+    delays.get(edge.index()).copied().unwrap_or(0)
 }
 
 #[cfg(test)]

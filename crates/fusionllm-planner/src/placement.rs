@@ -6,8 +6,8 @@ use fusionllm_codec::Codec;
 use fusionllm_graph::{OpDag, OpId, ParamId};
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::{eval_orders, train_orders};
-use crate::{EdgeId, NodeIndex, Pipeline, PlanError, Segment, StageId, StageSpec, Strategy, Task};
+use crate::pipeline::{Schedule, eval_orders, train_orders};
+use crate::{Cluster, EdgeId, NodeIndex, Pipeline, PlanError, Segment, StageId, StageSpec, Strategy, Task};
 
 /// One contiguous segment of a sub-DAG along the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +76,9 @@ pub struct PlacementSpec {
     /// How many micro-batches further than 1F1B a stage may be ahead of its BP; if not given, as many as the step gains
     /// from and memory holds.
     pub run_ahead: Option<u32>,
+    /// Of how many micro-batches the weight gradients may wait for a pause at once, where memory holds them; if not
+    /// given, of as many as the step gains from.
+    pub deferred: Option<u32>,
     /// Micro-batches in a training step.
     pub micro_batches: u32,
     /// Samples in a micro-batch.
@@ -165,20 +168,23 @@ impl Placement {
                     let now = live.entry(stage).or_default();
                     *now = now.saturating_sub(1);
                 }
-                Task::Update => {}
+                Task::Wg { .. } | Task::Update => {}
             }
         }
         bound
     }
 }
 
-/// The placement of given segments on CompNodes of these names, with its edges and task orders.
+/// The placement of given segments on the CompNodes of a cluster, with its edges and task orders. FP and BP of a
+/// micro-batch take `stage_s` seconds, which matters where links have latency.
 pub(crate) fn assemble(
     dag: &OpDag,
-    compnodes: Vec<String>,
+    cluster: &Cluster,
     segments: Vec<Segment>,
     spec: &PlacementSpec,
+    stage_s: f64,
 ) -> Result<Placement, PlanError> {
+    let compnodes: Vec<String> = cluster.compnodes.iter().map(|c| c.name.clone()).collect();
     let stages: Vec<Stage> = segments
         .into_iter()
         .enumerate()
@@ -190,8 +196,15 @@ pub(crate) fn assemble(
         .collect();
     let edges = stage_edges(dag, &stages, spec.codec, spec.micro_batch_size as usize);
     let count = compnodes.len();
-    let run_ahead = spec.run_ahead.unwrap_or(0);
-    let train = train_orders(&stages, &edges, count, (spec.pipeline, run_ahead), spec.micro_batches)?;
+    let (run_ahead, delays) = (spec.run_ahead.unwrap_or(0), Vec::new());
+    let mut schedule = Schedule { pipeline: spec.pipeline, run_ahead, micro_batches: spec.micro_batches, delays };
+    if run_ahead > 0 {
+        let node = |stage: StageId| stages[stage.index()].compnode.index();
+        let latency_s = |a: usize, b: usize| cluster.link(a, b).latency_s.max(cluster.link(b, a).latency_s);
+        let delay = |e: &StageEdge| schedule.delay(latency_s(node(e.from), node(e.to)), stage_s);
+        schedule.delays = edges.iter().map(delay).collect();
+    }
+    let train = train_orders(&stages, &edges, count, &schedule)?;
     let eval = eval_orders(&stages, &edges, count, spec.eval_micro_batches)?;
     let tied = tied_params(dag, &stages);
     Ok(Placement {

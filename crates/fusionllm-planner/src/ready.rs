@@ -32,19 +32,19 @@ pub enum Need {
     },
 }
 
-/// All that `task` needs. UPDATE needs nothing here: it is last in its order, and what it waits for (tied
-/// gradients, the global norm) is not per micro-batch.
+/// All that `task` needs. WG comes after its BP in its order and needs no more. UPDATE needs nothing here: it is last
+/// in its order, and what it waits for (tied gradients, the global norm) is not per micro-batch.
 pub fn needs(edges: &[StageEdge], task: Task) -> impl Iterator<Item = Need> + '_ {
     let kept = match task {
         Task::Bp { stage, micro_batch } => Some(Need::Kept { stage, micro_batch }),
-        Task::Fp { .. } | Task::Update => None,
+        Task::Fp { .. } | Task::Wg { .. } | Task::Update => None,
     };
     kept.into_iter().chain(edges.iter().filter_map(move |e| match task {
         Task::Fp { stage, micro_batch } if e.to == stage => Some(Need::Activation { edge: e.id, micro_batch }),
         Task::Bp { stage, micro_batch } if e.from == stage && e.gradient => {
             Some(Need::Gradient { edge: e.id, micro_batch })
         }
-        Task::Fp { .. } | Task::Bp { .. } | Task::Update => None,
+        Task::Fp { .. } | Task::Bp { .. } | Task::Wg { .. } | Task::Update => None,
     }))
 }
 

@@ -8,10 +8,10 @@ mod critical;
 mod hosts;
 mod trace;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::ready::{Need, needs, touching};
-use crate::{Cluster, EdgeId, NodeIndex, Placement, PlanError, StageEdge, StageId, Task};
+use crate::{Cluster, Deferrable, EdgeId, NodeIndex, Placement, PlanError, StageEdge, StageId, Task};
 
 use hosts::{Agenda, Hosts, Turn};
 
@@ -23,6 +23,8 @@ pub use trace::{Trace, TraceEvent};
 pub struct StepCosts {
     /// FP and BP of a micro-batch, by stage.
     pub stage_s: Vec<(f64, f64)>,
+    /// What BP of a micro-batch puts off where the order has WG tasks, by stage.
+    pub deferrable: Vec<Deferrable>,
     /// Activation and gradient of a micro-batch, by edge.
     pub edge_bytes: Vec<(f64, f64)>,
     /// Encoding and decoding of an activation and of a gradient, together, by edge. It delays a message, not the
@@ -136,7 +138,7 @@ impl Simulated {
 pub fn simulate(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> Result<Simulated, PlanError> {
     let mut state = State::new(placement, cluster, costs);
     for node in 0..placement.compnodes.len() {
-        state.offer(node);
+        state.offer(node, 0.0);
     }
     while let Some((now_s, turn)) = state.agenda.next() {
         match turn {
@@ -150,7 +152,7 @@ pub fn simulate(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> 
     }
     let all_done = |(node, order): (usize, &Vec<Task>)| {
         let left = order.get(state.next[node]..).unwrap_or_default();
-        left.iter().all(|task| *task == Task::Update)
+        left.iter().all(|task| *task == Task::Update) && state.deferred[node].is_empty()
     };
     if !placement.train.orders.iter().enumerate().all(all_done) {
         return Err(PlanError::Deadlock);
@@ -185,8 +187,14 @@ struct State<'a> {
     agenda: Agenda,
     next: Vec<usize>,
     at_work: Vec<Work>,
+    /// By CompNode: whether its order has WG tasks.
+    defers: Vec<bool>,
+    /// WG tasks that wait, and the products that are left of each.
+    deferred: Vec<VecDeque<(Task, u32)>>,
     /// When a CompNode is free, and after which span.
     free: Vec<(f64, Cause)>,
+    /// When its last FP or BP ended: tied gradients are then complete.
+    passed: Vec<(f64, Cause)>,
     kept: Vec<Vec<Arrival>>,
     activations: Vec<Vec<Arrival>>,
     gradients: Vec<Vec<Arrival>>,
@@ -200,6 +208,7 @@ impl<'a> State<'a> {
     fn new(placement: &'a Placement, cluster: &'a Cluster, costs: &'a StepCosts) -> Self {
         let micro_batches = placement.train.micro_batches as usize;
         let table = |rows: usize| vec![vec![None; micro_batches]; rows];
+        let defers = |order: &Vec<Task>| order.iter().any(|task| matches!(task, Task::Wg { .. }));
         Self {
             placement,
             cluster,
@@ -210,7 +219,10 @@ impl<'a> State<'a> {
             agenda: Agenda::default(),
             next: vec![0; placement.compnodes.len()],
             at_work: vec![Work::Idle; placement.compnodes.len()],
+            defers: placement.train.orders.iter().map(defers).collect(),
+            deferred: vec![VecDeque::new(); placement.compnodes.len()],
             free: vec![(0.0, Cause::Start); placement.compnodes.len()],
+            passed: vec![(0.0, Cause::Start); placement.compnodes.len()],
             kept: table(placement.stages.len()),
             activations: table(placement.edges.len()),
             gradients: table(placement.edges.len()),
@@ -220,26 +232,61 @@ impl<'a> State<'a> {
         }
     }
 
-    /// The next task of an idle CompNode is called, if all that it needs is known to come.
-    fn offer(&mut self, node: usize) {
+    /// The next task of an idle CompNode is called, if all that it needs is known to come. If it would wait now, and
+    /// has put something off, it makes up for that.
+    fn offer(&mut self, node: usize, now_s: f64) {
         if self.at_work[node] != Work::Idle {
             return;
         }
-        let Some((task, stage, _)) = self.next_task(node) else { return };
-        let Some(ready) = self.ready(stage, task) else { return };
+        self.pass_over_done(node);
+        let ready = self.next_task(node).and_then(|(task, stage, _)| self.ready(stage, task));
+        if ready.is_none_or(|(at_s, _)| at_s > now_s)
+            && let Some(&(task, _)) = self.deferred[node].front()
+        {
+            return self.make_up(node, task, now_s);
+        }
+        let Some(ready) = ready else { return };
         let (start_s, cause) = if ready.0 > self.free[node].0 { ready } else { self.free[node] };
         self.at_work[node] = Work::Called(cause);
         self.agenda.add(start_s, Turn::Begin(node));
     }
 
-    /// The next task of a CompNode, where it belongs, and its seconds at full speed; nothing before UPDATE.
+    /// WG tasks that are done before their place in the order need nothing there.
+    fn pass_over_done(&mut self, node: usize) {
+        let order = &self.placement.train.orders[node];
+        while let Some(task @ Task::Wg { .. }) = order.get(self.next[node])
+            && self.deferred[node].front().is_none_or(|(first, _)| first != task)
+        {
+            self.next[node] += 1;
+        }
+    }
+
+    /// Begins one product of a WG task.
+    fn make_up(&mut self, node: usize, task: Task, now_s: f64) {
+        let (Task::Wg { stage, .. }, cause) = (task, self.free[node].1) else { return };
+        let span = match cause {
+            Cause::Span(last) if self.spans[last].task == task => last,
+            _ => {
+                self.spans.push(Span { node: NodeIndex(node as u32), task, start_s: now_s, end_s: now_s, cause });
+                self.spans.len() - 1
+            }
+        };
+        self.at_work[node] = Work::Busy(span);
+        let Deferrable { seconds, products, .. } = self.costs.deferrable[stage.index()];
+        self.hosts.begin(node, seconds / f64::from(products.max(1)), now_s, &mut self.agenda);
+    }
+
+    /// The next task of a CompNode, where it belongs, and its seconds at full speed; nothing before WG and UPDATE.
     fn next_task(&self, node: usize) -> Option<(Task, StageId, f64)> {
         let &task = self.placement.train.orders[node].get(self.next[node])?;
         let costs = |stage: StageId| self.costs.stage_s[stage.index()];
         match task {
             Task::Fp { stage, .. } => Some((task, stage, costs(stage).0)),
+            Task::Bp { stage, .. } if self.defers[node] => {
+                Some((task, stage, (costs(stage).1 - self.costs.deferrable[stage.index()].seconds).max(0.0)))
+            }
             Task::Bp { stage, .. } => Some((task, stage, costs(stage).1)),
-            Task::Update => None,
+            Task::Wg { .. } | Task::Update => None,
         }
     }
 
@@ -256,9 +303,34 @@ impl<'a> State<'a> {
         let Work::Busy(span) = std::mem::replace(&mut self.at_work[node], Work::Idle) else { return };
         self.spans[span].end_s = now_s;
         self.free[node] = (now_s, Cause::Span(span));
-        self.next[node] += 1;
-        self.deliver(self.spans[span].task, now_s, span);
-        self.offer(node);
+        let task = self.spans[span].task;
+        if matches!(task, Task::Wg { .. }) {
+            self.made_up(node);
+        } else {
+            self.next[node] += 1;
+            self.passed[node] = self.free[node];
+            self.put_off(node, task);
+            self.deliver(task, now_s, span);
+        }
+        self.offer(node, now_s);
+    }
+
+    /// One product of the oldest WG task is done.
+    fn made_up(&mut self, node: usize) {
+        if let Some((_, left)) = self.deferred[node].front_mut() {
+            *left -= 1;
+        }
+        self.deferred[node].pop_front_if(|(_, left)| *left == 0);
+    }
+
+    /// After BP its weight gradients wait.
+    fn put_off(&mut self, node: usize, task: Task) {
+        if let (Task::Bp { stage, micro_batch }, true) = (task, self.defers[node]) {
+            let products = self.costs.deferrable[stage.index()].products;
+            if products > 0 {
+                self.deferred[node].push_back((Task::Wg { stage, micro_batch }, products));
+            }
+        }
     }
 
     /// When all that the task needs is there, and what came last; nothing if something is missing.
@@ -293,7 +365,7 @@ impl<'a> State<'a> {
                     let from = self.node_of[stage.index()];
                     let arrival = self.send(from, to, Cargo::Activation(id, micro_batch), bytes, delay, at);
                     self.activations[id.index()][micro_batch as usize] = Some(arrival);
-                    self.offer(to);
+                    self.offer(to, end_s);
                 }
             }
             Task::Bp { stage, micro_batch } => {
@@ -307,10 +379,10 @@ impl<'a> State<'a> {
                     let from = self.node_of[stage.index()];
                     let arrival = self.send(from, to, Cargo::Gradient(id, micro_batch), bytes, delay, at);
                     self.gradients[id.index()][micro_batch as usize] = Some(arrival);
-                    self.offer(to);
+                    self.offer(to, end_s);
                 }
             }
-            Task::Update => {}
+            Task::Wg { .. } | Task::Update => {}
         }
     }
 
@@ -339,7 +411,7 @@ impl<'a> State<'a> {
         for (index, tied) in self.placement.tied.iter().enumerate() {
             let bytes = self.costs.tied_bytes.get(index).copied().unwrap_or(0.0);
             for (a, b) in tied.holders.iter().flat_map(|a| tied.holders.iter().map(move |b| (a.index(), b.index()))) {
-                let at = self.free[a];
+                let at = self.passed[a];
                 let arrival = self.send(a, b, Cargo::Tied(index), bytes, 0.0, at);
                 ready[b] = later(ready[b], arrival);
             }

@@ -164,6 +164,8 @@ pub struct PlacementSection {
     pub pipeline: Pipeline,
     /// How many micro-batches further than 1F1B a stage may be ahead; if not given, the plan finds out.
     pub run_ahead: Option<u32>,
+    /// Of how many micro-batches weight gradients may wait for a pause; if not given, the plan finds out.
+    pub deferred: Option<u32>,
     /// Explicit stages instead of a strategy.
     pub stages: Vec<StageSpec>,
     /// A cluster file, on the broker's machine, to plan by instead of what is measured.

@@ -27,7 +27,7 @@ pub(crate) use attention::Attention;
 pub(crate) use cross_entropy::CrossEntropy;
 pub(crate) use gelu::Gelu;
 pub(crate) use layer_norm::LayerNorm;
-pub(crate) use linear::Linear;
+pub(crate) use linear::{DeferredLinear, Linear};
 pub(crate) use seeded::Seeded;
 
 type Tracked = <Float as BackendPrimitive<Autodiff<Flex>>>::Primitive;

@@ -18,6 +18,8 @@ use crate::{CompNodeError, ExecutorError};
 #[derive(Debug, Default)]
 pub(super) struct Feedback {
     residuals: BTreeMap<ParamId, Vec<f32>>,
+    /// This step's own gradients as the others decode them, from when they were sent until they are added up.
+    own: BTreeMap<ParamId, HostTensor>,
 }
 
 impl Feedback {
@@ -49,31 +51,38 @@ impl Feedback {
 }
 
 impl TaskLoop {
+    /// After the last BP: this CompNode's gradients of tied parameters go to their other holders.
+    pub(super) fn send_tied_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
+        let placement = Arc::clone(&self.plan.placement);
+        let node = self.plan.node;
+        for tied in placement.tied.iter().filter(|t| t.holders.contains(&node)) {
+            let gradient = self.feedback.add(tied.param, self.executor.gradient(tied.param)?);
+            let slot = step_slot(Channel::Tied { param: tied.param, from: node }, step);
+            for &to in tied.holders.iter().filter(|&&h| h != node) {
+                self.exchange.send(Message { to, slot, tensor: gradient.clone(), codec: tied.codec })?;
+            }
+            let own = self.feedback.as_received(tied, gradient)?;
+            self.feedback.own.insert(tied.param, own);
+        }
+        Ok(())
+    }
+
     /// Every holder of a tied parameter gets the sum of all holders' gradients, added in the same order, so the
     /// copies stay equal.
     pub(super) fn sum_tied_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
         let placement = Arc::clone(&self.plan.placement);
         let node = self.plan.node;
         let mine: Vec<_> = placement.tied.iter().filter(|t| t.holders.contains(&node)).collect();
-        let mut own = BTreeMap::new();
-        for tied in &mine {
-            let gradient = self.feedback.add(tied.param, self.executor.gradient(tied.param)?);
-            let slot = step_slot(Channel::Tied { param: tied.param, from: node }, step);
-            for &to in tied.holders.iter().filter(|&&h| h != node) {
-                self.exchange.send(Message { to, slot, tensor: gradient.clone(), codec: tied.codec })?;
-            }
-            own.insert(tied.param, self.feedback.as_received(tied, gradient)?);
-        }
         for tied in mine {
             let mut sum: Option<Vec<f32>> = None;
             let mut shape = Vec::new();
             for &from in &tied.holders {
-                let part = match own.remove(&tied.param) {
-                    Some(own_part) if from == node => own_part,
-                    other => {
-                        own.extend(other.map(|part| (tied.param, part)));
-                        self.exchange.receive(step_slot(Channel::Tied { param: tied.param, from }, step))?.tensor
-                    }
+                let part = if from == node {
+                    self.feedback.own.remove(&tied.param).ok_or_else(|| ExecutorError::Internal {
+                        what: format!("the gradient of tied parameter {} was not sent", tied.param.0),
+                    })?
+                } else {
+                    self.receive(step_slot(Channel::Tied { param: tied.param, from }, step))?.tensor
                 };
                 shape = part.shape().to_vec();
                 sum = Some(add(sum, part, tied.param)?);

@@ -45,7 +45,7 @@ impl TaskLoop {
         let others = (0..placement.compnodes.len() as u32).map(NodeIndex).filter(|&n| n != NodeIndex(0));
         let norm = if node == NodeIndex(0) {
             for from in others.clone() {
-                total += scalar_of(&self.exchange.receive(step_slot(Channel::NormPart { from }, step))?.tensor);
+                total += scalar_of(&self.receive(step_slot(Channel::NormPart { from }, step))?.tensor);
             }
             // Everybody clips by the same number, so CompNode 0 rounds it as the wire does.
             let norm = f64::from(total.sqrt() as f32);
@@ -55,7 +55,7 @@ impl TaskLoop {
             norm
         } else {
             self.send_scalar(NodeIndex(0), Channel::NormPart { from: node }, step, total)?;
-            scalar_of(&self.exchange.receive(step_slot(Channel::NormTotal { to: node }, step))?.tensor)
+            scalar_of(&self.receive(step_slot(Channel::NormTotal { to: node }, step))?.tensor)
         };
         if norm.is_finite() {
             Ok(norm)

@@ -1,5 +1,7 @@
 //! Any placement gives the same training, with a lossless codec.
 
+use fusionllm_planner::Task;
+
 use crate::run::{Outcome, Run, assert_close, job, small_gpt2, stages};
 
 const TRAIN: &str = "steps = 20\nbatch = 8\nmicro_batches = 4\nlr = 1e-2\nwarmup = 5\nclip = 1.0\neval_every = 10\n\
@@ -53,6 +55,34 @@ fn cuts_inside_a_block_where_two_tensors_cross() {
 fn a_compnode_with_two_disjoint_segments() {
     // The U-shape: input, head and loss at the data owner, so both uses of the tied embedding are there.
     check("U-shape", "", 3, &[(0, "wpe"), (1, "h.1.ln_1"), (2, "h.2.mlp.act"), (0, "loss")]);
+}
+
+/// Weight gradients that wait are those that do not, whenever the network lets them be made.
+#[test]
+fn deferred_weight_gradients() {
+    let lists: [(usize, &[(u32, &str)]); 3] = [
+        (2, &[(0, "h.1.attn"), (1, "loss")]),
+        (3, &[(0, "h.0.add_2"), (1, "h.1.add_2"), (2, "loss")]),
+        // Both uses of the tied embedding at the data owner, one of them deferred.
+        (2, &[(0, "wpe"), (1, "h.2.add_2"), (0, "loss")]),
+    ];
+    let expected = one_process();
+    for (compnodes, list) in lists {
+        for deferred in [1, 4] {
+            let mut spec = job(TRAIN);
+            spec.placement.stages = stages(list);
+            spec.placement.deferred = Some(deferred);
+            let run = || Run::new(small_gpt2(0.0), spec.clone(), compnodes);
+            let orders = run().placement.train.orders;
+            assert!(orders.iter().all(|o| o.iter().any(|t| matches!(t, Task::Wg { .. }))));
+            let (outcome, again) = (run().synthetic(), run().synthetic());
+            let what = format!("{list:?}, {deferred} deferred");
+            assert_close(&what, &outcome.losses(), &expected.losses(), TOLERANCE);
+            assert_close(&format!("{what}, norm"), &outcome.norms(), &expected.norms(), 1e-4);
+            // When they are made depends on the threads; what comes out must not.
+            assert_eq!(outcome.losses(), again.losses(), "{what}");
+        }
+    }
 }
 
 #[test]

@@ -1,19 +1,20 @@
 //! What segments cost on CompNodes: codecs, bytes, seconds, memory, and a simulated step.
 
 use fusionllm_codec::Codec;
-use fusionllm_graph::OpDag;
+use fusionllm_graph::{OpDag, OpId};
 
 use super::PlanSpec;
 use crate::compression::{codec_s, compress_tied};
+use crate::deferred::defer;
 use crate::estimate::update_seconds;
 use crate::placement::assemble;
 use crate::{
-    Cluster, Compression, Direction, Estimate, NodeIndex, Pipeline, Placement, PlanError, Segment, Simulated,
-    StageEdge, StepCosts, TRAINING_COPIES, TiedParam, compress, simulate,
+    Cluster, Compression, Deferrable, Direction, Estimate, NodeIndex, Pipeline, Placement, PlanError, Segment,
+    Simulated, Stage, StageEdge, StepCosts, TRAINING_COPIES, TiedParam, compress, simulate,
 };
 
 /// How many times faster than the slowest stage the adaptive policy may make links.
-const HEADROOMS: [f64; 5] = [1.0, 2.0, 4.0, 8.0, 16.0];
+const HEADROOMS: [u32; 5] = [1, 2, 4, 8, 16];
 /// A step that is longer by this share is worth less compression.
 const WORTH_COMPRESSING: f64 = 0.03;
 
@@ -34,9 +35,14 @@ const FEW_TASKS: usize = 10_000;
 /// A step that is longer by this share is worth fewer live micro-batches.
 const WORTH_RUNNING_AHEAD: f64 = 0.03;
 
-/// Prices segments in the end: with stages running as far ahead as the step gains from and memory holds, and links
-/// compressed as the policy says. 1F1B keeps few micro-batches live, but over long links it waits for each of them to
-/// come back.
+/// Micro-batches whose weight gradients wait at once that are tried.
+const DEFERRED: [u32; 6] = [0, 1, 2, 4, 8, 16];
+/// A step that is longer by this share is worth fewer weight gradients that wait.
+const WORTH_DEFERRING: f64 = 0.03;
+
+/// Prices segments in the end: with stages running as far ahead as the step gains from and memory holds, with weight
+/// gradients that wait likewise, and links compressed as the policy says. 1F1B keeps few micro-batches live, but over
+/// long links it waits for each of them to come back.
 pub(super) fn settle(
     dag: &OpDag,
     cluster: &Cluster,
@@ -44,35 +50,46 @@ pub(super) fn settle(
     segments: &[Segment],
     spec: &PlanSpec,
 ) -> Result<Priced, PlanError> {
-    let most = spec.placement.micro_batches.saturating_sub(1);
-    let tasks = 2 * segments.len() * spec.placement.micro_batches as usize;
-    let tries: Vec<u32> = match (spec.placement.pipeline, spec.placement.run_ahead) {
-        (Pipeline::OneFOneB, None) if tasks <= FEW_TASKS => {
-            RUN_AHEADS.into_iter().filter(|&n| n < most).chain([most]).collect()
-        }
-        (_, chosen) => vec![chosen.unwrap_or(0)],
+    let micro_batches = spec.placement.micro_batches;
+    let few_tasks = 2 * segments.len() * micro_batches as usize <= FEW_TASKS;
+    let tries = |chosen: Option<u32>, tries: [u32; 6], most: u32| match chosen {
+        None if few_tasks => tries.into_iter().filter(|&n| n < most).chain([most]).collect(),
+        chosen => vec![chosen.unwrap_or(0)],
     };
-    let priced = tries.into_iter().map(|run_ahead| {
+    let run_aheads = match spec.placement.pipeline {
+        Pipeline::OneFOneB => tries(spec.placement.run_ahead, RUN_AHEADS, micro_batches.saturating_sub(1)),
+        Pipeline::GPipe => vec![0],
+    };
+    let try_one = |run_ahead: u32, deferred: Option<u32>| {
         let mut spec = spec.clone();
-        spec.placement.run_ahead = Some(run_ahead);
+        (spec.placement.run_ahead, spec.placement.deferred) = (Some(run_ahead), deferred);
         match spec.compression {
             Compression::Adaptive { .. } => gentlest(dag, cluster, estimate, segments, &spec),
             _ => price(dag, cluster, estimate, segments.to_vec(), &spec),
         }
-    });
-    let mut priced = priced.collect::<Result<Vec<_>, _>>()?;
-    // Textbook 1F1B stays, whatever it needs: if that is too much, its error says so.
-    let first = priced.remove(0);
-    priced.retain(|p| p.over_memory().is_none());
-    priced.insert(0, first);
-    first_near_best(priced, WORTH_RUNNING_AHEAD)
+    };
+    let deferred = tries(spec.placement.deferred, DEFERRED, micro_batches);
+    let most = deferred.last().copied();
+    let (run_ahead, _) = first_near_best(run_aheads, WORTH_RUNNING_AHEAD, |n| try_one(n, most))?;
+    Ok(first_near_best(deferred, WORTH_DEFERRING, |n| try_one(run_ahead, Some(n)))?.1)
 }
 
-/// The first whose step is at most this share longer than the shortest.
-fn first_near_best(priced: Vec<Priced>, share: f64) -> Result<Priced, PlanError> {
-    let best = priced.iter().map(|p| p.simulated.step_s).fold(f64::INFINITY, f64::min);
-    let fast_enough = |p: &Priced| p.simulated.step_s <= best * (1.0 + share);
-    priced.into_iter().find(fast_enough).ok_or(PlanError::Deadlock)
+/// The first of `numbers` whose step is at most this share longer than the shortest, of those that memory holds. The
+/// first one stays, whatever it needs: if that is too much, its error says so.
+fn first_near_best(
+    numbers: Vec<u32>,
+    share: f64,
+    price: impl Fn(u32) -> Result<Priced, PlanError>,
+) -> Result<(u32, Priced), PlanError> {
+    let mut priced = Vec::with_capacity(numbers.len());
+    for number in numbers {
+        let one = price(number)?;
+        if priced.is_empty() || one.over_memory().is_none() {
+            priced.push((number, one));
+        }
+    }
+    let best = priced.iter().map(|(_, p)| p.simulated.step_s).fold(f64::INFINITY, f64::min);
+    priced.into_iter().find(|(_, p)| p.simulated.step_s <= best * (1.0 + share)).ok_or(PlanError::Deadlock)
 }
 
 /// Prices segments with links as many times faster than the slowest stage as the step gains from, and no more: what is
@@ -84,9 +101,8 @@ fn gentlest(
     segments: &[Segment],
     spec: &PlanSpec,
 ) -> Result<Priced, PlanError> {
-    let priced = HEADROOMS.map(|headroom| price_at(dag, cluster, estimate, segments.to_vec(), spec, headroom));
-    let priced = priced.into_iter().collect::<Result<Vec<_>, _>>()?;
-    first_near_best(priced, WORTH_COMPRESSING)
+    let price = |headroom: u32| price_at(dag, cluster, estimate, segments.to_vec(), spec, f64::from(headroom));
+    Ok(first_near_best(HEADROOMS.to_vec(), WORTH_COMPRESSING, price)?.1)
 }
 
 /// Prices segments on `cluster`, whose CompNodes are in the placement's order.
@@ -99,7 +115,7 @@ pub(crate) fn price(
 ) -> Result<Priced, PlanError> {
     let headroom = match spec.compression {
         // What is found in the end; the search need not know exactly.
-        Compression::Adaptive { .. } => HEADROOMS[HEADROOMS.len() / 2],
+        Compression::Adaptive { .. } => f64::from(HEADROOMS[HEADROOMS.len() / 2]),
         _ => 1.0,
     };
     price_at(dag, cluster, estimate, segments, spec, headroom)
@@ -116,17 +132,17 @@ fn price_at(
 ) -> Result<Priced, PlanError> {
     let batch = spec.placement.micro_batch_size as usize;
     let ranges: Vec<_> = segments.iter().map(|s| s.ops.clone()).collect();
-    let names = cluster.compnodes.iter().map(|c| c.name.clone()).collect();
-    let mut placement = assemble(dag, names, segments, &spec.placement)?;
     let profile = |node: NodeIndex| &cluster.compnodes[node.index()];
-    let mut stage_s: Vec<(f64, f64)> =
-        placement.stages.iter().zip(&ranges).map(|(s, r)| estimate.seconds(profile(s.compnode), r)).collect();
+    let mut stage_s: Vec<(f64, f64)> = segments.iter().map(|s| estimate.seconds(profile(s.compnode), &s.ops)).collect();
+    let mut placement = assemble(dag, cluster, segments, &spec.placement, slowest_stage(&stage_s))?;
     add_copies(dag, &placement, profile, batch, &mut stage_s);
     let Sent { bytes: edge_bytes, codec_s, ratios } = send(dag, cluster, &mut placement, &stage_s, spec, headroom)?;
     compress_tied_params(dag, cluster, &mut placement, &stage_s, spec, headroom);
     let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
     let nodes = || (0..cluster.compnodes.len() as u32).map(NodeIndex);
+    let deferrable = deferrable(dag, &placement, profile, estimate, batch);
     let costs = StepCosts {
+        deferrable,
         codec_s,
         edge_bytes,
         update_s: nodes()
@@ -164,8 +180,38 @@ fn price_at(
             memory[holder.index()].0 += dag.param(tied.param).bytes() as f64;
         }
     }
+    defer_weight_gradients(&mut placement, &costs.deferrable, spec.placement.deferred.unwrap_or(0), &mut memory);
     let simulated = simulate(&placement, cluster, &costs)?;
     Ok(Priced { placement, simulated, ratios, costs, memory })
+}
+
+/// What BP may put off, by stage.
+fn deferrable<'a>(
+    dag: &OpDag,
+    placement: &Placement,
+    profile: impl Fn(NodeIndex) -> &'a crate::CompNodeProfile,
+    estimate: &Estimate,
+    batch: usize,
+) -> Vec<Deferrable> {
+    let of_stage = |stage: &Stage| {
+        let bp_s = |op: OpId| estimate.seconds(profile(stage.compnode), &(op.index()..op.index() + 1)).1;
+        Deferrable::of(dag, stage, &placement.tied, batch, bp_s)
+    };
+    placement.stages.iter().map(of_stage).collect()
+}
+
+/// Puts weight gradients of up to `limit` micro-batches off on each CompNode, or of as many as its memory holds.
+fn defer_weight_gradients(placement: &mut Placement, deferrable: &[Deferrable], limit: u32, memory: &mut [(f64, u64)]) {
+    for (index, order) in placement.train.orders.iter_mut().enumerate() {
+        let own = placement.stages.iter().filter(|s| s.compnode.index() == index);
+        let bytes = own.map(|s| deferrable[s.id.index()].bytes).fold(0.0, f64::max);
+        let (needed, has) = &mut memory[index];
+        if bytes > 0.0 {
+            let held = ((*has as f64 - *needed) / bytes).max(0.0).min(f64::from(limit)) as u32;
+            *order = defer(order, held as usize);
+            *needed += f64::from(held) * bytes;
+        }
+    }
 }
 
 /// What a task takes besides its ops: the copies between host and device of what enters and leaves the stage.

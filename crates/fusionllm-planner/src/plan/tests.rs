@@ -5,7 +5,7 @@ use fusionllm_graph::{DType, DagBuilder, Init, OpKind, Param, Shape, WeightLayou
 
 use super::*;
 use crate::testing::small_gpt2;
-use crate::{ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile, Pipeline, compare};
+use crate::{ClusterFile, CompNodeProfile, DeviceEntry, LinkEntry, LinkProfile, Pipeline, Task, compare};
 
 /// A small generator, so that a failing seed can be run again.
 struct Draw(u64);
@@ -81,6 +81,7 @@ fn spec(strategy: Strategy, micro_batches: u32) -> PlanSpec {
         pipeline: Pipeline::OneFOneB,
         // What the search compares is textbook 1F1B.
         run_ahead: Some(0),
+        deferred: Some(0),
         micro_batches,
         micro_batch_size: 2,
         eval_micro_batches: 1,
@@ -328,4 +329,57 @@ fn stages_run_no_further_ahead_than_memory_holds() {
     cluster.compnodes[0].memory_bytes = (0.5 * (needed(Some(1)) + needed(Some(2)))) as u64;
     let plan = plan(&dag, &cluster, &with_run_ahead(None)).unwrap();
     assert_eq!(plan.placement.live_bound(NodeIndex(0)).into_values().max(), Some(3));
+}
+
+fn with_deferred(deferred: Option<u32>) -> PlanSpec {
+    let mut spec = with_run_ahead(None);
+    spec.placement.deferred = deferred;
+    spec
+}
+
+/// Largest number of micro-batches of a CompNode whose weight gradients wait at once.
+fn waiting(plan: &Plan, node: usize) -> usize {
+    let (mut now, mut most) = (0usize, 0);
+    for task in &plan.placement.train.orders[node] {
+        match task {
+            Task::Bp { .. } => now += 1,
+            Task::Wg { .. } => now -= 1,
+            Task::Fp { .. } | Task::Update => {}
+        }
+        most = most.max(now);
+    }
+    most
+}
+
+#[test]
+fn over_long_links_weight_gradients_wait() {
+    let dag = small_gpt2(3);
+    let mut cluster = far_apart();
+    // As much to compute as to wait for.
+    cluster.compnodes.iter_mut().for_each(|c| c.flop_per_s = 2e7);
+    let at_once = plan(&dag, &cluster, &with_deferred(Some(0))).unwrap();
+    let chosen = plan(&dag, &cluster, &with_deferred(None)).unwrap();
+    let (slow, fast) = (at_once.prediction.step_s, chosen.prediction.step_s);
+    assert!(fast < 0.95 * slow, "{fast} against {slow}");
+    assert!(at_once.placement.train.orders.iter().flatten().all(|t| !matches!(t, Task::Wg { .. })));
+    assert!(waiting(&chosen, 0) > 0);
+    // A CompNode that waits for nobody would only hold memory.
+    let alone = plan(&dag, &Cluster::uniform(1), &with_deferred(None)).unwrap();
+    assert!(alone.placement.train.orders.iter().flatten().all(|t| !matches!(t, Task::Wg { .. })));
+}
+
+#[test]
+fn no_more_weight_gradients_wait_than_memory_holds() {
+    let dag = small_gpt2(3);
+    let with = |deferred| {
+        let mut spec = with_run_ahead(Some(0));
+        spec.placement.deferred = Some(deferred);
+        spec
+    };
+    let needed = |deferred| plan(&dag, &far_apart(), &with(deferred)).unwrap().prediction.compnodes[1].memory_bytes;
+    let mut cluster = far_apart();
+    cluster.compnodes[1].memory_bytes = (0.5 * (needed(2) + needed(3))) as u64;
+    let plan = plan(&dag, &cluster, &with(8)).unwrap();
+    assert_eq!((waiting(&plan, 0), waiting(&plan, 1)), (8, 2));
+    assert!(plan.prediction.compnodes[1].memory_bytes <= cluster.compnodes[1].memory_bytes as f64);
 }

@@ -3,14 +3,19 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pipeline::{eval_orders, train_orders};
+use crate::pipeline::{Schedule, eval_orders, train_orders};
 use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, TiedParam, pipeline_formula};
+
+/// Textbook orders.
+fn schedule(pipeline: Pipeline, micro_batches: u32) -> Schedule {
+    Schedule { pipeline, run_ahead: 0, micro_batches, delays: Vec::new() }
+}
 
 /// A chain of stages, one on each CompNode, with links of one byte per second and this latency.
 fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) -> (Placement, Cluster) {
     let ids: Vec<u32> = (0..stages as u32).collect();
     let (list, edges) = crate::testing::chain(&ids);
-    let train = train_orders(&list, &edges, stages, (pipeline, 0), micro_batches).unwrap();
+    let train = train_orders(&list, &edges, stages, &schedule(pipeline, micro_batches)).unwrap();
     let eval = eval_orders(&list, &edges, stages, 1).unwrap();
     let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();
     let link = LinkProfile { latency_s, bytes_per_s: 1.0 };
@@ -34,6 +39,7 @@ fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) 
 fn costs(stages: usize, bytes: f64) -> StepCosts {
     StepCosts {
         stage_s: vec![(1.0, 2.0); stages],
+        deferrable: vec![Deferrable::default(); stages],
         edge_bytes: vec![(bytes, bytes); stages - 1],
         codec_s: vec![(0.0, 0.0); stages - 1],
         update_s: vec![0.0; stages],
@@ -102,6 +108,28 @@ fn directions_do_not_hinder_each_other() {
     assert!(both < 16.0 * 6.0 * 1.5, "{both}");
 }
 
+/// FP 1 s, BP 2 s of which half can wait, 10 s of latency: the first stage has the gradient a second sooner, and both
+/// make weight gradients while nothing else is there to do.
+#[test]
+fn weight_gradients_wait_for_a_pause() {
+    let put_off = |micro_batches, limit| {
+        let (mut placement, cluster) = chain(2, micro_batches, Pipeline::OneFOneB, 10.0);
+        for order in &mut placement.train.orders {
+            *order = crate::deferred::defer(order, limit);
+        }
+        let half = Deferrable { seconds: 1.0, products: 2, bytes: 1.0 };
+        simulate(&placement, &cluster, &StepCosts { deferrable: vec![half; 2], ..costs(2, 0.0) }).unwrap()
+    };
+    assert_eq!((put_off(1, 0).step_s, put_off(1, 1).step_s), (26.0, 25.0));
+    let spans = put_off(1, 1).spans;
+    let wg = |node: u32| spans.iter().find(|s| s.node.0 == node && matches!(s.task, Task::Wg { .. })).unwrap();
+    assert_eq!((wg(1).start_s, wg(1).end_s, wg(0).start_s, wg(0).end_s), (13.0, 14.0, 24.0, 25.0));
+    // The last stage does F0 B0 F1 B1 from 11 to 15 instead of 17 and sends the second gradient, which is there at 25.
+    assert_eq!((put_off(2, 0).step_s, put_off(2, 2).step_s), (29.0, 27.0));
+    // Where only one may wait, it is made before the next BP.
+    assert_eq!(put_off(2, 1).step_s, 28.0);
+}
+
 #[test]
 fn codec_time_delays_a_message() {
     let (placement, cluster) = chain(2, 1, Pipeline::GPipe, 0.0);
@@ -165,12 +193,18 @@ proptest! {
         micro_batches in 1u32..8,
         latency_s in 0.0f64..2.0,
         gpipe in any::<bool>(),
+        deferred in 0usize..5,
     ) {
         let stages = times.len();
         let pipeline = if gpipe { Pipeline::GPipe } else { Pipeline::OneFOneB };
-        let (placement, cluster) = chain(stages, micro_batches, pipeline, latency_s);
+        let (mut placement, cluster) = chain(stages, micro_batches, pipeline, latency_s);
+        for order in &mut placement.train.orders {
+            *order = crate::deferred::defer(order, deferred);
+        }
+        let wait = |(_, bp): &(f64, f64)| Deferrable { seconds: 0.4 * bp, products: 3, bytes: 1.0 };
         let costs = StepCosts {
             stage_s: times.clone(),
+            deferrable: times.iter().map(wait).collect(),
             edge_bytes: bytes[..stages - 1].to_vec(),
             codec_s: vec![(0.0, 0.0); stages - 1],
             update_s: vec![0.0; stages],
@@ -181,9 +215,15 @@ proptest! {
         let n = f64::from(micro_batches);
         let compute = times.iter().map(|(f, b)| n * (f + b)).fold(0.0, f64::max);
         let link = costs.edge_bytes.iter().map(|(a, b)| n * a.max(*b)).fold(0.0, f64::max);
-        let way: f64 = times.iter().map(|(f, b)| f + b).sum::<f64>()
+        let share = if deferred > 0 { 0.6 } else { 1.0 };
+        let way: f64 = times.iter().map(|(f, b)| f + share * b).sum::<f64>()
             + costs.edge_bytes.iter().map(|(a, b)| a + b + 2.0 * latency_s).sum::<f64>();
         prop_assert!(simulated.step_s >= compute.max(link).max(way) - 1e-9);
+        for (node, (f, b)) in times.iter().enumerate() {
+            let own = simulated.spans.iter().filter(|s| s.node.index() == node);
+            let computed: f64 = own.map(|s| s.end_s - s.start_s).sum();
+            prop_assert!((computed - n * (f + b)).abs() < 1e-6, "{} of {}", computed, n * (f + b));
+        }
         let shares: f64 = simulated.critical_path(&placement.compnodes).iter().map(|b| b.share).sum();
         prop_assert!((shares - 1.0).abs() < 1e-6, "{}", shares);
         prop_assert!(simulated.busy(stages).iter().all(|b| *b <= 1.0 + 1e-9));

@@ -84,6 +84,7 @@ impl Simulated {
             let name = match span.task {
                 Task::Fp { stage, micro_batch } => format!("FP {} m{micro_batch}", stage.0),
                 Task::Bp { stage, micro_batch } => format!("BP {} m{micro_batch}", stage.0),
+                Task::Wg { stage, micro_batch } => format!("WG {} m{micro_batch}", stage.0),
                 Task::Update => "UPDATE".to_owned(),
             };
             events.push(TraceEvent::bar(name, span.node.0, 0, span.start_s, span.end_s));

@@ -40,6 +40,7 @@ const KEYS: &[(&str, &str)] = &[
     ("placement", "strategy"),
     ("placement", "pipeline"),
     ("placement", "run_ahead"),
+    ("placement", "deferred"),
     ("placement", "stages"),
     ("placement", "cluster"),
     ("compression", "policy"),

@@ -104,6 +104,7 @@ fn placement(s: &Section<'_>) -> Result<PlacementSection, JobError> {
         strategy,
         pipeline: s.choice("pipeline", &pipelines)?,
         run_ahead: s.integer("run_ahead")?,
+        deferred: s.integer("deferred")?,
         stages: stages(s)?,
         cluster: s.text("cluster")?.map(PathBuf::from),
     })

@@ -243,6 +243,7 @@ impl JobSpec {
             stages: self.placement.stages.clone(),
             pipeline: self.placement.pipeline,
             run_ahead: self.placement.run_ahead,
+            deferred: self.placement.deferred,
             micro_batches: self.train.micro_batches,
             micro_batch_size: self.micro_batch_size(),
             eval_micro_batches: self.train.eval_batches,

@@ -5,7 +5,7 @@ use fusionllm_graph::WeightLayout;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::matrix::{Matrix, new_product};
+use super::matrix::{Matrix, MatrixMut, Target, new_product, product};
 use super::vector::add;
 use super::{Fused, dims, rows_per_task, tensor};
 
@@ -17,10 +17,42 @@ pub(crate) struct Linear {
     pub(crate) layout: WeightLayout,
 }
 
-/// Operands of which the last is the bias.
-const WITH_BIAS: usize = 3;
+/// Where the bias is among the operands.
+const BIAS: usize = 2;
 
 impl Linear {
+    /// x · W + b, row after row.
+    fn output(&self, x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
+        let (rows, _) = dims(x);
+        let x = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
+        let mut output = new_product(x, self.weight(weight.as_slice().unwrap_or_default()));
+        if let Some(bias) = bias.and_then(FlexTensor::as_slice::<f32>) {
+            let size = rows_per_task(self.outputs) * self.outputs;
+            output.par_chunks_mut(size).for_each(|rows| add_to_rows(rows, bias));
+        }
+        tensor(output, [rows, self.outputs])
+    }
+
+    /// The sum over micro-batches of the weight's gradient, [inputs · outputs], with that of one more added in place.
+    pub(crate) fn add_weight_gradient(
+        &self,
+        sum: Option<FlexTensor>,
+        x: &FlexTensor,
+        gradient: &FlexTensor,
+    ) -> FlexTensor {
+        let (rows, _) = dims(x);
+        let (x, gradient) = (x.to_contiguous(), gradient.to_contiguous());
+        let x = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
+        let gradient = Matrix::dense(gradient.as_slice().unwrap_or_default(), rows, self.outputs);
+        let Some(mut sum) = sum else { return self.weight_gradient(x, gradient) };
+        let (a, b, rows, columns) = match self.layout {
+            WeightLayout::InOut => (x.transposed(), gradient, self.inputs, self.outputs),
+            WeightLayout::OutIn => (gradient.transposed(), x, self.outputs, self.inputs),
+        };
+        product(1.0, a, b, MatrixMut::dense(sum.storage_mut(), rows, columns), Target::Add, true);
+        sum
+    }
+
     /// The weight as [inputs, outputs].
     fn weight<'a>(&self, values: &'a [f32]) -> Matrix<'a> {
         match self.layout {
@@ -59,14 +91,7 @@ impl<const N: usize> Fused<N> for Linear {
 
     fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved) {
         let [x, weight] = [0, 1].map(|i| inputs[i].clone());
-        let (rows, _) = dims(&x);
-        let x_values = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
-        let mut output = new_product(x_values, self.weight(weight.as_slice().unwrap_or_default()));
-        if let Some(bias) = inputs.get(WITH_BIAS - 1).and_then(FlexTensor::as_slice::<f32>) {
-            let size = rows_per_task(self.outputs) * self.outputs;
-            output.par_chunks_mut(size).for_each(|rows| add_to_rows(rows, bias));
-        }
-        (tensor(output, [rows, self.outputs]), (x, weight))
+        (self.output(&x, &weight, inputs.get(BIAS)), (x, weight))
     }
 
     fn backward(&self, saved: Self::Saved, gradient: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N] {
@@ -82,6 +107,37 @@ impl<const N: usize> Fused<N> for Linear {
                 Some(self.weight_gradient(x, of_output))
             }
             _ => Some(self.bias_gradient(values)),
+        })
+    }
+}
+
+/// As [`Linear`], but BP leaves the gradient of the weight for later. Operands: x, the weight as a constant, a probe of
+/// any size whose gradient will be that of the output [N, outputs], and for `N = 4` a bias.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeferredLinear(pub(crate) Linear);
+
+/// Where the bias is among the operands.
+const DEFERRED_BIAS: usize = 3;
+
+impl<const N: usize> Fused<N> for DeferredLinear {
+    /// The weight.
+    type Saved = FlexTensor;
+
+    fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved) {
+        let [x, weight] = [0, 1].map(|i| &inputs[i]);
+        (self.0.output(x, weight, inputs.get(DEFERRED_BIAS)), weight.clone())
+    }
+
+    fn backward(&self, weight: FlexTensor, gradient: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N] {
+        let (rows, _) = dims(&gradient);
+        let values = gradient.as_slice::<f32>().unwrap_or_default();
+        let of_output = Matrix::dense(values, rows, self.0.outputs);
+        std::array::from_fn(|input| match input {
+            _ if !wanted[input] => None,
+            0 => Some(self.0.x_gradient(weight.as_slice().unwrap_or_default(), of_output, rows)),
+            1 => None,
+            2 => Some(gradient.clone()),
+            _ => Some(self.0.bias_gradient(values)),
         })
     }
 }

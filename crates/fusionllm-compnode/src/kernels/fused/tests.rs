@@ -92,6 +92,41 @@ fn linear_is_the_plain_one_in_both_layouts() {
     }
 }
 
+/// Values and gradients, the weight's made afterwards and for two micro-batches of the same numbers.
+#[test]
+fn a_linear_that_defers_is_one_that_does_not() {
+    for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
+        let (rows, inputs, outputs) = (70, 65, 130);
+        let op = Linear { inputs, outputs, layout };
+        let (x, params) = (leaf([rows, inputs], 1), [leaf([inputs * outputs], 2), leaf([outputs], 3)]);
+        let [weight, bias] = &params;
+        for bias in [Some(bias.clone()), None] {
+            let with_bias: Vec<_> = std::iter::once(weight.clone()).chain(bias.clone()).collect();
+            let mut expected = run(linear::plain(x.clone(), weight.clone(), bias.clone(), op), &x, &with_bias);
+            expected[2].iter_mut().for_each(|g| *g *= 2.0);
+            for plainly in [false, true] {
+                let constant = weight.clone().inner().autodiff();
+                let (output, deferred) = if plainly {
+                    linear::deferred_plain(x.clone(), constant, bias.clone(), op)
+                } else {
+                    linear::deferred(x.clone(), constant, bias.clone(), op)
+                };
+                let mut found = vec![to_vec(output.clone()).unwrap()];
+                let seed = Tensor::from_data(TensorData::new(numbers(rows * outputs, 9), [rows, outputs]), &device());
+                let mut tape = (output * seed).sum().backward();
+                found.push(to_vec(x.grad_remove(&mut tape).unwrap()).unwrap());
+                let of_bias = bias.as_ref().map(|b| to_vec(b.grad_remove(&mut tape).unwrap()).unwrap());
+                assert!(weight.grad_remove(&mut tape).is_none());
+                let owed = deferred.after(&mut tape).unwrap();
+                let sum = owed.clone().add_to(Some(owed.add_to(None)));
+                found.push(to_vec(sum).unwrap());
+                found.extend(of_bias);
+                assert_alike(&format!("deferred {layout:?}, plainly: {plainly}"), Some(found), expected.clone());
+            }
+        }
+    }
+}
+
 #[test]
 fn attention_is_the_plain_one() {
     for causal in [false, true] {
