@@ -96,9 +96,10 @@ fn on_one_compnode(dag: &OpDag) -> Placement {
 
 /// That of `fusionllm`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: fusionllm_compnode::Allocator = fusionllm_compnode::Allocator;
 
 fn main() {
+    fusionllm_compnode::keep_freed_memory();
     let options = Options::read();
     rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global().unwrap();
     let dag = Arc::new(options.dag());

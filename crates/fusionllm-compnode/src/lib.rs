@@ -4,6 +4,7 @@
 //! Makes no plans: it executes the placement and task orders that it is given. Compute runs on a thread of its
 //! own; the async shell only moves bytes.
 
+mod allocator;
 mod burn_executor;
 mod channel_codec;
 mod checkpoint;
@@ -28,6 +29,7 @@ mod segment;
 mod step_log;
 mod task_loop;
 
+pub use allocator::{Allocator, keep_freed_memory};
 pub use burn_executor::BurnExecutor;
 pub use checkpoint::{export_hugging_face, read_shard, write_shard};
 pub use codec_table::CodecTable;

@@ -15,9 +15,10 @@ use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: fusionllm_compnode::Allocator = fusionllm_compnode::Allocator;
 
 fn main() -> ExitCode {
+    fusionllm_compnode::keep_freed_memory();
     let cli = match cli::Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error),

@@ -8,7 +8,7 @@ use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::matrix::{Matrix, MatrixMut, Target, product};
+use super::matrix::{Accum, MatRef, dense, dense_mut, small_product, strided, strided_mut};
 use super::vector::{exp, exp_in_place, max_of, sum_of_two};
 use super::{Fused, rows_per_task, tensor};
 
@@ -61,8 +61,8 @@ impl Attention {
     }
 
     /// The first `rows` rows of K columns, in rows of 3·D.
-    fn packed<'a>(&self, values: &'a [f32], rows: usize) -> Matrix<'a> {
-        Matrix::strided(values, rows, self.head_dim(), 3 * self.width)
+    fn packed<'a>(&self, values: &'a [f32], rows: usize) -> MatRef<'a, f32> {
+        strided(values, rows, self.head_dim(), 3 * self.width)
     }
 
     /// How many keys the block that begins at query `first` sees.
@@ -80,8 +80,8 @@ impl Attention {
         let keys = self.keys(first, rows);
         scores.resize(rows * keys, 0.0);
         let query = self.packed(&head.query[first * 3 * self.width..], rows);
-        let out = MatrixMut::dense(scores, rows, keys);
-        product(self.scale(), query, self.packed(head.key, keys).transposed(), out, Target::Overwrite, false);
+        let out = dense_mut(scores, rows, keys);
+        small_product(self.scale(), query, self.packed(head.key, keys).transpose(), out, Accum::Replace);
         keys
     }
 
@@ -97,9 +97,9 @@ impl Attention {
                 log_sums[row * self.heads + index] = softmax(seen);
                 hidden.fill(0.0);
             }
-            let weights = Matrix::dense(&scores, rows, keys);
-            let out = MatrixMut::strided(&mut output[index * self.head_dim()..], rows, self.head_dim(), self.width);
-            product(1.0, weights, self.packed(head.value, keys), out, Target::Overwrite, false);
+            let weights = dense(&scores, rows, keys);
+            let out = strided_mut(&mut output[index * self.head_dim()..], rows, self.head_dim(), self.width);
+            small_product(1.0, weights, self.packed(head.value, keys), out, Accum::Replace);
         }
     }
 
@@ -115,10 +115,10 @@ impl Attention {
             let rows = BLOCK.min(seq - first);
             let keys = self.scores(head, first, rows, &mut weights);
             let columns = first * width + index * dim;
-            let of_output = Matrix::strided(&gradient[columns..], rows, dim, width);
+            let of_output = strided(&gradient[columns..], rows, dim, width);
             of_weights.resize(rows * keys, 0.0);
-            let out = MatrixMut::dense(&mut of_weights, rows, keys);
-            product(1.0, of_output, self.packed(head.value, keys).transposed(), out, Target::Overwrite, false);
+            let out = dense_mut(&mut of_weights, rows, keys);
+            small_product(1.0, of_output, self.packed(head.value, keys).transpose(), out, Accum::Replace);
             let pairs = weights.chunks_exact_mut(keys).zip(of_weights.chunks_exact_mut(keys));
             for (row, (weights, of_weights)) in pairs.enumerate() {
                 let at = columns + row * width;
@@ -129,14 +129,14 @@ impl Attention {
                 weights[seen..].fill(0.0);
                 of_weights[seen..].fill(0.0);
             }
-            let weights = Matrix::dense(&weights, rows, keys);
-            let of_scores = Matrix::dense(&of_weights, rows, keys);
+            let weights = dense(&weights, rows, keys);
+            let of_scores = dense(&of_weights, rows, keys);
             let query = self.packed(&head.query[first * 3 * width..], rows);
-            let into = |values, rows| MatrixMut::dense(values, rows, dim);
-            product(1.0, weights.transposed(), of_output, into(value_gradient, keys), Target::Add, false);
-            product(self.scale(), of_scores.transposed(), query, into(key_gradient, keys), Target::Add, false);
+            let into = |values, rows| dense_mut(values, rows, dim);
+            small_product(1.0, weights.transpose(), of_output, into(value_gradient, keys), Accum::Add);
+            small_product(self.scale(), of_scores.transpose(), query, into(key_gradient, keys), Accum::Add);
             let out = into(&mut query_gradient[first * dim..], rows);
-            product(self.scale(), of_scores, self.packed(head.key, keys), out, Target::Overwrite, false);
+            small_product(self.scale(), of_scores, self.packed(head.key, keys), out, Accum::Replace);
         }
         gradients
     }

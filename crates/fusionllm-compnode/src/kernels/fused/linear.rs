@@ -5,7 +5,7 @@ use fusionllm_graph::WeightLayout;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::matrix::{Matrix, MatrixMut, Target, new_product, product};
+use super::matrix::{MatRef, add_product, dense, dense_mut, new_product};
 use super::vector::add;
 use super::{Fused, dims, rows_per_task, tensor};
 
@@ -24,12 +24,16 @@ impl Linear {
     /// x · W + b, row after row.
     fn output(&self, x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
         let (rows, _) = dims(x);
-        let x = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
-        let mut output = new_product(x, self.weight(weight.as_slice().unwrap_or_default()));
-        if let Some(bias) = bias.and_then(FlexTensor::as_slice::<f32>) {
-            let size = rows_per_task(self.outputs) * self.outputs;
-            output.par_chunks_mut(size).for_each(|rows| add_to_rows(rows, bias));
-        }
+        let x = dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
+        let weight = self.weight(weight.as_slice().unwrap_or_default());
+        let output = match bias.and_then(FlexTensor::as_slice::<f32>) {
+            Some(bias) => {
+                let mut output = bias.repeat(rows);
+                add_product(x, weight, dense_mut(&mut output, rows, self.outputs));
+                output
+            }
+            None => new_product(x, weight),
+        };
         tensor(output, [rows, self.outputs])
     }
 
@@ -42,33 +46,33 @@ impl Linear {
     ) -> FlexTensor {
         let (rows, _) = dims(x);
         let (x, gradient) = (x.to_contiguous(), gradient.to_contiguous());
-        let x = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
-        let gradient = Matrix::dense(gradient.as_slice().unwrap_or_default(), rows, self.outputs);
+        let x = dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
+        let gradient = dense(gradient.as_slice().unwrap_or_default(), rows, self.outputs);
         let Some(mut sum) = sum else { return self.weight_gradient(x, gradient) };
         let (a, b, rows, columns) = match self.layout {
-            WeightLayout::InOut => (x.transposed(), gradient, self.inputs, self.outputs),
-            WeightLayout::OutIn => (gradient.transposed(), x, self.outputs, self.inputs),
+            WeightLayout::InOut => (x.transpose(), gradient, self.inputs, self.outputs),
+            WeightLayout::OutIn => (gradient.transpose(), x, self.outputs, self.inputs),
         };
-        product(1.0, a, b, MatrixMut::dense(sum.storage_mut(), rows, columns), Target::Add, true);
+        add_product(a, b, dense_mut(sum.storage_mut(), rows, columns));
         sum
     }
 
     /// The weight as [inputs, outputs].
-    fn weight<'a>(&self, values: &'a [f32]) -> Matrix<'a> {
+    fn weight<'a>(&self, values: &'a [f32]) -> MatRef<'a, f32> {
         match self.layout {
-            WeightLayout::InOut => Matrix::dense(values, self.inputs, self.outputs),
-            WeightLayout::OutIn => Matrix::dense(values, self.outputs, self.inputs).transposed(),
+            WeightLayout::InOut => dense(values, self.inputs, self.outputs),
+            WeightLayout::OutIn => dense(values, self.outputs, self.inputs).transpose(),
         }
     }
 
-    fn x_gradient(&self, weight: &[f32], gradient: Matrix<'_>, rows: usize) -> FlexTensor {
-        tensor(new_product(gradient, self.weight(weight).transposed()), [rows, self.inputs])
+    fn x_gradient(&self, weight: &[f32], gradient: MatRef<'_, f32>, rows: usize) -> FlexTensor {
+        tensor(new_product(gradient, self.weight(weight).transpose()), [rows, self.inputs])
     }
 
-    fn weight_gradient(&self, x: Matrix<'_>, gradient: Matrix<'_>) -> FlexTensor {
+    fn weight_gradient(&self, x: MatRef<'_, f32>, gradient: MatRef<'_, f32>) -> FlexTensor {
         let values = match self.layout {
-            WeightLayout::InOut => new_product(x.transposed(), gradient),
-            WeightLayout::OutIn => new_product(gradient.transposed(), x),
+            WeightLayout::InOut => new_product(x.transpose(), gradient),
+            WeightLayout::OutIn => new_product(gradient.transpose(), x),
         };
         tensor(values, [self.inputs * self.outputs])
     }
@@ -98,12 +102,12 @@ impl<const N: usize> Fused<N> for Linear {
         let (x, weight) = saved;
         let (rows, _) = dims(&x);
         let values = gradient.as_slice::<f32>().unwrap_or_default();
-        let of_output = Matrix::dense(values, rows, self.outputs);
+        let of_output = dense(values, rows, self.outputs);
         std::array::from_fn(|input| match input {
             _ if !wanted[input] => None,
             0 => Some(self.x_gradient(weight.as_slice().unwrap_or_default(), of_output, rows)),
             1 => {
-                let x = Matrix::dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
+                let x = dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
                 Some(self.weight_gradient(x, of_output))
             }
             _ => Some(self.bias_gradient(values)),
@@ -131,7 +135,7 @@ impl<const N: usize> Fused<N> for DeferredLinear {
     fn backward(&self, weight: FlexTensor, gradient: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N] {
         let (rows, _) = dims(&gradient);
         let values = gradient.as_slice::<f32>().unwrap_or_default();
-        let of_output = Matrix::dense(values, rows, self.0.outputs);
+        let of_output = dense(values, rows, self.0.outputs);
         std::array::from_fn(|input| match input {
             _ if !wanted[input] => None,
             0 => Some(self.0.x_gradient(weight.as_slice().unwrap_or_default(), of_output, rows)),
@@ -151,13 +155,4 @@ fn column_sums(rows: &[f32], columns: usize) -> Vec<f32> {
         }
     }
     sums
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2"))]
-fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
-    for row in rows.chunks_exact_mut(bias.len().max(1)) {
-        for (value, bias) in row.iter_mut().zip(bias) {
-            *value += bias;
-        }
-    }
 }
