@@ -36,12 +36,14 @@ const LEAST_PACKETS: u64 = 4;
 const STARTUP_GAIN: f64 = 2.77;
 /// Speed against the model when probing for more.
 const PROBE_GAIN: f64 = 1.25;
+/// Likewise when the round before has found more: the model may be far off, as after a machine has stalled.
+const FOUND_GAIN: f64 = 2.0;
 /// Bytes on their way against what one round trip holds: confirmations come late and in batches.
 const WINDOW_GAIN: f64 = 2.0;
 /// Beyond which the window has this much for the machine's own delays, which on a short link are longer than it is.
 const MACHINE_DELAY: Duration = Duration::from_millis(10);
-/// And at least so many packets.
-const HEADROOM_PACKETS: u64 = 10;
+/// And at least so many packets: twice what a sample needs, or a connection that became slow would see nothing.
+const HEADROOM_PACKETS: u64 = 2 * sampler::LEAST_PACKETS;
 /// Rounds that showed the link's speed, of which the fastest counts.
 const REMEMBERED_ROUNDS: usize = 10;
 /// Rounds between two probes: more often costs queue, less often finds new speed late.
@@ -60,6 +62,8 @@ const CROWDED: Duration = Duration::from_millis(100);
 const ROUND_TRIP_MEMORY: Duration = Duration::from_secs(60);
 /// What is sent as one piece takes this long on the link.
 const PIECE_TIME: f64 = 0.001;
+/// Seconds without a packet that are a pause at any pace.
+const LONGEST_PACING_PAUSE: f64 = 0.25;
 /// No larger piece can be given to the kernel.
 const MOST_PIECE_BYTES: u64 = 64 << 10;
 
@@ -73,7 +77,7 @@ impl ControllerFactory for LinkRateConfig {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
     /// Doubles until the link's speed shows.
     Startup,
@@ -81,8 +85,8 @@ enum Phase {
     Drain,
     /// At the link's speed, for so many more rounds.
     Cruise(u32),
-    /// Asks for more, for a round or as long as there is more.
-    Probe,
+    /// Asks for so many times the speed, for a round or as long as there is more.
+    Probe(f64),
 }
 
 /// What one round trip has shown.
@@ -177,7 +181,9 @@ impl LinkRate {
         let window = match self.phase {
             Phase::Startup => self.startup_window,
             Phase::Drain => self.trips_worth(1.0),
-            Phase::Cruise(_) | Phase::Probe => self.trips_worth(WINDOW_GAIN),
+            Phase::Cruise(_) => self.trips_worth(WINDOW_GAIN),
+            // Where the window and not the link is what bounds, only a larger one shows it.
+            Phase::Probe(gain) => (gain * self.trips_worth(WINDOW_GAIN) as f64) as u64,
         };
         window.max(least)
     }
@@ -188,11 +194,23 @@ impl LinkRate {
         let rate = self.bytes_per_s();
         Some(match self.phase {
             Phase::Startup => (rate * STARTUP_GAIN).max(2.0 * self.startup_window as f64 / round_trip),
-            Phase::Probe => rate * PROBE_GAIN,
+            Phase::Probe(gain) => rate * gain,
             // After a pause there is no queue, so a burst may begin with a probe.
             Phase::Drain | Phase::Cruise(_) if self.sampler.is_fresh() => rate * PROBE_GAIN,
             Phase::Drain | Phase::Cruise(_) => rate,
         })
+    }
+
+    /// What is sent as one piece at this pace.
+    fn piece_bytes(&self, pacing: f64) -> u64 {
+        ((pacing * PIECE_TIME) as u64).clamp(2 * self.packet_bytes, MOST_PIECE_BYTES)
+    }
+
+    /// Beyond which there was nothing to send.
+    fn longest_pacing_pause(&self) -> Duration {
+        let pacing = self.pacing().filter(|&pacing| pacing > 0.0);
+        let seconds = pacing.map_or(0.0, |pacing| 2.0 * self.piece_bytes(pacing) as f64 / pacing);
+        Duration::from_secs_f64(seconds.min(LONGEST_PACING_PAUSE))
     }
 
     fn on_confirmed(&mut self, sent: Instant, bytes: u64) {
@@ -262,11 +280,11 @@ impl LinkRate {
                 if self.full.1 >= FULL_ROUNDS { Phase::Drain } else { Phase::Startup }
             }
             Phase::Drain => Phase::Cruise(CRUISE_ROUNDS),
-            Phase::Cruise(0) => Phase::Probe,
+            Phase::Cruise(0) => Phase::Probe(PROBE_GAIN),
             Phase::Cruise(rounds) => Phase::Cruise(rounds - 1),
             // Half of what it asked for is more than chance.
-            Phase::Probe if round.bytes_per_s > before * (1.0 + PROBE_GAIN) / 2.0 => Phase::Probe,
-            Phase::Probe => Phase::Drain,
+            Phase::Probe(gain) if round.bytes_per_s > before * (1.0 + gain) / 2.0 => Phase::Probe(FOUND_GAIN),
+            Phase::Probe(_) => Phase::Drain,
         }
     }
 
@@ -285,7 +303,7 @@ impl LinkRate {
 
 impl Controller for LinkRate {
     fn on_packet_sent(&mut self, now: Instant, bytes: u16, _pn: u64) {
-        self.sampler.sent(now, u64::from(bytes));
+        self.sampler.sent(now, u64::from(bytes), self.longest_pacing_pause());
     }
 
     fn on_cwnd_limited(&mut self) {
@@ -330,9 +348,8 @@ impl Controller for LinkRate {
         let mut metrics = ControllerMetrics::default();
         metrics.congestion_window = self.window_bytes();
         if let Some(pacing) = self.pacing().filter(|&pacing| pacing > 0.0) {
-            let piece = (pacing * PIECE_TIME) as u64;
             metrics.pacing_rate = Some(pacing as u64);
-            metrics.send_quantum = Some(piece.clamp(2 * self.packet_bytes, MOST_PIECE_BYTES));
+            metrics.send_quantum = Some(self.piece_bytes(pacing));
         }
         let rate = self.bytes_per_s();
         metrics.bandwidth_estimate = (rate > 0.0).then_some((rate * 8.0) as u64);

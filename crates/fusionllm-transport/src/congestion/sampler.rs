@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// A sample over fewer packets than this says nothing: they may have come in one batch.
-const LEAST_PACKETS: u64 = 16;
+pub(super) const LEAST_PACKETS: u64 = 16;
 /// Packets that were confirmed by so much more slowly than they were sent were held up by the link.
 const STRETCH: f64 = 1.1;
 
@@ -53,7 +53,8 @@ struct Mark {
 /// As in the delivery rate estimation of BBR, a sample reaches from the last confirmation before a packet was sent to that
 /// packet's own, and takes the slower of sending and confirming. Differently from there, the packets of a burst that went
 /// out before anything of it was confirmed are measured from the burst's first confirmation, not from its start: a burst
-/// shorter than a round trip would otherwise show bytes per round trip, however fast the link is.
+/// shorter than a round trip would otherwise show bytes per round trip, however fast the link is. And where a round trip is
+/// over before the next packets go out, since those are paced, a sample reaches over as many of them as it needs.
 #[derive(Clone, Debug)]
 pub(super) struct Sampler {
     packet_bytes: u64,
@@ -65,13 +66,26 @@ pub(super) struct Sampler {
     burst: u64,
     /// First confirmation of the present burst.
     first: Option<Mark>,
+    /// Where a sample over several round trips begins.
+    anchor: Option<Mark>,
+    last_sent: Instant,
 }
 
 impl Sampler {
     pub(super) fn new(now: Instant, packet_bytes: u64) -> Self {
         let last = Mark { delivered: 0, confirmed: now, sent: now, is_start: true };
         let sendings = VecDeque::new();
-        Self { packet_bytes, in_flight: 0, last, sendings, newest: None, burst: 0, first: None }
+        Self {
+            packet_bytes,
+            in_flight: 0,
+            last,
+            sendings,
+            newest: None,
+            burst: 0,
+            first: None,
+            anchor: None,
+            last_sent: now,
+        }
     }
 
     /// Bytes delivered so far.
@@ -94,8 +108,12 @@ impl Sampler {
         self.packet_bytes = packet_bytes;
     }
 
-    pub(super) fn sent(&mut self, now: Instant, bytes: u64) {
-        if self.in_flight == 0 {
+    /// A packet went out. With nothing on its way a burst begins, unless pacing held the packet back for at most `pause`.
+    pub(super) fn sent(&mut self, now: Instant, bytes: u64, pause: Duration) {
+        let waited = now.saturating_duration_since(self.last_sent);
+        self.last_sent = now;
+        if self.in_flight == 0 && (self.burst == 0 || waited > pause) {
+            self.anchor = None;
             self.last = Mark { delivered: self.last.delivered, confirmed: now, sent: now, is_start: true };
             self.burst += 1;
             self.first = None;
@@ -141,7 +159,12 @@ impl Sampler {
                 newest.mark
             }
         };
-        Some(Sample { rate: self.rate(from, here), round_trip, delivered_before })
+        let rate = self.rate(from, here);
+        let rate = rate.or_else(|| self.anchor.filter(|_| is_present).and_then(|anchor| self.rate(anchor, here)));
+        if is_present && (self.anchor.is_none() || rate.is_some()) {
+            self.anchor = Some(here);
+        }
+        Some(Sample { rate, round_trip, delivered_before })
     }
 
     fn rate(&self, from: Mark, here: Mark) -> Option<Rate> {
@@ -179,7 +202,7 @@ mod tests {
         let mut samples = Vec::new();
         for (at, confirms) in events {
             match confirms {
-                None => sampler.sent(at, PACKET),
+                None => sampler.sent(at, PACKET, Duration::ZERO),
                 Some(sent) => {
                     sampler.confirmed(sent, PACKET);
                     samples.extend(sampler.end_batch(at, sampler.in_flight()));
