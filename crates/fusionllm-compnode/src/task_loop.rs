@@ -3,6 +3,7 @@
 //! Tasks run in the order that the placement gives; each waits until the readiness rule has all it needs. Sending
 //! never waits for the wire, so compute and transfers overlap; what is live is bounded by the order.
 
+mod pauses;
 mod tied;
 mod update;
 
@@ -326,32 +327,6 @@ impl TaskLoop {
             self.remember_kept(edge, micro_batch, &arrived);
         }
         Ok(arrived.tensor)
-    }
-
-    /// Waits for a message, and meanwhile makes weight gradients that BP has put off.
-    fn receive(&mut self, slot: Slot) -> Result<Arrived, CompNodeError> {
-        while let Some((stage, micro_batch)) = self.executor.owes() {
-            if let Some(arrived) = self.exchange.receive_now(slot)? {
-                return Ok(arrived);
-            }
-            self.make_up(Task::Wg { stage, micro_batch })?;
-        }
-        Ok(self.exchange.receive(slot)?)
-    }
-
-    /// Makes the weight gradients that this BP has put off, if they are not there yet.
-    fn make_up_for(&mut self, stage: StageId, micro_batch: u32) -> Result<(), CompNodeError> {
-        while self.executor.owes() == Some((stage, micro_batch)) {
-            self.make_up(Task::Wg { stage, micro_batch })?;
-        }
-        Ok(())
-    }
-
-    fn make_up(&mut self, task: Task) -> Result<(), CompNodeError> {
-        let began = Instant::now();
-        self.executor.make_up()?;
-        self.worked(task, began);
-        Ok(())
     }
 
     /// Hands a tensor to the stage `other`, here or on its CompNode.
