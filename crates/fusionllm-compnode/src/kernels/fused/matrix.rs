@@ -76,14 +76,14 @@ mod tests {
         let a: Vec<f32> = (0..12).map(|i| i as f32).collect();
         // Columns 1 and 2 of a 3 x 4 matrix, and the same transposed.
         let view = strided(&a[1..], 3, 2, 4);
-        let mut out = vec![1.0; 9];
+        let mut out = [1.0; 9];
         small_product(2.0, view, view.transpose(), dense_mut(&mut out, 3, 3), Accum::Add);
         let rows = [[1.0, 2.0], [5.0, 6.0], [9.0, 10.0f32]];
         let expected: Vec<f32> =
             rows.iter().flat_map(|r| rows.iter().map(move |c| 1.0 + 2.0 * (r[0] * c[0] + r[1] * c[1]))).collect();
-        assert_eq!(out, expected);
+        assert_eq!(out.as_slice(), expected);
         // Into columns 1 to 3 of a 3 x 5 matrix.
-        let mut wide = vec![7.0; 15];
+        let mut wide = [7.0; 15];
         small_product(1.0, view, view.transpose(), strided_mut(&mut wide[1..], 3, 3, 5), Accum::Replace);
         let product = new_product(view, view.transpose());
         assert_eq!(product[4], 61.0);
