@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn_tensor::{Device, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{OpDag, OpId, ParamId};
-use fusionllm_planner::{NodeIndex, Placement, StageId, Task, may_defer};
+use fusionllm_planner::{NodeIndex, Placement, StageId, may_defer};
 use fusionllm_protocol::Pass;
 
 use crate::ExecutorError;
@@ -51,8 +51,7 @@ impl BurnExecutor {
         optimizer: OptimizerSpec,
         seed: u64,
     ) -> Result<Self, ExecutorError> {
-        let order = placement.train.orders.get(node.index());
-        let defers = order.is_some_and(|order| order.iter().any(|task| matches!(task, Task::Wg { .. })));
+        let defers = placement.defers(node);
         let mut segments = BTreeMap::new();
         for stage in placement.stages_of(node) {
             let leaving = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();

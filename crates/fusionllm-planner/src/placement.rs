@@ -126,6 +126,12 @@ impl Placement {
         self.stages.iter().filter(move |s| s.compnode == node)
     }
 
+    /// Whether BP on a CompNode puts weight gradients off.
+    pub fn defers(&self, node: NodeIndex) -> bool {
+        let order = self.train.orders.get(node.index());
+        order.is_some_and(|order| order.iter().any(|task| matches!(task, Task::Wg { .. })))
+    }
+
     /// The pieces that a CompNode holds, for people: `input .. h.1.add_2; ln_f .. loss`.
     pub fn pieces(&self, dag: &OpDag, node: NodeIndex) -> String {
         let name = |op: Option<&OpId>| op.map_or("-", |&op| dag.op(op).name.as_str());

@@ -209,7 +209,6 @@ impl<'a> State<'a> {
     fn new(placement: &'a Placement, cluster: &'a Cluster, costs: &'a StepCosts) -> Self {
         let micro_batches = placement.train.micro_batches as usize;
         let table = |rows: usize| vec![vec![None; micro_batches]; rows];
-        let defers = |order: &Vec<Task>| order.iter().any(|task| matches!(task, Task::Wg { .. }));
         Self {
             placement,
             cluster,
@@ -220,7 +219,7 @@ impl<'a> State<'a> {
             agenda: Agenda::default(),
             next: vec![0; placement.compnodes.len()],
             at_work: vec![Work::Idle; placement.compnodes.len()],
-            defers: placement.train.orders.iter().map(defers).collect(),
+            defers: (0..placement.compnodes.len() as u32).map(|n| placement.defers(NodeIndex(n))).collect(),
             deferred: vec![VecDeque::new(); placement.compnodes.len()],
             free: vec![(0.0, Cause::Start); placement.compnodes.len()],
             passed: vec![(0.0, Cause::Start); placement.compnodes.len()],

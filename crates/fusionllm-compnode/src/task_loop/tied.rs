@@ -72,8 +72,7 @@ impl TaskLoop {
     pub(super) fn sum_tied_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
         let placement = Arc::clone(&self.plan.placement);
         let node = self.plan.node;
-        let mine: Vec<_> = placement.tied.iter().filter(|t| t.holders.contains(&node)).collect();
-        for tied in mine {
+        for tied in placement.tied.iter().filter(|t| t.holders.contains(&node)) {
             let mut sum: Option<Vec<f32>> = None;
             let mut shape = Vec::new();
             for &from in &tied.holders {

@@ -140,7 +140,13 @@ fn price_at(
     compress_tied_params(dag, cluster, &mut placement, &stage_s, spec, headroom);
     let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
     let nodes = || (0..cluster.compnodes.len() as u32).map(NodeIndex);
-    let deferrable = deferrable(dag, &placement, profile, estimate, batch);
+    let most_deferred = spec.placement.deferred.unwrap_or(0);
+    // The search prices many placements, none of which defers.
+    let deferrable = if most_deferred > 0 {
+        deferrable(dag, &placement, profile, estimate, batch)
+    } else {
+        vec![Deferrable::default(); placement.stages.len()]
+    };
     let costs = StepCosts {
         deferrable,
         codec_s,
@@ -180,7 +186,7 @@ fn price_at(
             memory[holder.index()].0 += dag.param(tied.param).bytes() as f64;
         }
     }
-    defer_weight_gradients(&mut placement, &costs.deferrable, spec.placement.deferred.unwrap_or(0), &mut memory);
+    defer_weight_gradients(&mut placement, &costs.deferrable, most_deferred, &mut memory);
     let simulated = simulate(&placement, cluster, &costs)?;
     Ok(Priced { placement, simulated, ratios, costs, memory })
 }
