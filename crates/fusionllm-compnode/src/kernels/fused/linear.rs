@@ -49,11 +49,8 @@ impl Linear {
         let x = dense(x.as_slice().unwrap_or_default(), rows, self.inputs);
         let gradient = dense(gradient.as_slice().unwrap_or_default(), rows, self.outputs);
         let Some(mut sum) = sum else { return self.weight_gradient(x, gradient) };
-        let (a, b, rows, columns) = match self.layout {
-            WeightLayout::InOut => (x.transpose(), gradient, self.inputs, self.outputs),
-            WeightLayout::OutIn => (gradient.transpose(), x, self.outputs, self.inputs),
-        };
-        add_product(a, b, dense_mut(sum.storage_mut(), rows, columns));
+        let (a, b) = self.weight_factors(x, gradient);
+        add_product(a, b, dense_mut(sum.storage_mut(), a.nrows(), b.ncols()));
         sum
     }
 
@@ -69,12 +66,17 @@ impl Linear {
         tensor(new_product(gradient, self.weight(weight).transpose()), [rows, self.inputs])
     }
 
+    /// The matrices whose product is the gradient of the weight, in its layout.
+    fn weight_factors<'a>(&self, x: MatRef<'a, f32>, gradient: MatRef<'a, f32>) -> (MatRef<'a, f32>, MatRef<'a, f32>) {
+        match self.layout {
+            WeightLayout::InOut => (x.transpose(), gradient),
+            WeightLayout::OutIn => (gradient.transpose(), x),
+        }
+    }
+
     fn weight_gradient(&self, x: MatRef<'_, f32>, gradient: MatRef<'_, f32>) -> FlexTensor {
-        let values = match self.layout {
-            WeightLayout::InOut => new_product(x.transpose(), gradient),
-            WeightLayout::OutIn => new_product(gradient.transpose(), x),
-        };
-        tensor(values, [self.inputs * self.outputs])
+        let (a, b) = self.weight_factors(x, gradient);
+        tensor(new_product(a, b), [self.inputs * self.outputs])
     }
 
     /// The sum over rows.
