@@ -1,4 +1,4 @@
-"""Trains a GPT-2 shape in plain PyTorch eager on the CPU, f32, and measures its speed.
+"""Trains a GPT-2 shape in plain PyTorch eager, f32, and measures its speed.
 
 Prints one JSON line: tokens_per_s is the tokens of a whole step over the median step time.
 A step is all micro-batches' forward and backward passes and one AdamW update.
@@ -94,6 +94,7 @@ def parse_args():
     parser.add_argument("--steps", type=positive, default=10, help="measured steps")
     parser.add_argument("--warmup", type=positive, default=2, help="steps before measuring")
     parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     args = parser.parse_args()
     if args.width % args.heads:
         parser.error(f"--width {args.width} must divide by --heads {args.heads}")
@@ -106,15 +107,17 @@ def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = Gpt2(args.layers, args.width, args.heads, args.vocab, args.seq)
+    model = Gpt2(args.layers, args.width, args.heads, args.vocab, args.seq).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    ids = torch.randint(args.vocab, (args.batch, args.seq))
-    labels = torch.randint(args.vocab, (args.batch, args.seq))
+    ids = torch.randint(args.vocab, (args.batch, args.seq)).to(args.device)
+    labels = torch.randint(args.vocab, (args.batch, args.seq)).to(args.device)
 
     times = []
     for step in range(args.warmup + args.steps):
         start = time.perf_counter()
         train_step(model, optimizer, ids, labels, args.micro_batches)
+        if args.device.startswith("cuda"):
+            torch.cuda.synchronize()
         if step >= args.warmup:
             times.append(time.perf_counter() - start)
 

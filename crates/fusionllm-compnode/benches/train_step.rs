@@ -1,7 +1,8 @@
 //! How fast one CompNode trains a GPT-2 shape, without network and task loop:
 //! `cargo bench -p fusionllm-compnode -- --layers 4 --width 768 --heads 12 --vocab 8192 --batch 4`.
 //!
-//! Prints the JSON line that `benches/peers/pytorch_single.py` prints for the same options.
+//! Prints the JSON line that `benches/peers/pytorch_single.py` prints for the same options. Built with a GPU's feature,
+//! such as `--features cuda`, it takes that GPU unless `--device cpu` is given.
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::panic, reason = "a program that measures")]
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ struct Options {
     steps: usize,
     warmup: usize,
     threads: usize,
+    device: DeviceChoice,
 }
 
 impl Options {
@@ -40,10 +42,16 @@ impl Options {
             steps: 10,
             warmup: 2,
             threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            device: DeviceChoice::Auto,
         };
         let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
         while let Some(word) = words.next() {
-            let value: usize = words.next().and_then(|v| v.parse().ok()).unwrap_or_else(|| panic!("{word} NUMBER"));
+            let text = words.next().unwrap_or_default();
+            if word == "--device" {
+                options.device = text.parse().unwrap();
+                continue;
+            }
+            let value: usize = text.parse().unwrap_or_else(|_| panic!("{word} NUMBER"));
             let option = match word.as_str() {
                 "--layers" => &mut options.layers,
                 "--width" => &mut options.width,
@@ -103,10 +111,11 @@ fn main() {
     let options = Options::read();
     rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global().unwrap();
     let dag = Arc::new(options.dag());
-    let (device, _) = open_device(DeviceChoice::Auto).unwrap();
+    let (device, _) = open_device(options.device).unwrap();
     let optimizer = OptimizerSpec::AdamW { betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01 };
     let placement = on_one_compnode(&dag);
-    let mut executor = BurnExecutor::new(Arc::clone(&dag), &placement, NodeIndex(0), device, optimizer, 0).unwrap();
+    let mut executor =
+        BurnExecutor::new(Arc::clone(&dag), &placement, NodeIndex(0), device.clone(), optimizer, 0).unwrap();
     let is_placeholder = |op| matches!(dag.op(op).kind, OpKind::Input { .. } | OpKind::Label { .. });
     let placeholders = dag.op_ids().filter(|&op| is_placeholder(op));
     let inputs: Vec<_> = placeholders.zip(1..).map(|(op, seed)| (op, options.ids(seed))).collect();
@@ -120,6 +129,7 @@ fn main() {
             executor.backward(StageId(0), micro_batch, Vec::new(), scale).unwrap();
         }
         executor.update(UpdateSpec { step: step as u64, lr: 3e-4, gradient_scale: 1.0 }).unwrap();
+        device.sync().unwrap();
         if step >= options.warmup {
             times.push(began.elapsed().as_secs_f64());
         }

@@ -19,8 +19,17 @@ pub struct DeviceProfile {
     pub memory_bytes: Option<u64>,
     /// Which machine it is, the same for all CompNodes on it.
     pub host: String,
-    /// How many CompNodes on this machine compute at full speed at once; nothing if each has a device of its own.
-    pub lanes: Option<f64>,
+    /// How it computes on the machine's CPU; nothing if it computes on a GPU.
+    pub cpu: Option<CpuShare>,
+}
+
+/// What a CompNode takes of its machine's CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CpuShare {
+    /// How many such CompNodes compute at full speed at once.
+    pub lanes: f64,
+    /// Cores that each computes on.
+    pub threads: u32,
 }
 
 /// Both directions between two CompNodes, as the one that dialled saw them.
@@ -51,6 +60,16 @@ pub struct MachineReport {
     pub efficiency: Option<f64>,
 }
 
+impl MachineReport {
+    /// What it computes on, alone or with others: the machine's CPU, or a GPU in it.
+    fn computes_on(&self) -> Host {
+        match self.profile.cpu {
+            Some(CpuShare { lanes, threads }) => Host { name: self.profile.host.clone(), lanes, threads },
+            None => Host { name: format!("{} {}", self.profile.host, self.device), lanes: 1.0, threads: 0 },
+        }
+    }
+}
+
 /// One direction in an inventory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkReport {
@@ -79,11 +98,11 @@ pub struct Inventory {
 const UNREACHABLE: LinkProfile = LinkProfile { latency_s: 1e6, bytes_per_s: 1.0 };
 
 impl Inventory {
-    /// The cluster of all machines, in their order. CompNodes on one machine share its memory.
+    /// The cluster of all machines, in their order. CompNodes on one CPU or one GPU share it and its memory.
     pub fn cluster(&self) -> Cluster {
-        let mut on_host: BTreeMap<&str, u64> = BTreeMap::new();
-        for machine in self.machines.iter().filter(|m| m.profile.lanes.is_some()) {
-            *on_host.entry(&machine.profile.host).or_default() += 1;
+        let mut members: BTreeMap<String, u64> = BTreeMap::new();
+        for machine in &self.machines {
+            *members.entry(machine.computes_on().name).or_default() += 1;
         }
         // CompNodes that measured the same share it, so that the planner sees that they are alike.
         let mut shared: Vec<Arc<Measured>> = Vec::new();
@@ -94,19 +113,19 @@ impl Inventory {
                 shared[shared.len() - 1].clone()
             })
         };
-        let profile = |machine: &MachineReport| CompNodeProfile {
+        let mut profile = |machine: &MachineReport, host: Host| CompNodeProfile {
             name: machine.name.clone(),
             flop_per_s: machine.profile.flop_per_s,
             efficiency: machine.efficiency.unwrap_or(1.0),
             memory_bytes_per_s: machine.profile.memory_bytes_per_s,
-            memory_bytes: machine.profile.memory_bytes.map_or(u64::MAX, |bytes| {
-                let sharing = machine.profile.lanes.and_then(|_| on_host.get(machine.profile.host.as_str()));
-                bytes / sharing.copied().unwrap_or(1).max(1)
-            }),
-            host: machine.profile.lanes.map(|lanes| Host { name: machine.profile.host.clone(), lanes }),
+            memory_bytes: machine
+                .profile
+                .memory_bytes
+                .map_or(u64::MAX, |bytes| bytes / members.get(&host.name).copied().unwrap_or(1).max(1)),
+            host: Some(host),
             measured: machine.measured.as_ref().map(&mut share),
         };
-        let compnodes: Vec<CompNodeProfile> = self.machines.iter().map(profile).collect();
+        let compnodes: Vec<CompNodeProfile> = self.machines.iter().map(|m| profile(m, m.computes_on())).collect();
         let mut links = vec![vec![UNREACHABLE; compnodes.len()]; compnodes.len()];
         let index: BTreeMap<&str, usize> = self.machines.iter().map(|m| m.name.as_str()).zip(0..).collect();
         for link in &self.links {
@@ -128,10 +147,11 @@ mod tests {
             memory_bytes_per_s: 1e10,
             memory_bytes: Some(8_000_000_000),
             host: host.to_owned(),
-            lanes,
+            cpu: lanes.map(|lanes| CpuShare { lanes, threads: 1 }),
         };
         let measured = Some(Measured { copy_s_per_byte: 1e-9, ..Measured::default() });
-        let (name, id, device) = (name.to_owned(), "00".to_owned(), "cpu".to_owned());
+        let device = if lanes.is_some() { "cpu" } else { "cuda:0" };
+        let (name, id, device) = (name.to_owned(), "00".to_owned(), device.to_owned());
         MachineReport { name, id, device, job: None, profile, measured, efficiency: Some(0.5) }
     }
 
@@ -145,6 +165,8 @@ mod tests {
                 machine("a", "office", Some(2.0)),
                 machine("b", "office", Some(2.0)),
                 machine("gpu", "rack", None),
+                machine("same", "rack", None),
+                machine("other", "attic", None),
             ],
             links: vec![report("a", "b", Some(link)), report("b", "gpu", None)],
             pending: 0,
@@ -152,11 +174,13 @@ mod tests {
         let cluster = inventory.cluster();
         cluster.validate().unwrap();
         let memory: Vec<u64> = cluster.compnodes.iter().map(|c| c.memory_bytes).collect();
-        assert_eq!(memory, [4_000_000_000, 4_000_000_000, 8_000_000_000]);
+        assert_eq!(memory, [4_000_000_000, 4_000_000_000, 4_000_000_000, 4_000_000_000, 8_000_000_000]);
         assert_eq!(cluster.link(0, 1), link);
         assert_eq!((cluster.link(1, 2), cluster.link(1, 0)), (UNREACHABLE, UNREACHABLE));
         let measured = |i: usize| cluster.compnodes[i].measured.clone().unwrap();
         assert!(Arc::ptr_eq(&measured(0), &measured(2)));
-        assert_eq!(cluster.compnodes[2].host, None);
+        let gpu = Host { name: "rack cuda:0".to_owned(), lanes: 1.0, threads: 0 };
+        assert_eq!(cluster.compnodes[2].host, Some(gpu));
+        assert_eq!(cluster.compnodes[2].host, cluster.compnodes[3].host);
     }
 }

@@ -24,7 +24,7 @@ pub use control::{
 pub use error::{JobError, ProtocolError};
 pub use event::{CodecNote, JobEvent, StepMetrics};
 pub use ids::{Generation, JobId};
-pub use inventory::{DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
+pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
     OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, job_keys,

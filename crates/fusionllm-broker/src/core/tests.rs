@@ -23,7 +23,7 @@ fn joining(name: &str) -> Joining {
         memory_bytes_per_s: 1e10,
         memory_bytes: None,
         host: name.to_owned(),
-        lanes: None,
+        cpu: None,
     };
     Joining { name: name.to_owned(), id: "0707".to_owned(), device: "cpu".to_owned(), addr, profile }
 }

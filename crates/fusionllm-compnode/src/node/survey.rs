@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn_tensor::Device;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
-use fusionllm_protocol::{DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
+use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
 use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Session, answer_probe, probe};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
@@ -47,13 +47,14 @@ impl Surveyor {
             }
         };
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let lanes = cores as f64 / rayon::current_num_threads() as f64;
+        let threads = rayon::current_num_threads();
+        let share = CpuShare { lanes: cores as f64 / threads as f64, threads: threads as u32 };
         Ok(DeviceProfile {
             flop_per_s: speed.flop_per_s,
             memory_bytes_per_s: speed.memory_bytes_per_s,
             memory_bytes: self.memory_bytes.or_else(|| free_bytes(self.choice)),
             host: host_name(),
-            lanes: self.choice.is_cpu().then_some(lanes),
+            cpu: self.choice.is_cpu().then_some(share),
         })
     }
 

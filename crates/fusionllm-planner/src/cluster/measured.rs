@@ -33,11 +33,19 @@ impl Measured {
     }
 }
 
-/// A machine whose compute several CompNodes share, such as processes on one CPU.
+/// A machine or a GPU whose compute several CompNodes share, such as processes on one CPU.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Host {
-    /// Name of the machine.
+    /// Name of the machine, or of the GPU in it.
     pub name: String,
     /// How many of its CompNodes compute at full speed at once; beyond that they share.
     pub lanes: f64,
+    /// How many cores a CompNode computes on, one of which messages take while they are handled; 0 for a GPU, from which
+    /// they take nothing.
+    #[serde(default = "one")]
+    pub threads: u32,
+}
+
+fn one() -> u32 {
+    1
 }

@@ -1,4 +1,5 @@
-//! Machines whose compute several CompNodes share: who computes how fast, and what ends next.
+//! Machines whose cores several CompNodes share, with each other and with what handles messages: who computes how
+//! fast, and what ends next.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -9,12 +10,14 @@ use crate::Cluster;
 const ROUNDING: f64 = 1e-9;
 
 /// What happens at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Turn {
     /// A CompNode begins its next task.
     Begin(usize),
     /// The next task on a host may have ended; it has, if the host's version is still this one.
     Host(usize, u64),
+    /// Messages that come or go take seconds of a core of a CompNode's machine.
+    Handle(usize, f64),
 }
 
 /// What is to come, the earliest first; of equal times what was added first.
@@ -73,6 +76,8 @@ pub(super) struct Hosts {
 #[derive(Debug)]
 struct Host {
     lanes: f64,
+    /// What handling a message takes of a lane; nothing where a device computes that does not handle messages.
+    share: Option<f64>,
     members: usize,
     running: Vec<Running>,
     /// Until when `running` is worked off.
@@ -82,7 +87,10 @@ struct Host {
 
 #[derive(Debug)]
 struct Running {
-    node: usize,
+    /// Who computes; nothing: a message is handled.
+    node: Option<usize>,
+    /// Lanes that it would fill.
+    lanes: f64,
     /// Seconds at full speed.
     left_s: f64,
 }
@@ -97,7 +105,8 @@ impl Hosts {
             let index = known.unwrap_or(hosts.len());
             if known.is_none() {
                 let lanes = node.host.as_ref().map_or(1.0, |h| h.lanes);
-                hosts.push(Host { lanes, members: 0, running: Vec::new(), at_s: 0.0, version: 0 });
+                let share = node.host.as_ref().filter(|h| h.threads > 0).map(|h| 1.0 / f64::from(h.threads));
+                hosts.push(Host { lanes, share, members: 0, running: Vec::new(), at_s: 0.0, version: 0 });
                 by_name.extend(node.host.as_ref().map(|h| (h.name.as_str(), index)));
             }
             hosts[index].members += 1;
@@ -114,10 +123,27 @@ impl Hosts {
 
     /// A CompNode begins `seconds` of work.
     pub(super) fn begin(&mut self, node: usize, seconds: f64, now_s: f64, agenda: &mut Agenda) {
+        let running = Running { node: Some(node), lanes: 1.0, left_s: seconds };
+        self.add(self.of_node[node], running, now_s, agenda);
+    }
+
+    /// Whether handling messages takes anything from those who compute on a CompNode's machine.
+    pub(super) fn handles(&self, node: usize) -> bool {
+        self.hosts[self.of_node[node]].share.is_some()
+    }
+
+    /// Messages of a CompNode begin to take `seconds` of a core.
+    pub(super) fn handle(&mut self, node: usize, seconds: f64, now_s: f64, agenda: &mut Agenda) {
         let index = self.of_node[node];
+        if let Some(lanes) = self.hosts[index].share {
+            self.add(index, Running { node: None, lanes, left_s: seconds }, now_s, agenda);
+        }
+    }
+
+    fn add(&mut self, index: usize, running: Running, now_s: f64, agenda: &mut Agenda) {
         let host = &mut self.hosts[index];
         host.work_off(now_s);
-        host.running.push(Running { node, left_s: seconds });
+        host.running.push(running);
         host.look_ahead(index, agenda);
     }
 
@@ -130,7 +156,7 @@ impl Hosts {
         host.work_off(now_s);
         let least = host.running.iter().map(|r| r.left_s).fold(f64::INFINITY, f64::min);
         let ended = host.running.extract_if(.., |r| r.left_s <= least.max(0.0) + ROUNDING * now_s);
-        let ended = ended.map(|r| r.node).collect();
+        let ended = ended.filter_map(|r| r.node).collect();
         host.look_ahead(index, agenda);
         ended
     }
@@ -138,7 +164,8 @@ impl Hosts {
 
 impl Host {
     fn rate(&self) -> f64 {
-        (self.lanes / self.running.len().max(1) as f64).min(1.0)
+        let wanted: f64 = self.running.iter().map(|r| r.lanes).sum();
+        if wanted > self.lanes { self.lanes / wanted } else { 1.0 }
     }
 
     fn work_off(&mut self, now_s: f64) {

@@ -60,20 +60,43 @@ fn compnodes_of_one_machine_share_it() {
     let costs = costs(3, 0.0);
     let alone = simulate(&placement, &cluster, &costs).unwrap().step_s;
     for node in &mut cluster.compnodes {
-        node.host = Some(crate::Host { name: "office".to_owned(), lanes: 2.0 });
+        node.host = Some(crate::Host { name: "office".to_owned(), lanes: 2.0, threads: 1 });
     }
     let shared = simulate(&placement, &cluster, &costs).unwrap();
     // 3 stages x 8 micro-batches x 3 s are 72 s of work; two lanes cannot do them in less than 36.
     assert!(shared.step_s > alone && shared.step_s >= 36.0 && shared.step_s < 72.0, "{}", shared.step_s);
     for node in &mut cluster.compnodes {
-        node.host = Some(crate::Host { name: "office".to_owned(), lanes: 1.0 });
+        node.host = Some(crate::Host { name: "office".to_owned(), lanes: 1.0, threads: 1 });
     }
     let one_lane = simulate(&placement, &cluster, &costs).unwrap().step_s;
     assert!((one_lane - 72.0).abs() < 1e-6, "one lane is never idle: {one_lane}");
     for (node, name) in cluster.compnodes.iter_mut().zip(["a", "b", "c"]) {
-        node.host = Some(crate::Host { name: name.to_owned(), lanes: 1.0 });
+        node.host = Some(crate::Host { name: name.to_owned(), lanes: 1.0, threads: 1 });
     }
     assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, alone);
+}
+
+/// Coding takes 2 s of a core for each activation, which only machines without a spare core notice.
+#[test]
+fn messages_take_cores_that_compute() {
+    let (placement, mut cluster) = chain(2, 4, Pipeline::OneFOneB, 0.0);
+    let mut costs = costs(2, 1e-3);
+    costs.codec_s = vec![(2.0, 0.0)];
+    let mut step_s = |lanes: f64, threads: u32| {
+        for node in &mut cluster.compnodes {
+            node.host = Some(crate::Host { name: "office".to_owned(), lanes, threads });
+        }
+        simulate(&placement, &cluster, &costs).unwrap().step_s
+    };
+    let spare = step_s(4.0, 1);
+    // 2 stages x 4 micro-batches x 3 s of work, and 4 x 2 s of coding.
+    let none = step_s(1.0, 1);
+    assert!(none >= 24.0 + 8.0 && none > spare, "{none} {spare}");
+    // One of four cores takes less from those who compute on all of them.
+    let wide = step_s(1.0, 4);
+    assert!(wide >= 24.0 + 2.0 && wide < none, "{wide} {none}");
+    cluster.compnodes.iter_mut().for_each(|node| node.host = None);
+    assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, spare, "a device of its own");
 }
 
 #[test]

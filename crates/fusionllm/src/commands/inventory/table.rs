@@ -31,7 +31,7 @@ fn machines(inventory: &Inventory) -> String {
         let free = profile.memory_bytes.map_or_else(|| "?".to_owned(), |bytes| format_bytes(bytes as f64));
         let efficiency = machine.efficiency.map_or_else(|| "-".to_owned(), |share| format!("{share:.2}"));
         let job = machine.job.map_or_else(|| "idle".to_owned(), |job| job.0.to_string());
-        let lanes = profile.lanes.map_or_else(String::new, |lanes| format!(" (computes for {lanes} at once)"));
+        let lanes = profile.cpu.map_or_else(String::new, |cpu| format!(" (computes for {} at once)", cpu.lanes));
         text.push_str(&format!(
             "{:<16} {:<18} {free:>10} {:>12} {efficiency:>6} {:>12} {job:>5}  {}{lanes}\n",
             machine.name,
@@ -92,7 +92,7 @@ fn short(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_protocol::{DeviceProfile, LinkReport, MachineReport};
+    use fusionllm_protocol::{CpuShare, DeviceProfile, LinkReport, MachineReport};
 
     use super::*;
 
@@ -107,7 +107,7 @@ mod tests {
                 memory_bytes_per_s: 1.2e10,
                 memory_bytes: Some(8_000_000_000),
                 host: "office-12345678".to_owned(),
-                lanes: Some(2.0),
+                cpu: Some(CpuShare { lanes: 2.0, threads: 1 }),
             },
             measured: None,
             efficiency: Some(0.51),
