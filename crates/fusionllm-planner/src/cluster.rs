@@ -25,7 +25,7 @@ pub struct CompNodeProfile {
     pub memory_bytes_per_s: f64,
     /// Bytes that a job may fill.
     pub memory_bytes: u64,
-    /// The machine whose compute it shares with others; nothing if it has a device of its own.
+    /// The CPU or GPU that it may share with others; nothing if it is its own.
     pub host: Option<Host>,
     /// What was measured; it goes before what follows from the speeds above.
     pub measured: Option<Arc<Measured>>,
