@@ -153,7 +153,9 @@ pub fn simulate(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> 
                     state.end(node, now_s);
                 }
             }
-            Turn::Handle(node, seconds) => state.hosts.handle(node, seconds, now_s, &mut state.agenda),
+            Turn::Handle { host, lanes, seconds } => {
+                state.hosts.handle(host, lanes, seconds, now_s, &mut state.agenda);
+            }
         }
     }
     let all_done = |(node, order): (usize, &Vec<Task>)| {
@@ -362,10 +364,9 @@ impl<'a> State<'a> {
         let index = Cause::Transfer(self.transfers.len());
         self.transfers.push(Transfer { from: from_node, to: to_node, cargo, bytes, start_s, sent_s, end_s, cause });
         let handled_s = bytes / HANDLED_BYTES_PER_S + delay / 2.0;
-        for (node, at_s) in [(from, start_s), (to, sent_s + link.latency_s)] {
-            if handled_s > 0.0 && self.hosts.handles(node) {
-                self.agenda.add(at_s, Turn::Handle(node, handled_s));
-            }
+        if handled_s > 0.0 {
+            self.hosts.call_handler(from, handled_s, start_s, &mut self.agenda);
+            self.hosts.call_handler(to, handled_s, sent_s + link.latency_s, &mut self.agenda);
         }
         self.links.insert((from, to), (sent_s, index));
         (end_s, index)

@@ -16,8 +16,8 @@ pub(super) enum Turn {
     Begin(usize),
     /// The next task on a host may have ended; it has, if the host's version is still this one.
     Host(usize, u64),
-    /// Messages that come or go take seconds of a core of a CompNode's machine.
-    Handle(usize, f64),
+    /// Handling a message begins to take this share of a host's lanes, for so many seconds at full speed.
+    Handle { host: usize, lanes: f64, seconds: f64 },
 }
 
 /// What is to come, the earliest first; of equal times what was added first.
@@ -127,17 +127,17 @@ impl Hosts {
         self.add(self.of_node[node], running, now_s, agenda);
     }
 
-    /// Whether handling messages takes anything from those who compute on a CompNode's machine.
-    pub(super) fn handles(&self, node: usize) -> bool {
-        self.hosts[self.of_node[node]].share.is_some()
+    /// From `at_s` on a message of a CompNode takes `seconds` of a core, if that is one that computes.
+    pub(super) fn call_handler(&self, node: usize, seconds: f64, at_s: f64, agenda: &mut Agenda) {
+        let host = self.of_node[node];
+        if let Some(lanes) = self.hosts[host].share {
+            agenda.add(at_s, Turn::Handle { host, lanes, seconds });
+        }
     }
 
-    /// Messages of a CompNode begin to take `seconds` of a core.
-    pub(super) fn handle(&mut self, node: usize, seconds: f64, now_s: f64, agenda: &mut Agenda) {
-        let index = self.of_node[node];
-        if let Some(lanes) = self.hosts[index].share {
-            self.add(index, Running { node: None, lanes, left_s: seconds }, now_s, agenda);
-        }
+    /// Handling a message begins.
+    pub(super) fn handle(&mut self, host: usize, lanes: f64, seconds: f64, now_s: f64, agenda: &mut Agenda) {
+        self.add(host, Running { node: None, lanes, left_s: seconds }, now_s, agenda);
     }
 
     fn add(&mut self, index: usize, running: Running, now_s: f64, agenda: &mut Agenda) {
