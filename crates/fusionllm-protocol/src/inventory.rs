@@ -100,10 +100,8 @@ const UNREACHABLE: LinkProfile = LinkProfile { latency_s: 1e6, bytes_per_s: 1.0 
 impl Inventory {
     /// The cluster of all machines, in their order. CompNodes on one CPU or one GPU share it and its memory.
     pub fn cluster(&self) -> Cluster {
-        let mut members: BTreeMap<String, u64> = BTreeMap::new();
-        for machine in &self.machines {
-            *members.entry(machine.computes_on().name).or_default() += 1;
-        }
+        let hosts: Vec<Host> = self.machines.iter().map(MachineReport::computes_on).collect();
+        let members = |host: &Host| hosts.iter().filter(|other| other.name == host.name).count() as u64;
         // CompNodes that measured the same share it, so that the planner sees that they are alike.
         let mut shared: Vec<Arc<Measured>> = Vec::new();
         let mut share = |measured: &Measured| {
@@ -113,19 +111,16 @@ impl Inventory {
                 shared[shared.len() - 1].clone()
             })
         };
-        let mut profile = |machine: &MachineReport, host: Host| CompNodeProfile {
+        let profile = |(machine, host): (&MachineReport, &Host)| CompNodeProfile {
             name: machine.name.clone(),
             flop_per_s: machine.profile.flop_per_s,
             efficiency: machine.efficiency.unwrap_or(1.0),
             memory_bytes_per_s: machine.profile.memory_bytes_per_s,
-            memory_bytes: machine
-                .profile
-                .memory_bytes
-                .map_or(u64::MAX, |bytes| bytes / members.get(&host.name).copied().unwrap_or(1).max(1)),
-            host: Some(host),
+            memory_bytes: machine.profile.memory_bytes.map_or(u64::MAX, |bytes| bytes / members(host)),
+            host: Some(host.clone()),
             measured: machine.measured.as_ref().map(&mut share),
         };
-        let compnodes: Vec<CompNodeProfile> = self.machines.iter().map(|m| profile(m, m.computes_on())).collect();
+        let compnodes: Vec<CompNodeProfile> = self.machines.iter().zip(&hosts).map(profile).collect();
         let mut links = vec![vec![UNREACHABLE; compnodes.len()]; compnodes.len()];
         let index: BTreeMap<&str, usize> = self.machines.iter().map(|m| m.name.as_str()).zip(0..).collect();
         for link in &self.links {
