@@ -188,17 +188,18 @@ impl LinkRate {
         window.max(least)
     }
 
-    /// Bytes per second at which packets go out; nothing before a round trip is known.
+    /// Bytes per second at which packets go out, above 0; nothing before a round trip is known.
     fn pacing(&self) -> Option<f64> {
         let round_trip = self.round_trip.get()?.as_secs_f64().max(1e-6);
         let rate = self.bytes_per_s();
-        Some(match self.phase {
+        let pacing = match self.phase {
             Phase::Startup => (rate * STARTUP_GAIN).max(2.0 * self.startup_window as f64 / round_trip),
             Phase::Probe(gain) => rate * gain,
             // After a pause there is no queue, so a burst may begin with a probe.
             Phase::Drain | Phase::Cruise(_) if self.sampler.is_fresh() => rate * PROBE_GAIN,
             Phase::Drain | Phase::Cruise(_) => rate,
-        })
+        };
+        (pacing > 0.0).then_some(pacing)
     }
 
     /// What is sent as one piece at this pace.
@@ -208,8 +209,7 @@ impl LinkRate {
 
     /// Beyond which there was nothing to send.
     fn longest_pacing_pause(&self) -> Duration {
-        let pacing = self.pacing().filter(|&pacing| pacing > 0.0);
-        let seconds = pacing.map_or(0.0, |pacing| 2.0 * self.piece_bytes(pacing) as f64 / pacing);
+        let seconds = self.pacing().map_or(0.0, |pacing| 2.0 * self.piece_bytes(pacing) as f64 / pacing);
         Duration::from_secs_f64(seconds.min(LONGEST_PACING_PAUSE))
     }
 
@@ -347,7 +347,7 @@ impl Controller for LinkRate {
     fn metrics(&self) -> ControllerMetrics {
         let mut metrics = ControllerMetrics::default();
         metrics.congestion_window = self.window_bytes();
-        if let Some(pacing) = self.pacing().filter(|&pacing| pacing > 0.0) {
+        if let Some(pacing) = self.pacing() {
             metrics.pacing_rate = Some(pacing as u64);
             metrics.send_quantum = Some(self.piece_bytes(pacing));
         }
