@@ -124,5 +124,8 @@ fn the_commands_of_the_pages_parse() {
 #[test]
 fn the_readmes_test_command_is_what_ci_runs() {
     let (readme, ci) = (read(&root().join("README.md")), read(&root().join(".ci/run")));
-    assert!(readme.contains("\ncargo test --workspace\n") && ci.contains("cargo test --workspace"));
+    assert!(
+        readme.contains("\ncargo test --release --workspace\n")
+            && ci.contains("cargo test --release --locked --workspace")
+    );
 }
