@@ -10,6 +10,7 @@ mod compnode;
 mod events;
 mod files;
 mod listen;
+mod refusals;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -281,3 +282,6 @@ fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {
         Err(e) => Err(io_error(path, e)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -199,7 +199,13 @@ pub enum CompNodeError {
         /// What is wrong and what there is.
         reason: String,
     },
-    /// The broker cannot be reached or sent us away.
+    /// The broker does not let us in.
+    #[error("the broker refused: {reason}")]
+    Refused {
+        /// Why, in its words.
+        reason: String,
+    },
+    /// The broker cannot be reached, or the connection to it broke.
     #[error("broker: {reason}")]
     Broker {
         /// Why.

@@ -17,6 +17,7 @@ mod executor;
 mod generate;
 mod host;
 mod kernels;
+mod knock;
 mod links;
 mod mailbox;
 mod node;
@@ -39,6 +40,7 @@ pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardErr
 pub use exchange::{Exchange, MemoryExchange, Message};
 pub use executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
 pub use generate::{Generator, SamplingSpec};
+pub use knock::{Admitted, knock};
 pub use links::{JobLinks, NetworkExchange};
 pub use mailbox::{Arrived, Mailbox, Slot};
 pub use node::{JoinConfig, join};

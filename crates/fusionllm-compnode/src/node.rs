@@ -12,15 +12,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fusionllm_protocol::{
-    DeviceProfile, FromBroker, FromCompNode, Hello, PROTOCOL_VERSION, Role, Welcome, decode, encode,
-};
+use fusionllm_protocol::{DeviceProfile, FromBroker, FromCompNode, Hello, Role, decode, encode};
 use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::CompNodeError;
 use crate::device::{DeviceChoice, open_device};
+use crate::knock::{Admitted, knock};
 use crate::links::peer_record;
 use crate::step_log::ClockOffset;
 use running::RunningJob;
@@ -28,8 +27,6 @@ use survey::{AwaitedProbes, Surveyor, start_probe};
 
 /// The broker takes a CompNode for lost after several of these.
 const HEARTBEAT: Duration = Duration::from_secs(3);
-/// A broker that says nothing for this long on a new connection is not one.
-const WELCOME_LIMIT: Duration = Duration::from_secs(10);
 /// Largest control message: an assignment holds the graph and the task orders.
 pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 /// First and largest pause between attempts to get back to the broker.
@@ -130,6 +127,8 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         match outcome {
             Ok(SessionEnd::Leave) => break Ok(()),
             Ok(SessionEnd::Lost) => tracing::warn!("lost the broker, trying again in {:.1} s", pause.as_secs_f64()),
+            // It would be refused again, however often it asks.
+            Err(error @ (CompNodeError::Refused { .. } | CompNodeError::Protocol(_))) => break Err(error),
             Err(error) if joined_before => tracing::warn!(%error, "cannot get back to the broker"),
             Err(error) => break Err(error),
         }
@@ -164,8 +163,8 @@ impl Node {
     async fn session(&mut self, joined: &mut bool, pause: &mut Duration) -> Result<SessionEnd, CompNodeError> {
         let broker_error = |reason: String| CompNodeError::Broker { reason };
         let session = self.endpoint.connect(&self.ticket.broker).await.map_err(|e| broker_error(e.to_string()))?;
-        let (mut sink, mut source) = session.open_bi().await.map_err(|e| broker_error(e.to_string()))?;
-        self.hello(&mut sink, &mut source).await?;
+        let Admitted { name, mut sink, source } = knock(&session, &self.hello()).await?;
+        tracing::info!(%name, device = %self.surveyor.device_name, "joined the broker");
         *joined = true;
         *pause = BACK_OFF.0;
 
@@ -204,29 +203,14 @@ impl Node {
         Ok(end)
     }
 
-    async fn hello(&self, sink: &mut FrameSink, source: &mut FrameSource) -> Result<(), CompNodeError> {
-        let broker_error = |reason: String| CompNodeError::Broker { reason };
+    fn hello(&self) -> Hello {
         let role = Role::CompNode {
             name: self.name.clone(),
             device: self.surveyor.device_name.clone(),
             addr: peer_record(&self.endpoint.addr()),
             profile: self.profile.clone(),
         };
-        let hello = Hello { version: PROTOCOL_VERSION, secret: *self.ticket.secret.as_bytes(), role };
-        let exchange = async {
-            sink.send(&encode(&hello)?).await.map_err(|e| broker_error(e.to_string()))?;
-            let frame = source.recv_limited(CONTROL_MESSAGE_BYTES).await.map_err(|e| broker_error(e.to_string()))?;
-            let frame = frame.ok_or_else(|| broker_error("closed the connection".to_owned()))?;
-            Ok::<Welcome, CompNodeError>(decode(&frame)?)
-        };
-        let waited = timeout(WELCOME_LIMIT, exchange).await;
-        match waited.map_err(|_| broker_error("did not answer; is the ticket this broker's?".to_owned()))?? {
-            Welcome::Accepted { name } => {
-                tracing::info!(%name, device = %self.surveyor.device_name, "joined the broker");
-                Ok(())
-            }
-            Welcome::Refused { reason } => Err(broker_error(format!("refused: {reason}"))),
-        }
+        Hello { secret: *self.ticket.secret.as_bytes(), role }
     }
 
     fn accept_peer(&mut self, peer: Session) {

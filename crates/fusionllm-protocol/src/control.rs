@@ -21,11 +21,9 @@ pub struct PeerRecord {
     pub addrs: Vec<SocketAddr>,
 }
 
-/// First frame from whoever connects to the broker.
+/// Second frame from whoever connects to the broker, after its [`crate::Greeting`].
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Hello {
-    /// [`crate::PROTOCOL_VERSION`] of the sender.
-    pub version: u32,
     /// The ticket's secret.
     pub secret: [u8; 32],
     /// What the sender is.
@@ -34,7 +32,7 @@ pub struct Hello {
 
 impl std::fmt::Debug for Hello {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Hello").field("version", &self.version).field("role", &self.role).finish_non_exhaustive()
+        f.debug_struct("Hello").field("role", &self.role).finish_non_exhaustive()
     }
 }
 
@@ -56,7 +54,7 @@ pub enum Role {
     Client,
 }
 
-/// The broker's answer to [`Hello`].
+/// The broker's answer to [`Hello`], after its own [`crate::Greeting`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Welcome {
     /// Come in; a CompNode is known by this name from now on (made unique by the broker).

@@ -53,8 +53,10 @@ pub enum ProtocolError {
         reason: String,
     },
     /// The other end speaks another version.
-    #[error("peer speaks protocol version {got}, this build speaks {expected}; use the same release on both")]
+    #[error("{peer} speaks protocol version {got}, this fusionllm speaks {expected}: use the same release on both")]
     Version {
+        /// Who it is, as in `the broker`.
+        peer: &'static str,
         /// Ours.
         expected: u32,
         /// Theirs.

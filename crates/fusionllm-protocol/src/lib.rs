@@ -32,6 +32,6 @@ pub use job::{
 pub use manifest::{Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
-pub use version::PROTOCOL_VERSION;
+pub use version::{Greeting, PROTOCOL_VERSION};
 pub use window::{ReceiveWindow, Received, SendWindow};
 pub use wire::{decode, encode};

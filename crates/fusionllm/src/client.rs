@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use fusionllm_protocol::{ClientRequest, Hello, PROTOCOL_VERSION, Role, ToClient, Welcome, decode, encode};
+use fusionllm_compnode::{Admitted, knock};
+use fusionllm_protocol::{ClientRequest, Hello, Role, ToClient, decode, encode};
 use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
 use tokio::time::timeout;
 
@@ -34,13 +35,9 @@ impl Client {
         let config = EndpointConfig::new(Identity::generate(), bind);
         let endpoint = Endpoint::bind(config, Arc::new(Members::default())).await?;
         let session = endpoint.connect(&ticket.broker).await.context("cannot reach the broker; is it running?")?;
-        let (mut sink, mut source) = session.open_bi().await?;
-        let hello = Hello { version: PROTOCOL_VERSION, secret: *ticket.secret.as_bytes(), role: Role::Client };
-        sink.send(&encode(&hello)?).await?;
-        match receive::<Welcome>(&mut source).await? {
-            Welcome::Accepted { .. } => Ok(Self { endpoint, session, sink, source }),
-            Welcome::Refused { reason } => bail!("the broker refused: {reason}"),
-        }
+        let hello = Hello { secret: *ticket.secret.as_bytes(), role: Role::Client };
+        let Admitted { sink, source, .. } = knock(&session, &hello).await?;
+        Ok(Self { endpoint, session, sink, source })
     }
 
     /// Sends a request and waits for its answer; a broker's error becomes ours.

@@ -1,13 +1,15 @@
-//! New connections: hello, ticket, welcome.
+//! New connections: greeting, hello, ticket, welcome.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use fusionllm_protocol::{Hello, PROTOCOL_VERSION, Role, Welcome, decode, encode};
+use fusionllm_protocol::{Greeting, Hello, Role, Welcome, decode, encode};
 use fusionllm_transport::{Endpoint, FrameSink, FrameSource, Secret, Session};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::refusals::Refusals;
 use super::{Handle, client, compnode};
 use crate::core::ConnectionId;
 
@@ -15,38 +17,41 @@ use crate::core::ConnectionId;
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Largest hello: nobody needs more memory of ours before being let in.
 const HELLO_BYTES: u64 = 64 << 10;
-/// Close code of a peer without a valid ticket.
+/// Close code of a peer that is not let in.
 const REFUSED: u32 = 403;
+
+/// What all connections share.
+struct Door {
+    secret: Secret,
+    refusals: Refusals,
+    handle: Handle,
+}
 
 /// Serves every connection until the endpoint closes.
 pub(super) async fn run(endpoint: Endpoint, secret: Secret, handle: Handle) {
     let next = AtomicU64::new(1);
+    let door = Arc::new(Door { secret, refusals: Refusals::default(), handle });
     let mut connections = JoinSet::new();
     while let Some(session) = endpoint.accept().await {
         while connections.try_join_next().is_some() {}
         let connection = ConnectionId(next.fetch_add(1, Ordering::Relaxed));
-        let (secret, handle) = (secret.clone(), handle.clone());
-        connections.spawn(async move { serve(connection, session, &secret, handle).await });
+        let door = Arc::clone(&door);
+        connections.spawn(async move { serve(connection, session, &door).await });
     }
 }
 
-async fn serve(connection: ConnectionId, session: Session, secret: &Secret, handle: Handle) {
-    let Ok(Some((hello, mut sink, source))) = timeout(HELLO_LIMIT, hello(&session)).await else {
+async fn serve(connection: ConnectionId, session: Session, door: &Door) {
+    let Ok(Some(first)) = timeout(HELLO_LIMIT, first_frame(&session)).await else {
         session.close(REFUSED, "no hello");
         return;
     };
-    if let Some(reason) = objection(&hello, secret) {
-        tracing::warn!(peer = %session.peer(), role = ?hello.role, reason, "refused");
-        let refused = Welcome::Refused { reason };
-        if let Ok(frame) = encode(&refused)
-            && sink.send(&frame).await.is_ok()
-        {
-            // Closing earlier could overtake the answer.
-            let _ = timeout(HELLO_LIMIT, sink.finish()).await;
-        }
-        session.close(REFUSED, "refused");
+    let (sink, source, greeting) = first;
+    let Some((hello, sink, source)) = introduce(&session, greeting, sink, source, door).await else { return };
+    if let Some(reason) = objection(&hello, &door.secret) {
+        refuse(&session, sink, &reason, door).await;
         return;
     }
+    let handle = door.handle.clone();
     match hello.role {
         Role::CompNode { name, device, addr, profile } => {
             let joining = crate::core::Joining { name, id: session.peer().to_string(), device, addr, profile };
@@ -56,20 +61,65 @@ async fn serve(connection: ConnectionId, session: Session, secret: &Secret, hand
     }
 }
 
-async fn hello(session: &Session) -> Option<(Hello, FrameSink, FrameSource)> {
+async fn first_frame(session: &Session) -> Option<(FrameSink, FrameSource, Greeting)> {
     let (sink, mut source) = session.accept_bi().await.ok()?;
     let frame = source.recv_limited(HELLO_BYTES).await.ok()??;
-    Some((decode(&frame).ok()?, sink, source))
+    Some((sink, source, Greeting::from_bytes(&frame)?))
+}
+
+/// Tells our version and reads the hello of who speaks the same. Nothing if the peer was sent away.
+async fn introduce(
+    session: &Session,
+    greeting: Greeting,
+    mut sink: FrameSink,
+    mut source: FrameSource,
+    door: &Door,
+) -> Option<(Hello, FrameSink, FrameSource)> {
+    if !greeting.is_answered_by_a_greeting() {
+        let theirs = greeting.version;
+        let ours = Greeting::OURS.version;
+        let reason = format!("you speak protocol version {theirs}, this broker speaks {ours}: use the same release");
+        refuse(session, sink, &reason, door).await;
+        return None;
+    }
+    let hello = async {
+        sink.send(&Greeting::OURS.to_bytes()).await.ok()?;
+        match greeting.check("it") {
+            Ok(()) => decode::<Hello>(&source.recv_limited(HELLO_BYTES).await.ok()??).ok(),
+            Err(error) => {
+                door.refusals.log(session.peer(), &error.to_string());
+                None
+            }
+        }
+    };
+    match timeout(HELLO_LIMIT, hello).await {
+        Ok(Some(hello)) => Some((hello, sink, source)),
+        Ok(None) | Err(_) => {
+            // Closing earlier could overtake the greeting.
+            let _ = timeout(HELLO_LIMIT, sink.finish()).await;
+            session.close(REFUSED, "no hello");
+            None
+        }
+    }
+}
+
+/// Sends a peer away that could read why.
+async fn refuse(session: &Session, mut sink: FrameSink, reason: &str, door: &Door) {
+    door.refusals.log(session.peer(), reason);
+    let refused = Welcome::Refused { reason: reason.to_owned() };
+    if let Ok(frame) = encode(&refused)
+        && sink.send(&frame).await.is_ok()
+    {
+        // Closing earlier could overtake the answer.
+        let _ = timeout(HELLO_LIMIT, sink.finish()).await;
+    }
+    session.close(REFUSED, "refused");
 }
 
 /// Why somebody may not come in.
 fn objection(hello: &Hello, secret: &Secret) -> Option<String> {
     if !Secret::from_bytes(hello.secret).matches(secret) {
         return Some("the ticket is not valid for this broker".to_owned());
-    }
-    if hello.version != PROTOCOL_VERSION {
-        let (theirs, ours) = (hello.version, PROTOCOL_VERSION);
-        return Some(format!("protocol version {theirs}, this broker speaks {ours}: use the same release"));
     }
     match &hello.role {
         Role::CompNode { name, .. } if name.is_empty() || name.len() > 100 || name.chars().any(char::is_control) => {

@@ -1,0 +1,61 @@
+//! A broker on a real socket, and peers that do not do what our own do.
+
+use fusionllm_protocol::{Greeting, PROTOCOL_VERSION, Welcome, decode};
+use fusionllm_transport::{FrameSink, FrameSource, Session};
+
+use super::*;
+
+/// A broker on loopback, and an endpoint to reach it from.
+struct Bench {
+    _folder: tempfile::TempDir,
+    broker: Broker,
+    endpoint: Endpoint,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = BrokerConfig {
+            bind: "127.0.0.1:0".parse().unwrap(),
+            advertise: Vec::new(),
+            state_dir: folder.path().join("state"),
+            runs_dir: folder.path().join("runs"),
+        };
+        let broker = Broker::start(config).await.unwrap();
+        let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
+        let endpoint = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
+        Self { _folder: folder, broker, endpoint }
+    }
+
+    async fn connect(&self) -> (Session, FrameSink, FrameSource) {
+        let session = self.endpoint.connect(&self.broker.ticket().broker).await.unwrap();
+        let (sink, source) = session.open_bi().await.unwrap();
+        (session, sink, source)
+    }
+
+    /// The first frame that comes back for `frame`.
+    async fn answer(&self, frame: &[u8]) -> Option<Vec<u8>> {
+        let (session, mut sink, mut source) = self.connect().await;
+        sink.send(frame).await.unwrap();
+        let answer = source.recv().await.ok().flatten();
+        session.close(0, "done");
+        answer
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_of_another_version_hears_ours() {
+    let bench = Bench::new().await;
+    let later = bench.answer(&Greeting { version: 99 }.to_bytes()).await.unwrap();
+    assert_eq!(Greeting::from_bytes(&later), Some(Greeting::OURS));
+    // A hello as it was before greetings: version, secret, role.
+    let mut hello = vec![6];
+    hello.extend([0; 32]);
+    hello.push(1);
+    let Welcome::Refused { reason } = decode(&bench.answer(&hello).await.unwrap()).unwrap() else { panic!("let in") };
+    assert_eq!(
+        reason,
+        format!("you speak protocol version 6, this broker speaks {PROTOCOL_VERSION}: use the same release")
+    );
+    assert_eq!(bench.answer(b"GET / HTTP/1.1").await, None);
+}
