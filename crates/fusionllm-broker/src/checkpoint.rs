@@ -158,7 +158,7 @@ pub fn open_checkpoint(path: &Path) -> Result<Checkpoint, CheckpointError> {
     let folder = find(path)?;
     let manifest_path = folder.join(MANIFEST);
     let text = std::fs::read_to_string(&manifest_path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => CheckpointError::Missing { path: manifest_path.clone() },
+        std::io::ErrorKind::NotFound => CheckpointError::NoManifest { path: manifest_path.clone() },
         _ => io(&manifest_path, e),
     })?;
     let damaged = |source| CheckpointError::Manifest { path: manifest_path.clone(), source };
@@ -193,7 +193,7 @@ fn find(path: &Path) -> Result<PathBuf, CheckpointError> {
     }
     let is_step = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-"));
     if is_step && path.is_dir() {
-        return Err(CheckpointError::Missing { path: path.join(MANIFEST) });
+        return Err(CheckpointError::NoManifest { path: path.join(MANIFEST) });
     }
     // A run may keep its checkpoints elsewhere; its job.json says where.
     let elsewhere = std::fs::read(path.join("job.json"))

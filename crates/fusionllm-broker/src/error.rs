@@ -157,6 +157,12 @@ pub enum CheckpointError {
         /// What is wrong.
         source: ProtocolError,
     },
+    /// The folder of a checkpoint is there, its manifest is not.
+    #[error("{path} is missing: without its manifest the folder is no whole checkpoint, use another one")]
+    NoManifest {
+        /// The manifest.
+        path: PathBuf,
+    },
     /// A shard is not there.
     #[error("shard {path} is missing: the checkpoint is incomplete, use another one")]
     Missing {
@@ -222,7 +228,10 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// It was written by another version.
-    #[error("job store {path} has schema version {got}, this build reads version {expected}: use a newer release")]
+    #[error(
+        "job store {path} has schema version {got}, this build reads version {expected}: use {}",
+        if got > expected { "a newer release" } else { "the older release that wrote it, or another --state" }
+    )]
     Version {
         /// Its file.
         path: PathBuf,

@@ -152,16 +152,23 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_schema_is_refused() {
+    fn another_schema_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("broker.redb");
         let store = Store::open(&path).unwrap();
-        let write = store.database.begin_write().unwrap();
-        write.open_table(META).unwrap().insert(VERSION_KEY, 9).unwrap();
-        write.commit().unwrap();
-        drop(store);
+        let set_version = |store: Store, version: u64| {
+            let write = store.database.begin_write().unwrap();
+            write.open_table(META).unwrap().insert(VERSION_KEY, version).unwrap();
+            write.commit().unwrap();
+        };
+        set_version(store, SCHEMA_VERSION + 1);
         let error = Store::open(&path).unwrap_err().to_string();
-        assert!(error.ends_with("has schema version 9, this build reads version 1: use a newer release"), "{error}");
+        let (newer, known) = (SCHEMA_VERSION + 1, SCHEMA_VERSION);
+        let expected = format!("has schema version {newer}, this build reads version {known}: use a newer release");
+        assert!(error.ends_with(&expected), "{error}");
+        set_version(Store { path: path.clone(), database: Database::create(&path).unwrap() }, 0);
+        let error = Store::open(&path).unwrap_err().to_string();
+        assert!(error.ends_with("use the older release that wrote it, or another --state"), "{error}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn_tensor::{Device, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{OpDag, OpId, ParamId};
+use fusionllm_graph::{DType, OpDag, OpId, ParamId};
 use fusionllm_planner::{NodeIndex, Placement, StageId, may_defer};
 use fusionllm_protocol::Pass;
 
@@ -269,8 +269,12 @@ impl Executor for BurnExecutor {
                 self.gradients.insert(param, flat(values, &self.device));
                 Ok(())
             }
-            Values::F32(_) | Values::I32(_) => {
+            Values::F32(_) => {
                 Err(ExecutorError::Shape { op: self.dag.param(param).name.clone(), expected, got: shape })
+            }
+            Values::I32(_) => {
+                let op = self.dag.param(param).name.clone();
+                Err(ExecutorError::Element { op, expected: DType::F32, got: DType::I32 })
             }
         }
     }

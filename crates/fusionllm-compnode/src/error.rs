@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use fusionllm_codec::CodecError;
-use fusionllm_graph::GraphError;
+use fusionllm_graph::{DType, GraphError};
 use fusionllm_protocol::ProtocolError;
 
 /// Why a sub-DAG could not be computed.
@@ -26,7 +26,17 @@ pub enum ExecutorError {
         /// Its family.
         family: &'static str,
     },
-    /// A tensor came in another shape or type than the OP-DAG says.
+    /// A tensor came with another type of element than the OP-DAG says.
+    #[error("tensor of op `{op}` has {got} elements, expected {expected}")]
+    Element {
+        /// The op.
+        op: String,
+        /// What the graph says.
+        expected: DType,
+        /// What came.
+        got: DType,
+    },
+    /// A tensor came in another shape than the OP-DAG says.
     #[error("tensor of op `{op}` has shape {got:?}, expected {expected:?}")]
     Shape {
         /// The op.
@@ -57,7 +67,7 @@ pub enum ExecutorError {
         reason: String,
     },
     /// Loss or gradient is no longer a number.
-    #[error("{what} is {value} at step {step}; lower train.lr or set train.clip")]
+    #[error("{what} of step {} is {value}; lower train.lr or set train.clip", .step + 1)]
     NotFinite {
         /// What is not finite.
         what: &'static str,
@@ -131,7 +141,7 @@ pub enum ExchangeError {
         reason: String,
     },
     /// A peer cannot be reached any more.
-    #[error("CompNode `{peer}`: {reason}")]
+    #[error("its peer `{peer}`: {reason}")]
     Peer {
         /// Its name.
         peer: String,

@@ -98,7 +98,7 @@ impl JobLinks {
             let links = Arc::clone(self);
             self.spawn(async move {
                 if let Err(error) = links.session_to(peer).await {
-                    links.fail(peer, &error.to_string());
+                    links.mailbox.close(error);
                 }
             });
         }
@@ -308,7 +308,7 @@ impl NetworkExchange {
             self.links.spawn(async move {
                 let peer = to.index();
                 if let Err(error) = outgoing::run(&links, peer, channel, queue, encoder).await {
-                    links.fail(peer, &error.to_string());
+                    links.mailbox.close(error);
                 }
                 links.open_channels.send_modify(|n| *n = n.saturating_sub(1));
             });

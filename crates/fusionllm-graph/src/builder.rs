@@ -9,9 +9,9 @@ use crate::param::{Init, Param};
 use crate::shape::TensorType;
 use crate::validate;
 
-/// Most ops, and most parameters, of one OP-DAG: a thousand blocks have some 11,000, so this only stops damaged input
-/// before it fills the memory.
-pub const MAX_OPS: usize = 1 << 20;
+/// Most ops, and most parameters, of one OP-DAG: a thousand blocks have some 14,000, and larger graphs would keep a
+/// broker planning for minutes.
+pub const MAX_OPS: usize = 1 << 16;
 
 /// Most elements of a parameter, or of one row of an op's output: 4 TiB of f32, beyond any device. Keeps products of
 /// sizes far from overflow.

@@ -38,7 +38,7 @@ pub use dag::{Op, OpDag, OpId, ParamId};
 pub use dtype::DType;
 pub use error::{GraphError, Misfit};
 pub use json::{JSON_FORMAT, JSON_VERSION};
-pub use models::{Gpt2Config, gpt2, resnet101};
+pub use models::{Gpt2Config, MAX_LAYERS, gpt2, resnet101};
 pub use op::{ActivationFunction, OpClass, OpKind, ParamRole, WeightLayout};
 pub use param::{Init, Param};
 pub use shape::{Dim, Shape, TensorType};

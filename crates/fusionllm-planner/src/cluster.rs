@@ -12,6 +12,10 @@ pub use measured::{Host, Measured, OpSeconds};
 
 use crate::PlanError;
 
+/// Most CompNodes that a job or a cluster file may have. Links are a table of every pair, and a thousand CompNodes are
+/// planned in seconds, not ten thousand.
+pub const MAX_COMPNODES: usize = 2048;
+
 /// One CompNode as the planner sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CompNodeProfile {

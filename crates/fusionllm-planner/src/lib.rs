@@ -23,7 +23,8 @@ mod testing;
 
 pub use adapt::{CodecChange, Controller, LinkObservation, StepObservation};
 pub use cluster::{
-    Cluster, ClusterFile, CompNodeProfile, DeviceEntry, Host, LinkEntry, LinkProfile, Measured, OpSeconds,
+    Cluster, ClusterFile, CompNodeProfile, DeviceEntry, Host, LinkEntry, LinkProfile, MAX_COMPNODES, Measured,
+    OpSeconds,
 };
 pub use compare::{Candidate, compare};
 pub use compression::{Compression, Direction, best_of_ratio, compress, topk_of_ratio};

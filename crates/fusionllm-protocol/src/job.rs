@@ -3,6 +3,7 @@
 //! `docs/job.md` documents each key.
 
 mod keys;
+mod names;
 mod overrides;
 mod parse;
 mod validate;

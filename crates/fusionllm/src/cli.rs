@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use fusionllm_planner::MAX_COMPNODES;
 
 /// Train one large model on geo-distributed, mismatched GPUs.
 #[derive(Debug, Parser)]
@@ -64,7 +65,7 @@ pub(crate) struct Train {
     #[arg(required_unless_present = "resume")]
     pub(crate) job: Option<PathBuf>,
     /// CompNode processes to start [default: placement.compnodes, or 3]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MAX_COMPNODES as i64))]
     pub(crate) compnodes: Option<u32>,
     /// Run directory [default: runs/NAME-TIME]
     #[arg(long, value_name = "DIR")]
@@ -124,7 +125,7 @@ pub(crate) struct Join {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) threads: Option<u32>,
     /// Memory that jobs may fill, in GB [default: what is free]
-    #[arg(long, value_name = "GB")]
+    #[arg(long, value_name = "GB", allow_negative_numbers = true)]
     pub(crate) memory_gb: Option<f64>,
     /// Measure the device again, even if it was measured before
     #[arg(long)]
@@ -227,13 +228,13 @@ pub(crate) struct Plan {
     #[arg(long, value_name = "FILE")]
     pub(crate) cluster: Vec<PathBuf>,
     /// CompNodes to plan for [default: placement.compnodes, or all of the cluster, or 3]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MAX_COMPNODES as i64))]
     pub(crate) compnodes: Option<u32>,
     /// What the links carry, instead of compression.policy: dense, uniform-topk, ada-topk, ada-topk-literal, adaptive
     #[arg(long, value_name = "POLICY")]
     pub(crate) compression: Option<String>,
     /// Dense bytes over sent bytes on the slowest link [default: compression.ratio, or 100 with --compare]
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub(crate) ratio: Option<f64>,
     /// All strategies and compressions side by side
     #[arg(long)]
@@ -279,7 +280,7 @@ pub(crate) struct Generate {
     #[arg(long, default_value_t = 100)]
     pub(crate) tokens: usize,
     /// Divides the logits; 0 takes the likeliest token every time
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub(crate) temperature: f64,
     /// Draw among this many likeliest tokens; 0: among all
     #[arg(long, default_value_t = 40)]

@@ -10,6 +10,7 @@ use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Iden
 use tokio::time::timeout;
 
 use crate::cli::BrokerAddress;
+use crate::environment;
 use crate::exit::bad_input;
 use crate::paths::state_dir;
 
@@ -70,10 +71,10 @@ async fn receive<T: serde::de::DeserializeOwned>(source: &mut FrameSource) -> an
 }
 
 fn find_ticket(address: &BrokerAddress) -> anyhow::Result<Ticket> {
-    let text = match (&address.ticket, std::env::var("FUSIONLLM_TICKET")) {
-        (Some(ticket), _) => ticket.clone(),
-        (None, Ok(ticket)) if address.state.is_none() => ticket,
-        (None, _) => {
+    let of_environment = || if address.state.is_none() { environment::ticket() } else { Ok(None) };
+    let text = match address.ticket.clone().map_or_else(of_environment, |ticket| Ok(Some(ticket)))? {
+        Some(ticket) => ticket,
+        None => {
             let path = state_dir(address.state.as_deref())?.join("ticket");
             let missing =
                 |e| bad_input(format!("no broker's ticket at {}: {e}; start one or give --ticket", path.display()));

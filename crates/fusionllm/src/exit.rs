@@ -31,8 +31,29 @@ pub(crate) fn failed(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(is_broken_pipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {error:#}");
+    eprintln!("error: {}", in_one_line(&message(error)));
     if error.chain().any(|e| e.is::<BadInput>()) { ExitCode::from(BAD_INPUT) } else { ExitCode::FAILURE }
+}
+
+/// The error and its causes. Many errors have their cause in their own text already; it is not said twice.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(cause.trim()) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// Text with its line breaks as blanks and other control characters written out: much of it is names and paths that
+/// others chose, and a terminal would act on them.
+fn in_one_line(text: &str) -> String {
+    let line = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    line.chars().map(shown).collect()
 }
 
 /// Whoever read our output has seen enough.
@@ -45,4 +66,24 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     // Nothing is left to do if the terminal is gone.
     let _ = error.print();
     if error.use_stderr() { ExitCode::from(BAD_INPUT) } else { ExitCode::SUCCESS }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let silent = anyhow::Error::new(missing()).context("cannot read a.toml");
+        assert_eq!(message(&silent), "cannot read a.toml: entity not found");
+        let telling = anyhow::Error::new(missing()).context("a.toml: entity not found");
+        assert_eq!(message(&telling), "a.toml: entity not found");
+    }
+
+    #[test]
+    fn an_error_is_a_line_that_a_terminal_only_shows() {
+        assert_eq!(in_one_line("a\n  b\r\n\n\tc"), "a b c");
+        assert_eq!(in_one_line("\u{1b}]0;x\u{7}täglich"), "\\u{1b}]0;x\\u{7}täglich");
+    }
 }

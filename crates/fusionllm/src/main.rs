@@ -3,6 +3,7 @@
 mod cli;
 mod client;
 mod commands;
+mod environment;
 mod exit;
 mod local;
 mod paths;
@@ -12,7 +13,6 @@ mod render;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: fusionllm_compnode::Allocator = fusionllm_compnode::Allocator;
@@ -23,7 +23,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error),
     };
-    let filter = EnvFilter::try_from_env("FUSIONLLM_LOG").unwrap_or_else(|_| EnvFilter::new(cli.default_log()));
+    let filter = match environment::log_filter(cli.default_log()) {
+        Ok(filter) => filter,
+        Err(error) => return exit::failed(&error),
+    };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     std::panic::set_hook(Box::new(report_panic));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

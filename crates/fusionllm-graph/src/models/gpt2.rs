@@ -19,6 +19,9 @@ const INIT_STD: f64 = 0.02;
 /// The hidden layer of the feed-forward part is this many times D wide.
 const HIDDEN_FACTOR: usize = 4;
 
+/// Most blocks of a GPT-2: more would have more ops than [`MAX_OPS`](crate::MAX_OPS).
+pub const MAX_LAYERS: usize = 4096;
+
 /// Sizes of a GPT-2, under the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Gpt2Config {
@@ -128,8 +131,9 @@ impl Gpt2Config {
         for (key, size) in sizes {
             // The largest size that a product of four of them and the hidden factor cannot overflow with.
             const LARGEST: usize = 1 << 28;
-            if size == 0 || size > LARGEST {
-                return wrong(key, size, format!("1 to {LARGEST}"));
+            let largest = if key == "n_layer" { MAX_LAYERS } else { LARGEST };
+            if size == 0 || size > largest {
+                return wrong(key, size, format!("1 to {largest}"));
             }
         }
         if !self.n_embd.is_multiple_of(self.n_head) {

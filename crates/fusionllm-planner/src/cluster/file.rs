@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cluster, CompNodeProfile, Host, LinkProfile, Measured};
+use super::{Cluster, CompNodeProfile, Host, LinkProfile, MAX_COMPNODES, Measured};
 use crate::PlanError;
 
 /// Bytes in the gigabyte of `memory_gb`.
@@ -19,6 +19,7 @@ pub struct ClusterFile {
     #[serde(default)]
     pub name: String,
     /// The devices.
+    #[serde(default)]
     pub device: Vec<DeviceEntry>,
     /// Rules for links; of those that fit a pair the last one counts.
     #[serde(default)]
@@ -114,10 +115,11 @@ impl ClusterFile {
     /// The cluster that the file describes.
     ///
     /// # Errors
-    /// [`PlanError::ClusterFile`] for a name that is taken or that no device or site has, and for a pair without a
-    /// rule; otherwise as [`Cluster::validate`].
+    /// [`PlanError::ClusterFile`] for a name that is taken or that no device or site has, for a number out of range,
+    /// for too many devices, and for a pair without a rule; otherwise as [`Cluster::validate`].
     pub fn resolve(&self) -> Result<Cluster, PlanError> {
         let fail = |reason: String| Err(PlanError::ClusterFile { reason });
+        self.check_devices()?;
         let mut compnodes = Vec::new();
         let mut sites = Vec::new();
         let mut names = BTreeSet::new();
@@ -133,7 +135,7 @@ impl ClusterFile {
                     flop_per_s: entry.flop_per_s,
                     efficiency: entry.efficiency,
                     memory_bytes_per_s: entry.memory_gb_per_s.map_or(f64::INFINITY, |gb| gb * GIGABYTE),
-                    memory_bytes: entry.memory_gb.map_or(u64::MAX, |gb| (gb.max(0.0) * GIGABYTE) as u64),
+                    memory_bytes: entry.memory_gb.map_or(u64::MAX, |gb| (gb * GIGABYTE) as u64),
                     host: entry.host.clone(),
                     measured: measured.clone(),
                 });
@@ -165,6 +167,31 @@ impl ClusterFile {
         let cluster = Cluster { compnodes, links };
         cluster.validate()?;
         Ok(cluster)
+    }
+
+    /// Holds names, number and memory of the devices against their ranges, in the file's own words.
+    fn check_devices(&self) -> Result<(), PlanError> {
+        let fail = |reason: String| Err(PlanError::ClusterFile { reason });
+        for DeviceEntry { name, memory_gb, memory_gb_per_s, .. } in &self.device {
+            if name.trim().is_empty() || name.chars().any(char::is_control) {
+                return fail(format!("a device's name is {name:?}, expected visible characters"));
+            }
+            for (key, value) in [("memory_gb", memory_gb), ("memory_gb_per_s", memory_gb_per_s)] {
+                if let Some(value) = value
+                    && !(value.is_finite() && *value > 0.0)
+                {
+                    return fail(format!("device `{name}`: {key} is {value}, expected a number above 0"));
+                }
+            }
+        }
+        let count = self.device.iter().fold(0usize, |sum, entry| sum.saturating_add(entry.count));
+        if count > MAX_COMPNODES {
+            return fail(format!("it has {count} devices, expected at most {MAX_COMPNODES}"));
+        }
+        if count == 0 && self.link.is_empty() {
+            return fail("it has no devices, expected at least one [[device]] with `name` and `flop_per_s`".to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -242,5 +269,15 @@ mod tests {
         assert!(error(|f| f.device[0].efficiency = 1.5).contains("`gpu-0` has efficiency 1.5"));
         assert!(error(|f| f.link[0].mbit_per_s = 0.0).contains("link `gpu-0` to `old`"));
         assert!(error(|f| f.device.clear()).contains("neither a device"));
+        assert!(error(|f| *f = ClusterFile::default()).contains("at least one [[device]]"));
+        assert!(error(|f| f.device[0].count = usize::MAX).contains("devices, expected at most 2048"));
+        for gb in [f64::NAN, f64::INFINITY, 0.0, -3.0] {
+            let mut file = file();
+            file.device[0].memory_gb = Some(gb);
+            let error = file.resolve().unwrap_err().to_string();
+            assert_eq!(error, format!("device `gpu`: memory_gb is {gb}, expected a number above 0"));
+        }
+        assert!(error(|f| f.device[0].memory_gb_per_s = Some(0.0)).contains("`gpu`: memory_gb_per_s is 0"));
+        assert!(error(|f| f.device[0].name = " ".to_owned()).contains("visible characters"));
     }
 }

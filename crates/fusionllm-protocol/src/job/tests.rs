@@ -164,6 +164,93 @@ fn a_value_out_of_range_says_what_would_be_right() {
 }
 
 #[test]
+fn a_name_can_be_a_directorys() {
+    let named = |name: &str| {
+        let spec = JobSpec { name: name.to_owned(), ..read(LEAST, &[]).unwrap() };
+        spec.validate().map_err(|e| e.to_string())
+    };
+    for name in ["run", "a b", "GPT-2 (täglich) №3", "模型", &"x".repeat(64), "résumé..2"] {
+        named(name).unwrap();
+    }
+    for (name, expected) in [
+        ("", "is \"\", expected a name with a visible character, and no dot in front"),
+        (" ", "is \" \", expected a name with a visible character, and no dot in front"),
+        ("\u{a0}\t", "is \"\\u{a0}\\t\", expected a name with a visible character, and no dot in front"),
+        (".", "is \".\", expected a name with a visible character, and no dot in front"),
+        ("..", "is \"..\", expected a name with a visible character, and no dot in front"),
+        (".hidden", "is \".hidden\", expected a name with a visible character, and no dot in front"),
+        ("a\\b", "is \"a\\\\b\", expected a plain name without path separators"),
+        ("../b", "is \"../b\", expected a plain name without path separators"),
+        ("a ", "is \"a \", expected a name without blanks at its ends"),
+        ("a\nb", "is \"a\\nb\", expected visible characters only"),
+        ("a\u{1b}[2J", "is \"a\\u{1b}[2J\", expected visible characters only"),
+        ("a\0", "is \"a\\0\", expected visible characters only"),
+        ("a\u{202e}b", "is \"a\\u{202e}b\", expected visible characters only"),
+        (&"x".repeat(300), "has 300 characters (300 bytes in UTF-8), expected at most 64 characters and 192 bytes"),
+        (&"😀".repeat(60), "has 60 characters (240 bytes in UTF-8), expected at most 64 characters and 192 bytes"),
+    ] {
+        assert_eq!(named(name).unwrap_err(), format!("`name`: {expected}"));
+    }
+}
+
+#[test]
+fn other_strings_can_be_shown_and_asked_for() {
+    for key in ["data.path", "data.tokenizer", "placement.cluster", "checkpoint.to"] {
+        let reason = format!("`{key}`: is \"a\\0b\", expected a path without the character NUL");
+        check_error(&[&format!("{key}=\"a\\u0000b\"")], &reason);
+        let long = "x".repeat(5000);
+        check_error(&[&format!("{key}={long}")], &format!("`{key}`: has 5000 bytes, expected a path of at most 4096"));
+    }
+    for owner in ["", " ", "a\\u001b[2J"] {
+        let error = read(LEAST, &[&format!("data.owner=\"{owner}\"")]).unwrap_err().to_string();
+        assert!(error.contains("`data.owner`") && error.contains("expected the name of a CompNode"), "{error}");
+    }
+}
+
+#[test]
+fn sizes_that_no_machine_has_are_refused_at_once() {
+    check_error(&["model.n_layer=100000"], "`model.n_layer`: is 100000, expected at most 4096");
+    check_error(&["model.n_positions=100000000"], "`model.n_positions`: is 100000000, expected at most 16777216");
+    check_error(&["data.seq_len=100000000"], "`data.seq_len`: is 100000000, expected at most 16777216");
+    check_error(&["train.steps=2000000000000"], "`train.steps`: is 2000000000000, expected at most 1000000000000");
+    check_error(&["train.batch=4000000000"], "`train.batch`: is 4000000000, expected at most 16777216");
+    check_error(&["train.micro_batches=100000"], "`train.micro_batches`: is 100000, expected at most 65536");
+    check_error(&["train.eval_batches=4000000000"], "`train.eval_batches`: is 4000000000, expected at most 65536");
+    check_error(&["placement.compnodes=4000000000"], "`placement.compnodes`: is 4000000000, expected at most 2048");
+}
+
+/// Rates are computed with in f32, where 1e39 is infinite, 1e-300 is nothing, and 0.99999999999 is 1.
+#[test]
+fn numbers_that_f32_does_not_hold_are_refused() {
+    let expected = "expected a number that f32 holds: 1.2e-38 to 3.4e38";
+    for key in ["train.lr", "train.epsilon", "train.weight_decay", "train.clip"] {
+        for value in [1e39, 1e-60] {
+            check_error(&[&format!("{key}={value:e}")], &format!("`{key}`: is {value}, {expected}"));
+        }
+        for value in ["nan", "inf", "-inf", "-1"] {
+            assert!(read(LEAST, &[&format!("{key}={value}")]).is_err(), "{key}={value}");
+        }
+    }
+    read(LEAST, &["train.lr=1e-30", "train.clip=0", "train.weight_decay=0"]).unwrap();
+    for set in ["train.betas=[0.9, 0.99999999999]", "train.momentum=0.99999999999", "model.dropout=0.99999999999"] {
+        assert!(read(LEAST, &[set]).unwrap_err().to_string().ends_with("expected at least 0 and below 1"), "{set}");
+    }
+    for value in ["nan", "inf", "-inf", "-1"] {
+        for key in [
+            "model.dropout",
+            "data.eval_fraction",
+            "train.min_lr_ratio",
+            "train.momentum",
+            "compression.ratio",
+            "compression.error_budget",
+        ] {
+            assert!(read(LEAST, &[&format!("{key}={value}")]).is_err(), "{key}={value}");
+        }
+        assert!(read(LEAST, &[&format!("train.betas=[0.9, {value}]")]).is_err(), "{value}");
+    }
+}
+
+#[test]
 fn compression_is_read_and_becomes_what_the_planner_takes() {
     use fusionllm_codec::{Codec, TopKValues};
     use fusionllm_planner::Compression;

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use fusionllm_codec::Codec;
-use fusionllm_graph::Gpt2Config;
-use fusionllm_planner::{Compression, Owner, PlacementSpec, PlanSpec};
+use fusionllm_graph::{Gpt2Config, MAX_LAYERS};
+use fusionllm_planner::{Compression, MAX_COMPNODES, Owner, PlacementSpec, PlanSpec};
 
+use super::names::{check_name, check_path};
 use super::{CompressionPolicy, CompressionSpec, JobSpec, LrSchedule, ValueFormat};
 use crate::JobError;
 
@@ -15,13 +16,42 @@ const MODELS: [&str; 5] = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "resn
 /// Vocabulary of the tokenizer `bytes`.
 const BYTES_VOCAB: usize = 256;
 
-fn fail<T>(key: &str, reason: String) -> Result<T, JobError> {
+/// Most updates of a job.
+const MAX_STEPS: u64 = 1_000_000_000_000;
+/// Most sequences in a step's global batch.
+const MAX_BATCH: u64 = 1 << 24;
+/// Most micro-batches of a step or of an evaluation: each is a task of every stage, which plans and orders list one by
+/// one.
+const MAX_MICRO_BATCHES: u64 = 1 << 16;
+/// Most tokens in a sequence, and most positions of a model.
+const MAX_SEQ_LEN: usize = 1 << 24;
+
+pub(super) fn fail<T>(key: &str, reason: String) -> Result<T, JobError> {
     Err(JobError::Value { key: key.to_owned(), reason })
+}
+
+fn at_most(key: &str, value: u64, most: u64) -> Result<(), JobError> {
+    match value {
+        0 => fail(key, "is 0, expected at least 1".to_owned()),
+        _ if value > most => fail(key, format!("is {value}, expected at most {most}")),
+        _ => Ok(()),
+    }
 }
 
 fn in_range(key: &str, value: f64, holds: bool, expected: &str) -> Result<(), JobError> {
     // Written so that NaN, for which no comparison holds, is refused.
     if value.is_finite() && holds { Ok(()) } else { fail(key, format!("is {value}, expected {expected}")) }
+}
+
+/// A number that is computed with in f32, where it must be neither infinite nor, unless it is 0, vanish.
+fn fits_f32(key: &str, value: f64) -> Result<(), JobError> {
+    let range = f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX);
+    in_range(key, value, value == 0.0 || range.contains(&value), "a number that f32 holds: 1.2e-38 to 3.4e38")
+}
+
+/// Whether a number is at least 0 and below 1, also where it is computed with, which is in f32.
+fn is_share(value: f64) -> bool {
+    value >= 0.0 && (value as f32) < 1.0
 }
 
 impl JobSpec {
@@ -30,11 +60,7 @@ impl JobSpec {
     /// # Errors
     /// [`JobError::Value`] for the first key that cannot be right.
     pub fn validate(&self) -> Result<(), JobError> {
-        let name = &self.name;
-        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\']) || name.chars().any(char::is_control)
-        {
-            return fail("name", format!("is {name:?}, expected a plain name without path separators"));
-        }
+        check_name("name", &self.name)?;
         self.validate_model()?;
         self.validate_data()?;
         self.validate_train()?;
@@ -42,10 +68,27 @@ impl JobSpec {
         let c = &self.compression;
         in_range("compression.ratio", c.ratio, c.ratio >= 1.0, "at least 1")?;
         in_range("compression.error_budget", c.error_budget, c.error_budget > 0.0, "above 0")?;
-        if self.placement.compnodes == Some(0) {
-            return fail("placement.compnodes", "is 0, expected at least 1".to_owned());
+        if let Some(count) = self.placement.compnodes {
+            at_most("placement.compnodes", count.into(), MAX_COMPNODES as u64)?;
         }
-        Ok(())
+        self.validate_texts()
+    }
+
+    /// What becomes a file's name or stands in tables.
+    fn validate_texts(&self) -> Result<(), JobError> {
+        if let Some(owner) = &self.data.owner
+            && (owner.trim().is_empty() || owner.chars().any(char::is_control))
+        {
+            return fail("data.owner", format!("is {owner:?}, expected the name of a CompNode, as `status` shows it"));
+        }
+        self.data.path.iter().try_for_each(|path| check_path("data.path", path))?;
+        check_path("data.tokenizer", Path::new(&self.data.tokenizer))?;
+        let paths = [
+            ("model.path", &self.model.path),
+            ("placement.cluster", &self.placement.cluster),
+            ("checkpoint.to", &self.checkpoint.to),
+        ];
+        paths.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?))).try_for_each(|(k, p)| check_path(k, p))
     }
 
     fn validate_model(&self) -> Result<(), JobError> {
@@ -83,8 +126,12 @@ impl JobSpec {
         if let Some((key, _)) = sizes.iter().find(|(_, size)| *size == Some(0)) {
             return fail(key, "is 0, expected at least 1".to_owned());
         }
-        in_range("model.dropout", m.dropout, (0.0..1.0).contains(&m.dropout), "at least 0 and below 1")?;
+        in_range("model.dropout", m.dropout, is_share(m.dropout), "at least 0 and below 1")?;
         let Some(config) = self.gpt2_config() else { return Ok(()) };
+        at_most("model.n_layer", config.n_layer as u64, MAX_LAYERS as u64)?;
+        if let Some(positions) = m.n_positions {
+            at_most("model.n_positions", positions as u64, MAX_SEQ_LEN as u64)?;
+        }
         if config.n_embd % config.n_head != 0 {
             let (width, heads) = (config.n_embd, config.n_head);
             return fail("model.n_head", format!("is {heads}, expected a divisor of model.n_embd = {width}"));
@@ -114,21 +161,20 @@ impl JobSpec {
         if d.seq_len < 2 {
             return fail("data.seq_len", format!("is {}, expected at least 2", d.seq_len));
         }
+        at_most("data.seq_len", d.seq_len as u64, MAX_SEQ_LEN as u64)?;
         let share = d.eval_fraction;
         in_range("data.eval_fraction", share, share > 0.0 && share <= 0.5, "above 0 and at most 0.5")
     }
 
     fn validate_train(&self) -> Result<(), JobError> {
         let t = &self.train;
-        for (key, value) in [
-            ("train.steps", t.steps),
-            ("train.batch", t.batch.into()),
-            ("train.micro_batches", t.micro_batches.into()),
-            ("train.eval_batches", t.eval_batches.into()),
+        for (key, value, most) in [
+            ("train.steps", t.steps, MAX_STEPS),
+            ("train.batch", t.batch.into(), MAX_BATCH),
+            ("train.micro_batches", t.micro_batches.into(), MAX_MICRO_BATCHES),
+            ("train.eval_batches", t.eval_batches.into(), MAX_MICRO_BATCHES),
         ] {
-            if value == 0 {
-                return fail(key, "is 0, expected at least 1".to_owned());
-            }
+            at_most(key, value, most)?;
         }
         if !t.batch.is_multiple_of(t.micro_batches) {
             let below = t.batch - t.batch % t.micro_batches;
@@ -149,17 +195,23 @@ impl JobSpec {
 
     fn validate_rates(&self) -> Result<(), JobError> {
         let t = &self.train;
-        let unit = 0.0..1.0;
         let [beta_1, beta_2] = t.betas;
         in_range("train.lr", t.lr, t.lr > 0.0, "above 0")?;
         let share = t.min_lr_ratio;
         in_range("train.min_lr_ratio", share, (0.0..=1.0).contains(&share), "at least 0 and at most 1")?;
-        in_range("train.betas", beta_1, unit.contains(&beta_1), "at least 0 and below 1")?;
-        in_range("train.betas", beta_2, unit.contains(&beta_2), "at least 0 and below 1")?;
+        in_range("train.betas", beta_1, is_share(beta_1), "at least 0 and below 1")?;
+        in_range("train.betas", beta_2, is_share(beta_2), "at least 0 and below 1")?;
         in_range("train.epsilon", t.epsilon, t.epsilon > 0.0, "above 0")?;
         in_range("train.weight_decay", t.weight_decay, t.weight_decay >= 0.0, "at least 0")?;
-        in_range("train.momentum", t.momentum, unit.contains(&t.momentum), "at least 0 and below 1")?;
-        in_range("train.clip", t.clip, t.clip >= 0.0, "at least 0 (0 turns clipping off)")
+        in_range("train.momentum", t.momentum, is_share(t.momentum), "at least 0 and below 1")?;
+        in_range("train.clip", t.clip, t.clip >= 0.0, "at least 0 (0 turns clipping off)")?;
+        let rates = [
+            ("train.lr", t.lr),
+            ("train.epsilon", t.epsilon),
+            ("train.weight_decay", t.weight_decay),
+            ("train.clip", t.clip),
+        ];
+        rates.into_iter().try_for_each(|(key, value)| fits_f32(key, value))
     }
 
     /// Makes every path absolute against `base`, the folder of the job file. Nothing is looked up.

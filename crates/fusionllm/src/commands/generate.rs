@@ -13,6 +13,10 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
     if args.prompt.is_empty() {
         return Err(bad_input("--prompt is empty, give at least one character"));
     }
+    let temperature = args.temperature;
+    if !(temperature.is_finite() && temperature >= 0.0) {
+        return Err(bad_input(format!("--temperature is {temperature}, expected a number of at least 0")));
+    }
     let model = super::model::open(&args.dir)?;
     let sampling =
         SamplingSpec { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };

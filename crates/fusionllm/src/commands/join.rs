@@ -5,14 +5,16 @@ use fusionllm_transport::{Identity, Ticket};
 use tokio::io::AsyncReadExt;
 
 use crate::cli;
+use crate::environment;
 use crate::exit::bad_input;
 use crate::paths::state_dir;
 
 pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
     let text = match args.ticket {
         Some(ticket) => ticket,
-        None => std::env::var("FUSIONLLM_TICKET")
-            .map_err(|_| bad_input("no ticket: give the one that `fusionllm broker` printed"))?,
+        None => environment::ticket()?.ok_or_else(|| {
+            bad_input("no ticket: give the one that `fusionllm broker` printed, or set FUSIONLLM_TICKET to it")
+        })?,
     };
     let ticket: Ticket = text.trim().parse().map_err(bad_input)?;
     if let Some(gb) = args.memory_gb

@@ -79,11 +79,11 @@ fn without_cluster(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {
 fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
     let mut cluster = read_cluster(file).map_err(bad_input)?.1;
     if let Some(count) = args.compnodes.or(job.spec.placement.compnodes) {
-        let indices: Vec<usize> = (0..count as usize).collect();
-        if indices.len() > cluster.compnodes.len() {
-            let have = cluster.compnodes.len();
+        let have = cluster.compnodes.len();
+        if count as usize > have {
             return Err(bad_input(format!("{count} CompNodes are asked for, {} has {have}", file.display())));
         }
+        let indices: Vec<usize> = (0..count as usize).collect();
         cluster = cluster.select(&indices);
     }
     let cluster = owner_first(cluster, job, file)?;

@@ -113,7 +113,8 @@ fn settings_out_of_range_are_named() {
         (Gpt2Config { n_head: 5, ..tiny() }, 8, "gpt2: n_head is 5, expected a divisor of n_embd 12"),
         (tiny(), 33, "gpt2: seq_len is 33, expected at most n_positions 32"),
         (tiny(), 0, "gpt2: seq_len is 0, expected 1 to 268435456"),
-        (Gpt2Config { n_layer: 0, ..tiny() }, 8, "gpt2: n_layer is 0, expected 1 to 268435456"),
+        (Gpt2Config { n_layer: 0, ..tiny() }, 8, "gpt2: n_layer is 0, expected 1 to 4096"),
+        (Gpt2Config { n_layer: 100_000, ..tiny() }, 8, "gpt2: n_layer is 100000, expected 1 to 4096"),
         (
             Gpt2Config { n_embd: usize::MAX, ..tiny() },
             8,
