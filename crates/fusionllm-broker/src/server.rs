@@ -19,7 +19,7 @@ use std::time::{Duration, SystemTime};
 
 use data_encoding::HEXLOWER;
 use fusionllm_protocol::{Inventory, JobId, JobSpec, StatusReport};
-use fusionllm_transport::{AdmitAll, Endpoint, EndpointConfig, Identity, Secret, Ticket};
+use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Secret, Ticket};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
@@ -78,7 +78,7 @@ impl Broker {
         let identity = Identity::load_or_create(&state_dir.join("key"))?;
         let secret = load_or_create_secret(&state_dir.join("secret"))?;
         let endpoint_config = EndpointConfig { advertise, ..EndpointConfig::new(identity, bind) };
-        let endpoint = Endpoint::bind(endpoint_config, Arc::new(AdmitAll)).await?;
+        let endpoint = Endpoint::bind(endpoint_config, Arc::new(AdmitOnTrial)).await?;
         let ticket = Ticket { broker: endpoint.addr(), secret };
         write_private(&state_dir.join("ticket"), format!("{ticket}\n").as_bytes())?;
 

@@ -11,6 +11,9 @@ use crate::PeerId;
 pub enum Admit {
     /// It is kept.
     Accept,
+    /// It is kept, but has the room of a greeting only, one two-way stream of 64 KiB, until
+    /// [`Session::admitted`](crate::Session::admitted).
+    OnTrial,
     /// It is closed, and the peer is told why.
     Refuse {
         /// Why.
@@ -24,13 +27,23 @@ pub trait Admission: Send + Sync + Debug {
     fn admit(&self, peer: PeerId) -> Admit;
 }
 
-/// Everybody may connect: for a broker, which asks for the ticket's secret afterwards.
+/// Everybody may connect.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AdmitAll;
 
 impl Admission for AdmitAll {
     fn admit(&self, _peer: PeerId) -> Admit {
         Admit::Accept
+    }
+}
+
+/// Everybody may connect to say who they are: for a broker, which asks for the ticket's secret before anything else.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AdmitOnTrial;
+
+impl Admission for AdmitOnTrial {
+    fn admit(&self, _peer: PeerId) -> Admit {
+        Admit::OnTrial
     }
 }
 

@@ -3,41 +3,26 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
-use iroh::endpoint::{
-    AfterHandshakeOutcome, ConnectingError, Connection, EndpointHooks, IdleTimeout, Incoming, PortmapperConfig,
-    QuicTransportConfig, Side, VarInt, presets,
-};
-use iroh::{EndpointAddr, RelayMode, TransportAddr, Watcher};
-use noq_proto::congestion::{Bbr3Config, CubicConfig};
+use iroh::RelayMode;
+use iroh::SecretKey;
+use iroh::endpoint::{AfterHandshakeOutcome, BindOpts, Connection, EndpointHooks, PortmapperConfig, Side, presets};
 use tokio::sync::{Mutex, mpsc};
-use tokio::time::timeout;
 
-use crate::congestion::LinkRateConfig;
+use crate::addresses::{self, Whereabouts};
+use crate::dial::{self, CONNECT_LIMIT, Failure};
+use crate::doorway::Doorway;
+use crate::error::chain;
+use crate::throttle::Throttle;
 use crate::{Admission, Admit, BindError, ConnectError, Identity, PeerAddr, PeerId, Session};
+use crate::{accept, closing, settings};
 
 /// Both ends must speak the same.
-const ALPN: &[u8] = b"fusionllm/1";
-/// A connection that is not made by then fails; a handshake takes two round trips.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// A silent peer is lost after this long.
-const IDLE_LIMIT: Duration = Duration::from_secs(10);
-/// Well within [`IDLE_LIMIT`] even when one or two are lost.
-const KEEP_ALIVE: Duration = Duration::from_secs(2);
-/// A stream's receive window. noq 1.4 ends a connection on which a stream buffers more than 2048 packets unread,
-/// so this must stay below 2048 packets of 1150 bytes.
-const STREAM_WINDOW_BYTES: u32 = 2 << 20;
-/// Unconfirmed bytes per connection: 2.5 Gbit/s over 100 ms.
-const SEND_WINDOW_BYTES: u64 = 32 << 20;
-/// Streams that a peer may have open at once, of each kind. A job has two per boundary edge.
-const MAX_STREAMS: u32 = 1024;
+pub(crate) const ALPN: &[u8] = b"fusionllm/1";
 /// Connections that wait to be accepted.
 const ACCEPT_QUEUE: usize = 64;
-/// How long a machine may take to list its own addresses.
-const ADDRESS_LIMIT: Duration = Duration::from_secs(3);
 /// Close code of a refused peer.
-const REFUSED: u32 = 403;
+pub(crate) const REFUSED: u32 = 403;
 
 /// How fast a connection may send.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,48 +57,63 @@ impl EndpointConfig {
     }
 }
 
-/// An open endpoint. Clones are the same one.
+/// The sockets of one identity.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    inner: iroh::Endpoint,
+    secret: SecretKey,
+    bind: SocketAddr,
+    congestion: CongestionControl,
+}
+
+impl Socket {
+    pub(crate) fn inner(&self) -> &iroh::Endpoint {
+        &self.inner
+    }
+
+    /// Another one of the same identity, on any port, to dial from.
+    pub(crate) async fn spare(&self) -> Result<iroh::Endpoint, BindError> {
+        let bind = SocketAddr::new(self.bind.ip(), 0);
+        open(bind, builder(self.secret.clone(), self.congestion)).await
+    }
+
+    /// Where it is bound; nothing once it is closed.
+    fn whereabouts(&self) -> Whereabouts {
+        Whereabouts { machine: addresses::own(), sockets: self.inner.bound_sockets() }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        closing::close_later(self.inner.clone());
+    }
+}
+
+/// An open endpoint. Clones are the same one. When the last one goes it is closed, without waiting until the peers know.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    inner: iroh::Endpoint,
+    socket: Arc<Socket>,
     id: PeerId,
-    bind: SocketAddr,
     advertise: Vec<SocketAddr>,
     incoming: Arc<Mutex<mpsc::Receiver<Session>>>,
 }
 
 impl Endpoint {
-    /// Opens the socket. `admission` decides on every connection that others open.
+    /// Opens the socket. `admission` decides on every connection that others open. A wildcard address of either family
+    /// opens one of the other, too, where the machine has it.
     ///
     /// # Errors
     /// [`BindError`] if the address cannot be had.
     pub async fn bind(config: EndpointConfig, admission: Arc<dyn Admission>) -> Result<Self, BindError> {
         let EndpointConfig { identity, bind, advertise, congestion } = config;
-        let failed = |reason: String| BindError::Address { addr: bind, reason };
-        let builder = iroh::Endpoint::builder(presets::Minimal)
-            .secret_key(identity.secret_key())
-            .alpns(vec![ALPN.to_vec()])
-            .clear_ip_transports()
-            .relay_mode(RelayMode::Disabled)
-            .portmapper_config(PortmapperConfig::Disabled)
-            .transport_config(transport_config(congestion))
-            .hooks(AdmitIncoming(admission))
-            .bind_addr(bind)
-            .map_err(|e| failed(e.to_string()))?;
-        let inner = builder.bind().await.map_err(|error| match io_kind(&error) {
-            Some(std::io::ErrorKind::AddrInUse) => BindError::PortInUse { addr: bind },
-            _ => failed(chain(&error)),
-        })?;
-        if bind.ip().is_unspecified() {
-            // A machine without a network still reaches itself.
-            let mut addrs = inner.watch_addr();
-            let found = async { while addrs.get().ip_addrs().next().is_none() && addrs.updated().await.is_ok() {} };
-            let _ = timeout(ADDRESS_LIMIT, found).await;
-        }
+        let secret = identity.secret_key();
+        let builder = builder(secret.clone(), congestion).alpns(vec![ALPN.to_vec()]);
+        let inner = open(bind, builder.hooks(AdmitIncoming::new(admission.clone()))).await?;
+        closing::remember(&inner);
         let (sender, receiver) = mpsc::channel(ACCEPT_QUEUE);
-        tokio::spawn(accept_all(inner.clone(), sender));
-        let id = identity.id();
-        Ok(Self { inner, id, bind, advertise, incoming: Arc::new(Mutex::new(receiver)) })
+        tokio::spawn(accept::run(inner.clone(), admission, Doorway::default(), sender));
+        let socket = Arc::new(Socket { inner, secret, bind, congestion });
+        Ok(Self { socket, id: identity.id(), advertise, incoming: Arc::new(Mutex::new(receiver)) })
     }
 
     /// Who this is.
@@ -124,18 +124,24 @@ impl Endpoint {
     /// Where this may be reached: the bound address, or if that is a wildcard the machine's own, and those
     /// advertised.
     pub fn addr(&self) -> PeerAddr {
-        let bound = self.inner.bound_sockets();
+        let Whereabouts { machine, sockets } = self.socket.whereabouts();
         let mut addrs: BTreeSet<SocketAddr> = self.advertise.iter().copied().collect();
-        if self.bind.ip().is_unspecified() {
-            addrs.extend(self.inner.addr().ip_addrs().copied());
-            addrs.extend(bound.iter().map(|addr| SocketAddr::new(loopback(addr.ip()), addr.port())));
-        } else {
-            addrs.extend(bound);
+        for bound in sockets {
+            if bound.ip().is_unspecified() {
+                let own = machine.iter().copied().chain([loopback(bound.ip())]);
+                addrs.extend(
+                    own.filter(|ip| ip.is_ipv4() == bound.is_ipv4()).map(|ip| SocketAddr::new(ip, bound.port())),
+                );
+            } else {
+                addrs.insert(bound);
+            }
         }
         PeerAddr { id: self.id, addrs: addrs.into_iter().filter(|a| !a.ip().is_unspecified()).collect() }
     }
 
-    /// Opens a connection. Whether the peer admits us shows on the first use of it.
+    /// Opens a connection, at whichever of the peer's addresses the peer answers. Addresses that lead back here, and
+    /// loopback where the peer is on another machine, are not tried. Whether the peer admits us shows on the first use
+    /// of the connection.
     ///
     /// # Errors
     /// [`ConnectError`] if the peer is not reached within ten seconds or is another than asked for.
@@ -145,13 +151,21 @@ impl Endpoint {
             return Err(ConnectError::NoAddress { peer: *id });
         }
         let key = iroh::PublicKey::from_bytes(id.as_bytes()).map_err(|_| ConnectError::NotAKey { peer: *id })?;
-        let target = EndpointAddr::from_parts(key, addrs.iter().map(|a| TransportAddr::Ip(*a)));
-        match timeout(CONNECT_LIMIT, self.inner.connect(target, ALPN)).await {
-            Ok(Ok(connection)) => Ok(Session::new(connection)),
-            Ok(Err(error)) => Err(ConnectError::Failed { peer: *id, addrs: addrs.clone(), reason: chain(&error) }),
-            Err(_) => {
+        let tried = self.socket.whereabouts().worth_dialling(addrs);
+        if tried.is_empty() {
+            return Err(ConnectError::OnlyOwn { peer: *id, addrs: addrs.clone() });
+        }
+        match dial::dial(&self.socket, key, &tried).await {
+            Ok(connection) => {
+                let session = Session::new(connection, None);
+                // Whoever was dialled by key is known.
+                session.admitted();
+                Ok(session)
+            }
+            Err(Failure::Answer(error)) => Err(ConnectError::Failed { peer: *id, addrs: tried, reason: chain(&error) }),
+            Err(Failure::Silence) => {
                 let limit_s = CONNECT_LIMIT.as_secs();
-                Err(ConnectError::Unreachable { peer: *id, addrs: addrs.clone(), limit_s })
+                Err(ConnectError::Unreachable { peer: *id, addrs: tried, limit_s })
             }
         }
     }
@@ -164,7 +178,7 @@ impl Endpoint {
 
     /// Closes all connections and the socket. Waits until the peers know, for a few round trips at most.
     pub async fn close(&self) {
-        self.inner.close().await;
+        self.socket.inner.close().await;
     }
 }
 
@@ -172,45 +186,50 @@ fn loopback(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
 }
 
-fn transport_config(congestion: CongestionControl) -> QuicTransportConfig {
-    let builder = QuicTransportConfig::builder()
-        .stream_receive_window(STREAM_WINDOW_BYTES.into())
-        .receive_window(VarInt::MAX)
-        .send_window(SEND_WINDOW_BYTES)
-        .max_concurrent_uni_streams(MAX_STREAMS.into())
-        .max_concurrent_bidi_streams(MAX_STREAMS.into())
-        .max_idle_timeout(IdleTimeout::try_from(IDLE_LIMIT).ok())
-        .keep_alive_interval(KEEP_ALIVE);
-    match congestion {
-        CongestionControl::LinkRate => builder.congestion_controller_factory(Arc::new(LinkRateConfig)),
-        CongestionControl::Bbr3 => builder.congestion_controller_factory(Arc::new(Bbr3Config::default())),
-        CongestionControl::Cubic => builder.congestion_controller_factory(Arc::new(CubicConfig::default())),
-    }
-    .build()
+fn builder(secret: SecretKey, congestion: CongestionControl) -> iroh::endpoint::Builder {
+    iroh::Endpoint::builder(presets::Minimal)
+        .secret_key(secret)
+        .clear_ip_transports()
+        .relay_mode(RelayMode::Disabled)
+        .portmapper_config(PortmapperConfig::Disabled)
+        .transport_config(settings::transport_config(congestion))
 }
 
-/// Handshakes run side by side, so that a slow or hostile one delays nobody.
-async fn accept_all(endpoint: iroh::Endpoint, sessions: mpsc::Sender<Session>) {
-    while let Some(incoming) = endpoint.accept().await {
-        let sessions = sessions.clone();
-        tokio::spawn(async move {
-            match timeout(CONNECT_LIMIT, handshake(incoming)).await {
-                // If nobody accepts any more, the connection closes with the session.
-                Ok(Ok(connection)) => drop(sessions.send(Session::new(connection)).await),
-                Ok(Err(error)) => tracing::debug!(error = chain(&error), "incoming connection failed"),
-                Err(_) => tracing::debug!("incoming connection did not complete its handshake"),
-            }
-        });
-    }
+/// The sockets for an address, and whether each must be there.
+fn sockets(bind: SocketAddr) -> Vec<(SocketAddr, bool)> {
+    let other: IpAddr = match bind.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv6Addr::UNSPECIFIED.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv4Addr::UNSPECIFIED.into(),
+        _ => return vec![(bind, true)],
+    };
+    vec![(bind, true), (SocketAddr::new(other, bind.port()), false)]
 }
 
-async fn handshake(incoming: Incoming) -> Result<Connection, ConnectingError> {
-    incoming.accept()?.await
+async fn open(bind: SocketAddr, builder: iroh::endpoint::Builder) -> Result<iroh::Endpoint, BindError> {
+    let failed = |reason: String| BindError::Address { addr: bind, reason };
+    let mut builder = builder;
+    for (addr, is_required) in sockets(bind) {
+        let options = BindOpts::default().set_is_required(is_required);
+        builder = builder.bind_addr_with_opts(addr, options).map_err(|e| failed(e.to_string()))?;
+    }
+    builder.bind().await.map_err(|error| match io_kind(&error) {
+        Some(std::io::ErrorKind::AddrInUse) => BindError::PortInUse { addr: bind },
+        _ => failed(chain(&error)),
+    })
 }
 
 /// Asks [`Admission`] on connections that others open.
 #[derive(Debug)]
-struct AdmitIncoming(Arc<dyn Admission>);
+struct AdmitIncoming {
+    admission: Arc<dyn Admission>,
+    log: Throttle,
+}
+
+impl AdmitIncoming {
+    fn new(admission: Arc<dyn Admission>) -> Self {
+        Self { admission, log: Throttle::new() }
+    }
+}
 
 impl EndpointHooks for AdmitIncoming {
     async fn after_handshake<'a>(&'a self, connection: &'a Connection) -> AfterHandshakeOutcome {
@@ -218,10 +237,12 @@ impl EndpointHooks for AdmitIncoming {
             return AfterHandshakeOutcome::Accept;
         }
         let peer = PeerId::from_bytes(*connection.remote_id().as_bytes());
-        match self.0.admit(peer) {
-            Admit::Accept => AfterHandshakeOutcome::Accept,
+        match self.admission.admit(peer) {
+            Admit::Accept | Admit::OnTrial => AfterHandshakeOutcome::Accept,
             Admit::Refuse { reason } => {
-                tracing::warn!(%peer, reason, "refused a connection");
+                if let Some(not_shown) = self.log.pass() {
+                    tracing::warn!(%peer, reason, not_shown, "refused a connection");
+                }
                 AfterHandshakeOutcome::Reject { error_code: REFUSED.into(), reason: reason.into_bytes() }
             }
         }
@@ -238,18 +259,4 @@ fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<std::io::ErrorKi
         next = error.source();
     }
     None
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut words = vec![error.to_string()];
-    let mut next = error.source();
-    while let Some(error) = next {
-        let text = error.to_string();
-        if words.last().is_none_or(|last| !last.contains(&text)) {
-            words.push(text);
-        }
-        next = error.source();
-    }
-    words.join(": ")
 }

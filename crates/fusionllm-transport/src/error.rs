@@ -43,6 +43,17 @@ pub enum ConnectError {
         /// Whose.
         peer: PeerId,
     },
+    /// All addresses that are known lead back here.
+    #[error(
+        "peer {peer} tells of addresses that are all this endpoint's own ({}): have it listen on another port or address",
+        join(addrs)
+    )]
+    OnlyOwn {
+        /// Whom.
+        peer: PeerId,
+        /// What it tells of.
+        addrs: Vec<SocketAddr>,
+    },
     /// Nobody answered in time.
     #[error("peer {peer} does not answer at {} within {limit_s} s", join(addrs))]
     Unreachable {
@@ -217,4 +228,18 @@ pub enum IdentityError {
         /// Its permission bits.
         mode: u32,
     },
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut words = vec![error.to_string()];
+    let mut next = error.source();
+    while let Some(error) = next {
+        let text = error.to_string();
+        if words.last().is_none_or(|last| !last.contains(&text)) {
+            words.push(text);
+        }
+        next = error.source();
+    }
+    words.join(": ")
 }

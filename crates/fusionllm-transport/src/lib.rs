@@ -4,18 +4,27 @@
 //! relay, no address lookup, no third party: peers are dialled at the addresses that they gave. What the bytes mean
 //! is not known here.
 
+mod accept;
+mod addresses;
 mod admission;
+mod closing;
 mod congestion;
+mod dial;
+mod doorway;
 mod endpoint;
 mod error;
 mod identity;
+mod nudge;
 mod peer;
 mod probe;
 mod session;
+mod settings;
 mod stream;
+mod throttle;
 mod ticket;
 
-pub use admission::{Admission, Admit, AdmitAll, Members};
+pub use admission::{Admission, Admit, AdmitAll, AdmitOnTrial, Members};
+pub use closing::close_all;
 pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, SessionError, TicketError};
 pub use identity::Identity;

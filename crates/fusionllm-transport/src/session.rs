@@ -1,17 +1,21 @@
 //! One connection to one peer.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use iroh::endpoint::{Connection, ConnectionError};
 
+use crate::doorway::Stay;
 use crate::stream::{FrameSink, FrameSource};
-use crate::{PeerId, SessionError};
+use crate::{PeerId, SessionError, nudge, settings};
 
 /// An open connection. Clones are the same one; it closes when the last one goes.
 #[derive(Clone, Debug)]
 pub struct Session {
     connection: Connection,
     peer: PeerId,
+    /// Until the peer is admitted, or all clones are gone.
+    stay: Option<Arc<Stay>>,
 }
 
 /// Why a connection ended.
@@ -39,9 +43,19 @@ pub struct SessionStats {
 }
 
 impl Session {
-    pub(crate) fn new(connection: Connection) -> Self {
+    pub(crate) fn new(connection: Connection, stay: Option<Stay>) -> Self {
         let peer = PeerId::from_bytes(*connection.remote_id().as_bytes());
-        Self { connection, peer }
+        tokio::spawn(nudge::run(connection.weak_handle()));
+        Self { connection, peer, stay: stay.map(Arc::new) }
+    }
+
+    /// Gives the peer the room of a member. Before that, one that was accepted
+    /// [`OnTrial`](crate::Admit::OnTrial) has one two-way stream and 64 KiB.
+    pub fn admitted(&self) {
+        settings::give_room(&self.connection);
+        if let Some(stay) = &self.stay {
+            stay.end();
+        }
     }
 
     /// Who is at the other end.

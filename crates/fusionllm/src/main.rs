@@ -33,7 +33,11 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return exit::failed(&anyhow::Error::new(error).context("cannot start the async runtime")),
     };
-    let result = runtime.block_on(commands::run(cli));
+    let result = runtime.block_on(async {
+        let result = commands::run(cli).await;
+        fusionllm_transport::close_all().await;
+        result
+    });
     // Blocking threads may still sit in a read of standard input.
     runtime.shutdown_background();
     match result {

@@ -51,6 +51,7 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
         refuse(&session, sink, &reason, door).await;
         return;
     }
+    session.admitted();
     let handle = door.handle.clone();
     match hello.role {
         Role::CompNode { name, device, addr, profile } => {

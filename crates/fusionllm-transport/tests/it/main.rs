@@ -2,7 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod admission;
+mod closing;
+mod doorway;
 mod probe;
+mod reach;
 mod sessions;
 
 use std::net::SocketAddr;

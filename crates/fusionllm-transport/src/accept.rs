@@ -1,0 +1,89 @@
+//! Connections that others open.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use iroh::endpoint::{ConnectingError, Connection, Incoming, IncomingAddr};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+
+use crate::dial::CONNECT_LIMIT;
+use crate::doorway::Doorway;
+use crate::endpoint::REFUSED;
+use crate::error::chain;
+use crate::{Admission, Admit, PeerId, Session};
+
+/// Handshakes that run at once. What comes beyond is not answered: it will ask again.
+const MOST_HANDSHAKES: usize = 256;
+/// With so many running, who asks must first show that the address is theirs: it costs them a round trip, and us nothing.
+const MANY_HANDSHAKES: usize = 32;
+
+/// Handshakes run side by side, so that a slow or hostile one delays nobody.
+pub(crate) async fn run(
+    endpoint: iroh::Endpoint,
+    admission: Arc<dyn Admission>,
+    doorway: Doorway,
+    sessions: mpsc::Sender<Session>,
+) {
+    let handshakes = Arc::new(Semaphore::new(MOST_HANDSHAKES));
+    while let Some(incoming) = endpoint.accept().await {
+        let Ok(place) = handshakes.clone().try_acquire_owned() else {
+            incoming.ignore();
+            continue;
+        };
+        let are_many = handshakes.available_permits() < MOST_HANDSHAKES - MANY_HANDSHAKES;
+        if are_many && !incoming.remote_addr_validated() {
+            // It fails only for addresses that are validated.
+            let _ = incoming.retry();
+            continue;
+        }
+        let (admission, doorway, sessions) = (admission.clone(), doorway.clone(), sessions.clone());
+        tokio::spawn(async move {
+            let from = address(&incoming);
+            let result = timeout(CONNECT_LIMIT, handshake(incoming)).await;
+            drop(place);
+            match result {
+                Ok(Ok(connection)) => {
+                    if let Some(session) = enter(connection, from, &*admission, &doorway) {
+                        // If nobody accepts any more, the connection closes with the session.
+                        let _ = sessions.send(session).await;
+                    }
+                }
+                Ok(Err(error)) => tracing::debug!(error = chain(&error), "incoming connection failed"),
+                Err(_) => tracing::debug!("incoming connection did not complete its handshake"),
+            }
+        });
+    }
+}
+
+async fn handshake(incoming: Incoming) -> Result<Connection, ConnectingError> {
+    incoming.accept()?.await
+}
+
+fn address(incoming: &Incoming) -> IpAddr {
+    match incoming.remote_addr() {
+        IncomingAddr::Ip(addr) => addr.ip(),
+        // There are no relays.
+        _ => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
+/// Gives a connection the room that its peer may have.
+fn enter(connection: Connection, from: IpAddr, admission: &dyn Admission, doorway: &Doorway) -> Option<Session> {
+    match admission.admit(PeerId::from_bytes(*connection.remote_id().as_bytes())) {
+        Admit::Accept => {
+            let session = Session::new(connection, None);
+            session.admitted();
+            Some(session)
+        }
+        Admit::OnTrial => {
+            let stay = doorway.enter(from, &connection);
+            Some(Session::new(connection, Some(stay)))
+        }
+        Admit::Refuse { reason } => {
+            // It was removed since the handshake.
+            connection.close(REFUSED.into(), reason.as_bytes());
+            None
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! What QUIC is set to.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use iroh::endpoint::{Connection, IdleTimeout, QuicTransportConfig, VarInt};
+use noq_proto::congestion::{Bbr3Config, CubicConfig};
+
+use crate::CongestionControl;
+use crate::congestion::LinkRateConfig;
+
+/// A silent peer is lost after this long.
+const IDLE_LIMIT: Duration = Duration::from_secs(10);
+/// Well within [`IDLE_LIMIT`] even when one or two are lost.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// A stream's receive window. noq 1.4 ends a connection on which a stream buffers more than 2048 packets unread,
+/// so this must stay below 2048 packets of 1150 bytes.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+/// Unconfirmed bytes per connection: 2.5 Gbit/s over 100 ms.
+const SEND_WINDOW_BYTES: u64 = 32 << 20;
+/// Streams that a peer may have open at once, of each kind. A job has two per boundary edge.
+const MAX_STREAMS: u32 = 1024;
+/// What a peer may have unread here before it is admitted: a greeting.
+const TRIAL_WINDOW_BYTES: u32 = 64 << 10;
+/// Two-way streams before a peer is admitted. There are no others.
+const TRIAL_STREAMS: u32 = 1;
+/// A packet counts as lost when so many later ones have come, or after a while; which is the sooner but for slow links.
+/// Three, as usual, takes each small detour of a packet for a loss; [`LATE`] alone finds losses a quarter of a round
+/// trip later.
+const OVERTAKEN_BY: u32 = 128;
+/// Round trips after which a packet counts as lost if later ones have come.
+const LATE: f32 = 1.25;
+/// Single bytes that are sent to be confirmed are not read. What is not read is dropped beyond this.
+const UNREAD_DATAGRAM_BYTES: usize = 64;
+
+/// How every connection begins: with the room of a greeting.
+pub(crate) fn transport_config(congestion: CongestionControl) -> QuicTransportConfig {
+    let builder = QuicTransportConfig::builder()
+        .stream_receive_window(STREAM_WINDOW_BYTES.into())
+        .receive_window(TRIAL_WINDOW_BYTES.into())
+        .send_window(SEND_WINDOW_BYTES)
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .max_concurrent_bidi_streams(TRIAL_STREAMS.into())
+        .max_idle_timeout(IdleTimeout::try_from(IDLE_LIMIT).ok())
+        .keep_alive_interval(KEEP_ALIVE)
+        .packet_threshold(OVERTAKEN_BY)
+        .time_threshold(LATE)
+        .datagram_receive_buffer_size(Some(UNREAD_DATAGRAM_BYTES));
+    match congestion {
+        CongestionControl::LinkRate => builder.congestion_controller_factory(Arc::new(LinkRateConfig)),
+        CongestionControl::Bbr3 => builder.congestion_controller_factory(Arc::new(Bbr3Config::default())),
+        CongestionControl::Cubic => builder.congestion_controller_factory(Arc::new(CubicConfig::default())),
+    }
+    .build()
+}
+
+/// Gives a connection the room of a member.
+pub(crate) fn give_room(connection: &Connection) {
+    connection.set_max_concurrent_uni_streams(MAX_STREAMS.into());
+    connection.set_max_concurrent_bi_streams(MAX_STREAMS.into());
+    connection.set_receive_window(VarInt::MAX);
+}
