@@ -1,7 +1,7 @@
 //! A broker on a real socket, and peers that do not do what our own do.
 
 use fusionllm_protocol::{Greeting, PROTOCOL_VERSION, Welcome, decode};
-use fusionllm_transport::{FrameSink, FrameSource, Session};
+use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Session};
 
 use super::*;
 
