@@ -17,7 +17,7 @@ use std::time::Duration;
 use fusionllm_planner::{Cluster, CodecChange, place};
 use fusionllm_protocol::{
     BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec,
-    JobState, StatusReport,
+    JobState, Notice, StatusReport,
 };
 
 use crate::BrokerError;
@@ -206,6 +206,10 @@ impl Core {
                 }
                 None => Vec::new(),
             },
+            CoreEvent::Noticed { key, text } => match self.run_mut(key) {
+                Some(_) => self.notices(key.job, vec![text]),
+                None => Vec::new(),
+            },
             CoreEvent::RunFailed { key, reason } => self.fail(key, reason, false, now),
             CoreEvent::Tick => {
                 let silent = self.compnodes.silent_since(now.saturating_sub(LEASE));
@@ -267,6 +271,13 @@ impl Core {
                 run.finished(connection);
                 self.advance(key, now)
             }
+            FromCompNode::Note { job, generation, text } => {
+                let is_member = |run: &mut Run| run.node_of(connection).is_some();
+                if !self.run_mut(RunKey { job, generation }).is_some_and(is_member) {
+                    return Vec::new();
+                }
+                self.notices(job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
+            }
             FromCompNode::Failed { job, generation, reason, bad_input } => {
                 let key = RunKey { job, generation };
                 if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
@@ -286,8 +297,11 @@ impl Core {
         let mut actions = Vec::new();
         if let Some(data) = data {
             actions.push(Action::WriteData { key, run_dir, data: data.clone() });
+            let notes = data.notes.clone();
             actions.push(Action::Emit(JobEvent::Data { job: key.job, data }));
+            actions.extend(self.notices(key.job, notes));
         }
+        let Some(run) = self.run_mut(key) else { return actions };
         if run.ready(connection) {
             let RunKey { job, generation } = key;
             let start = |&to| Action::Send { to, message: FromBroker::Start { job, generation } };
@@ -383,6 +397,16 @@ impl Core {
         }
         actions.extend(self.set_state(job, state));
         actions
+    }
+
+    /// What the job's user must see: kept beside its metrics, and told to whoever follows.
+    fn notices(&self, job: JobId, texts: Vec<String>) -> Vec<Action> {
+        let Some(Job { record, .. }) = self.jobs.get(&job) else { return Vec::new() };
+        let kept = |text: String| {
+            let notice = Notice { step: record.step, text: text.clone() };
+            [Action::Notice { run_dir: record.run_dir.clone(), notice }, Action::Emit(JobEvent::Notice { job, text })]
+        };
+        texts.into_iter().flat_map(kept).collect()
     }
 
     fn set_state(&mut self, job: JobId, state: JobState) -> Vec<Action> {

@@ -5,7 +5,7 @@ use std::f64::consts::LN_2;
 use std::path::PathBuf;
 
 use fusionllm_planner::{format_bytes, format_seconds};
-use fusionllm_protocol::{DataReport, JobId, JobState, StepMetrics};
+use fusionllm_protocol::{DataReport, JobId, JobState, Notice, StepMetrics};
 use serde::Serialize;
 
 use crate::BrokerError;
@@ -73,6 +73,8 @@ pub struct RunReport {
     pub stages: Vec<StageSummary>,
     /// What the links carried.
     pub links: Vec<LinkTotal>,
+    /// What its user must see.
+    pub notices: Vec<Notice>,
 }
 
 impl RunReport {
@@ -82,7 +84,7 @@ impl RunReport {
         let metrics = read_metrics(&dir.metrics())?;
         let data: Option<DataReport> = dir.read_json(&dir.data())?;
         let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
-        Ok(Self::of(record, &metrics, data, placement))
+        Ok(Self { notices: dir.read_notices()?, ..Self::of(record, &metrics, data, placement) })
     }
 
     fn of(
@@ -118,6 +120,7 @@ impl RunReport {
             data,
             stages: placement.map(|p| p.stages).unwrap_or_default(),
             links: total(metrics),
+            notices: Vec::new(),
         }
     }
 
@@ -157,6 +160,12 @@ impl RunReport {
             JobState::Waiting { .. } | JobState::Preparing | JobState::Running => "not ended".to_owned(),
         };
         let mut text = format!("# {} ({})\n\n{state}\n\n```text\n{}\n```\n", self.name, self.job, self.summary());
+        if !self.notices.is_empty() {
+            text.push_str("\n## Notices\n\n");
+        }
+        for notice in &self.notices {
+            text.push_str(&format!("- step {}: {}\n", notice.step, notice.text));
+        }
         if let Some(data) = &self.data {
             text.push_str(&format!(
                 "\n## Data\n\n{} files, {} tokens to train on, {} held out, {:.3} bytes per token\n",
@@ -237,8 +246,10 @@ mod tests {
             eval_tokens: 100,
             bytes_per_token: 2.0,
             unigram_loss: 4.0 * LN_2,
+            notes: Vec::new(),
         };
-        let report = RunReport::of(&record, &metrics, Some(data), None);
+        let notice = Notice { step: 4, text: "a checkpoint could not be written".to_owned() };
+        let report = RunReport { notices: vec![notice], ..RunReport::of(&record, &metrics, Some(data), None) };
         assert_eq!((report.tokens, report.tokens_per_s), (6 * 32, Some(32.0 / 2.0)));
         assert_eq!(report.eval_loss, Some(1.0));
         assert_eq!(report.unigram_bits_per_byte, Some(2.0));
@@ -247,6 +258,7 @@ mod tests {
         assert!(
             text.contains("# run (job 3)")
                 && text.contains("unigram model")
+                && text.contains("## Notices\n\n- step 4: a checkpoint could not be written\n")
                 && text.contains("| a | b | 0.002 | 0.004 | 50.0 % |")
         );
         let json = serde_json::to_value(&report).unwrap();

@@ -7,6 +7,7 @@
 //! | `placement.json` | stages with their ops' names, and the placement itself |
 //! | `data.json` | what the data owner found |
 //! | `metrics.jsonl` | a line a step |
+//! | `notices.jsonl` | a line for each thing that the user must see |
 //! | `checkpoints/step-N/` | checkpoints |
 //! | `trace.json` | one step, measured and predicted, for <https://ui.perfetto.dev> |
 //! | `loss-bytes.svg` | loss against bytes sent |
@@ -19,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
-use fusionllm_protocol::{Generation, JobSpec};
+use fusionllm_protocol::{Generation, JobSpec, Notice};
 use serde::{Deserialize, Serialize};
 
 use crate::BrokerError;
@@ -96,6 +97,10 @@ impl RunDir {
         self.path.join("metrics.jsonl")
     }
 
+    pub(crate) fn notices(&self) -> PathBuf {
+        self.path.join("notices.jsonl")
+    }
+
     pub(crate) fn trace(&self) -> PathBuf {
         self.path.join("trace.json")
     }
@@ -123,6 +128,25 @@ impl RunDir {
         self.write_json(&self.job(), spec)?;
         write_atomic(&self.path.join("graph.json"), graph.as_bytes())?;
         self.write_json(&self.placement(), placement)
+    }
+
+    /// Appends a line to the notices.
+    pub(crate) fn append_notice(&self, notice: &Notice) -> Result<(), BrokerError> {
+        let path = self.notices();
+        let mut line = serde_json::to_vec(notice).map_err(|e| io_error(&path, e.into()))?;
+        line.push(b'\n');
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+        file.and_then(|mut file| file.write_all(&line)).map_err(|e| io_error(&path, e))
+    }
+
+    /// All notices, oldest first; none if there is no file. Lines that a crash has torn are passed over.
+    pub(crate) fn read_notices(&self) -> Result<Vec<Notice>, BrokerError> {
+        let path = self.notices();
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) => Err(io_error(&path, e)),
+        }
     }
 
     /// Writes a value as pretty JSON.
@@ -236,6 +260,19 @@ mod tests {
     fn a_run_directory_has_name_and_time() {
         let at = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
         assert_eq!(default_run_dir(Path::new("runs"), "x", at), Path::new("runs/x-20231114-221320"));
+    }
+
+    #[test]
+    fn notices_are_kept_and_a_torn_one_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = RunDir::new(folder.path());
+        assert_eq!(dir.read_notices().unwrap(), []);
+        let notice = |step, text: &str| Notice { step, text: text.to_owned() };
+        dir.append_notice(&notice(0, "weights: new")).unwrap();
+        dir.append_notice(&notice(5, "line\nbreak")).unwrap();
+        let mut file = std::fs::OpenOptions::new().append(true).open(dir.notices()).unwrap();
+        file.write_all(b"{\"step\":7,").unwrap();
+        assert_eq!(dir.read_notices().unwrap(), [notice(0, "weights: new"), notice(5, "line\nbreak")]);
     }
 
     #[test]

@@ -249,6 +249,7 @@ fn start_of(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
         weights: weights.map(Arc::new),
         cluster: None,
         step: 0,
+        notices: Vec::new(),
     })
 }
 
@@ -265,7 +266,7 @@ fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
     let checkpoint = open_checkpoint(path)?;
     let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
     let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step })
+    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices: Vec::new() })
 }
 
 fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {

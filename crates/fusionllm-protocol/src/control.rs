@@ -225,6 +225,15 @@ pub enum FromCompNode {
         /// The links.
         result: Result<PairProfile, String>,
     },
+    /// Something that the job's user must see.
+    Note {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// One sentence.
+        text: String,
+    },
     /// Still alive; sent every few seconds.
     Heartbeat,
 }
@@ -300,6 +309,9 @@ pub struct DataReport {
     pub bytes_per_token: f64,
     /// Cross-entropy in nats per token of the training split's unigram model on the evaluation tokens.
     pub unigram_loss: f64,
+    /// What the job's user must know of it, a sentence each, such as files that were left out.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// State of a job.

@@ -47,6 +47,15 @@ pub struct CodecNote {
     pub reason: String,
 }
 
+/// A line of `notices.jsonl`: what the user of a job must see.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    /// Updates that were done when it was said.
+    pub step: u64,
+    /// One sentence.
+    pub text: String,
+}
+
 /// Something that happened to a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -82,6 +91,13 @@ pub enum JobEvent {
         /// Its folder on the broker's machine.
         path: String,
     },
+    /// Something that the job's user must see, such as files that were left out or weights that were made anew.
+    Notice {
+        /// Which job.
+        job: JobId,
+        /// One sentence.
+        text: String,
+    },
 }
 
 impl JobEvent {
@@ -91,7 +107,8 @@ impl JobEvent {
             Self::State { job, .. }
             | Self::Data { job, .. }
             | Self::Step { job, .. }
-            | Self::Checkpoint { job, .. } => *job,
+            | Self::Checkpoint { job, .. }
+            | Self::Notice { job, .. } => *job,
         }
     }
 }

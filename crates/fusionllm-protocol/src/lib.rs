@@ -22,7 +22,7 @@ pub use control::{
     Welcome,
 };
 pub use error::{JobError, ProtocolError};
-pub use event::{CodecNote, JobEvent, StepMetrics};
+pub use event::{CodecNote, JobEvent, Notice, StepMetrics};
 pub use ids::{Generation, JobId};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{

@@ -61,6 +61,7 @@ impl Progress {
                 data.files, data.train_tokens, data.eval_tokens, data.unigram_loss
             )),
             JobEvent::Step { metrics, .. } => self.step(metrics),
+            JobEvent::Notice { text, .. } => self.note(&format!("note: {text}")),
             JobEvent::Checkpoint { step, .. } => self.note(&format!("checkpoint at step {step}")),
             _ => Ok(()),
         }

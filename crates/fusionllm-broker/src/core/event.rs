@@ -6,7 +6,8 @@ use std::sync::Arc;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Cluster, NodeIndex, Simulated};
 use fusionllm_protocol::{
-    DataReport, DeviceProfile, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, PeerRecord, StepMetrics,
+    DataReport, DeviceProfile, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, Notice, PeerRecord,
+    StepMetrics,
 };
 
 use crate::checkpoint::{FinishSpec, StoredShard, TensorSet};
@@ -46,6 +47,8 @@ pub(crate) struct StartPoint {
     pub(crate) cluster: Option<Cluster>,
     /// Updates already done.
     pub(crate) step: u64,
+    /// What the job's user must know of it, a sentence each; said when the job is placed.
+    pub(crate) notices: Vec<String>,
 }
 
 /// Something happened.
@@ -59,6 +62,8 @@ pub(crate) enum CoreEvent {
     ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
     /// A checkpoint is whole.
     CheckpointFinished { key: RunKey, step: u64, path: PathBuf },
+    /// Something that a job's user must see.
+    Noticed { key: RunKey, text: String },
     /// The broker itself cannot go on with a job.
     RunFailed { key: RunKey, reason: String },
     /// Time passes.
@@ -82,6 +87,8 @@ pub(crate) enum Action {
     WriteTrace { key: RunKey, run_dir: PathBuf, measured: Box<Simulated> },
     /// Append a line to the metrics.
     AppendMetrics { key: RunKey, metrics: StepMetrics },
+    /// Append a line to the notices. Nobody else is told: that is [`JobEvent::Notice`].
+    Notice { run_dir: PathBuf, notice: Notice },
     /// All shards are there: check them and show the checkpoint.
     FinishCheckpoint { key: RunKey, spec: Box<FinishSpec> },
     /// Write the report.

@@ -111,6 +111,7 @@ impl Core {
             predicted,
             start_step: start.step,
         }))];
+        actions.extend(self.notices(job, start.notices.clone()));
         actions.extend(self.assignments(key, &spec, &start, &placement, &members));
         let run = Run::new(key, members, placement, &start, &spec, checkpoints);
         if let Some(known) = self.jobs.get_mut(&job) {

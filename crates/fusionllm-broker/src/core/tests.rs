@@ -13,7 +13,7 @@ const NOW: Duration = Duration::from_secs(100);
 
 fn start(spec: &JobSpec, step: u64) -> StartPoint {
     let dag = crate::model::load_model(spec).unwrap().dag;
-    StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights: None, cluster: None, step }
+    StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights: None, cluster: None, step, notices: Vec::new() }
 }
 
 fn joining(name: &str) -> Joining {
@@ -262,6 +262,41 @@ fn a_loss_that_is_not_finite_ends_the_job() {
     say(&mut core, 1, step(KEY, 1, None));
     say(&mut core, 2, step(KEY, 1, Some(f64::NAN)));
     assert!(failure(&core).starts_with("the loss is NaN at step 1 (learning rate 1.00e-3): lower train.lr"));
+}
+
+#[test]
+fn what_a_user_must_see_is_kept_and_told() {
+    let mut core = core(2);
+    let spec = testing::spec(&[]);
+    let start = StartPoint { notices: vec!["weights: new".to_owned()], ..start(&spec, 0) };
+    let (_, actions) = core.submit(spec, start, PathBuf::from("/runs/x"), NOW).unwrap();
+    let actions = measure(&mut core, actions);
+    let noticed = |actions: &[Action]| -> (Vec<String>, Vec<String>) {
+        let told = actions.iter().filter_map(|a| match a {
+            Action::Emit(JobEvent::Notice { text, .. }) => Some(text.clone()),
+            _ => None,
+        });
+        let kept = actions.iter().filter_map(|a| match a {
+            Action::Notice { run_dir, notice } if *run_dir == *"/runs/x" => Some(notice.text.clone()),
+            _ => None,
+        });
+        (kept.collect(), told.collect())
+    };
+    let both = |text: &str| (vec![text.to_owned()], vec![text.to_owned()]);
+    assert_eq!(noticed(&actions), both("weights: new"));
+    let opened = actions.iter().position(|a| matches!(a, Action::OpenRun(_)));
+    assert!(opened < actions.iter().position(|a| matches!(a, Action::Notice { .. })), "the folder is there first");
+
+    let notes = vec!["1 file was left out".to_owned()];
+    let data = DataReport { files: 1, train_tokens: 9, eval_tokens: 1, bytes_per_token: 1.0, unigram_loss: 1.0, notes };
+    let read = FromCompNode::Ready { job: KEY.job, generation: KEY.generation, data: Some(data) };
+    assert_eq!(noticed(&say(&mut core, 1, read)), both("1 file was left out"));
+    let note = |generation| FromCompNode::Note { job: KEY.job, generation, text: "it is hot".to_owned() };
+    assert_eq!(noticed(&say(&mut core, 2, note(KEY.generation))), both("CompNode `b`: it is hot"));
+    assert!(say(&mut core, 2, note(Generation(9))).is_empty(), "another placement's");
+    let text = "a checkpoint could not be written".to_owned();
+    let actions = core.handle(CoreEvent::Noticed { key: KEY, text: text.clone() }, NOW);
+    assert_eq!(noticed(&actions), both(&text));
 }
 
 #[test]

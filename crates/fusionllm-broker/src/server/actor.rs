@@ -239,6 +239,7 @@ impl Actor {
                 | Action::WriteData { .. }
                 | Action::WriteTrace { .. }
                 | Action::AppendMetrics { .. }
+                | Action::Notice { .. }
                 | Action::FinishCheckpoint { .. }
                 | Action::WriteReport { .. }
                 | Action::Persist(_) => self.files.perform(action),
@@ -263,6 +264,7 @@ fn log(event: &JobEvent) {
     match event {
         JobEvent::State { job, state } => tracing::info!(%job, ?state, "job state"),
         JobEvent::Checkpoint { job, step, path } => tracing::info!(%job, step, path, "checkpoint"),
+        JobEvent::Notice { job, text } => tracing::warn!(%job, text, "notice"),
         JobEvent::Step { job, metrics } => {
             tracing::debug!(%job, step = metrics.step, loss = metrics.loss, "step");
             for change in &metrics.codec_changes {

@@ -134,6 +134,7 @@ impl Keeper {
                     writer.append(path, &metrics)?;
                 }
             }
+            Action::Notice { run_dir, notice } => RunDir::new(&run_dir).append_notice(&notice)?,
             Action::FinishCheckpoint { key, spec } => {
                 let path = finish(&spec)?;
                 return Ok(Some(CoreEvent::CheckpointFinished { key, step: spec.step, path }));

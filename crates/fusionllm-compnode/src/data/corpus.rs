@@ -96,6 +96,7 @@ impl Corpus {
             eval_tokens: self.eval.len() as u64,
             bytes_per_token: self.bytes as f64 / tokens,
             unigram_loss: sum / self.eval.len() as f64,
+            notes: Vec::new(),
         }
     }
 }
