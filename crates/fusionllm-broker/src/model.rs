@@ -1,12 +1,17 @@
 //! The model of a job: a GPT-2 by name, a Hugging Face directory, or an OP-DAG file.
 
+mod folder;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2, resnet101};
-use fusionllm_protocol::JobSpec;
+use fusionllm_protocol::{DataSpec, JobSpec, WeightsChoice};
 
 use crate::BrokerError;
 use crate::checkpoint::TensorSet;
+use folder::Purpose;
 
 /// What a job trains.
 #[derive(Clone, Debug)]
@@ -15,8 +20,24 @@ pub struct LoadedModel {
     pub dag: OpDag,
     /// Its sizes, if it is a GPT-2 by name or from a Hugging Face directory.
     pub config: Option<Gpt2Config>,
-    /// A safetensors file with its parameters, if it has been trained before.
-    pub weights: Option<PathBuf>,
+    /// Its parameters, if it has been trained before.
+    pub weights: Option<Arc<TensorSet>>,
+    /// What else lies in its Hugging Face directory and training does not change, by file name: `tokenizer.json`,
+    /// `config.json` and the like.
+    pub carried: Arc<BTreeMap<String, String>>,
+    /// What the user must know of it: where its weights come from, and what of its files is passed over.
+    pub notes: Vec<String>,
+}
+
+impl LoadedModel {
+    fn new(dag: OpDag, config: Option<Gpt2Config>) -> Self {
+        Self { dag, config, weights: None, carried: Arc::default(), notes: Vec::new() }
+    }
+
+    /// Content of its tokenizer.json, if it has one.
+    pub fn tokenizer(&self) -> Option<&str> {
+        self.carried.get(folder::TOKENIZER).map(String::as_str)
+    }
 }
 
 /// Side of the images of `resnet101`, in pixels, and their classes: ImageNet's.
@@ -27,8 +48,25 @@ const IMAGE: (usize, usize) = (224, 1000);
 /// # Errors
 /// [`BrokerError`] that names the file or key; each is bad input.
 pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
-    let model = read_model(spec)?;
+    let choice = spec.model.weights;
+    let mut model = read(spec, Purpose::Weights { choice, seed: spec.train.seed })?;
     check_trainable(&model.dag, spec)?;
+    if model.config.is_none() || spec.model.name.is_some() {
+        model.notes.push(new_weights(spec.train.seed));
+    }
+    if let Some(path) = &spec.model.path {
+        let is_folder = path.is_dir();
+        let has_tokenizer = model.carried.contains_key(folder::TOKENIZER);
+        if is_folder && spec.data.tokenizer == DataSpec::MODEL && !has_tokenizer {
+            let reason = "there is no tokenizer.json in it: give data.tokenizer, the path of the one that the model was \
+                          trained with, or `bytes` if each byte is to be a token";
+            return Err(model_error(path, reason.to_owned()));
+        }
+        if has_tokenizer && spec.data.tokenizer == DataSpec::BYTES {
+            let note = "the model has a tokenizer.json, but data.tokenizer = \"bytes\" feeds bytes as token ids";
+            model.notes.push(note.to_owned());
+        }
+    }
     Ok(model)
 }
 
@@ -37,25 +75,29 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
 /// # Errors
 /// [`BrokerError`] that names the file or key; each is bad input.
 pub fn read_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
+    read(spec, Purpose::Graph)
+}
+
+fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
     let model = match &spec.model.path {
-        Some(path) if path.is_dir() => from_folder(path, spec)?,
+        Some(path) if path.is_dir() => folder::read(path, spec.model.dropout, |_| spec.data.seq_len, purpose)?,
         Some(path) => {
             let text = std::fs::read_to_string(path).map_err(|e| model_error(path, format!("not readable: {e}")))?;
             let dag = OpDag::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
-            LoadedModel { dag, config: None, weights: None }
+            LoadedModel::new(dag, None)
         }
         None => {
             let name = spec.model.name.clone().unwrap_or_default();
             if name == "resnet101" {
                 let dag = resnet101(IMAGE.0, IMAGE.1).map_err(|source| graph_error(&name, source))?;
-                return Ok(LoadedModel { dag, config: None, weights: None });
+                return Ok(LoadedModel::new(dag, None));
             }
             let Some(config) = spec.gpt2_config() else {
                 spec.validate()?;
                 return Err(model_error(Path::new(&name), "not a model known by name".to_owned()));
             };
             let dag = gpt2(&config, spec.data.seq_len).map_err(|source| graph_error(&name, source))?;
-            LoadedModel { dag, config: Some(config), weights: None }
+            LoadedModel::new(dag, Some(config))
         }
     };
     Ok(model)
@@ -83,39 +125,17 @@ pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerE
     }
 }
 
-fn from_folder(folder: &Path, spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
-    let mut config = read_config(folder)?;
-    config.dropout = spec.model.dropout;
-    load_folder(folder, config, spec.data.seq_len)
-}
-
-/// Reads a Hugging Face directory of a GPT-2, as a model for its longest sequences.
+/// Reads a Hugging Face directory of a GPT-2 with its weights, as a model for its longest sequences.
 ///
 /// # Errors
 /// [`BrokerError`] that names the file; each is bad input.
 pub fn load_model_dir(folder: &Path) -> Result<LoadedModel, BrokerError> {
-    let mut config = read_config(folder)?;
-    config.dropout = 0.0;
-    let seq_len = config.n_positions;
-    load_folder(folder, config, seq_len)
+    let purpose = Purpose::Weights { choice: WeightsChoice::Model, seed: 0 };
+    folder::read(folder, 0.0, |config| config.n_positions, purpose)
 }
 
-fn read_config(folder: &Path) -> Result<Gpt2Config, BrokerError> {
-    let path = folder.join("config.json");
-    let text = std::fs::read_to_string(&path)
-        .map_err(|e| model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a GPT-2")))?;
-    Gpt2Config::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))
-}
-
-fn load_folder(folder: &Path, config: Gpt2Config, seq_len: usize) -> Result<LoadedModel, BrokerError> {
-    let path = folder.join("config.json");
-    let dag = gpt2(&config, seq_len).map_err(|source| graph_error(&path.display().to_string(), source))?;
-    let weights = folder.join("model.safetensors");
-    let weights = weights.is_file().then_some(weights);
-    if let Some(weights) = &weights {
-        TensorSet::of_hugging_face(weights, &dag)?;
-    }
-    Ok(LoadedModel { dag, config: Some(config), weights })
+fn new_weights(seed: u64) -> String {
+    format!("weights: new (seed {seed})")
 }
 
 fn model_error(path: &Path, reason: String) -> BrokerError {
@@ -141,7 +161,7 @@ mod tests {
     fn a_named_model_takes_the_jobs_sizes() {
         let model = load_model(&testing::spec(&[])).unwrap();
         assert_eq!((model.dag.seq_len(), model.dag.vocab()), (Some(8), Some(256)));
-        assert_eq!(model.weights, None);
+        assert!(model.weights.is_none());
     }
 
     #[test]
@@ -183,8 +203,9 @@ mod tests {
         std::fs::write(folder.path().join("config.json"), config("llama")).unwrap();
         assert!(error(&spec).contains("gpt2"));
         std::fs::write(folder.path().join("config.json"), config("gpt2")).unwrap();
-        let model = load_model(&spec).unwrap();
-        assert_eq!(model.weights, None);
+        std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+        let model = read_model(&spec).unwrap();
+        assert!(model.weights.is_none());
 
         // Keys without the prefix, and a tied head that is stored twice, as files in the wild have them.
         let mut tensors: Vec<(String, Vec<usize>)> = model
@@ -196,7 +217,7 @@ mod tests {
         tensors.push(("lm_head.weight".to_owned(), vec![256, 8]));
         let weights = folder.path().join("model.safetensors");
         testing::write_tensors(&weights, &tensors);
-        assert_eq!(load_model(&spec).unwrap().weights, Some(weights.clone()));
+        assert!(load_model(&spec).unwrap().weights.is_some());
         tensors.remove(0);
         testing::write_tensors(&weights, &tensors);
         assert!(error(&spec).contains("is missing"), "{}", error(&spec));

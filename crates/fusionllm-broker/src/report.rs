@@ -246,7 +246,7 @@ mod tests {
             eval_tokens: 100,
             bytes_per_token: 2.0,
             unigram_loss: 4.0 * LN_2,
-            notes: Vec::new(),
+            ..DataReport::default()
         };
         let notice = Notice { step: 4, text: "a checkpoint could not be written".to_owned() };
         let report = RunReport { notices: vec![notice], ..RunReport::of(&record, &metrics, Some(data), None) };

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use data_encoding::HEXLOWER;
-use fusionllm_protocol::{Inventory, JobId, JobSpec, StatusReport};
+use fusionllm_protocol::{DataSpec, Inventory, JobId, JobSpec, StatusReport};
 use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Secret, Ticket};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -26,7 +26,7 @@ use tokio::time::timeout;
 
 pub use events::{JobEvents, Submitted};
 
-use crate::checkpoint::{TensorSet, open_checkpoint};
+use crate::checkpoint::open_checkpoint;
 use crate::cluster_file::read_cluster;
 use crate::core::{Core, StartPoint};
 use crate::model::load_model;
@@ -242,14 +242,15 @@ async fn blocking<T: Send + 'static>(
 /// A job's beginning.
 fn start_of(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;
-    let weights = model.weights.as_deref().map(|path| TensorSet::of_hugging_face(path, &model.dag)).transpose()?;
+    let tokenizer = model.tokenizer().filter(|_| spec.data.tokenizer == DataSpec::MODEL).map(Arc::from);
     Ok(StartPoint {
         graph: model.dag.to_json(),
         dag: Arc::new(model.dag),
-        weights: weights.map(Arc::new),
+        weights: model.weights,
         cluster: None,
         step: 0,
-        notices: Vec::new(),
+        notices: model.notes,
+        tokenizer,
     })
 }
 
@@ -265,8 +266,9 @@ fn planned_by(spec: JobSpec, mut start: StartPoint) -> Result<(JobSpec, StartPoi
 fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
     let checkpoint = open_checkpoint(path)?;
     let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
+    let notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
     let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices: Vec::new() })
+    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, tokenizer: None, notices })
 }
 
 fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {

@@ -165,6 +165,11 @@ impl BurnExecutor {
             let reason = format!("shape {:?}, expected {shape:?}", tensor.shape);
             return Err(ExecutorError::Param { name: tensor.name, reason });
         }
+        if let Some(at) = tensor.values.iter().position(|value| !value.is_finite()) {
+            let value = tensor.values.get(at).copied().unwrap_or(f32::NAN);
+            let reason = format!("element {at} is {value}, expected finite numbers: these weights cannot be trained");
+            return Err(ExecutorError::Param { name: tensor.name, reason });
+        }
         Ok(flat(tensor.values, &self.device))
     }
 

@@ -1,6 +1,7 @@
 //! Training data: on its owner's machine alone.
 
 mod corpus;
+mod files;
 mod tokenizer;
 
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use corpus::Corpus;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{FileTokenizer, Tokenizer};
 
 use crate::params::seed_for;
 use crate::{CompNodeError, ExecutorError};

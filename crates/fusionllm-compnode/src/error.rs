@@ -116,17 +116,44 @@ pub enum DataError {
         /// Why.
         reason: String,
     },
-    /// A token id lies outside the model's vocabulary.
+    /// The tokenizer drops much of the text.
     #[error(
-        "the text has token id {id}, but the model's vocabulary ends at {vocab}: set model.vocab_size to at least {needed}"
+        "data.tokenizer {tokenizer} has no token for {lost} of {chars} characters of the text ({named}), and would drop them: \
+         give one with an unknown token or byte fallback, or one made for this text"
     )]
+    Dropped {
+        /// The tokenizer.
+        tokenizer: String,
+        /// Characters without a token.
+        lost: u64,
+        /// Characters in all.
+        chars: u64,
+        /// The most frequent of them.
+        named: String,
+    },
+    /// The tokenizer does not know the text.
+    #[error(
+        "data.tokenizer {tokenizer} does not know {unknown} of {tokens} tokens of the text: give one made for this text"
+    )]
+    Unknown {
+        /// The tokenizer.
+        tokenizer: String,
+        /// Tokens that stand for something unknown.
+        unknown: usize,
+        /// Tokens in all.
+        tokens: usize,
+    },
+    /// A token id lies outside the model's vocabulary.
+    #[error("data.tokenizer {tokenizer} has token id {id}, but the model's vocabulary ends at {vocab}: {hint}")]
     Vocabulary {
+        /// The tokenizer.
+        tokenizer: String,
         /// The largest id.
         id: usize,
         /// The model's vocabulary.
         vocab: usize,
         /// What would do.
-        needed: usize,
+        hint: String,
     },
 }
 
@@ -232,6 +259,9 @@ pub enum CompNodeError {
 impl CompNodeError {
     /// Whether the job's input is at fault rather than a machine.
     pub fn is_bad_input(&self) -> bool {
-        matches!(self, Self::Data(_) | Self::Graph(_) | Self::DeviceChoice { .. })
+        matches!(
+            self,
+            Self::Data(_) | Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. })
+        )
     }
 }

@@ -181,6 +181,12 @@ pub enum GraphError {
         /// What the parser found, with line and column.
         reason: String,
     },
+    /// The text is not the configuration of a GPT-2.
+    #[error("not the config.json of a GPT-2: {reason}")]
+    Config {
+        /// What the parser found, with line and column, or which setting is wrong.
+        reason: String,
+    },
     /// The text says it is something else.
     #[error("format is `{got}`, expected `{expected}`")]
     Format {

@@ -8,7 +8,7 @@ use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement};
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceProfile, Generation, JobId, JobSpec, PairProfile, StepTrace};
+use crate::{DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, StepTrace};
 
 pub use client::{ClientRequest, CompNodeSummary, JobSummary, StatusReport, ToClient};
 
@@ -99,6 +99,8 @@ pub struct Assignment {
     pub start_step: u64,
     /// Where the parameters come from.
     pub weights: WeightSource,
+    /// For `data.tokenizer = "model"`, the content of the model's tokenizer.json: it lies on the broker's machine.
+    pub tokenizer: Option<String>,
 }
 
 /// From the broker to a CompNode.
@@ -294,24 +296,6 @@ pub struct LinkSpeed {
     pub bytes: u64,
     /// Seconds for which at least one payload was coming in.
     pub busy_s: f64,
-}
-
-/// What the data owner found in its data.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DataReport {
-    /// Files read.
-    pub files: u64,
-    /// Tokens to train on.
-    pub train_tokens: u64,
-    /// Tokens held out for evaluation.
-    pub eval_tokens: u64,
-    /// UTF-8 bytes per token, over all of the text.
-    pub bytes_per_token: f64,
-    /// Cross-entropy in nats per token of the training split's unigram model on the evaluation tokens.
-    pub unigram_loss: f64,
-    /// What the job's user must know of it, a sentence each, such as files that were left out.
-    #[serde(default)]
-    pub notes: Vec<String>,
 }
 
 /// State of a job.

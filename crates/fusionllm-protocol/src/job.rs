@@ -42,7 +42,10 @@ pub struct ModelSpec {
     pub name: Option<String>,
     /// A Hugging Face directory (config.json, model.safetensors) or an OP-DAG's JSON file, on the broker's machine.
     pub path: Option<PathBuf>,
-    /// Entries of the vocabulary; the tokenizer's if it is `bytes`, else the named model's.
+    /// Where its first weights come from.
+    #[serde(default)]
+    pub weights: WeightsChoice,
+    /// Entries of the vocabulary; the tokenizer's, where it can be read when the job is handed in, else the named model's.
     pub vocab_size: Option<usize>,
     /// Longest sequence; `data.seq_len` if not given.
     pub n_positions: Option<usize>,
@@ -56,6 +59,18 @@ pub struct ModelSpec {
     pub dropout: f64,
 }
 
+/// Where a model's first weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WeightsChoice {
+    /// From the Hugging Face directory at `model.path`, which must have them. A model by name and an OP-DAG file have
+    /// none, so they begin anew.
+    #[default]
+    Model,
+    /// Anew, from `train.seed`, whatever lies in the directory.
+    New,
+}
+
 /// `[data]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DataSpec {
@@ -63,7 +78,8 @@ pub struct DataSpec {
     pub path: Vec<PathBuf>,
     /// Form of the files.
     pub format: DataFormat,
-    /// `bytes`, or the path of a Hugging Face `tokenizer.json` on the data owner's machine.
+    /// [`DataSpec::BYTES`], [`DataSpec::MODEL`], or the path of a Hugging Face `tokenizer.json` on the data owner's
+    /// machine.
     pub tokenizer: String,
     /// Tokens in a sequence.
     pub seq_len: usize,
@@ -73,6 +89,19 @@ pub struct DataSpec {
     pub owner: Option<String>,
     /// Share of the text, at its end, that is held out.
     pub eval_fraction: f64,
+}
+
+impl DataSpec {
+    /// The tokenizer for which each byte is a token.
+    pub const BYTES: &'static str = "bytes";
+    /// The tokenizer.json in the Hugging Face directory at `model.path`; an OP-DAG file has none, and takes bytes.
+    pub const MODEL: &'static str = "model";
+
+    /// Path of the tokenizer's file on the data owner's machine, if it is one.
+    pub fn tokenizer_file(&self) -> Option<&std::path::Path> {
+        let named = [Self::BYTES, Self::MODEL].contains(&self.tokenizer.as_str());
+        (!named).then(|| std::path::Path::new(&self.tokenizer))
+    }
 }
 
 /// Form of the data files.

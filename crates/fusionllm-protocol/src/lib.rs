@@ -4,6 +4,7 @@
 //! Sans-IO: no sockets, files, clocks or tensors. Shells feed it messages and time, and do what it answers.
 
 mod control;
+mod data;
 mod error;
 mod event;
 mod ids;
@@ -17,17 +18,17 @@ mod window;
 mod wire;
 
 pub use control::{
-    Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, DataReport, FromBroker, FromCompNode, Hello,
-    JobState, JobSummary, LinkBytes, LinkSpeed, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource,
-    Welcome,
+    Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, FromBroker, FromCompNode, Hello, JobState,
+    JobSummary, LinkBytes, LinkSpeed, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource, Welcome,
 };
+pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
 pub use event::{CodecNote, JobEvent, Notice, StepMetrics};
 pub use ids::{Generation, JobId};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, job_keys,
+    OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys,
 };
 pub use manifest::{Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};

@@ -263,16 +263,22 @@ pub(crate) struct Plan {
 
 #[derive(Debug, Args)]
 pub(crate) struct Export {
-    /// A checkpoint, or a run directory for its newest one
+    /// A checkpoint, a run directory for its newest one, or a Hugging Face folder
     pub(crate) checkpoint: PathBuf,
     /// Folder to write: config.json, model.safetensors, tokenizer.json
     pub(crate) dir: PathBuf,
+    /// The tokenizer's tokenizer.json, where the checkpoint does not carry it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
     /// A checkpoint, a run directory, or a Hugging Face folder
     pub(crate) dir: PathBuf,
+    /// The tokenizer's tokenizer.json, where the model does not carry it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
     /// Text to continue
     #[arg(long)]
     pub(crate) prompt: String,

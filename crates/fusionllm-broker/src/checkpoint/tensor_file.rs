@@ -34,6 +34,11 @@ impl TensorFile {
             return Err(format(format!("it has {length} bytes, too few for a header")));
         }
         file.read_exact(&mut size).map_err(|e| io(path, e))?;
+        if &size == b"version " {
+            return Err(format(
+                "it is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`".to_owned(),
+            ));
+        }
         let header_bytes = u64::from_le_bytes(size);
         if header_bytes > MAX_HEADER_BYTES || header_bytes > length - 8 {
             return Err(format(format!("its header would have {header_bytes} bytes, the file has {length}")));

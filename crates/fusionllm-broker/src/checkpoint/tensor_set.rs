@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
 use safetensors::tensor::Dtype;
@@ -16,6 +16,12 @@ const OPTIMIZER_KINDS: [&str; 3] = ["exp_avg", "exp_avg_sq", "momentum"];
 
 /// Names of what error feedback holds back at an edge begin like this.
 const RESIDUALS: &str = "residual.";
+
+/// Hugging Face's names of a GPT-2 with a head begin like this, those of one without do not.
+const PREFIX: &str = "transformer.";
+/// The head, which is tied to the embedding, and may be stored all the same.
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "transformer.wte.weight";
 
 /// Where each tensor lies.
 #[derive(Debug, Default)]
@@ -31,21 +37,78 @@ pub(crate) fn optimizer_names(param: &str) -> impl Iterator<Item = String> + '_ 
 }
 
 impl TensorSet {
-    /// The parameters of `dag` in a plain Hugging Face file. Keys may lack the prefix `transformer.`; what the graph
-    /// does not know, such as a tied `lm_head.weight`, is left out.
+    /// The parameters of `dag` in plain Hugging Face files, and the names of the tensors that the graph does not know.
+    /// Keys may lack the prefix `transformer.`; a head that is tied to the embedding counts as known.
     ///
     /// # Errors
-    /// [`CheckpointError`] if the file is unreadable or a parameter is missing, or of another shape or type.
-    pub fn of_hugging_face(path: &Path, dag: &OpDag) -> Result<Self, CheckpointError> {
-        let file = TensorFile::open(path)?;
+    /// [`CheckpointError`] if a file is unreadable, a tensor is there twice, or a parameter is missing, or of another
+    /// shape or type.
+    pub(crate) fn of_hugging_face(paths: &[PathBuf], dag: &OpDag) -> Result<(Self, Vec<String>), CheckpointError> {
+        let files: Vec<TensorFile> = paths.iter().map(|path| TensorFile::open(path)).collect::<Result<_, _>>()?;
+        let mut found: BTreeMap<String, (usize, String)> = BTreeMap::new();
+        for (index, file) in files.iter().enumerate() {
+            for name in file.names() {
+                let key = name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
+                if let Some((other, twin)) = found.insert(key, (index, name.to_owned())) {
+                    let other = files.get(other).map(|f| f.path().display().to_string()).unwrap_or_default();
+                    let reason = format!("is there twice, as `{twin}` in {other} too: which one counts is not known");
+                    return Err(CheckpointError::Tensor {
+                        path: file.path().to_owned(),
+                        name: name.to_owned(),
+                        reason,
+                    });
+                }
+            }
+        }
         let mut places = BTreeMap::new();
         for param in dag.params() {
-            let short = param.name.strip_prefix("transformer.").filter(|short| file.info(short).is_some());
-            let stored = if file.info(&param.name).is_some() { &param.name } else { short.unwrap_or(&param.name) };
-            file.check(stored, &param.shape, &[Dtype::F32, Dtype::F16, Dtype::BF16])?;
-            places.insert(param.name.clone(), (0, stored.to_owned()));
+            let place = found.remove(param.name.strip_prefix(PREFIX).unwrap_or(&param.name));
+            let Some((index, stored)) = place else {
+                let path = match paths {
+                    [path] => path.clone(),
+                    _ => paths.first().and_then(|p| p.parent()).unwrap_or(Path::new("")).to_owned(),
+                };
+                let reason = "is missing".to_owned();
+                return Err(CheckpointError::Tensor { path, name: param.name.clone(), reason });
+            };
+            if let Some(file) = files.get(index) {
+                file.check(&stored, &param.shape, &[Dtype::F32, Dtype::F16, Dtype::BF16])?;
+            }
+            places.insert(param.name.clone(), (index, stored));
         }
-        Ok(Self { files: vec![file], places })
+        // Masks of old files come last: they are no parameters anywhere.
+        let mut unused: Vec<String> = found.into_values().map(|(_, name)| name).filter(|name| name != HEAD).collect();
+        unused.sort_by_key(|name| (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), name.clone()));
+        Ok((Self { files, places }, unused))
+    }
+
+    /// Whether the file of this name has such a tensor.
+    pub(crate) fn file_has(&self, file: &str, tensor: &str) -> bool {
+        let named = |f: &&TensorFile| f.path().file_name().is_some_and(|name| name == file);
+        self.files.iter().find(named).is_some_and(|f| f.info(tensor).is_some())
+    }
+
+    /// Under which name a tensor is stored.
+    pub(crate) fn stored_name(&self, name: &str) -> Option<&str> {
+        self.places.get(name).map(|(_, stored)| stored.as_str())
+    }
+
+    /// A sentence if a head is stored that is not the embedding that it is tied to.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if a file cannot be read.
+    pub(crate) fn untied_head(&self, dag: &OpDag) -> Result<Option<String>, CheckpointError> {
+        let Some(head) = self.files.iter().find(|f| f.info(HEAD).is_some()) else { return Ok(None) };
+        let same = dag.find_param(EMBEDDING).map(|_| self.find(EMBEDDING)).transpose()?.map(|(file, stored)| {
+            let of = |file: &TensorFile, name: &str| -> Result<_, CheckpointError> {
+                let mut hash = blake3::Hasher::new();
+                file.copy_to(name, &mut hash, file.path())?;
+                Ok((file.info(name).map(|info| (info.dtype, info.shape.clone())), hash.finalize()))
+            };
+            Ok::<_, CheckpointError>(of(file, stored)? == of(head, HEAD)?)
+        });
+        let differs = !same.transpose()?.unwrap_or(false);
+        Ok(differs.then(|| format!("`{HEAD}` is not the embedding, but tied to it by config.json: it is passed over")))
     }
 
     /// Adds all tensors of a file under their own names; the first of several of one name counts.

@@ -49,6 +49,8 @@ pub(crate) struct StartPoint {
     pub(crate) step: u64,
     /// What the job's user must know of it, a sentence each; said when the job is placed.
     pub(crate) notices: Vec<String>,
+    /// Content of the model's own tokenizer.json, for a job that takes it.
+    pub(crate) tokenizer: Option<Arc<str>>,
 }
 
 /// Something happened.

@@ -144,6 +144,8 @@ impl Core {
         let mut actions = Vec::new();
         for (node, &to) in (0..).map(NodeIndex).zip(members) {
             let weights = start.weights.as_ref().map_or(WeightSource::Seed(spec.train.seed), |_| WeightSource::Broker);
+            let holds = |op| placement.stages_of(node).any(|stage| stage.ops.contains(&op));
+            let reads_data = [start.dag.input(), start.dag.label()].into_iter().flatten().any(holds);
             let assignment = Assignment {
                 job: key.job,
                 generation: key.generation,
@@ -154,6 +156,7 @@ impl Core {
                 peers: peers.clone(),
                 start_step: start.step,
                 weights,
+                tokenizer: start.tokenizer.as_deref().filter(|_| reads_data).map(str::to_owned),
             };
             actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
             if let Some(from) = &start.weights {

@@ -13,7 +13,15 @@ const NOW: Duration = Duration::from_secs(100);
 
 fn start(spec: &JobSpec, step: u64) -> StartPoint {
     let dag = crate::model::load_model(spec).unwrap().dag;
-    StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights: None, cluster: None, step, notices: Vec::new() }
+    StartPoint {
+        graph: dag.to_json(),
+        dag: Arc::new(dag),
+        weights: None,
+        cluster: None,
+        step,
+        tokenizer: None,
+        notices: Vec::new(),
+    }
 }
 
 fn joining(name: &str) -> Joining {

@@ -1,19 +1,24 @@
 //! Export as the files that `transformers` loads: config.json, model.safetensors, tokenizer.json.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use fusionllm_graph::Gpt2Config;
-use fusionllm_graph::OpDag;
+use fusionllm_graph::{Gpt2Config, OpDag};
+use serde_json::Value;
 
 use super::shard::write_shard;
 use crate::ShardError;
 use crate::data::Tokenizer;
 use crate::executor::NamedTensor;
 
-/// Writes the Hugging Face layout of a GPT-2 to `folder`, which is made if it is not there.
+/// Tokens that end a text, and those that begin one, by the names they usually have.
+const END: [&str; 4] = ["<|endoftext|>", "</s>", "<eos>", "[EOS]"];
+const BEGIN: [&str; 4] = ["<|endoftext|>", "<s>", "<bos>", "[BOS]"];
+
+/// Writes the Hugging Face layout of a GPT-2 to `folder`, which is made if it is not there. What training did not change
+/// of the directory that the model came from is in `carried`, by file name, and stays as it was.
 ///
 /// # Errors
 /// [`ShardError`] if a parameter of the graph is missing or a file cannot be written.
@@ -23,6 +28,7 @@ pub fn export_hugging_face(
     config: &Gpt2Config,
     tensors: Vec<NamedTensor>,
     tokenizer: &Tokenizer,
+    carried: &BTreeMap<String, String>,
 ) -> Result<(), ShardError> {
     let mut by_name: HashMap<String, NamedTensor> = tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
     let mut params = Vec::new();
@@ -40,33 +46,62 @@ pub fn export_hugging_face(
     write_atomic(&folder.join("tokenizer.json"), tokenizer.to_json().as_bytes())?;
     let tokenizer_config =
         serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions });
-    write_atomic(&folder.join("tokenizer_config.json"), format!("{tokenizer_config:#}\n").as_bytes())?;
+    let kept = |name: &str| carried.get(name).cloned();
+    let tokenizer_config = kept("tokenizer_config.json").unwrap_or_else(|| format!("{tokenizer_config:#}\n"));
+    write_atomic(&folder.join("tokenizer_config.json"), tokenizer_config.as_bytes())?;
+    for name in ["special_tokens_map.json", "generation_config.json"] {
+        if let Some(text) = kept(name) {
+            write_atomic(&folder.join(name), text.as_bytes())?;
+        }
+    }
     // config.json last: a folder without it is not taken for a model.
-    write_atomic(&folder.join("config.json"), format!("{:#}\n", config_json(config)).as_bytes())
+    let config = config_json(config, carried.get("config.json").map(String::as_str), tokenizer);
+    write_atomic(&folder.join("config.json"), format!("{config:#}\n").as_bytes())
 }
 
-fn config_json(config: &Gpt2Config) -> serde_json::Value {
-    serde_json::json!({
+/// The config of the directory that the model came from, with what training may have changed; a new one if it came
+/// from none.
+fn config_json(config: &Gpt2Config, source: Option<&str>, tokenizer: &Tokenizer) -> Value {
+    let source = source.and_then(|text| serde_json::from_str(text.trim_start_matches('\u{feff}')).ok());
+    let (mut keys, dtype) = match source {
+        Some(Value::Object(keys)) => {
+            let dtype = if keys.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+            (keys, dtype)
+        }
+        _ => (new_config(config, tokenizer), "torch_dtype"),
+    };
+    let sizes = serde_json::json!({
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new",
         "vocab_size": config.vocab_size,
         "n_positions": config.n_positions,
-        "n_ctx": config.n_positions,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-        "n_inner": null,
         "layer_norm_epsilon": config.layer_norm_epsilon,
+        dtype: "float32"
+    });
+    if let Value::Object(sizes) = sizes {
+        keys.extend(sizes);
+    }
+    Value::Object(keys)
+}
+
+fn new_config(config: &Gpt2Config, tokenizer: &Tokenizer) -> serde_json::Map<String, Value> {
+    let id = |names: &[&str]| names.iter().find_map(|name| tokenizer.special_id(name));
+    let keys = serde_json::json!({
+        "activation_function": "gelu_new",
+        "n_ctx": config.n_positions,
+        "n_inner": null,
         "embd_pdrop": config.dropout,
         "attn_pdrop": 0.0,
         "resid_pdrop": config.dropout,
         "scale_attn_weights": true,
         "tie_word_embeddings": true,
-        "bos_token_id": null,
-        "eos_token_id": null,
-        "torch_dtype": "float32"
-    })
+        "bos_token_id": id(&BEGIN),
+        "eos_token_id": id(&END)
+    });
+    if let Value::Object(keys) = keys { keys } else { serde_json::Map::new() }
 }
 
 /// Writes to a temporary name, syncs, renames.
@@ -78,4 +113,55 @@ fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), ShardError> {
     let mut file = File::create(&temporary).map_err(io)?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io)?;
     std::fs::rename(&temporary, path).map_err(io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Gpt2Config {
+        Gpt2Config {
+            vocab_size: 256,
+            n_positions: 8,
+            n_embd: 4,
+            n_layer: 1,
+            n_head: 2,
+            layer_norm_epsilon: 1e-5,
+            dropout: 0.0,
+        }
+    }
+
+    #[test]
+    fn a_config_keeps_what_training_did_not_change() {
+        let source = "\u{feff}{\"model_type\":\"gpt2\",\"n_positions\":99,\"bos_token_id\":0,\"eos_token_id\":3,\
+                      \"attn_pdrop\":0.1,\"dtype\":\"bfloat16\",\"custom\":\"kept\"}";
+        let written = config_json(&config(), Some(source), &Tokenizer::Bytes);
+        for (key, value) in [
+            ("bos_token_id", Value::from(0)),
+            ("eos_token_id", 3.into()),
+            ("attn_pdrop", 0.1.into()),
+            ("custom", "kept".into()),
+            ("n_positions", 8.into()),
+            ("dtype", "float32".into()),
+        ] {
+            assert_eq!(written[key], value, "{key}");
+        }
+        assert!(written.get("torch_dtype").is_none());
+        assert!(Gpt2Config::from_json(&written.to_string()).is_ok());
+    }
+
+    #[test]
+    fn a_new_config_has_the_tokenizers_end_of_text() {
+        let mut keys: Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+        keys["added_tokens"] = serde_json::json!([{
+            "id": 256, "content": "<|endoftext|>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true
+        }]);
+        let tokenizer = Tokenizer::from_json(keys.to_string(), "tok.json").unwrap();
+        let written = config_json(&config(), None, &tokenizer);
+        assert_eq!((&written["bos_token_id"], &written["eos_token_id"]), (&256.into(), &256.into()));
+        let written = config_json(&config(), None, &Tokenizer::Bytes);
+        assert_eq!((&written["eos_token_id"], &written["torch_dtype"]), (&Value::Null, &"float32".into()));
+        assert!(Gpt2Config::from_json(&written.to_string()).is_ok());
+    }
 }

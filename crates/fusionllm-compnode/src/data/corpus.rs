@@ -1,59 +1,160 @@
 //! The text of a job, as tokens: a training split, and a held-out split at the end of every file.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
 
-use fusionllm_protocol::{DataReport, DataSpec};
+use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
 
 use super::Tokenizer;
+use super::files::{Content, LeftOut, read, shown, text_files};
+use super::tokenizer::Coverage;
 use crate::DataError;
 
-/// Folders that hold no text worth learning, even where no ignore file says so.
-const SKIPPED_FOLDERS: [&str; 3] = ["target", "node_modules", "runs"];
+/// A larger share of characters without a token is a mistake, not a stray sign.
+const MOST_LOST: f64 = 1e-3;
+/// A larger share of unknown tokens likewise.
+const MOST_UNKNOWN: f64 = 0.5;
+/// Files that are remembered one by one, and the bytes that their names may have.
+const REMEMBERED: (usize, usize) = (1000, 200_000);
+/// Sentences that a report has at most.
+const MOST_NOTES: usize = 24;
 
 /// The tokens of all files.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Corpus {
     train: Vec<i32>,
     eval: Vec<i32>,
-    files: u64,
-    bytes: u64,
+    coverage: Coverage,
+    files: Vec<FileFingerprint>,
+    tokenizer: TokenizerFingerprint,
+    trained_entries: usize,
+    notes: Vec<String>,
 }
 
 impl Corpus {
     /// Reads all files and folders of `spec.path`, in the order of their names. In folders, files that are hidden,
-    /// ignored by a `.gitignore`, or not UTF-8 are passed over. The last `eval_fraction` of each file is held out.
+    /// ignored by a `.gitignore`, not UTF-8 or links are passed over, which the report says. The last `eval_fraction`
+    /// of each file is held out.
     ///
     /// # Errors
-    /// [`DataError`] if there is too little text or something cannot be read.
+    /// [`DataError`] if there is too little text, something cannot be read, or the tokenizer drops much of it.
     pub fn read(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Self, DataError> {
-        let mut corpus = Self { train: Vec::new(), eval: Vec::new(), files: 0, bytes: 0 };
-        for file in text_files(&spec.path)? {
-            let Some(text) = read_text(&file, spec.path.contains(&file))? else { continue };
-            corpus.push(&text, spec.eval_fraction, tokenizer)?;
+        let mut corpus = Self {
+            train: Vec::new(),
+            eval: Vec::new(),
+            coverage: Coverage::default(),
+            files: Vec::new(),
+            tokenizer: tokenizer.fingerprint(),
+            trained_entries: tokenizer.trained_entries(),
+            notes: Vec::new(),
+        };
+        let mut left_out = LeftOut::new(spec.private);
+        let mut marks = 0;
+        for file in text_files(&spec.path, &mut left_out)? {
+            match read(&file.path)? {
+                Content::Text(text, _) if text.is_empty() => left_out.add("empty", &file.name),
+                Content::Text(text, mark) => {
+                    marks += usize::from(mark);
+                    corpus.push(shown(&file.name, spec.private), &text, spec.eval_fraction, tokenizer)?;
+                }
+                Content::Other(_, reason) if file.named => return Err(DataError::Path { path: file.path, reason }),
+                Content::Other(reason, _) => left_out.add(reason, &file.name),
+            }
         }
-        if corpus.bytes == 0 {
-            let paths: Vec<String> = spec.path.iter().map(|p| p.display().to_string()).collect();
-            return Err(DataError::NoText { paths: paths.join(", ") });
+        let left_out = left_out.notes();
+        if corpus.files.is_empty() {
+            let mut paths: Vec<String> = spec.path.iter().map(|p| p.display().to_string()).collect();
+            paths.extend(left_out);
+            return Err(DataError::NoText { paths: paths.join("; ") });
         }
+        corpus.check_tokens(tokenizer)?;
         let needed = spec.seq_len + 1;
         for (split, tokens) in [("training", corpus.train.len()), ("evaluation", corpus.eval.len())] {
             if tokens < needed {
                 return Err(DataError::TooShort { split, tokens, needed });
             }
         }
+        corpus.notes = corpus.notes(tokenizer, left_out, marks);
         Ok(corpus)
     }
 
-    fn push(&mut self, text: &str, eval_fraction: f64, tokenizer: &Tokenizer) -> Result<(), DataError> {
+    fn push(&mut self, name: String, text: &str, eval_fraction: f64, tokenizer: &Tokenizer) -> Result<(), DataError> {
         let held_out = (text.len() as f64 * eval_fraction).ceil() as usize;
         let cut = text.floor_char_boundary(text.len().saturating_sub(held_out));
         let (train, eval) = text.split_at(cut);
         self.train.extend(tokenizer.encode(train)?);
         self.eval.extend(tokenizer.encode(eval)?);
-        self.files += 1;
-        self.bytes += text.len() as u64;
+        for part in [train, eval] {
+            self.coverage.add(&tokenizer.coverage(part)?);
+        }
+        let hash = content_hash(text.as_bytes());
+        self.files.push(FileFingerprint { name, bytes: text.len() as u64, train_bytes: cut as u64, hash });
         Ok(())
+    }
+
+    /// Refuses a tokenizer that does not fit the text.
+    fn check_tokens(&self, tokenizer: &Tokenizer) -> Result<(), DataError> {
+        let (lost, chars) = (self.coverage.lost(), self.coverage.chars);
+        if lost as f64 > MOST_LOST * chars as f64 {
+            let (tokenizer, named) = (tokenizer.name().to_owned(), self.coverage.named());
+            return Err(DataError::Dropped { tokenizer, lost, chars, named });
+        }
+        let (unknown, tokens) = (self.unknown_tokens(tokenizer), self.train.len() + self.eval.len());
+        if unknown as f64 > MOST_UNKNOWN * tokens as f64 {
+            return Err(DataError::Unknown { tokenizer: tokenizer.name().to_owned(), unknown, tokens });
+        }
+        Ok(())
+    }
+
+    fn unknown_tokens(&self, tokenizer: &Tokenizer) -> usize {
+        let Some(unknown) = tokenizer.unknown() else { return 0 };
+        self.train.iter().chain(&self.eval).filter(|&&token| token == unknown).count()
+    }
+
+    /// What the user must know.
+    fn notes(&self, tokenizer: &Tokenizer, left_out: Vec<String>, marks: usize) -> Vec<String> {
+        let mut notes = vec![format!("tokenizer: {} ({} entries)", tokenizer.name(), tokenizer.entries())];
+        if !tokenizer.passed_over().is_empty() {
+            let settings = tokenizer.passed_over().join(", ");
+            notes.push(format!("the tokenizer's {settings}: passed over, a corpus is read whole"));
+        }
+        let Coverage { chars, spaces, .. } = self.coverage;
+        if self.coverage.lost() > 0 {
+            let (lost, named) = (self.coverage.lost(), self.coverage.named());
+            notes.push(format!(
+                "the tokenizer has no token for {lost} of {chars} characters, they are left out: {named}"
+            ));
+        }
+        if spaces > 0 {
+            notes.push(format!(
+                "the tokenizer gives no token for {spaces} white space characters of {chars} characters"
+            ));
+        }
+        let unknown = self.unknown_tokens(tokenizer);
+        if unknown > 0 {
+            let tokens = self.train.len() + self.eval.len();
+            notes.push(format!("{unknown} of {tokens} tokens are the one for what the tokenizer does not know"));
+        }
+        if marks > 0 {
+            notes.push(format!("the byte order mark at the start of {marks} files is left out"));
+        }
+        notes.extend(self.copies());
+        notes.extend(left_out);
+        notes.truncate(MOST_NOTES);
+        notes
+    }
+
+    /// Files with one content, which count twice.
+    fn copies(&self) -> Option<String> {
+        let mut first: BTreeMap<(&str, u64), &str> = BTreeMap::new();
+        let mut copies = Vec::new();
+        for file in &self.files {
+            match first.get(&(file.hash.as_str(), file.bytes)) {
+                Some(original) => copies.push(format!("`{}` is `{original}` again", file.name)),
+                None => drop(first.insert((&file.hash, file.bytes), &file.name)),
+            }
+        }
+        let more = if copies.len() > 1 { format!(" (and {} more)", copies.len() - 1) } else { String::new() };
+        copies.first().map(|copy| format!("{copy}{more}, by its content: it is trained on twice"))
     }
 
     /// Tokens to train on.
@@ -66,16 +167,34 @@ impl Corpus {
         &self.eval
     }
 
-    /// Holds every token against the vocabulary.
+    /// Holds the tokenizer and every token against the model's vocabulary. `can_grow` says whether the job may choose
+    /// the vocabulary, which it may not of a model that it names by path. Says what must be known otherwise.
     ///
     /// # Errors
     /// [`DataError::Vocabulary`] with the largest id.
-    pub fn check_vocabulary(&self, vocab: usize) -> Result<(), DataError> {
-        let largest = self.train.iter().chain(&self.eval).copied().max().unwrap_or(0);
-        match usize::try_from(largest) {
-            Ok(id) if id >= vocab => Err(DataError::Vocabulary { id, vocab, needed: id + 1 }),
-            _ => Ok(()),
+    pub fn check_vocabulary(&self, vocab: usize, can_grow: bool) -> Result<Option<String>, DataError> {
+        let tokens = self.train.iter().chain(&self.eval);
+        let largest = tokens.filter_map(|&id| usize::try_from(id).ok()).max().unwrap_or(0);
+        let id = largest.max(self.trained_entries.saturating_sub(1));
+        if id >= vocab {
+            let tokenizer = self.tokenizer.name.clone();
+            let hint = if can_grow {
+                format!("set model.vocab_size to at least {}", id + 1)
+            } else {
+                "give in data.tokenizer the tokenizer that the model was made with".to_owned()
+            };
+            return Err(DataError::Vocabulary { tokenizer, id, vocab, hint });
         }
+        let entries = usize::try_from(self.tokenizer.entries).unwrap_or(usize::MAX);
+        Ok(match entries.cmp(&vocab) {
+            std::cmp::Ordering::Equal => None,
+            std::cmp::Ordering::Less => Some(format!(
+                "the tokenizer has {entries} entries, the model's vocabulary {vocab}: ids from {entries} on never come"
+            )),
+            std::cmp::Ordering::Greater => Some(format!(
+                "the tokenizer has {entries} entries, more than the model's vocabulary of {vocab}; the text uses none of those beyond"
+            )),
+        })
     }
 
     /// Counts, and the loss of a unigram model of the training split (add-one smoothed) on the held-out tokens.
@@ -91,49 +210,33 @@ impl Corpus {
         let sum: f64 = self.eval.iter().filter_map(nats).sum();
         let tokens = (self.train.len() + self.eval.len()) as f64;
         DataReport {
-            files: self.files,
+            files: self.files.len() as u64,
             train_tokens: self.train.len() as u64,
             eval_tokens: self.eval.len() as u64,
-            bytes_per_token: self.bytes as f64 / tokens,
+            bytes_per_token: self.coverage.covered_bytes as f64 / tokens,
             unigram_loss: sum / self.eval.len() as f64,
-            notes: Vec::new(),
+            notes: self.notes.clone(),
+            fingerprint: Some(self.fingerprint()),
         }
     }
-}
 
-/// All files below the paths, each once, sorted.
-fn text_files(paths: &[PathBuf]) -> Result<BTreeSet<PathBuf>, DataError> {
-    let mut files = BTreeSet::new();
-    for path in paths {
-        let fail = |reason: String| DataError::Path { path: path.clone(), reason };
-        let kind = std::fs::metadata(path).map_err(|e| fail(e.to_string()))?;
-        if kind.is_file() {
-            files.insert(path.clone());
-            continue;
+    fn fingerprint(&self) -> DataFingerprint {
+        let mut all = Vec::new();
+        for file in &self.files {
+            all.extend_from_slice(format!("{} {} {}\n", file.bytes, file.train_bytes, file.hash).as_bytes());
         }
-        let wanted = |entry: &ignore::DirEntry| {
-            let is_folder = entry.file_type().is_some_and(|t| t.is_dir());
-            !(is_folder && entry.file_name().to_str().is_some_and(|n| SKIPPED_FOLDERS.contains(&n)))
+        let (most, mut room) = REMEMBERED;
+        let fits = |file: &&FileFingerprint| {
+            room = room.saturating_sub(file.name.len());
+            room > 0
         };
-        let walk = ignore::WalkBuilder::new(path).require_git(false).filter_entry(wanted).build();
-        for entry in walk {
-            let entry = entry.map_err(|e| fail(e.to_string()))?;
-            if entry.file_type().is_some_and(|t| t.is_file()) {
-                files.insert(entry.into_path());
-            }
+        DataFingerprint {
+            files: self.files.iter().take(most).take_while(fits).cloned().collect(),
+            count: self.files.len() as u64,
+            bytes: self.files.iter().map(|file| file.bytes).sum(),
+            hash: content_hash(&all),
+            tokenizer: self.tokenizer.clone(),
         }
-    }
-    Ok(files)
-}
-
-/// The text of a file; nothing if it is not UTF-8, unless it was `named` by the user.
-fn read_text(path: &Path, named: bool) -> Result<Option<String>, DataError> {
-    let fail = |reason: String| DataError::Path { path: path.to_owned(), reason };
-    let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
-    match String::from_utf8(bytes) {
-        Ok(text) if !text.contains('\0') => Ok(Some(text)),
-        Ok(_) | Err(_) if named => Err(fail("not UTF-8 text".to_owned())),
-        Ok(_) | Err(_) => Ok(None),
     }
 }
 

@@ -1,8 +1,20 @@
 //! Text as token ids: bytes, or a Hugging Face tokenizer.
 
+mod coverage;
+
 use std::path::Path;
 
+use fusionllm_protocol::{DataSpec, TokenizerFingerprint, content_hash};
+use serde_json::Value;
+use tokenizers::models::ModelWrapper;
+use tokenizers::processors::PostProcessorWrapper;
+use tokenizers::{Model, PostProcessor};
+
 use crate::DataError;
+pub(crate) use coverage::Coverage;
+
+/// Where the tokenizer of a model's directory is said to lie.
+const OF_MODEL: &str = "tokenizer.json of model.path";
 
 /// How text becomes token ids.
 #[derive(Clone, Debug)]
@@ -10,7 +22,23 @@ pub enum Tokenizer {
     /// Each UTF-8 byte is a token: a vocabulary of 256 and nothing to download.
     Bytes,
     /// A `tokenizer.json` of Hugging Face.
-    HuggingFace(Box<tokenizers::Tokenizer>),
+    HuggingFace(Box<FileTokenizer>),
+}
+
+/// A `tokenizer.json`, ready to read a corpus.
+#[derive(Clone, Debug)]
+pub struct FileTokenizer {
+    /// Without what is meant for single inputs of a model: truncation, padding, special tokens around the text, and
+    /// merges left out at random.
+    inner: tokenizers::Tokenizer,
+    /// The file as it was read.
+    source: String,
+    name: String,
+    passed_over: Vec<String>,
+    /// Id of the token that stands for what is not known.
+    unknown: Option<i32>,
+    /// Whether every byte of any text becomes tokens.
+    keeps_everything: bool,
 }
 
 impl Tokenizer {
@@ -19,20 +47,47 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`] if the file cannot be read.
     pub fn open(name: &str) -> Result<Self, DataError> {
-        if name == "bytes" {
+        if name == DataSpec::BYTES {
             return Ok(Self::Bytes);
         }
+        let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
         if !Path::new(name).is_file() {
-            let reason = "no such file".to_owned();
-            return Err(DataError::Tokenizer { path: name.to_owned(), reason });
+            return Err(fail("no such file".to_owned()));
         }
-        match tokenizers::Tokenizer::from_file(name) {
-            Ok(tokenizer) => Ok(Self::HuggingFace(Box::new(tokenizer))),
-            Err(e) => Err(DataError::Tokenizer { path: name.to_owned(), reason: e.to_string() }),
+        let source = std::fs::read_to_string(name).map_err(|e| fail(e.to_string()))?;
+        Self::from_json(source, name)
+    }
+
+    /// The tokenizer of a job. `of_model` is the content of the tokenizer.json in the model's directory, if it has one;
+    /// an OP-DAG file has none and takes bytes.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if the file cannot be read.
+    pub fn of_job(spec: &DataSpec, of_model: Option<&str>) -> Result<Self, DataError> {
+        match of_model {
+            Some(source) if spec.tokenizer == DataSpec::MODEL => Self::from_json(source.to_owned(), OF_MODEL),
+            None if spec.tokenizer == DataSpec::MODEL => Ok(Self::Bytes),
+            _ => Self::open(&spec.tokenizer),
         }
     }
 
-    /// Token ids of a text.
+    /// A `tokenizer.json`, by its content; `name` says in messages where it lies.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if it is none.
+    pub fn from_json(source: String, name: &str) -> Result<Self, DataError> {
+        let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
+        let text = source.trim_start_matches('\u{feff}');
+        let keys: Value = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
+        let mut inner: tokenizers::Tokenizer = text.parse().map_err(|e| fail(format!("{e}")))?;
+        let passed_over = for_a_corpus(&mut inner).map_err(|e| fail(e.to_string()))?;
+        let keeps_everything = keeps_everything(&inner, &keys);
+        let unknown = unknown_token(&inner, &keys);
+        let name = name.to_owned();
+        Ok(Self::HuggingFace(Box::new(FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything })))
+    }
+
+    /// Token ids of a text, all of it, without special tokens around it.
     ///
     /// # Errors
     /// [`DataError::Tokenizer`] if the tokenizer refuses it.
@@ -40,12 +95,31 @@ impl Tokenizer {
         match self {
             Self::Bytes => Ok(text.bytes().map(i32::from).collect()),
             Self::HuggingFace(tokenizer) => {
-                let fail = |reason: String| DataError::Tokenizer { path: "tokenizer.json".to_owned(), reason };
-                let encoding = tokenizer.encode_fast(text, false).map_err(|e| fail(e.to_string()))?;
-                let id = |&id: &u32| i32::try_from(id).map_err(|_| fail(format!("token id {id} is out of range")));
+                let encoding = tokenizer.inner.encode_fast(text, false).map_err(|e| tokenizer.fail(e.to_string()))?;
+                let id =
+                    |&id: &u32| i32::try_from(id).map_err(|_| tokenizer.fail(format!("token id {id} is out of range")));
                 encoding.get_ids().iter().map(id).collect()
             }
         }
+    }
+
+    /// What of a text gives no token.
+    pub(crate) fn coverage(&self, text: &str) -> Result<Coverage, DataError> {
+        match self {
+            Self::HuggingFace(tokenizer) if !tokenizer.keeps_everything => {
+                coverage::count(&tokenizer.inner, text).map_err(|e| tokenizer.fail(e.to_string()))
+            }
+            Self::Bytes | Self::HuggingFace(_) => Ok(Coverage::whole(text)),
+        }
+    }
+
+    /// The characters of a text that give no token, for a message; nothing if all do.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if the tokenizer refuses the text.
+    pub fn dropped(&self, text: &str) -> Result<Option<String>, DataError> {
+        let coverage = self.coverage(text)?;
+        Ok((coverage.lost() > 0).then(|| coverage.named()))
     }
 
     /// The text of token ids; what is not valid UTF-8 becomes U+FFFD.
@@ -57,18 +131,140 @@ impl Tokenizer {
             }
             Self::HuggingFace(tokenizer) => {
                 let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
-                tokenizer.decode(&ids, false).unwrap_or_default()
+                tokenizer.inner.decode(&ids, false).unwrap_or_default()
             }
         }
     }
 
-    /// The tokenizer as a `tokenizer.json`. For bytes: a byte-level BPE without merges, whose ids are the bytes.
+    /// The tokenizer as a `tokenizer.json`: the file as it was. For bytes: a byte-level BPE without merges, whose ids
+    /// are the bytes.
     pub fn to_json(&self) -> String {
         match self {
             Self::Bytes => bytes_json(),
-            Self::HuggingFace(tokenizer) => tokenizer.to_string(true).unwrap_or_default(),
+            Self::HuggingFace(tokenizer) => tokenizer.source.clone(),
         }
     }
+
+    /// `bytes`, or where its file lies.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Bytes => DataSpec::BYTES,
+            Self::HuggingFace(tokenizer) => &tokenizer.name,
+        }
+    }
+
+    /// Entries of a vocabulary that has room for every id, added tokens included.
+    pub fn entries(&self) -> usize {
+        match self {
+            Self::Bytes => 256,
+            Self::HuggingFace(tokenizer) => {
+                let added = tokenizer.inner.get_added_tokens_decoder().keys().max().map_or(0, |&id| id as usize + 1);
+                added.max(tokenizer.trained_entries())
+            }
+        }
+    }
+
+    /// The same without what a text need not hold: added tokens, and bytes that are none of its characters.
+    pub(crate) fn trained_entries(&self) -> usize {
+        match self {
+            Self::Bytes => 0,
+            Self::HuggingFace(tokenizer) => tokenizer.trained_entries(),
+        }
+    }
+
+    /// Id of the token that stands for what is not known.
+    pub(crate) fn unknown(&self) -> Option<i32> {
+        match self {
+            Self::Bytes => None,
+            Self::HuggingFace(tokenizer) => tokenizer.unknown,
+        }
+    }
+
+    /// Id of a token that is special by the file, such as the end of a text.
+    pub(crate) fn special_id(&self, token: &str) -> Option<u32> {
+        let Self::HuggingFace(tokenizer) = self else { return None };
+        let id = tokenizer.inner.token_to_id(token)?;
+        tokenizer.inner.get_added_tokens_decoder().get(&id).filter(|token| token.special).map(|_| id)
+    }
+
+    /// What of the file does not touch a corpus, as sentences.
+    pub(crate) fn passed_over(&self) -> &[String] {
+        match self {
+            Self::Bytes => &[],
+            Self::HuggingFace(tokenizer) => &tokenizer.passed_over,
+        }
+    }
+
+    /// What a later start is held against.
+    pub fn fingerprint(&self) -> TokenizerFingerprint {
+        let hash = match self {
+            Self::Bytes => content_hash(DataSpec::BYTES.as_bytes()),
+            Self::HuggingFace(tokenizer) => content_hash(tokenizer.source.as_bytes()),
+        };
+        TokenizerFingerprint { name: self.name().to_owned(), entries: self.entries() as u64, hash }
+    }
+}
+
+impl FileTokenizer {
+    fn fail(&self, reason: String) -> DataError {
+        DataError::Tokenizer { path: self.name.clone(), reason }
+    }
+
+    fn trained_entries(&self) -> usize {
+        self.inner.get_vocab(false).values().max().map_or(0, |&id| id as usize + 1)
+    }
+}
+
+/// Takes away what is meant for single inputs, and says what that was.
+fn for_a_corpus(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<Vec<String>> {
+    let mut passed_over = Vec::new();
+    if let Some(truncation) = tokenizer.get_truncation() {
+        passed_over.push(format!("truncation to {} tokens", truncation.max_length));
+        tokenizer.with_truncation(None)?;
+    }
+    if tokenizer.get_padding().is_some() {
+        passed_over.push("padding".to_owned());
+        tokenizer.with_padding(None);
+    }
+    let added = tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+    if added > 0 {
+        passed_over.push(format!("{added} special tokens around each text (post_processor)"));
+    }
+    tokenizer.with_post_processor(None::<PostProcessorWrapper>);
+    if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
+        && let Some(share) = bpe.dropout.filter(|&share| share > 0.0)
+    {
+        passed_over.push(format!("dropout of merges ({share})"));
+        let mut bpe = bpe.clone();
+        bpe.dropout = None;
+        tokenizer.with_model(bpe);
+    }
+    Ok(passed_over)
+}
+
+/// Whether no character of any text can be dropped: byte-level, with a token for each byte, and nothing that takes text
+/// away before.
+fn keeps_everything(tokenizer: &tokenizers::Tokenizer, keys: &Value) -> bool {
+    let ModelWrapper::BPE(bpe) = tokenizer.get_model() else { return false };
+    let steps = match keys.pointer("/pre_tokenizer/pretokenizers").and_then(Value::as_array) {
+        Some(steps) => steps.clone(),
+        None => keys.get("pre_tokenizer").cloned().into_iter().collect(),
+    };
+    let kind = |step: &Value| step.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let removes = |step: &Value| step.get("behavior").and_then(Value::as_str) == Some("Removed");
+    let keeps = |step: &Value| ["ByteLevel", "Split", "Digits"].contains(&kind(step).as_str()) && !removes(step);
+    tokenizer.get_normalizer().is_none()
+        && steps.iter().all(keeps)
+        && steps.iter().any(|step| kind(step) == "ByteLevel")
+        && bpe.continuing_subword_prefix.is_none()
+        && bpe.end_of_word_suffix.is_none()
+        && byte_characters().iter().all(|c| bpe.token_to_id(&c.to_string()).is_some())
+}
+
+fn unknown_token(tokenizer: &tokenizers::Tokenizer, keys: &Value) -> Option<i32> {
+    let named = keys.pointer("/model/unk_token").and_then(Value::as_str).and_then(|token| tokenizer.token_to_id(token));
+    let numbered = keys.pointer("/model/unk_id").and_then(Value::as_u64);
+    i32::try_from(numbered.or(named.map(u64::from))?).ok()
 }
 
 fn bytes_json() -> String {
@@ -134,6 +330,50 @@ mod tests {
         let exported = Tokenizer::open(path.to_str().unwrap()).unwrap();
         assert_eq!(exported.encode(TEXT).unwrap(), Tokenizer::Bytes.encode(TEXT).unwrap());
         assert_eq!(exported.decode(&exported.encode(TEXT).unwrap()), TEXT);
+    }
+
+    #[test]
+    fn what_a_tokenizer_does_to_single_inputs_does_not_touch_a_corpus() {
+        let plain = Tokenizer::Bytes.to_json();
+        let mut keys: Value = serde_json::from_str(&plain).unwrap();
+        keys["truncation"] =
+            serde_json::json!({ "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0 });
+        keys["padding"] = serde_json::json!({
+            "strategy": { "Fixed": 99 }, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "x"
+        });
+        keys["post_processor"] = serde_json::json!({
+            "type": "BertProcessing", "sep": ["a", 97], "cls": ["b", 98]
+        });
+        keys["model"]["dropout"] = serde_json::json!(0.5);
+        let source = keys.to_string();
+        let tokenizer = Tokenizer::from_json(format!("\u{feff}{source}"), "tok.json").unwrap();
+        let (ids, expected) = (tokenizer.encode(TEXT).unwrap(), Tokenizer::Bytes.encode(TEXT).unwrap());
+        assert_eq!(ids, expected);
+        let said = [
+            "truncation to 3 tokens",
+            "padding",
+            "2 special tokens around each text (post_processor)",
+            "dropout of merges (0.5)",
+        ];
+        assert_eq!(tokenizer.passed_over(), said);
+        // It goes on as it was.
+        assert_eq!(tokenizer.to_json(), format!("\u{feff}{source}"));
+        assert_eq!((tokenizer.entries(), tokenizer.trained_entries()), (256, 256));
+        assert_eq!(tokenizer.dropped("größe").unwrap(), None);
+    }
+
+    #[test]
+    fn a_job_takes_the_models_tokenizer_if_it_says_so() {
+        let mut spec = fusionllm_protocol::JobSpec::from_toml("[model]\npath = \"m\"\n[data]\npath = \"x\"\n", &[]);
+        let spec = &mut spec.as_mut().unwrap().data;
+        let source = Tokenizer::Bytes.to_json();
+        let tokenizer = Tokenizer::of_job(spec, Some(&source)).unwrap();
+        assert_eq!(tokenizer.name(), "tokenizer.json of model.path");
+        assert_eq!(Tokenizer::of_job(spec, None).unwrap().name(), "bytes");
+        spec.tokenizer = "bytes".to_owned();
+        assert_eq!(Tokenizer::of_job(spec, Some(&source)).unwrap().name(), "bytes");
+        assert_ne!(tokenizer.fingerprint().hash, Tokenizer::Bytes.fingerprint().hash);
     }
 
     #[test]

@@ -98,12 +98,13 @@ fn open_data(assignment: &Assignment, dag: &OpDag) -> Result<OpenedData, CompNod
         return Ok((None, None));
     }
     let spec = &assignment.spec;
-    let tokenizer = Tokenizer::open(&spec.data.tokenizer)?;
+    let tokenizer = Tokenizer::of_job(&spec.data, assignment.tokenizer.as_deref())?;
     let corpus = Corpus::read(&spec.data, &tokenizer)?;
     let vocab = dag.logits().and_then(|op| dag.op(op).output.shape.resolve(1).last().copied());
     let vocab = vocab.ok_or_else(|| ExecutorError::Internal { what: "the graph has no logits".to_owned() })?;
-    corpus.check_vocabulary(vocab)?;
-    let data = corpus.report(vocab);
+    let note = corpus.check_vocabulary(vocab, spec.model.path.is_none())?;
+    let mut data = corpus.report(vocab);
+    data.notes.extend(note);
     let batches = TextBatches {
         corpus: Arc::new(corpus),
         seed: spec.train.seed,

@@ -9,11 +9,14 @@ use crate::builder::DagBuilder;
 use crate::dag::{OpDag, OpId, ParamId};
 use crate::dtype::DType;
 use crate::error::GraphError;
+use crate::json::without_byte_order_mark;
 use crate::op::{ActivationFunction, OpKind, WeightLayout};
 use crate::param::{Init, Param};
 use crate::shape::Shape;
 
 const MODEL: &str = "gpt2";
+/// What a `config.json` must say.
+const SIZES: [&str; 5] = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"];
 /// GPT-2's `initializer_range`.
 const INIT_STD: f64 = 0.02;
 /// The hidden layer of the feed-forward part is this many times D wide.
@@ -44,6 +47,22 @@ pub struct Gpt2Config {
     pub dropout: f64,
 }
 
+/// A key of `config.json` and the values with which [`gpt2`] builds the model.
+type Accepted<'a> = (&'static str, &'a [Value]);
+
+/// Holds the settings that are given against what is built.
+fn check_settings(keys: &Value, built: &[Accepted<'_>]) -> Result<(), GraphError> {
+    for &(key, accepted) in built {
+        if let Some(got) = keys.get(key)
+            && !accepted.contains(got)
+        {
+            let expected = accepted.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ");
+            return Err(GraphError::Model { model: MODEL, key, expected, got: got.to_string() });
+        }
+    }
+    Ok(())
+}
+
 fn default_epsilon() -> f64 {
     1e-5
 }
@@ -63,33 +82,41 @@ impl Gpt2Config {
         Some(Self { vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon, dropout: 0.0 })
     }
 
-    /// Reads Hugging Face's `config.json`. Keys that change nothing here are passed over.
+    /// Reads Hugging Face's `config.json`, with or without a byte order mark. Keys that change nothing here are passed
+    /// over.
     ///
     /// # Errors
     /// The text is not readable, is of another model, or asks for a variant that [`gpt2`] does not build.
     pub fn from_json(text: &str) -> Result<Self, GraphError> {
-        let unreadable = |error: serde_json::Error| GraphError::Json { reason: format!("config.json: {error}") };
+        let unreadable = |error: serde_json::Error| GraphError::Config { reason: error.to_string() };
+        let text = without_byte_order_mark(text);
         let keys: Value = serde_json::from_str(text).map_err(unreadable)?;
+        check_settings(&keys, &[("model_type", &[Value::from("gpt2")])])?;
+        if let Some(key) = SIZES.into_iter().find(|key| keys.is_object() && keys.get(key).is_none()) {
+            return Err(GraphError::Config { reason: format!("`{key}` is missing") });
+        }
         let config: Self = serde_json::from_str(text).map_err(unreadable)?;
         let gelu = [Value::from("gelu_new"), Value::from("gelu_pytorch_tanh")];
+        let off = [Value::from(false), Value::Null];
         let hidden = config.n_embd.saturating_mul(HIDDEN_FACTOR);
-        let built: [(&'static str, &[Value]); 7] = [
-            ("model_type", &[Value::from("gpt2")]),
+        let built: [Accepted<'_>; 14] = [
             ("activation_function", &gelu),
             ("n_inner", &[Value::Null, Value::from(hidden)]),
             ("tie_word_embeddings", &[Value::from(true)]),
             ("scale_attn_weights", &[Value::from(true)]),
-            ("scale_attn_by_inverse_layer_idx", &[Value::from(false)]),
-            ("add_cross_attention", &[Value::from(false)]),
+            ("scale_attn_by_inverse_layer_idx", &off),
+            ("reorder_and_upcast_attn", &off),
+            ("add_cross_attention", &off),
+            ("is_encoder_decoder", &off),
+            ("quantization_config", &[Value::Null]),
+            ("pruned_heads", &[Value::Null, Value::Object(serde_json::Map::new())]),
+            // Other names of the sizes, which must not say something else.
+            ("hidden_size", &[Value::from(config.n_embd)]),
+            ("num_hidden_layers", &[Value::from(config.n_layer)]),
+            ("num_attention_heads", &[Value::from(config.n_head)]),
+            ("max_position_embeddings", &[Value::from(config.n_positions)]),
         ];
-        for (key, accepted) in built {
-            if let Some(got) = keys.get(key)
-                && !accepted.contains(got)
-            {
-                let expected = accepted.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ");
-                return Err(GraphError::Model { model: MODEL, key, expected, got: got.to_string() });
-            }
-        }
+        check_settings(&keys, &built)?;
         Ok(config)
     }
 

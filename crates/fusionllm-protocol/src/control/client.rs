@@ -14,6 +14,8 @@ pub enum ClientRequest {
         spec: Box<JobSpec>,
         /// Stream its events until it ends.
         follow: bool,
+        /// Content of the job's tokenizer file, where the command could read it: the job's checkpoints carry it.
+        tokenizer: Option<String>,
     },
     /// What is going on.
     Status,

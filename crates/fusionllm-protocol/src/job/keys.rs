@@ -6,6 +6,7 @@ const KEYS: &[(&str, &str)] = &[
     ("", "name"),
     ("model", "name"),
     ("model", "path"),
+    ("model", "weights"),
     ("model", "vocab_size"),
     ("model", "n_positions"),
     ("model", "n_embd"),

@@ -9,7 +9,7 @@ use toml::{Table, Value};
 use super::keys::{check_keys, full_key};
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, overrides,
+    OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, overrides,
 };
 use crate::JobError;
 
@@ -21,7 +21,7 @@ impl JobSpec {
     /// [`JobError`] that names the key, what it is, and what would be right.
     pub fn from_toml(text: &str, overrides: &[String]) -> Result<Self, JobError> {
         let syntax = |e: toml::de::Error| JobError::Syntax { reason: one_line(&e.to_string()) };
-        let mut table: Table = text.parse().map_err(syntax)?;
+        let mut table: Table = text.trim_start_matches('\u{feff}').parse().map_err(syntax)?;
         for given in overrides {
             overrides::apply(&mut table, given)?;
         }
@@ -31,7 +31,7 @@ impl JobSpec {
         Ok(Self {
             name: top.text("name")?.unwrap_or_else(|| "run".to_owned()),
             model: model(&section("model"))?,
-            data: data(&section("data"))?,
+            data: data(&section("data"), section("model").get("path").is_some())?,
             train: train(&section("train"))?,
             placement: placement(&section("placement"))?,
             compression: compression(&section("compression"))?,
@@ -44,6 +44,7 @@ fn model(s: &Section<'_>) -> Result<ModelSpec, JobError> {
     let spec = ModelSpec {
         name: s.text("name")?,
         path: s.text("path")?.map(PathBuf::from),
+        weights: s.choice("weights", &[("model", WeightsChoice::Model), ("new", WeightsChoice::New)])?,
         vocab_size: s.integer("vocab_size")?,
         n_positions: s.integer("n_positions")?,
         n_embd: s.integer("n_embd")?,
@@ -57,11 +58,12 @@ fn model(s: &Section<'_>) -> Result<ModelSpec, JobError> {
     Ok(spec)
 }
 
-fn data(s: &Section<'_>) -> Result<DataSpec, JobError> {
+fn data(s: &Section<'_>, has_model_path: bool) -> Result<DataSpec, JobError> {
+    let tokenizer = if has_model_path { DataSpec::MODEL } else { DataSpec::BYTES };
     Ok(DataSpec {
         path: s.paths("path")?,
         format: s.choice("format", &[("text", DataFormat::Text)])?,
-        tokenizer: s.text("tokenizer")?.unwrap_or_else(|| "bytes".to_owned()),
+        tokenizer: s.text("tokenizer")?.unwrap_or_else(|| tokenizer.to_owned()),
         seq_len: s.integer("seq_len")?.unwrap_or(128),
         private: s.flag("private")?,
         owner: s.text("owner")?,
@@ -173,6 +175,10 @@ impl<'a> Section<'a> {
     fn text(&self, key: &str) -> Result<Option<String>, JobError> {
         match self.get(key) {
             None => Ok(None),
+            // As from an unset variable; as a path it would be the job file's folder.
+            Some(Value::String(text)) if text.trim().is_empty() => {
+                Err(self.value(key, "is empty, expected a value; leave the key out for its default".to_owned()))
+            }
             Some(Value::String(text)) => Ok(Some(text.clone())),
             Some(other) => Err(self.wrong_type(key, other, "a string")),
         }
@@ -230,6 +236,9 @@ impl<'a> Section<'a> {
             }
             Some(other) => return Err(self.wrong_type(key, other, EXPECTED)),
         };
+        if strings.iter().any(|path| path.trim().is_empty()) {
+            return Err(self.value(key, format!("is empty, expected {EXPECTED}")));
+        }
         Ok(strings.into_iter().map(PathBuf::from).collect())
     }
 

@@ -39,6 +39,7 @@ fn every_key_can_be_set() {
 name = "all"
 [model]
 name = "gpt2-medium"
+weights = "new"
 vocab_size = 300
 n_positions = 64
 n_embd = 32
@@ -106,6 +107,37 @@ to = "kept"
     let known = job_keys().iter().map(|&(s, k)| (s.to_owned(), k.to_owned())).collect();
     assert_eq!(serialised, known);
     assert!(job_keys().iter().all(|(section, key)| text.contains(&format!("[{section}]")) || text.contains(key)));
+}
+
+#[test]
+fn an_empty_value_is_not_a_path() {
+    let empty = "is empty, expected a value; leave the key out for its default";
+    for key in ["data.tokenizer", "data.owner", "checkpoint.to", "placement.cluster", "name"] {
+        check_error(&[&format!("{key}=")], &format!("`{key}`: {empty}"));
+        check_error(&[&format!("{key}=\" \"")], &format!("`{key}`: {empty}"));
+    }
+    let model = read("[model]\npath = \"\"\n[data]\npath = \"text\"\n", &[]).unwrap_err().to_string();
+    assert_eq!(model, format!("`model.path`: {empty}"));
+    let expected = "`data.path`: is empty, expected the path of a file or folder, or a list of paths";
+    check_error(&["data.path="], expected);
+    check_error(&["data.path=[\"a\", \"\"]"], expected);
+    // Before paths are made absolute, and for whoever makes a job without a file.
+    let mut spec = read(LEAST, &[]).unwrap();
+    spec.checkpoint.to = Some(std::path::PathBuf::new());
+    assert_eq!(spec.validate().unwrap_err().to_string(), "`checkpoint.to`: is empty, expected a path");
+}
+
+#[test]
+fn a_model_by_path_brings_its_tokenizer() {
+    let by_path = "[model]\npath = \"folder\"\n[data]\npath = \"text\"\n";
+    let mut spec = read(by_path, &[]).unwrap();
+    assert_eq!((spec.data.tokenizer.as_str(), spec.model.weights), (DataSpec::MODEL, WeightsChoice::Model));
+    spec.resolve_paths(Path::new("/jobs"));
+    assert_eq!((spec.data.tokenizer.as_str(), spec.data.tokenizer_file()), (DataSpec::MODEL, None));
+    assert_eq!(read(by_path, &["data.tokenizer=bytes"]).unwrap().data.tokenizer, DataSpec::BYTES);
+    let error = read(LEAST, &["data.tokenizer=model"]).unwrap_err().to_string();
+    assert!(error.contains("model.name has no tokenizer"), "{error}");
+    check_error(&["model.weights=old"], "`model.weights`: is `old`, expected `model` or `new`");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use fusionllm_graph::{Gpt2Config, MAX_LAYERS};
 use fusionllm_planner::{Compression, MAX_COMPNODES, Owner, PlacementSpec, PlanSpec};
 
 use super::names::{check_name, check_path};
-use super::{CompressionPolicy, CompressionSpec, JobSpec, LrSchedule, ValueFormat};
+use super::{CompressionPolicy, CompressionSpec, DataSpec, JobSpec, LrSchedule, ValueFormat};
 use crate::JobError;
 
 /// The models that are known by name.
@@ -140,7 +140,7 @@ impl JobSpec {
             let (got, least) = (config.n_positions, self.data.seq_len);
             return fail("model.n_positions", format!("is {got}, expected at least data.seq_len = {least}"));
         }
-        if self.data.tokenizer == "bytes" && config.vocab_size < BYTES_VOCAB {
+        if self.data.tokenizer == DataSpec::BYTES && config.vocab_size < BYTES_VOCAB {
             let got = config.vocab_size;
             return fail(
                 "model.vocab_size",
@@ -157,6 +157,21 @@ impl JobSpec {
         }
         if d.tokenizer.is_empty() {
             return fail("data.tokenizer", "is empty, expected `bytes` or the path of a tokenizer.json".to_owned());
+        }
+        if d.tokenizer == DataSpec::MODEL && self.model.path.is_none() {
+            let reason =
+                "is `model`, but model.name has no tokenizer: expected `bytes` or the path of a tokenizer.json";
+            return fail("data.tokenizer", reason.to_owned());
+        }
+        let folders = [
+            ("model.path", &self.model.path),
+            ("checkpoint.to", &self.checkpoint.to),
+            ("placement.cluster", &self.placement.cluster),
+        ];
+        for (key, path) in folders {
+            if path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+                return fail(key, "is empty, expected a path".to_owned());
+            }
         }
         if d.seq_len < 2 {
             return fail("data.seq_len", format!("is {}, expected at least 2", d.seq_len));
@@ -221,7 +236,7 @@ impl JobSpec {
         self.model.path.iter_mut().for_each(resolve);
         self.checkpoint.to.iter_mut().for_each(resolve);
         self.placement.cluster.iter_mut().for_each(resolve);
-        if self.data.tokenizer != "bytes" {
+        if self.data.tokenizer_file().is_some() {
             self.data.tokenizer = base.join(&self.data.tokenizer).to_string_lossy().into_owned();
         }
     }
@@ -231,7 +246,7 @@ impl JobSpec {
     pub fn gpt2_config(&self) -> Option<Gpt2Config> {
         let m = &self.model;
         let named = Gpt2Config::named(m.name.as_deref()?)?;
-        let vocab = if self.data.tokenizer == "bytes" { BYTES_VOCAB } else { named.vocab_size };
+        let vocab = if self.data.tokenizer == DataSpec::BYTES { BYTES_VOCAB } else { named.vocab_size };
         Some(Gpt2Config {
             vocab_size: m.vocab_size.unwrap_or(vocab),
             n_positions: m.n_positions.unwrap_or(self.data.seq_len),

@@ -17,7 +17,7 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
     if !(temperature.is_finite() && temperature >= 0.0) {
         return Err(bad_input(format!("--temperature is {temperature}, expected a number of at least 0")));
     }
-    let model = super::model::open(&args.dir)?;
+    let model = super::model::open(&args.dir, args.tokenizer.as_deref())?;
     let sampling =
         SamplingSpec { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
     let text = write(model, &args.prompt, sampling, &args.device)?;
@@ -30,7 +30,10 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
 
 /// The text with which a model continues a prompt.
 pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, device: &str) -> anyhow::Result<String> {
-    let ids = model.tokenizer.encode(prompt)?;
+    let ids = model.tokenizer.encode(prompt).map_err(bad_input)?;
+    if let Some(dropped) = model.tokenizer.dropped(prompt)? {
+        tracing::warn!("the tokenizer has no token for these characters of the prompt: {dropped}");
+    }
     let (device, _) = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
     let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;
     let written = generator.generate(&ids, sampling)?;

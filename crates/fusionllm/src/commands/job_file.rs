@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
+use fusionllm_compnode::Tokenizer;
+use fusionllm_graph::Gpt2Config;
 use fusionllm_protocol::JobSpec;
 
 use crate::exit::bad_input;
 
-/// Reads, overrides, resolves and checks a job. Relative paths in it are relative to its folder.
+/// Reads, overrides, resolves and checks a job. Relative paths in it are relative to its folder. The vocabulary is that of
+/// the tokenizer, where its file can be read here.
 pub(super) fn read(path: &Path, overrides: &[String]) -> anyhow::Result<JobSpec> {
     let fail = |reason: &dyn std::fmt::Display| bad_input(format!("{}: {reason}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
@@ -15,6 +18,16 @@ pub(super) fn read(path: &Path, overrides: &[String]) -> anyhow::Result<JobSpec>
     if let Some(folder) = absolute.parent() {
         spec.resolve_paths(folder);
     }
+    let takes_sizes = spec.model.name.as_deref().is_some_and(|name| Gpt2Config::named(name).is_some());
+    if takes_sizes && spec.model.vocab_size.is_none() && spec.data.tokenizer_file().is_some_and(Path::is_file) {
+        spec.model.vocab_size = Some(Tokenizer::open(&spec.data.tokenizer).map_err(|e| fail(&e))?.entries());
+    }
     spec.validate().map_err(|e| fail(&e))?;
     Ok(spec)
+}
+
+/// Content of the job's tokenizer file, if it can be read here. Private data's stays with its owner.
+pub(super) fn tokenizer_source(spec: &JobSpec) -> Option<String> {
+    let file = spec.data.tokenizer_file().filter(|_| !spec.data.private)?;
+    std::fs::read_to_string(file).ok()
 }

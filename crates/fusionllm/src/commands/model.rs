@@ -1,9 +1,11 @@
 //! A trained model from a checkpoint, a run directory or a Hugging Face folder.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
-use fusionllm_broker::{TensorSet, load_model_dir, open_checkpoint};
+use fusionllm_broker::{Checkpoint, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
 use fusionllm_graph::{Gpt2Config, OpDag};
 use tempfile::NamedTempFile;
@@ -16,32 +18,63 @@ pub(super) struct TrainedModel {
     pub(super) config: Option<Gpt2Config>,
     pub(super) tensors: Vec<NamedTensor>,
     pub(super) tokenizer: Tokenizer,
+    /// What else lay in the Hugging Face folder that it came from.
+    pub(super) carried: Arc<BTreeMap<String, String>>,
 }
 
-/// Reads whatever `path` is.
-pub(super) fn open(path: &Path) -> anyhow::Result<TrainedModel> {
-    if path.join("config.json").is_file() { open_hugging_face(path) } else { open_trained(path) }
+/// Reads whatever `path` is. A tokenizer that is given goes before the model's own.
+pub(super) fn open(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
+    if path.join("config.json").is_file() { open_hugging_face(path, tokenizer) } else { open_trained(path, tokenizer) }
 }
 
 /// Reads a checkpoint, or a run directory's newest one.
-pub(super) fn open_trained(path: &Path) -> anyhow::Result<TrainedModel> {
+pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
     let checkpoint = open_checkpoint(path).map_err(bad_input)?;
     let dag = checkpoint.dag().clone();
     let tensors = read_tensors(checkpoint.tensors(), &dag)?;
-    let spec = &checkpoint.manifest().job;
-    let tokenizer = Tokenizer::open(&spec.data.tokenizer).map_err(bad_input)?;
-    Ok(TrainedModel { config: Gpt2Config::of(&dag), dag, tensors, tokenizer })
+    let tokenizer = match tokenizer {
+        Some(file) => given(file)?,
+        None => trained_with(&checkpoint)?,
+    };
+    Ok(TrainedModel { config: Gpt2Config::of(&dag), dag, tensors, tokenizer, carried: Arc::default() })
 }
 
-fn open_hugging_face(path: &Path) -> anyhow::Result<TrainedModel> {
+/// The tokenizer whose file a checkpoint names.
+fn trained_with(checkpoint: &Checkpoint) -> anyhow::Result<Tokenizer> {
+    let spec = &checkpoint.manifest().job.data;
+    let Some(file) = spec.tokenizer_file() else { return Ok(Tokenizer::Bytes) };
+    if !file.is_file() {
+        let file = file.display();
+        return Err(bad_input(format!(
+            "the model was trained with the tokenizer {file} on the data owner's machine, which is not here: \
+             give it with --tokenizer FILE"
+        )));
+    }
+    Tokenizer::open(&spec.tokenizer).map_err(bad_input)
+}
+
+/// A tokenizer that the user gives.
+fn given(file: &Path) -> anyhow::Result<Tokenizer> {
+    Tokenizer::open(file.to_str().context("the path of the tokenizer is not UTF-8")?).map_err(bad_input)
+}
+
+fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
     let model = load_model_dir(path).map_err(bad_input)?;
-    let missing = || bad_input(format!("{}: no model.safetensors beside config.json", path.display()));
+    let missing = || bad_input(format!("{}: there are no weights in it", path.display()));
     let weights = model.weights.ok_or_else(missing)?;
-    let tensors = TensorSet::of_hugging_face(&weights, &model.dag).map_err(bad_input)?;
-    let tensors = read_tensors(&tensors, &model.dag)?;
-    let tokenizer_file = path.join("tokenizer.json");
-    let tokenizer = Tokenizer::open(tokenizer_file.to_str().context("the path is not UTF-8")?).map_err(bad_input)?;
-    Ok(TrainedModel { dag: model.dag, config: model.config, tensors, tokenizer })
+    let tensors = read_tensors(&weights, &model.dag)?;
+    let tokenizer = match (tokenizer, model.carried.get("tokenizer.json")) {
+        (Some(file), _) => given(file)?,
+        (None, Some(source)) => {
+            let name = path.join("tokenizer.json").display().to_string();
+            Tokenizer::from_json(source.clone(), &name).map_err(bad_input)?
+        }
+        (None, None) => {
+            let path = path.display();
+            return Err(bad_input(format!("{path}: there is no tokenizer.json in it, give one with --tokenizer FILE")));
+        }
+    };
+    Ok(TrainedModel { dag: model.dag, config: model.config, tensors, tokenizer, carried: model.carried })
 }
 
 /// The parameters, by way of a file: element types are widened there.

@@ -11,7 +11,8 @@ pub(super) async fn submit(args: cli::Submit) -> anyhow::Result<()> {
     let spec = super::job_file::read(&args.job, &args.overrides.overrides)?;
     let steps = spec.train.steps;
     let mut client = Client::connect(&args.broker).await?;
-    let request = ClientRequest::Submit { spec: Box::new(spec), follow: args.follow };
+    let tokenizer = super::job_file::tokenizer_source(&spec);
+    let request = ClientRequest::Submit { spec: Box::new(spec), follow: args.follow, tokenizer };
     accepted(&mut client, &request, args.json).await?;
     finish(client, args.follow, args.json, steps).await
 }

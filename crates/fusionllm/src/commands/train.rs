@@ -50,12 +50,14 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
 fn check(args: &cli::Train) -> anyhow::Result<Checked> {
+    let mut of_model = None;
     let (mut spec, dag, from, resumed_dir) = match (&args.job, &args.resume) {
         (_, Some(dir)) => resumed(dir, &args.overrides.overrides)?,
         (Some(job), None) => {
             let spec = super::job_file::read(job, &args.overrides.overrides)?;
-            let dag = load_model(&spec).map_err(bad_input)?.dag;
-            (spec, dag, None, None)
+            let model = load_model(&spec).map_err(bad_input)?;
+            of_model = model.tokenizer().map(str::to_owned);
+            (spec, model.dag, None, None)
         }
         (None, None) => return Err(bad_input("no job file")),
     };
@@ -66,8 +68,11 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
     spec.placement.compnodes = Some(compnodes);
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
     place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
-    let tokenizer = Tokenizer::open(&spec.data.tokenizer).map_err(bad_input)?;
-    Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
+    let tokenizer = Tokenizer::of_job(&spec.data, of_model.as_deref()).map_err(bad_input)?;
+    let corpus = Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
+    if let Some(vocab) = dag.vocab() {
+        corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(bad_input)?;
+    }
     let run_dir = match (&args.out, resumed_dir) {
         (Some(out), _) => out.clone(),
         (None, Some(dir)) => dir,
@@ -150,7 +155,7 @@ async fn run_job(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyho
 /// Says what came of it, and lets the model write a line.
 fn finish(args: &cli::Train, checked: &Checked, report: &RunReport) -> anyhow::Result<()> {
     let sampling = SamplingSpec { tokens: SAMPLE_TOKENS, temperature: 0.8, top_k: 40, seed: checked.spec.train.seed };
-    let model = super::model::open_trained(&checked.run_dir)?;
+    let model = super::model::open_trained(&checked.run_dir, None)?;
     let text = super::generate::write(model, PROMPT, sampling, &args.device)?;
     let sample = format!("{PROMPT}{text}");
     if args.json {

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod cluster;
+mod input;
 mod plan;
 mod process;
 mod tidy;

@@ -2,6 +2,8 @@
 
 use fusionllm_protocol::DataFormat;
 
+use std::path::Path;
+
 use super::*;
 
 fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
@@ -30,7 +32,183 @@ fn folders_are_read_in_order_and_ignored_files_passed_over() {
     let corpus = Corpus::read(&spec(&[folder.path()], 1), &Tokenizer::Bytes).unwrap();
     assert_eq!(Tokenizer::Bytes.decode(corpus.train()), "abcefg");
     assert_eq!(Tokenizer::Bytes.decode(corpus.eval()), "dh");
-    assert_eq!(corpus.report(256).files, 2);
+    let report = corpus.report(256);
+    assert_eq!(report.files, 2);
+    let notes = report.notes.join("\n");
+    for words in [
+        "1 file or folder, not UTF-8 text: `image.png`",
+        "1 file or folder, named in an ignore file: `skip.log`",
+        "1 file or folder, folders named target, node_modules or runs: `target`",
+    ] {
+        assert!(notes.contains(words), "`{words}` is missing in\n{notes}");
+    }
+}
+
+/// The one sentence on what of `folder` was left out for `reason`.
+fn left_out(notes: &[String], reason: &str) -> String {
+    let found: Vec<&String> = notes.iter().filter(|n| n.contains(&format!("{reason}: "))).collect();
+    assert_eq!(found.len(), 1, "{reason}: {notes:?}");
+    found[0].split(": ").last().unwrap().to_owned()
+}
+
+#[test]
+fn what_is_left_out_of_a_folder_is_counted_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, content: &[u8]| std::fs::write(folder.path().join(name), content).unwrap();
+    write("good.txt", b"some text that is long enough");
+    write("copy.txt", b"some text that is long enough");
+    for i in 0..5 {
+        write(&format!("latin-{i}.txt"), &[b'a', 0xe9, b'b']);
+    }
+    write("nul.txt", b"a\0b");
+    write("wide.txt", &[0xff, 0xfe, b'a', 0]);
+    write("empty.txt", b"");
+    write("mark.txt", "\u{feff}marked".as_bytes());
+    write(".hidden", b"x");
+    std::fs::create_dir(folder.path().join("old-run")).unwrap();
+    write("old-run/job.json", b"{}");
+    write("old-run/placement.json", b"{}");
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(folder.path(), folder.path().join("loop")).unwrap();
+    let corpus = Corpus::read(&spec(&[folder.path()], 1), &Tokenizer::Bytes).unwrap();
+    let report = corpus.report(256);
+    assert_eq!(report.files, 3);
+    let notes = &report.notes;
+    assert_eq!(left_out(notes, "not UTF-8 text"), "`latin-0.txt`, `latin-1.txt`, `latin-2.txt`, 2 more");
+    assert_eq!(left_out(notes, "with NUL bytes"), "`nul.txt`");
+    assert_eq!(left_out(notes, "UTF-16, expected UTF-8"), "`wide.txt`");
+    assert_eq!(left_out(notes, "empty"), "`empty.txt`");
+    assert_eq!(left_out(notes, "hidden"), "`.hidden`");
+    assert_eq!(left_out(notes, "run directories of fusionllm"), "`old-run`");
+    #[cfg(unix)]
+    assert_eq!(left_out(notes, "symbolic links"), "`loop`");
+    let notes = notes.join("\n");
+    assert!(
+        notes.contains("byte order mark at the start of 1 files") && notes.contains("`good.txt` is `copy.txt` again")
+    );
+    assert!(!Tokenizer::Bytes.decode(corpus.train()).contains('\u{feff}'));
+
+    // Where data is private, names stay with its owner.
+    let private = DataSpec { private: true, ..spec(&[folder.path()], 1) };
+    let report = Corpus::read(&private, &Tokenizer::Bytes).unwrap().report(256);
+    let told = serde_json::to_string(&report).unwrap();
+    assert!(!told.contains("good") && !told.contains("latin") && told.contains("file-"), "{told}");
+}
+
+#[test]
+fn a_named_file_that_is_no_text_is_refused_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    for (content, reason) in [
+        (b"caf\xe9" as &[u8], "not UTF-8 text (byte 3 is not)"),
+        (b"caf\xc3\xa9\0", "it has a NUL byte at 5, so it is no text"),
+        (b"\xfe\xff\0a", "it is UTF-16, expected UTF-8 text"),
+    ] {
+        let file = folder.path().join("x.txt");
+        std::fs::write(&file, content).unwrap();
+        let error = Corpus::read(&spec(&[&file], 1), &Tokenizer::Bytes).unwrap_err().to_string();
+        assert!(error.ends_with(reason), "{error}");
+        // A folder with nothing else says why there is nothing.
+        let error = Corpus::read(&spec(&[folder.path()], 1), &Tokenizer::Bytes).unwrap_err().to_string();
+        assert!(error.starts_with("data.path holds no UTF-8 text files") && error.contains("`x.txt`"), "{error}");
+    }
+}
+
+#[test]
+fn a_file_that_is_meant_twice_is_read_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.txt");
+    std::fs::write(&file, "abcdefgh").unwrap();
+    let again = folder.path().join(".").join("a.txt");
+    let corpus = Corpus::read(&spec(&[&file, folder.path(), &again, &file], 1), &Tokenizer::Bytes).unwrap();
+    assert_eq!(corpus.train().len() + corpus.eval().len(), 8);
+}
+
+#[test]
+fn a_fingerprint_follows_content_and_order_and_what_is_held_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write("a.txt", "first text");
+    write("b.txt", "second text");
+    let of = |spec: &DataSpec| Corpus::read(spec, &Tokenizer::Bytes).unwrap().report(256).fingerprint.unwrap();
+    let job = spec(&[folder.path()], 1);
+    let before = of(&job);
+    assert_eq!((before.count, before.bytes, before.files[0].name.as_str()), (2, 21, "a.txt"));
+    assert_eq!(of(&job), before);
+    let later = of(&DataSpec { eval_fraction: 0.5, ..job.clone() });
+    assert!(later.changes_since(&before)[0].contains("are held out now"));
+    write("b.txt", "second text, longer");
+    let changes = of(&job).changes_since(&before);
+    assert!(
+        changes[0].contains("`b.txt` has 19 bytes, had 11") && changes[1].contains("trained on now"),
+        "{changes:?}"
+    );
+}
+
+#[test]
+fn characters_without_a_token_are_counted_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.txt");
+    let tokenizer = |model: &str| {
+        let text = format!("{{\"version\":\"1.0\",\"added_tokens\":[],\"model\":{model}}}");
+        Tokenizer::from_json(text, "tok.json").unwrap()
+    };
+    let vocab = "{\"a\":0,\"b\":1,\" \":2,\"?\":3}";
+    let drops = tokenizer(&format!("{{\"type\":\"BPE\",\"vocab\":{vocab},\"merges\":[]}}"));
+    std::fs::write(&file, "ab cab dab ".repeat(100)).unwrap();
+    let error = Corpus::read(&spec(&[&file], 4), &drops).unwrap_err().to_string();
+    assert!(error.contains("no token for 200 of 1100 characters of the text ('c', 'd')"), "{error}");
+
+    // A stray sign is said; bits per byte count what was predicted.
+    std::fs::write(&file, format!("{}é", "ab ".repeat(1000))).unwrap();
+    let report = Corpus::read(&spec(&[&file], 4), &drops).unwrap().report(4);
+    assert!(report.notes.iter().any(|n| n.contains("no token for 1 of 3001 characters")), "{:?}", report.notes);
+    assert!((report.bytes_per_token - 1.0).abs() < 1e-12, "{}", report.bytes_per_token);
+
+    let unknown = tokenizer(&format!("{{\"type\":\"BPE\",\"vocab\":{vocab},\"merges\":[],\"unk_token\":\"?\"}}"));
+    let report = Corpus::read(&spec(&[&file], 4), &unknown).unwrap().report(4);
+    assert!(report.notes.iter().any(|n| n.contains("1 of 3001 tokens are the one for")), "{:?}", report.notes);
+    std::fs::write(&file, "xyz ".repeat(100)).unwrap();
+    let error = Corpus::read(&spec(&[&file], 4), &unknown).unwrap_err().to_string();
+    assert!(error.contains("does not know 300 of 400 tokens"), "{error}");
+}
+
+#[test]
+fn words_without_the_space_between_them_are_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.txt");
+    std::fs::write(&file, "ab ba ".repeat(100)).unwrap();
+    let text = "{\"version\":\"1.0\",\"added_tokens\":[],\"pre_tokenizer\":{\"type\":\"WhitespaceSplit\"},\
+                \"model\":{\"type\":\"WordLevel\",\"vocab\":{\"ab\":0,\"ba\":1,\"?\":2},\"unk_token\":\"?\"}}";
+    let tokenizer = Tokenizer::from_json(text.to_owned(), "tok.json").unwrap();
+    let report = Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(3);
+    assert!(report.notes.iter().any(|n| n.contains("no token for 200 white space characters")), "{:?}", report.notes);
+    assert!((report.bytes_per_token - 2.0).abs() < 0.05, "{}", report.bytes_per_token);
+}
+
+#[test]
+fn a_tokenizer_that_is_too_large_is_refused_even_where_the_text_is_small() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.txt");
+    std::fs::write(&file, "ababababab").unwrap();
+    let json = |added: &str| {
+        format!(
+            "{{\"version\":\"1.0\",\"added_tokens\":[{added}],\"model\":{{\"type\":\"BPE\",\"merges\":[],\
+             \"vocab\":{{\"a\":0,\"b\":1,\"c\":9}}}}}}"
+        )
+    };
+    let read = |added: &str| {
+        Corpus::read(&spec(&[&file], 1), &Tokenizer::from_json(json(added), "tok.json").unwrap()).unwrap()
+    };
+    let error = read("").check_vocabulary(5, true).unwrap_err().to_string();
+    let expected = "data.tokenizer tok.json has token id 9, but the model's vocabulary ends at 5: set model.vocab_size to at least 10";
+    assert_eq!(error, expected);
+    // A token that was added and does not come is no reason to refuse.
+    let pad = "{\"id\":10,\"content\":\"[PAD]\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\
+               \"normalized\":false,\"special\":true}";
+    assert!(read(pad).check_vocabulary(10, false).unwrap().unwrap().contains("11 entries, more than"));
+    assert_eq!(read(pad).check_vocabulary(11, false).unwrap(), None);
+    std::fs::write(&file, "ab[PAD]ababababa").unwrap();
+    assert!(read(pad).check_vocabulary(10, false).is_err());
 }
 
 #[test]
@@ -67,6 +245,11 @@ fn a_token_beyond_the_vocabulary_is_an_error() {
     let file = folder.path().join("x.txt");
     std::fs::write(&file, "abcdefghijklmnop").unwrap();
     let corpus = Corpus::read(&spec(&[&file], 2), &Tokenizer::Bytes).unwrap();
-    let error = corpus.check_vocabulary(100).unwrap_err().to_string();
+    let error = corpus.check_vocabulary(100, true).unwrap_err().to_string();
     assert!(error.ends_with("set model.vocab_size to at least 113"), "{error}");
+    // A model by path has the vocabulary that it has.
+    let error = corpus.check_vocabulary(100, false).unwrap_err().to_string();
+    assert!(error.ends_with("give in data.tokenizer the tokenizer that the model was made with"), "{error}");
+    assert_eq!(corpus.check_vocabulary(256, true).unwrap(), None);
+    assert!(corpus.check_vocabulary(300, true).unwrap().unwrap().contains("256 entries, the model's vocabulary 300"));
 }

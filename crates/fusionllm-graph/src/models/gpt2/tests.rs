@@ -143,6 +143,34 @@ fn a_hugging_face_config_is_read_and_its_variants_refused() {
     assert!(Gpt2Config::from_json(&text.replace("null", "47")).is_err());
     assert!(Gpt2Config::from_json(&text.replace("null", "48")).is_ok());
     assert!(Gpt2Config::from_json(r#"{"model_type": "gpt2"}"#).unwrap_err().to_string().contains("vocab_size"));
+    for (key, value, accepted) in [
+        ("reorder_and_upcast_attn", "true", "false or null"),
+        ("scale_attn_by_inverse_layer_idx", "true", "false or null"),
+        ("scale_attn_weights", "false", "true"),
+        ("tie_word_embeddings", "false", "true"),
+        ("quantization_config", "{}", "null"),
+        ("pruned_heads", r#"{"0":[1]}"#, "null or {}"),
+        ("num_hidden_layers", "3", "2"),
+    ] {
+        let changed = text.replace("\"n_layer\": 2", &format!("\"n_layer\": 2, \"{key}\": {value}"));
+        let error = Gpt2Config::from_json(&changed).unwrap_err().to_string();
+        assert_eq!(error, format!("gpt2: {key} is {value}, expected {accepted}"));
+    }
+}
+
+#[test]
+fn an_error_in_a_config_speaks_of_the_config() {
+    let text = r#"{"vocab_size": 96, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 3}"#;
+    assert_eq!(Gpt2Config::from_json(&format!("\u{feff}{text}")).unwrap(), tiny());
+    let cases = [
+        ("{", "not the config.json of a GPT-2: EOF while parsing"),
+        ("[]", "not the config.json of a GPT-2: "),
+        (r#"{"vocab_size": 96, "n_positions": 32}"#, "not the config.json of a GPT-2: `n_embd` is missing"),
+    ];
+    for (text, start) in cases {
+        let error = Gpt2Config::from_json(text).unwrap_err().to_string();
+        assert!(error.starts_with(start), "{error}");
+    }
 }
 
 #[test]

@@ -1,0 +1,161 @@
+//! How much of a text becomes tokens: some tokenizers drop what they do not know, without a word.
+
+use std::collections::BTreeMap;
+
+use tokenizers::models::ModelWrapper;
+use tokenizers::models::bpe::BPE;
+use tokenizers::{
+    Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+};
+
+/// Text is looked at in pieces of about this many bytes, cut at line ends.
+const PIECE_BYTES: usize = 64 << 10;
+/// Characters that are named in a sentence.
+const NAMED: usize = 5;
+
+/// What of a text gives no token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Coverage {
+    /// Its size.
+    pub(crate) bytes: u64,
+    /// About how many of them become tokens.
+    pub(crate) covered_bytes: u64,
+    /// Its characters, as the tokenizer's normalizer leaves them.
+    pub(crate) chars: u64,
+    /// Of which white space is dropped between words.
+    pub(crate) spaces: u64,
+    /// How often each other character is dropped.
+    pub(crate) dropped: BTreeMap<char, u64>,
+}
+
+impl Coverage {
+    /// A text of which everything becomes tokens.
+    pub(super) fn whole(text: &str) -> Self {
+        let bytes = text.len() as u64;
+        Self { bytes, covered_bytes: bytes, ..Self::default() }
+    }
+
+    /// Takes another text in.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.bytes += other.bytes;
+        self.covered_bytes += other.covered_bytes;
+        self.chars += other.chars;
+        self.spaces += other.spaces;
+        for (&c, count) in &other.dropped {
+            *self.dropped.entry(c).or_default() += count;
+        }
+    }
+
+    /// Characters other than white space that give no token.
+    pub(crate) fn lost(&self) -> u64 {
+        self.dropped.values().sum()
+    }
+
+    /// The most frequent of them.
+    pub(crate) fn named(&self) -> String {
+        let mut ranked: Vec<(char, u64)> = self.dropped.iter().map(|(&c, &count)| (c, count)).collect();
+        ranked.sort_by_key(|&(c, count)| (std::cmp::Reverse(count), c));
+        let mut names: Vec<String> = ranked.iter().take(NAMED).map(|(c, _)| format!("{c:?}")).collect();
+        if ranked.len() > NAMED {
+            names.push(format!("{} others", ranked.len() - NAMED));
+        }
+        names.join(", ")
+    }
+}
+
+/// Counts what `tokenizer` drops of a text.
+pub(super) fn count(tokenizer: &tokenizers::Tokenizer, text: &str) -> tokenizers::Result<Coverage> {
+    let mut sum = Coverage::default();
+    for piece in pieces(text) {
+        sum.add(&count_piece(tokenizer, piece)?);
+    }
+    Ok(sum)
+}
+
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let least = rest.ceil_char_boundary(PIECE_BYTES);
+        let line_end = rest.get(least..).and_then(|tail| tail.find('\n')).map(|at| least + at + 1);
+        // A line without an end is cut all the same.
+        let end = line_end.unwrap_or(rest.len()).min(rest.ceil_char_boundary(4 * PIECE_BYTES));
+        let (piece, after) = rest.split_at(end);
+        rest = after;
+        Some(piece)
+    })
+}
+
+fn count_piece(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Result<Coverage> {
+    let mut normalized = NormalizedString::from(piece);
+    if let Some(normalizer) = tokenizer.get_normalizer() {
+        normalizer.normalize(&mut normalized)?;
+    }
+    let text = normalized.get().to_owned();
+    let mut words = PreTokenizedString::from(NormalizedString::from(text.as_str()));
+    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut words)?;
+    }
+    let mut found = Coverage { bytes: piece.len() as u64, chars: text.chars().count() as u64, ..Coverage::default() };
+    let mut covered = 0u64;
+    let mut all = 0u64;
+    let mut end = 0;
+    let mut passed_over = |from: usize, to: usize, all: &mut u64| {
+        for c in text.get(from..to).unwrap_or_default().chars() {
+            *all += c.len_utf8() as u64;
+            if c.is_whitespace() {
+                found.spaces += 1;
+            } else {
+                *found.dropped.entry(c).or_default() += 1;
+            }
+        }
+    };
+    let mut words_dropped: BTreeMap<char, u64> = BTreeMap::new();
+    for (word, (from, to), _) in words.get_splits(OffsetReferential::Original, OffsetType::Byte) {
+        passed_over(end, from, &mut all);
+        end = end.max(to);
+        all += word.len() as u64;
+        covered += word.len() as u64;
+        for c in unknown(tokenizer.get_model(), word) {
+            covered -= c.len_utf8() as u64;
+            *words_dropped.entry(c).or_default() += 1;
+        }
+    }
+    passed_over(end, text.len(), &mut all);
+    for (c, count) in words_dropped {
+        *found.dropped.entry(c).or_default() += count;
+    }
+    let share = if all == 0 { 0.0 } else { covered as f64 / all as f64 };
+    found.covered_bytes = if covered == all && all > 0 { found.bytes } else { (found.bytes as f64 * share) as u64 };
+    Ok(found)
+}
+
+/// The characters of a word for which the model has neither a token nor anything instead. Only BPE has such: the other
+/// models refuse the text.
+fn unknown(model: &ModelWrapper, word: &str) -> Vec<char> {
+    let ModelWrapper::BPE(bpe) = model else { return Vec::new() };
+    if bpe.unk_token.is_some() {
+        return Vec::new();
+    }
+    // A whole word that is a token needs no tokens of its characters.
+    if bpe.ignore_merges && bpe.token_to_id(word).is_some() {
+        return Vec::new();
+    }
+    let last = word.char_indices().next_back().map_or(0, |(at, _)| at);
+    word.char_indices().filter(|&(at, c)| !is_known(bpe, c, at == 0, at == last)).map(|(_, c)| c).collect()
+}
+
+fn is_known(bpe: &BPE, c: char, is_first: bool, is_last: bool) -> bool {
+    let mut token = c.to_string();
+    if let Some(prefix) = bpe.continuing_subword_prefix.as_ref().filter(|_| !is_first) {
+        token.insert_str(0, prefix);
+    }
+    if let Some(suffix) = bpe.end_of_word_suffix.as_ref().filter(|_| is_last) {
+        token.push_str(suffix);
+    }
+    let bytes = || c.to_string().into_bytes();
+    bpe.token_to_id(&token).is_some()
+        || (bpe.byte_fallback && bytes().iter().all(|byte| bpe.token_to_id(&format!("<0x{byte:02X}>")).is_some()))
+}
