@@ -38,6 +38,9 @@ pub(super) fn check_name(key: &str, name: &str) -> Result<(), JobError> {
 /// A path that the file system can be asked for.
 pub(super) fn check_path(key: &str, path: &Path) -> Result<(), JobError> {
     let bytes = path.as_os_str().as_encoded_bytes();
+    if bytes.trim_ascii().is_empty() {
+        return fail(key, "is empty, expected a path".to_owned());
+    }
     if bytes.len() > MAX_PATH_BYTES {
         return fail(key, format!("has {} bytes, expected a path of at most {MAX_PATH_BYTES}", bytes.len()));
     }

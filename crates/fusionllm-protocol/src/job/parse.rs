@@ -43,7 +43,7 @@ impl JobSpec {
 fn model(s: &Section<'_>) -> Result<ModelSpec, JobError> {
     let spec = ModelSpec {
         name: s.text("name")?,
-        path: s.text("path")?.map(PathBuf::from),
+        path: s.filled("path")?.map(PathBuf::from),
         weights: s.choice("weights", &[("model", WeightsChoice::Model), ("new", WeightsChoice::New)])?,
         vocab_size: s.integer("vocab_size")?,
         n_positions: s.integer("n_positions")?,
@@ -63,7 +63,7 @@ fn data(s: &Section<'_>, has_model_path: bool) -> Result<DataSpec, JobError> {
     Ok(DataSpec {
         path: s.paths("path")?,
         format: s.choice("format", &[("text", DataFormat::Text)])?,
-        tokenizer: s.text("tokenizer")?.unwrap_or_else(|| tokenizer.to_owned()),
+        tokenizer: s.filled("tokenizer")?.unwrap_or_else(|| tokenizer.to_owned()),
         seq_len: s.integer("seq_len")?.unwrap_or(128),
         private: s.flag("private")?,
         owner: s.text("owner")?,
@@ -108,7 +108,7 @@ fn placement(s: &Section<'_>) -> Result<PlacementSection, JobError> {
         run_ahead: s.integer("run_ahead")?,
         deferred: s.integer("deferred")?,
         stages: stages(s)?,
-        cluster: s.text("cluster")?.map(PathBuf::from),
+        cluster: s.filled("cluster")?.map(PathBuf::from),
     })
 }
 
@@ -149,7 +149,7 @@ fn checkpoint(s: &Section<'_>) -> Result<CheckpointSpec, JobError> {
     Ok(CheckpointSpec {
         every: s.integer("every")?.unwrap_or(0),
         keep: s.integer("keep")?.unwrap_or(3),
-        to: s.text("to")?.map(PathBuf::from),
+        to: s.filled("to")?.map(PathBuf::from),
     })
 }
 
@@ -175,12 +175,18 @@ impl<'a> Section<'a> {
     fn text(&self, key: &str) -> Result<Option<String>, JobError> {
         match self.get(key) {
             None => Ok(None),
-            // As from an unset variable; as a path it would be the job file's folder.
-            Some(Value::String(text)) if text.trim().is_empty() => {
-                Err(self.value(key, "is empty, expected a value; leave the key out for its default".to_owned()))
-            }
             Some(Value::String(text)) => Ok(Some(text.clone())),
             Some(other) => Err(self.wrong_type(key, other, "a string")),
+        }
+    }
+
+    /// The same for a path. An empty one, as from an unset variable, would become the job file's folder.
+    fn filled(&self, key: &str) -> Result<Option<String>, JobError> {
+        match self.text(key)? {
+            Some(text) if text.trim().is_empty() => {
+                Err(self.value(key, "is empty, expected a value; leave the key out for its default".to_owned()))
+            }
+            text => Ok(text),
         }
     }
 

@@ -112,7 +112,7 @@ to = "kept"
 #[test]
 fn an_empty_value_is_not_a_path() {
     let empty = "is empty, expected a value; leave the key out for its default";
-    for key in ["data.tokenizer", "data.owner", "checkpoint.to", "placement.cluster", "name"] {
+    for key in ["data.tokenizer", "checkpoint.to", "placement.cluster"] {
         check_error(&[&format!("{key}=")], &format!("`{key}`: {empty}"));
         check_error(&[&format!("{key}=\" \"")], &format!("`{key}`: {empty}"));
     }

@@ -163,16 +163,6 @@ impl JobSpec {
                 "is `model`, but model.name has no tokenizer: expected `bytes` or the path of a tokenizer.json";
             return fail("data.tokenizer", reason.to_owned());
         }
-        let folders = [
-            ("model.path", &self.model.path),
-            ("checkpoint.to", &self.checkpoint.to),
-            ("placement.cluster", &self.placement.cluster),
-        ];
-        for (key, path) in folders {
-            if path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
-                return fail(key, "is empty, expected a path".to_owned());
-            }
-        }
         if d.seq_len < 2 {
             return fail("data.seq_len", format!("is {}, expected at least 2", d.seq_len));
         }

@@ -152,7 +152,7 @@ fn a_tokenizer_that_drops_text_or_cuts_it() {
 #[test]
 fn an_empty_value_is_refused_before_anything_is_read() {
     let bench = Bench::new();
-    for key in ["data.path", "data.tokenizer", "checkpoint.to", "placement.cluster", "data.owner"] {
+    for key in ["data.path", "data.tokenizer", "checkpoint.to", "placement.cluster"] {
         refuses(&bench, &format!("train job.toml --out x --set {key}="), &[key, "is empty"]);
     }
     let job = std::fs::read_to_string(bench.path("job.toml")).unwrap();
