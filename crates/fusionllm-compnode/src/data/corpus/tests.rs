@@ -193,22 +193,22 @@ fn a_tokenizer_that_is_too_large_is_refused_even_where_the_text_is_small() {
     let json = |added: &str| {
         format!(
             "{{\"version\":\"1.0\",\"added_tokens\":[{added}],\"model\":{{\"type\":\"BPE\",\"merges\":[],\
-             \"vocab\":{{\"a\":0,\"b\":1,\"c\":9}}}}}}"
+             \"vocab\":{{\"a\":0,\"b\":1,\"c\":2}}}}}}"
         )
     };
     let read = |added: &str| {
         Corpus::read(&spec(&[&file], 1), &Tokenizer::from_json(json(added), "tok.json").unwrap()).unwrap()
     };
-    let error = read("").check_vocabulary(5, true).unwrap_err().to_string();
-    let expected = "data.tokenizer tok.json has token id 9, but the model's vocabulary ends at 5: set model.vocab_size to at least 10";
+    let error = read("").check_vocabulary(2, true).unwrap_err().to_string();
+    let expected = "data.tokenizer tok.json has token id 2, but the model's vocabulary ends at 2: set model.vocab_size to at least 3";
     assert_eq!(error, expected);
     // A token that was added and does not come is no reason to refuse.
-    let pad = "{\"id\":10,\"content\":\"[PAD]\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\
+    let pad = "{\"id\":3,\"content\":\"[PAD]\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\
                \"normalized\":false,\"special\":true}";
-    assert!(read(pad).check_vocabulary(10, false).unwrap().unwrap().contains("11 entries, more than"));
-    assert_eq!(read(pad).check_vocabulary(11, false).unwrap(), None);
+    assert!(read(pad).check_vocabulary(3, false).unwrap().unwrap().contains("4 entries, more than"));
+    assert_eq!(read(pad).check_vocabulary(4, false).unwrap(), None);
     std::fs::write(&file, "ab[PAD]ababababa").unwrap();
-    assert!(read(pad).check_vocabulary(10, false).is_err());
+    assert!(read(pad).check_vocabulary(3, false).is_err());
 }
 
 #[test]
