@@ -20,7 +20,7 @@ mod testing;
 pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
 pub use cluster_file::read_cluster;
 pub use error::{BrokerError, CheckpointError, StoreError};
-pub use model::{LoadedModel, load_model, load_model_dir, read_model};
+pub use model::{LoadedModel, load_model, load_model_dir, model_tokenizer, read_model};
 pub use report::RunReport;
 pub use run_dir::{PlacementFile, StageSummary, default_run_dir, write_atomic};
 pub use server::{Broker, BrokerConfig, JobEvents, Submitted};

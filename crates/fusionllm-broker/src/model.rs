@@ -125,6 +125,23 @@ pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerE
     }
 }
 
+/// Content of the tokenizer.json in the job's `model.path`, if the job takes that one; nothing for an OP-DAG file.
+///
+/// # Errors
+/// [`BrokerError`] if it is not there or not readable.
+pub fn model_tokenizer(spec: &JobSpec) -> Result<Option<String>, BrokerError> {
+    let Some(folder) =
+        spec.model.path.as_deref().filter(|path| spec.data.tokenizer == DataSpec::MODEL && !path.is_file())
+    else {
+        return Ok(None);
+    };
+    let path = folder.join(folder::TOKENIZER);
+    std::fs::read_to_string(&path).map(Some).map_err(|e| {
+        let hint = "give data.tokenizer, the path of the one that the model was trained with";
+        model_error(&path, format!("not readable: {e}; {hint}"))
+    })
+}
+
 /// Reads a Hugging Face directory of a GPT-2 with its weights, as a model for its longest sequences.
 ///
 /// # Errors

@@ -29,7 +29,7 @@ pub use events::{JobEvents, Submitted};
 use crate::checkpoint::open_checkpoint;
 use crate::cluster_file::read_cluster;
 use crate::core::{Core, StartPoint};
-use crate::model::load_model;
+use crate::model::{load_model, model_tokenizer};
 use crate::report::RunReport;
 use crate::run_dir::{default_run_dir, io_error, is_free, write_private};
 use crate::store::{JobRecord, Store};
@@ -267,8 +267,9 @@ fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
     let checkpoint = open_checkpoint(path)?;
     let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
     let notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
+    let tokenizer = model_tokenizer(&checkpoint.manifest().job)?.map(Arc::from);
     let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, tokenizer: None, notices })
+    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, tokenizer, notices })
 }
 
 fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {

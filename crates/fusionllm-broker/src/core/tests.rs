@@ -296,7 +296,7 @@ fn what_a_user_must_see_is_kept_and_told() {
     assert!(opened < actions.iter().position(|a| matches!(a, Action::Notice { .. })), "the folder is there first");
 
     let notes = vec!["1 file was left out".to_owned()];
-    let data = DataReport { files: 1, train_tokens: 9, eval_tokens: 1, bytes_per_token: 1.0, unigram_loss: 1.0, notes };
+    let data = DataReport { files: 1, notes, ..DataReport::default() };
     let read = FromCompNode::Ready { job: KEY.job, generation: KEY.generation, data: Some(data) };
     assert_eq!(noticed(&say(&mut core, 1, read)), both("1 file was left out"));
     let note = |generation| FromCompNode::Note { job: KEY.job, generation, text: "it is hot".to_owned() };

@@ -5,7 +5,8 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, open_checkpoint, read_cluster,
+    Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, model_tokenizer,
+    open_checkpoint, read_cluster,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_graph::OpDag;
@@ -50,14 +51,12 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
 fn check(args: &cli::Train) -> anyhow::Result<Checked> {
-    let mut of_model = None;
     let (mut spec, dag, from, resumed_dir) = match (&args.job, &args.resume) {
         (_, Some(dir)) => resumed(dir, &args.overrides.overrides)?,
         (Some(job), None) => {
             let spec = super::job_file::read(job, &args.overrides.overrides)?;
-            let model = load_model(&spec).map_err(bad_input)?;
-            of_model = model.tokenizer().map(str::to_owned);
-            (spec, model.dag, None, None)
+            let dag = load_model(&spec).map_err(bad_input)?.dag;
+            (spec, dag, None, None)
         }
         (None, None) => return Err(bad_input("no job file")),
     };
@@ -68,6 +67,7 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
     spec.placement.compnodes = Some(compnodes);
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
     place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
+    let of_model = model_tokenizer(&spec).map_err(bad_input)?;
     let tokenizer = Tokenizer::of_job(&spec.data, of_model.as_deref()).map_err(bad_input)?;
     let corpus = Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
     if let Some(vocab) = dag.vocab() {
