@@ -1,17 +1,19 @@
 //! The executor on Burn: parameters, gradients and optimizer state of one CompNode, and its stages.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn_tensor::{Device, Tensor, TensorData};
-use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{DType, OpDag, OpId, ParamId};
+use fusionllm_codec::HostTensor;
+use fusionllm_graph::{OpDag, OpId, Param, ParamId};
 use fusionllm_planner::{NodeIndex, Placement, StageId, may_defer};
 use fusionllm_protocol::Pass;
 
 use crate::ExecutorError;
 use crate::executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
-use crate::host::{download, to_scalar, to_vec};
+use crate::gradients::{Gradients, Write};
+use crate::host::{to_scalar, to_vec};
 use crate::kernels::fused;
 use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
 use crate::owed::Owed;
@@ -31,7 +33,7 @@ pub struct BurnExecutor {
     params: BTreeMap<ParamId, Tensor<1>>,
     /// The same as leaves of the autodiff tape; made anew after each UPDATE.
     leaves: BTreeMap<ParamId, Tensor<1>>,
-    gradients: BTreeMap<ParamId, Tensor<1>>,
+    gradients: Gradients,
     /// Gradients that are to be added to those above.
     owed: Owed,
     state: BTreeMap<ParamId, ParamState>,
@@ -126,7 +128,7 @@ impl BurnExecutor {
             segments,
             params,
             leaves: BTreeMap::new(),
-            gradients: BTreeMap::new(),
+            gradients: Gradients::default(),
             owed: Owed::default(),
             state: BTreeMap::new(),
             kept: BTreeMap::new(),
@@ -190,13 +192,35 @@ impl BurnExecutor {
     /// Makes all gradients that were put off.
     fn settle(&mut self) {
         let (owed, sums) = (&mut self.owed, &mut self.gradients);
-        on_pool(self.on_cpu, || owed.settle().for_each(|(param, sum)| add_to(sums, param, sum)));
+        on_pool(self.on_cpu, || owed.settle().for_each(|(param, sum)| sums.add_term(param, sum)));
     }
 
-    fn held(&self, param: ParamId) -> Result<&Tensor<1>, ExecutorError> {
-        self.params
-            .get(&param)
-            .ok_or_else(|| ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) })
+    /// Holds a range of a parameter's elements against what is held here.
+    fn check_range(&self, param: ParamId, range: Range<usize>) -> Result<(), ExecutorError> {
+        if !self.params.contains_key(&param) {
+            return Err(ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) });
+        }
+        let Param { name, shape, .. } = self.dag.param(param);
+        if range.start <= range.end && range.end <= shape.iter().product() {
+            return Ok(());
+        }
+        Err(ExecutorError::Shape { op: name.clone(), expected: shape.clone(), got: vec![range.start, range.end] })
+    }
+
+    /// As [`Self::check_range`], of rows. Gives the elements of a row.
+    fn check_rows(&self, param: ParamId, rows: &[u32]) -> Result<usize, ExecutorError> {
+        let columns = self.dag.param(param).shape.iter().skip(1).product();
+        let end = rows.iter().max().map_or(0, |&row| (row as usize + 1) * columns);
+        self.check_range(param, 0..end)?;
+        Ok(columns)
+    }
+
+    fn write(&mut self, param: ParamId, start: usize, values: Vec<f32>, how: Write) -> Result<(), ExecutorError> {
+        let Self { params, gradients, on_cpu, .. } = self;
+        if let Some(held) = params.get(&param) {
+            on_pool(*on_cpu, || gradients.write(param, held, start, values, how));
+        }
+        Ok(())
     }
 }
 
@@ -237,8 +261,9 @@ impl Executor for BurnExecutor {
         let around = self.surroundings(&self.leaves);
         let segment = self.segment(stage)?;
         let result = on_pool(self.on_cpu, || segment.backward(around, kept, gradients, loss_scale))?;
-        let sums = &mut self.gradients;
-        on_pool(self.on_cpu, || result.params.into_iter().for_each(|(param, term)| add_to(sums, param, term)));
+        let (sums, dag) = (&mut self.gradients, &self.dag);
+        let elements = |param| dag.param(param).shape.iter().product();
+        on_pool(self.on_cpu, || sums.add(result.params, result.lookups, elements));
         let weight = |op: OpId| self.dag.op(op).params.first().copied();
         let owed = result.owed.into_iter().filter_map(|(op, gradient)| Some((op, weight(op)?, gradient)));
         self.owed.put_off(stage, micro_batch.index, owed);
@@ -254,42 +279,57 @@ impl Executor for BurnExecutor {
         Ok(())
     }
 
-    fn gradient(&mut self, param: ParamId) -> Result<HostTensor, ExecutorError> {
+    fn looked_up(&self, param: ParamId) -> Vec<u32> {
+        self.gradients.touched(param)
+    }
+
+    fn gradient(&mut self, param: ParamId, range: Range<usize>) -> Result<Vec<f32>, ExecutorError> {
         if self.owed.concerns(param) {
             self.settle();
         }
-        let gradient = match self.gradients.get(&param) {
-            Some(gradient) => gradient.clone(),
-            None => self.held(param)?.zeros_like(),
-        };
-        download(gradient, &self.dag.param(param).shape)
+        self.check_range(param, range.clone())?;
+        self.gradients.read(param, range)
     }
 
-    fn set_gradient(&mut self, param: ParamId, gradient: HostTensor) -> Result<(), ExecutorError> {
-        self.held(param)?;
-        let expected = self.dag.param(param).shape.clone();
-        let (shape, values) = gradient.into_parts();
-        match values {
-            Values::F32(values) if shape == expected => {
-                self.gradients.insert(param, flat(values, &self.device));
-                Ok(())
-            }
-            Values::F32(_) => {
-                Err(ExecutorError::Shape { op: self.dag.param(param).name.clone(), expected, got: shape })
-            }
-            Values::I32(_) => {
-                let op = self.dag.param(param).name.clone();
-                Err(ExecutorError::Element { op, expected: DType::F32, got: DType::I32 })
-            }
+    fn gradient_of_rows(&mut self, param: ParamId, rows: &[u32]) -> Result<Vec<f32>, ExecutorError> {
+        if self.owed.concerns(param) {
+            self.settle();
         }
+        let columns = self.check_rows(param, rows)?;
+        self.gradients.read_rows(param, rows, columns)
+    }
+
+    fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
+        self.check_range(param, start..start + values.len())?;
+        self.write(param, start, values, Write::Replace)
+    }
+
+    fn add_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
+        self.check_range(param, start..start + values.len())?;
+        self.write(param, start, values, Write::Add)
+    }
+
+    fn add_gradient_rows(&mut self, param: ParamId, rows: &[u32], values: Vec<f32>) -> Result<(), ExecutorError> {
+        let columns = self.check_rows(param, rows)?;
+        if values.len() != rows.len() * columns {
+            let (op, got) = (self.dag.param(param).name.clone(), vec![values.len()]);
+            return Err(ExecutorError::Shape { op, expected: vec![rows.len(), columns], got });
+        }
+        let Self { params, gradients, on_cpu, .. } = self;
+        if let Some(held) = params.get(&param) {
+            on_pool(*on_cpu, || gradients.add_rows(param, held, rows, values));
+        }
+        Ok(())
     }
 
     fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
         self.settle();
+        let (gradients, held) = (&mut self.gradients, &self.params);
         on_pool(self.on_cpu, || {
+            let gradients = gradients.whole(held);
             let mut sum = 0.0;
             for param in params {
-                if let Some(gradient) = self.gradients.get(param) {
+                if let Some(gradient) = gradients.get(param) {
                     sum += match fused::sum_of_squares(gradient) {
                         Some(squares) => squares,
                         None => to_scalar(gradient.clone().square().sum())?,
@@ -304,7 +344,7 @@ impl Executor for BurnExecutor {
         self.settle();
         // The leaves share memory with the parameters: without them the optimizer may work in place.
         self.leaves.clear();
-        let gradients = std::mem::take(&mut self.gradients);
+        let gradients = self.gradients.take(&self.params);
         let (params, states) = (&mut self.params, &mut self.state);
         on_pool(self.on_cpu, || {
             for (id, gradient) in gradients {
@@ -339,14 +379,6 @@ impl Executor for BurnExecutor {
         }
         by_stage.into_values().max().unwrap_or(0)
     }
-}
-
-fn add_to(sums: &mut BTreeMap<ParamId, Tensor<1>>, param: ParamId, term: Tensor<1>) {
-    let sum = match sums.remove(&param) {
-        Some(sum) => fused::accumulate(sum, term),
-        None => term,
-    };
-    sums.insert(param, sum);
 }
 
 /// Runs `compute` on a worker of the thread pool if that is what computes: its parallel loops then need not be handed

@@ -1,5 +1,7 @@
 //! What a framework must be able to do to run a sub-DAG: the one seam behind which Burn stands.
 
+use std::ops::Range;
+
 use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::StageId;
@@ -87,17 +89,39 @@ pub trait Executor: Send {
     /// [`ExecutorError`] if the device fails.
     fn make_up(&mut self) -> Result<(), ExecutorError>;
 
-    /// The accumulated gradient of a parameter (zeros if none came).
-    ///
-    /// # Errors
-    /// [`ExecutorError`] if the parameter is not held here.
-    fn gradient(&mut self, param: ParamId) -> Result<HostTensor, ExecutorError>;
+    /// The rows of a table that lookups of this step have used, ascending: in all others the accumulated gradient of a
+    /// table that is only looked up is zero.
+    fn looked_up(&self, param: ParamId) -> Vec<u32>;
 
-    /// Replaces the accumulated gradient of a parameter.
+    /// Elements `range` of the accumulated gradient of a parameter (zeros if none came), row-major.
     ///
     /// # Errors
-    /// [`ExecutorError`] if the parameter is not held here or the shape differs.
-    fn set_gradient(&mut self, param: ParamId, gradient: HostTensor) -> Result<(), ExecutorError>;
+    /// [`ExecutorError`] if the parameter is not held here or has no such elements.
+    fn gradient(&mut self, param: ParamId, range: Range<usize>) -> Result<Vec<f32>, ExecutorError>;
+
+    /// These rows of the accumulated gradient of a parameter, one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::gradient`].
+    fn gradient_of_rows(&mut self, param: ParamId, rows: &[u32]) -> Result<Vec<f32>, ExecutorError>;
+
+    /// Replaces the elements of the accumulated gradient from `start` on.
+    ///
+    /// # Errors
+    /// As [`Self::gradient`].
+    fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError>;
+
+    /// Adds `values` to the elements of the accumulated gradient from `start` on.
+    ///
+    /// # Errors
+    /// As [`Self::gradient`].
+    fn add_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError>;
+
+    /// Adds `values` to these rows of the accumulated gradient, each of which occurs once.
+    ///
+    /// # Errors
+    /// As [`Self::gradient`].
+    fn add_gradient_rows(&mut self, param: ParamId, rows: &[u32], values: Vec<f32>) -> Result<(), ExecutorError>;
 
     /// Sum of squares of the accumulated gradients of `params`.
     ///

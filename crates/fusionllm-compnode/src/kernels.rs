@@ -118,5 +118,13 @@ pub(crate) fn forward_deferred(arguments: &Arguments<'_>) -> Result<(Value, Defe
     Ok((Value::Real(value), deferred))
 }
 
+/// FP of an embedding whose BP stays outside the tape: the output is a leaf, whose gradient is that of the rows.
+pub(crate) fn lookup(arguments: &Arguments<'_>) -> Result<RealValue, ExecutorError> {
+    let OpKind::Embedding { vocab, dim } = arguments.op.kind else {
+        return Err(ExecutorError::Internal { what: format!("op `{}` is no embedding", arguments.op.name) });
+    };
+    embedding::lookup(arguments, vocab, dim)
+}
+
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,7 @@ mod error;
 mod exchange;
 mod executor;
 mod generate;
+mod gradients;
 mod host;
 mod kernels;
 mod knock;

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
-use fusionllm_planner::{NodeIndex, Placement, StageEdge, TiedParam};
+use fusionllm_planner::{NodeIndex, Placement, StageEdge, TIED_WINDOW, TiedParam};
 use fusionllm_protocol::{Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
@@ -231,6 +231,22 @@ impl JobLinks {
         }
     }
 
+    /// Messages of a channel that are encoded and not yet taken by the receiver's task loop, at the most.
+    fn window(&self, channel: Channel) -> usize {
+        match channel {
+            Channel::Tied { .. } => TIED_WINDOW as usize,
+            _ => self.placement.window() as usize,
+        }
+    }
+
+    /// Messages of a channel that wait to be encoded, at the most.
+    fn queued(&self, channel: Channel) -> usize {
+        match channel {
+            Channel::Tied { .. } => 1,
+            _ => self.placement.window() as usize,
+        }
+    }
+
     fn found(&self, to: usize, found: Found) {
         let to = NodeIndex(u32::try_from(to).unwrap_or(u32::MAX));
         self.found.lock().unwrap_or_else(PoisonError::into_inner).push((to, found));
@@ -301,7 +317,7 @@ impl NetworkExchange {
             if let Some(residual) = self.residuals.remove(&channel) {
                 encoder.restore(residual);
             }
-            let (sender, queue) = mpsc::channel(self.links.placement.window() as usize);
+            let (sender, queue) = mpsc::channel(self.links.queued(channel));
             let links = Arc::clone(&self.links);
             let _context = self.runtime.enter();
             links.open_channels.send_modify(|n| *n += 1);

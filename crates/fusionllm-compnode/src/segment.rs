@@ -7,11 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn_tensor::{Device, Tensor};
-use fusionllm_codec::HostTensor;
-use fusionllm_graph::{DType, OpDag, OpId, ParamId};
+use fusionllm_codec::{HostTensor, Values};
+use fusionllm_graph::{DType, OpDag, OpId, OpKind, ParamId};
 
 use crate::ExecutorError;
 use crate::executor::{MicroBatch, StageOutput};
+use crate::gradients::LookupGradient;
 use crate::host::{download, to_scalar, upload};
 use crate::kernels::fused::{self, Operand, Seeded};
 use crate::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
@@ -36,13 +37,31 @@ pub(crate) struct Kept {
     outputs: BTreeMap<OpId, RealValue>,
     loss: Option<Tensor<2>>,
     deferred: Vec<(OpId, Deferred)>,
+    lookups: Vec<Lookup>,
+}
+
+/// A lookup in FP: its output is a leaf, whose gradient is that of the rows.
+#[derive(Debug)]
+struct Lookup {
+    table: ParamId,
+    ids: Vec<i32>,
+    output: Tensor<2>,
+}
+
+/// What BP of a micro-batch needs of its ops, apart from the tape.
+#[derive(Debug, Default)]
+struct Aside {
+    deferred: Vec<(OpId, Deferred)>,
+    lookups: Vec<Lookup>,
 }
 
 /// Gradients that BP gives.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct SegmentGradients {
     pub(crate) inputs: Vec<(OpId, HostTensor)>,
     pub(crate) params: Vec<(ParamId, Tensor<1>)>,
+    /// Gradients of tables by row.
+    pub(crate) lookups: Vec<LookupGradient>,
     /// Gradients of weights that are still to be made, by op.
     pub(crate) owed: Vec<(OpId, WeightGradient)>,
 }
@@ -85,8 +104,12 @@ impl Segment {
     ) -> Result<(StageOutput, Kept), ExecutorError> {
         let mut leaves = BTreeMap::new();
         let mut values: BTreeMap<OpId, Value> = BTreeMap::new();
+        let mut ids: BTreeMap<OpId, Vec<i32>> = BTreeMap::new();
         for (op, tensor) in inputs {
             check_input(around.dag, op, &tensor)?;
+            if let (true, Values::I32(values)) = (training, tensor.values()) {
+                ids.insert(op, values.clone());
+            }
             let value = match upload(tensor, around.device) {
                 Value::Real(real) if training && around.dag.carries_gradient(op) => {
                     let leaf = RealValue { tensor: real.tensor.autodiff().require_grad(), shape: real.shape };
@@ -104,9 +127,9 @@ impl Segment {
             };
             values.insert(op, value);
         }
-        let deferred = self.run(around, micro_batch, training, &mut values)?;
+        let aside = self.run(around, micro_batch, training, &ids, &mut values)?;
         let (output, mut kept) = self.collect(around.dag, leaves, &values)?;
-        kept.deferred = deferred;
+        (kept.deferred, kept.lookups) = (aside.deferred, aside.lookups);
         Ok((output, kept))
     }
 
@@ -115,9 +138,10 @@ impl Segment {
         around: Surroundings<'_>,
         micro_batch: MicroBatch,
         training: bool,
+        ids: &BTreeMap<OpId, Vec<i32>>,
         values: &mut BTreeMap<OpId, Value>,
-    ) -> Result<Vec<(OpId, Deferred)>, ExecutorError> {
-        let mut all_deferred = Vec::new();
+    ) -> Result<Aside, ExecutorError> {
+        let mut aside = Aside::default();
         let mut uses: BTreeMap<OpId, usize> = BTreeMap::new();
         for &op in &self.ops {
             for &input in &around.dag.op(op).inputs {
@@ -150,14 +174,20 @@ impl Segment {
             let arguments = Arguments { op, inputs, params };
             let value = if training && self.deferring.contains(&id) {
                 let (value, deferred) = kernels::forward_deferred(&arguments)?;
-                all_deferred.push((id, deferred));
+                aside.deferred.push((id, deferred));
                 value
+            } else if let (OpKind::Embedding { .. }, Some(ids)) = (&op.kind, op.inputs.first().and_then(|i| ids.get(i)))
+            {
+                let looked_up = kernels::lookup(&arguments)?;
+                let [table] = op.params[..] else { return Err(missing("its table")) };
+                aside.lookups.push(Lookup { table, ids: ids.clone(), output: looked_up.tensor.clone() });
+                Value::Real(looked_up)
             } else {
                 kernels::forward(&arguments, context)?
             };
             values.insert(id, value);
         }
-        Ok(all_deferred)
+        Ok(aside)
     }
 
     fn collect(
@@ -167,7 +197,7 @@ impl Segment {
         values: &BTreeMap<OpId, Value>,
     ) -> Result<(StageOutput, Kept), ExecutorError> {
         let mut output = StageOutput::default();
-        let mut kept = Kept { leaves, outputs: BTreeMap::new(), loss: None, deferred: Vec::new() };
+        let mut kept = Kept { leaves, outputs: BTreeMap::new(), loss: None, deferred: Vec::new(), lookups: Vec::new() };
         for &op in &self.leaving {
             match values.get(&op) {
                 Some(Value::Real(real)) => {
@@ -222,7 +252,7 @@ impl Segment {
             });
         }
         let Some(root) = root.filter(Tensor::is_tracked) else {
-            return Ok(SegmentGradients { inputs: Vec::new(), params: Vec::new(), owed: Vec::new() });
+            return Ok(SegmentGradients::default());
         };
         let mut tape = root.backward();
         let mut inputs = Vec::new();
@@ -239,9 +269,13 @@ impl Segment {
                 params.push((param, gradient));
             }
         }
+        let lookup = |Lookup { table, ids, output }: Lookup| {
+            output.grad_remove(&mut tape).map(|gradient| LookupGradient { param: table, ids, gradient })
+        };
+        let lookups = kept.lookups.into_iter().filter_map(lookup).collect();
         let owed =
             kept.deferred.into_iter().filter_map(|(op, deferred)| Some((op, deferred.after(&mut tape)?))).collect();
-        Ok(SegmentGradients { inputs, params, owed })
+        Ok(SegmentGradients { inputs, params, lookups, owed })
     }
 }
 

@@ -73,7 +73,7 @@ pub struct TaskLoop {
     busy: Duration,
     live_max: usize,
     log: StepLog,
-    feedback: tied::Feedback,
+    tied: tied::TiedGradients,
 }
 
 impl std::fmt::Debug for TaskLoop {
@@ -100,7 +100,7 @@ impl TaskLoop {
             busy: Duration::ZERO,
             live_max: 0,
             log: StepLog::default(),
-            feedback: tied::Feedback::default(),
+            tied: tied::TiedGradients::default(),
         }
     }
 
@@ -224,10 +224,10 @@ impl TaskLoop {
         self.worked(task, began);
         self.live_max = self.live_max.max(self.executor.live());
         outgoing.extend(output.tensors);
-        for edge in placement.edges.iter().filter(|e| e.from == stage) {
-            let tensor = outgoing
-                .get(&edge.op)
-                .cloned()
+        let mut leaving = placement.edges.iter().filter(|e| e.from == stage);
+        while let Some(edge) = leaving.next() {
+            let is_last = !leaving.clone().any(|later| later.op == edge.op);
+            let tensor = if is_last { outgoing.remove(&edge.op) } else { outgoing.get(&edge.op).cloned() }
                 .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} gave nothing for {}", edge.id) })?;
             self.deliver(
                 &placement,

@@ -9,6 +9,16 @@ use std::ops::Add;
 use crate::dag::{OpDag, OpId};
 use crate::param::Param;
 
+/// How a device computes ops of several steps, which decides what FP keeps for BP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kernels {
+    /// Step by step, each with a tensor of its own: GPUs, and devices of which nothing is known.
+    #[default]
+    Plain,
+    /// In one go, with what is in between made anew in BP: the CPU.
+    Fused,
+}
+
 /// The cost of one micro-batch through one op, or a sum of such. All counts stop at `u64::MAX`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
@@ -58,6 +68,20 @@ impl OpDag {
         if self.carries_gradient(op) { cost } else { Cost { bp_flops: 0, kept_bytes: 0, ..cost } }
     }
 
+    /// Bytes that these kernels keep between FP and BP of one micro-batch of `batch` rows through `op`; with
+    /// [`Kernels::Plain`] the `kept_bytes` of [`OpDag::cost`].
+    ///
+    /// # Panics
+    /// If `op` is not of this OP-DAG.
+    pub fn kept_bytes(&self, op: OpId, batch: usize, kernels: Kernels) -> u64 {
+        if !self.carries_gradient(op) {
+            return 0;
+        }
+        let node = self.op(op);
+        let inputs: Vec<_> = node.inputs.iter().map(|&input| &self.op(input).output).collect();
+        node.kind.kept_bytes(&inputs, &node.output, batch, kernels)
+    }
+
     /// The sum of [`OpDag::cost`] over all ops.
     pub fn total_cost(&self, batch: usize) -> Cost {
         self.op_ids().map(|op| self.cost(op, batch)).sum()
@@ -99,6 +123,26 @@ mod tests {
         assert!((1.0..1.05).contains(&ratio), "{ratio}");
         assert_eq!(dag.total_cost(4).fp_flops, 2 * cost.fp_flops);
         assert_eq!(dag.param_bytes(), 4 * 124_439_808);
+    }
+
+    #[test]
+    fn fused_attention_keeps_no_square_of_the_sequence() {
+        let kept = |seq: usize, kernels| {
+            let dag = gpt2(&Gpt2Config::named("gpt2").unwrap(), seq).unwrap();
+            dag.kept_bytes(dag.find("h.0.attn").unwrap(), 2, kernels)
+        };
+        let (batch, width, heads) = (2, 768, 12);
+        for seq in [128, 1024] {
+            let ours = 4 * batch * (3 * width + width + heads) * seq;
+            assert_eq!(kept(seq as usize, Kernels::Fused), ours);
+            let plain = 4 * batch * (3 * width * seq + heads * seq * seq);
+            assert_eq!(kept(seq as usize, Kernels::Plain), plain);
+        }
+        let dag = gpt2(&Gpt2Config::named("gpt2").unwrap(), 128).unwrap();
+        for op in dag.op_ids() {
+            assert_eq!(dag.kept_bytes(op, 2, Kernels::Plain), dag.cost(op, 2).kept_bytes, "{}", dag.op(op).name);
+        }
+        assert_eq!(dag.kept_bytes(dag.input().unwrap(), 2, Kernels::Fused), 0);
     }
 
     #[test]

@@ -33,7 +33,7 @@ mod shape;
 mod validate;
 
 pub use builder::{DagBuilder, MAX_ELEMENTS, MAX_NAME_BYTES, MAX_OPS};
-pub use cost::Cost;
+pub use cost::{Cost, Kernels};
 pub use dag::{Op, OpDag, OpId, ParamId};
 pub use dtype::DType;
 pub use error::{GraphError, Misfit};

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::cost::Cost;
+use crate::cost::{Cost, Kernels};
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::ops::activation::Activation;
@@ -215,6 +215,19 @@ impl OpKind {
     /// The cost of one micro-batch of `batch` rows, for types that [`OpKind::infer`] took and gave.
     pub fn cost(&self, inputs: &[&TensorType], output: &TensorType, batch: usize) -> Cost {
         self.rule().cost(&Io { inputs, output, batch })
+    }
+
+    /// What BP reads of FP, of [`OpKind::cost`], as these kernels keep it.
+    pub(crate) fn kept_bytes(
+        &self,
+        inputs: &[&TensorType],
+        output: &TensorType,
+        batch: usize,
+        kernels: Kernels,
+    ) -> u64 {
+        let (rule, io) = (self.rule(), Io { inputs, output, batch });
+        let fused = (kernels == Kernels::Fused).then(|| rule.fused_kept_bytes(&io)).flatten();
+        fused.unwrap_or_else(|| rule.cost(&io).kept_bytes)
     }
 
     /// Whether CompNodes have a kernel for it. What has none can be planned, not trained.

@@ -43,6 +43,11 @@ pub(crate) trait Rule {
     /// For types that `infer` accepted and gave.
     fn cost(&self, io: &Io<'_>) -> Cost;
 
+    /// What kernels that make nothing in between keep, where that is not what the cost says.
+    fn fused_kept_bytes(&self, _io: &Io<'_>) -> Option<u64> {
+        None
+    }
+
     fn param_bytes(&self) -> u64 {
         let elements = |role: &ParamRole| role.shape.iter().fold(1, |n: u64, &size| n.saturating_mul(size as u64));
         let total = self.params().iter().map(elements).fold(0, u64::saturating_add);

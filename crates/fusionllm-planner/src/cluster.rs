@@ -5,6 +5,7 @@ mod measured;
 
 use std::sync::Arc;
 
+use fusionllm_graph::Kernels;
 use serde::{Deserialize, Serialize};
 
 pub use file::{ClusterFile, DeviceEntry, LinkEntry};
@@ -47,6 +48,12 @@ impl CompNodeProfile {
             host: None,
             measured: None,
         }
+    }
+
+    /// How it computes ops of several steps.
+    pub fn kernels(&self) -> Kernels {
+        // Only on a CPU do messages take threads.
+        if self.host.as_ref().is_some_and(|host| host.threads > 0) { Kernels::Fused } else { Kernels::Plain }
     }
 
     /// Seconds of copying a tensor of this many bytes between host and device.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use fusionllm_graph::{OpDag, OpId};
+use fusionllm_graph::{Kernels, OpDag, OpId};
 
 use crate::{Cluster, CompNodeProfile};
 
@@ -34,6 +34,7 @@ pub struct Estimate {
     bp_flops: Vec<f64>,
     bytes: Vec<f64>,
     kept: Vec<f64>,
+    kept_fused: Vec<f64>,
     param_bytes: Vec<u64>,
     cuts: Vec<CutBytes>,
     /// Per distinct speed of a CompNode: sums of FP and of BP seconds.
@@ -67,6 +68,7 @@ impl Estimate {
             bp_flops: Vec::with_capacity(ops),
             bytes: Vec::with_capacity(ops),
             kept: vec![0.0],
+            kept_fused: vec![0.0],
             param_bytes: vec![0],
             cuts: cuts(dag, batch),
             classes: BTreeMap::new(),
@@ -78,6 +80,7 @@ impl Estimate {
             estimate.bp_flops.push(cost.bp_flops as f64);
             estimate.bytes.push((cost.read_bytes.saturating_add(cost.write_bytes)) as f64);
             push_sum(&mut estimate.kept, cost.kept_bytes as f64);
+            push_sum(&mut estimate.kept_fused, dag.kept_bytes(op, batch, Kernels::Fused) as f64);
             let mut own = 0u64;
             for &param in &dag.op(op).params {
                 // A tied parameter is counted once; whoever else holds it holds a copy, which the exact sum shows.
@@ -141,9 +144,13 @@ impl Estimate {
         self.param_bytes[segment.end] - self.param_bytes[segment.start]
     }
 
-    /// Bytes kept between FP and BP of one micro-batch.
-    pub fn kept_bytes(&self, segment: &Range<usize>) -> f64 {
-        self.kept[segment.end] - self.kept[segment.start]
+    /// Bytes that a CompNode keeps between FP and BP of one micro-batch.
+    pub fn kept_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>) -> f64 {
+        let kept = match profile.kernels() {
+            Kernels::Plain => &self.kept,
+            Kernels::Fused => &self.kept_fused,
+        };
+        kept[segment.end] - kept[segment.start]
     }
 
     /// What crosses the cut before op `position`.
@@ -151,9 +158,10 @@ impl Estimate {
         self.cuts.get(position).copied().unwrap_or_default()
     }
 
-    /// Bytes that a segment needs with `live` micro-batches in flight.
-    pub fn memory_bytes(&self, segment: &Range<usize>, live: u32) -> f64 {
-        (self.param_bytes(segment) as f64) * TRAINING_COPIES as f64 + self.kept_bytes(segment) * f64::from(live)
+    /// Bytes that a segment needs on a CompNode with `live` micro-batches in flight.
+    pub fn memory_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>, live: u32) -> f64 {
+        let state = self.param_bytes(segment) as f64 * TRAINING_COPIES as f64;
+        state + self.kept_bytes(profile, segment) * f64::from(live)
     }
 }
 
@@ -236,7 +244,23 @@ mod tests {
         assert!((parts[0].0 + parts[1].0 - whole.0).abs() < 1e-6 * whole.0);
         assert!((whole.0 - dag.total_cost(2).fp_flops as f64 / 4.0).abs() < 1e-6 * whole.0);
         assert_eq!(estimate.param_bytes(&(0..n)), dag.param_bytes());
-        assert!(estimate.memory_bytes(&(0..n), 2) > estimate.memory_bytes(&(0..n), 1));
+        assert!(estimate.memory_bytes(node, &(0..n), 2) > estimate.memory_bytes(node, &(0..n), 1));
+    }
+
+    #[test]
+    fn a_cpu_keeps_less_of_attention_than_what_computes_step_by_step() {
+        let dag = small_gpt2(2);
+        let mut cluster = Cluster::uniform(3);
+        let host = |threads| Some(crate::Host { name: format!("{threads} threads"), lanes: 1.0, threads });
+        (cluster.compnodes[1].host, cluster.compnodes[2].host) = (host(2), host(0));
+        let estimate = Estimate::new(&dag, 2, &cluster);
+        let attention = dag.find("h.0.attn").unwrap().index();
+        let kept = |node: usize, range| estimate.kept_bytes(&cluster.compnodes[node], &range);
+        // Two sequences of 8 tokens and 2 heads: 8 scores for each row, or the output of 16 and one number for each head.
+        let rows = 2.0 * 8.0 * 4.0;
+        assert_eq!(kept(0, attention..attention + 1), rows * (48.0 + 2.0 * 8.0));
+        assert_eq!(kept(1, attention..attention + 1), rows * (48.0 + 16.0 + 2.0));
+        assert_eq!(kept(2, 0..dag.ops().len()), kept(0, 0..dag.ops().len()));
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod ready;
 mod simulate;
 #[cfg(test)]
 mod testing;
+mod tied;
 
 pub use adapt::{CodecChange, Controller, LinkObservation, StepObservation};
 pub use cluster::{
@@ -39,3 +40,4 @@ pub use placement::{PassPlan, Placement, PlacementSpec, Stage, StageEdge, TiedPa
 pub use plan::{CompNodePrediction, LinkPrediction, Owner, Plan, PlanSpec, Prediction, place, plan};
 pub use ready::{Need, is_ready, needs};
 pub use simulate::{Blame, Cargo, Cause, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate};
+pub use tied::{Pieces, TIED_WINDOW};

@@ -1,5 +1,6 @@
 //! The plan: a placement with what it is predicted to take.
 
+mod memory;
 mod price;
 
 use std::collections::BTreeMap;
@@ -9,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
 use crate::{
-    Blame, Cluster, Compression, Estimate, NodeIndex, Placement, PlacementSpec, PlanError, Simulated, StepCosts,
-    Strategy, format_bytes, pipeline_formula,
+    Blame, Cluster, Compression, Estimate, NodeIndex, Placement, PlacementSpec, PlanError, Segment, Simulated,
+    StepCosts, Strategy, format_bytes, pipeline_formula,
 };
 use price::settle;
 pub(crate) use price::{Priced, price};
@@ -153,34 +154,55 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
         return Err(PlanError::EmptyGraph);
     }
     let batch = placement.micro_batch_size as usize;
-    let pins = Pins::of(dag, placement.private);
     let estimate = Estimate::new(dag, batch, cluster);
+    let pins = Pins::of(dag, placement.private);
     let is_baseline = matches!(placement.strategy, Strategy::EqualNumber | Strategy::EqualCompute);
-    let (order, segments) = if is_baseline || !placement.stages.is_empty() {
+    let finish = |order: &[usize], segments: Vec<Segment>| -> Result<(Cluster, Priced), PlanError> {
+        let used = cluster.select(order);
+        let priced = settle(dag, &used, &estimate, &segments, spec)?;
+        match priced.over_memory() {
+            Some(error) => Err(error),
+            None => Ok((used, priced)),
+        }
+    };
+    let (used, priced) = if is_baseline || !placement.stages.is_empty() {
         let by_number = placement.strategy == Strategy::EqualNumber;
         let segments = in_order(dag, cluster, by_number, &placement.stages, &pins, batch)?;
-        ((0..cluster.compnodes.len()).collect(), segments)
+        let order: Vec<usize> = (0..cluster.compnodes.len()).collect();
+        finish(&order, segments)?
     } else {
-        let owner = (spec.owner == Owner::First).then_some(0);
-        let judge = Judge { dag, cluster, estimate: &estimate, pins: &pins, spec, owner };
-        let mut starts = baselines(dag, cluster, &pins, batch);
-        if spec.compression != Compression::Dense {
-            // What is best dense is never slower compressed, so the search may not end behind it.
-            let dense = PlanSpec { compression: Compression::Dense, ..spec.clone() };
-            starts.extend(op_fence(&Judge { spec: &dense, ..judge }, starts.clone()));
+        let search = |pins: &Pins| {
+            let chain = search(dag, cluster, &estimate, pins, spec)?;
+            finish(&chain.order, chain.segments(pins))
+        };
+        let found = search(&pins);
+        match Pins::u_shape(dag).filter(|u| *u != pins).map(|u| search(&u)) {
+            Some(Ok(u)) if found.as_ref().map_or(true, |(_, f)| u.1.simulated.step_s < f.simulated.step_s) => u,
+            _ => found?,
         }
-        let mut chain = op_fence(&judge, starts)?;
-        if placement.strategy == Strategy::Optimal {
-            chain = best_of_all(&judge, chain)?;
-        }
-        (chain.order.clone(), chain.segments(&pins))
     };
-    let used = cluster.select(&order);
-    let priced = settle(dag, &used, &estimate, &segments, spec)?;
-    if let Some(error) = priced.over_memory() {
-        return Err(error);
-    }
     Ok(priced.into_plan(dag, used, spec))
+}
+
+/// The chain that the strategy finds, with these ops on the data owner.
+fn search(
+    dag: &OpDag,
+    cluster: &Cluster,
+    estimate: &Estimate,
+    pins: &Pins,
+    spec: &PlanSpec,
+) -> Result<Chain, PlanError> {
+    let batch = spec.placement.micro_batch_size as usize;
+    let owner = (spec.owner == Owner::First).then_some(0);
+    let judge = Judge { dag, cluster, estimate, pins, spec, owner };
+    let mut starts = baselines(dag, cluster, pins, batch);
+    if spec.compression != Compression::Dense {
+        // What is best dense is never slower compressed, so the search may not end behind it.
+        let dense = PlanSpec { compression: Compression::Dense, ..spec.clone() };
+        starts.extend(op_fence(&Judge { spec: &dense, ..judge }, starts.clone()));
+    }
+    let chain = op_fence(&judge, starts)?;
+    if spec.placement.strategy == Strategy::Optimal { best_of_all(&judge, chain) } else { Ok(chain) }
 }
 
 /// The baselines' cuts on all CompNodes, as chains.

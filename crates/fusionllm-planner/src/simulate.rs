@@ -37,8 +37,8 @@ pub struct StepCosts {
     pub codec_s: Vec<(f64, f64)>,
     /// UPDATE, by CompNode.
     pub update_s: Vec<f64>,
-    /// Bytes of each tied parameter's gradient, in the placement's order.
-    pub tied_bytes: Vec<f64>,
+    /// Bytes that each holder of each tied parameter sends another, both in the placement's order.
+    pub tied_bytes: Vec<Vec<f64>>,
     /// Whether the global norm is exchanged before UPDATE.
     pub clip: bool,
 }
@@ -378,11 +378,13 @@ impl<'a> State<'a> {
         let nodes = self.free.len();
         let mut ready = self.free.clone();
         for (index, tied) in self.placement.tied.iter().enumerate() {
-            let bytes = self.costs.tied_bytes.get(index).copied().unwrap_or(0.0);
-            for (a, b) in tied.holders.iter().flat_map(|a| tied.holders.iter().map(move |b| (a.index(), b.index()))) {
-                let at = self.passed[a];
-                let arrival = self.send(a, b, Cargo::Tied(index), bytes, 0.0, at);
-                ready[b] = later(ready[b], arrival);
+            let of_tied = self.costs.tied_bytes.get(index).map_or(&[][..], Vec::as_slice);
+            for (place, a) in tied.holders.iter().map(|a| a.index()).enumerate() {
+                let (at, bytes) = (self.passed[a], of_tied.get(place).copied().unwrap_or(0.0));
+                for b in tied.holders.iter().map(|b| b.index()) {
+                    let arrival = self.send(a, b, Cargo::Tied(index), bytes, 0.0, at);
+                    ready[b] = later(ready[b], arrival);
+                }
             }
         }
         if self.costs.clip && nodes > 1 {

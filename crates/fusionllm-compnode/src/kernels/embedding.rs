@@ -7,8 +7,18 @@ use crate::ExecutorError;
 pub(super) fn forward(arguments: &Arguments<'_>, vocab: usize, dim: usize) -> Result<RealValue, ExecutorError> {
     let ids = arguments.integer(0)?;
     let table = arguments.param(0)?.reshape([vocab, dim]);
-    let tensor = table.select(0, ids.tensor.clone());
-    let mut shape = ids.shape.clone();
+    Ok(RealValue { tensor: table.select(0, ids.tensor.clone()), shape: with_last(ids.shape.clone(), dim) })
+}
+
+/// The same outside autodiff, with an output that is a leaf.
+pub(super) fn lookup(arguments: &Arguments<'_>, vocab: usize, dim: usize) -> Result<RealValue, ExecutorError> {
+    let ids = arguments.integer(0)?;
+    let table = arguments.param(0)?.inner().reshape([vocab, dim]);
+    let tensor = table.select(0, ids.tensor.clone().inner()).autodiff().require_grad();
+    Ok(RealValue { tensor, shape: with_last(ids.shape.clone(), dim) })
+}
+
+fn with_last(mut shape: Vec<usize>, dim: usize) -> Vec<usize> {
     shape.push(dim);
-    Ok(RealValue { tensor, shape })
+    shape
 }

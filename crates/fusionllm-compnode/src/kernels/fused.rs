@@ -93,6 +93,11 @@ pub(crate) fn accumulate(sum: Tensor<1>, term: Tensor<1>) -> Tensor<1> {
     }
 }
 
+/// sumᵢ ← sumᵢ + termᵢ, on all threads. The slices are equally long.
+pub(crate) fn add_into(sum: &mut [f32], term: &[f32]) {
+    vector::add_into(sum, term);
+}
+
 /// The sum of squares of a tensor on the CPU, in one pass.
 pub(crate) fn sum_of_squares(tensor: &Tensor<1>) -> Option<f64> {
     let tensor = into_cpu(tensor.clone()).ok()?;

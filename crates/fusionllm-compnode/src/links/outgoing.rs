@@ -37,7 +37,7 @@ pub(super) async fn run(
     mut queue: mpsc::Receiver<Outgoing>,
     mut encoder: ChannelEncoder,
 ) -> Result<(), ExchangeError> {
-    let mut window: SendWindow<Encoded> = SendWindow::new(links.placement.window() as usize);
+    let mut window: SendWindow<Encoded> = SendWindow::new(links.window(channel));
     let mut queue_open = true;
     loop {
         let session = links.session_to(peer).await?;

@@ -17,7 +17,7 @@ use crate::{CompNodeError, ExecutorError};
 impl TaskLoop {
     /// Tied gradients, the global norm, UPDATE. Gives learning rate and norm.
     pub(super) fn update(&mut self, step: u64) -> Result<(f64, Option<f64>), CompNodeError> {
-        self.sum_tied_gradients(step)?;
+        self.sum_tied_gradients()?;
         let clip = self.plan.spec.train.clip;
         let norm = if clip > 0.0 { Some(self.global_norm(step)?) } else { None };
         // The form of PyTorch's clip_grad_norm_.
@@ -71,7 +71,7 @@ impl TaskLoop {
 }
 
 /// The slot of what is sent once a step.
-pub(super) fn step_slot(channel: Channel, step: u64) -> Slot {
+fn step_slot(channel: Channel, step: u64) -> Slot {
     Slot { channel, pass: Pass::Train, step, micro_batch: 0 }
 }
 

@@ -41,7 +41,7 @@ impl Rule for Attention {
 
     /// FP is two products of 2 * B * S * S * D and a softmax over B * H * S * S scores; BP is four such products and
     /// the softmax's gradient. A causal core is counted in full, S * S: the kernels compute the masked half too.
-    /// Scores and probabilities are written and read once each; the input and the probabilities are kept.
+    /// Scores and probabilities are written and read once each; the input and the probabilities are kept, by plain kernels.
     fn cost(&self, io: &Io<'_>) -> Cost {
         let seq_len = io.output.shape.dims().get(1).map_or(0, |dim| dim.resolve(io.batch)) as u64;
         let scores = product(&[io.batch as u64, self.heads as u64, seq_len, seq_len]);
@@ -58,6 +58,13 @@ impl Rule for Attention {
             write_bytes: io.output_bytes().saturating_add(between_bytes),
             kept_bytes: io.input_bytes().saturating_add(score_bytes),
         }
+    }
+
+    /// Input, output, and a logarithm for each row of scores, from which BP makes the probabilities again.
+    fn fused_kept_bytes(&self, io: &Io<'_>) -> Option<u64> {
+        let seq_len = io.output.shape.dims().get(1).map_or(0, |dim| dim.resolve(io.batch)) as u64;
+        let log_sums = product(&[io.batch as u64, self.heads as u64, seq_len, DType::F32.bytes() as u64]);
+        Some(io.input_bytes().saturating_add(io.output_bytes()).saturating_add(log_sums))
     }
 }
 

@@ -146,7 +146,7 @@ impl Weights<'_> {
         let live = in_flight_limit(self.pipeline, 0, StageId(place as u32), order.len(), self.micro_batches);
         let is_owner_of_tail = place == 0 && tail < ops && order.len() > 1;
         let (tail_s, tail_bytes) = if is_owner_of_tail {
-            (self.time(device, tail, ops), self.estimate.memory_bytes(&(tail..ops), 1))
+            (self.time(device, tail, ops), self.estimate.memory_bytes(profile, &(tail..ops), 1))
         } else {
             (0.0, 0.0)
         };
@@ -155,7 +155,7 @@ impl Weights<'_> {
         let fits = |start: usize, end: usize| {
             let end = if end == tail { last } else { end };
             let seconds = (fp[end] - fp[start]) + (bp[end] - bp[start]) + tail_s;
-            let bytes = self.estimate.memory_bytes(&(start..end), live) + tail_bytes;
+            let bytes = self.estimate.memory_bytes(profile, &(start..end), live) + tail_bytes;
             seconds <= bottleneck && bytes <= profile.memory_bytes as f64
         };
         let mut far = vec![0; tail + 1];

@@ -176,22 +176,22 @@ fn no_fit(judge: &Judge<'_>) -> PlanError {
     const GB: f64 = 1e9;
     let nodes = &judge.cluster.compnodes;
     if let Some(owner) = judge.owner.and_then(|owner| nodes.get(owner)) {
-        let needed = judge.estimate.memory_bytes(&(0..judge.pins.head.max(1)), 1);
+        let needed = judge.estimate.memory_bytes(owner, &(0..judge.pins.head.max(1)), 1);
         if needed > owner.memory_bytes as f64 {
             let (compnode, memory_gb) = (owner.name.clone(), owner.memory_bytes as f64 / GB);
             return PlanError::OwnerTooSmall { compnode, needed_gb: needed / GB, memory_gb };
         }
     }
-    let largest = nodes.iter().max_by_key(|c| c.memory_bytes);
-    let (compnode, memory) = largest.map_or((String::new(), 0), |c| (c.name.clone(), c.memory_bytes));
-    let heaviest = (0..judge.estimate.ops()).map(|op| (op, judge.estimate.memory_bytes(&(op..op + 1), 1)));
+    let Some(largest) = nodes.iter().max_by_key(|c| c.memory_bytes) else { return PlanError::NoCompNodes };
+    let (compnode, memory) = (largest.name.clone(), largest.memory_bytes);
+    let heaviest = (0..judge.estimate.ops()).map(|op| (op, judge.estimate.memory_bytes(largest, &(op..op + 1), 1)));
     if let Some((op, needed)) = heaviest.max_by(|a, b| a.1.total_cmp(&b.1))
         && needed > memory as f64
     {
         let op = judge.dag.ops()[op].name.clone();
         return PlanError::OpTooLarge { op, needed_gb: needed / GB, compnode, memory_gb: memory as f64 / GB };
     }
-    let needed = judge.estimate.memory_bytes(&(0..judge.estimate.ops()), 1);
+    let needed = judge.estimate.memory_bytes(largest, &(0..judge.estimate.ops()), 1);
     let total: f64 = nodes.iter().map(|c| c.memory_bytes as f64).sum();
     PlanError::NoFit { needed_gb: needed / GB, compnodes: nodes.len(), memory_gb: total / GB }
 }

@@ -34,6 +34,17 @@ impl Pins {
         let head = (0..tail).filter(|&i| pinned[i]).map(|i| i + 1).max().unwrap_or(0);
         Self { head, tail, pinned }
     }
+
+    /// The pins under which the data owner holds both ends of the model, if a parameter is used at more than one place:
+    /// as with private data, though nothing has to stay. Then no gradient of a table has to travel.
+    pub(crate) fn u_shape(dag: &OpDag) -> Option<Self> {
+        let mut uses = vec![0u32; dag.params().len()];
+        for param in dag.ops().iter().flat_map(|op| &op.params) {
+            uses[param.index()] += 1;
+        }
+        let is_shared = uses.iter().any(|&uses| uses > 1);
+        is_shared.then(|| Self::of(dag, true)).filter(|pins| pins.tail < pins.pinned.len())
+    }
 }
 
 /// Pins `op` and its producers up to and with the first op that carries parameters.

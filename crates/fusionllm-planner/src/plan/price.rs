@@ -3,14 +3,14 @@
 use fusionllm_codec::Codec;
 use fusionllm_graph::{OpDag, OpId};
 
-use super::PlanSpec;
+use super::{PlanSpec, memory};
 use crate::compression::{codec_s, compress_tied};
 use crate::deferred::defer;
 use crate::estimate::update_seconds;
 use crate::placement::assemble;
 use crate::{
     Cluster, Compression, Deferrable, Direction, Estimate, NodeIndex, Pipeline, Placement, PlanError, Segment,
-    Simulated, Stage, StageEdge, StepCosts, TRAINING_COPIES, TiedParam, compress, simulate,
+    Simulated, Stage, StageEdge, StepCosts, TiedParam, compress, simulate,
 };
 
 /// How many times faster than the slowest stage the adaptive policy may make links.
@@ -154,38 +154,11 @@ fn price_at(
         update_s: nodes()
             .map(|n| update_seconds(profile(n), params(n)) + profile(n).copy_s(tied_copies(dag, &placement, n)))
             .collect(),
-        tied_bytes: placement.tied.iter().map(|t| tied_bytes(dag, t)).collect::<Result<_, _>>()?,
+        tied_bytes: placement.tied.iter().map(|t| tied_bytes(dag, &placement, t, batch)).collect::<Result<_, _>>()?,
         stage_s,
         clip: spec.clip,
     };
-    let mut memory: Vec<(f64, u64)> =
-        nodes().map(|n| ((params(n) * TRAINING_COPIES) as f64, profile(n).memory_bytes)).collect();
-    for node in nodes() {
-        let live = placement.live_bound(node);
-        for (stage, range) in placement.stages.iter().zip(&ranges).filter(|(s, _)| s.compnode == node) {
-            let count = live.get(&stage.id).copied().unwrap_or(1);
-            memory[node.index()].0 += estimate.kept_bytes(range) * f64::from(count);
-        }
-    }
-    for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
-        // A message is held while it is sent, and while it waits to be taken.
-        let bytes = dag.op(edge.op).output.bytes(batch) as f64;
-        for stage in [edge.from, edge.to] {
-            if let Some(node) = placement.compnode_of(stage) {
-                memory[node.index()].0 += 2.0 * bytes;
-            }
-        }
-        let feeds_back = spec.error_feedback && edge.gradient && !edge.gradient_codec.is_lossless();
-        if let (true, Some(sender)) = (feeds_back, placement.compnode_of(edge.to)) {
-            memory[sender.index()].0 += bytes;
-        }
-    }
-    for tied in placement.tied.iter().filter(|t| !t.codec.is_lossless()) {
-        // What is held back for the next step.
-        for holder in &tied.holders {
-            memory[holder.index()].0 += dag.param(tied.param).bytes() as f64;
-        }
-    }
+    let mut memory = memory::needed(dag, cluster, estimate, &placement, &ranges, spec);
     defer_weight_gradients(&mut placement, &costs.deferrable, most_deferred, &mut memory);
     let simulated = simulate(&placement, cluster, &costs)?;
     Ok(Priced { placement, simulated, ratios, costs, memory })
@@ -245,10 +218,16 @@ fn tied_copies(dag: &OpDag, placement: &Placement, node: NodeIndex) -> f64 {
     held.map(|t| dag.param(t.param).bytes() as f64 * (1 + t.holders.len()) as f64).sum()
 }
 
-/// Bytes of a holder's message.
-fn tied_bytes(dag: &OpDag, tied: &TiedParam) -> Result<f64, PlanError> {
-    let bytes = tied.codec.steady_bytes(&dag.param(tied.param).shape).map_err(PlanError::Codec)?;
-    Ok(bytes as f64)
+/// Bytes that each holder sends another.
+fn tied_bytes(dag: &OpDag, placement: &Placement, tied: &TiedParam, batch: usize) -> Result<Vec<f64>, PlanError> {
+    let shape = &dag.param(tied.param).shape;
+    let columns = shape.iter().skip(1).product::<usize>();
+    let bytes = |&holder: &NodeIndex| match placement.most_rows(dag, tied, holder, batch) {
+        // With the number of each row.
+        Some(rows) => Ok(rows as f64 * 4.0 * (columns + 1) as f64),
+        None => tied.codec.steady_bytes(shape).map(|bytes| bytes as f64).map_err(PlanError::Codec),
+    };
+    tied.holders.iter().map(bytes).collect()
 }
 
 /// Seconds of the slowest stage for one micro-batch.

@@ -178,7 +178,7 @@ fn tied_gradients_and_the_norm_come_before_the_update() {
         elements: 1,
         codec: fusionllm_codec::Codec::Dense,
     }];
-    costs.tied_bytes = vec![4.0];
+    costs.tied_bytes = vec![vec![4.0; 2]];
     // n0's tied gradient leaves at 8 and is there at 13; n1's norm comes back at 14, the total at 15.
     assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 15.5);
 }
