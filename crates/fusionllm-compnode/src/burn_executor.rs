@@ -115,13 +115,16 @@ impl BurnExecutor {
         optimizer: OptimizerSpec,
         seed: u64,
     ) -> Result<Self, ExecutorError> {
+        let on_cpu = fused::is_cpu(&device);
+        let accumulating = |(id, segment): (StageId, Segment)| (id, segment.accumulating(&dag));
+        let segments = if on_cpu { segments.into_iter().map(accumulating).collect() } else { segments };
         let mut params = BTreeMap::new();
         for &id in held {
             params.insert(id, flat(initial_values(dag.param(id), seed)?, &device));
         }
         let mut executor = Self {
             dag,
-            on_cpu: fused::is_cpu(&device),
+            on_cpu,
             device,
             seed,
             optimizer,
@@ -180,9 +183,7 @@ impl BurnExecutor {
     }
 
     fn segment(&self, stage: StageId) -> Result<&Segment, ExecutorError> {
-        self.segments
-            .get(&stage)
-            .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} is not held on this CompNode") })
+        self.segments.get(&stage).ok_or_else(|| not_held(stage))
     }
 
     fn surroundings<'a>(&'a self, params: &'a BTreeMap<ParamId, Tensor<1>>) -> Surroundings<'a> {
@@ -258,15 +259,21 @@ impl Executor for BurnExecutor {
         let kept = self.kept.remove(&(stage, micro_batch.index)).ok_or_else(|| ExecutorError::Internal {
             what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
         })?;
-        let around = self.surroundings(&self.leaves);
-        let segment = self.segment(stage)?;
-        let result = on_pool(self.on_cpu, || segment.backward(around, kept, gradients, loss_scale))?;
-        let (sums, dag) = (&mut self.gradients, &self.dag);
+        let Self { dag, device, on_cpu, seed, segments, leaves, gradients: sums, owed, .. } = self;
+        let around = Surroundings { dag, device, params: leaves, seed: *seed };
+        let segment = segments.get(&stage).ok_or_else(|| not_held(stage))?;
+        for (param, sum) in segment.sums() {
+            sum.put(sums.take_cpu(*param));
+        }
+        let result = on_pool(*on_cpu, || segment.backward(around, kept, gradients, loss_scale))?;
+        for (param, sum) in segment.sums() {
+            sums.put_cpu(*param, sum.take());
+        }
         let elements = |param| dag.param(param).shape.iter().product();
-        on_pool(self.on_cpu, || sums.add(result.params, result.lookups, elements));
-        let weight = |op: OpId| self.dag.op(op).params.first().copied();
-        let owed = result.owed.into_iter().filter_map(|(op, gradient)| Some((op, weight(op)?, gradient)));
-        self.owed.put_off(stage, micro_batch.index, owed);
+        on_pool(*on_cpu, || sums.add(result.params, result.lookups, &result.asides, elements));
+        let weight = |op: OpId| dag.op(op).params.first().copied();
+        let put_off = result.owed.into_iter().filter_map(|(op, gradient)| Some((op, weight(op)?, gradient)));
+        owed.put_off(stage, micro_batch.index, put_off);
         Ok(result.inputs)
     }
 
@@ -379,6 +386,10 @@ impl Executor for BurnExecutor {
         }
         by_stage.into_values().max().unwrap_or(0)
     }
+}
+
+fn not_held(stage: StageId) -> ExecutorError {
+    ExecutorError::Internal { what: format!("{stage} is not held on this CompNode") }
 }
 
 /// Runs `compute` on a worker of the thread pool if that is what computes: its parallel loops then need not be handed

@@ -8,12 +8,13 @@ mod rows;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use burn_flex::FlexTensor;
 use burn_tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use fusionllm_graph::ParamId;
 
 use crate::ExecutorError;
 use crate::host::to_vec;
-use crate::kernels::fused;
+use crate::kernels::fused::{self, SetAside};
 use rows::RowSum;
 
 /// What BP of a micro-batch gives for a table by lookup.
@@ -43,10 +44,14 @@ impl Gradients {
         &mut self,
         terms: Vec<(ParamId, Tensor<1>)>,
         lookups: Vec<LookupGradient>,
+        asides: &[(ParamId, SetAside)],
         elements: impl Fn(ParamId) -> usize,
     ) {
         let mut terms: BTreeMap<ParamId, Tensor<1>> = terms.into_iter().collect();
         let mut by_rows: BTreeMap<ParamId, RowSum> = BTreeMap::new();
+        for (param, aside) in asides {
+            by_rows.extend(aside.take().map(|(rows, values)| (*param, RowSum::of_rows(rows, values))));
+        }
         for LookupGradient { param, ids, gradient } in lookups {
             self.touched.entry(param).or_default().extend(ids.iter().filter_map(|&id| u32::try_from(id).ok()));
             match fused::into_cpu(gradient) {
@@ -74,6 +79,18 @@ impl Gradients {
                 (None, Some(sum)) => sum.add(rows),
                 (None, None) => drop(self.by_rows.insert(param, rows)),
             }
+        }
+    }
+
+    /// Takes the sum of a parameter on the CPU, if it is whole.
+    pub(crate) fn take_cpu(&mut self, param: ParamId) -> Option<FlexTensor> {
+        self.dense.remove(&param).and_then(|sum| fused::into_cpu(sum).ok())
+    }
+
+    /// Puts back what [`Self::take_cpu`] gave, with more added or as the first.
+    pub(crate) fn put_cpu(&mut self, param: ParamId, sum: Option<FlexTensor>) {
+        if let Some(sum) = sum {
+            self.add_term(param, fused::from_cpu(sum));
         }
     }
 
@@ -253,6 +270,17 @@ mod tests {
         vec![LookupGradient { param: PARAM, ids: ids.to_vec(), gradient: tensor(values, [ids.len(), COLUMNS]) }]
     }
 
+    #[test]
+    fn rows_set_aside_are_added_to_the_lookups_before_the_sum() {
+        let mut sums = Gradients::default();
+        sums.add(vec![(PARAM, tensor(&[1.0; 8], [8]))], Vec::new(), &[], |_| 8);
+        let aside = SetAside::new(vec![1]);
+        let big = 1e8;
+        aside.take_from(&mut [0.0, 0.0, big, 0.0], 0, COLUMNS);
+        sums.add(Vec::new(), lookup(&[1], &[-big, 3.0]), &[(PARAM, aside)], |_| 8);
+        assert_eq!(sums.read(PARAM, 0..4).unwrap(), [1.0, 1.0, 1.0, 4.0], "not (1 + 1e8) - 1e8");
+    }
+
     fn held() -> Tensor<1> {
         tensor(&[9.0; 8], [8])
     }
@@ -260,8 +288,8 @@ mod tests {
     #[test]
     fn a_table_is_made_whole_only_when_all_of_it_is_needed() {
         let mut sums = Gradients::default();
-        sums.add(Vec::new(), lookup(&[2, 0, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), |_| 8);
-        sums.add(Vec::new(), lookup(&[3, 2], &[7.0, 8.0, 0.5, 0.5]), |_| 8);
+        sums.add(Vec::new(), lookup(&[2, 0, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), &[], |_| 8);
+        sums.add(Vec::new(), lookup(&[3, 2], &[7.0, 8.0, 0.5, 0.5]), &[], |_| 8);
         assert!(sums.dense.is_empty());
         assert_eq!(sums.touched(PARAM), [0, 2, 3]);
         assert_eq!(sums.read_rows(PARAM, &[2, 3], COLUMNS).unwrap(), [6.5, 8.5, 7.0, 8.0]);
@@ -284,14 +312,14 @@ mod tests {
         for order in 0..3 {
             let mut sums = Gradients::default();
             match order {
-                0 => sums.add(dense(), rows(), |_| 8),
+                0 => sums.add(dense(), rows(), &[], |_| 8),
                 1 => {
-                    sums.add(Vec::new(), rows(), |_| 8);
-                    sums.add(dense(), Vec::new(), |_| 8);
+                    sums.add(Vec::new(), rows(), &[], |_| 8);
+                    sums.add(dense(), Vec::new(), &[], |_| 8);
                 }
                 _ => {
-                    sums.add(dense(), Vec::new(), |_| 8);
-                    sums.add(Vec::new(), rows(), |_| 8);
+                    sums.add(dense(), Vec::new(), &[], |_| 8);
+                    sums.add(Vec::new(), rows(), &[], |_| 8);
                 }
             }
             assert_eq!(sums.read(PARAM, 0..8).unwrap(), expected, "order {order}");

@@ -20,6 +20,7 @@ use fusionllm_graph::{Op, OpKind};
 
 use crate::ExecutorError;
 
+use fused::{SetAside, WeightSum};
 pub(crate) use linear::{Deferred, WeightGradient};
 
 /// A real tensor of logical shape `shape`, held as `[rows, columns]`.
@@ -116,6 +117,15 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
 pub(crate) fn forward_deferred(arguments: &Arguments<'_>) -> Result<(Value, Deferred), ExecutorError> {
     let (value, deferred) = linear::forward_deferred(arguments)?;
     Ok((Value::Real(value), deferred))
+}
+
+/// FP of a linear op whose BP adds the gradient of its weight to a sum, but for rows that are set aside.
+pub(crate) fn forward_accumulated(
+    arguments: &Arguments<'_>,
+    sum: WeightSum,
+    aside: Option<SetAside>,
+) -> Result<Value, ExecutorError> {
+    Ok(Value::Real(linear::forward_accumulated(arguments, sum, aside)?))
 }
 
 /// FP of an embedding whose BP stays outside the tape: the output is a leaf, whose gradient is that of the rows.

@@ -14,12 +14,12 @@ use crate::ExecutorError;
 use crate::executor::{MicroBatch, StageOutput};
 use crate::gradients::LookupGradient;
 use crate::host::{download, to_scalar, upload};
-use crate::kernels::fused::{self, Operand, Seeded};
+use crate::kernels::fused::{self, Operand, Seeded, SetAside, WeightSum};
 use crate::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
 use crate::params::seed_for;
 
 /// The fixed part of a stage.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Segment {
     ops: Vec<OpId>,
     /// Ops outside whose output an op inside consumes, and placeholders inside.
@@ -28,16 +28,19 @@ pub(crate) struct Segment {
     leaving: Vec<OpId>,
     /// Ops inside whose BP leaves the gradient of the weight for later.
     deferring: BTreeSet<OpId>,
+    /// Where linear ops inside add up the gradients of weights that no other linear op of the stage has.
+    sums: BTreeMap<OpId, (ParamId, WeightSum)>,
 }
 
 /// What FP keeps of a micro-batch until its BP.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Kept {
     leaves: BTreeMap<OpId, RealValue>,
     outputs: BTreeMap<OpId, RealValue>,
     loss: Option<Tensor<2>>,
     deferred: Vec<(OpId, Deferred)>,
     lookups: Vec<Lookup>,
+    asides: Vec<(ParamId, SetAside)>,
 }
 
 /// A lookup in FP: its output is a leaf, whose gradient is that of the rows.
@@ -53,6 +56,21 @@ struct Lookup {
 struct Aside {
     deferred: Vec<(OpId, Deferred)>,
     lookups: Vec<Lookup>,
+    asides: Vec<(ParamId, SetAside)>,
+}
+
+impl Aside {
+    /// What BP of a linear op that uses this table too must not add to its sum.
+    fn set_aside(&mut self, table: ParamId) -> Option<SetAside> {
+        let ids = self.lookups.iter().filter(|l| l.table == table).flat_map(|l| &l.ids);
+        let rows: Vec<u32> = ids.filter_map(|&id| u32::try_from(id).ok()).collect();
+        if rows.is_empty() {
+            return None;
+        }
+        let aside = SetAside::new(rows);
+        self.asides.push((table, aside.clone()));
+        Some(aside)
+    }
 }
 
 /// Gradients that BP gives.
@@ -62,6 +80,8 @@ pub(crate) struct SegmentGradients {
     pub(crate) params: Vec<(ParamId, Tensor<1>)>,
     /// Gradients of tables by row.
     pub(crate) lookups: Vec<LookupGradient>,
+    /// Rows of tables that linear ops have not added to their sums.
+    pub(crate) asides: Vec<(ParamId, SetAside)>,
     /// Gradients of weights that are still to be made, by op.
     pub(crate) owed: Vec<(OpId, WeightGradient)>,
 }
@@ -86,12 +106,38 @@ impl Segment {
             }
             entering.extend(dag.op(op).inputs.iter().filter(|i| !inside.contains(i)));
         }
-        Self { ops, entering, leaving: leaving.into_iter().collect(), deferring: BTreeSet::new() }
+        Self { ops, entering, leaving: leaving.into_iter().collect(), ..Self::default() }
     }
 
     /// The same, with the gradients of these linear ops' weights left for later.
     pub(crate) fn deferring(self, deferring: BTreeSet<OpId>) -> Self {
         Self { deferring, ..self }
+    }
+
+    /// The same for the CPU, where gradients of weights are added to their sums in place.
+    pub(crate) fn accumulating(mut self, dag: &OpDag) -> Self {
+        let mut users: BTreeMap<ParamId, Vec<OpId>> = BTreeMap::new();
+        for &id in &self.ops {
+            let op = dag.op(id);
+            if !matches!(op.kind, OpKind::Embedding { .. }) {
+                op.params.iter().for_each(|&param| users.entry(param).or_default().push(id));
+            }
+        }
+        for (param, users) in users {
+            if let [op] = users[..]
+                && matches!(dag.op(op).kind, OpKind::Linear { .. })
+                && dag.op(op).params.first() == Some(&param)
+                && !self.deferring.contains(&op)
+            {
+                self.sums.insert(op, (param, WeightSum::default()));
+            }
+        }
+        self
+    }
+
+    /// The sums that BP adds to.
+    pub(crate) fn sums(&self) -> impl Iterator<Item = &(ParamId, WeightSum)> {
+        self.sums.values()
     }
 
     /// FP. With `training`, also what BP needs.
@@ -129,7 +175,7 @@ impl Segment {
         }
         let aside = self.run(around, micro_batch, training, &ids, &mut values)?;
         let (output, mut kept) = self.collect(around.dag, leaves, &values)?;
-        (kept.deferred, kept.lookups) = (aside.deferred, aside.lookups);
+        (kept.deferred, kept.lookups, kept.asides) = (aside.deferred, aside.lookups, aside.asides);
         Ok((output, kept))
     }
 
@@ -176,6 +222,9 @@ impl Segment {
                 let (value, deferred) = kernels::forward_deferred(&arguments)?;
                 aside.deferred.push((id, deferred));
                 value
+            } else if let (true, Some((param, sum))) = (training, self.sums.get(&id)) {
+                let aside = aside.set_aside(*param);
+                kernels::forward_accumulated(&arguments, sum.clone(), aside)?
             } else if let (OpKind::Embedding { .. }, Some(ids)) = (&op.kind, op.inputs.first().and_then(|i| ids.get(i)))
             {
                 let looked_up = kernels::lookup(&arguments)?;
@@ -197,7 +246,7 @@ impl Segment {
         values: &BTreeMap<OpId, Value>,
     ) -> Result<(StageOutput, Kept), ExecutorError> {
         let mut output = StageOutput::default();
-        let mut kept = Kept { leaves, outputs: BTreeMap::new(), loss: None, deferred: Vec::new(), lookups: Vec::new() };
+        let mut kept = Kept { leaves, outputs: BTreeMap::new(), ..Kept::default() };
         for &op in &self.leaving {
             match values.get(&op) {
                 Some(Value::Real(real)) => {
@@ -275,7 +324,7 @@ impl Segment {
         let lookups = kept.lookups.into_iter().filter_map(lookup).collect();
         let owed =
             kept.deferred.into_iter().filter_map(|(op, deferred)| Some((op, deferred.after(&mut tape)?))).collect();
-        Ok(SegmentGradients { inputs, params, lookups, owed })
+        Ok(SegmentGradients { inputs, params, lookups, asides: kept.asides, owed })
     }
 }
 

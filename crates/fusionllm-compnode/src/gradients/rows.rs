@@ -27,6 +27,13 @@ impl RowSum {
         sum
     }
 
+    /// These rows, ascending, with their values one after the other.
+    pub(super) fn of_rows(rows: &[u32], values: Vec<f32>) -> Self {
+        let columns = values.len() / rows.len().max(1);
+        let starts = rows.iter().enumerate().map(|(index, &row)| (row, index * columns)).collect();
+        Self { columns, starts, values }
+    }
+
     /// Adds those of another micro-batch.
     pub(super) fn add(&mut self, term: Self) {
         if self.columns == 0 {

@@ -4,6 +4,7 @@
 //! op is one pass, or a few matrix products. On other backends, and for tensors of mixed tracking, [`apply`] declines
 //! and the op's plain form in Burn runs.
 
+mod accumulated;
 mod attention;
 mod cross_entropy;
 mod gelu;
@@ -23,6 +24,7 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 use burn_flex::{Flex, FlexTensor, Layout};
 use burn_tensor::{BackendPrimitive, Bytes, DType, Device, Float, Shape, Tensor};
 
+pub(crate) use accumulated::{AccumulatedLinear, SetAside, WeightSum};
 pub(crate) use attention::Attention;
 pub(crate) use cross_entropy::CrossEntropy;
 pub(crate) use gelu::Gelu;

@@ -38,6 +38,7 @@ pub(super) async fn run(
     mut encoder: ChannelEncoder,
 ) -> Result<(), ExchangeError> {
     let mut window: SendWindow<Encoded> = SendWindow::new(links.window(channel));
+    let mut buffers = Buffers::default();
     let mut queue_open = true;
     loop {
         let session = links.session_to(peer).await?;
@@ -70,7 +71,8 @@ pub(super) async fn run(
                     }
                     Some(Outgoing::Message(message)) => {
                         let (encoded, found);
-                        (encoder, encoded, found) = encode_message(encoder, message).await?;
+                        (encoder, encoded, found) = encode_message(encoder, message, buffers.free()).await?;
+                        buffers.lend(&encoded.payload);
                         links.found(peer, found);
                         if window.push(encoded).is_err() {
                             return Err(refused(links, peer, &"the window overflowed (internal error)"));
@@ -135,13 +137,41 @@ async fn send_all(window: &mut SendWindow<Encoded>, sink: &mut FrameSink) -> Res
     Ok(())
 }
 
+/// Buffers that nobody holds are kept up to this number.
+const SPARE_BUFFERS: usize = 2;
+
+/// Memory of payloads, used again once the receiver has taken them. Each would else be allocated by another thread than
+/// frees it, which leaves it with the first thread until that allocates again.
+#[derive(Debug, Default)]
+struct Buffers(Vec<Arc<Vec<u8>>>);
+
+impl Buffers {
+    /// An empty buffer, of memory that is no longer in use if there is any.
+    fn free(&mut self) -> Vec<u8> {
+        let free = self.0.iter().position(|buffer| Arc::strong_count(buffer) == 1);
+        let mut buffer = free.and_then(|at| Arc::into_inner(self.0.swap_remove(at))).unwrap_or_default();
+        buffer.clear();
+        let mut spare = 0;
+        self.0.retain(|buffer| {
+            spare += usize::from(Arc::strong_count(buffer) == 1);
+            Arc::strong_count(buffer) > 1 || spare <= SPARE_BUFFERS
+        });
+        buffer
+    }
+
+    /// Remembers a payload until nobody else holds it.
+    fn lend(&mut self, payload: &Arc<Vec<u8>>) {
+        self.0.push(Arc::clone(payload));
+    }
+}
+
 async fn encode_message(
     mut encoder: ChannelEncoder,
     message: Message,
+    mut payload: Vec<u8>,
 ) -> Result<(ChannelEncoder, Encoded, Found), ExchangeError> {
     let encoded = spawn_blocking(move || {
         let header = header_of(&message);
-        let mut payload = Vec::new();
         let found = encoder.encode(&message.slot, message.codec, &message.tensor, &mut payload)?;
         Ok((encoder, Encoded { header, payload: Arc::new(payload) }, found))
     });
@@ -156,5 +186,31 @@ pub(super) fn header_of(message: &Message) -> OpDataHeader {
         codec: message.codec,
         element: message.tensor.element_type(),
         shape: message.tensor.shape().iter().map(|&d| d as u64).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_a_payload_is_used_again_when_nobody_holds_it() {
+        let mut buffers = Buffers::default();
+        let lend = |buffers: &mut Buffers| {
+            let mut buffer = buffers.free();
+            buffer.resize(1000, 1);
+            let payload = Arc::new(buffer);
+            buffers.lend(&payload);
+            payload
+        };
+        let (one, two) = (lend(&mut buffers), lend(&mut buffers));
+        let place = two.as_ptr();
+        drop(two);
+        let three = buffers.free();
+        assert_eq!((three.as_ptr(), three.len()), (place, 0));
+        assert!(buffers.free().capacity() == 0, "the other one is still held");
+        drop(one);
+        assert!(buffers.free().capacity() >= 1000);
+        assert!(buffers.0.is_empty());
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use burn_tensor::{Device, Int, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{DType, OpClass, OpDag, OpId, OpKind};
+use fusionllm_graph::{DType, OpClass, OpDag, OpId, OpKind, ParamId};
 use fusionllm_planner::{Measured, OpSeconds, StageId};
 use fusionllm_protocol::Pass;
 
@@ -15,6 +15,7 @@ use super::{median_of_runs, pattern, timed};
 use crate::ExecutorError;
 use crate::burn_executor::BurnExecutor;
 use crate::executor::{Executor, MicroBatch, UpdateSpec};
+use crate::gradients::{Gradients, LookupGradient};
 use crate::host::{download, rows_and_columns, upload};
 use crate::kernels::{self, Arguments, IntegerValue, KernelContext, RealValue, Value};
 use crate::optimizer::{self, OptimizerSpec, ParamState};
@@ -63,6 +64,9 @@ fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device) -> Result<OpSec
         Tensor::<1>::from_data(TensorData::new(pattern(count), [count]), device).autodiff().require_grad()
     };
     let params: Vec<Tensor<1>> = op.params.iter().map(leaf).collect();
+    if let OpKind::Embedding { .. } = op.kind {
+        return time_lookup(dag, id, Arguments { op, inputs, params }, device);
+    }
     let context = KernelContext { device, training: true, seed: 1 };
     let forward = || {
         let arguments = Arguments { op, inputs: inputs.clone(), params: params.clone() };
@@ -85,6 +89,23 @@ fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device) -> Result<OpSec
         Ok([if has_bp { time_backward(device, leaf, &seed)? } else { 0.0 }])
     })?;
     Ok(OpSeconds { fp_s, bp_s: (bp_s - seeding_s).max(0.0) })
+}
+
+/// FP and BP of an embedding, whose gradient has only the rows that were looked up.
+fn time_lookup(dag: &OpDag, id: OpId, arguments: Arguments<'_>, device: &Device) -> Result<OpSeconds, ExecutorError> {
+    let count = arguments.integer(0)?.shape.iter().product();
+    let elements = arguments.param(0)?.dims()[0];
+    let [fp_s, bp_s] = median_of_runs(|| {
+        let (fp_s, output) = timed(device, || kernels::lookup(&arguments))?;
+        let (param, ids, gradient) = (ParamId(0), token_ids(dag, id, count), output.tensor.inner());
+        let (bp_s, _) = timed(device, || {
+            let mut sums = Gradients::default();
+            sums.add(Vec::new(), vec![LookupGradient { param, ids, gradient }], &[], |_| elements);
+            Ok(sums)
+        })?;
+        Ok([fp_s, bp_s])
+    })?;
+    Ok(OpSeconds { fp_s, bp_s })
 }
 
 fn time_backward(device: &Device, output: Tensor<2>, seed: &Tensor<2>) -> Result<f64, ExecutorError> {

@@ -83,16 +83,23 @@ impl Batches for Synthetic {
 pub(crate) struct Log {
     pub(crate) reports: Vec<StepReport>,
     pub(crate) checkpoints: Vec<(u64, Vec<NamedTensor>)>,
+    /// Called after each step; checkpoints are thrown away then.
+    pub(crate) watcher: Option<fn(u64)>,
 }
 
 impl JobSink for Log {
     fn step(&mut self, report: StepReport) -> Result<(), CompNodeError> {
+        if let Some(watcher) = self.watcher {
+            watcher(report.step);
+        }
         self.reports.push(report);
         Ok(())
     }
 
     fn checkpoint(&mut self, step: u64, tensors: Vec<NamedTensor>) -> Result<(), CompNodeError> {
-        self.checkpoints.push((step, tensors));
+        if self.watcher.is_none() {
+            self.checkpoints.push((step, tensors));
+        }
         Ok(())
     }
 }
@@ -143,8 +150,18 @@ impl Run {
         self.on(&Synthetic { micro_batch_size })
     }
 
+    /// Runs it on synthetic data without keeping checkpoints; `watcher` is called by every CompNode after each step.
+    pub(crate) fn watched(self, watcher: fn(u64)) -> Outcome {
+        let micro_batch_size = self.spec.micro_batch_size() as usize;
+        self.run(&Synthetic { micro_batch_size }, Some(watcher))
+    }
+
     /// Runs it on given data.
     pub(crate) fn on<B: Batches + Clone + 'static>(self, batches: &B) -> Outcome {
+        self.run(batches, None)
+    }
+
+    fn run<B: Batches + Clone + 'static>(self, batches: &B, watcher: Option<fn(u64)>) -> Outcome {
         let count = self.placement.compnodes.len();
         let mailboxes: Vec<Arc<Mailbox>> = (0..count).map(|_| Arc::default()).collect();
         let logs: Arc<Mutex<Vec<Log>>> = Arc::new(Mutex::new(vec![Log::default(); count]));
@@ -178,7 +195,7 @@ impl Run {
                         spec: run.spec.clone(),
                         start_step: run.start_step,
                     };
-                    let mut log = Log::default();
+                    let mut log = Log { watcher, ..Log::default() };
                     TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches).run(&mut log).unwrap();
                     logs.lock().unwrap()[index] = log;
                 });

@@ -168,6 +168,55 @@ fn private_data_stays_with_its_owner_under_op_fence() {
     }
 }
 
+/// Whoever holds both ends of a tied table exchanges no gradient of it.
+#[test]
+fn op_fence_tries_both_ends_of_a_tied_table_on_one_compnode() {
+    let (dag, mut u_shapes) = (small_gpt2(3), 0);
+    for seed in 0..30 {
+        let cluster = random_cluster(&mut Draw(400 + seed), 5);
+        let free = plan(&dag, &cluster, &spec(Strategy::OpFence, 4)).unwrap();
+        let mut spec = spec(Strategy::OpFence, 4);
+        spec.placement.private = true;
+        let bound = plan(&dag, &cluster, &spec).unwrap();
+        let (free_s, bound_s) = (free.prediction.step_s, bound.prediction.step_s);
+        assert!(free_s <= bound_s, "seed {seed}: {free_s} against {bound_s} with private data");
+        let both_ends = |stage: &crate::Stage| stage.compnode == NodeIndex(0);
+        let stages = &free.placement.stages;
+        u_shapes += u32::from(
+            stages.len() > 1 && stages.first().is_some_and(both_ends) && stages.last().is_some_and(both_ends),
+        );
+    }
+    assert!(u_shapes > 0, "none of them was best");
+}
+
+#[test]
+fn gpt2_over_slow_links_keeps_its_table_in_one_place() {
+    let text = include_str!("../../../../examples/clusters/slow-links.toml");
+    let cluster = toml::from_str::<ClusterFile>(text).unwrap().resolve().unwrap();
+    let dag = fusionllm_graph::gpt2(&fusionllm_graph::Gpt2Config::named("gpt2").unwrap(), 1024).unwrap();
+    let mut spec = PlanSpec { compression: Compression::Adaptive { ratio: 16.0 }, ..spec(Strategy::OpFence, 32) };
+    (spec.placement.run_ahead, spec.placement.deferred, spec.placement.micro_batch_size) = (None, None, 1);
+    let plan = plan(&dag, &cluster, &spec).unwrap();
+    assert!(plan.placement.tied.is_empty(), "{:?}", plan.placement.tied);
+    let memory = plan.prediction.compnodes.iter().map(|c| c.memory_bytes).fold(0.0, f64::max);
+    assert!(plan.prediction.step_s < 4.8 && memory < 5e9, "{} s, {memory} bytes", plan.prediction.step_s);
+}
+
+#[test]
+fn who_only_looks_rows_up_sends_only_those() {
+    let dag = small_gpt2(2);
+    let mut cluster = Cluster::uniform(2);
+    cluster.links = vec![vec![LinkProfile { latency_s: 0.0, bytes_per_s: 1e6 }; 2]; 2];
+    let plan = plan(&dag, &cluster, &spec(Strategy::EqualNumber, 1)).unwrap();
+    let table = dag.param(plan.placement.tied[0].param);
+    let sent = |from: u32| {
+        let of_tied = |t: &&crate::Transfer| matches!(t.cargo, crate::Cargo::Tied(_)) && t.from == NodeIndex(from);
+        plan.simulated.transfers.iter().filter(of_tied).map(|t| t.bytes).sum::<f64>()
+    };
+    // One micro-batch of two sequences of 8 tokens: 16 rows with their numbers.
+    assert_eq!((sent(0), sent(1)), (16.0 * 4.0 * 17.0, table.bytes() as f64));
+}
+
 #[test]
 fn a_device_that_does_not_help_is_left_out() {
     let dag = small_gpt2(4);

@@ -76,7 +76,7 @@ impl SetAside {
     }
 
     /// Takes the rows out of a block that begins at row `start`. Blocks come in their order.
-    fn take_from(&self, block: &mut [f32], start: usize, columns: usize) {
+    pub(crate) fn take_from(&self, block: &mut [f32], start: usize, columns: usize) {
         let end = start + block.len() / columns.max(1);
         let below = |end: usize| self.rows.partition_point(|&row| (row as usize) < end);
         let mut values = lock(&self.values);

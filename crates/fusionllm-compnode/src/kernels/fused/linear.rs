@@ -67,7 +67,11 @@ impl Linear {
     }
 
     /// The matrices whose product is the gradient of the weight, in its layout.
-    fn weight_factors<'a>(&self, x: MatRef<'a, f32>, gradient: MatRef<'a, f32>) -> (MatRef<'a, f32>, MatRef<'a, f32>) {
+    pub(super) fn weight_factors<'a>(
+        &self,
+        x: MatRef<'a, f32>,
+        gradient: MatRef<'a, f32>,
+    ) -> (MatRef<'a, f32>, MatRef<'a, f32>) {
         match self.layout {
             WeightLayout::InOut => (x.transpose(), gradient),
             WeightLayout::OutIn => (gradient.transpose(), x),

@@ -42,8 +42,16 @@ pub(super) fn strided_mut(values: &mut [f32], rows: usize, columns: usize, row_s
 /// If the shapes do not fit.
 pub(super) fn new_product(a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> Vec<f32> {
     let mut out = vec![0.0; a.nrows() * b.ncols()];
-    matmul(dense_mut(&mut out, a.nrows(), b.ncols()), Accum::Replace, a, b, 1.0, on_all_threads());
+    product_into(a, b, dense_mut(&mut out, a.nrows(), b.ncols()));
     out
+}
+
+/// `out ← a · b`, on all threads.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub(super) fn product_into(a: MatRef<'_, f32>, b: MatRef<'_, f32>, out: MatMut<'_, f32>) {
+    matmul(out, Accum::Replace, a, b, 1.0, on_all_threads());
 }
 
 /// `out ← out + a · b`, on all threads.
