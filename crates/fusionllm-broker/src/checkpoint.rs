@@ -4,9 +4,11 @@
 //! placement cannot end up in another one's checkpoint). When all are there and checked, the manifest is written
 //! and the folder renamed to `step-N`.
 
+mod origin;
 mod tensor_file;
 mod tensor_set;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
@@ -14,6 +16,7 @@ use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Generation, JobSpec, Manifest, ShardEntry};
 use safetensors::tensor::Dtype;
 
+pub(crate) use origin::{Origin, TOKENIZER};
 pub(crate) use tensor_file::Fnv1a;
 pub use tensor_set::TensorSet;
 
@@ -47,6 +50,8 @@ pub(crate) struct FinishSpec {
     pub(crate) spec: JobSpec,
     /// The model.
     pub(crate) dag: std::sync::Arc<OpDag>,
+    /// Where the model came from.
+    pub(crate) origin: Origin,
     /// By CompNode: its shard and the names of its parameters.
     pub(crate) shards: Vec<(StoredShard, Vec<String>)>,
 }
@@ -81,6 +86,8 @@ pub(crate) fn finish(spec: &FinishSpec) -> Result<PathBuf, BrokerError> {
         loss: spec.loss,
         job: spec.spec.clone(),
         graph,
+        data: spec.origin.data.clone(),
+        carried: spec.origin.write(&partial)?,
         shards: entries,
     };
     write_atomic(&path, manifest.to_json()?.as_bytes())?;
@@ -147,6 +154,7 @@ pub struct Checkpoint {
     manifest: Manifest,
     dag: OpDag,
     tensors: TensorSet,
+    origin: Origin,
 }
 
 /// Opens a checkpoint folder, or the newest checkpoint of a run directory, and checks all of it: sizes, hashes,
@@ -183,7 +191,8 @@ pub fn open_checkpoint(path: &Path) -> Result<Checkpoint, CheckpointError> {
         check_params(&file, &dag, &shard.params)?;
         tensors.add(file);
     }
-    Ok(Checkpoint { path: folder, manifest, dag, tensors })
+    let origin = Origin::read(&folder, &manifest.carried, manifest.data.clone())?;
+    Ok(Checkpoint { path: folder, manifest, dag, tensors, origin })
 }
 
 /// The checkpoint folder that a path means.
@@ -224,6 +233,16 @@ impl Checkpoint {
     /// All its tensors: parameters under their names, optimizer state under `optimizer.KIND.NAME`.
     pub fn tensors(&self) -> &TensorSet {
         &self.tensors
+    }
+
+    /// Files of the model that training did not change, by their names in a Hugging Face directory.
+    pub fn carried(&self) -> &BTreeMap<String, String> {
+        &self.origin.carried
+    }
+
+    /// Where the model came from.
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// All its tensors, without the rest.

@@ -3,6 +3,7 @@
 //! Everything that happens is a [`CoreEvent`]; everything that follows is an [`Action`] for the shell in
 //! [`crate::server`]. So every order of events can be tried in a test.
 
+mod data;
 mod event;
 mod registry;
 mod run;
@@ -292,14 +293,15 @@ impl Core {
     }
 
     fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {
-        let run_dir = self.jobs.get(&key.job).map(|j| j.record.run_dir.clone()).unwrap_or_default();
-        let Some(run) = self.run_mut(key).filter(|run| run.node_of(connection).is_some()) else { return Vec::new() };
+        if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
+            return Vec::new();
+        }
         let mut actions = Vec::new();
         if let Some(data) = data {
-            actions.push(Action::WriteData { key, run_dir, data: data.clone() });
-            let notes = data.notes.clone();
-            actions.push(Action::Emit(JobEvent::Data { job: key.job, data }));
-            actions.extend(self.notices(key.job, notes));
+            match self.data_read(key, data) {
+                Ok(follows) => actions.extend(follows),
+                Err(reason) => return self.fail(key, reason, true, now),
+            }
         }
         let Some(run) = self.run_mut(key) else { return actions };
         if run.ready(connection) {
@@ -355,6 +357,7 @@ impl Core {
                 loss: run.loss_of(step),
                 spec: job.record.spec.clone(),
                 dag: Arc::clone(&run.dag),
+                origin: run.origin.clone(),
                 shards,
             };
             actions.push(Action::FinishCheckpoint { key, spec: Box::new(spec) });

@@ -10,7 +10,7 @@ use fusionllm_graph::{Gpt2Config, OpDag, gpt2, resnet101};
 use fusionllm_protocol::{DataSpec, JobSpec, WeightsChoice};
 
 use crate::BrokerError;
-use crate::checkpoint::TensorSet;
+use crate::checkpoint::{TOKENIZER, TensorSet};
 use folder::Purpose;
 
 /// What a job trains.
@@ -36,7 +36,7 @@ impl LoadedModel {
 
     /// Content of its tokenizer.json, if it has one.
     pub fn tokenizer(&self) -> Option<&str> {
-        self.carried.get(folder::TOKENIZER).map(String::as_str)
+        self.carried.get(TOKENIZER).map(String::as_str)
     }
 }
 
@@ -56,7 +56,7 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
     }
     if let Some(path) = &spec.model.path {
         let is_folder = path.is_dir();
-        let has_tokenizer = model.carried.contains_key(folder::TOKENIZER);
+        let has_tokenizer = model.carried.contains_key(TOKENIZER);
         if is_folder && spec.data.tokenizer == DataSpec::MODEL && !has_tokenizer {
             let reason = "there is no tokenizer.json in it: give data.tokenizer, the path of the one that the model was \
                           trained with, or `bytes` if each byte is to be a token";
@@ -131,11 +131,11 @@ pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerE
 /// [`BrokerError`] if it is not there or not readable.
 pub fn model_tokenizer(spec: &JobSpec) -> Result<Option<String>, BrokerError> {
     let Some(folder) =
-        spec.model.path.as_deref().filter(|path| spec.data.tokenizer == DataSpec::MODEL && !path.is_file())
+        spec.model.path.as_deref().filter(|path| spec.data.tokenizer == DataSpec::MODEL && path.is_dir())
     else {
         return Ok(None);
     };
-    let path = folder.join(folder::TOKENIZER);
+    let path = folder.join(TOKENIZER);
     std::fs::read_to_string(&path).map(Some).map_err(|e| {
         let hint = "give data.tokenizer, the path of the one that the model was trained with";
         model_error(&path, format!("not readable: {e}; {hint}"))

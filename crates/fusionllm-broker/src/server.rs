@@ -26,7 +26,7 @@ use tokio::time::timeout;
 
 pub use events::{JobEvents, Submitted};
 
-use crate::checkpoint::open_checkpoint;
+use crate::checkpoint::{Origin, open_checkpoint};
 use crate::cluster_file::read_cluster;
 use crate::core::{Core, StartPoint};
 use crate::model::{load_model, model_tokenizer};
@@ -116,11 +116,17 @@ impl Broker {
     }
 
     /// Takes a job in; paths in it must be absolute. Without `run_dir` one is made under `runs_dir`.
+    /// `tokenizer` is the content of the job's tokenizer file, which its checkpoints then carry.
     ///
     /// # Errors
     /// [`BrokerError`] if the job cannot be run.
-    pub async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>) -> Result<Submitted, BrokerError> {
-        self.handle.submit(spec, run_dir).await
+    pub async fn submit(
+        &self,
+        spec: JobSpec,
+        run_dir: Option<PathBuf>,
+        tokenizer: Option<String>,
+    ) -> Result<Submitted, BrokerError> {
+        self.handle.submit(spec, run_dir, tokenizer).await
     }
 
     /// Takes in a job that goes on from a checkpoint in `run_dir`, where it may have run before.
@@ -182,7 +188,7 @@ impl Handle {
             Some(spec) => {
                 spec.validate()?;
                 let loading = spec.clone();
-                Some(Box::new((spec, blocking(move || start_of(&loading)).await?)))
+                Some(Box::new((spec, blocking(move || start_of(&loading, None)).await?)))
             }
             None => None,
         };
@@ -193,7 +199,12 @@ impl Handle {
         self.ask(|reply| Command::Stop { job, reply }).await?
     }
 
-    async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>) -> Result<Submitted, BrokerError> {
+    async fn submit(
+        &self,
+        spec: JobSpec,
+        run_dir: Option<PathBuf>,
+        tokenizer: Option<String>,
+    ) -> Result<Submitted, BrokerError> {
         spec.validate()?;
         let choice = match run_dir {
             Some(path) if is_free(&path) => RunDirChoice::Given(path),
@@ -201,7 +212,7 @@ impl Handle {
             None => RunDirChoice::Free(default_run_dir(&self.runs_dir, &spec.name, SystemTime::now())),
         };
         let loading = spec.clone();
-        let start = blocking(move || start_of(&loading)).await?;
+        let start = blocking(move || start_of(&loading, tokenizer)).await?;
         self.submit_at(spec, start, choice).await
     }
 
@@ -221,7 +232,7 @@ impl Handle {
         let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
         let start = blocking(move || {
             let start = match start_at(&record.run_dir) {
-                Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => start_of(&record.spec),
+                Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => start_of(&record.spec, None),
                 other => other,
             };
             Ok(planned_by(record.spec, start?)?.1)
@@ -239,18 +250,25 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.unwrap_or(Err(BrokerError::Ended))
 }
 
-/// A job's beginning.
-fn start_of(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
+/// A job's beginning. `tokenizer` is the content of its tokenizer file, where whoever handed the job in could read it.
+fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;
-    let tokenizer = model.tokenizer().filter(|_| spec.data.tokenizer == DataSpec::MODEL).map(Arc::from);
+    let mut notices = model.notes;
+    let mut origin = Origin { carried: model.carried, data: None };
+    if spec.data.tokenizer != DataSpec::MODEL {
+        if origin.tokenizer().is_some_and(|own| tokenizer.as_ref().is_some_and(|given| own != given)) {
+            notices.push("data.tokenizer is not the tokenizer.json in model.path".to_owned());
+        }
+        origin.set_tokenizer(tokenizer);
+    }
     Ok(StartPoint {
         graph: model.dag.to_json(),
         dag: Arc::new(model.dag),
         weights: model.weights,
         cluster: None,
         step: 0,
-        notices: model.notes,
-        tokenizer,
+        notices,
+        origin,
     })
 }
 
@@ -267,9 +285,14 @@ fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
     let checkpoint = open_checkpoint(path)?;
     let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
     let notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
-    let tokenizer = model_tokenizer(&checkpoint.manifest().job)?.map(Arc::from);
+    let mut origin = checkpoint.origin().clone();
+    if origin.tokenizer().is_none()
+        && let Some(tokenizer) = model_tokenizer(&checkpoint.manifest().job)?
+    {
+        origin.set_tokenizer(Some(tokenizer));
+    }
     let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, tokenizer, notices })
+    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices, origin })
 }
 
 fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {

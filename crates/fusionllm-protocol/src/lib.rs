@@ -30,7 +30,7 @@ pub use job::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
     OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys,
 };
-pub use manifest::{Manifest, ShardEntry};
+pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
 pub use version::{Greeting, PROTOCOL_VERSION};

@@ -3,7 +3,7 @@
 use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
-use crate::{JobSpec, ProtocolError};
+use crate::{DataFingerprint, JobSpec, ProtocolError};
 
 /// One shard of a checkpoint: a safetensors file with the parameters that one CompNode held, under their
 /// Hugging Face names, and its optimizer state under `optimizer.KIND.NAME`.
@@ -17,6 +17,25 @@ pub struct ShardEntry {
     pub fnv1a: String,
     /// Names of the parameters in it.
     pub params: Vec<String>,
+}
+
+/// A file that lies beside the shards as `carried-NAME`: the tokenizer's, or one of the Hugging Face directory that the
+/// model came from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CarriedFile {
+    /// Its name in a Hugging Face directory.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Its hash, see [`crate::content_hash`].
+    pub hash: String,
+}
+
+impl CarriedFile {
+    /// Its name in the checkpoint.
+    pub fn file(&self) -> String {
+        format!("carried-{}", self.name)
+    }
 }
 
 /// `manifest.json`: the last file of a checkpoint to be written.
@@ -34,6 +53,12 @@ pub struct Manifest {
     pub job: JobSpec,
     /// The OP-DAG in its JSON form.
     pub graph: serde_json::Value,
+    /// What it was trained on; not known of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataFingerprint>,
+    /// Files of the model that training does not change.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub carried: Vec<CarriedFile>,
     /// The shards.
     pub shards: Vec<ShardEntry>,
 }
@@ -61,6 +86,11 @@ impl Manifest {
         for shard in &manifest.shards {
             if shard.file.is_empty() || shard.file.contains(['/', '\\']) || shard.file.starts_with('.') {
                 return Err(fail(format!("shard `{}` is not a plain file name", shard.file)));
+            }
+        }
+        for file in &manifest.carried {
+            if file.name.contains(['/', '\\']) {
+                return Err(fail(format!("carried file `{}` is not a plain file name", file.name)));
             }
         }
         let dag = manifest.dag()?;

@@ -38,6 +38,7 @@ fn make(folder: &Path, step: u64, keep: u32) -> PathBuf {
         loss: Some(2.0),
         spec,
         dag: Arc::new(dag),
+        origin: Origin::default(),
         shards,
     };
     finish(&spec).unwrap()
@@ -151,6 +152,7 @@ fn a_shard_without_its_parameters_makes_no_checkpoint() {
         loss: None,
         spec,
         dag: Arc::new(dag),
+        origin: Origin::default(),
         shards: vec![(StoredShard { bytes: 1, fnv1a: String::new() }, params)],
     };
     assert!(finish(&spec).unwrap_err().to_string().contains("is missing"));

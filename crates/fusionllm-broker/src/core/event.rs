@@ -10,7 +10,7 @@ use fusionllm_protocol::{
     StepMetrics,
 };
 
-use crate::checkpoint::{FinishSpec, StoredShard, TensorSet};
+use crate::checkpoint::{FinishSpec, Origin, StoredShard, TensorSet};
 use crate::run_dir::PlacementFile;
 use crate::store::JobRecord;
 
@@ -49,8 +49,8 @@ pub(crate) struct StartPoint {
     pub(crate) step: u64,
     /// What the job's user must know of it, a sentence each; said when the job is placed.
     pub(crate) notices: Vec<String>,
-    /// Content of the model's own tokenizer.json, for a job that takes it.
-    pub(crate) tokenizer: Option<Arc<str>>,
+    /// Where the model came from: files that its checkpoints carry, and the data that it was trained on before.
+    pub(crate) origin: Origin,
 }
 
 /// Something happened.

@@ -11,7 +11,7 @@ use fusionllm_protocol::{
 };
 
 use super::{ConnectionId, RunKey, StartPoint};
-use crate::checkpoint::StoredShard;
+use crate::checkpoint::{Origin, StoredShard};
 
 /// Names of the parameters that a CompNode holds.
 pub(super) fn param_names(dag: &OpDag, placement: &Placement, node: NodeIndex) -> Vec<String> {
@@ -38,6 +38,8 @@ pub(super) struct Run {
     pub(super) members: Vec<ConnectionId>,
     pub(super) dag: Arc<OpDag>,
     pub(super) checkpoints: PathBuf,
+    /// Where the model came from, and its data once the owner has read it.
+    pub(super) origin: Origin,
     placement: Placement,
     ready: BTreeSet<NodeIndex>,
     finished: BTreeSet<NodeIndex>,
@@ -79,6 +81,7 @@ impl Run {
             members,
             dag: Arc::clone(&start.dag),
             checkpoints,
+            origin: start.origin.clone(),
             due: (start.step + 1..=steps).filter(is_due).map(|step| (step, None)).collect(),
             finishing: BTreeSet::new(),
             placement,

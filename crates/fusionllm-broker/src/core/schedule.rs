@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, plan};
-use fusionllm_protocol::{Assignment, FromBroker, Generation, JobId, JobSpec, JobState, PeerRecord, WeightSource};
+use fusionllm_protocol::{
+    Assignment, DataSpec, FromBroker, Generation, JobId, JobSpec, JobState, PeerRecord, WeightSource,
+};
 
 use super::run::{Run, param_names};
 use super::survey::WorkKey;
@@ -144,6 +146,7 @@ impl Core {
         let mut actions = Vec::new();
         for (node, &to) in (0..).map(NodeIndex).zip(members) {
             let weights = start.weights.as_ref().map_or(WeightSource::Seed(spec.train.seed), |_| WeightSource::Broker);
+            let takes_models = spec.data.tokenizer == DataSpec::MODEL;
             let holds = |op| placement.stages_of(node).any(|stage| stage.ops.contains(&op));
             let reads_data = [start.dag.input(), start.dag.label()].into_iter().flatten().any(holds);
             let assignment = Assignment {
@@ -156,7 +159,7 @@ impl Core {
                 peers: peers.clone(),
                 start_step: start.step,
                 weights,
-                tokenizer: start.tokenizer.as_deref().filter(|_| reads_data).map(str::to_owned),
+                tokenizer: start.origin.tokenizer().filter(|_| takes_models && reads_data).map(str::to_owned),
             };
             actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
             if let Some(from) = &start.weights {

@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 
 use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
-use fusionllm_protocol::{DeviceProfile, LinkBytes, PairProfile, PeerRecord, StepReport};
+use fusionllm_protocol::{
+    DataFingerprint, DeviceProfile, FileFingerprint, LinkBytes, PairProfile, PeerRecord, StepReport,
+    TokenizerFingerprint, content_hash,
+};
 
 use super::*;
-use crate::checkpoint::StoredShard;
+use crate::checkpoint::{Origin, StoredShard};
 use crate::testing;
 
 const NOW: Duration = Duration::from_secs(100);
@@ -19,7 +22,7 @@ fn start(spec: &JobSpec, step: u64) -> StartPoint {
         weights: None,
         cluster: None,
         step,
-        tokenizer: None,
+        origin: Origin::default(),
         notices: Vec::new(),
     }
 }
@@ -305,6 +308,65 @@ fn what_a_user_must_see_is_kept_and_told() {
     let text = "a checkpoint could not be written".to_owned();
     let actions = core.handle(CoreEvent::Noticed { key: KEY, text: text.clone() }, NOW);
     assert_eq!(noticed(&actions), both(&text));
+}
+
+#[test]
+fn data_and_tokenizer_are_held_against_those_of_the_checkpoint() {
+    let tokenizer = |hash: &str| TokenizerFingerprint { name: "t.json".to_owned(), entries: 9, hash: hash.to_owned() };
+    let data = |bytes: u64, hash: &str| DataFingerprint {
+        files: vec![FileFingerprint { name: "a".to_owned(), bytes, train_bytes: bytes / 2, hash: bytes.to_string() }],
+        count: 1,
+        bytes,
+        hash: bytes.to_string(),
+        tokenizer: tokenizer(hash),
+    };
+    let read = |fingerprint: DataFingerprint| FromCompNode::Ready {
+        job: KEY.job,
+        generation: KEY.generation,
+        data: Some(DataReport { fingerprint: Some(fingerprint), ..DataReport::default() }),
+    };
+    let file = "{\"model\":1}";
+    let known = content_hash(file.as_bytes());
+    let resumed = || {
+        let mut core = core(2);
+        let spec = testing::spec(&[]);
+        let mut start = start(&spec, 3);
+        start.origin.data = Some(data(100, &known));
+        start.origin.set_tokenizer(Some(file.to_owned()));
+        let (_, actions) = core.submit(spec, start, PathBuf::from("/runs/x"), NOW).unwrap();
+        measure(&mut core, actions);
+        core
+    };
+    let texts = |actions: &[Action]| -> Vec<String> {
+        let text = |action: &Action| match action {
+            Action::Notice { notice, .. } => Some(notice.text.clone()),
+            _ => None,
+        };
+        actions.iter().filter_map(text).collect()
+    };
+    let mut core = resumed();
+    assert!(texts(&say(&mut core, 1, read(data(100, &known)))).is_empty());
+
+    let mut core = resumed();
+    let told = texts(&say(&mut core, 1, read(data(200, &known))));
+    assert!(
+        told[0].contains("`a` has 200 bytes, had 100") && told[1].contains("held out are trained on now"),
+        "{told:?}"
+    );
+    let origin = &core.jobs[&JobId(1)].run.as_ref().unwrap().origin;
+    assert_eq!((origin.data.as_ref().unwrap().bytes, origin.tokenizer()), (200, Some(file)));
+
+    let mut core = resumed();
+    say(&mut core, 1, read(data(100, "another")));
+    let expected = "is not the one that the model was trained with";
+    assert!(matches!(state(&core, 1), JobState::Failed { reason, bad_input: true } if reason.contains(expected)));
+
+    // At a beginning there is nothing to go by, and the owner's file is the one that counts.
+    let mut fresh = resumed();
+    fresh.jobs.get_mut(&JobId(1)).unwrap().run.as_mut().unwrap().origin.data = None;
+    let told = texts(&say(&mut fresh, 1, read(data(100, "another"))));
+    assert!(told[0].contains("checkpoints go without it"), "{told:?}");
+    assert_eq!(fresh.jobs[&JobId(1)].run.as_ref().unwrap().origin.tokenizer(), None);
 }
 
 #[test]

@@ -10,12 +10,11 @@ use serde_json::Value;
 
 use super::{LoadedModel, graph_error, model_error};
 use crate::BrokerError;
-use crate::checkpoint::TensorSet;
+use crate::checkpoint::{TOKENIZER, TensorSet};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-pub(super) const TOKENIZER: &str = "tokenizer.json";
 /// Files that a trained model keeps of the one it began as.
 const CARRIED: [&str; 5] =
     [CONFIG, "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"];

@@ -39,7 +39,9 @@ async fn answer(request: ClientRequest, handle: &Handle) -> (ToClient, Option<Jo
         Err(error) => (refusal(&error), None),
     };
     match request {
-        ClientRequest::Submit { spec, follow, .. } => submitted(handle.submit(*spec, None).await, follow),
+        ClientRequest::Submit { spec, follow, tokenizer } => {
+            submitted(handle.submit(*spec, None, tokenizer).await, follow)
+        }
         ClientRequest::Resume { job, follow } => submitted(handle.resume(job).await, follow),
         ClientRequest::Status => match handle.status().await {
             Ok(report) => (ToClient::Status(report), None),

@@ -8,6 +8,7 @@ use anyhow::Context;
 use fusionllm_broker::{Checkpoint, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
 use fusionllm_graph::{Gpt2Config, OpDag};
+use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
 use tempfile::NamedTempFile;
 
 use crate::exit::bad_input;
@@ -33,15 +34,23 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
     let dag = checkpoint.dag().clone();
     let tensors = read_tensors(checkpoint.tensors(), &dag)?;
     let tokenizer = match tokenizer {
-        Some(file) => given(file)?,
+        Some(file) => given(file, checkpoint.manifest().data.as_ref().map(|data| &data.tokenizer))?,
         None => trained_with(&checkpoint)?,
     };
-    Ok(TrainedModel { config: Gpt2Config::of(&dag), dag, tensors, tokenizer, carried: Arc::default() })
+    let carried = Arc::new(checkpoint.carried().clone());
+    Ok(TrainedModel { config: Gpt2Config::of(&dag), dag, tensors, tokenizer, carried })
 }
 
-/// The tokenizer whose file a checkpoint names.
+/// The tokenizer that a checkpoint carries, or whose file it names.
 fn trained_with(checkpoint: &Checkpoint) -> anyhow::Result<Tokenizer> {
-    let spec = &checkpoint.manifest().job.data;
+    let manifest = checkpoint.manifest();
+    let spec = &manifest.job.data;
+    if spec.tokenizer == DataSpec::BYTES {
+        return Ok(Tokenizer::Bytes);
+    }
+    if let Some(source) = checkpoint.carried().get("tokenizer.json") {
+        return Tokenizer::from_json(source.clone(), "tokenizer.json of the checkpoint").map_err(bad_input);
+    }
     let Some(file) = spec.tokenizer_file() else { return Ok(Tokenizer::Bytes) };
     if !file.is_file() {
         let file = file.display();
@@ -50,12 +59,44 @@ fn trained_with(checkpoint: &Checkpoint) -> anyhow::Result<Tokenizer> {
              give it with --tokenizer FILE"
         )));
     }
-    Tokenizer::open(&spec.tokenizer).map_err(bad_input)
+    let tokenizer = Tokenizer::open(&spec.tokenizer).map_err(bad_input)?;
+    if let Some(other) =
+        manifest.data.as_ref().map(|data| &data.tokenizer).filter(|then| **then != named(&tokenizer, then))
+    {
+        return Err(bad_input(format!(
+            "the tokenizer {} is not the one that the model was trained with: that one has {} entries and hash {}; \
+             give it with --tokenizer FILE",
+            file.display(),
+            other.entries,
+            other.hash
+        )));
+    }
+    Ok(tokenizer)
 }
 
-/// A tokenizer that the user gives.
-fn given(file: &Path) -> anyhow::Result<Tokenizer> {
-    Tokenizer::open(file.to_str().context("the path of the tokenizer is not UTF-8")?).map_err(bad_input)
+/// The fingerprint of a tokenizer, under the name of another: where a file lies does not matter.
+fn named(tokenizer: &Tokenizer, other: &TokenizerFingerprint) -> TokenizerFingerprint {
+    TokenizerFingerprint { name: other.name.clone(), ..tokenizer.fingerprint() }
+}
+
+/// A tokenizer that the user gives, which may be another file of the same tokenizer.
+fn given(file: &Path, then: Option<&TokenizerFingerprint>) -> anyhow::Result<Tokenizer> {
+    let tokenizer =
+        Tokenizer::open(file.to_str().context("the path of the tokenizer is not UTF-8")?).map_err(bad_input)?;
+    if let Some(then) = then {
+        let now = tokenizer.fingerprint();
+        if now.entries != then.entries {
+            let (file, entries) = (file.display(), now.entries);
+            return Err(bad_input(format!(
+                "--tokenizer {file} has {entries} entries, the one that the model was trained with has {}",
+                then.entries
+            )));
+        }
+        if now.hash != then.hash {
+            tracing::warn!("--tokenizer {} is not the file that the model was trained with", file.display());
+        }
+    }
+    Ok(tokenizer)
 }
 
 fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
@@ -64,7 +105,7 @@ fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Tr
     let weights = model.weights.ok_or_else(missing)?;
     let tensors = read_tensors(&weights, &model.dag)?;
     let tokenizer = match (tokenizer, model.carried.get("tokenizer.json")) {
-        (Some(file), _) => given(file)?,
+        (Some(file), _) => given(file, None)?,
         (None, Some(source)) => {
             let name = path.join("tokenizer.json").display().to_string();
             Tokenizer::from_json(source.clone(), &name).map_err(bad_input)?

@@ -51,12 +51,13 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
 fn check(args: &cli::Train) -> anyhow::Result<Checked> {
-    let (mut spec, dag, from, resumed_dir) = match (&args.job, &args.resume) {
+    let (mut spec, dag, from, resumed_dir, carried) = match (&args.job, &args.resume) {
         (_, Some(dir)) => resumed(dir, &args.overrides.overrides)?,
         (Some(job), None) => {
             let spec = super::job_file::read(job, &args.overrides.overrides)?;
             let dag = load_model(&spec).map_err(bad_input)?.dag;
-            (spec, dag, None, None)
+            let of_model = model_tokenizer(&spec).map_err(bad_input)?;
+            (spec, dag, None, None, of_model)
         }
         (None, None) => return Err(bad_input("no job file")),
     };
@@ -67,8 +68,7 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
     spec.placement.compnodes = Some(compnodes);
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
     place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
-    let of_model = model_tokenizer(&spec).map_err(bad_input)?;
-    let tokenizer = Tokenizer::of_job(&spec.data, of_model.as_deref()).map_err(bad_input)?;
+    let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(bad_input)?;
     let corpus = Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
     if let Some(vocab) = dag.vocab() {
         corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(bad_input)?;
@@ -85,8 +85,8 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
     Ok(Checked { spec, from, run_dir: std::path::absolute(run_dir)?, compnodes })
 }
 
-/// Job, graph and folder of a checkpoint, and the run directory in which it lies.
-type Resumed = (JobSpec, OpDag, Option<PathBuf>, Option<PathBuf>);
+/// Job, graph and folder of a checkpoint, the run directory in which it lies, and the tokenizer that it carries.
+type Resumed = (JobSpec, OpDag, Option<PathBuf>, Option<PathBuf>, Option<String>);
 
 fn resumed(dir: &Path, overrides: &[String]) -> anyhow::Result<Resumed> {
     let checkpoint = open_checkpoint(dir).map_err(bad_input)?;
@@ -103,7 +103,11 @@ fn resumed(dir: &Path, overrides: &[String]) -> anyhow::Result<Resumed> {
     }
     let folder = checkpoint.path().to_owned();
     let run_dir = folder.parent().and_then(Path::parent).map(Path::to_owned);
-    Ok((spec, checkpoint.dag().clone(), Some(folder), run_dir))
+    let tokenizer = match checkpoint.carried().get("tokenizer.json") {
+        Some(tokenizer) => Some(tokenizer.clone()),
+        None => model_tokenizer(&spec).map_err(bad_input)?,
+    };
+    Ok((spec, checkpoint.dag().clone(), Some(folder), run_dir, tokenizer))
 }
 
 async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow::Result<()> {
@@ -130,7 +134,10 @@ async fn run_job(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyho
     let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
     let submitted = match &checked.from {
         Some(checkpoint) => broker.resume_from(spec, checkpoint.clone(), run_dir).await,
-        None => broker.submit(spec, Some(run_dir)).await,
+        None => {
+            let tokenizer = super::job_file::tokenizer_source(&spec);
+            broker.submit(spec, Some(run_dir), tokenizer).await
+        }
     };
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);

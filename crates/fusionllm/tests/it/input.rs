@@ -182,3 +182,72 @@ fn what_a_folder_has_besides_text_is_said() {
         assert!(out.contains(words) && report.contains(words), "`{words}` is missing in\n{out}\n{report}");
     }
 }
+
+#[test]
+fn a_run_that_goes_on_says_what_changed() {
+    let bench = Bench::new();
+    bench.write("tok.json", &character_tokenizer("zyxwvutsrqponmlkjihgfedcba ").to_string());
+    let keys = "--compnodes 1 --set data.tokenizer=tok.json --set train.steps=4";
+    bench.succeed(&format!("train job.toml --out run {keys}"));
+    let more = |steps: u32| format!("train --resume run --compnodes 1 --set train.steps={steps}");
+    let out = bench.succeed(&more(5));
+    assert!(out.contains("note: weights: ") && out.contains("step-4 (step 4)"), "{out}");
+    assert!(!out.contains("not what"), "{out}");
+
+    let text = std::fs::read_to_string(bench.path("text.txt")).unwrap();
+    bench.write("text.txt", &format!("{text} {text}"));
+    let out = bench.succeed(&more(6));
+    let report = std::fs::read_to_string(bench.path("run/report.md")).unwrap();
+    for words in ["the data is not what the checkpoint was trained on: `text.txt` has", "held out are trained on now"] {
+        assert!(out.contains(words) && report.contains(words), "`{words}` is missing in\n{out}\n{report}");
+    }
+
+    bench.write("tok.json", &character_tokenizer("abcdefghijklmnopqrstuvwxyz ").to_string());
+    refuses(&bench, &more(7), &["tok.json", "is not the one that the model was trained with"]);
+}
+
+#[test]
+fn what_a_run_needs_goes_with_its_checkpoints() {
+    let bench = trained();
+    // A folder as transformers leaves it, with what training does not change.
+    let path = bench.path("hf/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    (config["bos_token_id"], config["eos_token_id"]) = (json!(3), json!(5));
+    config["task_specific_params"] = json!({ "kept": true });
+    std::fs::write(&path, config.to_string()).unwrap();
+    bench.write("hf/generation_config.json", "{\"eos_token_id\":5}");
+    bench.succeed("train tune.toml --out run --compnodes 2");
+    let before = bench.succeed("generate run --prompt abc --tokens 5 --temperature 0");
+
+    // On another machine there is neither the tokenizer's file nor the folder.
+    std::fs::remove_dir_all(bench.path("hf")).unwrap();
+    std::fs::rename(bench.path("run"), bench.path("moved")).unwrap();
+    std::fs::rename(bench.path("tok.json"), bench.path("other.json")).unwrap();
+    assert_eq!(bench.succeed("generate moved --prompt abc --tokens 5 --temperature 0"), before);
+    bench.succeed("export moved out");
+    let written: Value = serde_json::from_slice(&std::fs::read(bench.path("out/config.json")).unwrap()).unwrap();
+    assert_eq!((&written["bos_token_id"], &written["eos_token_id"]), (&json!(3), &json!(5)));
+    assert_eq!(written["task_specific_params"]["kept"], true);
+    assert_eq!(std::fs::read_to_string(bench.path("out/generation_config.json")).unwrap(), "{\"eos_token_id\":5}");
+    assert_eq!(
+        std::fs::read(bench.path("out/tokenizer.json")).unwrap(),
+        std::fs::read(bench.path("other.json")).unwrap()
+    );
+    // The base run carries the file that its job named.
+    bench.succeed("export base out-of-base");
+    bench.write("few.json", &character_tokenizer("abc").to_string());
+    refuses(&bench, "generate base --prompt abc --tokenizer few.json", &["few.json has 3 entries", "has 27"]);
+}
+
+#[test]
+fn a_private_jobs_tokenizer_stays_with_its_owner() {
+    let bench = Bench::new();
+    bench.write("tok.json", &character_tokenizer("zyxwvutsrqponmlkjihgfedcba ").to_string());
+    let keys = "--compnodes 2 --set data.tokenizer=tok.json --set data.private=true --set train.steps=4";
+    bench.succeed(&format!("train job.toml --out run {keys}"));
+    std::fs::rename(bench.path("tok.json"), bench.path("elsewhere.json")).unwrap();
+    refuses(&bench, "export run out", &["tok.json", "which is not here", "--tokenizer FILE"]);
+    bench.succeed("export run out --tokenizer elsewhere.json");
+    bench.write("tok.json", &character_tokenizer("abcdefghijklmnopqrstuvwxyz ").to_string());
+    refuses(&bench, "generate run --prompt a", &["is not the one that the model was trained with"]);
+}

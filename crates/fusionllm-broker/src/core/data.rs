@@ -1,0 +1,36 @@
+//! What the data owner found, held against what the job was trained on before.
+
+use fusionllm_protocol::{DataReport, JobEvent, content_hash};
+
+use super::{Action, Core, RunKey};
+
+impl Core {
+    /// The data owner has read its data: what follows, or why the job cannot go on.
+    pub(super) fn data_read(&mut self, key: RunKey, data: DataReport) -> Result<Vec<Action>, String> {
+        let Some(job) = self.jobs.get_mut(&key.job) else { return Ok(Vec::new()) };
+        let mut notes = data.notes.clone();
+        if let (Some(run), Some(now)) = (job.run.as_mut(), &data.fingerprint) {
+            if let Some(before) = &run.origin.data {
+                if let Some(reason) = now.tokenizer_change(before) {
+                    return Err(reason);
+                }
+                notes.extend(now.changes_since(before));
+            }
+            let is_other = |source: &str| content_hash(source.as_bytes()) != now.tokenizer.hash;
+            if run.origin.tokenizer().is_some_and(is_other) {
+                run.origin.set_tokenizer(None);
+                notes.push(format!(
+                    "the tokenizer {} on the data owner's machine is not the file that was there when the job was handed \
+                     in: checkpoints go without it, and export and generate need --tokenizer FILE",
+                    now.tokenizer.name
+                ));
+            }
+            run.origin.data = Some(now.clone());
+        }
+        let run_dir = job.record.run_dir.clone();
+        let mut actions = vec![Action::WriteData { key, run_dir, data: data.clone() }];
+        actions.push(Action::Emit(JobEvent::Data { job: key.job, data }));
+        actions.extend(self.notices(key.job, notes));
+        Ok(actions)
+    }
+}
