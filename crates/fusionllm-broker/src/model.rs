@@ -58,9 +58,16 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
         let is_folder = path.is_dir();
         let has_tokenizer = model.carried.contains_key(TOKENIZER);
         if is_folder && spec.data.tokenizer == DataSpec::MODEL && !has_tokenizer {
-            let reason = "there is no tokenizer.json in it: give data.tokenizer, the path of the one that the model was \
-                          trained with, or `bytes` if each byte is to be a token";
-            return Err(model_error(path, reason.to_owned()));
+            let other = if path.join("vocab.json").is_file() {
+                " (vocab.json is not read: load the tokenizer in transformers as a fast one, and save it)"
+            } else {
+                ""
+            };
+            let reason = format!(
+                "there is no tokenizer.json in it{other}: give data.tokenizer, the path of the one that the model was \
+                 trained with, or `bytes` if each byte is to be a token"
+            );
+            return Err(model_error(path, reason));
         }
         if has_tokenizer && spec.data.tokenizer == DataSpec::BYTES {
             let note = "the model has a tokenizer.json, but data.tokenizer = \"bytes\" feeds bytes as token ids";

@@ -46,7 +46,7 @@ impl Cli {
         match &self.command {
             Command::Broker(_) => "warn,fusionllm=info,fusionllm_broker=info,fusionllm_transport=info",
             Command::Join(join) if !join.child => "warn,fusionllm=info,fusionllm_compnode=info",
-            _ => "error,fusionllm_broker=warn,fusionllm_compnode=warn",
+            _ => "error,fusionllm::commands=warn,fusionllm_broker=warn,fusionllm_compnode=warn",
         }
     }
 }

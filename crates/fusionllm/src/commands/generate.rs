@@ -34,6 +34,13 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
     if let Some(dropped) = model.tokenizer.dropped(prompt)? {
         tracing::warn!("the tokenizer has no token for these characters of the prompt: {dropped}");
     }
+    let largest = ids.iter().filter_map(|&id| usize::try_from(id).ok()).max();
+    if let Some((id, vocab)) = largest.zip(model.dag.vocab()).filter(|(id, vocab)| id >= vocab) {
+        let hint = "give with --tokenizer the tokenizer that it was trained with";
+        return Err(bad_input(format!(
+            "the prompt has token id {id}, but the model's vocabulary ends at {vocab}: {hint}"
+        )));
+    }
     let (device, _) = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
     let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;
     let written = generator.generate(&ids, sampling)?;

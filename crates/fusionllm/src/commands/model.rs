@@ -101,6 +101,9 @@ fn given(file: &Path, then: Option<&TokenizerFingerprint>) -> anyhow::Result<Tok
 
 fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
     let model = load_model_dir(path).map_err(bad_input)?;
+    for note in &model.notes {
+        tracing::info!("{note}");
+    }
     let missing = || bad_input(format!("{}: there are no weights in it", path.display()));
     let weights = model.weights.ok_or_else(missing)?;
     let tensors = read_tensors(&weights, &model.dag)?;

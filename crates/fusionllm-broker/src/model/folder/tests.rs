@@ -193,4 +193,6 @@ fn the_tokenizer_of_the_folder_is_the_default() {
     folder.spec.data.tokenizer = DataSpec::MODEL.to_owned();
     let error = folder.error();
     assert!(error.contains("no tokenizer.json in it") && error.contains("`bytes` if"), "{error}");
+    folder.write("vocab.json", "{}");
+    assert!(folder.error().contains("vocab.json is not read"), "{}", folder.error());
 }
