@@ -156,7 +156,11 @@ impl EdgeEncoder {
             None => codec.encode_f32(shape, sent, scratch, out)?,
         }
         let mut relative_error = None;
-        if let (Codec::TopK { values: form, .. }, false, false) = (codec, measure, predict) {
+        if codec.is_lossless() {
+            // The residual has gone with the tensor, so nothing is held back any more.
+            input.clear();
+            relative_error = measure.then_some(0.0);
+        } else if let (Codec::TopK { values: form, .. }, false, false) = (codec, measure, predict) {
             if options.error_feedback {
                 scratch.topk.take_kept_out_of(form, &out[start..], input)?;
             }

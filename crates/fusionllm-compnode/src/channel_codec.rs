@@ -55,8 +55,10 @@ impl ChannelEncoder {
     ) -> Result<Found, CodecError> {
         let is_lossy = !codec.is_lossless();
         match (slot.pass, tensor.values()) {
-            (Pass::Train, Values::F32(values)) if is_lossy => {
-                let encoded = self.edge.encode_and_measure(codec, tensor.shape(), values, out, is_sampled(slot))?;
+            // Without loss, too, what was held back of the last message goes with this one.
+            (Pass::Train, Values::F32(values)) if is_lossy || self.edge.residual().is_some() => {
+                let measured = is_lossy && is_sampled(slot);
+                let encoded = self.edge.encode_and_measure(codec, tensor.shape(), values, out, measured)?;
                 let beyond_steady = encoded.bytes.cast_signed() - codec.steady_bytes(tensor.shape())?.cast_signed();
                 Ok(Found { beyond_steady, error: encoded.relative_error })
             }
@@ -110,6 +112,50 @@ impl ChannelDecoder {
                 HostTensor::new(shape, Values::F32(values))
             }
             (Pass::Train | Pass::Eval, _) => codec.decode(&shape, element, bytes),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_planner::EdgeId;
+
+    use super::*;
+
+    fn sent(
+        encoder: &mut ChannelEncoder,
+        decoder: &mut ChannelDecoder,
+        step: u64,
+        codec: Codec,
+        x: &[f32],
+    ) -> Vec<f32> {
+        let slot = Slot { channel: Channel::Gradient(EdgeId(0)), pass: Pass::Train, step, micro_batch: 0 };
+        let tensor = HostTensor::new(vec![1, x.len()], Values::F32(x.to_vec())).unwrap();
+        let mut bytes = Vec::new();
+        encoder.encode(&slot, codec, &tensor, &mut bytes).unwrap();
+        let shape = tensor.shape().to_vec();
+        let decoded = decoder.decode(Pass::Train, codec, shape, ElementType::F32, &bytes).unwrap();
+        decoded.as_f32().unwrap().to_vec()
+    }
+
+    #[test]
+    fn what_a_codec_held_back_goes_with_the_next_message_whatever_its_codec() {
+        let channel = Channel::Gradient(EdgeId(0));
+        let options = ChannelOptions { error_feedback: true, predict: false };
+        let lossy = [Codec::Int4, Codec::Bf16, "topk:0.25:f32".parse().unwrap()];
+        for lossy in lossy {
+            let (mut encoder, mut decoder) =
+                (ChannelEncoder::new(options, channel), ChannelDecoder::new(options, channel));
+            let x = [1.0, 0.031, -0.507, 0.25];
+            let mut sums = [0.0; 4];
+            for (step, codec) in (0..).zip([lossy, Codec::Dense, Codec::Dense, lossy, Codec::Dense]) {
+                let decoded = sent(&mut encoder, &mut decoder, step, codec, &x);
+                sums.iter_mut().zip(decoded).for_each(|(sum, y)| *sum += y);
+            }
+            for (sum, x) in sums.iter().zip(x) {
+                assert!((sum / 5.0 - x).abs() < 1e-6, "{lossy}: {sums:?}");
+            }
+            assert_eq!(encoder.residual(), None, "nothing is held back that a checkpoint would bring again");
         }
     }
 }

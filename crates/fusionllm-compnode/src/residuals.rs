@@ -1,4 +1,4 @@
-//! What error feedback holds back, in a checkpoint: under the names of the edge's ops, which outlive a placement.
+//! What error feedback holds back, in a checkpoint: under the names of ops and parameters, which outlive a placement.
 
 use std::collections::BTreeMap;
 
@@ -12,12 +12,18 @@ use crate::executor::NamedTensor;
 /// What the names begin with.
 const PREFIX: &str = "residual.";
 
-/// The name of a channel's residual: `residual.gradient.PRODUCER>FIRST_OP_OF_CONSUMING_STAGE`.
+/// The name of a channel's residual: `residual.gradient.PRODUCER>FIRST_OP_OF_CONSUMING_STAGE`, and of a tied parameter
+/// `residual.tied.PARAMETER@FIRST_OP_OF_THE_SENDER_WITH_IT`.
 fn name(dag: &OpDag, placement: &Placement, channel: Channel) -> Option<String> {
     let (word, id) = match channel {
         Channel::Activation(id) => ("activation", id),
         Channel::Gradient(id) => ("gradient", id),
-        Channel::Tied { .. } | Channel::NormPart { .. } | Channel::NormTotal { .. } => return None,
+        Channel::Tied { param, from } => {
+            let mut ops = placement.stages_of(from).flat_map(|stage| &stage.ops);
+            let first = ops.find(|op| dag.op(**op).params.contains(&param))?;
+            return Some(format!("{PREFIX}tied.{}@{}", dag.param(param).name, dag.op(*first).name));
+        }
+        Channel::NormPart { .. } | Channel::NormTotal { .. } => return None,
     };
     let edge = placement.edges.get(id.index())?;
     let first = placement.stages.get(edge.to.index())?.ops.first()?;
@@ -50,17 +56,21 @@ pub(crate) fn take(
     let mut found: BTreeMap<String, NamedTensor> =
         tensors.extract_if(.., is_residual).map(|t| (t.name.clone(), t)).collect();
     let mut residuals = Vec::new();
-    for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
-        let senders = [
+    let of_edges = placement.edges.iter().filter(|e| placement.is_boundary(e)).flat_map(|edge| {
+        [
             (Channel::Activation(edge.id), placement.compnode_of(edge.from)),
             (Channel::Gradient(edge.id), placement.compnode_of(edge.to)),
-        ];
-        for (channel, sender) in senders {
-            let tensor = name(dag, placement, channel).and_then(|name| found.remove(&name));
-            if let (true, Some(tensor)) = (sender == Some(node), tensor) {
-                let restored = HostTensor::new(tensor.shape, Values::F32(tensor.values));
-                residuals.extend(restored.ok().map(|t| (channel, t)));
-            }
+        ]
+    });
+    let of_tied = placement.tied.iter().flat_map(|tied| {
+        let param = tied.param;
+        tied.holders.iter().map(move |&from| (Channel::Tied { param, from }, Some(from)))
+    });
+    for (channel, sender) in of_edges.chain(of_tied) {
+        let tensor = name(dag, placement, channel).and_then(|name| found.remove(&name));
+        if let (true, Some(tensor)) = (sender == Some(node), tensor) {
+            let restored = HostTensor::new(tensor.shape, Values::F32(tensor.values));
+            residuals.extend(restored.ok().map(|t| (channel, t)));
         }
     }
     residuals
@@ -92,5 +102,32 @@ mod tests {
         assert_eq!(take(&dag, &placement, other, &mut tensors.clone()), []);
         assert_eq!(take(&dag, &placement, sender, &mut tensors), [(channel, residual)]);
         assert_eq!(tensors.len(), 1, "parameters stay");
+    }
+
+    #[test]
+    fn residuals_of_tied_parameters_are_each_senders_own() {
+        let text = "[model]\nname=\"gpt2\"\n[data]\npath=\"/x\"\n[placement]\nstrategy=\"equal-compute\"";
+        let spec = JobSpec::from_toml(text, &[]).unwrap();
+        let mut config = Gpt2Config::named("gpt2").unwrap();
+        (config.n_layer, config.n_embd, config.n_head, config.vocab_size) = (2, 8, 2, 64);
+        let dag = gpt2(&config, 8).unwrap();
+        let placement = place(&dag, &Cluster::uniform(2), &spec.placement_spec()).unwrap();
+        let tied = &placement.tied[0];
+        let shape = dag.param(tied.param).shape.clone();
+        let of = |from: NodeIndex| {
+            let values = vec![0.5 + from.0 as f32; shape.iter().product()];
+            let residual = HostTensor::new(shape.clone(), Values::F32(values)).unwrap();
+            (Channel::Tied { param: tied.param, from }, residual)
+        };
+        let all = tied.holders.iter().map(|&from| of(from)).collect();
+        let tensors: Vec<NamedTensor> = to_tensors(&dag, &placement, all).collect();
+        assert!(
+            tensors.iter().any(|t| t.name.starts_with("residual.tied.transformer.wte.weight@")),
+            "{}",
+            tensors[0].name
+        );
+        for &node in &tied.holders {
+            assert_eq!(take(&dag, &placement, node, &mut tensors.clone()), [of(node)]);
+        }
     }
 }

@@ -26,6 +26,30 @@ pub(super) struct Feedback {
 }
 
 impl Feedback {
+    /// What is held back, for a checkpoint.
+    fn residuals(&self) -> impl Iterator<Item = (ParamId, &[f32])> {
+        self.residuals.iter().map(|(&param, residual)| (param, residual.as_slice()))
+    }
+
+    /// Puts back what was held back at a checkpoint; one that does not fit the parameter is as good as none.
+    fn restore(&mut self, param: ParamId, elements: u64, residual: HostTensor) {
+        if let (_, Values::F32(values)) = residual.into_parts()
+            && values.len() as u64 == elements
+            && values.iter().all(|x| x.is_finite())
+        {
+            self.residuals.insert(param, values);
+        }
+    }
+
+    /// These elements go without loss, and with them what was held back of the last ones. Gives what goes, if that
+    /// differs from this CompNode's own gradient.
+    fn settle(&mut self, param: ParamId, range: Range<usize>, sent: &HostTensor) -> Option<Vec<f32>> {
+        let residual = self.residuals.get_mut(&param)?.get_mut(range)?;
+        let is_settled = residual.iter().all(|&x| x == 0.0);
+        residual.fill(0.0);
+        sent.as_f32().filter(|_| !is_settled).map(<[f32]>::to_vec)
+    }
+
     /// Adds what was held back of these elements of the last gradient.
     fn add(&self, param: ParamId, range: Range<usize>, gradient: &mut [f32]) {
         if let Some(residual) = self.residuals.get(&param).and_then(|all| all.get(range)) {
@@ -105,6 +129,25 @@ impl TaskLoop {
         Ok(())
     }
 
+    /// What error feedback holds back of tied gradients here, for a checkpoint.
+    pub(super) fn tied_residuals(&self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
+        let named = |(param, values): (ParamId, &[f32])| {
+            let shape = self.plan.dag.param(param).shape.clone();
+            let residual = HostTensor::new(shape, Values::F32(values.to_vec())).map_err(internal)?;
+            Ok((Channel::Tied { param, from: self.plan.node }, residual))
+        };
+        self.tied.feedback.residuals().map(named).collect()
+    }
+
+    /// Puts back what [`Self::tied_residuals`] gave. Who sends only rows that were looked up has no use for it.
+    pub(super) fn restore_tied_residual(&mut self, param: ParamId, residual: HostTensor) {
+        let (placement, node) = (&self.plan.placement, self.plan.node);
+        let tied = placement.tied.iter().find(|tied| tied.param == param);
+        if let Some(tied) = tied.filter(|tied| !placement.sends_rows(&self.plan.dag, tied, node)) {
+            self.tied.feedback.restore(param, tied.elements, residual);
+        }
+    }
+
     /// Every holder of a tied parameter gets the sum of all holders' gradients, added in the same order, so the
     /// copies stay equal.
     pub(super) fn sum_tied_gradients(&mut self) -> Result<(), CompNodeError> {
@@ -180,6 +223,9 @@ impl TaskLoop {
         if !exchanged.tied.codec.is_lossless() {
             let received = self.tied.feedback.as_received(&exchanged.tied, range.clone(), &tensor)?;
             self.executor.set_gradient(param, range.start, received)?;
+        } else if let Some(own) = self.tied.feedback.settle(param, range.clone(), &tensor) {
+            // The others add what was held back, so this CompNode does.
+            self.executor.set_gradient(param, range.start, own)?;
         }
         self.send_part(exchanged, piece + 1, tensor, exchanged.tied.codec)
     }
@@ -293,6 +339,24 @@ mod tests {
             assert!((sum / 100.0 - gradient).abs() < 0.002, "{sums:?}");
         }
         assert_eq!(feedback.residuals[&tied.param][..2], [0.0; 2], "other pieces have their own");
+    }
+
+    #[test]
+    fn what_was_held_back_at_a_checkpoint_comes_with_the_next_gradient_once() {
+        let param = ParamId(0);
+        let tensor = |values: &[f32]| HostTensor::new(vec![values.len()], Values::F32(values.to_vec())).unwrap();
+        let mut feedback = Feedback::default();
+        feedback.restore(param, 3, tensor(&[9.0, 9.0]));
+        assert_eq!(feedback.residuals().count(), 0, "of another shape");
+        feedback.restore(param, 2, tensor(&[0.25, -0.5]));
+        assert_eq!(feedback.residuals().collect::<Vec<_>>(), [(param, [0.25, -0.5].as_slice())]);
+        for (expected, differs) in [([1.25, 0.5], true), ([1.0, 1.0], false)] {
+            let mut sent = vec![1.0, 1.0];
+            feedback.add(param, 0..2, &mut sent);
+            assert_eq!(sent, expected);
+            // Without loss, all of it goes.
+            assert_eq!(feedback.settle(param, 0..2, &tensor(&sent)), differs.then_some(sent));
+        }
     }
 
     #[test]
