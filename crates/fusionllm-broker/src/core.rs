@@ -242,8 +242,8 @@ impl Core {
             return Vec::new();
         }
         match message {
-            FromCompNode::Heartbeat => {
-                let message = FromBroker::HeartbeatAck { now_s: now.as_secs_f64() };
+            FromCompNode::Heartbeat { number } => {
+                let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64() };
                 vec![Action::Send { to: connection, message }]
             }
             FromCompNode::Measured { request, result } => {

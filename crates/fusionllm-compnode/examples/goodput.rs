@@ -111,13 +111,15 @@ fn slot(channel: Channel, step: u64) -> Slot {
 }
 
 fn send(exchange: &mut NetworkExchange, to: u32, channel: Channel, step: u64, values: Vec<f32>) -> Result<(), Failure> {
-    let tensor = HostTensor::new(vec![values.len()], Values::F32(values))?;
+    // A number by itself has no dimensions, as on the wires of a job.
+    let shape = if values.len() == 1 { Vec::new() } else { vec![values.len()] };
+    let tensor = HostTensor::new(shape, Values::F32(values))?;
     Ok(exchange.send(Message { to: NodeIndex(to), slot: slot(channel, step), tensor, codec: Codec::Dense })?)
 }
 
 fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Result<Assignment, Failure> {
     let stage = |n: u32| Stage { id: StageId(n), compnode: NodeIndex(n), ops: vec![OpId(n)] };
-    let edge = |id| StageEdge {
+    let edge = |id, elements| StageEdge {
         id,
         op: OpId(0),
         from: StageId(0),
@@ -132,12 +134,12 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
         job: JobId(1),
         generation: Generation(1),
         node: NodeIndex(u32::from(!is_sender)),
-        spec: JobSpec::from_toml("[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n", &[])?,
+        spec: JobSpec::from_toml("[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n[train]\nsteps = 1000000\n", &[])?,
         graph: String::new(),
         placement: Placement {
             compnodes: vec!["sender".to_owned(), "receiver".to_owned()],
             stages: vec![stage(0), stage(1)],
-            edges: vec![edge(BULK), edge(REPORTS)],
+            edges: vec![edge(BULK, elements), edge(REPORTS, 1)],
             tied: Vec::new(),
             pipeline: Pipeline::OneFOneB,
             train: pass.clone(),

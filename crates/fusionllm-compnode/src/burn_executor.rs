@@ -19,6 +19,7 @@ use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
 use crate::owed::Owed;
 use crate::params::initial_values;
 use crate::segment::{Kept, Segment, Surroundings};
+use crate::stop::StopFlag;
 
 /// Runs the stages of one CompNode on a Burn device.
 #[derive(Debug)]
@@ -38,6 +39,7 @@ pub struct BurnExecutor {
     owed: Owed,
     state: BTreeMap<ParamId, ParamState>,
     kept: BTreeMap<(StageId, u32), Kept>,
+    stop: StopFlag,
 }
 
 impl BurnExecutor {
@@ -135,9 +137,15 @@ impl BurnExecutor {
             owed: Owed::default(),
             state: BTreeMap::new(),
             kept: BTreeMap::new(),
+            stop: StopFlag::default(),
         };
         executor.make_leaves();
         Ok(executor)
+    }
+
+    /// FP ends between two ops once this flag is set.
+    pub(crate) fn stop_with(&mut self, stop: StopFlag) {
+        self.stop = stop;
     }
 
     /// Replaces parameters and optimizer state by what `tensors` holds; every parameter held here must be in it.
@@ -187,7 +195,7 @@ impl BurnExecutor {
     }
 
     fn surroundings<'a>(&'a self, params: &'a BTreeMap<ParamId, Tensor<1>>) -> Surroundings<'a> {
-        Surroundings { dag: &self.dag, device: &self.device, params, seed: self.seed }
+        Surroundings { dag: &self.dag, device: &self.device, params, seed: self.seed, stop: &self.stop }
     }
 
     /// Makes all gradients that were put off.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use fusionllm_codec::CodecError;
 use fusionllm_graph::{DType, GraphError};
+use fusionllm_planner::format_bytes;
 use fusionllm_protocol::ProtocolError;
 
 /// Why a sub-DAG could not be computed.
@@ -52,6 +53,9 @@ pub enum ExecutorError {
         /// Which invariant broke.
         what: String,
     },
+    /// The work was taken back before it was done.
+    #[error("stopped before it was done")]
+    Stopped,
     /// The device failed or the tensor library refused.
     #[error("device: {reason}")]
     Device {
@@ -175,6 +179,12 @@ pub enum ExchangeError {
         /// Why.
         reason: String,
     },
+    /// This CompNode's own program is at fault.
+    #[error("{reason} (internal error)")]
+    Internal {
+        /// What went wrong.
+        reason: String,
+    },
     /// A tensor cannot be encoded or decoded.
     #[error(transparent)]
     Codec(#[from] CodecError),
@@ -248,8 +258,24 @@ pub enum CompNodeError {
         /// Why.
         reason: String,
     },
-    /// The compute thread panicked.
-    #[error("the compute thread ended unexpectedly: {reason}")]
+    /// The device's memory is too small, which is known before any of it is filled.
+    #[error("{what} take {} here, jobs may fill {} (what is free, or join's --memory-gb)", format_bytes(*.needed as f64), format_bytes(*.room as f64))]
+    Memory {
+        /// What needs it.
+        what: String,
+        /// Bytes it needs.
+        needed: u64,
+        /// Bytes there are.
+        room: u64,
+    },
+    /// The job before does not end.
+    #[error("the job or measurement before still holds this CompNode's memory after {limit_s} s")]
+    MemoryHeld {
+        /// How long it was waited for, in seconds.
+        limit_s: u64,
+    },
+    /// A thread of this CompNode panicked.
+    #[error("a thread of this CompNode ended unexpectedly: {reason}")]
     ComputeThread {
         /// The panic's message.
         reason: String,

@@ -48,6 +48,12 @@ pub trait Exchange: Send {
     /// As [`Self::receive`].
     fn receive_now(&mut self, slot: Slot) -> Result<Option<Arrived>, ExchangeError>;
 
+    /// Whether the job goes on: asked between tasks, so that compute ends soon after the job does.
+    ///
+    /// # Errors
+    /// [`ExchangeError`] if the job was aborted or a peer is lost.
+    fn check(&self) -> Result<(), ExchangeError>;
+
     /// What was handed over since the last call, by receiver.
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes>;
 
@@ -180,8 +186,11 @@ impl Exchange for MemoryExchange {
         let (shape, element) = (message.tensor.shape().to_vec(), message.tensor.element_type());
         let tensor = decoder.decode(slot.pass, codec, shape, element, &bytes)?;
         self.tally.encoded(message.to, found);
-        mailbox.put(slot, tensor, codec);
-        Ok(())
+        if mailbox.put(slot, tensor, codec) {
+            return Ok(());
+        }
+        let (peer, reason) = (message.to.to_string(), format!("{slot:?} was sent twice (internal error)"));
+        Err(ExchangeError::Peer { peer, reason })
     }
 
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, ExchangeError> {
@@ -203,6 +212,10 @@ impl Exchange for MemoryExchange {
 
     fn receive_now(&mut self, slot: Slot) -> Result<Option<Arrived>, ExchangeError> {
         self.own.take_now(slot)
+    }
+
+    fn check(&self) -> Result<(), ExchangeError> {
+        self.own.closed().map_or(Ok(()), Err)
     }
 
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes> {

@@ -4,13 +4,17 @@
 //! receiver says it stopped ([`fusionllm_protocol::SendWindow`]). Encoding and decoding run on blocking threads,
 //! never on the compute thread and never on an async worker.
 
+mod attempts;
+mod bounds;
 mod incoming;
 mod meter;
 mod outgoing;
+mod tasks;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
@@ -19,16 +23,17 @@ use fusionllm_protocol::{Assignment, Channel, Generation, JobId, LinkBytes, Link
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::ExchangeError;
 use crate::channel_codec::{ChannelEncoder, ChannelOptions};
 use crate::exchange::{Exchange, Found, LinkTally, Message};
 use crate::mailbox::{Arrived, Mailbox, Slot};
+pub(crate) use bounds::EdgeTensors;
 use incoming::Incoming;
 use meter::Meter;
 use outgoing::Outgoing;
+use tasks::{OpenChannel, Tasks};
 
 /// A peer that cannot be reached for this long is lost: longer than a home router's restart of its uplink.
 const REDIAL_LIMIT: Duration = Duration::from_secs(45);
@@ -55,44 +60,63 @@ pub struct JobLinks {
     sessions: Vec<watch::Sender<Option<Session>>>,
     dialling: Vec<tokio::sync::Mutex<()>>,
     incoming: Mutex<BTreeMap<Channel, Arc<Incoming>>>,
-    tasks: Mutex<JoinSet<()>>,
+    tasks: Tasks,
     /// Outgoing channels that still hold messages.
-    open_channels: watch::Sender<usize>,
+    open_channels: Arc<watch::Sender<usize>>,
     /// What the encoders found, until the next step report.
     found: Mutex<Vec<(NodeIndex, Found)>>,
     /// By peer, what is coming in.
     meters: Vec<Meter>,
     options: ChannelOptions,
+    /// The steps that are to be done, from 0, and after how many an evaluation follows.
+    steps: Range<u64>,
+    eval_every: u64,
+    /// Whether the global norm of gradients is asked for.
+    clips: bool,
+    /// What flows over edges, once the OP-DAG has been read.
+    tensors: OnceLock<EdgeTensors>,
 }
 
 impl JobLinks {
     /// The wires of an assigned job, from `endpoint`; nothing is dialled yet.
     pub fn new(endpoint: Endpoint, assignment: &Assignment) -> Arc<Self> {
         let peers = &assignment.peers;
+        let train = &assignment.spec.train;
+        let mailbox = Arc::new(Mailbox::default());
         Arc::new(Self {
             job: assignment.job,
             generation: assignment.generation,
             node: assignment.node,
             placement: Arc::new(assignment.placement.clone()),
-            mailbox: Arc::new(Mailbox::default()),
+            tasks: Tasks::new(Arc::clone(&mailbox)),
+            mailbox,
             endpoint,
             peers: peers.iter().map(peer_addr).collect(),
             sessions: peers.iter().map(|_| watch::Sender::new(None)).collect(),
             dialling: peers.iter().map(|_| tokio::sync::Mutex::new(())).collect(),
             incoming: Mutex::new(BTreeMap::new()),
-            tasks: Mutex::new(JoinSet::new()),
-            open_channels: watch::Sender::new(0),
+            open_channels: Arc::new(watch::Sender::new(0)),
             found: Mutex::default(),
             meters: peers.iter().map(|_| Meter::default()).collect(),
             options: ChannelOptions::of(&assignment.spec.compression),
+            steps: assignment.start_step..train.steps,
+            eval_every: train.eval_every,
+            clips: train.clip > 0.0,
+            tensors: OnceLock::new(),
         })
+    }
+
+    /// From now on messages must have the shapes and types that the OP-DAG gives them.
+    pub(crate) fn expect(&self, tensors: EdgeTensors) {
+        // A job has one OP-DAG, so a second call says the same.
+        let _ = self.tensors.set(tensors);
     }
 
     /// Dials every CompNode that is ours to dial and that a message may come from or go to. Who only receives from one
     /// would else never dial it.
-    pub fn dial_all(self: &Arc<Self>, clips: bool) {
+    pub fn dial_all(self: &Arc<Self>) {
         for peer in self.node.index() + 1..self.peers.len() {
-            if !self.talks_to(peer, clips) {
+            if !self.talks_to(peer) {
                 continue;
             }
             let links = Arc::clone(self);
@@ -105,7 +129,7 @@ impl JobLinks {
     }
 
     /// Whether a channel leads to this CompNode or from it.
-    fn talks_to(&self, peer: usize, clips: bool) -> bool {
+    fn talks_to(&self, peer: usize) -> bool {
         let (own, peer) = (Some(self.node), Some(NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX))));
         let ends = |edge: &StageEdge| (self.placement.compnode_of(edge.from), self.placement.compnode_of(edge.to));
         let is_ours = |(a, b)| (a, b) == (own, peer) || (a, b) == (peer, own);
@@ -113,13 +137,18 @@ impl JobLinks {
             own.is_some_and(|n| tied.holders.contains(&n)) && peer.is_some_and(|n| tied.holders.contains(&n))
         };
         let edges = self.placement.edges.iter().any(|edge| is_ours(ends(edge)));
-        edges || self.placement.tied.iter().any(holds) || (clips && own == Some(NodeIndex(0)))
+        edges || self.placement.tied.iter().any(holds) || (self.clips && own == Some(NodeIndex(0)))
     }
 
-    /// Ends everything: waiting takes give `reason`, tasks stop.
+    /// Ends everything: waiting takes give `reason`, tasks stop, connections close, and nothing begins any more.
     pub fn abort(&self, reason: &str) {
         self.mailbox.close(ExchangeError::Aborted { reason: reason.to_owned() });
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        self.tasks.close();
+        for slot in &self.sessions {
+            if let Some(session) = slot.send_replace(None) {
+                session.close(0, reason);
+            }
+        }
     }
 
     /// A connection that a peer has opened. Connections of strangers are dropped.
@@ -130,7 +159,7 @@ impl JobLinks {
         }
     }
 
-    /// Waits until every message was taken by its receiver.
+    /// Waits until every message was taken by its receiver, or nothing is sent any more.
     pub async fn drained(&self) {
         let mut open = self.open_channels.subscribe();
         // The sender lives as long as self, so this cannot end early.
@@ -141,8 +170,9 @@ impl JobLinks {
         self.placement.compnodes.get(node).cloned().unwrap_or_else(|| format!("CompNode {node}"))
     }
 
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
+    /// Runs a task that ends with the job.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
     }
 
     fn fail(&self, peer: usize, reason: &str) {
@@ -152,7 +182,13 @@ impl JobLinks {
 
     fn install(self: &Arc<Self>, peer: usize, session: Session) {
         let Some(slot) = self.sessions.get(peer) else { return };
-        slot.send_replace(Some(session.clone()));
+        if let Some(replaced) = slot.send_replace(Some(session.clone())) {
+            // Who dials again has lost it.
+            replaced.close(0, "replaced by a newer connection");
+        }
+        if self.tasks.is_closed() {
+            session.close(0, "the job has ended");
+        }
         let links = Arc::clone(self);
         let serving = session.clone();
         self.spawn(async move {
@@ -196,6 +232,10 @@ impl JobLinks {
         let _one_at_a_time = dialling.lock().await;
         let mut pause = BACK_OFF.0;
         loop {
+            // A job that has ended is not dialled for.
+            if let Some(error) = self.mailbox.closed() {
+                return Err(error);
+            }
             if let Some(session) = slot.borrow().clone() {
                 return Ok(session);
             }
@@ -218,17 +258,9 @@ impl JobLinks {
         Arc::clone(incoming.entry(channel).or_insert_with(new))
     }
 
-    /// Elements that a tensor of this channel may have, if it comes compressed.
-    fn most_elements(&self, channel: Channel) -> Option<u64> {
-        match channel {
-            Channel::Activation(id) | Channel::Gradient(id) => {
-                self.placement.edges.get(id.index()).map(|edge| edge.elements)
-            }
-            Channel::Tied { param, .. } => {
-                self.placement.tied.iter().find(|t| t.param == param).map(|tied| tied.elements)
-            }
-            Channel::NormPart { .. } | Channel::NormTotal { .. } => None,
-        }
+    /// Messages of a channel that are encoded and not yet taken by the receiver's task loop, at the most.
+    fn window(&self, _channel: Channel) -> usize {
+        self.placement.window() as usize
     }
 
     /// Messages of a channel that are encoded and not yet taken by the receiver's task loop, at the most.
@@ -261,13 +293,14 @@ impl JobLinks {
                 (self.placement.compnode_of(edge.from)?, self.placement.compnode_of(edge.to)?)
             }
             Channel::Gradient(id) => {
-                let edge = edge(id)?;
+                let edge = edge(id).filter(|edge| edge.gradient)?;
                 (self.placement.compnode_of(edge.to)?, self.placement.compnode_of(edge.from)?)
             }
             Channel::Tied { param, from } => {
                 let tied = self.placement.tied.iter().find(|t| t.param == param)?;
                 (tied.holders.contains(&self.node) && tied.holders.contains(&from)).then_some((from, self.node))?
             }
+            Channel::NormPart { .. } | Channel::NormTotal { .. } if !self.clips => return None,
             Channel::NormPart { from } => (from, NodeIndex(0)),
             Channel::NormTotal { to } => (NodeIndex(0), to),
         };
@@ -320,13 +353,13 @@ impl NetworkExchange {
             let (sender, queue) = mpsc::channel(self.links.queued(channel));
             let links = Arc::clone(&self.links);
             let _context = self.runtime.enter();
-            links.open_channels.send_modify(|n| *n += 1);
+            let open = OpenChannel::new(&links.open_channels);
             self.links.spawn(async move {
+                let _open = open;
                 let peer = to.index();
                 if let Err(error) = outgoing::run(&links, peer, channel, queue, encoder).await {
                     links.mailbox.close(error);
                 }
-                links.open_channels.send_modify(|n| *n = n.saturating_sub(1));
             });
             sender
         })
@@ -355,6 +388,10 @@ impl Exchange for NetworkExchange {
             self.links.incoming(slot.channel).confirm_one();
         }
         Ok(arrived)
+    }
+
+    fn check(&self) -> Result<(), ExchangeError> {
+        self.links.mailbox.closed().map_or(Ok(()), Err)
     }
 
     fn drain_link_bytes(&mut self) -> Vec<LinkBytes> {
@@ -390,3 +427,6 @@ impl Exchange for NetworkExchange {
         self.residuals.insert(channel, residual);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use fusionllm_codec::{Codec, HostTensor};
 use fusionllm_protocol::{Channel, Pass};
 
 use crate::ExchangeError;
+use crate::stop::StopFlag;
 
 /// Where a message belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,11 +23,12 @@ pub struct Slot {
     pub micro_batch: u32,
 }
 
-/// Arrived messages by slot. Its size is bounded by the senders' windows.
+/// Arrived messages by slot. Its size is bounded by the senders' windows, to which [`crate::JobLinks`] holds them.
 #[derive(Debug, Default)]
 pub struct Mailbox {
     state: Mutex<State>,
     changed: Condvar,
+    stop: StopFlag,
 }
 
 /// A message that has arrived.
@@ -47,10 +49,15 @@ struct State {
 }
 
 impl Mailbox {
-    /// Delivers a message.
-    pub fn put(&self, slot: Slot, tensor: HostTensor, codec: Codec) {
-        self.lock().arrived.insert(slot, Arrived { tensor, codec, at: Instant::now() });
-        self.changed.notify_all();
+    /// Delivers a message. False if one is there already, which stays.
+    pub fn put(&self, slot: Slot, tensor: HostTensor, codec: Codec) -> bool {
+        let mut state = self.lock();
+        let is_new = !state.arrived.contains_key(&slot);
+        if is_new {
+            state.arrived.insert(slot, Arrived { tensor, codec, at: Instant::now() });
+            self.changed.notify_all();
+        }
+        is_new
     }
 
     /// Waits for a message and takes it.
@@ -85,7 +92,13 @@ impl Mailbox {
     /// Ends all waiting, now and later. The first reason stays.
     pub fn close(&self, error: ExchangeError) {
         self.lock().closed.get_or_insert(error);
+        self.stop.set();
         self.changed.notify_all();
+    }
+
+    /// Is set once this is closed: for whoever computes and waits for nothing.
+    pub(crate) fn stop_flag(&self) -> StopFlag {
+        self.stop.clone()
     }
 
     /// Why it was closed, if it was.

@@ -4,25 +4,28 @@
 
 mod assignment;
 mod blob;
+mod broker_wire;
 mod running;
 mod survey;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use fusionllm_protocol::{DeviceProfile, FromBroker, FromCompNode, Hello, Role, decode, encode};
-use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
-use tokio::sync::mpsc;
+use fusionllm_protocol::{
+    Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, Hello, JobId, Role, SendWindow, encode,
+};
+use fusionllm_transport::{Endpoint, EndpointConfig, Identity, Members, Session, Ticket};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::CompNodeError;
 use crate::device::{DeviceChoice, open_device};
-use crate::knock::{Admitted, knock};
 use crate::links::peer_record;
-use crate::step_log::ClockOffset;
-use running::RunningJob;
+use crate::step_log::{ClockOffset, Heartbeats};
+use broker_wire::{Connected, dial};
+use running::{Place, RunningJob};
 use survey::{AwaitedProbes, Surveyor, start_probe};
 
 /// The broker takes a CompNode for lost after several of these.
@@ -33,6 +36,8 @@ pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// Events that may wait for the loop; compute waits beyond that.
 const EVENT_QUEUE: usize = 64;
+/// Messages that the broker has not confirmed; compute waits beyond that.
+const OUTBOX: usize = 1024;
 
 /// How to join.
 #[derive(Debug)]
@@ -60,10 +65,10 @@ pub struct JoinConfig {
 /// Everything that the loop reacts to.
 #[derive(Debug)]
 pub(crate) enum NodeEvent {
-    /// A message from the broker; nothing when the connection is lost.
-    Broker(Option<FromBroker>),
     /// Something to tell the broker.
     Tell(Box<FromCompNode>),
+    /// The broker begins to send weights.
+    Weights(Box<blob::Incoming>),
     /// The assignment is built, or why it could not be.
     Prepared(Box<Result<assignment::Prepared, (assignment::JobKey, CompNodeError)>>),
     /// The task loop has ended and everything it sent has arrived.
@@ -72,10 +77,10 @@ pub(crate) enum NodeEvent {
 
 /// Why a session with the broker ended.
 enum SessionEnd {
-    /// Asked to go, by a signal or by the broker.
+    /// Asked to go by the broker.
     Leave,
-    /// The connection broke.
-    Lost,
+    /// The connection broke, and why.
+    Lost(String),
 }
 
 /// Joins the broker and works for it until `shutdown` resolves or the broker says so. A lost broker is redialled.
@@ -94,14 +99,16 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         choice: config.device,
         folder: config.profile_dir,
         memory_bytes: config.memory_bytes,
+        measuring: Arc::default(),
     };
     let measuring = surveyor.clone();
     let profile = tokio::task::spawn_blocking(move || measuring.device()).await??;
     let members = Arc::new(Members::default());
     let mut endpoint_config = EndpointConfig::new(config.identity, config.bind);
     endpoint_config.advertise = config.advertise;
-    let broker_error = |reason: String| CompNodeError::Broker { reason };
-    let endpoint = Endpoint::bind(endpoint_config, members.clone()).await.map_err(|e| broker_error(e.to_string()))?;
+    let bind = Endpoint::bind(endpoint_config, members.clone()).await;
+    let endpoint = bind.map_err(|e| CompNodeError::Broker { reason: e.to_string() })?;
+    let (events, mut inbox) = mpsc::channel(EVENT_QUEUE);
     let mut node = Node {
         endpoint: endpoint.clone(),
         members,
@@ -111,33 +118,20 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         profile,
         probes: AwaitedProbes::default(),
         clock: Arc::default(),
-        heartbeat_at: None,
+        heartbeats: Heartbeats::default(),
+        events,
+        broker: watch::Sender::new(None),
+        outbox: SendWindow::new(OUTBOX),
+        memory: Arc::new(Semaphore::new(1)),
         job: None,
-        unclaimed: None,
+        weights: blob::Unclaimed::default(),
     };
-    tokio::pin!(shutdown);
-    let mut pause = BACK_OFF.0;
-    let mut joined_before = false;
-    let result = loop {
-        let outcome = tokio::select! {
-            outcome = node.session(&mut joined_before, &mut pause) => outcome,
-            () = &mut shutdown => Ok(SessionEnd::Leave),
-        };
-        node.drop_job("the CompNode lost its broker");
-        match outcome {
-            Ok(SessionEnd::Leave) => break Ok(()),
-            Ok(SessionEnd::Lost) => tracing::warn!("lost the broker, trying again in {:.1} s", pause.as_secs_f64()),
-            // It would be refused again, however often it asks.
-            Err(error @ (CompNodeError::Refused { .. } | CompNodeError::Protocol(_))) => break Err(error),
-            Err(error) if joined_before => tracing::warn!(%error, "cannot get back to the broker"),
-            Err(error) => break Err(error),
-        }
-        tokio::select! {
-            () = sleep(pause) => {}
-            () = &mut shutdown => break Ok(()),
-        }
-        pause = (pause * 2).min(BACK_OFF.1);
+    let result = tokio::select! {
+        result = node.run(&mut inbox) => result,
+        () = shutdown => Ok(()),
     };
+    node.lose_broker();
+    node.drop_job("the CompNode leaves");
     endpoint.close().await;
     result
 }
@@ -151,56 +145,118 @@ struct Node {
     profile: DeviceProfile,
     probes: AwaitedProbes,
     clock: Arc<ClockOffset>,
-    /// When the heartbeat that is not answered yet was sent.
-    heartbeat_at: Option<Instant>,
+    heartbeats: Heartbeats,
+    events: mpsc::Sender<NodeEvent>,
+    /// The connection to the broker, while there is one.
+    broker: watch::Sender<Option<Session>>,
+    /// What the broker is told, until it has it.
+    outbox: SendWindow<Vec<u8>>,
+    /// One permit: whoever fills the device's memory, a job or a measurement, holds it.
+    memory: Arc<Semaphore>,
     job: Option<RunningJob>,
-    /// A blob stream that came before the assignment it belongs to.
-    unclaimed: Option<FrameSource>,
+    /// Weights that came before the assignment they belong to.
+    weights: blob::Unclaimed,
 }
 
 impl Node {
-    /// One connection to the broker, from hello to its end.
-    async fn session(&mut self, joined: &mut bool, pause: &mut Duration) -> Result<SessionEnd, CompNodeError> {
-        let broker_error = |reason: String| CompNodeError::Broker { reason };
-        let session = self.endpoint.connect(&self.ticket.broker).await.map_err(|e| broker_error(e.to_string()))?;
-        let Admitted { name, mut sink, source } = knock(&session, &self.hello()).await?;
-        tracing::info!(%name, device = %self.surveyor.device_name, "joined the broker");
-        *joined = true;
-        *pause = BACK_OFF.0;
+    /// Joins the broker, and again whenever it is lost, until it says that all is over.
+    async fn run(&mut self, inbox: &mut mpsc::Receiver<NodeEvent>) -> Result<(), CompNodeError> {
+        let mut pause = BACK_OFF.0;
+        let mut joined_before = false;
+        loop {
+            let dialling = dial(self.endpoint.clone(), self.ticket.broker.clone(), self.hello());
+            match self.meanwhile(inbox, dialling).await {
+                Ok(connected) => {
+                    (joined_before, pause) = (true, BACK_OFF.0);
+                    tracing::info!(name = %connected.name, device = %self.surveyor.device_name, "joined the broker");
+                    match self.session(connected, inbox).await {
+                        SessionEnd::Leave => return Ok(()),
+                        SessionEnd::Lost(reason) => tracing::warn!(reason, "lost the broker"),
+                    }
+                }
+                // It would be refused again, however often it asks.
+                Err(error @ (CompNodeError::Refused { .. } | CompNodeError::Protocol(_))) => return Err(error),
+                Err(error) if joined_before => {
+                    tracing::warn!(%error, "cannot get back to the broker, trying again in {:.1} s", pause.as_secs_f64());
+                }
+                Err(error) => return Err(error),
+            }
+            self.meanwhile(inbox, sleep(pause)).await;
+            pause = (pause * 2).min(BACK_OFF.1);
+        }
+    }
 
-        let (events, mut inbox) = mpsc::channel(EVENT_QUEUE);
-        let reader = tokio::spawn(read_broker(source, events.clone()));
+    /// Waits for something without a broker; the job goes on meanwhile, as long as what it reports finds room.
+    async fn meanwhile<T>(&mut self, inbox: &mut mpsc::Receiver<NodeEvent>, awaited: impl Future<Output = T>) -> T {
+        tokio::pin!(awaited);
+        loop {
+            tokio::select! {
+                result = &mut awaited => return result,
+                Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
+                Some(event) = inbox.recv(), if self.outbox.has_room() => {
+                    let messages = self.handle(event);
+                    self.tell(messages);
+                }
+            }
+        }
+    }
+
+    /// One connection to the broker, to its end.
+    async fn session(&mut self, connected: Connected, inbox: &mut mpsc::Receiver<NodeEvent>) -> SessionEnd {
+        let Connected { session, mut wire, .. } = connected;
+        // Another broker process has another clock, and knows nothing of jobs.
+        self.clock.forget();
+        self.drop_job("the broker was lost");
+        self.outbox = SendWindow::new(OUTBOX);
+        self.broker.send_replace(Some(session.clone()));
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
+            if let Err(reason) = wire.flush(&mut self.outbox) {
+                break SessionEnd::Lost(reason);
+            }
+            let room = wire.room();
             tokio::select! {
                 _ = heartbeat.tick() => {
-                    self.heartbeat_at = Some(Instant::now());
-                    if tell(&mut sink, &FromCompNode::Heartbeat).await.is_err() {
-                        break SessionEnd::Lost;
-                    }
+                    let number = self.heartbeats.send();
+                    self.tell(Some(FromCompNode::Heartbeat { number }));
                 }
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
-                Ok(stream) = session.accept_uni() => self.accept_blob(stream),
-                Some(event) = inbox.recv() => {
-                    match self.handle(event, &session, &events) {
-                        Next::Tell(messages) => {
-                            let mut lost = false;
-                            for message in messages {
-                                lost |= tell(&mut sink, &message).await.is_err();
-                            }
-                            if lost {
-                                break SessionEnd::Lost;
-                            }
-                        }
-                        Next::End(end) => break end,
+                Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
+                message = wire.receive() => match message {
+                    Ok(FromBroker::Shutdown) => break SessionEnd::Leave,
+                    Ok(message) => {
+                        let answer = self.obey(message);
+                        self.tell(answer);
                     }
+                    Err(reason) => break SessionEnd::Lost(reason),
+                },
+                () = room => {}
+                Some(event) = inbox.recv(), if self.outbox.has_room() => {
+                    let messages = self.handle(event);
+                    self.tell(messages);
                 }
             }
         };
-        reader.abort();
-        session.close(0, "leaving");
-        Ok(end)
+        self.lose_broker();
+        end
+    }
+
+    fn lose_broker(&mut self) {
+        if let Some(session) = self.broker.send_replace(None) {
+            session.close(0, "leaving");
+        }
+    }
+
+    /// Queues messages for the broker.
+    fn tell(&mut self, messages: impl IntoIterator<Item = FromCompNode>) {
+        for message in messages {
+            match encode(&message) {
+                // Only answers to a broker that takes nothing find no room, and those it does not miss.
+                Ok(frame) => drop(self.outbox.push(frame)),
+                Err(error) => tracing::error!(%error, "a message for the broker cannot be written"),
+            }
+        }
     }
 
     fn hello(&self) -> Hello {
@@ -221,19 +277,6 @@ impl Node {
         }
     }
 
-    /// A stream from the broker can only be the weights of the job at hand.
-    fn accept_blob(&mut self, stream: FrameSource) {
-        match self.job.as_mut().and_then(|job| job.weights.take().map(|w| (job.key, w))) {
-            Some((key, weights)) => {
-                tokio::spawn(async move {
-                    // The receiver is gone only if the job is.
-                    let _ = weights.send(blob::receive_weights(stream, key).await);
-                });
-            }
-            None => self.unclaimed = Some(stream),
-        }
-    }
-
     fn drop_job(&mut self, reason: &str) {
         if let Some(job) = self.job.take() {
             job.links.abort(reason);
@@ -241,140 +284,116 @@ impl Node {
         }
     }
 
-    fn handle(&mut self, event: NodeEvent, broker: &Session, events: &mpsc::Sender<NodeEvent>) -> Next {
-        match event {
-            NodeEvent::Broker(None) => Next::End(SessionEnd::Lost),
-            NodeEvent::Broker(Some(FromBroker::Shutdown)) => Next::End(SessionEnd::Leave),
-            NodeEvent::Broker(Some(FromBroker::HeartbeatAck { now_s })) => {
-                if let Some(sent) = self.heartbeat_at.take() {
+    /// Does what the broker says. Gives the answer, if there is one at once.
+    fn obey(&mut self, message: FromBroker) -> Option<FromCompNode> {
+        match message {
+            FromBroker::Shutdown => None,
+            FromBroker::HeartbeatAck { number, now_s } => {
+                if let Some(sent) = self.heartbeats.answered(number) {
                     self.clock.learn(sent, now_s);
                 }
-                Next::nothing()
+                None
             }
-            NodeEvent::Broker(Some(FromBroker::Assign(assignment))) => {
-                self.drop_job("replaced by another assignment");
-                let key = assignment::JobKey::of(&assignment);
-                self.probes.clear();
-                let device = self.surveyor.device.clone();
-                match RunningJob::prepare(*assignment, self.endpoint.clone(), device, events.clone()) {
-                    Ok(job) => {
-                        self.members.replace(job.peers().to_vec());
-                        self.job = Some(job);
-                        if let Some(stream) = self.unclaimed.take() {
-                            self.accept_blob(stream);
-                        }
-                        Next::nothing()
-                    }
-                    Err(error) => Next::Tell(vec![key.failed(&error)]),
-                }
+            FromBroker::Assign(assignment) => {
+                self.assign(*assignment);
+                None
             }
-            NodeEvent::Broker(Some(FromBroker::Start { job, generation })) => {
-                let key = assignment::JobKey { job, generation };
-                match self.job.as_mut().filter(|j| j.key == key) {
-                    Some(job) => Next::Tell(
-                        job.start(broker.clone(), events.clone(), Arc::clone(&self.clock)).into_iter().collect(),
-                    ),
-                    None => Next::nothing(),
-                }
+            FromBroker::Start { job, generation } => {
+                let (broker, clock) = (self.broker.subscribe(), Arc::clone(&self.clock));
+                let events = self.events.clone();
+                self.job_of(job, generation)?.start(broker, events, clock)
             }
-            NodeEvent::Broker(Some(FromBroker::SetCodec { job, generation, edge, gradient, codec })) => {
-                let key = assignment::JobKey { job, generation };
-                if let Some(job) = self.job.as_ref().filter(|j| j.key == key) {
-                    job.set_codec(edge, gradient, codec);
-                }
-                Next::nothing()
+            FromBroker::SetCodec { job, generation, edge, gradient, codec } => {
+                self.job_of(job, generation)?.set_codec(edge, gradient, codec);
+                None
             }
-            NodeEvent::Broker(Some(FromBroker::Abort { job, generation, reason })) => {
-                if self.job.as_ref().is_some_and(|j| j.key == assignment::JobKey { job, generation }) {
-                    tracing::info!(%job, %reason, "job aborted");
-                    self.drop_job(&reason);
-                }
-                Next::nothing()
+            FromBroker::Abort { job, generation, reason } => {
+                self.job_of(job, generation)?;
+                tracing::info!(%job, %reason, "job aborted");
+                self.drop_job(&reason);
+                None
             }
-            NodeEvent::Broker(Some(FromBroker::MeasureOps { request, spec, graph })) => {
-                self.surveyor.start_ops(request, *spec, graph, events.clone());
-                Next::nothing()
+            FromBroker::MeasureOps { request, spec, graph } => {
+                self.surveyor.start_ops(request, *spec, graph, Arc::clone(&self.memory), self.events.clone());
+                None
             }
-            NodeEvent::Broker(Some(FromBroker::AwaitProbe { probe, peer })) => {
+            FromBroker::CancelMeasure { request } => {
+                self.surveyor.cancel(request);
+                None
+            }
+            FromBroker::AwaitProbe { probe, peer } => {
                 self.probes.expect(&peer);
                 let of_job = self.job.iter().flat_map(|job| job.peers().to_vec());
                 self.members.replace(of_job.chain(self.probes.peers()));
-                Next::Tell(vec![FromCompNode::ProbeAwaited { probe }])
+                Some(FromCompNode::ProbeAwaited { probe })
             }
-            NodeEvent::Broker(Some(FromBroker::Probe { probe, peer })) => {
-                start_probe(probe, &peer, self.endpoint.clone(), events.clone());
-                Next::nothing()
+            FromBroker::Probe { probe, peer } => {
+                start_probe(probe, &peer, self.endpoint.clone(), self.events.clone());
+                None
             }
-            NodeEvent::Tell(message) => Next::Tell(vec![*message]),
-            NodeEvent::Prepared(result) => self.prepared(*result),
+        }
+    }
+
+    fn assign(&mut self, assignment: Assignment) {
+        self.drop_job("replaced by another assignment");
+        self.probes.clear();
+        self.surveyor.cancel_all();
+        let place = Place {
+            endpoint: self.endpoint.clone(),
+            device: self.surveyor.device.clone(),
+            memory: Arc::clone(&self.memory),
+            free_bytes: self.surveyor.room(),
+            events: self.events.clone(),
+        };
+        let mut job = RunningJob::prepare(assignment, place);
+        self.members.replace(job.peers().to_vec());
+        if let Some(weights) = self.weights.take(job.key) {
+            job.receive(weights);
+        }
+        self.job = Some(job);
+    }
+
+    fn job_of(&mut self, job: JobId, generation: Generation) -> Option<&mut RunningJob> {
+        self.job.as_mut().filter(|j| j.key == assignment::JobKey { job, generation })
+    }
+
+    /// What follows from an event: something to tell the broker, perhaps.
+    fn handle(&mut self, event: NodeEvent) -> Option<FromCompNode> {
+        match event {
+            NodeEvent::Tell(message) => Some(*message),
+            NodeEvent::Weights(weights) => {
+                match self.job.as_mut().filter(|job| job.key == weights.key()) {
+                    Some(job) => job.receive(*weights),
+                    None => self.weights.keep(*weights),
+                }
+                None
+            }
+            NodeEvent::Prepared(result) => match *result {
+                Ok(prepared) => Some(self.job.as_mut().filter(|j| j.key == prepared.key)?.ready(prepared)),
+                Err((key, error)) => self.ended(key, Err(error)),
+            },
             NodeEvent::Ended(key, result) => self.ended(key, result),
         }
     }
 
-    fn prepared(&mut self, result: Result<assignment::Prepared, (assignment::JobKey, CompNodeError)>) -> Next {
-        match result {
-            Ok(prepared) => match self.job.as_mut().filter(|j| j.key == prepared.key) {
-                Some(job) => Next::Tell(vec![job.ready(prepared)]),
-                None => Next::nothing(),
-            },
-            Err((key, error)) => self.ended(key, Err(error)),
-        }
-    }
-
-    fn ended(&mut self, key: assignment::JobKey, result: Result<(), CompNodeError>) -> Next {
-        if self.job.as_ref().is_none_or(|j| j.key != key) {
-            return Next::nothing();
-        }
+    fn ended(&mut self, key: assignment::JobKey, result: Result<(), CompNodeError>) -> Option<FromCompNode> {
+        self.job.as_ref().filter(|job| job.key == key)?;
         match result {
             // The wires stay up until the next assignment: peers may still wait for confirmations.
-            Ok(()) => Next::Tell(vec![FromCompNode::Finished { job: key.job, generation: key.generation }]),
+            Ok(()) => Some(FromCompNode::Finished { job: key.job, generation: key.generation }),
             Err(error) => {
-                let failed = key.failed(&error);
                 self.drop_job("failed on this CompNode");
-                Next::Tell(vec![failed])
+                Some(key.failed(&error))
             }
         }
     }
-}
-
-/// What follows from an event.
-enum Next {
-    Tell(Vec<FromCompNode>),
-    End(SessionEnd),
-}
-
-impl Next {
-    fn nothing() -> Self {
-        Self::Tell(Vec::new())
-    }
-}
-
-async fn tell(sink: &mut FrameSink, message: &FromCompNode) -> Result<(), CompNodeError> {
-    let sent = sink.send(&encode(message)?).await;
-    sent.map_err(|e| CompNodeError::Broker { reason: e.to_string() })
-}
-
-/// Reads the broker's messages apart from the loop, since reading a frame must not be cut short.
-async fn read_broker(mut source: FrameSource, events: mpsc::Sender<NodeEvent>) {
-    while let Ok(Some(frame)) = source.recv_limited(CONTROL_MESSAGE_BYTES).await {
-        match decode(&frame) {
-            Ok(message) => {
-                if events.send(NodeEvent::Broker(Some(message))).await.is_err() {
-                    return;
-                }
-            }
-            Err(error) => {
-                tracing::error!(%error, "unreadable message from the broker");
-                break;
-            }
-        }
-    }
-    // If the loop is gone it needs no end.
-    let _ = events.send(NodeEvent::Broker(None)).await;
 }
 
 impl From<tokio::task::JoinError> for CompNodeError {
     fn from(error: tokio::task::JoinError) -> Self {
-        Self::ComputeThread { reason: error.to_string() }
+        Self::ComputeThread { reason: crate::join_message(error) }
     }
 }
+
+#[cfg(test)]
+mod tests;

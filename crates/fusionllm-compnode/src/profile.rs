@@ -12,7 +12,7 @@ mod ops;
 pub(crate) use cache::{ProfileCache, work_of};
 pub(crate) use device::{host_name, measure_device};
 pub(crate) use memory::free_bytes;
-pub(crate) use ops::measure_ops;
+pub(crate) use ops::{MeasureSpec, check_room, measure_ops};
 
 use std::time::{Duration, Instant};
 

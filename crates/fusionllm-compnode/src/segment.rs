@@ -17,6 +17,7 @@ use crate::host::{download, to_scalar, upload};
 use crate::kernels::fused::{self, Operand, Seeded, SetAside, WeightSum};
 use crate::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
 use crate::params::seed_for;
+use crate::stop::StopFlag;
 
 /// The fixed part of a stage.
 #[derive(Debug, Default)]
@@ -94,6 +95,8 @@ pub(crate) struct Surroundings<'a> {
     /// Parameters by id: autodiff leaves in training, plain in evaluation.
     pub(crate) params: &'a BTreeMap<ParamId, Tensor<1>>,
     pub(crate) seed: u64,
+    /// FP ends between two ops once this is set.
+    pub(crate) stop: &'a StopFlag,
 }
 
 impl Segment {
@@ -198,6 +201,7 @@ impl Segment {
             if values.contains_key(&id) {
                 continue;
             }
+            around.stop.check()?;
             let op = around.dag.op(id);
             let missing = |input: &str| ExecutorError::MissingInput { op: op.name.clone(), input: input.to_owned() };
             let mut inputs = Vec::with_capacity(op.inputs.len());

@@ -1,5 +1,6 @@
 //! What a task loop did when, for the trace of a step.
 
+use std::collections::VecDeque;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -62,6 +63,34 @@ impl StepLog {
     }
 }
 
+/// Heartbeats that are not answered yet. An answer names its heartbeat: on a long way several are out at once.
+#[derive(Debug, Default)]
+pub(crate) struct Heartbeats {
+    count: u64,
+    sent: VecDeque<(u64, Instant)>,
+}
+
+impl Heartbeats {
+    /// Heartbeats whose answers are still waited for.
+    const MOST: usize = 32;
+
+    /// One goes out now; its number.
+    pub(crate) fn send(&mut self) -> u64 {
+        self.count += 1;
+        self.sent.push_back((self.count, Instant::now()));
+        if self.sent.len() > Self::MOST {
+            self.sent.pop_front();
+        }
+        self.count
+    }
+
+    /// When the heartbeat of this number was sent; nothing if it was answered before.
+    pub(crate) fn answered(&mut self, number: u64) -> Option<Instant> {
+        let at = self.sent.iter().position(|(n, _)| *n == number)?;
+        self.sent.remove(at).map(|(_, sent)| sent)
+    }
+}
+
 /// How far the broker's clock is ahead of this process's, by the heartbeat with the shortest way.
 #[derive(Debug, Default)]
 pub(crate) struct ClockOffset(Mutex<Option<(Duration, f64)>>);
@@ -75,6 +104,11 @@ impl ClockOffset {
         if best.is_none_or(|(shortest, _)| round_trip < shortest) {
             *best = Some((round_trip, offset));
         }
+    }
+
+    /// What is learned from now on is of another clock.
+    pub(crate) fn forget(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// The trace in seconds of the broker's clock; nothing if that is not known.
@@ -99,6 +133,33 @@ mod tests {
         }
         log.begin(1, 0, 2);
         assert!(log.end().is_some(), "a short run's last step");
+    }
+
+    #[test]
+    fn an_answer_belongs_to_the_heartbeat_of_its_number() {
+        let mut heartbeats = Heartbeats::default();
+        let before = Instant::now();
+        let first = heartbeats.send();
+        std::thread::sleep(Duration::from_millis(5));
+        let second = heartbeats.send();
+        let (second, first) = (heartbeats.answered(second).unwrap(), heartbeats.answered(first).unwrap());
+        assert!(before <= first && first + Duration::from_millis(5) <= second);
+        assert_eq!(heartbeats.answered(1), None, "each is answered once");
+        for _ in 0..1000 {
+            heartbeats.send();
+        }
+        assert!(heartbeats.sent.len() <= Heartbeats::MOST);
+    }
+
+    #[test]
+    fn a_broker_that_comes_back_has_another_clock() {
+        let offset = ClockOffset::default();
+        offset.learn(Instant::now(), 1000.0);
+        offset.forget();
+        assert_eq!(offset.apply(StepTrace::default()), None);
+        // A longer way than the first one, and yet it counts.
+        offset.learn(Instant::now() - Duration::from_millis(20), 1.0);
+        assert!(offset.apply(StepTrace::default()).is_some());
     }
 
     #[test]

@@ -109,23 +109,52 @@ impl TaskLoop {
     /// # Errors
     /// The first [`CompNodeError`]; the job cannot go on then.
     pub fn run(&mut self, sink: &mut dyn JobSink) -> Result<(), CompNodeError> {
-        for (channel, residual) in std::mem::take(&mut self.plan.residuals) {
-            self.exchange.restore_residual(channel, residual);
-        }
+        self.run_steps(sink).map_err(|error| match error {
+            // Compute ends because the job has; why it has is known here.
+            CompNodeError::Executor(ExecutorError::Stopped) => {
+                self.exchange.check().map_or_else(CompNodeError::from, |()| ExecutorError::Stopped.into())
+            }
+            error => error,
+        })
+    }
+
+    fn run_steps(&mut self, sink: &mut dyn JobSink) -> Result<(), CompNodeError> {
+        self.restore_residuals();
         for step in self.plan.start_step..self.plan.spec.train.steps {
             let report = self.step(step)?;
             let done = report.step;
             sink.step(report)?;
             if self.is_due(done, self.plan.spec.checkpoint.every) {
                 let mut tensors = self.executor.export()?;
-                if self.plan.spec.compression.error_feedback {
-                    let residuals = self.exchange.residuals()?;
-                    tensors.extend(residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals));
-                }
+                let residuals = self.residuals()?;
+                tensors.extend(residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals));
                 sink.checkpoint(done, tensors)?;
             }
         }
         Ok(())
+    }
+
+    fn restore_residuals(&mut self) {
+        for (channel, residual) in std::mem::take(&mut self.plan.residuals) {
+            match channel {
+                Channel::Tied { param, .. } => {
+                    self.feedback.restore(param, self.plan.dag.param(param).elements(), residual);
+                }
+                _ => self.exchange.restore_residual(channel, residual),
+            }
+        }
+    }
+
+    /// What error feedback holds back here, for a checkpoint.
+    fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
+        let mut residuals =
+            if self.plan.spec.compression.error_feedback { self.exchange.residuals()? } else { Vec::new() };
+        for (param, values) in self.feedback.residuals() {
+            let shape = self.plan.dag.param(param).shape.clone();
+            let residual = HostTensor::new(shape, Values::F32(values.to_vec())).map_err(internal)?;
+            residuals.push((Channel::Tied { param, from: self.plan.node }, residual));
+        }
+        Ok(residuals)
     }
 
     /// Whether something that happens `every` so many steps, and at the end, happens after `done` updates.
@@ -172,6 +201,7 @@ impl TaskLoop {
         let order = plan.orders.get(self.plan.node.index()).cloned().unwrap_or_default();
         let last_bp = order.iter().rposition(|task| matches!(task, Task::Bp { .. }));
         for (position, task) in order.into_iter().enumerate() {
+            self.exchange.check()?;
             match task {
                 Task::Fp { stage, micro_batch } => {
                     let micro_batch = MicroBatch { step, pass, index: micro_batch };

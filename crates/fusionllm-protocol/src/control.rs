@@ -160,8 +160,15 @@ pub enum FromBroker {
         /// Whom to dial.
         peer: PeerRecord,
     },
+    /// The measurement of this request is not needed any more: end it, and answer nothing.
+    CancelMeasure {
+        /// Number of the request.
+        request: u64,
+    },
     /// Answer to a heartbeat.
     HeartbeatAck {
+        /// The heartbeat's number.
+        number: u64,
         /// The broker's clock, in seconds since it started.
         now_s: f64,
     },
@@ -237,7 +244,10 @@ pub enum FromCompNode {
         text: String,
     },
     /// Still alive; sent every few seconds.
-    Heartbeat,
+    Heartbeat {
+        /// Counted from 1 by the CompNode.
+        number: u64,
+    },
 }
 
 /// What a CompNode reports of one step.

@@ -241,8 +241,11 @@ fn a_silent_compnode_loses_its_lease() {
     let mut core = running();
     let almost = NOW + LEASE;
     assert!(core.handle(CoreEvent::Tick, almost).is_empty());
-    let alive = CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat };
-    assert_eq!(sent(&core.handle(alive, almost)), [(1, &FromBroker::HeartbeatAck { now_s: almost.as_secs_f64() })]);
+    let alive = CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat { number: 7 } };
+    assert_eq!(
+        sent(&core.handle(alive, almost)),
+        [(1, &FromBroker::HeartbeatAck { number: 7, now_s: almost.as_secs_f64() })]
+    );
     let actions = core.handle(CoreEvent::Tick, almost + Duration::from_secs(1));
     assert!(matches!(actions[0], Action::Disconnect { to: ConnectionId(2), .. }));
     assert!(failure(&core).contains("CompNode `b` vanished after step 0: no heartbeat for 15 s"));
@@ -668,7 +671,7 @@ fn no_order_of_events_breaks_the_rules() {
                     let node = NodeIndex(draw(&mut seed, 3) as u32);
                     watch.core.handle(CoreEvent::ShardStored { key, step: 3, node, shard }, now)
                 }
-                13 | 14 => watch.core.handle(said(FromCompNode::Heartbeat), now),
+                13 | 14 => watch.core.handle(said(FromCompNode::Heartbeat { number: 1 }), now),
                 _ => watch.core.handle(CoreEvent::Tick, now),
             };
             watch.check(&actions);

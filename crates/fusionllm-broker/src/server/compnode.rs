@@ -1,12 +1,13 @@
 //! One connection of a CompNode.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{FromBroker, FromCompNode, Welcome, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::actor::Command;
@@ -73,16 +74,26 @@ async fn write(
     handle: &Handle,
 ) -> String {
     let mut sends = JoinSet::new();
+    let mut by_run: BTreeMap<RunKey, AbortHandle> = BTreeMap::new();
     let reason = loop {
-        match queue.recv().await {
+        let next = queue.recv().await;
+        while sends.try_join_next().is_some() {}
+        by_run.retain(|_, sending| !sending.is_finished());
+        match next {
             Some(ToCompNode::Message(message)) => {
+                // A run that has ended needs no weights.
+                if let FromBroker::Abort { job, generation, .. } = message
+                    && let Some(sending) = by_run.remove(&RunKey { job, generation })
+                {
+                    sending.abort();
+                }
                 if let Err(error) = send(&mut sink, &message).await {
                     break error;
                 }
             }
             Some(ToCompNode::Weights { key, params, from }) => {
                 let (session, handle) = (session.clone(), handle.clone());
-                sends.spawn(async move {
+                let sending = sends.spawn(async move {
                     if let Err(reason) = blob::send_weights(&session, key, params, from, &handle).await {
                         let reason = format!("the weights could not be sent: {reason}");
                         let failed = Command::Event(CoreEvent::RunFailed { key, reason });
@@ -90,6 +101,7 @@ async fn write(
                         let _ = handle.commands.send(failed).await;
                     }
                 });
+                by_run.insert(key, sending);
             }
             Some(ToCompNode::Disconnect(reason)) => break reason,
             None => break "it does not take its messages".to_owned(),

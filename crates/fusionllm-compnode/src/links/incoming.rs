@@ -1,30 +1,45 @@
 //! One channel from one peer: receive, drop what came twice, decode, deliver, confirm what was taken.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use fusionllm_codec::Codec;
 use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ReceiveWindow, Received, decode, encode};
-use fusionllm_transport::{FrameSink, FrameSource};
+use fusionllm_transport::{FrameSink, FrameSource, SessionError};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
+use super::bounds::{Place, shape_of};
 use super::meter::Meter;
 use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
+use crate::ExchangeError;
 use crate::channel_codec::{ChannelDecoder, ChannelOptions};
 use crate::mailbox::{Mailbox, Slot};
+
+/// A stream that does not say what it carries for this long is closed.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
 /// What stays of a channel when its connection is lost.
 #[derive(Debug)]
 pub(super) struct Incoming {
-    window: Mutex<ReceiveWindow>,
+    progress: Mutex<Progress>,
     taken: watch::Sender<u64>,
     decoder: Mutex<ChannelDecoder>,
+    /// Number of the stream that serves the channel: a newer one takes its place.
+    stream: watch::Sender<u64>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    window: ReceiveWindow,
+    /// The message that was delivered last.
+    last: Option<Place>,
 }
 
 impl Incoming {
     pub(super) fn new(options: ChannelOptions, channel: Channel) -> Self {
-        let (window, taken) = (Mutex::default(), watch::Sender::default());
-        Self { window, taken, decoder: Mutex::new(ChannelDecoder::new(options, channel)) }
+        let decoder = Mutex::new(ChannelDecoder::new(options, channel));
+        Self { progress: Mutex::default(), taken: watch::Sender::default(), decoder, stream: watch::Sender::default() }
     }
 
     /// Decodes and delivers a message, unless it came before. The decoder remembers what it decoded, so this happens
@@ -38,46 +53,90 @@ impl Incoming {
         payload: &[u8],
     ) -> Result<(), String> {
         let mut decoder = self.decoder.lock().unwrap_or_else(PoisonError::into_inner);
-        if number < self.lock().next() {
+        if number < self.lock().window.next() {
             return Ok(());
         }
-        let shape = shape_of(&header);
+        let (place, shape) = (Place::of(&header), shape_of(&header));
         let OpDataHeader { step, pass, micro_batch, codec, element, .. } = header;
         let tensor = decoder.decode(pass, codec, shape, element, payload).map_err(|e| e.to_string())?;
-        match self.lock().receive(number).map_err(|e| e.to_string())? {
-            Received::Deliver => mailbox.put(Slot { channel, pass, step, micro_batch }, tensor, codec),
-            Received::Duplicate => {}
+        let received = {
+            let mut progress = self.lock();
+            progress.last = Some(place);
+            progress.window.receive(number).map_err(|e| e.to_string())?
+        };
+        match received {
+            Received::Deliver if mailbox.put(Slot { channel, pass, step, micro_batch }, tensor, codec) => Ok(()),
+            Received::Deliver => Err(format!("sent {place} over {channel:?} twice")),
+            Received::Duplicate => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Whether a message may come now: a new one must follow the one before in the plan's order, and no more may be
+    /// under way than the window holds.
+    fn check(&self, links: &JobLinks, channel: Channel, number: u64, header: &OpDataHeader) -> Result<(), String> {
+        let Progress { window, last } = *self.lock();
+        if number < window.next() {
+            return Ok(());
+        }
+        let most = links.window(channel) as u64;
+        if number >= window.taken().saturating_add(most) {
+            return Err(format!("sent more than the {most} messages that may be under way over {channel:?}"));
+        }
+        links.check_place(channel, last, Place::of(header))
+    }
+
+    /// A stream begins to serve the channel; its number.
+    fn begin(&self) -> u64 {
+        let mut own = 0;
+        self.stream.send_modify(|number| {
+            *number += 1;
+            own = *number;
+        });
+        own
+    }
+
+    /// Waits until another stream serves the channel.
+    async fn superseded(&self, own: u64) {
+        // The sender lives as long as self, so this cannot end early.
+        let _ = self.stream.subscribe().wait_for(|&newest| newest != own).await;
     }
 
     /// The task loop took one more message.
     pub(super) fn confirm_one(&self) {
-        let next = self.lock().take();
+        let next = self.lock().window.take();
         self.taken.send_replace(next);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, ReceiveWindow> {
-        self.window.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Serves one stream that a peer has opened. What is wrong with the stream ends it; the peer opens another.
+/// Serves one stream that a peer has opened. A stream that is lost ends; the peer opens another. What no lost stream
+/// explains ends the job: it would come again.
 pub(super) async fn serve(links: &Arc<JobLinks>, peer: usize, mut sink: FrameSink, mut source: FrameSource) {
-    let Ok(Some(frame)) = source.recv_limited(CONTROL_FRAME_BYTES).await else { return };
-    let Ok(PeerFrame::Open { job, generation, channel }) = decode(&frame) else { return };
+    let frame = match timeout(OPEN_LIMIT, source.recv_limited(CONTROL_FRAME_BYTES)).await {
+        Ok(Ok(Some(frame))) => frame,
+        Ok(Err(error @ SessionError::TooLarge { .. })) => return links.fail(peer, &error.to_string()),
+        Ok(Ok(None) | Err(_)) | Err(_) => return,
+    };
+    let (job, generation, channel) = match decode(&frame) {
+        Ok(PeerFrame::Open { job, generation, channel }) => (job, generation, channel),
+        Ok(_) => return links.fail(peer, "sent a frame that opens no channel"),
+        Err(error) => return links.fail(peer, &error.to_string()),
+    };
     if (job, generation) != (links.job, links.generation) {
         tracing::debug!(%job, "dropped a stream of another generation");
         return;
     }
     if links.sender_of(channel).map(|n| n.index()) != Some(peer) {
-        tracing::warn!(peer = links.name_of(peer), ?channel, "refused a channel that is not the peer's");
-        return;
+        return links.fail(peer, &format!("opened {channel:?}, which by the placement is not its to send"));
     }
     // On the way back there are only confirmations, for which the other's compute may wait.
     sink.set_priority(URGENT);
     let incoming = links.incoming(channel);
-    let next = incoming.lock().next();
+    let own = incoming.begin();
+    let next = incoming.lock().window.next();
     let Ok(answer) = encode(&PeerFrame::Resume { next }) else { return };
     if sink.send(&answer).await.is_err() {
         return;
@@ -85,22 +144,33 @@ pub(super) async fn serve(links: &Arc<JobLinks>, peer: usize, mut sink: FrameSin
     tokio::select! {
         () = read(links, peer, channel, &incoming, source) => {}
         () = confirm(&incoming, &mut sink) => {}
+        () = incoming.superseded(own) => {}
     }
 }
 
 async fn read(links: &Arc<JobLinks>, peer: usize, channel: Channel, incoming: &Arc<Incoming>, mut source: FrameSource) {
-    while let Ok(Some(frame)) = source.recv_limited(CONTROL_FRAME_BYTES).await {
+    let end = loop {
+        let frame = match source.recv_limited(CONTROL_FRAME_BYTES).await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => break None,
+            Err(error) => break Some(error),
+        };
         let (number, header) = match decode(&frame) {
             Ok(PeerFrame::Message { number, header }) => (number, header),
             Ok(_) => return links.fail(peer, "sent a frame that is no message"),
             Err(error) => return links.fail(peer, &error.to_string()),
         };
-        let most = match most_bytes(links, channel, &header) {
+        let most = links.most_bytes(channel, &header);
+        let most = match most.and_then(|most| incoming.check(links, channel, number, &header).map(|()| most)) {
             Ok(most) => most,
             Err(reason) => return links.fail(peer, &reason),
         };
         let coming = links.meters.get(peer).map(Meter::begin);
-        let Ok(Some(payload)) = source.recv_limited(most).await else { return };
+        let payload = match source.recv_limited(most).await {
+            Ok(Some(payload)) => payload,
+            Ok(None) => break None,
+            Err(error) => break Some(error),
+        };
         if let Some(coming) = coming {
             coming.end(payload.len() as u64);
         }
@@ -109,27 +179,17 @@ async fn read(links: &Arc<JobLinks>, peer: usize, channel: Channel, incoming: &A
         match delivered {
             Ok(Ok(())) => {}
             Ok(Err(reason)) => return links.fail(peer, &reason),
-            Err(error) => return links.fail(peer, &format!("decoding: {error}")),
+            Err(error) => {
+                let reason = format!("decoding a message of {}: {}", links.name_of(peer), crate::join_message(error));
+                return links.mailbox.close(ExchangeError::Internal { reason });
+            }
         }
+    };
+    if let Some(error @ SessionError::TooLarge { .. }) = end {
+        return links.fail(peer, &format!("{channel:?}: {error}"));
     }
     // The sender closed the stream or is lost. If lost, it opens another.
     std::future::pending::<()>().await;
-}
-
-fn shape_of(header: &OpDataHeader) -> Vec<usize> {
-    header.shape.iter().map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect()
-}
-
-/// Largest payload of a message. A sparse one may announce a tensor far larger than itself, so its shape is held
-/// against the graph's.
-fn most_bytes(links: &JobLinks, channel: Channel, header: &OpDataHeader) -> Result<u64, String> {
-    let shape = shape_of(header);
-    let elements = Codec::Dense.encoded_bytes(&shape).map_err(|e| e.to_string())? / 4;
-    let is_known = |most: u64| elements <= most;
-    if !header.codec.is_lossless() && !links.most_elements(channel).is_some_and(is_known) {
-        return Err(format!("sent a tensor of shape {shape:?} over {channel:?}, which the graph does not have"));
-    }
-    header.codec.encoded_bytes(&shape).map_err(|e| e.to_string())
 }
 
 /// Tells the sender how far the task loop is, until the stream ends.

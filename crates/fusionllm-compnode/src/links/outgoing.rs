@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use fusionllm_codec::HostTensor;
 use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ProtocolError, SendWindow, decode, encode};
-use fusionllm_transport::{FrameSink, FrameSource};
+use fusionllm_transport::{FrameSink, FrameSource, SessionError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
+use super::attempts::Attempts;
 use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
 use crate::ExchangeError;
 use crate::channel_codec::ChannelEncoder;
@@ -40,23 +41,31 @@ pub(super) async fn run(
     let mut window: SendWindow<Encoded> = SendWindow::new(links.window(channel));
     let mut buffers = Buffers::default();
     let mut queue_open = true;
+    let mut attempts = Attempts::default();
     loop {
         let session = links.session_to(peer).await?;
         let Ok((mut sink, mut source)) = session.open_bi().await else {
             // The connection is gone; its watcher clears it before the next dial.
-            session.closed().await;
+            let closed = session.closed().await;
+            attempts.again().await.map_err(|gave_up| refused(links, peer, &gave_up.after(&closed.reason)))?;
             continue;
         };
         sink.set_priority(priority(channel));
-        let Some(next) = open(links, channel, &mut sink, &mut source).await else {
-            tokio::time::sleep(super::BACK_OFF.0).await;
-            continue;
+        let next = match open(links, channel, &mut sink, &mut source).await {
+            Ok(next) => next,
+            Err(Broken::Lost(reason)) => {
+                attempts.again().await.map_err(|gave_up| refused(links, peer, &gave_up.after(&reason)))?;
+                continue;
+            }
+            Err(Broken::Wrong(reason)) => return Err(refused(links, peer, &reason)),
         };
         window.resume(next).map_err(|e| refused(links, peer, &e))?;
         let mut taken = spawn_reader(links, source);
-        loop {
-            if send_all(&mut window, &mut sink).await.is_err() {
-                break;
+        let lost = loop {
+            match send_all(&mut window, &mut sink).await {
+                Ok(()) => {}
+                Err(Broken::Lost(reason)) => break reason,
+                Err(Broken::Wrong(reason)) => return Err(refused(links, peer, &reason)),
             }
             if !queue_open && window.is_empty() {
                 // Nothing is owed any more, so a peer that has already gone is no failure.
@@ -81,11 +90,41 @@ pub(super) async fn run(
                     None => queue_open = false,
                 },
                 next = taken.recv() => match next {
-                    Some(next) => window.taken(next).map_err(|e| refused(links, peer, &e))?,
-                    None => break,
+                    Some(Ok(next)) => {
+                        window.taken(next).map_err(|e| refused(links, peer, &e))?;
+                        attempts = Attempts::default();
+                    }
+                    Some(Err(Broken::Lost(reason))) => break reason,
+                    Some(Err(Broken::Wrong(reason))) => return Err(refused(links, peer, &reason)),
+                    None => break "the stream has ended".to_owned(),
                 },
             }
+        };
+        attempts.again().await.map_err(|gave_up| refused(links, peer, &gave_up.after(&lost)))?;
+    }
+}
+
+/// Why a stream cannot go on.
+#[derive(Debug)]
+enum Broken {
+    /// It is lost: another one may do.
+    Lost(String),
+    /// The peer does not keep to the protocol: another one would end the same way.
+    Wrong(String),
+}
+
+impl From<SessionError> for Broken {
+    fn from(error: SessionError) -> Self {
+        match error {
+            SessionError::TooLarge { .. } => Self::Wrong(error.to_string()),
+            _ => Self::Lost(error.to_string()),
         }
+    }
+}
+
+impl From<ProtocolError> for Broken {
+    fn from(error: ProtocolError) -> Self {
+        Self::Wrong(error.to_string())
     }
 }
 
@@ -102,23 +141,30 @@ fn refused(links: &JobLinks, peer: usize, reason: &dyn std::fmt::Display) -> Exc
 }
 
 /// Opens the channel on a fresh stream; the number of the message that the receiver expects.
-async fn open(links: &JobLinks, channel: Channel, sink: &mut FrameSink, source: &mut FrameSource) -> Option<u64> {
-    let frame = encode(&PeerFrame::Open { job: links.job, generation: links.generation, channel }).ok()?;
-    sink.send(&frame).await.ok()?;
-    let answer = source.recv_limited(CONTROL_FRAME_BYTES).await.ok()??;
-    match decode(&answer) {
-        Ok(PeerFrame::Resume { next }) => Some(next),
-        Ok(_) | Err(_) => None,
+async fn open(
+    links: &JobLinks,
+    channel: Channel,
+    sink: &mut FrameSink,
+    source: &mut FrameSource,
+) -> Result<u64, Broken> {
+    let frame = encode(&PeerFrame::Open { job: links.job, generation: links.generation, channel })?;
+    sink.send(&frame).await?;
+    let answer = source.recv_limited(CONTROL_FRAME_BYTES).await?;
+    match decode(&answer.ok_or_else(|| Broken::Lost("it closed the stream".to_owned()))?)? {
+        PeerFrame::Resume { next } => Ok(next),
+        _ => Err(Broken::Wrong("answered a new stream by a frame that says not where to go on".to_owned())),
     }
 }
 
 /// Reads confirmations apart from the sending, since reading a frame must not be cut short.
-fn spawn_reader(links: &JobLinks, mut source: FrameSource) -> mpsc::Receiver<u64> {
+fn spawn_reader(links: &JobLinks, mut source: FrameSource) -> mpsc::Receiver<Result<u64, Broken>> {
     let (sender, receiver) = mpsc::channel(16);
     links.spawn(async move {
-        while let Ok(Some(frame)) = source.recv_limited(CONTROL_FRAME_BYTES).await {
-            let Ok(PeerFrame::Taken { next }) = decode(&frame) else { return };
-            if sender.send(next).await.is_err() {
+        loop {
+            let next = confirmation(&mut source).await;
+            let is_last = next.is_err();
+            // Nobody listens any more when the stream was given up.
+            if sender.send(next).await.is_err() || is_last {
                 return;
             }
         }
@@ -126,13 +172,20 @@ fn spawn_reader(links: &JobLinks, mut source: FrameSource) -> mpsc::Receiver<u64
     receiver
 }
 
-async fn send_all(window: &mut SendWindow<Encoded>, sink: &mut FrameSink) -> Result<(), ProtocolError> {
-    let lost = |e: fusionllm_transport::SessionError| ProtocolError::Encode { reason: e.to_string() };
+async fn confirmation(source: &mut FrameSource) -> Result<u64, Broken> {
+    let frame = source.recv_limited(CONTROL_FRAME_BYTES).await?;
+    match decode(&frame.ok_or_else(|| Broken::Lost("it closed the stream".to_owned()))?)? {
+        PeerFrame::Taken { next } => Ok(next),
+        _ => Err(Broken::Wrong("sent a frame that confirms nothing where a confirmation was due".to_owned())),
+    }
+}
+
+async fn send_all(window: &mut SendWindow<Encoded>, sink: &mut FrameSink) -> Result<(), Broken> {
     while let Some((number, message)) = window.next_to_send() {
         let message = message.clone();
         let frame = encode(&PeerFrame::Message { number, header: message.header })?;
-        sink.send(&frame).await.map_err(lost)?;
-        sink.send(&message.payload).await.map_err(lost)?;
+        sink.send(&frame).await?;
+        sink.send(&message.payload).await?;
     }
     Ok(())
 }
@@ -175,7 +228,9 @@ async fn encode_message(
         let found = encoder.encode(&message.slot, message.codec, &message.tensor, &mut payload)?;
         Ok((encoder, Encoded { header, payload: Arc::new(payload) }, found))
     });
-    encoded.await.unwrap_or_else(|e| Err(ExchangeError::Aborted { reason: format!("encoding: {e}") }))
+    let panicked =
+        |e| Err(ExchangeError::Internal { reason: format!("encoding a message: {}", crate::join_message(e)) });
+    encoded.await.unwrap_or_else(panicked)
 }
 
 pub(super) fn header_of(message: &Message) -> OpDataHeader {

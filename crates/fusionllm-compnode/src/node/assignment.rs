@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use burn_tensor::Device;
 use fusionllm_graph::OpDag;
+use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::burn_executor::BurnExecutor;
 use crate::data::{Batches, Corpus, TextBatches, Tokenizer};
 use crate::executor::NamedTensor;
+use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
 use crate::residuals;
 use crate::task_loop::TrainPlan;
@@ -45,6 +47,8 @@ pub(crate) struct Prepared {
     pub(super) executor: BurnExecutor,
     pub(super) batches: Option<Box<dyn Batches>>,
     pub(super) data: Option<DataReport>,
+    /// Dropped last, when the rest is gone from memory.
+    pub(super) permit: OwnedSemaphorePermit,
 }
 
 impl std::fmt::Debug for Prepared {
@@ -56,18 +60,46 @@ impl std::fmt::Debug for Prepared {
 /// Weights on their way from the broker.
 pub(super) type WeightsReceiver = oneshot::Receiver<Result<Vec<NamedTensor>, CompNodeError>>;
 
+/// Where an assignment is built.
+pub(super) struct BuildSite {
+    pub(super) device: Device,
+    /// Bytes that a job may fill, if that is known.
+    pub(super) free_bytes: Option<u64>,
+    pub(super) permit: OwnedSemaphorePermit,
+    /// Closed when the job is dropped.
+    pub(super) mailbox: Arc<Mailbox>,
+}
+
+impl BuildSite {
+    /// Whether the job is still there.
+    fn check(&self) -> Result<(), CompNodeError> {
+        self.mailbox.closed().map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
 /// Builds what the assignment describes. Reads data and waits for weights: for a blocking thread.
 pub(super) fn prepare(
     assignment: &Assignment,
-    device: Device,
+    site: BuildSite,
     weights: Option<WeightsReceiver>,
 ) -> Result<Prepared, CompNodeError> {
     let key = JobKey::of(assignment);
     let dag = Arc::new(OpDag::from_json(&assignment.graph)?);
-    let (batches, data) = open_data(assignment, &dag)?;
     let spec = &assignment.spec;
     let optimizer = OptimizerSpec::of(&spec.train);
     let (placement, node) = (&assignment.placement, assignment.node);
+    let needed = least_bytes(&dag, placement, node, &optimizer);
+    if let Some(room) = site.free_bytes.filter(|&room| needed > room) {
+        return Err(CompNodeError::Memory {
+            what: "parameters, gradients and optimizer state".to_owned(),
+            needed,
+            room,
+        });
+    }
+    site.check()?;
+    let (batches, data) = open_data(assignment, &dag)?;
+    site.check()?;
+    let device = site.device.clone();
     let mut executor = BurnExecutor::new(Arc::clone(&dag), placement, node, device, optimizer, spec.train.seed)?;
     let mut residuals = Vec::new();
     if let Some(weights) = weights {
@@ -76,6 +108,8 @@ pub(super) fn prepare(
         residuals = residuals::take(&dag, placement, node, &mut tensors);
         executor.import(tensors)?;
     }
+    site.check()?;
+    executor.stop_with(site.mailbox.stop_flag());
     let plan = TrainPlan {
         dag,
         placement: Arc::new(placement.clone()),
@@ -85,7 +119,17 @@ pub(super) fn prepare(
         residuals,
         codecs: Arc::default(),
     };
-    Ok(Prepared { key, plan, executor, batches, data })
+    Ok(Prepared { key, plan, executor, batches, data, permit: site.permit })
+}
+
+/// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
+fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, optimizer: &OptimizerSpec) -> u64 {
+    let moments = match optimizer {
+        OptimizerSpec::AdamW { .. } => 2,
+        OptimizerSpec::Sgd { momentum, .. } => u64::from(*momentum > 0.0),
+    };
+    let params: u64 = placement.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes()).sum();
+    params.saturating_mul(2 + moments)
 }
 
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);

@@ -1,6 +1,7 @@
 //! A job on this CompNode, from assignment to end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use burn_tensor::Device;
 use fusionllm_codec::Codec;
@@ -8,19 +9,34 @@ use fusionllm_planner::{EdgeId, NodeIndex};
 use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, StepReport, WeightSource};
 use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
-use super::assignment::{JobKey, Prepared, prepare};
+use super::assignment::{BuildSite, JobKey, Prepared, prepare};
 use super::{NodeEvent, blob};
 use crate::CompNodeError;
 use crate::checkpoint::write_shard;
 use crate::codec_table::CodecTable;
 use crate::executor::NamedTensor;
-use crate::links::{JobLinks, NetworkExchange};
+use crate::links::{EdgeTensors, JobLinks, NetworkExchange};
 use crate::mailbox::Mailbox;
 use crate::step_log::ClockOffset;
 use crate::task_loop::{JobSink, TaskLoop};
+
+/// How long a job waits for the memory of the one before: its compute thread ends with the op at hand.
+const RELEASE_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a job is built with.
+pub(super) struct Place {
+    pub(super) endpoint: Endpoint,
+    pub(super) device: Device,
+    /// Who holds its one permit may fill the memory.
+    pub(super) memory: Arc<Semaphore>,
+    /// Bytes that a job may fill, if that is known.
+    pub(super) free_bytes: Option<u64>,
+    pub(super) events: mpsc::Sender<NodeEvent>,
+}
 
 /// The job at hand.
 pub(super) struct RunningJob {
@@ -44,14 +60,11 @@ impl RunningJob {
         self.codecs.set(edge, gradient, codec);
     }
 
-    /// Opens the job's wires and begins to build its part; [`NodeEvent::Prepared`] tells when that is done.
-    pub(super) fn prepare(
-        assignment: Assignment,
-        endpoint: Endpoint,
-        device: Device,
-        events: mpsc::Sender<NodeEvent>,
-    ) -> Result<Self, CompNodeError> {
+    /// Opens the job's wires and begins to build its part once the memory is free; [`NodeEvent::Prepared`] tells when
+    /// that is done.
+    pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
         let key = JobKey::of(&assignment);
+        let Place { endpoint, device, memory, free_bytes, events } = place;
         let links = JobLinks::new(endpoint, &assignment);
         let (weights, receiver) = match assignment.weights {
             WeightSource::Seed(_) => (None, None),
@@ -61,18 +74,38 @@ impl RunningJob {
             }
         };
         let peers = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
+        let mailbox = Arc::clone(&links.mailbox);
         tokio::spawn(async move {
-            let built = spawn_blocking(move || prepare(&assignment, device, receiver)).await;
-            let result = built.unwrap_or_else(|e| Err(e.into())).map_err(|e| (key, e));
+            let result = match timeout(RELEASE_LIMIT, memory.acquire_owned()).await {
+                Ok(Ok(permit)) => {
+                    let site = BuildSite { device, free_bytes, permit, mailbox };
+                    let built = spawn_blocking(move || prepare(&assignment, site, receiver)).await;
+                    built.unwrap_or_else(|e| Err(e.into()))
+                }
+                Ok(Err(_)) | Err(_) => Err(CompNodeError::MemoryHeld { limit_s: RELEASE_LIMIT.as_secs() }),
+            };
             // If the loop is gone nobody needs the result.
-            let _ = events.send(NodeEvent::Prepared(Box::new(result))).await;
+            let _ = events.send(NodeEvent::Prepared(Box::new(result.map_err(|e| (key, e))))).await;
         });
-        Ok(Self { key, links, weights, peers, codecs: Arc::default(), prepared: None })
+        Self { key, links, weights, peers, codecs: Arc::default(), prepared: None }
+    }
+
+    /// Receives the job's weights; nothing if they were not asked for, or come again.
+    pub(super) fn receive(&mut self, incoming: blob::Incoming) {
+        if let Some(weights) = self.weights.take() {
+            self.links.spawn(async move {
+                // The receiver is gone only if the job is.
+                let _ = weights.send(incoming.receive().await);
+            });
+        }
     }
 
     /// The part is built: tell the broker.
     pub(super) fn ready(&mut self, mut prepared: Prepared) -> FromCompNode {
         let data = prepared.data.take();
+        let plan = &prepared.plan;
+        let batch = plan.spec.micro_batch_size() as usize;
+        self.links.expect(EdgeTensors::of(&plan.dag, &plan.placement, batch));
         self.prepared = Some(prepared);
         FromCompNode::Ready { job: self.key.job, generation: self.key.generation, data }
     }
@@ -80,23 +113,27 @@ impl RunningJob {
     /// Starts the compute thread. Gives a message if that is not possible.
     pub(super) fn start(
         &mut self,
-        broker: Session,
+        broker: watch::Receiver<Option<Session>>,
         events: mpsc::Sender<NodeEvent>,
         clock: Arc<ClockOffset>,
     ) -> Option<FromCompNode> {
         let prepared = self.prepared.take()?;
         let (key, links, runtime) = (self.key, Arc::clone(&self.links), Handle::current());
-        let node = prepared.plan.node;
-        links.dial_all(prepared.plan.spec.train.clip > 0.0);
+        links.dial_all();
         let (shards, shard_queue) = mpsc::channel(1);
-        let uploads = tokio::spawn(upload_shards(broker, key, node, shard_queue));
+        let (uploaded, all_uploaded) = oneshot::channel();
+        let uploads = upload_shards(broker, key, prepared.plan.node, shard_queue);
+        links.spawn(async move {
+            // If nobody waits for it the job has ended.
+            let _ = uploaded.send(uploads.await);
+        });
         let (done, ended) = oneshot::channel();
         let exchange_links = Arc::clone(&links);
         let mailbox = Arc::clone(&links.mailbox);
         let (reports, codecs) = (events.clone(), Arc::clone(&self.codecs));
         let compute = move || {
             let exchange = NetworkExchange::new(exchange_links, runtime);
-            let Prepared { mut plan, executor, batches, .. } = prepared;
+            let Prepared { mut plan, executor, batches, permit, .. } = prepared;
             plan.codecs = codecs;
             let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
             let mut sink = NodeSink { key, events: reports, shards, mailbox, clock };
@@ -104,6 +141,8 @@ impl RunningJob {
             let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
                 Err(CompNodeError::ComputeThread { reason: crate::panic_message(panic.as_ref()) })
             });
+            // The next job may have the memory once this one's is free.
+            drop((task_loop, permit));
             // If the loop is gone nobody needs the result.
             let _ = done.send(result);
         };
@@ -114,9 +153,10 @@ impl RunningJob {
             let gone = |_| CompNodeError::ComputeThread { reason: "it is gone".to_owned() };
             let mut result = ended.await.map_err(gone).and_then(|r| r);
             if result.is_ok() {
-                result = uploads.await.map_err(CompNodeError::from).and_then(|r| r);
+                result = all_uploaded.await.unwrap_or(Ok(()));
                 links.drained().await;
             }
+            // If the loop is gone nobody needs the result.
             let _ = events.send(NodeEvent::Ended(key, result)).await;
         });
         None
@@ -152,7 +192,7 @@ impl JobSink for NodeSink {
 
 /// Encodes and sends shards while training goes on; a second one waits for the first.
 async fn upload_shards(
-    broker: Session,
+    mut broker: watch::Receiver<Option<Session>>,
     key: JobKey,
     node: NodeIndex,
     mut queue: mpsc::Receiver<(u64, Vec<NamedTensor>)>,
@@ -161,7 +201,7 @@ async fn upload_shards(
         let bytes = spawn_blocking(move || write_shard(&tensors)).await??;
         let kind = BlobKind::Shard { step, node };
         let header = BlobHeader { job: key.job, generation: key.generation, kind, bytes: bytes.len() as u64 };
-        blob::send(&broker, header, &bytes).await?;
+        blob::send_over(&mut broker, &header, &bytes).await?;
     }
     Ok(())
 }

@@ -1,23 +1,28 @@
 //! What the broker asks this CompNode to measure: its device, the ops of a job, the links to others.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use burn_tensor::Device;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
 use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
 use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Session, answer_probe, probe};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 use super::NodeEvent;
 use crate::CompNodeError;
 use crate::device::DeviceChoice;
 use crate::links::peer_addr;
 use crate::optimizer::OptimizerSpec;
-use crate::profile::{ProfileCache, free_bytes, host_name, measure_device, measure_ops, work_of};
+use crate::profile::{
+    MeasureSpec, ProfileCache, check_room, free_bytes, host_name, measure_device, measure_ops, work_of,
+};
+use crate::stop::StopFlag;
 
 /// What this CompNode measures with.
 #[derive(Clone, Debug)]
@@ -29,7 +34,12 @@ pub(super) struct Surveyor {
     pub(super) folder: Option<PathBuf>,
     /// Memory that a job may fill, if that was said.
     pub(super) memory_bytes: Option<u64>,
+    /// Measurements of ops that have not ended, by request.
+    pub(super) measuring: Arc<Mutex<BTreeMap<u64, StopFlag>>>,
 }
+
+/// How long a measurement waits for the job or the measurement before it: each ends with the op at hand.
+const RELEASE_LIMIT: Duration = Duration::from_secs(60);
 
 impl Surveyor {
     /// The device's profile, out of the file if it is there. For a blocking thread.
@@ -58,8 +68,16 @@ impl Surveyor {
         })
     }
 
+    /// Bytes that a job may fill now, if that is known.
+    pub(super) fn room(&self) -> Option<u64> {
+        match (self.memory_bytes, free_bytes(self.choice)) {
+            (Some(allowed), Some(free)) => Some(allowed.min(free)),
+            (allowed, free) => allowed.or(free),
+        }
+    }
+
     /// What the ops of a job take, out of the file if it is there. For a blocking thread.
-    fn ops(&self, spec: &JobSpec, graph: &str) -> Result<Measured, CompNodeError> {
+    fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);
         let batch = spec.micro_batch_size() as usize;
         let mut cache = ProfileCache::open(self.folder.as_deref(), &self.device_name);
@@ -67,21 +85,64 @@ impl Surveyor {
         if let Some(measured) = cache.job(&work) {
             return Ok(measured);
         }
-        let free = self.memory_bytes.or_else(|| free_bytes(self.choice));
-        let measured = measure_ops(&dag, batch, &self.device, &OptimizerSpec::of(&spec.train), free)?;
+        let room = self.room();
+        if let Some(room) = room {
+            check_room(&dag, batch, room)?;
+        }
+        let optimizer = OptimizerSpec::of(&spec.train);
+        let measured = measure_ops(&dag, &MeasureSpec { batch, optimizer, free_bytes: room }, &self.device, stop)?;
         cache.set_job(&work, measured.clone());
         Ok(measured)
     }
 
-    /// Measures the ops of a job on a thread of its own and tells the broker.
-    pub(super) fn start_ops(&self, request: u64, spec: JobSpec, graph: String, events: mpsc::Sender<NodeEvent>) {
-        let surveyor = self.clone();
+    /// Measures the ops of a job on a thread of its own and tells the broker, unless it is cancelled.
+    pub(super) fn start_ops(
+        &self,
+        request: u64,
+        spec: JobSpec,
+        graph: String,
+        memory: Arc<Semaphore>,
+        events: mpsc::Sender<NodeEvent>,
+    ) {
+        let (surveyor, stop) = (self.clone(), StopFlag::default());
+        self.lock().insert(request, stop.clone());
         tokio::spawn(async move {
-            let measured = spawn_blocking(move || surveyor.ops(&spec, &graph)).await;
-            let result = measured.unwrap_or_else(|e| Err(e.into())).map_err(|e| e.to_string());
+            let measuring = surveyor.clone();
+            let result = match timeout(RELEASE_LIMIT, memory.acquire_owned()).await {
+                Ok(Ok(permit)) => {
+                    let measured = spawn_blocking(move || {
+                        let measured = measuring.ops(&spec, &graph, &stop);
+                        drop(permit);
+                        measured
+                    });
+                    measured.await.unwrap_or_else(|e| Err(e.into()))
+                }
+                Ok(Err(_)) | Err(_) => Err(CompNodeError::MemoryHeld { limit_s: RELEASE_LIMIT.as_secs() }),
+            };
+            if surveyor.lock().remove(&request).is_none() {
+                tracing::info!(request, "measuring the ops of a job was cancelled");
+                return;
+            }
+            let result = result.map_err(|e| e.to_string());
             // If the loop is gone nobody needs the result.
             let _ = events.send(NodeEvent::Tell(Box::new(FromCompNode::Measured { request, result }))).await;
         });
+    }
+
+    /// Ends a measurement of ops. It answers nothing.
+    pub(super) fn cancel(&self, request: u64) {
+        if let Some(stop) = self.lock().remove(&request) {
+            stop.set();
+        }
+    }
+
+    /// Ends all measurements of ops: a job needs the device.
+    pub(super) fn cancel_all(&self) {
+        std::mem::take(&mut *self.lock()).into_values().for_each(|stop| stop.set());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, StopFlag>> {
+        self.measuring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

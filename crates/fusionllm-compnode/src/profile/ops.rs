@@ -12,13 +12,14 @@ use fusionllm_planner::{Measured, OpSeconds, StageId};
 use fusionllm_protocol::Pass;
 
 use super::{median_of_runs, pattern, timed};
-use crate::ExecutorError;
 use crate::burn_executor::BurnExecutor;
 use crate::executor::{Executor, MicroBatch, UpdateSpec};
 use crate::gradients::{Gradients, LookupGradient};
 use crate::host::{download, rows_and_columns, upload};
 use crate::kernels::{self, Arguments, IntegerValue, KernelContext, RealValue, Value};
 use crate::optimizer::{self, OptimizerSpec, ParamState};
+use crate::stop::StopFlag;
+use crate::{CompNodeError, ExecutorError};
 
 /// Elements that UPDATE and copies are measured with: 16 MiB.
 const ELEMENTS: usize = 4 << 20;
@@ -29,26 +30,61 @@ const PIECE_MEMORY: f64 = 0.2;
 /// Corrections beyond these bounds say that something disturbed the measurement.
 const CORRECTION: (f64, f64) = (0.25, 4.0);
 
-/// Measures all work of `dag` in micro-batches of `batch` samples.
+/// How ops are measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MeasureSpec {
+    /// Samples in a micro-batch.
+    pub(crate) batch: usize,
+    /// What UPDATE does.
+    pub(crate) optimizer: OptimizerSpec,
+    /// Memory that may be filled, if that is known.
+    pub(crate) free_bytes: Option<u64>,
+}
+
+/// Whether each op by itself finds room to be measured.
 ///
 /// # Errors
-/// [`ExecutorError`] if the device fails.
+/// [`CompNodeError::Memory`] with the op that needs most.
+pub(crate) fn check_room(dag: &OpDag, batch: usize, room: u64) -> Result<(), CompNodeError> {
+    let Some((needed, op)) = dag.op_ids().map(|op| (bytes_to_measure(dag, op, batch), op)).max() else { return Ok(()) };
+    if needed <= room {
+        return Ok(());
+    }
+    let what = format!("FP and BP of op `{}` over micro-batches of {batch} samples", dag.op(op).name);
+    Err(CompNodeError::Memory { what, needed, room })
+}
+
+/// Bytes of what FP and BP of one op hold at once, at the least: inputs and parameters with their gradients, the output
+/// with its gradient and the product of both.
+fn bytes_to_measure(dag: &OpDag, id: OpId, batch: usize) -> u64 {
+    let op = dag.op(id);
+    let of_output = |id: OpId| dag.op(id).output.shape.elements(batch).saturating_mul(4);
+    let inputs = op.inputs.iter().map(|&input| of_output(input)).fold(0u64, u64::saturating_add);
+    let params = op.params.iter().map(|&param| dag.param(param).bytes()).fold(0u64, u64::saturating_add);
+    inputs.saturating_add(params).saturating_mul(2).saturating_add(of_output(id).saturating_mul(3))
+}
+
+/// Measures all work of `dag`.
+///
+/// # Errors
+/// [`ExecutorError`] if the device fails, or `stop` was set.
 pub(crate) fn measure_ops(
     dag: &Arc<OpDag>,
-    batch: usize,
+    spec: &MeasureSpec,
     device: &Device,
-    optimizer: &OptimizerSpec,
-    free_bytes: Option<u64>,
+    stop: &StopFlag,
 ) -> Result<Measured, ExecutorError> {
+    let MeasureSpec { batch, ref optimizer, free_bytes } = *spec;
     let mut ops: BTreeMap<String, OpSeconds> = BTreeMap::new();
     for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
         if let Entry::Vacant(place) = ops.entry(dag.work(op, batch)) {
-            place.insert(time_op(dag, op, batch, device)?);
+            place.insert(time_op(dag, op, batch, device, stop)?);
         }
     }
     let mut measured =
         Measured { ops, update_s_per_byte: time_update(device, optimizer)?, copy_s_per_byte: time_copy(device)? };
     let piece = piece(dag, batch, &measured, free_bytes);
+    stop.check()?;
     if !piece.is_empty() {
         correct(dag, batch, device, piece, &mut measured)?;
     }
@@ -56,7 +92,8 @@ pub(crate) fn measure_ops(
 }
 
 /// FP and BP of one op by itself.
-fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device) -> Result<OpSeconds, ExecutorError> {
+fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag) -> Result<OpSeconds, ExecutorError> {
+    stop.check()?;
     let op = dag.op(id);
     let inputs: Vec<Value> = op.inputs.iter().map(|&input| input_value(dag, input, id, batch, device)).collect();
     let leaf = |param: &fusionllm_graph::ParamId| {
@@ -79,7 +116,9 @@ fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device) -> Result<OpSec
     let dims = forward()?.dims();
     let seed = Tensor::<2>::from_data(TensorData::new(pattern(dims[0] * dims[1]), dims), device).autodiff();
     let [fp_s, bp_s] = median_of_runs(|| {
+        stop.check()?;
         let (fp_s, output) = timed(device, forward)?;
+        stop.check()?;
         let bp_s = if has_bp { time_backward(device, output, &seed)? } else { 0.0 };
         Ok([fp_s, bp_s])
     })?;
@@ -261,13 +300,43 @@ mod tests {
         config.dropout = 0.1;
         let dag = Arc::new(gpt2(&config, 16).unwrap());
         let optimizer = OptimizerSpec::AdamW { betas: [0.9, 0.95], epsilon: 1e-8, weight_decay: 0.1 };
-        let measured = measure_ops(&dag, 2, &Device::flex(), &optimizer, None).unwrap();
+        let spec = MeasureSpec { batch: 2, optimizer, free_bytes: None };
+        let measured = measure_ops(&dag, &spec, &Device::flex(), &StopFlag::default()).unwrap();
         for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
             let seconds = measured.ops[&dag.work(op, 2)];
             assert!(seconds.fp_s > 0.0 && seconds.fp_s < 1.0, "{} {seconds:?}", dag.op(op).name);
             assert!(seconds.bp_s >= 0.0 && seconds.bp_s < 1.0, "{} {seconds:?}", dag.op(op).name);
         }
         assert!(measured.update_s_per_byte > 0.0 && measured.copy_s_per_byte > 0.0);
+    }
+
+    #[test]
+    fn measuring_ends_soon_after_it_is_cancelled() {
+        let dag = Arc::new(gpt2(&Gpt2Config::named("gpt2").unwrap(), 1024).unwrap());
+        let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
+        let (spec, stop) = (MeasureSpec { batch: 1, optimizer, free_bytes: None }, StopFlag::default());
+        stop.set();
+        let began = std::time::Instant::now();
+        let error = measure_ops(&dag, &spec, &Device::flex(), &stop).unwrap_err();
+        assert!(matches!(error, ExecutorError::Stopped), "{error}");
+        assert!(began.elapsed().as_secs_f64() < 1.0);
+    }
+
+    #[test]
+    fn an_op_without_room_is_refused_with_the_numbers() {
+        let mut config = Gpt2Config::named("gpt2").unwrap();
+        (config.n_layer, config.n_embd, config.n_head) = (1, 32, 2);
+        config.vocab_size = 200_000_000;
+        let dag = gpt2(&config, 16).unwrap();
+        let error = check_room(&dag, 1, 1 << 30).unwrap_err().to_string();
+        // Its table of 200,000,000 rows of 32 numbers is 25.6 GB, and so is the table's gradient.
+        assert!(
+            error.starts_with("FP and BP of op `") && error.contains("micro-batches of 1 samples take "),
+            "{error}"
+        );
+        assert!(error.contains("GB here, jobs may fill 1.07 GB") && error.contains("--memory-gb"), "{error}");
+        check_room(&dag, 1, 1 << 40).unwrap();
+        assert!(check_room(&dag, usize::MAX / 1_000_000_000, 1 << 40).is_err(), "nothing overflows");
     }
 
     #[test]

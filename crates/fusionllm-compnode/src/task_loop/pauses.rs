@@ -29,6 +29,7 @@ impl TaskLoop {
     }
 
     fn make_up(&mut self, task: Task) -> Result<(), CompNodeError> {
+        self.exchange.check()?;
         let began = Instant::now();
         self.executor.make_up()?;
         self.worked(task, began);

@@ -1,0 +1,111 @@
+//! The connection to the broker: one task reads, one writes, so that neither holds up the loop.
+
+use fusionllm_protocol::{FromBroker, Hello, SendWindow, decode};
+use fusionllm_transport::{Endpoint, FrameSink, FrameSource, PeerAddr, Session};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::CONTROL_MESSAGE_BYTES;
+use crate::CompNodeError;
+use crate::knock::{Admitted, knock};
+
+/// Messages that wait for the loop, or for the wire.
+const QUEUE: usize = 64;
+
+/// A place at the broker.
+pub(super) struct Connected {
+    pub(super) name: String,
+    pub(super) session: Session,
+    pub(super) wire: BrokerWire,
+}
+
+/// Connects and is let in.
+pub(super) async fn dial(endpoint: Endpoint, broker: PeerAddr, hello: Hello) -> Result<Connected, CompNodeError> {
+    let session = endpoint.connect(&broker).await.map_err(|e| CompNodeError::Broker { reason: e.to_string() })?;
+    let Admitted { name, sink, source } = knock(&session, &hello).await?;
+    Ok(Connected { name, session, wire: BrokerWire::new(sink, source) })
+}
+
+/// Both directions of the control stream. Dropped, both tasks end.
+pub(super) struct BrokerWire {
+    incoming: mpsc::Receiver<Result<FromBroker, String>>,
+    outgoing: mpsc::Sender<Vec<u8>>,
+    is_full: bool,
+    _tasks: JoinSet<()>,
+}
+
+impl BrokerWire {
+    pub(super) fn new(sink: FrameSink, source: FrameSource) -> Self {
+        let (read, incoming) = mpsc::channel(QUEUE);
+        let (outgoing, queue) = mpsc::channel(QUEUE);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(read_all(source, read.clone()));
+        tasks.spawn(write_all(sink, queue, read));
+        Self { incoming, outgoing, is_full: false, _tasks: tasks }
+    }
+
+    /// The broker's next message, or why there will be none. May be dropped before it is done without losing one.
+    pub(super) async fn receive(&mut self) -> Result<FromBroker, String> {
+        self.incoming.recv().await.unwrap_or_else(|| Err("its connection is gone".to_owned()))
+    }
+
+    /// Hands over what is new, as far as there is room.
+    pub(super) fn flush(&mut self, outbox: &mut SendWindow<Vec<u8>>) -> Result<(), String> {
+        self.is_full = false;
+        loop {
+            let place = match self.outgoing.try_reserve() {
+                Ok(place) => place,
+                Err(mpsc::error::TrySendError::Full(())) => {
+                    self.is_full = true;
+                    return Ok(());
+                }
+                // The reason comes with `receive`.
+                Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
+            };
+            let Some((number, frame)) = outbox.next_to_send() else { return Ok(()) };
+            place.send(frame.clone());
+            outbox.taken(number + 1).map_err(|e| e.to_string())?;
+        }
+    }
+
+    /// Waits until there is room again; for ever if there was room all along.
+    pub(super) fn room(&self) -> impl Future<Output = ()> + use<> {
+        let full = self.is_full.then(|| self.outgoing.clone());
+        async move {
+            match full {
+                // A closed queue has no room, and `receive` says why it is closed.
+                Some(queue) => drop(queue.reserve().await),
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+async fn read_all(mut source: FrameSource, messages: mpsc::Sender<Result<FromBroker, String>>) {
+    loop {
+        let message = match source.recv_limited(CONTROL_MESSAGE_BYTES).await {
+            Ok(Some(frame)) => decode(&frame).map_err(|e| e.to_string()),
+            Ok(None) => Err("it closed the stream".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        let is_last = message.is_err();
+        // If the loop is gone it needs no message.
+        if messages.send(message).await.is_err() || is_last {
+            return;
+        }
+    }
+}
+
+async fn write_all(
+    mut sink: FrameSink,
+    mut frames: mpsc::Receiver<Vec<u8>>,
+    failed: mpsc::Sender<Result<FromBroker, String>>,
+) {
+    while let Some(frame) = frames.recv().await {
+        if let Err(error) = sink.send(&frame).await {
+            // If the loop is gone it needs no reason.
+            let _ = failed.send(Err(error.to_string())).await;
+            return;
+        }
+    }
+}

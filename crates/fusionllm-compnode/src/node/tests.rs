@@ -1,0 +1,271 @@
+//! A CompNode at a broker that the tests play.
+
+use std::path::Path;
+
+use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
+use fusionllm_planner::{Cluster, NodeIndex, place};
+use fusionllm_protocol::{BlobHeader, BlobKind, Greeting, JobSpec, PeerRecord, WeightSource, Welcome, decode};
+use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Secret};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+
+use super::*;
+use crate::burn_executor::BurnExecutor;
+use crate::checkpoint::write_shard;
+use crate::executor::{Executor, NamedTensor};
+use crate::optimizer::OptimizerSpec;
+
+/// Whatever is to happen happens by then, on a busy machine, too.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Where the broker listens, and the CompNode that has its ticket.
+struct House {
+    endpoint: Endpoint,
+    compnode: JoinHandle<Result<(), CompNodeError>>,
+    folder: tempfile::TempDir,
+}
+
+/// One connection of the CompNode, as its broker sees it.
+struct BrokerEnd {
+    session: Session,
+    sink: FrameSink,
+    source: FrameSource,
+}
+
+impl House {
+    async fn new(memory_bytes: Option<u64>) -> Self {
+        let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
+        let endpoint = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let text: String = (0..4000).map(|i| ["one ", "two ", "three ", "four "][i * 7 % 11 % 4]).collect();
+        std::fs::write(folder.path().join("text.txt"), text).unwrap();
+        let config = JoinConfig {
+            ticket: Ticket { broker: endpoint.addr(), secret: Secret::generate() },
+            name: "n".to_owned(),
+            device: DeviceChoice::Cpu,
+            identity: Identity::generate(),
+            bind: "127.0.0.1:0".parse().unwrap(),
+            advertise: Vec::new(),
+            threads: None,
+            memory_bytes,
+            profile_dir: None,
+        };
+        let compnode = tokio::spawn(join(config, std::future::pending()));
+        Self { endpoint, compnode, folder }
+    }
+
+    /// The CompNode comes, and is let in.
+    async fn admit(&self) -> BrokerEnd {
+        let session = timeout(SOON, self.endpoint.accept()).await.unwrap().unwrap();
+        let (mut sink, mut source) = session.accept_bi().await.unwrap();
+        assert_eq!(Greeting::from_bytes(&source.recv().await.unwrap().unwrap()), Some(Greeting::OURS));
+        decode::<Hello>(&source.recv().await.unwrap().unwrap()).unwrap();
+        sink.send(&Greeting::OURS.to_bytes()).await.unwrap();
+        sink.send(&encode(&Welcome::Accepted { name: "n".to_owned() }).unwrap()).await.unwrap();
+        BrokerEnd { session, sink, source }
+    }
+}
+
+impl BrokerEnd {
+    async fn say(&mut self, message: FromBroker) {
+        self.sink.send(&encode(&message).unwrap()).await.unwrap();
+    }
+
+    /// The next message that is no heartbeat; those are answered.
+    async fn hear(&mut self) -> FromCompNode {
+        loop {
+            let frame = timeout(SOON, self.source.recv()).await.expect("it says something").unwrap().unwrap();
+            match decode(&frame).unwrap() {
+                FromCompNode::Heartbeat { number } => self.say(FromBroker::HeartbeatAck { number, now_s: 1.0 }).await,
+                message => return message,
+            }
+        }
+    }
+
+    async fn send_weights(&self, job: JobId, generation: Generation, tensors: &[NamedTensor]) {
+        let mut sink = self.session.open_uni().await.unwrap();
+        let content = write_shard(tensors).unwrap();
+        let header = BlobHeader { job, generation, kind: BlobKind::Weights, bytes: content.len() as u64 };
+        sink.send(&encode(&header).unwrap()).await.unwrap();
+        sink.send(&content).await.unwrap();
+        let _ = timeout(Duration::from_secs(5), sink.finish()).await;
+    }
+}
+
+fn dag(vocab_size: usize) -> OpDag {
+    let mut config = Gpt2Config::named("gpt2").unwrap();
+    (config.n_layer, config.n_embd, config.n_head, config.vocab_size, config.n_positions) = (1, 16, 2, vocab_size, 16);
+    gpt2(&config, 16).unwrap()
+}
+
+fn spec(folder: &Path, train: &str) -> JobSpec {
+    let data = folder.display();
+    let text = format!(
+        "[model]\nname = \"gpt2\"\n[data]\npath = \"{data}\"\nseq_len = 16\n[train]\nwarmup = 0\nbatch = 4\n\
+         micro_batches = 2\n{train}"
+    );
+    JobSpec::from_toml(&text, &[]).unwrap()
+}
+
+fn assignment(spec: JobSpec, dag: &OpDag, generation: u32, weights: WeightSource) -> Assignment {
+    let placement = place(dag, &Cluster::uniform(1), &spec.placement_spec()).unwrap();
+    Assignment {
+        job: JobId(1),
+        generation: Generation(generation),
+        node: NodeIndex(0),
+        spec,
+        graph: dag.to_json(),
+        placement,
+        peers: vec![PeerRecord { id: [0; 32], addrs: Vec::new() }],
+        start_step: 0,
+        weights,
+    }
+}
+
+/// All parameters of a job of one CompNode.
+fn weights(assignment: &Assignment, dag: &OpDag) -> Vec<NamedTensor> {
+    let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
+    let optimizer = OptimizerSpec::of(&assignment.spec.train);
+    let dag = Arc::new(dag.clone());
+    BurnExecutor::new(dag, &assignment.placement, NodeIndex(0), device, optimizer, 1).unwrap().export().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_of_a_placement_that_was_taken_back_do_not_harm_the_next_one() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let dag = dag(256);
+    let job = |generation| assignment(spec(house.folder.path(), "steps = 2"), &dag, generation, WeightSource::Broker);
+    let all = weights(&job(1), &dag);
+    let aborted =
+        |generation| FromBroker::Abort { job: JobId(1), generation: Generation(generation), reason: "stop".to_owned() };
+    // One that comes after its job has gone, and one that comes while the next job waits for its own.
+    broker.say(FromBroker::Assign(Box::new(job(1)))).await;
+    broker.say(aborted(1)).await;
+    broker.send_weights(JobId(1), Generation(1), &all[..1]).await;
+    broker.say(FromBroker::Assign(Box::new(job(2)))).await;
+    broker.send_weights(JobId(1), Generation(1), &all[..1]).await;
+    broker.send_weights(JobId(7), Generation(1), &all[..1]).await;
+    broker.send_weights(JobId(1), Generation(2), &all).await;
+    let ready = broker.hear().await;
+    assert!(matches!(ready, FromCompNode::Ready { generation: Generation(2), .. }), "{ready:?}");
+    // And one that comes before its assignment.
+    broker.say(aborted(2)).await;
+    broker.send_weights(JobId(1), Generation(3), &all).await;
+    broker.say(FromBroker::Assign(Box::new(job(3)))).await;
+    let ready = broker.hear().await;
+    assert!(matches!(ready, FromCompNode::Ready { generation: Generation(3), .. }), "{ready:?}");
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_that_hold_no_numbers_are_blamed() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let dag = dag(256);
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag, 1, WeightSource::Broker);
+    let mut all = weights(&job, &dag);
+    all[2].values[3] = f32::NAN;
+    let name = all[2].name.clone();
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.send_weights(JobId(1), Generation(1), &all).await;
+    let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!("it is not refused") };
+    assert_eq!(reason, format!("parameter `{name}`: element 3 is NaN, expected finite numbers: these weights cannot be trained"));
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_until_the_one_before_has_let_go_of_the_memory() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let dag = dag(256);
+    let job = |generation| {
+        let spec = spec(house.folder.path(), "steps = 1000000\neval_every = 1000000");
+        assignment(spec, &dag, generation, WeightSource::Seed(1))
+    };
+    broker.say(FromBroker::Assign(Box::new(job(1)))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Step { .. }));
+    for generation in 2..5 {
+        // Without an abort, too: the assignment itself takes the one before back.
+        broker.say(FromBroker::Assign(Box::new(job(generation)))).await;
+        loop {
+            match broker.hear().await {
+                FromCompNode::Step { generation: Generation(1), .. } => {}
+                FromCompNode::Ready { generation: ready, .. } => break assert_eq!(ready, Generation(generation)),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn measuring_is_cancelled_and_holds_up_nothing() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let mut config = Gpt2Config::named("gpt2").unwrap();
+    (config.n_layer, config.n_embd, config.n_head, config.vocab_size) = (1, 512, 8, 20_000);
+    let large = gpt2(&config, 256).unwrap();
+    let measure = |request, dag: &OpDag| FromBroker::MeasureOps {
+        request,
+        spec: Box::new(spec(house.folder.path(), "steps = 2")),
+        graph: dag.to_json(),
+    };
+    broker.say(measure(1, &large)).await;
+    sleep(Duration::from_millis(200)).await;
+    broker.say(FromBroker::CancelMeasure { request: 1 }).await;
+    broker.say(measure(2, &dag(256))).await;
+    let answer = broker.hear().await;
+    assert!(matches!(&answer, FromCompNode::Measured { request: 2, result: Ok(_) }), "{answer:?}");
+    // A job does not wait for what is measured, either.
+    broker.say(measure(3, &large)).await;
+    sleep(Duration::from_millis(200)).await;
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_refused_with_the_numbers_before_it_is_tried() {
+    let house = House::new(Some(1_000_000)).await;
+    let mut broker = house.admit().await;
+    let dag = dag(200_000_000);
+    let began = Instant::now();
+    let spec = spec(house.folder.path(), "steps = 2");
+    broker.say(FromBroker::MeasureOps { request: 1, spec: Box::new(spec.clone()), graph: dag.to_json() }).await;
+    let FromCompNode::Measured { request: 1, result: Err(reason) } = broker.hear().await else { panic!() };
+    assert!(reason.contains("op `") && reason.contains("jobs may fill 1.0 MB"), "{reason}");
+    broker.say(FromBroker::Assign(Box::new(assignment(spec, &dag, 1, WeightSource::Seed(1))))).await;
+    let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
+    // 200,000,000 rows of 16 numbers, four times.
+    assert!(reason.contains("optimizer state take 51.20 GB here, jobs may fill 1.0 MB"), "{reason}");
+    assert!(began.elapsed() < SOON / 2);
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_runs_to_its_end() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let job = assignment(spec(house.folder.path(), "steps = 3"), &dag(256), 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { data: Some(_), .. }));
+    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    let session = broker.session.clone();
+    let shard = tokio::spawn(async move {
+        let mut stream = session.accept_uni().await.unwrap();
+        let header: BlobHeader = decode(&stream.recv().await.unwrap().unwrap()).unwrap();
+        while stream.recv().await.unwrap().is_some() {}
+        header.kind
+    });
+    for step in 1..=3 {
+        let FromCompNode::Step { report, .. } = broker.hear().await else { panic!() };
+        assert_eq!(report.step, step);
+    }
+    assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
+    assert_eq!(shard.await.unwrap(), BlobKind::Shard { step: 3, node: NodeIndex(0) });
+    house.compnode.abort();
+}
