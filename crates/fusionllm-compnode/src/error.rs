@@ -71,7 +71,7 @@ pub enum ExecutorError {
         reason: String,
     },
     /// Loss or gradient is no longer a number.
-    #[error("{what} of step {} is {value}; lower train.lr or set train.clip", .step + 1)]
+    #[error("{what} of step {} is {value}; {advice}", .step + 1)]
     NotFinite {
         /// What is not finite.
         what: &'static str,
@@ -79,6 +79,8 @@ pub enum ExecutorError {
         value: f64,
         /// Updates done before it.
         step: u64,
+        /// What may help.
+        advice: &'static str,
     },
 }
 

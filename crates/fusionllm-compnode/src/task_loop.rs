@@ -223,11 +223,19 @@ impl TaskLoop {
             return Ok(None);
         }
         let mean = losses.iter().sum::<f64>() / losses.len() as f64;
-        if mean.is_finite() {
-            Ok(Some(mean))
+        if mean.is_finite() { Ok(Some(mean)) } else { Err(self.not_finite("the loss", mean, step)) }
+    }
+
+    /// Something is no number any more. Before the first update the learning rate cannot be why.
+    fn not_finite(&self, what: &'static str, value: f64, step: u64) -> CompNodeError {
+        let advice = if step == self.plan.start_step {
+            "no update was made before it, so train.lr is not why: look at the weights and the data it starts from"
+        } else if self.plan.spec.train.clip > 0.0 {
+            "lower train.lr, or raise train.warmup"
         } else {
-            Err(ExecutorError::NotFinite { what: "the loss", value: mean, step }.into())
-        }
+            "lower train.lr, or set train.clip"
+        };
+        ExecutorError::NotFinite { what, value, step, advice }.into()
     }
 
     /// A task that began then has ended.

@@ -269,3 +269,34 @@ async fn a_job_runs_to_its_end() {
     assert_eq!(shard.await.unwrap(), BlobKind::Shard { step: 3, node: NodeIndex(0) });
     house.compnode.abort();
 }
+
+/// Why a job with these settings fails, whose parameters are all times `factor`.
+async fn failure_of(train: &str, factor: f32) -> String {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let dag = dag(256);
+    let job = assignment(spec(house.folder.path(), train), &dag, 1, WeightSource::Broker);
+    let mut all = weights(&job, &dag);
+    all.iter_mut().flat_map(|tensor| &mut tensor.values).for_each(|x| *x *= factor);
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.send_weights(JobId(1), Generation(1), &all).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    let reason = loop {
+        match broker.hear().await {
+            FromCompNode::Step { .. } => {}
+            FromCompNode::Failed { reason, .. } => break reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    house.compnode.abort();
+    reason
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_learning_rate_is_blamed_only_after_an_update() {
+    let reason = failure_of("steps = 9\nclip = 0.0\nlr = 1e-3", 1e25).await;
+    assert!(reason.contains(" of step 1 is ") && reason.contains("so train.lr is not why"), "{reason}");
+    let reason = failure_of("steps = 9\nclip = 0.0\nlr = 1e30", 1.0).await;
+    assert!(reason.contains(" of step 2 is ") && reason.ends_with("lower train.lr, or set train.clip"), "{reason}");
+}

@@ -9,10 +9,10 @@ use fusionllm_planner::{NodeIndex, Task};
 use fusionllm_protocol::{Channel, Pass};
 
 use super::{TaskLoop, internal};
+use crate::CompNodeError;
 use crate::exchange::Message;
 use crate::executor::UpdateSpec;
 use crate::mailbox::Slot;
-use crate::{CompNodeError, ExecutorError};
 
 impl TaskLoop {
     /// Tied gradients, the global norm, UPDATE. Gives learning rate and norm.
@@ -57,11 +57,7 @@ impl TaskLoop {
             self.send_scalar(NodeIndex(0), Channel::NormPart { from: node }, step, total)?;
             scalar_of(&self.receive(step_slot(Channel::NormTotal { to: node }, step))?.tensor)
         };
-        if norm.is_finite() {
-            Ok(norm)
-        } else {
-            Err(ExecutorError::NotFinite { what: "the gradient norm", value: norm, step }.into())
-        }
+        if norm.is_finite() { Ok(norm) } else { Err(self.not_finite("the gradient norm", norm, step)) }
     }
 
     fn send_scalar(&mut self, to: NodeIndex, channel: Channel, step: u64, value: f64) -> Result<(), CompNodeError> {
