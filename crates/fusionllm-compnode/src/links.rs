@@ -259,11 +259,6 @@ impl JobLinks {
     }
 
     /// Messages of a channel that are encoded and not yet taken by the receiver's task loop, at the most.
-    fn window(&self, _channel: Channel) -> usize {
-        self.placement.window() as usize
-    }
-
-    /// Messages of a channel that are encoded and not yet taken by the receiver's task loop, at the most.
     fn window(&self, channel: Channel) -> usize {
         match channel {
             Channel::Tied { .. } => TIED_WINDOW as usize,

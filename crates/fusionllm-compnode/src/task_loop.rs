@@ -137,9 +137,7 @@ impl TaskLoop {
     fn restore_residuals(&mut self) {
         for (channel, residual) in std::mem::take(&mut self.plan.residuals) {
             match channel {
-                Channel::Tied { param, .. } => {
-                    self.feedback.restore(param, self.plan.dag.param(param).elements(), residual);
-                }
+                Channel::Tied { param, .. } => self.restore_tied_residual(param, residual),
                 _ => self.exchange.restore_residual(channel, residual),
             }
         }
@@ -149,11 +147,7 @@ impl TaskLoop {
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
         let mut residuals =
             if self.plan.spec.compression.error_feedback { self.exchange.residuals()? } else { Vec::new() };
-        for (param, values) in self.feedback.residuals() {
-            let shape = self.plan.dag.param(param).shape.clone();
-            let residual = HostTensor::new(shape, Values::F32(values.to_vec())).map_err(internal)?;
-            residuals.push((Channel::Tied { param, from: self.plan.node }, residual));
-        }
+        residuals.extend(self.tied_residuals()?);
         Ok(residuals)
     }
 

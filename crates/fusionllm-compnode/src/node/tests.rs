@@ -170,7 +170,10 @@ async fn weights_that_hold_no_numbers_are_blamed() {
     broker.say(FromBroker::Assign(Box::new(job))).await;
     broker.send_weights(JobId(1), Generation(1), &all).await;
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!("it is not refused") };
-    assert_eq!(reason, format!("parameter `{name}`: element 3 is NaN, expected finite numbers: these weights cannot be trained"));
+    assert_eq!(
+        reason,
+        format!("parameter `{name}`: element 3 is NaN, expected finite numbers: these weights cannot be trained")
+    );
     house.compnode.abort();
 }
 
