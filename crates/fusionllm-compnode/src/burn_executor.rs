@@ -267,8 +267,8 @@ impl Executor for BurnExecutor {
         let kept = self.kept.remove(&(stage, micro_batch.index)).ok_or_else(|| ExecutorError::Internal {
             what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
         })?;
-        let Self { dag, device, on_cpu, seed, segments, leaves, gradients: sums, owed, .. } = self;
-        let around = Surroundings { dag, device, params: leaves, seed: *seed };
+        let Self { dag, device, on_cpu, seed, segments, leaves, gradients: sums, owed, stop, .. } = self;
+        let around = Surroundings { dag, device, params: leaves, seed: *seed, stop };
         let segment = segments.get(&stage).ok_or_else(|| not_held(stage))?;
         for (param, sum) in segment.sums() {
             sum.put(sums.take_cpu(*param));
