@@ -119,6 +119,7 @@ fn assignment(spec: JobSpec, dag: &OpDag, generation: u32, weights: WeightSource
         peers: vec![PeerRecord { id: [0; 32], addrs: Vec::new() }],
         start_step: 0,
         weights,
+        tokenizer: None,
     }
 }
 
