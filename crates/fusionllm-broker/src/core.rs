@@ -94,21 +94,30 @@ impl Core {
             loss: None,
             run_dir,
             generation: Generation(0),
+            run: Some(start.run.run.clone()),
+            checkpoint: None,
         };
         self.jobs.insert(job, Job { record, start: Some(start), run: None, persisted: now });
         Ok((job, self.schedule(now)))
     }
 
-    /// Goes on with a stopped or failed job.
-    pub(crate) fn resume(&mut self, job: JobId, start: StartPoint, now: Duration) -> Result<Vec<Action>, BrokerError> {
+    /// Goes on with a stopped or failed job, which `spec` may have changed.
+    pub(crate) fn resume(
+        &mut self,
+        job: JobId,
+        spec: JobSpec,
+        start: StartPoint,
+        now: Duration,
+    ) -> Result<Vec<Action>, BrokerError> {
         let record = self.record(job)?;
         if !matches!(record.state, JobState::Failed { .. } | JobState::Stopped) {
             let state = state_words(&record.state);
             return Err(BrokerError::JobState { job, state, expected: "a stopped or failed job" });
         }
-        let spec = record.spec.clone();
         self.check(&spec, &start)?;
         if let Some(known) = self.jobs.get_mut(&job) {
+            known.record.spec = spec;
+            known.record.run = Some(start.run.run.clone());
             known.record.step = start.step;
             known.record.state = JobState::Waiting { reason: String::new() };
             known.start = Some(start);
@@ -176,13 +185,11 @@ impl Core {
         (self.survey.inventory(&members, &self.compnodes, job, now), actions)
     }
 
-    /// Where a shard that a CompNode offers is to be written: the checkpoint folder of its job. Nothing if it is not
-    /// wanted.
-    pub(crate) fn shard_folder(&self, connection: ConnectionId, header: &BlobHeader) -> Option<PathBuf> {
-        let BlobKind::Shard { step, node } = header.kind else { return None };
-        let job = self.jobs.get(&header.job)?;
-        let run = job.run.as_ref().filter(|run| run.key.generation == header.generation)?;
-        run.wants_shard(connection, node, step).then(|| run.checkpoints.clone())
+    /// Whether a shard that a CompNode offers is due.
+    pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> bool {
+        let BlobKind::Shard { step, node } = header.kind else { return false };
+        let run = self.jobs.get(&header.job).and_then(|job| job.run.as_ref());
+        run.is_some_and(|run| run.key.generation == header.generation && run.wants_shard(connection, node, step))
     }
 
     /// Everything else that happens.
@@ -197,16 +204,10 @@ impl Core {
                 }
                 None => Vec::new(),
             },
-            CoreEvent::CheckpointFinished { key, step, path } => match self.run_mut(key) {
-                Some(run) => {
-                    run.checkpoint_finished(step);
-                    let path = path.display().to_string();
-                    let mut actions = vec![Action::Emit(JobEvent::Checkpoint { job: key.job, step, path })];
-                    actions.extend(self.advance(key, now));
-                    actions
-                }
-                None => Vec::new(),
-            },
+            CoreEvent::CheckpointFinished { key, step, path, checksum } => {
+                self.checkpoint_finished(key, step, &path, checksum, now)
+            }
+            CoreEvent::CheckpointFailed { key, step, reason } => self.checkpoint_failed(key, step, &reason, now),
             CoreEvent::Noticed { key, text } => match self.run_mut(key) {
                 Some(_) => self.notices(key.job, vec![text]),
                 None => Vec::new(),
@@ -225,6 +226,39 @@ impl Core {
                 actions
             }
         }
+    }
+
+    fn checkpoint_finished(
+        &mut self,
+        key: RunKey,
+        step: u64,
+        path: &std::path::Path,
+        checksum: String,
+        now: Duration,
+    ) -> Vec<Action> {
+        let Some(run) = self.run_mut(key) else { return Vec::new() };
+        run.checkpoint_finished(step);
+        let mut actions = Vec::new();
+        if let Some(known) = self.jobs.get_mut(&key.job) {
+            known.record.checkpoint = Some((step, checksum));
+            actions.push(Action::Persist(Box::new(known.record.clone())));
+        }
+        let path = path.display().to_string();
+        actions.push(Action::Emit(JobEvent::Checkpoint { job: key.job, step, path }));
+        actions.extend(self.advance(key, now));
+        actions
+    }
+
+    /// Training goes on without a checkpoint, but for the last one.
+    fn checkpoint_failed(&mut self, key: RunKey, step: u64, reason: &str, now: Duration) -> Vec<Action> {
+        let Some(run) = self.run_mut(key) else { return Vec::new() };
+        if !run.checkpoint_failed(step) {
+            return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now);
+        }
+        let mut actions = vec![Action::DropCheckpoint { key, step }];
+        actions.extend(self.notices(key.job, vec![format!("there is no checkpoint of step {step}: {reason}")]));
+        actions.extend(self.advance(key, now));
+        actions
     }
 
     fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {
@@ -329,8 +363,7 @@ impl Core {
                 actions.push(Action::Send { to, message });
             }
             if let Some(measured) = traced {
-                let run_dir = job.record.run_dir.clone();
-                actions.push(Action::WriteTrace { key, run_dir, measured: Box::new(measured) });
+                actions.push(Action::WriteTrace { key, measured: Box::new(measured) });
             }
             if !metrics.loss.is_finite() {
                 let (step, lr) = (metrics.step, metrics.lr);
@@ -351,7 +384,6 @@ impl Core {
         }
         for (step, shards) in run.whole_checkpoints() {
             let spec = FinishSpec {
-                folder: run.checkpoints.clone(),
                 generation: key.generation,
                 step,
                 loss: run.loss_of(step),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use fusionllm_graph::GraphError;
 use fusionllm_planner::PlanError;
-use fusionllm_protocol::{JobError, JobId, ProtocolError};
+use fusionllm_protocol::{JobError, JobId, ProtocolError, RunId};
 use fusionllm_transport::{BindError, IdentityError};
 
 /// Why a broker cannot start or do what it was asked for.
@@ -45,7 +45,9 @@ pub enum BrokerError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// There is nothing left to train.
-    #[error("{path} is at step {step} already, train.steps = {steps}: raise train.steps to go on")]
+    #[error(
+        "{path} is at step {step} already, train.steps = {steps}: raise train.steps to go on, with --set train.steps=N"
+    )]
     NothingLeft {
         /// The checkpoint.
         path: PathBuf,
@@ -59,6 +61,55 @@ pub enum BrokerError {
     RunDirNotEmpty {
         /// Which.
         path: PathBuf,
+    },
+    /// Another process works there.
+    #[error("{path} is in use by {holder}: wait until it has ended, or give another folder", path = path.display())]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+        /// Who holds it.
+        holder: String,
+    },
+    /// Something that the run did not make is in the way.
+    #[error("{path} is in the way: run {run} did not make it, and leaves it alone; move it away", path = path.display())]
+    Foreign {
+        /// What is in the way.
+        path: PathBuf,
+        /// The run.
+        run: RunId,
+    },
+    /// The directory is another run's.
+    #[error("{path} holds run {holds}, not run {run}: give another --out", path = path.display())]
+    OtherRun {
+        /// The directory.
+        path: PathBuf,
+        /// The run that it holds.
+        holds: RunId,
+        /// The run that was to go there.
+        run: RunId,
+    },
+    /// The run directory of a checkpoint is not known.
+    #[error("{path}: {reason}: say by --out DIR where the run goes on", path = path.display())]
+    RunDirUnknown {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Why it is not known.
+        reason: String,
+    },
+    /// A key was changed that a run cannot change.
+    #[error(
+        "--set {key}: a checkpoint's model and data.seq_len cannot be changed, nor its tokenizer and optimizer; leave it \
+         out, or begin a new run"
+    )]
+    FixedKey {
+        /// The key.
+        key: String,
+    },
+    /// A path was given to another machine's process by a name relative to ours.
+    #[error("--set {key}: the path is relative, give an absolute one")]
+    RelativePath {
+        /// The key.
+        key: String,
     },
     /// The job store is unusable.
     #[error(transparent)]
@@ -119,6 +170,12 @@ impl BrokerError {
             | Self::Checkpoint(_)
             | Self::NothingLeft { .. }
             | Self::RunDirNotEmpty { .. }
+            | Self::InUse { .. }
+            | Self::Foreign { .. }
+            | Self::OtherRun { .. }
+            | Self::RunDirUnknown { .. }
+            | Self::FixedKey { .. }
+            | Self::RelativePath { .. }
             | Self::Secret { .. }
             | Self::UnknownJob { .. }
             | Self::JobState { .. }
@@ -140,6 +197,34 @@ pub enum CheckpointError {
     None {
         /// The folder.
         path: PathBuf,
+    },
+    /// The folder has checkpoints of several runs.
+    #[error("{path} has checkpoints of several runs: give one of {newest}", path = path.display())]
+    Several {
+        /// The folder.
+        path: PathBuf,
+        /// The newest of each run.
+        newest: String,
+    },
+    /// There is no checkpoint of the step.
+    #[error("{path} has no checkpoint of step {step}, expected one of {there}", path = path.display())]
+    Step {
+        /// The run directory or folder.
+        path: PathBuf,
+        /// The step that was asked for.
+        step: u64,
+        /// Which there are.
+        there: String,
+    },
+    /// The newest checkpoint is damaged, an older one is not.
+    #[error("{source}; the newest whole one is that of step {step}: {path}", path = path.display())]
+    PassedOver {
+        /// What is wrong with the newest.
+        source: Box<CheckpointError>,
+        /// The newest that is whole.
+        path: PathBuf,
+        /// Its step.
+        step: u64,
     },
     /// A file could not be read or written.
     #[error("checkpoint file {path}: {source}")]
@@ -179,12 +264,12 @@ pub enum CheckpointError {
         /// Bytes of the file.
         got: u64,
     },
-    /// A shard's bytes are not those that were written.
-    #[error("shard {path} has hash {got}, expected {expected}: it is damaged, use another checkpoint")]
+    /// The bytes of a shard or manifest are not those that were written.
+    #[error("{path} has hash {got}, expected {expected}: it is damaged, use another checkpoint")]
     Hash {
         /// Which.
         path: PathBuf,
-        /// Hash by the manifest.
+        /// Hash by the manifest, or for the manifest by the run.
         expected: String,
         /// Hash of the file.
         got: String,

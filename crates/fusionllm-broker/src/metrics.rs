@@ -1,66 +1,197 @@
-//! `metrics.jsonl`: one line a step.
+//! `metrics.jsonl`: one line a step. It grows for as long as a run lasts, so it is never read as a whole.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use fusionllm_protocol::StepMetrics;
+use serde::Deserialize;
 
 use crate::BrokerError;
-use crate::run_dir::{io_error, write_atomic};
+use crate::run_dir::io_error;
 
-/// Appends lines; each is on its way to the disk before the next one comes.
+/// A longer line is no line of ours.
+const MAX_LINE_BYTES: u64 = 16 << 20;
+/// Lines that wait for room on the disk are at most this much.
+const MAX_WAITING_BYTES: usize = 64 << 20;
+
+/// Appends lines; each is on its way to the disk before the next one comes. On a full disk lines wait until there is
+/// room.
 #[derive(Debug)]
 pub(crate) struct MetricsWriter {
     file: File,
+    /// Bytes of whole lines in the file.
+    length: u64,
+    waiting: Vec<u8>,
+    /// Whether the file may end with half a line.
+    is_torn: bool,
 }
 
 impl MetricsWriter {
     /// Opens the file and drops what lies after `start_step`: those steps will be done again.
     pub(crate) fn open(path: &Path, start_step: u64) -> Result<Self, BrokerError> {
-        if path.exists() {
-            let kept: Vec<StepMetrics> =
-                read_metrics(path)?.into_iter().take_while(|metrics| metrics.step <= start_step).collect();
-            let mut text = Vec::new();
-            for metrics in &kept {
-                text.extend(line(path, metrics)?);
-            }
-            write_atomic(path, &text)?;
+        let fail = |e| io_error(path, e);
+        let length = bytes_up_to(path, start_step)?;
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(fail)?;
+        if file.metadata().map_err(fail)?.len() != length {
+            file.set_len(length).and_then(|()| file.sync_all()).map_err(fail)?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(|e| io_error(path, e))?;
-        Ok(Self { file })
+        Ok(Self { file, length, waiting: Vec::new(), is_torn: false })
     }
 
-    /// Appends one step.
-    pub(crate) fn append(&mut self, path: &Path, metrics: &StepMetrics) -> Result<(), BrokerError> {
-        let line = line(path, metrics)?;
-        // One write, so that a reader never sees half a line but at a crash.
-        self.file.write_all(&line).and_then(|()| self.file.flush()).map_err(|e| io_error(path, e))
+    /// Appends one step. Gives why it has to wait, if this is the first one that does.
+    pub(crate) fn append(&mut self, path: &Path, metrics: &StepMetrics) -> Result<Option<String>, BrokerError> {
+        let is_first = self.waiting.is_empty();
+        serde_json::to_writer(&mut self.waiting, metrics).map_err(|e| io_error(path, e.into()))?;
+        self.waiting.push(b'\n');
+        match self.flush() {
+            Ok(()) => Ok(None),
+            Err(e) if self.waiting.len() > MAX_WAITING_BYTES => Err(io_error(path, e)),
+            Err(e) => {
+                Ok(is_first.then(|| format!("{}: {e}: its lines wait until they can be written", path.display())))
+            }
+        }
+    }
+
+    /// Writes what waits: one write, so that a reader never sees half a line but at a crash.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        if self.is_torn {
+            self.file.set_len(self.length)?;
+        }
+        // Half a line would end the file for every reader: it is cut off before the next attempt.
+        self.is_torn = true;
+        self.file.write_all(&self.waiting)?;
+        self.is_torn = false;
+        self.length += self.waiting.len() as u64;
+        self.waiting.clear();
+        Ok(())
     }
 }
 
-fn line(path: &Path, metrics: &StepMetrics) -> Result<Vec<u8>, BrokerError> {
-    let mut line = serde_json::to_vec(metrics).map_err(|e| io_error(path, e.into()))?;
-    line.push(b'\n');
-    Ok(line)
+/// Reads lines of a bounded length.
+struct Lines<R> {
+    reader: R,
+    line: Vec<u8>,
 }
 
-/// All whole lines of a metrics file; none if there is no file. A torn last line, from a crash, is passed over.
-pub(crate) fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>, BrokerError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(io_error(path, e)),
-    };
-    let mut metrics = Vec::new();
-    for line in BufReader::new(file).lines() {
-        let line = line.map_err(|e| io_error(path, e))?;
-        match serde_json::from_str(&line) {
-            Ok(step) => metrics.push(step),
+impl<R: BufRead> Lines<R> {
+    /// The next line with its end; nothing at the end of the file, and where a line has no end or is too long.
+    fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        self.line.clear();
+        (&mut self.reader).take(MAX_LINE_BYTES).read_until(b'\n', &mut self.line)?;
+        Ok(self.line.ends_with(b"\n").then_some(&self.line))
+    }
+}
+
+fn open(path: &Path) -> Result<Option<File>, BrokerError> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(io_error(path, e)),
+    }
+}
+
+/// How many bytes the whole lines of the steps up to `step` take.
+fn bytes_up_to(path: &Path, step: u64) -> Result<u64, BrokerError> {
+    /// The one key that matters here.
+    #[derive(Deserialize)]
+    struct Step {
+        step: u64,
+    }
+    let Some(file) = open(path)? else { return Ok(0) };
+    let mut lines = Lines { reader: BufReader::new(file), line: Vec::new() };
+    let mut bytes = 0;
+    while let Some(line) = lines.next().map_err(|e| io_error(path, e))? {
+        match serde_json::from_slice::<Step>(line) {
+            Ok(found) if found.step <= step => bytes += line.len() as u64,
+            _ => break,
+        }
+    }
+    Ok(bytes)
+}
+
+/// Copies what lies after `step` to a file of its own, if there is anything.
+pub(crate) fn copy_after(path: &Path, step: u64, to: &Path) -> Result<(), BrokerError> {
+    let Some(mut file) = open(path)? else { return Ok(()) };
+    let start = bytes_up_to(path, step)?;
+    let fail = |e| io_error(path, e);
+    if file.metadata().map_err(fail)?.len() > start {
+        file.seek(SeekFrom::Start(start)).map_err(fail)?;
+        let copy = |mut to: File| io::copy(&mut file, &mut to).and_then(|_| to.sync_all());
+        OpenOptions::new().write(true).create_new(true).open(to).and_then(copy).map_err(|e| io_error(to, e))?;
+    }
+    Ok(())
+}
+
+/// Hands out the whole lines of a metrics file one by one; none if there is no file. A torn last line, from a crash, is
+/// passed over.
+pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<(), BrokerError> {
+    match open(path)? {
+        Some(file) => each_of(BufReader::new(file), take).map_err(|e| io_error(path, e)),
+        None => Ok(()),
+    }
+}
+
+fn each_of(reader: impl BufRead, mut take: impl FnMut(StepMetrics)) -> io::Result<()> {
+    let mut lines = Lines { reader, line: Vec::new() };
+    while let Some(line) = lines.next()? {
+        match serde_json::from_slice(line) {
+            Ok(step) => take(step),
             Err(_) => break,
         }
     }
-    Ok(metrics)
+    Ok(())
+}
+
+/// Hands out the whole lines of a file one by one; none if there is no file.
+pub(crate) fn each_line(path: &Path, mut take: impl FnMut(&[u8])) -> Result<(), BrokerError> {
+    let Some(file) = open(path)? else { return Ok(()) };
+    let mut lines = Lines { reader: BufReader::new(file), line: Vec::new() };
+    while let Some(line) = lines.next().map_err(|e| io_error(path, e))? {
+        take(line);
+    }
+    Ok(())
+}
+
+/// Values of a series of any length, evenly spread, of which a bounded number is kept.
+#[derive(Clone, Debug)]
+pub(crate) struct Thinned<T> {
+    values: Vec<T>,
+    limit: usize,
+    /// Every so many values one is kept.
+    every: u64,
+    seen: u64,
+}
+
+impl<T> Thinned<T> {
+    /// Keeps all of up to `limit` values, and between half of it and `limit` of more.
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { values: Vec::new(), limit: limit.max(2), every: 1, seen: 0 }
+    }
+
+    pub(crate) fn push(&mut self, value: T) {
+        if self.seen.is_multiple_of(self.every) {
+            if self.values.len() == self.limit {
+                let mut index = 0;
+                self.values.retain(|_| {
+                    index += 1;
+                    index % 2 == 1
+                });
+                self.every *= 2;
+            }
+            if self.seen.is_multiple_of(self.every) {
+                self.values.push(value);
+            }
+        }
+        self.seen += 1;
+    }
+
+    pub(crate) fn values(&self) -> &[T] {
+        &self.values
+    }
 }
 
 #[cfg(test)]
@@ -69,7 +200,9 @@ mod tests {
     use crate::testing;
 
     fn steps(path: &Path) -> Vec<u64> {
-        read_metrics(path).unwrap().iter().map(|m| m.step).collect()
+        let mut steps = Vec::new();
+        each_step(path, |m| steps.push(m.step)).unwrap();
+        steps
     }
 
     #[test]
@@ -81,10 +214,15 @@ mod tests {
             writer.append(&path, &testing::metrics(step, 2.0)).unwrap();
         }
         assert_eq!(steps(&path), [1, 2, 3, 4, 5]);
+        let aside = folder.path().join("aside.jsonl");
+        copy_after(&path, 3, &aside).unwrap();
         let mut writer = MetricsWriter::open(&path, 3).unwrap();
         writer.append(&path, &testing::metrics(4, 1.0)).unwrap();
         assert_eq!(steps(&path), [1, 2, 3, 4]);
-        assert!((read_metrics(&path).unwrap()[3].loss - 1.0).abs() < 1e-12);
+        assert_eq!(steps(&aside), [4, 5]);
+        let mut last = None;
+        each_step(&path, |m| last = Some(m.loss)).unwrap();
+        assert!((last.unwrap() - 1.0).abs() < 1e-12);
     }
 
     #[test]
@@ -96,5 +234,75 @@ mod tests {
         assert_eq!(steps(&path), [1]);
         MetricsWriter::open(&path, 9).unwrap().append(&path, &testing::metrics(2, 2.0)).unwrap();
         assert_eq!(steps(&path), [1, 2]);
+    }
+
+    /// A reader of `lines` lines that counts what its buffer hands out at most at a time.
+    struct Endless {
+        line: Vec<u8>,
+        left: usize,
+        at: usize,
+    }
+
+    impl Read for Endless {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            if self.at == self.line.len() {
+                self.left = self.left.saturating_sub(1);
+                self.at = 0;
+            }
+            if self.left == 0 {
+                return Ok(0);
+            }
+            let count = into.len().min(self.line.len() - self.at);
+            into[..count].copy_from_slice(&self.line[self.at..self.at + count]);
+            self.at += count;
+            Ok(count)
+        }
+    }
+
+    #[test]
+    fn a_long_file_is_read_line_by_line_and_a_line_without_end_is_not() {
+        let mut line = serde_json::to_vec(&testing::metrics(1, 2.0)).unwrap();
+        line.push(b'\n');
+        let (longest, lines) = (line.len(), 200_000);
+        let mut reader = Lines { reader: BufReader::new(Endless { line, left: lines, at: 0 }), line: Vec::new() };
+        let mut read = 0;
+        while reader.next().unwrap().is_some() {
+            read += 1;
+        }
+        assert_eq!(read, lines);
+        assert!(reader.line.capacity() < 4 * longest, "{} bytes are held", reader.line.capacity());
+        let mut endless = Lines {
+            reader: BufReader::new(Endless { line: vec![b' '; 1 << 16], left: usize::MAX, at: 0 }),
+            line: vec![],
+        };
+        assert_eq!(endless.next().unwrap(), None);
+        assert!(endless.line.capacity() <= 2 * MAX_LINE_BYTES as usize);
+    }
+
+    #[test]
+    fn a_thinned_series_keeps_every_nth_value() {
+        let mut series = Thinned::new(8);
+        (0..8).for_each(|i| series.push(i));
+        assert_eq!(series.values(), [0, 1, 2, 3, 4, 5, 6, 7]);
+        (8..1000).for_each(|i| series.push(i));
+        assert!((4..=8).contains(&series.values().len()), "{series:?}");
+        let gaps: Vec<i32> = series.values().windows(2).map(|w| w[1] - w[0]).collect();
+        assert!(gaps.windows(2).all(|w| w[0] == w[1]), "{series:?}");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn lines_wait_while_the_disk_is_full() {
+        let path = Path::new("/dev/full");
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let real = folder.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter { file, length: 0, waiting: Vec::new(), is_torn: false };
+        let notice = writer.append(path, &testing::metrics(1, 2.0)).unwrap().unwrap();
+        assert!(notice.contains("No space left on device"), "{notice}");
+        assert_eq!(writer.append(path, &testing::metrics(2, 2.0)).unwrap(), None, "it is said once");
+        writer.file = OpenOptions::new().create(true).append(true).open(&real).unwrap();
+        assert_eq!(writer.append(&real, &testing::metrics(3, 2.0)).unwrap(), None);
+        assert_eq!(steps(&real), [1, 2, 3]);
     }
 }

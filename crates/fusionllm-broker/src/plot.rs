@@ -3,36 +3,64 @@
 use fusionllm_protocol::StepMetrics;
 use plotters::prelude::*;
 
+use crate::metrics::Thinned;
+
 /// Size in pixels.
 const SIZE: (u32, u32) = (760, 420);
 /// Weight of a step in the smoothed loss.
 const SMOOTHING: f64 = 0.1;
 
-/// An SVG of training loss, smoothed, and of evaluation loss, against what all links have sent so far. Nothing if there
-/// is nothing to draw.
-///
-/// # Errors
-/// What the drawing library says.
-pub(crate) fn loss_against_bytes(metrics: &[StepMetrics]) -> Result<Option<String>, String> {
-    let mut sent = 0.0;
-    let mut smooth: Option<f64> = None;
-    let (mut training, mut evaluation) = (Vec::new(), Vec::new());
-    for step in metrics.iter().filter(|m| m.loss.is_finite()) {
-        sent += step.links.iter().map(|l| l.bytes as f64).sum::<f64>() / 1e6;
-        let loss = smooth.map_or(step.loss, |s| s + SMOOTHING * (step.loss - s));
-        smooth = Some(loss);
-        training.push((sent, loss));
-        evaluation.extend(step.eval_loss.map(|loss| (sent, loss)));
+/// Points of a curve: more cannot be told apart.
+const POINTS: usize = 4096;
+
+/// Training loss, smoothed, and evaluation loss, against what all links have sent so far.
+#[derive(Clone, Debug)]
+pub(crate) struct LossPlot {
+    /// Megabytes.
+    sent: f64,
+    smooth: Option<f64>,
+    training: Thinned<(f64, f64)>,
+    evaluation: Thinned<(f64, f64)>,
+}
+
+impl Default for LossPlot {
+    fn default() -> Self {
+        Self { sent: 0.0, smooth: None, training: Thinned::new(POINTS), evaluation: Thinned::new(POINTS) }
     }
-    if training.len() < 2 || sent == 0.0 {
-        return Ok(None);
+}
+
+impl LossPlot {
+    /// Takes the next step in.
+    pub(crate) fn add(&mut self, step: &StepMetrics) {
+        if !step.loss.is_finite() {
+            return;
+        }
+        self.sent += step.links.iter().map(|l| l.bytes as f64).sum::<f64>() / 1e6;
+        let loss = self.smooth.map_or(step.loss, |s| s + SMOOTHING * (step.loss - s));
+        self.smooth = Some(loss);
+        self.training.push((self.sent, loss));
+        if let Some(loss) = step.eval_loss {
+            self.evaluation.push((self.sent, loss));
+        }
     }
-    let losses = || training.iter().chain(&evaluation).map(|(_, loss)| *loss);
-    let (low, high) = (losses().fold(f64::INFINITY, f64::min), losses().fold(f64::NEG_INFINITY, f64::max));
-    let margin = (high - low).max(1e-6) * 0.05;
-    let mut svg = String::new();
-    draw(&mut svg, (0.0..sent, low - margin..high + margin), training, evaluation).map_err(|e| e.to_string())?;
-    Ok(Some(svg))
+
+    /// As an SVG. Nothing if there is nothing to draw.
+    ///
+    /// # Errors
+    /// What the drawing library says.
+    pub(crate) fn svg(&self) -> Result<Option<String>, String> {
+        let (training, evaluation) = (self.training.values().to_vec(), self.evaluation.values().to_vec());
+        if training.len() < 2 || self.sent == 0.0 {
+            return Ok(None);
+        }
+        let losses = || training.iter().chain(&evaluation).map(|(_, loss)| *loss);
+        let (low, high) = (losses().fold(f64::INFINITY, f64::min), losses().fold(f64::NEG_INFINITY, f64::max));
+        let margin = (high - low).max(1e-6) * 0.05;
+        let mut svg = String::new();
+        draw(&mut svg, (0.0..self.sent, low - margin..high + margin), training, evaluation)
+            .map_err(|e| e.to_string())?;
+        Ok(Some(svg))
+    }
 }
 
 type Ranges = (std::ops::Range<f64>, std::ops::Range<f64>);
@@ -83,14 +111,20 @@ mod tests {
     use super::*;
     use crate::testing;
 
+    fn svg(metrics: &[StepMetrics]) -> Option<String> {
+        let mut plot = LossPlot::default();
+        metrics.iter().for_each(|m| plot.add(m));
+        plot.svg().unwrap()
+    }
+
     #[test]
     fn a_run_is_drawn_and_one_without_links_is_not() {
         let metrics: Vec<StepMetrics> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
-        let svg = loss_against_bytes(&metrics).unwrap().unwrap();
-        assert!(svg.starts_with("<svg") && svg.contains("polyline") && svg.contains("circle"), "{svg}");
+        let drawn = svg(&metrics).unwrap();
+        assert!(drawn.starts_with("<svg") && drawn.contains("polyline") && drawn.contains("circle"), "{drawn}");
         let mut silent = metrics.clone();
         silent.iter_mut().for_each(|m| m.links.clear());
-        assert_eq!(loss_against_bytes(&silent).unwrap(), None);
-        assert_eq!(loss_against_bytes(&metrics[..1]).unwrap(), None);
+        assert_eq!(svg(&silent), None);
+        assert_eq!(svg(&metrics[..1]), None);
     }
 }

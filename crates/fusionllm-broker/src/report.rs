@@ -1,6 +1,6 @@
 //! What came out of a run: `report.md`, the end of `train`, and `--json`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::f64::consts::LN_2;
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use fusionllm_protocol::{DataReport, JobId, JobState, Notice, StepMetrics};
 use serde::Serialize;
 
 use crate::BrokerError;
-use crate::metrics::read_metrics;
+use crate::metrics::{Thinned, each_step};
 use crate::run_dir::{PlacementFile, RunDir, StageSummary};
 use crate::store::JobRecord;
 
@@ -78,28 +78,26 @@ pub struct RunReport {
 }
 
 impl RunReport {
-    /// Reads a run directory.
-    pub(crate) fn read(record: &JobRecord) -> Result<Self, BrokerError> {
+    /// Reads a run directory, step by step; `each` sees every step too.
+    pub(crate) fn read(record: &JobRecord, mut each: impl FnMut(&StepMetrics)) -> Result<Self, BrokerError> {
         let dir = RunDir::new(&record.run_dir);
-        let metrics = read_metrics(&dir.metrics())?;
+        let mut totals = Totals::default();
+        each_step(&dir.metrics(), |step| {
+            totals.add(&step);
+            each(&step);
+        })?;
         let data: Option<DataReport> = dir.read_json(&dir.data())?;
         let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
-        Ok(Self { notices: dir.read_notices()?, ..Self::of(record, &metrics, data, placement) })
+        Ok(Self { notices: dir.read_notices()?, ..Self::of(record, totals, data, placement) })
     }
 
-    fn of(
-        record: &JobRecord,
-        metrics: &[StepMetrics],
-        data: Option<DataReport>,
-        placement: Option<PlacementFile>,
-    ) -> Self {
-        let last = metrics.get(metrics.len().saturating_sub(LAST_STEPS)..).unwrap_or_default();
-        let mean = last.iter().map(|m| m.loss).sum::<f64>() / last.len() as f64;
-        let eval_loss = metrics.iter().rev().find_map(|m| m.eval_loss);
+    fn of(record: &JobRecord, totals: Totals, data: Option<DataReport>, placement: Option<PlacementFile>) -> Self {
+        let last = &totals.last_losses;
+        let mean = last.iter().sum::<f64>() / last.len() as f64;
+        let eval_loss = totals.eval_loss;
         let unigram_loss = data.as_ref().map(|d| d.unigram_loss);
         let bits = |loss: Option<f64>| Some(loss? / LN_2 / data.as_ref()?.bytes_per_token);
-        let median_step = median(metrics.iter().map(|m| m.step_s).collect());
-        let tokens_per_step = metrics.last().map(|m| m.tokens as f64);
+        let median_step = median(totals.step_s.values().to_vec());
         Self {
             job: record.job,
             name: record.spec.name.clone(),
@@ -112,14 +110,14 @@ impl RunReport {
             eval_bits_per_byte: bits(eval_loss),
             unigram_loss,
             unigram_bits_per_byte: bits(unigram_loss),
-            tokens: metrics.iter().map(|m| m.tokens).sum(),
-            train_s: metrics.iter().map(|m| m.step_s).sum(),
-            tokens_per_s: tokens_per_step.zip(median_step).map(|(tokens, seconds)| tokens / seconds),
+            tokens: totals.tokens,
+            train_s: totals.train_s,
+            tokens_per_s: totals.tokens_per_step.zip(median_step).map(|(tokens, seconds)| tokens / seconds),
             step_s: median_step,
             predicted_step_s: placement.as_ref().map(|p| p.prediction.step_s),
             data,
             stages: placement.map(|p| p.stages).unwrap_or_default(),
-            links: total(metrics),
+            links: totals.links(),
             notices: Vec::new(),
         }
     }
@@ -199,21 +197,59 @@ impl RunReport {
     }
 }
 
-fn total(metrics: &[StepMetrics]) -> Vec<LinkTotal> {
-    let mut totals: BTreeMap<(&str, &str, &str), (u64, u64)> = BTreeMap::new();
-    for link in metrics.iter().flat_map(|m| &m.links) {
-        let total = totals.entry((&link.from, &link.to, &link.codec)).or_default();
-        total.0 += link.bytes;
-        total.1 += link.dense_bytes;
+/// Steps of which the median time is taken.
+const TIMED_STEPS: usize = 1 << 16;
+
+/// What is remembered of the steps while they are read.
+#[derive(Debug)]
+struct Totals {
+    last_losses: VecDeque<f64>,
+    eval_loss: Option<f64>,
+    tokens: u64,
+    tokens_per_step: Option<f64>,
+    train_s: f64,
+    step_s: Thinned<f64>,
+    /// By sender, receiver and codec: bytes, and bytes as dense fp32.
+    links: BTreeMap<(String, String, String), (u64, u64)>,
+}
+
+impl Default for Totals {
+    fn default() -> Self {
+        Self {
+            last_losses: VecDeque::with_capacity(LAST_STEPS),
+            eval_loss: None,
+            tokens: 0,
+            tokens_per_step: None,
+            train_s: 0.0,
+            step_s: Thinned::new(TIMED_STEPS),
+            links: BTreeMap::new(),
+        }
     }
-    let link = |((from, to, codec), (bytes, dense_bytes)): ((&str, &str, &str), (u64, u64))| LinkTotal {
-        from: from.to_owned(),
-        to: to.to_owned(),
-        bytes,
-        dense_bytes,
-        codec: codec.to_owned(),
-    };
-    totals.into_iter().map(link).collect()
+}
+
+impl Totals {
+    fn add(&mut self, step: &StepMetrics) {
+        if self.last_losses.len() == LAST_STEPS {
+            self.last_losses.pop_front();
+        }
+        self.last_losses.push_back(step.loss);
+        self.eval_loss = step.eval_loss.or(self.eval_loss);
+        self.tokens += step.tokens;
+        self.tokens_per_step = Some(step.tokens as f64);
+        self.train_s += step.step_s;
+        self.step_s.push(step.step_s);
+        for link in &step.links {
+            let key = (link.from.clone(), link.to.clone(), link.codec.clone());
+            let total = self.links.entry(key).or_default();
+            total.0 += link.bytes;
+            total.1 += link.dense_bytes;
+        }
+    }
+
+    fn links(self) -> Vec<LinkTotal> {
+        let link = |((from, to, codec), (bytes, dense_bytes))| LinkTotal { from, to, bytes, dense_bytes, codec };
+        self.links.into_iter().map(link).collect()
+    }
 }
 
 fn median(mut values: Vec<f64>) -> Option<f64> {
@@ -228,6 +264,12 @@ mod tests {
     use super::*;
     use crate::testing;
 
+    fn totals(metrics: &[StepMetrics]) -> Totals {
+        let mut totals = Totals::default();
+        metrics.iter().for_each(|m| totals.add(m));
+        totals
+    }
+
     #[test]
     fn a_report_says_what_came_out() {
         let record = JobRecord {
@@ -238,6 +280,8 @@ mod tests {
             loss: Some(2.0),
             run_dir: PathBuf::from("/runs/x"),
             generation: Generation(1),
+            run: None,
+            checkpoint: None,
         };
         let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
         let data = DataReport {
@@ -249,7 +293,7 @@ mod tests {
             ..DataReport::default()
         };
         let notice = Notice { step: 4, text: "a checkpoint could not be written".to_owned() };
-        let report = RunReport { notices: vec![notice], ..RunReport::of(&record, &metrics, Some(data), None) };
+        let report = RunReport { notices: vec![notice], ..RunReport::of(&record, totals(&metrics), Some(data), None) };
         assert_eq!((report.tokens, report.tokens_per_s), (6 * 32, Some(32.0 / 2.0)));
         assert_eq!(report.eval_loss, Some(1.0));
         assert_eq!(report.unigram_bits_per_byte, Some(2.0));
@@ -275,8 +319,10 @@ mod tests {
             loss: None,
             run_dir: PathBuf::from("/runs/x"),
             generation: Generation(1),
+            run: None,
+            checkpoint: None,
         };
-        let report = RunReport::of(&record, &[], None, None);
+        let report = RunReport::of(&record, Totals::default(), None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));
         assert!(report.markdown().contains("stopped") && report.summary().starts_with("0 of 6 steps"));
     }

@@ -2,6 +2,8 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `run.json` | which run it is |
+//! | `lock` | held while a process works in it |
 //! | `job.json` | the job, with every default filled in |
 //! | `graph.json` | the OP-DAG |
 //! | `placement.json` | stages with their ops' names, and the placement itself |
@@ -13,6 +15,11 @@
 //! | `loss-bytes.svg` | loss against bytes sent |
 //! | `report.md` | what came out |
 
+mod lock;
+mod open;
+mod run_file;
+
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -20,10 +27,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
-use fusionllm_protocol::{Generation, JobSpec, Notice};
+use fusionllm_protocol::{Generation, Notice};
 use serde::{Deserialize, Serialize};
 
 use crate::BrokerError;
+use crate::metrics::each_line;
+pub(crate) use lock::FolderLock;
+pub(crate) use open::{OpenedRun, RunStart};
+pub(crate) use run_file::{Parent, RunFile, RunHome};
+
+/// Notices that a report shows, the last ones.
+const NOTICES_SHOWN: usize = 1000;
 
 /// One stage, for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,23 +127,6 @@ impl RunDir {
         self.path.join("report.md")
     }
 
-    /// Where the checkpoints of a job lie.
-    pub(crate) fn checkpoints(&self, spec: &JobSpec) -> PathBuf {
-        spec.checkpoint.to.clone().unwrap_or_else(|| self.path.join("checkpoints"))
-    }
-
-    /// Makes the directory, or takes over that of an earlier generation, and writes what is known at the start.
-    pub(crate) fn open(&self, spec: &JobSpec, graph: &str, placement: &PlacementFile) -> Result<(), BrokerError> {
-        let checkpoints = self.checkpoints(spec);
-        for folder in [&self.path, &checkpoints] {
-            std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e))?;
-        }
-        crate::checkpoint::remove_partial(&checkpoints)?;
-        self.write_json(&self.job(), spec)?;
-        write_atomic(&self.path.join("graph.json"), graph.as_bytes())?;
-        self.write_json(&self.placement(), placement)
-    }
-
     /// Appends a line to the notices.
     pub(crate) fn append_notice(&self, notice: &Notice) -> Result<(), BrokerError> {
         let path = self.notices();
@@ -139,14 +136,18 @@ impl RunDir {
         file.and_then(|mut file| file.write_all(&line)).map_err(|e| io_error(&path, e))
     }
 
-    /// All notices, oldest first; none if there is no file. Lines that a crash has torn are passed over.
+    /// The last notices, oldest first; none if there is no file. Lines that a crash has torn are passed over.
     pub(crate) fn read_notices(&self) -> Result<Vec<Notice>, BrokerError> {
-        let path = self.notices();
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(e) => Err(io_error(&path, e)),
-        }
+        let mut notices = VecDeque::new();
+        each_line(&self.notices(), |line| {
+            if let Ok(notice) = serde_json::from_slice(line) {
+                notices.push_back(notice);
+            }
+            if notices.len() > NOTICES_SHOWN {
+                notices.pop_front();
+            }
+        })?;
+        Ok(notices.into())
     }
 
     /// Writes a value as pretty JSON.
@@ -173,6 +174,19 @@ pub fn default_run_dir(runs: &Path, name: &str, now: std::time::SystemTime) -> P
     let (year, month, day) = (date.year(), u8::from(date.month()), date.day());
     let (hour, minute, second) = (time.hour(), time.minute(), time.second());
     runs.join(format!("{name}-{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}"))
+}
+
+/// The first of `path`, `path-2`, `path-3`, … that is not there or empty, and not `taken`.
+pub fn free_run_dir(path: &Path, taken: impl Fn(&Path) -> bool) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let numbered = (2u64..).map(|n| path.with_file_name(format!("{name}-{n}")));
+    let is_free = |path: &PathBuf| !taken(path) && is_free(path);
+    std::iter::once(path.to_owned()).chain(numbered).find(is_free).unwrap_or_else(|| path.to_owned())
+}
+
+/// Who works in a run directory now, if anybody does.
+pub fn run_dir_holder(path: &Path) -> Option<String> {
+    FolderLock::holder_of(path)
 }
 
 /// Whether nothing would be overwritten there.

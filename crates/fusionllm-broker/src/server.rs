@@ -10,6 +10,7 @@ mod compnode;
 mod events;
 mod files;
 mod listen;
+mod open_runs;
 mod refusals;
 
 use std::net::SocketAddr;
@@ -26,15 +27,17 @@ use tokio::time::timeout;
 
 pub use events::{JobEvents, Submitted};
 
-use crate::checkpoint::{Origin, open_checkpoint};
+use crate::checkpoint::{Checkpoint, Origin, open_newest};
 use crate::cluster_file::read_cluster;
 use crate::core::{Core, StartPoint};
 use crate::model::{load_model, model_tokenizer};
 use crate::report::RunReport;
-use crate::run_dir::{default_run_dir, io_error, is_free, write_private};
+use crate::resume::{Resumption, goes_on, notices_of, resumed_job};
+use crate::run_dir::{RunHome, RunStart, default_run_dir, io_error, is_free, write_private};
 use crate::store::{JobRecord, Store};
 use crate::{BrokerError, CheckpointError};
 use actor::{Command, RunDirChoice};
+use open_runs::OpenRuns;
 
 /// How long connections may take to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
@@ -84,10 +87,11 @@ impl Broker {
 
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
         let (core, actions) = Core::restore(records);
-        let files = files::Files::start(store, commands.clone());
+        let open_runs = OpenRuns::new();
+        let files = files::Files::start(store, commands.clone(), open_runs.clone());
         let actor = tokio::spawn(actor::run(core, actions, inbox, files));
         let runs_dir = std::path::absolute(&runs_dir).map_err(|e| io_error(&runs_dir, e))?;
-        let handle = Handle { commands, runs_dir: runs_dir.into(), state_dir: state_dir.into() };
+        let handle = Handle { commands, runs_dir: runs_dir.into(), state_dir: state_dir.into(), open_runs };
         let listener = tokio::spawn(listen::run(endpoint.clone(), ticket.secret.clone(), handle.clone()));
         tracing::info!(addrs = ?ticket.broker.addrs, "the broker listens");
         Ok(Self { ticket, handle, endpoint, listener, actor })
@@ -129,12 +133,13 @@ impl Broker {
         self.handle.submit(spec, run_dir, tokenizer).await
     }
 
-    /// Takes in a job that goes on from a checkpoint in `run_dir`, where it may have run before.
+    /// Takes in a job that goes on from a checkpoint, in the run directory that was found for it.
     ///
     /// # Errors
     /// [`BrokerError`] if the job cannot be run.
-    pub async fn resume_from(&self, spec: JobSpec, from: PathBuf, run_dir: PathBuf) -> Result<Submitted, BrokerError> {
-        let start = blocking(move || start_at(&from)).await?;
+    pub async fn resume_from(&self, spec: JobSpec, from: Resumption) -> Result<Submitted, BrokerError> {
+        let Resumption { checkpoint, run_dir, start } = from;
+        let start = blocking(move || start_at(checkpoint, start)).await?;
         self.handle.submit_at(spec, start, RunDirChoice::Given(run_dir)).await
     }
 
@@ -170,6 +175,7 @@ pub(crate) struct Handle {
     commands: mpsc::Sender<Command>,
     runs_dir: Arc<Path>,
     state_dir: Arc<Path>,
+    open_runs: OpenRuns,
 }
 
 impl Handle {
@@ -227,18 +233,18 @@ impl Handle {
         self.ask(|reply| Command::Submit { spec, start, run_dir, reply }).await?
     }
 
-    /// Goes on with a stopped or failed job from its newest checkpoint, or if it has none, from its beginning.
-    async fn resume(&self, job: JobId) -> Result<Submitted, BrokerError> {
+    /// Goes on with a stopped or failed job from its newest whole checkpoint or that of `step`, or if it has none or
+    /// `step` is 0, from its beginning. `overrides` change keys of the job.
+    async fn resume(&self, job: JobId, step: Option<u64>, overrides: Vec<String>) -> Result<Submitted, BrokerError> {
         let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
-        let start = blocking(move || {
-            let start = match start_at(&record.run_dir) {
-                Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => start_of(&record.spec, None),
-                other => other,
-            };
-            Ok(planned_by(record.spec, start?)?.1)
+        let prepared = blocking(move || {
+            let spec = resumed_job(&record.spec, &overrides, None)?;
+            let start = resumed_start(&record, &spec, step)?;
+            planned_by(spec, start)
         });
-        let start = Box::new(start.await?);
-        self.ask(|reply| Command::Resume { job, start, reply }).await?
+        let (spec, start) = prepared.await?;
+        let (spec, start) = (Box::new(spec), Box::new(start));
+        self.ask(|reply| Command::Resume { job, spec, start, reply }).await?
     }
 }
 
@@ -269,6 +275,7 @@ fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, Bro
         step: 0,
         notices,
         origin,
+        run: RunStart::new(),
     })
 }
 
@@ -280,11 +287,37 @@ fn planned_by(spec: JobSpec, mut start: StartPoint) -> Result<(JobSpec, StartPoi
     Ok((spec, start))
 }
 
-/// A checkpoint, or the newest one of a run directory.
-fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
-    let checkpoint = open_checkpoint(path)?;
+/// Where a job of this broker goes on.
+fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64>) -> Result<StartPoint, BrokerError> {
+    let Some(mut home) = RunHome::read(&record.run_dir)? else { return start_of(spec, None) };
+    if let (Some(file), Some((step, checksum))) = (&mut home.file, record.checkpoint.clone()) {
+        // What the broker remembers counts before what lies beside the checkpoints.
+        file.manifests.insert(step, checksum);
+    }
+    let known = record.run.as_ref();
+    let from_the_beginning = || {
+        let mut start = StartPoint { run: goes_on(&home, known, Vec::new())?, ..start_of(spec, None)? };
+        start.notices.append(&mut start.run.notices);
+        Ok(start)
+    };
+    if step == Some(0) {
+        return from_the_beginning();
+    }
+    match open_newest(&home, step) {
+        Ok(newest) => {
+            let notices = notices_of(&newest, Some(&home).filter(|_| step.is_none()));
+            start_at(newest.checkpoint, goes_on(&home, known, notices)?)
+        }
+        Err(CheckpointError::None { .. }) if step.is_none() => from_the_beginning(),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Where a run goes on with a checkpoint.
+fn start_at(checkpoint: Checkpoint, mut run: RunStart) -> Result<StartPoint, BrokerError> {
     let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
-    let notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
+    let mut notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
+    notices.append(&mut run.notices);
     let mut origin = checkpoint.origin().clone();
     if origin.tokenizer().is_none()
         && let Some(tokenizer) = model_tokenizer(&checkpoint.manifest().job)?
@@ -292,7 +325,7 @@ fn start_at(path: &Path) -> Result<StartPoint, BrokerError> {
         origin.set_tokenizer(Some(tokenizer));
     }
     let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices, origin })
+    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices, origin, run })
 }
 
 fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::{Generation, JobId, JobSpec, JobState, JobSummary};
+use fusionllm_protocol::{Generation, JobId, JobSpec, JobState, JobSummary, RunId};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,12 @@ pub(crate) struct JobRecord {
     pub(crate) run_dir: PathBuf,
     /// Number of its last placement; 0 before the first.
     pub(crate) generation: Generation,
+    /// Its run; jobs of version 0.1.0 have none until they are resumed.
+    #[serde(default)]
+    pub(crate) run: Option<RunId>,
+    /// Step of its newest checkpoint, and the manifest's checksum.
+    #[serde(default)]
+    pub(crate) checkpoint: Option<(u64, String)>,
 }
 
 impl JobRecord {
@@ -135,6 +141,8 @@ mod tests {
             loss: Some(2.5),
             run_dir: PathBuf::from("/runs/x"),
             generation: Generation(1),
+            run: Some(RunId::from_bytes([1; 16])),
+            checkpoint: Some((3, "00".to_owned())),
         }
     }
 
@@ -149,6 +157,22 @@ mod tests {
         drop(store);
         let jobs = Store::open(&path).unwrap().jobs().unwrap();
         assert_eq!(jobs, [record(1), JobRecord { state: JobState::Done, ..record(2) }]);
+    }
+
+    #[test]
+    fn a_job_of_the_first_version_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("broker.redb");
+        let store = Store::open(&path).unwrap();
+        let mut old = serde_json::to_value(record(4)).unwrap();
+        for key in ["run", "checkpoint"] {
+            old.as_object_mut().unwrap().remove(key);
+        }
+        let write = store.database.begin_write().unwrap();
+        let bytes = serde_json::to_vec(&old).unwrap();
+        write.open_table(JOBS).unwrap().insert(4, bytes.as_slice()).unwrap();
+        write.commit().unwrap();
+        assert_eq!(store.jobs().unwrap(), [JobRecord { run: None, checkpoint: None, ..record(4) }]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What several unit tests need.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{JobSpec, LinkBytes, StepMetrics};
 use safetensors::tensor::{Dtype, TensorView};
@@ -57,4 +57,36 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[(String, Vec<usize>)]) {
         .zip(&data)
         .map(|((name, shape), bytes)| (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
     std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// What version 0.1.0 left, in a folder of its own: `run` with its checkpoints in it, and `elsewhere`, which has them in
+/// `volume`.
+pub(crate) struct OldRuns(tempfile::TempDir);
+
+impl OldRuns {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/runs-v1");
+        copy(&runs, folder.path(), &folder.path().display().to_string());
+        Self(folder)
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+/// Copies a folder; `/fixture` in its texts becomes `here`.
+fn copy(from: &Path, to: &Path, here: &str) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if from.is_dir() {
+            copy(&from, &to, here);
+            continue;
+        }
+        let bytes = std::fs::read(&from).unwrap();
+        let text = String::from_utf8(bytes.clone()).map(|text| text.replace("/fixture", here).into_bytes());
+        std::fs::write(&to, text.unwrap_or(bytes)).unwrap();
+    }
 }

@@ -24,7 +24,7 @@ pub use control::{
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
 pub use event::{CodecNote, JobEvent, Notice, StepMetrics};
-pub use ids::{Generation, JobId};
+pub use ids::{Generation, JobId, RunId};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,

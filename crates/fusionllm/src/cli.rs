@@ -30,7 +30,7 @@ pub(crate) enum Command {
     Inventory(Inventory),
     /// Stop a job; its last checkpoint stays
     Stop(JobCommand),
-    /// Go on with a stopped or failed job from its last checkpoint
+    /// Go on with a stopped or failed job from its newest whole checkpoint
     Resume(ResumeJob),
     /// Show the graph and the placement of a job, without training
     Plan(Plan),
@@ -70,9 +70,12 @@ pub(crate) struct Train {
     /// Run directory [default: runs/NAME-TIME]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Go on from a checkpoint or from a run directory's newest one
+    /// Go on from a checkpoint or from a run directory's newest whole one; with another --out a new run begins there
     #[arg(long, value_name = "DIR", conflicts_with = "job")]
     pub(crate) resume: Option<PathBuf>,
+    /// Go on from the checkpoint of this step
+    #[arg(long, value_name = "N", requires = "resume")]
+    pub(crate) step: Option<u64>,
     /// Device of every CompNode: auto, cpu, cuda[:N], vulkan[:N], metal, rocm[:N]
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
@@ -209,6 +212,9 @@ pub(crate) struct JobCommand {
 pub(crate) struct ResumeJob {
     /// The job's number, as status shows it
     pub(crate) job: u64,
+    /// Go on from the checkpoint of this step; 0: from the beginning
+    #[arg(long, value_name = "N")]
+    pub(crate) step: Option<u64>,
     /// Stay and show progress until the job ends
     #[arg(long)]
     pub(crate) follow: bool,
@@ -217,6 +223,8 @@ pub(crate) struct ResumeJob {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) broker: BrokerAddress,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
 }
 
 #[derive(Debug, Args)]

@@ -10,10 +10,10 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use crate::CheckpointError;
 
 /// Longest header that is read; that of GPT-2 xl with optimizer state has 300 KB.
-const MAX_HEADER_BYTES: u64 = 64 << 20;
+pub(super) const MAX_HEADER_BYTES: u64 = 64 << 20;
 
 /// Bytes copied at a time.
-const COPY_BYTES: usize = 1 << 20;
+pub(super) const COPY_BYTES: usize = 1 << 20;
 
 /// An opened file.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl TensorFile {
 }
 
 /// Opens a file for reading; one that is not there is a missing shard.
-fn open(path: &Path) -> Result<File, CheckpointError> {
+pub(super) fn open(path: &Path) -> Result<File, CheckpointError> {
     File::open(path).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => CheckpointError::Missing { path: path.to_owned() },
         _ => io(path, e),
@@ -115,51 +115,10 @@ pub(crate) fn io(path: &Path, source: std::io::Error) -> CheckpointError {
     CheckpointError::Io { path: path.to_owned(), source }
 }
 
-/// 64-bit FNV-1a, to find damage.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Fnv1a(u64);
-
-impl Default for Fnv1a {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Fnv1a {
-    pub(crate) fn update(&mut self, bytes: &[u8]) {
-        self.0 = bytes.iter().fold(self.0, |hash, &b| (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    }
-
-    pub(crate) fn hex(self) -> String {
-        format!("{:016x}", self.0)
-    }
-
-    /// Hash of a whole file.
-    pub(crate) fn of_file(path: &Path) -> Result<String, CheckpointError> {
-        let mut file = open(path)?;
-        let mut hash = Self::default();
-        let mut buffer = vec![0; COPY_BYTES];
-        loop {
-            let count = file.read(&mut buffer).map_err(|e| io(path, e))?;
-            if count == 0 {
-                return Ok(hash.hex());
-            }
-            hash.update(buffer.get(..count).unwrap_or_default());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing;
-
-    #[test]
-    fn the_hash_is_the_published_one() {
-        let mut hash = Fnv1a::default();
-        hash.update(b"foobar");
-        assert_eq!(hash.hex(), "85944171f73967e8");
-    }
 
     #[test]
     fn a_cut_file_is_an_error_at_every_length() {

@@ -2,21 +2,48 @@
 
 use std::sync::Arc;
 
+use fusionllm_protocol::{Generation, RunId};
+
+use super::find::meant;
+use super::finish::Course;
+use super::place::{ABANDONED, ASIDE, MARK};
 use super::*;
 use crate::model::load_model;
+use crate::run_dir::{RunFile, RunHome};
 use crate::testing;
 
 const GENERATION: Generation = Generation(1);
 
-/// A checkpoint of two shards at `step`; returns its folder.
-fn make(folder: &Path, step: u64, keep: u32) -> PathBuf {
-    let mut spec = testing::spec(&[]);
-    spec.checkpoint.keep = keep;
+/// All is well up to any step.
+const GOOD: Course = Course { lowest: 2.0, vouched: u64::MAX };
+
+/// A run whose checkpoints lie in `folder`.
+fn run_file(folder: &Path, id: u8) -> RunFile {
+    RunFile {
+        run: RunId::from_bytes([id; 16]),
+        name: "run".to_owned(),
+        dir: folder.join("dir"),
+        copy_of: Vec::new(),
+        from: None,
+        checkpoints: Some(folder.to_owned()),
+        manifests: std::collections::BTreeMap::new(),
+    }
+}
+
+fn home(folder: &Path, id: u8) -> RunHome {
+    let file = run_file(folder, id);
+    RunHome { dir: file.dir.clone(), file: Some(file), spec: Some(testing::spec(&[])) }
+}
+
+/// The shards of a checkpoint at `step`, gathered.
+fn gather(folder: &Path, id: u8, step: u64, loss: f64) -> (FinishSpec, ShardPlace) {
+    let spec = testing::spec(&[]);
     let dag = load_model(&spec).unwrap().dag;
     let names: Vec<String> = dag.params().iter().map(|p| p.name.clone()).collect();
     let (head, tail) = names.split_at(4);
-    let partial = partial_folder(folder, step, GENERATION);
-    std::fs::create_dir_all(&partial).unwrap();
+    let place = ShardPlace { run: RunId::from_bytes([id; 16]), folder: folder.to_owned() };
+    let partial = place.partial(step, GENERATION);
+    make_partial(&partial, &place.run).unwrap();
     let shard = |node: u32, params: &[String]| {
         let path = partial.join(shard_name(NodeIndex(node)));
         let tensors: Vec<(String, Vec<usize>)> = params
@@ -27,21 +54,39 @@ fn make(folder: &Path, step: u64, keep: u32) -> PathBuf {
             })
             .collect();
         testing::write_tensors(&path, &tensors);
-        let bytes = std::fs::metadata(&path).unwrap().len();
-        (StoredShard { bytes, fnv1a: Fnv1a::of_file(&path).unwrap() }, params.to_vec())
+        let bytes = std::fs::read(&path).unwrap();
+        let mut hash = ShardHash::default();
+        hash.update(&bytes);
+        let (blake3, not_finite) = hash.finish();
+        (StoredShard { bytes: bytes.len() as u64, blake3, not_finite }, params.to_vec())
     };
     let shards = vec![shard(0, head), shard(1, tail)];
-    let spec = FinishSpec {
-        folder: folder.to_owned(),
+    let finish = FinishSpec {
         generation: GENERATION,
         step,
-        loss: Some(2.0),
+        loss: Some(loss),
         spec,
         dag: Arc::new(dag),
         origin: Origin::default(),
         shards,
     };
-    finish(&spec).unwrap()
+    (finish, place)
+}
+
+/// A checkpoint of two shards at `step`; returns its folder.
+fn make_of(folder: &Path, id: u8, step: u64, loss: f64) -> PathBuf {
+    let (spec, place) = gather(folder, id, step, loss);
+    finish(&spec, &place, &run_file(folder, id)).unwrap().path
+}
+
+fn make(folder: &Path, step: u64) -> PathBuf {
+    make_of(folder, 1, step, 2.0)
+}
+
+fn steps(folder: &Path) -> Vec<u64> {
+    let mut steps: Vec<u64> = steps_in(folder).unwrap().into_iter().map(|(step, _)| step).collect();
+    steps.sort_unstable();
+    steps
 }
 
 fn error(path: &Path) -> String {
@@ -51,10 +96,11 @@ fn error(path: &Path) -> String {
 #[test]
 fn a_checkpoint_gives_back_what_went_in() {
     let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path(), 5, 3);
+    let path = make(folder.path(), 5);
     assert_eq!(path, folder.path().join("step-5"));
     let checkpoint = open_checkpoint(&path).unwrap();
     assert_eq!((checkpoint.manifest().step, checkpoint.manifest().loss), (5, Some(2.0)));
+    assert_eq!(checkpoint.manifest().run, Some(RunId::from_bytes([1; 16])));
     for param in checkpoint.dag().params() {
         let (shape, bytes) = checkpoint.tensor(&param.name).unwrap();
         assert_eq!((&shape, bytes.len() as u64), (&param.shape, param.bytes()));
@@ -66,7 +112,7 @@ fn a_checkpoint_gives_back_what_went_in() {
 #[test]
 fn a_part_holds_its_parameters_and_their_optimizer_state() {
     let folder = tempfile::tempdir().unwrap();
-    let checkpoint = open_checkpoint(&make(folder.path(), 5, 3)).unwrap();
+    let checkpoint = open_checkpoint(&make(folder.path(), 5)).unwrap();
     // Across both shards.
     let params: Vec<String> = checkpoint.dag().params()[3..6].iter().map(|p| p.name.clone()).collect();
     let out = folder.path().join("part");
@@ -88,30 +134,162 @@ fn a_run_directory_means_its_newest_checkpoint() {
     assert!(error(folder.path()).contains("holds no checkpoint"));
     let checkpoints = folder.path().join("checkpoints");
     for step in [2, 10, 9] {
-        make(&checkpoints, step, 0);
+        make(&checkpoints, step);
     }
-    std::fs::create_dir(checkpoints.join("step-11.partial-1")).unwrap();
+    let (_, place) = gather(&checkpoints, 1, 11, 2.0);
     assert_eq!(open_checkpoint(folder.path()).unwrap().manifest().step, 10);
-    remove_partial(&checkpoints).unwrap();
-    assert_eq!(steps_in(&checkpoints), [2, 9, 10]);
+    assert_eq!(remove_partial(&checkpoints, &place.run), [""; 0]);
+    assert_eq!(std::fs::read_dir(&checkpoints).unwrap().count(), 3);
 }
 
 #[test]
 fn only_the_newest_are_kept() {
     let folder = tempfile::tempdir().unwrap();
     for step in 1..=5 {
-        make(folder.path(), step, 2);
+        make(folder.path(), step);
+        assert!(prune(&home(folder.path(), 1), 2, GOOD).failures.is_empty());
     }
-    assert_eq!(steps_in(folder.path()), [4, 5]);
-    // The same step again, as after resuming.
-    make(folder.path(), 5, 2);
-    assert_eq!(steps_in(folder.path()), [4, 5]);
+    assert_eq!(steps(folder.path()), [4, 5]);
+    // The same step again.
+    make(folder.path(), 5);
+    prune(&home(folder.path(), 1), 2, GOOD);
+    assert_eq!(steps(folder.path()), [4, 5]);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");
+}
+
+#[test]
+fn a_good_checkpoint_outlives_those_of_a_loss_that_has_exploded() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut course = Course::at(0);
+    for (step, loss) in [(1, 5.0), (2, 3.0), (3, 4.0), (4, 1e9), (5, 2e9), (6, 3e9)] {
+        course.step(step, loss, None);
+        make_of(folder.path(), 1, step, loss);
+        prune(&home(folder.path(), 1), 2, course);
+    }
+    // The update after step 3 made the loss of step 4.
+    assert_eq!(course.vouched, 2);
+    assert_eq!(steps(folder.path()), [2, 5, 6]);
+    // It recovers.
+    for (step, loss) in [(7, 3.5), (8, 3.0)] {
+        course.step(step, loss, Some(loss));
+        make_of(folder.path(), 1, step, loss);
+        prune(&home(folder.path(), 1), 2, course);
+    }
+    assert_eq!(steps(folder.path()), [7, 8]);
+}
+
+#[test]
+fn two_runs_in_one_folder_leave_each_other_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    for step in [2, 4, 6] {
+        make_of(folder.path(), 1, step, 2.0);
+    }
+    for step in [1, 3, 5] {
+        make_of(folder.path(), 2, step, 2.0);
+    }
+    let newest = |id| open_newest(&home(folder.path(), id), None).unwrap().checkpoint.manifest().step;
+    assert_eq!((newest(1), newest(2)), (6, 5));
+    assert_eq!(prune(&home(folder.path(), 1), 1, GOOD).dropped, [4, 2]);
+    assert_eq!(steps(folder.path()), [1, 3, 5, 6]);
+    let (_, other) = gather(folder.path(), 2, 9, 2.0);
+    assert!(remove_partial(folder.path(), &RunId::from_bytes([1; 16])).is_empty());
+    assert!(other.partial(9, GENERATION).is_dir());
+    let error = error(folder.path());
+    assert!(error.contains("several runs") && error.contains("step-5 (run 02020202)"), "{error}");
+    let step = open_newest(&home(folder.path(), 2), Some(3)).unwrap().checkpoint.manifest().step;
+    assert_eq!(step, 3);
+    let error = open_newest(&home(folder.path(), 2), Some(6)).unwrap_err().to_string();
+    assert!(error.contains("no checkpoint of step 6, expected one of step-5, step-3, step-1"), "{error}");
+}
+
+#[test]
+fn what_others_made_is_neither_overwritten_nor_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let keep = |name: &str| folder.path().join(name).join("keep");
+    for name in ["step-1", "step-2", "step-7.partial-9", "step-8.partial-01010101-1", "step-3.replaced"] {
+        std::fs::create_dir(folder.path().join(name)).unwrap();
+        std::fs::write(keep(name), b"mine").unwrap();
+    }
+    std::fs::write(folder.path().join("step-4"), b"a file").unwrap();
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(folder.path().join("step-1"), folder.path().join("step-5")).unwrap();
+    let file = run_file(folder.path(), 1);
+    for step in 1..=6 {
+        let (spec, place) = gather(folder.path(), 1, step, 2.0);
+        let finished = finish(&spec, &place, &file).unwrap();
+        let is_taken = finished.path.parent() != Some(folder.path());
+        assert_eq!(is_taken, [1, 2, 4, 5].contains(&step), "{finished:?}");
+        let named = finished.notice.is_some_and(|n| n.contains(&format!("step-{step}")) && n.contains("left alone"));
+        assert_eq!(named, is_taken);
+        prune(&home(folder.path(), 1), 1, GOOD);
+    }
+    assert!(recover(folder.path(), &file.run).is_empty());
+    // What cannot be removed is said, and stays.
+    assert_eq!(remove_partial(folder.path(), &file.run).len(), 1);
+    abandon(&home(folder.path(), 1), 0).unwrap();
+    for name in ["step-1", "step-2", "step-7.partial-9", "step-8.partial-01010101-1", "step-3.replaced"] {
+        assert_eq!(std::fs::read(keep(name)).unwrap(), b"mine", "{name}");
+    }
+    assert_eq!(std::fs::read(folder.path().join("step-4")).unwrap(), b"a file");
+    let place = ShardPlace { run: file.run.clone(), folder: folder.path().to_owned() };
+    let error = make_partial(&place.partial(8, GENERATION), &file.run).unwrap_err().to_string();
+    assert!(error.contains("step-8.partial-01010101-1 is in the way"), "{error}");
+}
+
+#[test]
+fn an_abandoned_future_is_kept_aside_and_not_found() {
+    let folder = tempfile::tempdir().unwrap();
+    for step in [5, 8, 10] {
+        make(folder.path(), step);
+    }
+    let aside = abandon(&home(folder.path(), 1), 5).unwrap();
+    assert_eq!(aside.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [10, 8]);
+    assert_eq!(open_newest(&home(folder.path(), 1), None).unwrap().checkpoint.manifest().step, 5);
+    make(folder.path(), 10);
+    assert_eq!(abandon(&home(folder.path(), 1), 9).unwrap()[0].1, folder.path().join(format!("step-10{ABANDONED}-2")));
+    // It can still be had by its path.
+    assert_eq!(open_checkpoint(&folder.path().join(format!("step-10{ABANDONED}"))).unwrap().manifest().step, 10);
+}
+
+#[test]
+fn a_crash_while_a_checkpoint_takes_anothers_place_loses_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = RunId::from_bytes([1; 16]);
+    make(folder.path(), 5);
+    let (aside, whole) = (folder.path().join(format!("step-5{ASIDE}")), folder.path().join("step-5"));
+    // After the first rename.
+    std::fs::rename(&whole, &aside).unwrap();
+    assert_eq!(open_newest(&home(folder.path(), 1), None).unwrap().checkpoint.manifest().step, 5);
+    assert!(recover(folder.path(), &run).is_empty());
+    assert!(whole.is_dir() && !aside.exists());
+    // After the second.
+    std::fs::rename(&whole, &aside).unwrap();
+    make(folder.path(), 5);
+    std::fs::create_dir_all(&aside).unwrap();
+    std::fs::write(aside.join(MARK), run.as_str()).unwrap();
+    assert_eq!(steps(folder.path()), [5], "it counts once");
+    assert!(recover(folder.path(), &run).is_empty());
+    assert!(whole.is_dir() && !aside.exists());
+}
+
+#[test]
+fn a_damaged_newest_is_passed_over_when_a_run_goes_on_and_refused_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path(), 4);
+    let newest = make(folder.path(), 8);
+    std::fs::remove_file(newest.join("shard-1.safetensors")).unwrap();
+    let found = open_newest(&home(folder.path(), 1), None).unwrap();
+    assert_eq!(found.checkpoint.manifest().step, 4);
+    assert!(found.passed_over[0].to_string().contains("shard-1.safetensors is missing"));
+    let error = error(folder.path());
+    assert!(error.contains("shard-1.safetensors is missing") && error.contains("that of step 4"), "{error}");
+    assert!(open_newest(&home(folder.path(), 1), Some(8)).is_err(), "the one that was asked for");
 }
 
 #[test]
 fn every_damage_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path(), 5, 3);
+    let path = make(folder.path(), 5);
     let shard = path.join("shard-1.safetensors");
     let whole = std::fs::read(&shard).unwrap();
 
@@ -131,30 +309,72 @@ fn every_damage_is_named() {
     std::fs::write(&manifest, &text[..text.len() / 2]).unwrap();
     assert!(error(&path).contains("checkpoint manifest: not readable"), "{}", error(&path));
     std::fs::write(&manifest, text.replace("shard-1.safetensors", "../shard")).unwrap();
+    assert!(error(&path).contains("its checksum is"), "{}", error(&path));
+    let mut other = Manifest::from_json(&text).unwrap();
+    other.shards[1].file = "../shard".to_owned();
+    std::fs::write(&manifest, other.seal().unwrap()).unwrap();
     assert!(error(&path).contains("is not a plain file name"), "{}", error(&path));
     std::fs::remove_file(&manifest).unwrap();
     assert!(error(&path).contains("manifest.json is missing"), "{}", error(&path));
 }
 
 #[test]
+fn every_flipped_bit_of_a_manifest_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path(), 5).join(MANIFEST);
+    let text = std::fs::read(&path).unwrap();
+    for at in 0..text.len() {
+        let mut flipped = text.clone();
+        flipped[at] ^= 1 << (at % 8);
+        // What is no UTF-8 is found before it is read.
+        let Ok(flipped) = String::from_utf8(flipped) else { continue };
+        assert!(Manifest::from_json(&flipped).is_err(), "byte {at}: {:?}", flipped.get(at.saturating_sub(9)..at + 9));
+    }
+}
+
+#[test]
+fn a_manifest_that_was_exchanged_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path(), 5);
+    let first = open_at(&path, None).unwrap().manifest().checksum.clone();
+    make_of(folder.path(), 1, 5, 1.5);
+    let error = open_at(&path, Some(&first)).unwrap_err().to_string();
+    assert!(error.contains("manifest.json has hash") && error.contains(&first), "{error}");
+}
+
+#[test]
 fn a_shard_without_its_parameters_makes_no_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
-    let spec = testing::spec(&[]);
-    let dag = load_model(&spec).unwrap().dag;
-    let partial = partial_folder(folder.path(), 3, GENERATION);
-    std::fs::create_dir_all(&partial).unwrap();
-    testing::write_tensors(&partial.join(shard_name(NodeIndex(0))), &[("a".to_owned(), vec![1])]);
-    let params = vec![dag.params()[0].name.clone()];
-    let spec = FinishSpec {
-        folder: folder.path().to_owned(),
-        generation: GENERATION,
-        step: 3,
-        loss: None,
-        spec,
-        dag: Arc::new(dag),
-        origin: Origin::default(),
-        shards: vec![(StoredShard { bytes: 1, fnv1a: String::new() }, params)],
-    };
-    assert!(finish(&spec).unwrap_err().to_string().contains("is missing"));
-    assert!(steps_in(folder.path()).is_empty());
+    let (mut spec, place) = gather(folder.path(), 1, 3, 2.0);
+    let first = place.partial(3, GENERATION).join(shard_name(NodeIndex(0)));
+    testing::write_tensors(&first, &[("a".to_owned(), vec![1])]);
+    let file = run_file(folder.path(), 1);
+    assert!(finish(&spec, &place, &file).unwrap_err().to_string().contains("is missing"));
+    // Neither does one with a value that is not finite.
+    (spec, _) = gather(folder.path(), 1, 3, 2.0);
+    spec.shards[1].0.not_finite = Some("transformer.ln_f.weight".to_owned());
+    let error = finish(&spec, &place, &file).unwrap_err().to_string();
+    assert!(error.contains("`transformer.ln_f.weight` has values that are not finite"), "{error}");
+    assert!(steps(folder.path()).is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_old_checkpoint_that_cannot_be_removed_is_no_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = make(folder.path(), 1);
+    make(folder.path(), 2);
+    // A folder where the manifest was cannot be removed like a file.
+    std::fs::remove_file(old.join(MANIFEST)).unwrap();
+    std::fs::create_dir(old.join(MANIFEST)).unwrap();
+    let pruned = prune(&home(folder.path(), 1), 1, GOOD);
+    assert!(pruned.dropped.is_empty() && pruned.failures[0].contains("step-1"), "{pruned:?}");
+}
+
+#[test]
+fn a_path_without_a_run_means_what_lies_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    make_of(&folder.path().join("run-01010101"), 1, 3, 2.0);
+    assert!(matches!(meant(folder.path()).unwrap(), Meant::Folder(found) if found[0].0 == 3));
+    assert!(matches!(meant(&folder.path().join("run-01010101/step-3")).unwrap(), Meant::Checkpoint(_)));
 }

@@ -11,7 +11,7 @@ use fusionllm_protocol::{
 };
 
 use crate::checkpoint::{FinishSpec, Origin, StoredShard, TensorSet};
-use crate::run_dir::PlacementFile;
+use crate::run_dir::{PlacementFile, RunStart};
 use crate::store::JobRecord;
 
 /// One connection of a CompNode. A CompNode that comes back has another.
@@ -51,6 +51,8 @@ pub(crate) struct StartPoint {
     pub(crate) notices: Vec<String>,
     /// Where the model came from: files that its checkpoints carry, and the data that it was trained on before.
     pub(crate) origin: Origin,
+    /// Which run begins or goes on.
+    pub(crate) run: RunStart,
 }
 
 /// Something happened.
@@ -63,7 +65,9 @@ pub(crate) enum CoreEvent {
     /// A shard lies in its partial folder.
     ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
     /// A checkpoint is whole.
-    CheckpointFinished { key: RunKey, step: u64, path: PathBuf },
+    CheckpointFinished { key: RunKey, step: u64, path: PathBuf, checksum: String },
+    /// A checkpoint cannot be kept.
+    CheckpointFailed { key: RunKey, step: u64, reason: String },
     /// Something that a job's user must see.
     Noticed { key: RunKey, text: String },
     /// The broker itself cannot go on with a job.
@@ -86,13 +90,15 @@ pub(crate) enum Action {
     /// Write what the data owner found.
     WriteData { key: RunKey, run_dir: PathBuf, data: DataReport },
     /// Write what was done when in one step.
-    WriteTrace { key: RunKey, run_dir: PathBuf, measured: Box<Simulated> },
+    WriteTrace { key: RunKey, measured: Box<Simulated> },
     /// Append a line to the metrics.
     AppendMetrics { key: RunKey, metrics: StepMetrics },
     /// Append a line to the notices. Nobody else is told: that is [`JobEvent::Notice`].
     Notice { run_dir: PathBuf, notice: Notice },
     /// All shards are there: check them and show the checkpoint.
     FinishCheckpoint { key: RunKey, spec: Box<FinishSpec> },
+    /// Remove the shards of a checkpoint that cannot be kept.
+    DropCheckpoint { key: RunKey, step: u64 },
     /// Write the report.
     WriteReport { record: Box<JobRecord> },
     /// Remember the job.
@@ -106,6 +112,7 @@ pub(crate) enum Action {
 pub(crate) struct OpenRun {
     pub(crate) key: RunKey,
     pub(crate) run_dir: PathBuf,
+    pub(crate) run: RunStart,
     pub(crate) spec: JobSpec,
     pub(crate) graph: String,
     pub(crate) placement: PlacementFile,

@@ -1,7 +1,6 @@
 //! One placement of a job at work: who is ready, what was reported, which shards are there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
@@ -37,7 +36,6 @@ pub(super) struct Run {
     /// In the placement's order.
     pub(super) members: Vec<ConnectionId>,
     pub(super) dag: Arc<OpDag>,
-    pub(super) checkpoints: PathBuf,
     /// Where the model came from, and its data once the owner has read it.
     pub(super) origin: Origin,
     placement: Placement,
@@ -64,7 +62,6 @@ impl Run {
         placement: Placement,
         start: &StartPoint,
         spec: &JobSpec,
-        checkpoints: PathBuf,
     ) -> Self {
         let steps = spec.train.steps;
         let compression = &spec.compression;
@@ -80,7 +77,6 @@ impl Run {
             key,
             members,
             dag: Arc::clone(&start.dag),
-            checkpoints,
             origin: start.origin.clone(),
             due: (start.step + 1..=steps).filter(is_due).map(|step| (step, None)).collect(),
             finishing: BTreeSet::new(),
@@ -218,8 +214,17 @@ impl Run {
         self.node_of(connection) == Some(node) && is_due && !is_known
     }
 
+    /// A checkpoint cannot be kept. Whether that can be borne: the job's last one must be.
+    pub(super) fn checkpoint_failed(&mut self, step: u64) -> bool {
+        self.finishing.remove(&step);
+        self.shards.remove(&step);
+        self.due.remove(&step);
+        step != self.steps
+    }
+
     pub(super) fn shard_stored(&mut self, step: u64, node: NodeIndex, shard: StoredShard) {
-        if node.index() < self.members.len() {
+        // One of a checkpoint that has been given up may still come.
+        if node.index() < self.members.len() && self.due.contains_key(&step) {
             self.shards.entry(step).or_default().insert(node, shard);
         }
     }

@@ -11,7 +11,7 @@ use fusionllm_protocol::{
 use super::run::{Run, param_names};
 use super::survey::WorkKey;
 use super::{Action, ConnectionId, Core, Job, OpenRun, RunKey, StartPoint};
-use crate::run_dir::{PlacementFile, RunDir};
+use crate::run_dir::PlacementFile;
 
 impl Core {
     /// Gives waiting jobs, oldest first, the CompNodes they need. A job that must wait holds back those behind it.
@@ -100,13 +100,13 @@ impl Core {
         known.record.generation = Generation(known.record.generation.0 + 1);
         let key = RunKey { job, generation: known.record.generation };
         let run_dir = known.record.run_dir.clone();
-        let checkpoints = RunDir::new(&run_dir).checkpoints(&spec);
         for &member in &members {
             self.compnodes.take(member, key);
         }
         let mut actions = vec![Action::OpenRun(Box::new(OpenRun {
             key,
             run_dir,
+            run: start.run.clone(),
             spec: spec.clone(),
             graph: start.graph.clone(),
             placement: PlacementFile::of(&placement, &start.dag, key.generation, prediction),
@@ -115,7 +115,7 @@ impl Core {
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
         actions.extend(self.assignments(key, &spec, &start, &placement, &members));
-        let run = Run::new(key, members, placement, &start, &spec, checkpoints);
+        let run = Run::new(key, members, placement, &start, &spec);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.run = Some(run);
             known.persisted = now;

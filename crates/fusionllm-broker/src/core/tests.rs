@@ -10,6 +10,7 @@ use fusionllm_protocol::{
 
 use super::*;
 use crate::checkpoint::{Origin, StoredShard};
+use crate::run_dir::RunStart;
 use crate::testing;
 
 const NOW: Duration = Duration::from_secs(100);
@@ -24,6 +25,7 @@ fn start(spec: &JobSpec, step: u64) -> StartPoint {
         step,
         origin: Origin::default(),
         notices: Vec::new(),
+        run: RunStart::new(),
     }
 }
 
@@ -199,7 +201,7 @@ fn a_job_is_assigned_started_and_done() {
     // The two checkpoints, after steps 3 and 6, are still to come.
     for of in [3, 6] {
         for node in [0, 1] {
-            let shard = StoredShard { bytes: 1, fnv1a: "0".to_owned() };
+            let shard = StoredShard::default();
             let event = CoreEvent::ShardStored { key: KEY, step: of, node: NodeIndex(node), shard };
             let actions = core.handle(event, NOW);
             let finishing = actions.iter().find_map(|a| match a {
@@ -209,10 +211,12 @@ fn a_job_is_assigned_started_and_done() {
             assert_eq!(finishing, (node == 1).then_some((of, Some(3.0 / of as f64), 2)));
         }
     }
-    let finished = |step| CoreEvent::CheckpointFinished { key: KEY, step, path: PathBuf::from("/c") };
+    let finished =
+        |step| CoreEvent::CheckpointFinished { key: KEY, step, path: PathBuf::from("/c"), checksum: "c5".to_owned() };
     assert_eq!(states(&core.handle(finished(3), NOW)), []);
     let actions = core.handle(finished(6), NOW);
     assert_eq!(states(&actions), [JobState::Done]);
+    assert_eq!(core.record(JobId(1)).unwrap().checkpoint, Some((6, "c5".to_owned())), "it is remembered");
     assert!(actions.iter().any(|a| matches!(a, Action::WriteReport { .. })));
     assert_eq!(sent(&actions), [], "nobody is told to abort what is done");
     assert!(core.status().compnodes.iter().all(|c| c.job.is_none()));
@@ -377,7 +381,7 @@ fn messages_of_another_generation_are_dropped() {
     let mut core = running();
     core.stop(JobId(1), NOW).unwrap();
     let spec = core.record(JobId(1)).unwrap().spec.clone();
-    core.resume(JobId(1), start(&spec, 3), NOW).unwrap();
+    core.resume(JobId(1), spec.clone(), start(&spec, 3), NOW).unwrap();
     let old = [
         ready(KEY),
         step(KEY, 4, Some(1.0)),
@@ -509,7 +513,7 @@ fn what_cannot_be_run_is_refused() {
     assert!(core.stop(JobId(9), NOW).unwrap_err().to_string().contains("no job 9"));
     submit(&mut core, &[]);
     let spec = testing::spec(&[]);
-    let error = core.resume(JobId(1), start(&spec, 0), NOW).unwrap_err();
+    let error = core.resume(JobId(1), spec.clone(), start(&spec, 0), NOW).unwrap_err();
     assert_eq!(error.to_string(), "job 1 is being prepared, expected a stopped or failed job");
 }
 
@@ -530,15 +534,46 @@ fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
 #[test]
 fn only_a_shard_that_is_due_is_wanted() {
     let core = running();
-    let folder = |connection, node, step, generation| {
+    let wants = |connection, node, step, generation| {
         let kind = BlobKind::Shard { step, node: NodeIndex(node) };
         let header = BlobHeader { job: KEY.job, generation: Generation(generation), kind, bytes: 1 };
-        core.shard_folder(ConnectionId(connection), &header)
+        core.wants_shard(ConnectionId(connection), &header)
     };
-    assert_eq!(folder(2, 1, 3, 1), Some(PathBuf::from("/runs/x/checkpoints")));
-    assert_eq!(folder(2, 0, 3, 1), None, "another CompNode's");
-    assert_eq!(folder(2, 1, 4, 1), None, "no checkpoint after step 4");
-    assert_eq!(folder(2, 1, 3, 2), None, "another generation's");
+    assert!(wants(2, 1, 3, 1));
+    assert!(!wants(2, 0, 3, 1), "another CompNode's");
+    assert!(!wants(2, 1, 4, 1), "no checkpoint after step 4");
+    assert!(!wants(2, 1, 3, 2), "another generation's");
+}
+
+#[test]
+fn training_goes_on_without_a_checkpoint_but_not_without_the_last() {
+    let mut core = running();
+    for number in 1..=6 {
+        for connection in [1, 2] {
+            say(&mut core, connection, step(KEY, number, Some(1.0)));
+        }
+    }
+    let shard =
+        |step, node| CoreEvent::ShardStored { key: KEY, step, node: NodeIndex(node), shard: StoredShard::default() };
+    let failed = |step| {
+        let reason = "/c: No space left on device (os error 28)".to_owned();
+        CoreEvent::CheckpointFailed { key: KEY, step, reason }
+    };
+    core.handle(shard(3, 0), NOW);
+    let actions = core.handle(failed(3), NOW);
+    assert!(matches!(actions[0], Action::DropCheckpoint { step: 3, .. }), "{actions:?}");
+    let told =
+        |action: &Action| matches!(action, Action::Emit(JobEvent::Notice { text, .. }) if text.contains("No space"));
+    assert!(actions.iter().any(told), "{actions:?}");
+    assert_eq!(state(&core, 1), JobState::Running);
+    // The other CompNode's shard was on its way.
+    assert!(core.handle(shard(3, 1), NOW).is_empty());
+    // The next one is tried again.
+    core.handle(shard(6, 0), NOW);
+    let actions = core.handle(shard(6, 1), NOW);
+    assert!(actions.iter().any(|a| matches!(a, Action::FinishCheckpoint { .. })), "{actions:?}");
+    core.handle(failed(6), NOW);
+    assert_eq!(failure(&core), "checkpoint of step 6: /c: No space left on device (os error 28)");
 }
 
 /// What must hold after every event, whatever happened.
@@ -651,7 +686,7 @@ fn no_order_of_events_breaks_the_rules() {
                 }
                 4 if draw(&mut seed, 6) == 0 => watch.core.stop(job, now).unwrap_or_default(),
                 5 => {
-                    let resumed = watch.core.resume(job, fresh.clone(), now);
+                    let resumed = watch.core.resume(job, spec.clone(), fresh.clone(), now);
                     if resumed.is_ok() {
                         watch.was_final.remove(&job);
                     }
@@ -667,7 +702,7 @@ fn no_order_of_events_breaks_the_rules() {
                     watch.core.handle(said(step(key, number, Some(1.0))), now)
                 }
                 12 => {
-                    let shard = StoredShard { bytes: 1, fnv1a: String::new() };
+                    let shard = StoredShard::default();
                     let node = NodeIndex(draw(&mut seed, 3) as u32);
                     watch.core.handle(CoreEvent::ShardStored { key, step: 3, node, shard }, now)
                 }

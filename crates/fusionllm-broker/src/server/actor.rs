@@ -16,6 +16,7 @@ use super::files::Files;
 use crate::BrokerError;
 use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, StartPoint};
 use crate::report::RunReport;
+use crate::run_dir::free_run_dir;
 use crate::store::JobRecord;
 
 /// How often leases are looked at.
@@ -52,6 +53,7 @@ pub(super) enum Command {
     },
     Resume {
         job: JobId,
+        spec: Box<JobSpec>,
         start: Box<StartPoint>,
         reply: Reply<Result<Submitted, BrokerError>>,
     },
@@ -75,10 +77,10 @@ pub(super) enum Command {
         job: JobId,
         reply: Reply<Result<RunReport, BrokerError>>,
     },
-    ShardFolder {
+    WantsShard {
         connection: ConnectionId,
         header: BlobHeader,
-        reply: Reply<Option<PathBuf>>,
+        reply: Reply<bool>,
     },
     Shutdown {
         reply: Reply<()>,
@@ -166,9 +168,9 @@ impl Actor {
                 });
                 let _ = reply.send(submitted);
             }
-            Command::Resume { job, start, reply } => {
+            Command::Resume { job, spec, start, reply } => {
                 let receiver = self.events.subscribe();
-                let resumed = self.core.resume(job, *start, now).and_then(|actions| {
+                let resumed = self.core.resume(job, *spec, *start, now).and_then(|actions| {
                     self.perform(actions);
                     let run_dir = self.core.record(job)?.run_dir.clone();
                     Ok(Submitted { job, run_dir, events: JobEvents::new(job, receiver, self.states.subscribe()) })
@@ -195,8 +197,8 @@ impl Actor {
                 Ok(record) => self.files.report(record.clone(), reply),
                 Err(error) => drop(reply.send(Err(error))),
             },
-            Command::ShardFolder { connection, header, reply } => {
-                let _ = reply.send(self.core.shard_folder(connection, &header));
+            Command::WantsShard { connection, header, reply } => {
+                let _ = reply.send(self.core.wants_shard(connection, &header));
             }
             Command::Shutdown { reply } => {
                 let _ = reply.send(());
@@ -207,12 +209,7 @@ impl Actor {
     fn choose(&self, choice: RunDirChoice) -> PathBuf {
         match choice {
             RunDirChoice::Given(path) => path,
-            RunDirChoice::Free(base) => {
-                let name = base.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                let numbered = (2..).map(|n: u32| base.with_file_name(format!("{name}-{n}")));
-                let is_free = |path: &PathBuf| !self.core.uses_run_dir(path) && crate::run_dir::is_free(path);
-                std::iter::once(base.clone()).chain(numbered).find(is_free).unwrap_or(base)
-            }
+            RunDirChoice::Free(base) => free_run_dir(&base, |path| self.core.uses_run_dir(path)),
         }
     }
 
@@ -241,6 +238,7 @@ impl Actor {
                 | Action::AppendMetrics { .. }
                 | Action::Notice { .. }
                 | Action::FinishCheckpoint { .. }
+                | Action::DropCheckpoint { .. }
                 | Action::WriteReport { .. }
                 | Action::Persist(_) => self.files.perform(action),
             }

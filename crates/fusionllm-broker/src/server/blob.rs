@@ -1,8 +1,8 @@
 //! Checkpoint shards from CompNodes, and weights to them.
 
-use std::path::Path;
 use std::sync::Arc;
 
+use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
 use fusionllm_transport::{FrameSource, Session};
 use tokio::fs::File;
@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use super::actor::Command;
 use super::{Handle, blocking};
 use crate::BrokerError;
-use crate::checkpoint::{Fnv1a, StoredShard, TensorSet, partial_folder, shard_name};
+use crate::checkpoint::{ShardHash, ShardPlace, StoredShard, TensorSet, make_partial, shard_name};
 use crate::core::{ConnectionId, CoreEvent, RunKey};
 use crate::run_dir::io_error;
 
@@ -34,19 +34,22 @@ pub(super) async fn receive_all(connection: ConnectionId, session: &Session, han
     }
 }
 
-/// Receives one shard. A job whose shard cannot be kept fails; what nobody asked for is dropped.
+/// Receives one shard. If it cannot be kept there is no checkpoint of its step; what nobody asked for is dropped.
 async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Handle) -> Result<(), String> {
     let first = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| e.to_string())?;
     let header: BlobHeader = decode(&first.ok_or("it is empty")?).map_err(|e| e.to_string())?;
     let BlobKind::Shard { step, node } = header.kind else { return Err("it is no shard".to_owned()) };
     let asked = header.clone();
-    let folder = handle.ask(|reply| Command::ShardFolder { connection, header: asked, reply }).await;
-    let folder = folder.ok().flatten().ok_or("nobody waits for it")?;
+    let wanted = handle.ask(|reply| Command::WantsShard { connection, header: asked, reply }).await;
+    if !wanted.unwrap_or(false) {
+        return Err("nobody waits for it".to_owned());
+    }
     let key = RunKey { job: header.job, generation: header.generation };
-    let partial = partial_folder(&folder, step, header.generation);
-    let event = match store(stream, &header, &partial, &partial.join(shard_name(node))).await {
+    // Only once the run is open is it settled where its checkpoints lie, and what earlier ones left is gone.
+    let place = handle.open_runs.place(key).await.ok_or("its run is not open")?;
+    let event = match store(stream, &header, &place, step, node).await {
         Ok(shard) => CoreEvent::ShardStored { key, step, node, shard },
-        Err(reason) => CoreEvent::RunFailed { key, reason: format!("checkpoint of step {step}: {reason}") },
+        Err(reason) => CoreEvent::CheckpointFailed { key, step, reason },
     };
     // If the actor is gone it needs no word.
     let _ = handle.commands.send(Command::Event(event)).await;
@@ -56,13 +59,17 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
 async fn store(
     mut stream: FrameSource,
     header: &BlobHeader,
-    folder: &Path,
-    path: &Path,
+    place: &ShardPlace,
+    step: u64,
+    node: NodeIndex,
 ) -> Result<StoredShard, String> {
-    let io = |e: std::io::Error| io_error(path, e).to_string();
-    tokio::fs::create_dir_all(folder).await.map_err(io)?;
-    let mut file = File::create(path).await.map_err(io)?;
-    let mut hash = Fnv1a::default();
+    let folder = place.partial(step, header.generation);
+    let path = folder.join(shard_name(node));
+    let run = place.run.clone();
+    blocking(move || make_partial(&folder, &run)).await.map_err(|e| e.to_string())?;
+    let io = |e: std::io::Error| io_error(&path, e).to_string();
+    let mut file = File::create(&path).await.map_err(io)?;
+    let mut hash = ShardHash::default();
     let mut got = 0;
     while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| e.to_string())? {
         got += chunk.len() as u64;
@@ -75,8 +82,11 @@ async fn store(
     if got < header.bytes {
         return Err(format!("{got} of {} bytes came", header.bytes));
     }
+    // Syncing alone forgets what became of the write that is still under way.
+    file.flush().await.map_err(io)?;
     file.sync_all().await.map_err(io)?;
-    Ok(StoredShard { bytes: got, fnv1a: hash.hex() })
+    let (blake3, not_finite) = hash.finish();
+    Ok(StoredShard { bytes: got, blake3, not_finite })
 }
 
 /// Sends a CompNode its parameters, and their optimizer state if there is one.

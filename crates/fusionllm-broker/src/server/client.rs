@@ -42,7 +42,9 @@ async fn answer(request: ClientRequest, handle: &Handle) -> (ToClient, Option<Jo
         ClientRequest::Submit { spec, follow, tokenizer } => {
             submitted(handle.submit(*spec, None, tokenizer).await, follow)
         }
-        ClientRequest::Resume { job, follow } => submitted(handle.resume(job).await, follow),
+        ClientRequest::Resume { job, step, overrides, follow } => {
+            submitted(handle.resume(job, step, overrides).await, follow)
+        }
         ClientRequest::Status => match handle.status().await {
             Ok(report) => (ToClient::Status(report), None),
             Err(error) => (refusal(&error), None),

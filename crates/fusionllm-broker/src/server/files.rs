@@ -1,20 +1,21 @@
 //! The thread that writes run directories and the store, in the order of the core's decisions.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use fusionllm_planner::{Simulated, Trace};
+use fusionllm_protocol::StepMetrics;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::actor::Command;
+use super::open_runs::OpenRuns;
 use crate::BrokerError;
-use crate::checkpoint::finish;
-use crate::core::{Action, CoreEvent, RunKey};
-use crate::metrics::{MetricsWriter, read_metrics};
-use crate::plot::loss_against_bytes;
+use crate::checkpoint::{Course, FinishSpec, finish, prune, remove_partial};
+use crate::core::{Action, CoreEvent, OpenRun, RunKey};
+use crate::metrics::MetricsWriter;
+use crate::plot::LossPlot;
 use crate::report::RunReport;
-use crate::run_dir::{RunDir, write_atomic};
+use crate::run_dir::{OpenedRun, RunDir, write_atomic};
 use crate::store::{JobRecord, Store};
 
 /// The way to the thread.
@@ -30,8 +31,9 @@ enum Work {
 }
 
 impl Files {
-    /// Starts the thread. It reports to `commands` what has become of checkpoints and what could not be written.
-    pub(super) fn start(store: Store, commands: mpsc::Sender<Command>) -> Self {
+    /// Starts the thread. It reports to `commands` what has become of checkpoints and what could not be written, and
+    /// says in `open_runs` where shards may be written.
+    pub(super) fn start(store: Store, commands: mpsc::Sender<Command>, open_runs: OpenRuns) -> Self {
         #[expect(
             clippy::disallowed_methods,
             reason = "the core never waits for a disk, and the thread may wait for the core: a bound could lock both"
@@ -40,17 +42,18 @@ impl Files {
         // A weak one: the actor ends when all who may ask it have gone.
         let commands = commands.downgrade();
         let thread = spawn_blocking(move || {
-            let mut keeper = Keeper { store, writers: BTreeMap::new(), predicted: BTreeMap::new() };
+            let mut keeper = Keeper { store, open_runs, runs: BTreeMap::new() };
             while let Some(next) = work.blocking_recv() {
-                let event = match next {
+                let events = match next {
                     Work::Action(action) => keeper.perform(action),
                     Work::Report { record, reply } => {
                         // Nobody may be waiting for it any more.
-                        let _ = reply.send(RunReport::read(&record));
-                        None
+                        let _ = reply.send(RunReport::read(&record, |_| {}));
+                        Vec::new()
                     }
                 };
-                if let (Some(event), Some(commands)) = (event, commands.upgrade()) {
+                for event in events {
+                    let Some(commands) = commands.upgrade() else { break };
                     // If the actor is gone it needs no word.
                     let _ = commands.blocking_send(Command::Event(event));
                 }
@@ -81,79 +84,183 @@ impl Files {
 
 struct Keeper {
     store: Store,
-    writers: BTreeMap<RunKey, (PathBuf, MetricsWriter)>,
-    /// CompNodes and predicted step of each run, until the measured one is there.
-    predicted: BTreeMap<RunKey, (Vec<String>, Simulated)>,
+    open_runs: OpenRuns,
+    runs: BTreeMap<RunKey, KeptRun>,
+}
+
+/// A run at work.
+struct KeptRun {
+    opened: OpenedRun,
+    dir: RunDir,
+    metrics: MetricsWriter,
+    /// CompNodes and predicted step, until the measured one is there.
+    predicted: Option<(Vec<String>, Simulated)>,
+    course: Course,
+    /// The newest checkpoint, if there are more than are to be kept since it is not known yet whether it is good.
+    unpruned: Option<u64>,
 }
 
 impl Keeper {
-    fn perform(&mut self, action: Action) -> Option<CoreEvent> {
+    fn perform(&mut self, action: Action) -> Vec<CoreEvent> {
         let key = match &action {
             Action::OpenRun(open) => Some(open.key),
-            Action::WriteData { key, .. }
-            | Action::WriteTrace { key, .. }
-            | Action::AppendMetrics { key, .. }
-            | Action::FinishCheckpoint { key, .. } => Some(*key),
+            Action::WriteData { key, .. } | Action::AppendMetrics { key, .. } => Some(*key),
             _ => None,
         };
         match (self.write(action), key) {
-            (Ok(event), _) => event,
-            (Err(error), Some(key)) => Some(CoreEvent::RunFailed { key, reason: error.to_string() }),
+            (Ok(events), _) => events,
+            (Err(error), Some(key)) => {
+                self.open_runs.set(key, None);
+                vec![CoreEvent::RunFailed { key, reason: error.to_string() }]
+            }
             (Err(error), None) => {
                 tracing::error!(%error, "cannot write");
-                None
+                Vec::new()
             }
         }
     }
 
-    fn write(&mut self, action: Action) -> Result<Option<CoreEvent>, BrokerError> {
+    fn write(&mut self, action: Action) -> Result<Vec<CoreEvent>, BrokerError> {
+        let mut events = Vec::new();
         match action {
-            Action::OpenRun(open) => {
-                let dir = RunDir::new(&open.run_dir);
-                dir.open(&open.spec, &open.graph, &open.placement)?;
-                let writer = MetricsWriter::open(&dir.metrics(), open.start_step)?;
-                self.writers.retain(|key, _| key.job != open.key.job);
-                self.writers.insert(open.key, (dir.metrics(), writer));
-                let names = open.placement.placement.compnodes.clone();
-                self.predicted.retain(|key, _| key.job != open.key.job);
-                self.predicted.insert(open.key, (names, open.predicted));
-            }
+            Action::OpenRun(open) => events = self.open(*open)?,
             Action::WriteData { run_dir, data, .. } => {
                 let dir = RunDir::new(&run_dir);
                 dir.write_json(&dir.data(), &data)?;
             }
-            Action::WriteTrace { key, run_dir, measured } => {
-                if let Some((names, predicted)) = self.predicted.remove(&key) {
+            Action::WriteTrace { key, measured, .. } => {
+                if let Some(run) = self.runs.get_mut(&key)
+                    && let Some((names, predicted)) = run.predicted.take()
+                {
                     let trace = Trace::side_by_side(&[("measured", &measured), ("predicted", &predicted)], &names);
-                    let dir = RunDir::new(&run_dir);
-                    dir.write_json(&dir.trace(), &trace)?;
+                    let written = run.dir.write_json(&run.dir.trace(), &trace);
+                    events.extend(written.err().map(|error| CoreEvent::Noticed { key, text: error.to_string() }));
                 }
             }
             Action::AppendMetrics { key, metrics, .. } => {
-                if let Some((path, writer)) = self.writers.get_mut(&key) {
-                    writer.append(path, &metrics)?;
+                if let Some(run) = self.runs.get_mut(&key) {
+                    events = run.append(&metrics)?.into_iter().map(|text| CoreEvent::Noticed { key, text }).collect();
                 }
             }
-            Action::Notice { run_dir, notice } => RunDir::new(&run_dir).append_notice(&notice)?,
             Action::FinishCheckpoint { key, spec } => {
-                let path = finish(&spec)?;
-                return Ok(Some(CoreEvent::CheckpointFinished { key, step: spec.step, path }));
-            }
-            Action::WriteReport { record } => {
-                self.writers.retain(|key, _| key.job != record.job);
-                self.predicted.retain(|key, _| key.job != record.job);
-                let report = RunReport::read(&record)?;
-                let dir = RunDir::new(&record.run_dir);
-                write_atomic(&dir.report(), report.markdown().as_bytes())?;
-                match loss_against_bytes(&read_metrics(&dir.metrics())?) {
-                    Ok(Some(svg)) => write_atomic(&dir.plot(), svg.as_bytes())?,
-                    Ok(None) => {}
-                    Err(error) => tracing::warn!(error, "the plot of loss against bytes cannot be drawn"),
+                if let Some(run) = self.runs.get_mut(&key) {
+                    events = run.finish(key, &spec);
                 }
             }
+            Action::DropCheckpoint { key, step } => {
+                if let Some(run) = self.runs.get(&key) {
+                    events.extend(run.drop_partial(key, step));
+                }
+            }
+            Action::Notice { run_dir, notice } => {
+                // Where no run of ours is open, the directory may be another's.
+                if let Some(run) = self.runs.values().find(|run| run.dir == RunDir::new(&run_dir)) {
+                    run.dir.append_notice(&notice)?;
+                }
+            }
+            Action::WriteReport { record } => self.close(&record)?,
             Action::Persist(record) => self.store.put(&record)?,
             Action::Send { .. } | Action::SendWeights { .. } | Action::Disconnect { .. } | Action::Emit(_) => {}
         }
-        Ok(None)
+        Ok(events)
+    }
+
+    fn open(&mut self, open: OpenRun) -> Result<Vec<CoreEvent>, BrokerError> {
+        // An earlier placement's lock must not stand in the way.
+        self.runs.retain(|key, _| key.job != open.key.job);
+        let dir = RunDir::new(&open.run_dir);
+        let mut opened = dir.open(&open.run, &open.spec, &open.graph, &open.placement, open.start_step)?;
+        let metrics = MetricsWriter::open(&dir.metrics(), open.start_step)?;
+        let notices = std::mem::take(&mut opened.notices);
+        self.open_runs.set(open.key, Some(opened.place.clone()));
+        let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
+        let course = Course::at(open.start_step);
+        self.runs.insert(open.key, KeptRun { opened, dir, metrics, predicted, course, unpruned: None });
+        Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
+    }
+
+    /// The job has ended: its report is written, and its directory let go.
+    fn close(&mut self, record: &JobRecord) -> Result<(), BrokerError> {
+        self.open_runs.close(record.job);
+        // Held until the report is there.
+        let mut ended = Vec::new();
+        while let Some(key) = self.runs.keys().find(|key| key.job == record.job).copied() {
+            ended.extend(self.runs.remove(&key));
+        }
+        for run in &mut ended {
+            if let Err(error) = run.metrics.flush() {
+                tracing::error!(%error, path = %run.dir.metrics().display(), "the last steps are not written");
+            }
+            for why in remove_partial(&run.opened.place.folder, &run.opened.file.run) {
+                tracing::warn!(why, "an unfinished checkpoint was not removed");
+            }
+        }
+        if ended.is_empty() {
+            // It was never opened, or not by us: nothing in there is ours to write.
+            return Ok(());
+        }
+        let mut plot = LossPlot::default();
+        let report = RunReport::read(record, |step| plot.add(step))?;
+        let dir = RunDir::new(&record.run_dir);
+        write_atomic(&dir.report(), report.markdown().as_bytes())?;
+        match plot.svg() {
+            Ok(Some(svg)) => write_atomic(&dir.plot(), svg.as_bytes())?,
+            Ok(None) => {}
+            Err(error) => tracing::warn!(error, "the plot of loss against bytes cannot be drawn"),
+        }
+        Ok(())
+    }
+}
+
+impl KeptRun {
+    /// Appends a step. Gives what its user must know.
+    fn append(&mut self, metrics: &StepMetrics) -> Result<Vec<String>, BrokerError> {
+        let mut notices: Vec<String> = self.metrics.append(&self.dir.metrics(), metrics)?.into_iter().collect();
+        self.course.step(metrics.step, metrics.loss, metrics.eval_loss);
+        if self.unpruned.is_some_and(|newest| newest <= self.course.vouched) {
+            notices.extend(self.prune());
+        }
+        Ok(notices)
+    }
+
+    fn finish(&mut self, key: RunKey, spec: &FinishSpec) -> Vec<CoreEvent> {
+        let step = spec.step;
+        let finished = match finish(spec, &self.opened.place, &self.opened.file) {
+            Ok(finished) => finished,
+            Err(error) => return vec![CoreEvent::CheckpointFailed { key, step, reason: error.to_string() }],
+        };
+        let mut notices: Vec<String> = finished.notice.into_iter().collect();
+        let recorded = self.opened.record(Some((step, finished.checksum.clone())), &[]);
+        notices.extend(recorded.err().map(|error| error.to_string()));
+        self.unpruned = Some(step);
+        notices.extend(self.prune());
+        let mut events: Vec<CoreEvent> = notices.into_iter().map(|text| CoreEvent::Noticed { key, text }).collect();
+        events.push(CoreEvent::CheckpointFinished { key, step, path: finished.path, checksum: finished.checksum });
+        events
+    }
+
+    /// Drops checkpoints that are not to be kept. What cannot be removed is no reason to stop.
+    fn prune(&mut self) -> Vec<String> {
+        if self.unpruned.is_some_and(|newest| newest <= self.course.vouched) {
+            self.unpruned = None;
+        }
+        let pruned = prune(&self.opened.home(), self.opened.spec.checkpoint.keep, self.course);
+        let mut notices: Vec<String> =
+            pruned.failures.into_iter().map(|why| format!("an old checkpoint was not removed: {why}")).collect();
+        if !pruned.dropped.is_empty() {
+            notices.extend(self.opened.record(None, &pruned.dropped).err().map(|error| error.to_string()));
+        }
+        notices
+    }
+
+    /// Removes the shards of a checkpoint that cannot be kept: on a full disk they take the room of the next one.
+    fn drop_partial(&self, key: RunKey, step: u64) -> Option<CoreEvent> {
+        let partial = self.opened.place.partial(step, key.generation);
+        match std::fs::remove_dir_all(&partial) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Some(CoreEvent::Noticed { key, text: format!("{}: {e}", partial.display()) })
+            }
+            _ => None,
+        }
     }
 }

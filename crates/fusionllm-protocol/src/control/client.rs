@@ -31,10 +31,14 @@ pub enum ClientRequest {
         /// Which.
         job: JobId,
     },
-    /// Go on with a stopped or failed job from its last checkpoint.
+    /// Go on with a stopped or failed job.
     Resume {
         /// Which.
         job: JobId,
+        /// From the checkpoint of this step, 0 being the beginning; if not given, from the newest whole one.
+        step: Option<u64>,
+        /// Keys of the job to change, as `section.key=value`.
+        overrides: Vec<String>,
         /// Stream its events until it ends.
         follow: bool,
     },

@@ -20,11 +20,15 @@ pub(super) async fn submit(args: cli::Submit) -> anyhow::Result<()> {
 pub(super) async fn resume(args: cli::ResumeJob) -> anyhow::Result<()> {
     let mut client = Client::connect(&args.broker).await?;
     let job = JobId(args.job);
-    let steps = match client.request(&ClientRequest::Status).await? {
+    let known = match client.request(&ClientRequest::Status).await? {
         ToClient::Status(report) => report.jobs.iter().find(|j| j.job == job).map_or(0, |j| j.steps),
         _ => 0,
     };
-    accepted(&mut client, &ClientRequest::Resume { job, follow: args.follow }, args.json).await?;
+    let (follow, step, overrides) = (args.follow, args.step, args.overrides.overrides);
+    let asked =
+        |given: &String| given.split_once('=').filter(|(key, _)| key.trim() == "train.steps")?.1.trim().parse().ok();
+    let steps = overrides.iter().rev().find_map(asked).unwrap_or(known);
+    accepted(&mut client, &ClientRequest::Resume { job, step, overrides, follow }, args.json).await?;
     finish(client, args.follow, args.json, steps).await
 }
 

@@ -5,11 +5,10 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, RunReport, Submitted, default_run_dir, load_model, model_tokenizer,
-    open_checkpoint, read_cluster,
+    Broker, BrokerConfig, BrokerError, Resumption, RunReport, Submitted, default_run_dir, find_resumption,
+    free_run_dir, load_model, model_tokenizer, read_cluster, resumed_job, run_dir_holder,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
-use fusionllm_graph::OpDag;
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobSpec};
 
@@ -28,14 +27,12 @@ const SAMPLE_TOKENS: usize = 80;
 /// A job that has passed all checks.
 struct Checked {
     spec: JobSpec,
-    /// Checkpoint to go on from.
-    from: Option<PathBuf>,
     run_dir: PathBuf,
     compnodes: u32,
 }
 
 pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
-    let checked = check(&args)?;
+    let (checked, from) = check(&args)?;
     let state = tempfile::tempdir().context("cannot make a temporary folder for the broker's state")?;
     let config = BrokerConfig {
         bind: "127.0.0.1:0".parse().context("loopback address")?,
@@ -44,20 +41,27 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
         runs_dir: PathBuf::from("runs"),
     };
     let broker = Broker::start(config).await.map_err(broker_error)?;
-    let result = train(&args, &checked, &broker).await;
+    let result = train(&args, &checked, from, &broker).await;
     broker.shutdown().await;
     result
 }
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
-fn check(args: &cli::Train) -> anyhow::Result<Checked> {
-    let (mut spec, dag, from, resumed_dir, carried) = match (&args.job, &args.resume) {
-        (_, Some(dir)) => resumed(dir, &args.overrides.overrides)?,
+fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
+    let (mut spec, dag, from, carried) = match (&args.job, &args.resume) {
+        (_, Some(dir)) => {
+            let (spec, from) = resumed(dir, args)?;
+            let carried = match from.checkpoint().carried().get("tokenizer.json") {
+                Some(tokenizer) => Some(tokenizer.clone()),
+                None => model_tokenizer(&spec).map_err(bad_input)?,
+            };
+            (spec, from.checkpoint().dag().clone(), Some(from), carried)
+        }
         (Some(job), None) => {
             let spec = super::job_file::read(job, &args.overrides.overrides)?;
             let dag = load_model(&spec).map_err(bad_input)?.dag;
             let of_model = model_tokenizer(&spec).map_err(bad_input)?;
-            (spec, dag, None, None, of_model)
+            (spec, dag, None, of_model)
         }
         (None, None) => return Err(bad_input("no job file")),
     };
@@ -73,45 +77,45 @@ fn check(args: &cli::Train) -> anyhow::Result<Checked> {
     if let Some(vocab) = dag.vocab() {
         corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(bad_input)?;
     }
-    let run_dir = match (&args.out, resumed_dir) {
-        (Some(out), _) => out.clone(),
-        (None, Some(dir)) => dir,
-        (None, None) => default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()),
+    let run_dir = match (&from, &args.out) {
+        (Some(from), _) => from.run_dir().to_owned(),
+        (None, Some(out)) => out.clone(),
+        (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false),
     };
     if from.is_none() && run_dir.join("metrics.jsonl").exists() {
         let hint = "give another --out, or go on with it by --resume";
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
-    Ok(Checked { spec, from, run_dir: std::path::absolute(run_dir)?, compnodes })
+    if let Some(holder) = run_dir_holder(&run_dir) {
+        let hint = "wait until it has ended, or give another --out";
+        return Err(bad_input(format!("{} is in use by {holder}; {hint}", run_dir.display())));
+    }
+    Ok((Checked { spec, run_dir: std::path::absolute(run_dir)?, compnodes }, from))
 }
 
-/// Job, graph and folder of a checkpoint, the run directory in which it lies, and the tokenizer that it carries.
-type Resumed = (JobSpec, OpDag, Option<PathBuf>, Option<PathBuf>, Option<String>);
-
-fn resumed(dir: &Path, overrides: &[String]) -> anyhow::Result<Resumed> {
-    let checkpoint = open_checkpoint(dir).map_err(bad_input)?;
-    let manifest = checkpoint.manifest();
-    let text = toml::to_string(&manifest.job).context("the checkpoint's job")?;
-    let spec = JobSpec::from_toml(&text, overrides).map_err(bad_input)?;
-    spec.validate().map_err(bad_input)?;
-    if spec.model != manifest.job.model || spec.data.seq_len != manifest.job.data.seq_len {
-        return Err(bad_input("a checkpoint's model and data.seq_len cannot be changed, leave them out of --set"));
+/// The job of a run that goes on, and from where.
+fn resumed(dir: &Path, args: &cli::Train) -> anyhow::Result<(JobSpec, Resumption)> {
+    if args.step == Some(0) {
+        return Err(bad_input("--step 0 is the beginning: train the job file into another --out"));
     }
+    let from = find_resumption(dir, args.step, args.out.as_deref()).map_err(bad_input)?;
+    let manifest = from.checkpoint().manifest();
+    let here = std::env::current_dir().context("the current folder")?;
+    let spec = resumed_job(&manifest.job, &args.overrides.overrides, Some(&here)).map_err(bad_input)?;
     if manifest.step >= spec.train.steps {
         let (done, steps) = (manifest.step, spec.train.steps);
         return Err(bad_input(format!("{done} of train.steps = {steps} are done; raise it with --set train.steps=N")));
     }
-    let folder = checkpoint.path().to_owned();
-    let run_dir = folder.parent().and_then(Path::parent).map(Path::to_owned);
-    let tokenizer = match checkpoint.carried().get("tokenizer.json") {
-        Some(tokenizer) => Some(tokenizer.clone()),
-        None => model_tokenizer(&spec).map_err(bad_input)?,
-    };
-    Ok((spec, checkpoint.dag().clone(), Some(folder), run_dir, tokenizer))
+    Ok((spec, from))
 }
 
-async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow::Result<()> {
+async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, broker: &Broker) -> anyhow::Result<()> {
     if !args.json {
+        if let Some(from) = &from {
+            let (checkpoint, dir) = (from.checkpoint(), from.run_dir().display());
+            let (path, step) = (checkpoint.path().display(), checkpoint.manifest().step);
+            render::line(&format!("going on in {dir} after step {step}, from {path}"))?;
+        }
         render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
     }
     let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, args.fresh_profile);
@@ -119,7 +123,7 @@ async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow:
         started = starting => started?,
         () = super::follow::interrupted() => anyhow::bail!("interrupted before training began"),
     };
-    let result = run_job(args, checked, broker).await;
+    let result = run_job(args, checked, from, broker).await;
     let crashed = compnodes.stop().await;
     let report = match result {
         // The broker knows only that it vanished.
@@ -130,10 +134,15 @@ async fn train(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow:
 }
 
 /// Submits the job and follows it to its end. Ctrl-C stops it.
-async fn run_job(args: &cli::Train, checked: &Checked, broker: &Broker) -> anyhow::Result<RunReport> {
+async fn run_job(
+    args: &cli::Train,
+    checked: &Checked,
+    from: Option<Resumption>,
+    broker: &Broker,
+) -> anyhow::Result<RunReport> {
     let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
-    let submitted = match &checked.from {
-        Some(checkpoint) => broker.resume_from(spec, checkpoint.clone(), run_dir).await,
+    let submitted = match from {
+        Some(from) => broker.resume_from(spec, from).await,
         None => {
             let tokenizer = super::job_file::tokenizer_source(&spec);
             broker.submit(spec, Some(run_dir), tokenizer).await

@@ -83,12 +83,21 @@ fn checkpoints_that_are_damaged() {
         (whole[..whole.len() - 4].to_vec(), &["shard-1.safetensors", "bytes"]),
     ] {
         std::fs::write(bench.path(shard), bytes).unwrap();
-        for command in ["train --resume done", "export done hf", "generate done --prompt a"] {
+        for command in ["train --resume done --step 8", "export done hf", "generate done --prompt a"] {
             refuses(&bench, command, words);
         }
     }
     std::fs::remove_file(bench.path(shard)).unwrap();
-    refuses(&bench, "train --resume done", &["shard-1.safetensors", "missing"]);
+    refuses(&bench, "train --resume done --step 8", &["shard-1.safetensors", "missing"]);
+    // Where none is whole, the newest one is named.
+    let older = bench.path("done/checkpoints/step-4/shard-0.safetensors");
+    let bytes = std::fs::read(&older).unwrap();
+    std::fs::remove_file(&older).unwrap();
+    refuses(&bench, "train --resume done", &["step-8", "shard-1.safetensors", "missing"]);
+    // An older one that is whole is gone on from, with a word.
+    std::fs::write(&older, bytes).unwrap();
+    let out = bench.succeed("train --resume done");
+    assert!(out.contains("passed over") && out.contains("shard-1.safetensors is missing"), "{out}");
     refuses(&bench, "train --resume nowhere", &["nowhere", "no checkpoint"]);
     refuses(&bench, "train job.toml --out done", &["done", "--resume"]);
     assert!(!bench.path("hf").exists());

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod cluster;
+mod folders;
 mod input;
 mod plan;
 mod process;

@@ -1,0 +1,277 @@
+//! From shards to a checkpoint, and which ones are kept.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fusionllm_graph::OpDag;
+use fusionllm_protocol::{Generation, JobSpec, Manifest, RunId, ShardEntry};
+use safetensors::tensor::Dtype;
+
+use super::place::{
+    ABANDONED, ASIDE, Found, Maker, brief_of, checkpoints_of, free_name, maker, partial_folder, step_name,
+};
+use super::tensor_file::TensorFile;
+use super::{MANIFEST, Origin, StoredShard, io_error, shard_name, tensor_set};
+use crate::run_dir::{RunFile, RunHome, sync_folder, write_atomic};
+use crate::{BrokerError, CheckpointError};
+use fusionllm_planner::NodeIndex;
+
+/// A loss this many times the lowest one, and [`EXPLODED_BY`] above it, is no noise any more.
+const EXPLODED_TIMES: f64 = 1.5;
+/// In nats per token.
+const EXPLODED_BY: f64 = 0.5;
+
+/// Everything that makes shards a checkpoint.
+#[derive(Clone, Debug)]
+pub(crate) struct FinishSpec {
+    /// The placement.
+    pub(crate) generation: Generation,
+    /// Updates done.
+    pub(crate) step: u64,
+    /// Training loss of that step.
+    pub(crate) loss: Option<f64>,
+    /// The job.
+    pub(crate) spec: JobSpec,
+    /// The model.
+    pub(crate) dag: Arc<OpDag>,
+    /// Where the model came from.
+    pub(crate) origin: Origin,
+    /// By CompNode: its shard and the names of its parameters.
+    pub(crate) shards: Vec<(StoredShard, Vec<String>)>,
+}
+
+/// Where a run that is open keeps its checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ShardPlace {
+    /// The run.
+    pub(crate) run: RunId,
+    /// The folder.
+    pub(crate) folder: PathBuf,
+}
+
+impl ShardPlace {
+    /// Where the shards of a step are gathered.
+    pub(crate) fn partial(&self, step: u64, generation: Generation) -> PathBuf {
+        partial_folder(&self.folder, &self.run, step, generation)
+    }
+}
+
+/// A checkpoint in its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Finished {
+    /// Its folder.
+    pub(crate) path: PathBuf,
+    /// Its manifest's checksum.
+    pub(crate) checksum: String,
+    /// What its user must know, if something was in the way.
+    pub(crate) notice: Option<String>,
+}
+
+/// Checks the shards, writes the manifest, and shows the checkpoint under its name.
+///
+/// # Errors
+/// [`BrokerError`] that names the file at fault; the shards still lie where they were gathered.
+pub(crate) fn finish(spec: &FinishSpec, place: &ShardPlace, run_file: &RunFile) -> Result<Finished, BrokerError> {
+    let partial = place.partial(spec.step, spec.generation);
+    let mut entries = Vec::new();
+    for (node, (shard, params)) in (0..).map(NodeIndex).zip(&spec.shards) {
+        let file = TensorFile::open(&partial.join(shard_name(node)))?;
+        check_params(&file, &spec.dag, params)?;
+        if let Some(name) = &shard.not_finite {
+            let (path, name) = (file.path().to_owned(), name.clone());
+            let reason = "has values that are not finite: training has diverged".to_owned();
+            return Err(CheckpointError::Tensor { path, name, reason }.into());
+        }
+        entries.push(ShardEntry {
+            file: shard_name(node),
+            bytes: shard.bytes,
+            blake3: shard.blake3.clone(),
+            fnv1a: String::new(),
+            params: params.clone(),
+        });
+    }
+    let path = partial.join(MANIFEST);
+    let graph = serde_json::from_str(&spec.dag.to_json()).map_err(|e| io_error(&path, e.into()))?;
+    let mut manifest = Manifest {
+        format: Manifest::FORMAT.to_owned(),
+        version: Manifest::VERSION,
+        run: Some(place.run.clone()),
+        run_dir: Some(run_file.dir.clone()),
+        step: spec.step,
+        loss: spec.loss,
+        job: spec.spec.clone(),
+        graph,
+        data: spec.origin.data.clone(),
+        carried: spec.origin.write(&partial)?,
+        shards: entries,
+        checksum: String::new(),
+    };
+    write_atomic(&path, manifest.seal()?.as_bytes())?;
+    let (folder, notice) = destination(place, run_file, spec.step)?;
+    show(&partial, &folder, &place.run).map_err(|e| io_error(&folder, e))?;
+    Ok(Finished { path: folder, checksum: manifest.checksum, notice })
+}
+
+/// Where the checkpoint goes: to its name in the run's folder, or if something else has that name, to a folder that is
+/// the run's alone.
+fn destination(place: &ShardPlace, run_file: &RunFile, step: u64) -> Result<(PathBuf, Option<String>), BrokerError> {
+    let is_ours = |path: &Path| path.symlink_metadata().is_err() || maker(path) == Maker::Run(place.run.clone());
+    let folder = place.folder.join(step_name(step));
+    if is_ours(&folder) {
+        return Ok((folder, None));
+    }
+    let own = run_file.subfolder(&place.folder);
+    std::fs::create_dir_all(&own).map_err(|e| io_error(&own, e))?;
+    let other = own.join(step_name(step));
+    if !is_ours(&other) {
+        return Err(BrokerError::Foreign { path: folder, run: place.run.clone() });
+    }
+    let notice = format!("{} is not this run's and is left alone: see {}", folder.display(), other.display());
+    Ok((other, Some(notice)))
+}
+
+/// Gives a whole checkpoint its name. At every moment the old one of that name or the new one is whole under a name that
+/// readers look at.
+fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<()> {
+    let mut name = folder.file_name().unwrap_or_default().to_owned();
+    name.push(ASIDE);
+    let aside = folder.with_file_name(name);
+    let parent = folder.parent().unwrap_or(folder);
+    if folder.symlink_metadata().is_ok() {
+        if maker(&aside) == Maker::Run(run.clone()) {
+            std::fs::remove_dir_all(&aside)?;
+        }
+        std::fs::rename(folder, &aside)?;
+        sync_folder(parent)?;
+    }
+    std::fs::rename(partial, folder)?;
+    sync_folder(parent)?;
+    if maker(&aside) == Maker::Run(run.clone()) {
+        std::fs::remove_dir_all(&aside)?;
+    }
+    Ok(())
+}
+
+/// Puts right what a crash left between two renames of [`show`]. Gives what could not be done.
+pub(crate) fn recover(folder: &Path, run: &RunId) -> Vec<String> {
+    let mut failures = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (name, aside) = (entry.file_name(), entry.path());
+        let Some(whole) = name.to_str().and_then(|n| n.strip_suffix(ASIDE)) else { continue };
+        if super::place::step_of(whole).is_none() || maker(&aside) != Maker::Run(run.clone()) {
+            continue;
+        }
+        let whole = folder.join(whole);
+        let is_there = whole.symlink_metadata().is_ok();
+        let done = if is_there { std::fs::remove_dir_all(&aside) } else { std::fs::rename(&aside, &whole) };
+        failures.extend(done.err().map(|e| format!("{}: {e}", aside.display())));
+    }
+    failures
+}
+
+pub(super) fn check_params(file: &TensorFile, dag: &OpDag, params: &[String]) -> Result<(), CheckpointError> {
+    for name in params {
+        let shape = dag.find_param(name).map(|p| dag.param(p).shape.clone()).unwrap_or_default();
+        file.check(name, &shape, &[Dtype::F32])?;
+        for state in tensor_set::optimizer_names(name).filter(|state| file.info(state).is_some()) {
+            file.check(&state, &shape, &[Dtype::F32])?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a loss has left the range in which training goes well.
+pub(crate) fn has_exploded(loss: f64, lowest: f64) -> bool {
+    !loss.is_finite() || (lowest.is_finite() && loss > EXPLODED_TIMES * lowest.max(0.0) + EXPLODED_BY)
+}
+
+/// What is known of how training goes, to tell checkpoints that are worth keeping.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Course {
+    /// The lowest training loss of the run.
+    pub(crate) lowest: f64,
+    /// The last step after whose update a loss was seen that has not exploded.
+    pub(crate) vouched: u64,
+}
+
+impl Course {
+    /// At the start of a run, or where it goes on.
+    pub(crate) fn at(step: u64) -> Self {
+        Self { lowest: f64::INFINITY, vouched: step }
+    }
+
+    /// A step was done. Its loss is that of the parameters before its update; an evaluation comes after it.
+    pub(crate) fn step(&mut self, step: u64, loss: f64, eval_loss: Option<f64>) {
+        if !has_exploded(loss, self.lowest) {
+            self.vouched = self.vouched.max(step.saturating_sub(1));
+        }
+        if eval_loss.is_some_and(|loss| !has_exploded(loss, self.lowest)) {
+            self.vouched = self.vouched.max(step);
+        }
+        // Not a number is lower than nothing.
+        self.lowest = self.lowest.min(loss);
+    }
+}
+
+/// Drops all but the newest `keep` checkpoints of a run; 0 keeps all. If none of these is known to be good, the newest
+/// that is stays too. Gives what could not be removed; the checkpoints in `dropped` are gone.
+pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
+    let mut pruned = Pruned::default();
+    if keep == 0 {
+        return pruned;
+    }
+    let found = match checkpoints_of(home) {
+        Ok(found) => found,
+        Err(error) => {
+            pruned.failures.push(error.to_string());
+            return pruned;
+        }
+    };
+    let is_good = |f: &Found| {
+        let loss = || brief_of(&f.path).and_then(|brief| brief.loss);
+        f.step <= course.vouched && loss().is_none_or(|loss| !has_exploded(loss, course.lowest))
+    };
+    let (newest, older) = found.split_at(found.len().min(keep as usize));
+    let mut spared = newest.iter().any(is_good);
+    for old in older.iter().filter(|f| f.is_certain) {
+        if !spared && is_good(old) {
+            spared = true;
+            continue;
+        }
+        match remove(old) {
+            Ok(()) => pruned.dropped.push(old.step),
+            Err(e) => pruned.failures.push(format!("{}: {e}", old.path.display())),
+        }
+    }
+    pruned
+}
+
+/// What [`prune`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pruned {
+    pub(crate) dropped: Vec<u64>,
+    pub(crate) failures: Vec<String>,
+}
+
+/// Removes a checkpoint: its manifest first, so that half of one is never taken for a whole.
+fn remove(found: &Found) -> std::io::Result<()> {
+    match std::fs::remove_file(found.path.join(MANIFEST)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => std::fs::remove_dir_all(&found.path),
+    }
+}
+
+/// Renames the checkpoints after `step`: the run goes on from there, and they are not its future any more. Gives their
+/// steps with the new paths, and what could not be renamed.
+///
+/// # Errors
+/// [`BrokerError`] if one stays under its name: it would be taken for the newest later.
+pub(crate) fn abandon(home: &RunHome, step: u64) -> Result<Vec<(u64, PathBuf)>, BrokerError> {
+    let mut abandoned = Vec::new();
+    for found in checkpoints_of(home)?.into_iter().filter(|f| f.step > step) {
+        let to = free_name(&found.path, ABANDONED);
+        std::fs::rename(&found.path, &to).map_err(|e| io_error(&found.path, e))?;
+        abandoned.push((found.step, to));
+    }
+    Ok(abandoned)
+}

@@ -1,0 +1,230 @@
+//! Whose a checkpoint folder is. Several runs, and other programs, may use the folder in which it lies.
+
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+
+use fusionllm_protocol::{Generation, JobSpec, RunId};
+use serde::Deserialize;
+
+use super::tensor_file::io;
+use super::{MANIFEST, io_error};
+use crate::run_dir::RunHome;
+use crate::{BrokerError, CheckpointError};
+
+/// The mark of a folder: the id of the run that made it, there from the folder's first moment.
+pub(crate) const MARK: &str = "run.id";
+/// More than a mark has.
+const MARK_BYTES: u64 = 64;
+
+/// What is known of a folder's maker.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Maker {
+    /// This run.
+    Run(RunId),
+    /// A run of version 0.1.0, which left no id, with this job.
+    Unnamed(Box<JobSpec>),
+    /// Nothing says that a run made it.
+    Unknown,
+}
+
+/// Who made the folder `path`.
+pub(crate) fn maker(path: &Path) -> Maker {
+    if !is_real_folder(path) {
+        return Maker::Unknown;
+    }
+    if let Some(run) = read_mark(path) {
+        return Maker::Run(run);
+    }
+    match brief_of(path) {
+        Some(Brief { run: Some(run), .. }) => Maker::Run(run),
+        Some(Brief { job, .. }) => Maker::Unnamed(job),
+        None => Maker::Unknown,
+    }
+}
+
+/// The part of a manifest that says whose it is; its checksum is not looked at.
+#[derive(Deserialize)]
+pub(crate) struct Brief {
+    #[serde(default)]
+    pub(crate) run: Option<RunId>,
+    pub(crate) loss: Option<f64>,
+    pub(crate) job: Box<JobSpec>,
+}
+
+/// Reads the manifest in a folder for what it says of its maker.
+pub(crate) fn brief_of(path: &Path) -> Option<Brief> {
+    serde_json::from_slice(&std::fs::read(path.join(MANIFEST)).ok()?).ok()
+}
+
+/// Whether there is a folder, and not a link to one.
+fn is_real_folder(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
+}
+
+fn read_mark(path: &Path) -> Option<RunId> {
+    let mut text = String::new();
+    std::fs::File::open(path.join(MARK)).ok()?.take(MARK_BYTES).read_to_string(&mut text).ok()?;
+    RunId::try_from(text.trim_end().to_owned()).ok()
+}
+
+fn write_mark(folder: &Path, run: &RunId) -> Result<(), BrokerError> {
+    let path = folder.join(MARK);
+    let fail = |e| io_error(&path, e);
+    match OpenOptions::new().write(true).create_new(true).open(&path) {
+        Ok(mut file) => {
+            let text = format!("{}\n", run.as_str());
+            file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)
+        }
+        // Another shard of the same checkpoint came first.
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(fail(e)),
+    }
+}
+
+/// A checkpoint of one run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) step: u64,
+    pub(crate) path: PathBuf,
+    /// Whether it is certain that this run wrote it, so that it may be deleted. One without an id that lies in a folder
+    /// which others use is only known by its job.
+    pub(crate) is_certain: bool,
+}
+
+/// The whole checkpoints of a run, newest first.
+///
+/// # Errors
+/// [`CheckpointError::Io`] if a folder is there and cannot be listed.
+pub(crate) fn checkpoints_of(home: &RunHome) -> Result<Vec<Found>, CheckpointError> {
+    let mut found = Vec::new();
+    for place in home.places() {
+        for (step, path) in steps_in(&place)? {
+            if let Some(is_certain) = home.owns(&place, &path) {
+                found.push(Found { step, path, is_certain });
+            }
+        }
+    }
+    found.sort_by_key(|f| std::cmp::Reverse(f.step));
+    Ok(found)
+}
+
+/// The ids of the runs that made the checkpoints in a folder.
+pub(crate) fn makers_in(folder: &Path) -> Vec<RunId> {
+    let made = steps_in(folder).unwrap_or_default().into_iter().map(|(_, path)| maker(&path));
+    let runs = made.filter_map(|maker| if let Maker::Run(run) = maker { Some(run) } else { None });
+    runs.collect::<std::collections::BTreeSet<RunId>>().into_iter().collect()
+}
+
+impl RunHome {
+    /// Whether the run made the folder `path`, which lies in `place`; nothing if it did not, else whether that is
+    /// certain.
+    pub(crate) fn owns(&self, place: &Path, path: &Path) -> Option<bool> {
+        let is_inside = place.starts_with(&self.dir);
+        match maker(path) {
+            // Without run.json all in its directory counts as its own.
+            Maker::Run(_) if self.file.is_none() && is_inside => Some(true),
+            Maker::Run(run) => {
+                let file = self.file.as_ref()?;
+                (run == file.run || (is_inside && file.copy_of.contains(&run))).then_some(true)
+            }
+            Maker::Unnamed(_) if is_inside => Some(true),
+            Maker::Unnamed(job) => self.spec.as_ref().is_some_and(|spec| is_same_job(spec, &job)).then_some(false),
+            Maker::Unknown => None,
+        }
+    }
+}
+
+/// Whether two jobs are one that was changed on resume.
+fn is_same_job(a: &JobSpec, b: &JobSpec) -> bool {
+    a.name == b.name && a.train.seed == b.train.seed && a.model == b.model && a.data == b.data
+}
+
+/// Folders `step-N` in a folder with their steps, whoever made them; none if the folder is not there. A checkpoint that
+/// was put aside for one that did not come counts under its own step.
+pub(crate) fn steps_in(folder: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
+    let names = match std::fs::read_dir(folder) {
+        Ok(entries) => entries.flatten().map(|entry| entry.file_name()),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
+        Err(e) => return Err(io(folder, e)),
+    };
+    let mut steps = Vec::new();
+    for name in names {
+        let Some(name) = name.to_str() else { continue };
+        let (whole, is_aside) = name.strip_suffix(ASIDE).map_or((name, false), |whole| (whole, true));
+        if is_aside && folder.join(whole).symlink_metadata().is_ok() {
+            continue;
+        }
+        steps.extend(step_of(whole).map(|step| (step, folder.join(name))));
+    }
+    Ok(steps)
+}
+
+/// The step in a folder's name, which must be as we write it.
+pub(crate) fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (step_name(step) == name).then_some(step)
+}
+
+/// Name of a checkpoint's folder.
+pub(crate) fn step_name(step: u64) -> String {
+    format!("step-{step}")
+}
+
+/// What the name of a checkpoint ends with while another takes its place.
+pub(crate) const ASIDE: &str = ".replaced";
+
+/// What marks a checkpoint that a run has turned its back on by resuming from an earlier one.
+pub(crate) const ABANDONED: &str = ".abandoned";
+
+/// Where the shards of a step are gathered. The name says which run makes it.
+pub(crate) fn partial_folder(folder: &Path, run: &RunId, step: u64, generation: Generation) -> PathBuf {
+    folder.join(format!("step-{step}.partial-{}-{}", run.short(), generation.0))
+}
+
+/// Makes the folder in which shards are gathered, marked as the run's, if it is not there.
+///
+/// # Errors
+/// [`BrokerError::Foreign`] if something else is in the way, or [`BrokerError::Io`].
+pub(crate) fn make_partial(path: &Path, run: &RunId) -> Result<(), BrokerError> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e))?;
+    }
+    match std::fs::create_dir(path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+            let is_empty = || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+            if maker(path) != Maker::Run(run.clone()) && !(is_real_folder(path) && is_empty()) {
+                return Err(BrokerError::Foreign { path: path.to_owned(), run: run.clone() });
+            }
+        }
+        Err(e) => return Err(io_error(path, e)),
+    }
+    write_mark(path, run)
+}
+
+/// Removes what earlier placements of this run left unfinished, and nothing else. Gives what could not be removed.
+pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Vec<String> {
+    let mut failures = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (name, path) = (entry.file_name(), entry.path());
+        let ours = format!(".partial-{}-", run.short());
+        if name.to_str().is_some_and(|n| n.starts_with("step-") && n.contains(&ours)) {
+            // One without a mark can only be removed if it is empty.
+            let removed = match maker(&path) {
+                Maker::Run(maker) if maker == *run => std::fs::remove_dir_all(&path),
+                _ => std::fs::remove_dir(&path),
+            };
+            failures.extend(removed.err().map(|e| format!("{}: {e}", path.display())));
+        }
+    }
+    failures
+}
+
+/// A name beside `path` that is free: its own with `suffix`, and a number if that is taken.
+pub(crate) fn free_name(path: &Path, suffix: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let numbered = (2u64..).map(|n| path.with_file_name(format!("{name}{suffix}-{n}")));
+    let first = path.with_file_name(format!("{name}{suffix}"));
+    std::iter::once(first.clone()).chain(numbered).find(|p| p.symlink_metadata().is_err()).unwrap_or(first)
+}

@@ -1,0 +1,104 @@
+//! A lock on a folder, held by one process and let go by the operating system however that ends.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use fusionllm_protocol::RunId;
+use time::OffsetDateTime;
+
+use super::io_error;
+use crate::BrokerError;
+
+/// Most of a lock file that is read: a line.
+const LINE_BYTES: u64 = 1024;
+
+/// A folder that is ours while this lives.
+#[derive(Debug)]
+pub(crate) struct FolderLock {
+    /// Closing it lets go.
+    _file: File,
+}
+
+impl FolderLock {
+    /// Name of the file in the folder. It stays there: a file that is removed could be locked by one and made anew by
+    /// another.
+    pub(crate) const FILE: &'static str = "lock";
+
+    /// Takes the lock of a folder for a run.
+    ///
+    /// # Errors
+    /// [`BrokerError::InUse`] with who holds it, or [`BrokerError::Io`].
+    pub(crate) fn take(folder: &Path, run: &RunId) -> Result<Self, BrokerError> {
+        let path = folder.join(Self::FILE);
+        let fail = |e| io_error(&path, e);
+        let mut options = OpenOptions::new();
+        let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(BrokerError::InUse { path: folder.to_owned(), holder: holder(&mut file) });
+            }
+            // A file system without locks keeps nobody out, as before there were any.
+            Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {
+                tracing::warn!(path = %path.display(), "the file system knows no locks");
+            }
+            Err(TryLockError::Error(e)) => return Err(fail(e)),
+        }
+        let now = OffsetDateTime::now_utc();
+        let (date, time) = (now.date(), now.time());
+        let at = format!("{date} {:02}:{:02} UTC", time.hour(), time.minute());
+        let line = format!("run {run}, process {}, since {at}\n", std::process::id());
+        let write = |file: &mut File| {
+            file.set_len(0)?;
+            file.seek(SeekFrom::Start(0))?;
+            file.write_all(line.as_bytes())
+        };
+        // A full disk is no reason not to hold the lock; only its holder stays unnamed.
+        if let Err(error) = write(&mut file) {
+            tracing::debug!(%error, path = %path.display(), "a lock without its holder's name");
+        }
+        Ok(Self { _file: file })
+    }
+
+    /// Who works in a folder now, if anybody does.
+    pub(crate) fn holder_of(folder: &Path) -> Option<String> {
+        let mut file = File::open(folder.join(Self::FILE)).ok()?;
+        matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)).then(|| holder(&mut file))
+    }
+}
+
+/// What the holder has written of itself.
+fn holder(file: &mut File) -> String {
+    let mut text = String::new();
+    let read = file.take(LINE_BYTES).read_to_string(&mut text);
+    let line = text.lines().next().unwrap_or_default().trim();
+    if read.is_err() || line.is_empty() { "another process".to_owned() } else { line.replace(char::is_control, " ") }
+}
+
+/// Locks of a run: of its directory, and of a folder elsewhere where its checkpoints lie.
+#[derive(Debug)]
+pub(crate) struct RunLocks {
+    pub(super) _run_dir: FolderLock,
+    pub(super) _checkpoints: Option<FolderLock>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_is_told_who_the_first_is_and_may_once_that_has_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunId::from_bytes([7; 16]);
+        let first = FolderLock::take(folder.path(), &run).unwrap();
+        let error = FolderLock::take(folder.path(), &run).unwrap_err();
+        assert!(error.is_bad_input());
+        let (error, process) = (error.to_string(), format!("process {}", std::process::id()));
+        assert!(error.contains("run 07070707") && error.contains(&process), "{error}");
+        assert!(FolderLock::holder_of(folder.path()).unwrap().contains(&process));
+        drop(first);
+        assert_eq!(FolderLock::holder_of(folder.path()), None);
+        FolderLock::take(folder.path(), &run).unwrap();
+    }
+}

@@ -1,0 +1,194 @@
+//! A run directory at the start of a placement: whose it is, and what of earlier ones does not count any more.
+
+use std::path::{Path, PathBuf};
+
+use fusionllm_protocol::{JobSpec, Notice, RunId};
+
+use super::lock::RunLocks;
+use super::{FolderLock, Parent, PlacementFile, RunDir, RunFile, RunHome, io_error, write_atomic};
+use crate::BrokerError;
+use crate::checkpoint::{ShardPlace, abandon, free_name, recover, remove_partial, steps_in};
+use crate::metrics::{copy_after, each_line};
+
+/// Which run begins or goes on, and from where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RunStart {
+    /// The run.
+    pub(crate) run: RunId,
+    /// Runs of whose directory its own is a copy.
+    pub(crate) copy_of: Vec<RunId>,
+    /// Another run's checkpoint that it begins with.
+    pub(crate) from: Option<Parent>,
+    /// What its user must know from the start.
+    pub(crate) notices: Vec<String>,
+}
+
+impl RunStart {
+    /// A run that begins now.
+    pub(crate) fn new() -> Self {
+        let run = RunId::from_bytes(rand::random());
+        Self { run, copy_of: Vec::new(), from: None, notices: Vec::new() }
+    }
+}
+
+/// A run at work: its directory is locked.
+#[derive(Debug)]
+pub(crate) struct OpenedRun {
+    /// Its `run.json`.
+    pub(crate) file: RunFile,
+    /// The job.
+    pub(crate) spec: JobSpec,
+    /// Where checkpoints go.
+    pub(crate) place: ShardPlace,
+    /// What was found that its user must know.
+    pub(crate) notices: Vec<String>,
+    _locks: RunLocks,
+}
+
+impl OpenedRun {
+    /// The run as readers see it.
+    pub(crate) fn home(&self) -> RunHome {
+        RunHome { dir: self.file.dir.clone(), file: Some(self.file.clone()), spec: Some(self.spec.clone()) }
+    }
+
+    /// Remembers the manifest of a new checkpoint, and forgets those that have gone.
+    pub(crate) fn record(&mut self, new: Option<(u64, String)>, gone: &[u64]) -> Result<(), BrokerError> {
+        self.file.manifests.extend(new);
+        self.file.manifests.retain(|step, _| !gone.contains(step));
+        self.file.write()
+    }
+}
+
+impl RunDir {
+    /// Makes the directory, or takes over that of an earlier placement, and writes what is known at the start. What lies
+    /// after `start_step` is put aside: it is not this run's future any more.
+    pub(crate) fn open(
+        &self,
+        start: &RunStart,
+        spec: &JobSpec,
+        graph: &str,
+        placement: &PlacementFile,
+        start_step: u64,
+    ) -> Result<OpenedRun, BrokerError> {
+        std::fs::create_dir_all(&self.path).map_err(|e| io_error(&self.path, e))?;
+        let run_lock = FolderLock::take(&self.path, &start.run)?;
+        let mut file = self.claim(start, spec)?;
+        let mut notices = Vec::new();
+        let (folder, lock) = self.checkpoint_folder(&file, spec, &mut notices)?;
+        if folder != self.path.join("checkpoints") {
+            file.checkpoints = Some(folder.clone());
+        }
+        // The lock is ours: nobody else puts these right at the same time.
+        let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: Some(spec.clone()) };
+        for place in home.places() {
+            let failures = [recover(&place, &file.run), remove_partial(&place, &file.run)].concat();
+            notices
+                .extend(failures.into_iter().map(|why| format!("what an earlier start left was not removed: {why}")));
+        }
+        let abandoned = abandon(&home, start_step)?;
+        if let Some((_, newest)) = abandoned.first() {
+            let steps: Vec<String> = abandoned.iter().map(|(step, _)| step.to_string()).collect();
+            notices.push(format!(
+                "the run goes on from step {start_step}: checkpoints of later steps ({}) are kept aside, the newest as {}",
+                steps.join(", "),
+                newest.display()
+            ));
+            self.keep_aside(start_step)?;
+        }
+        file.manifests.retain(|step, _| *step <= start_step);
+        file.write()?;
+        self.write_json(&self.job(), spec)?;
+        write_atomic(&self.path.join("graph.json"), graph.as_bytes())?;
+        self.write_json(&self.placement(), placement)?;
+        let place = ShardPlace { run: file.run.clone(), folder };
+        let locks = RunLocks { _run_dir: run_lock, _checkpoints: lock };
+        Ok(OpenedRun { file, spec: spec.clone(), place, notices, _locks: locks })
+    }
+
+    /// The directory's `run.json`, made if it is not there. The directory must be locked.
+    fn claim(&self, start: &RunStart, spec: &JobSpec) -> Result<RunFile, BrokerError> {
+        let dir = std::path::absolute(&self.path).map_err(|e| io_error(&self.path, e))?;
+        let mut file = match RunFile::read(&self.path)? {
+            Some(file) if file.run == start.run || start.copy_of.contains(&file.run) => file,
+            Some(file) => {
+                let (holds, run) = (file.run, start.run.clone());
+                return Err(BrokerError::OtherRun { path: self.path.clone(), holds, run });
+            }
+            None => RunFile {
+                run: start.run.clone(),
+                name: spec.name.clone(),
+                dir: dir.clone(),
+                copy_of: Vec::new(),
+                from: start.from.clone(),
+                checkpoints: None,
+                manifests: std::collections::BTreeMap::new(),
+            },
+        };
+        if file.run != start.run {
+            // A copy is a run of its own, with a folder elsewhere of its own.
+            file.checkpoints = None;
+            file.run = start.run.clone();
+        }
+        file.copy_of.clone_from(&start.copy_of);
+        file.dir = dir;
+        file.write()?;
+        Ok(file)
+    }
+
+    /// Where checkpoints go: to the folder that the job names if it is this run's alone, else to one of its own in it.
+    fn checkpoint_folder(
+        &self,
+        file: &RunFile,
+        spec: &JobSpec,
+        notices: &mut Vec<String>,
+    ) -> Result<(PathBuf, Option<FolderLock>), BrokerError> {
+        let make = |folder: &Path| std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e));
+        let Some(shared) = &spec.checkpoint.to else {
+            let folder = self.path.join("checkpoints");
+            make(&folder)?;
+            return Ok((folder, None));
+        };
+        make(shared)?;
+        let own = file.subfolder(shared);
+        let others = match FolderLock::take(shared, &file.run) {
+            // Where it was before, there it stays.
+            Ok(lock) if !own.is_dir() => match self.other_in(file, spec, shared)? {
+                None => return Ok((shared.clone(), Some(lock))),
+                Some(other) => format!("{} is not of this run", other.display()),
+            },
+            Ok(_) => String::new(),
+            Err(BrokerError::InUse { holder, .. }) => format!("it is in use by {holder}"),
+            Err(error) => return Err(error),
+        };
+        make(&own)?;
+        let lock = FolderLock::take(&own, &file.run)?;
+        if !others.is_empty() {
+            let (shared, own) = (shared.display(), own.display());
+            notices.push(format!("checkpoint.to = {shared} is used by others ({others}): checkpoints go to {own}"));
+        }
+        Ok((own, Some(lock)))
+    }
+
+    /// Something in the folder that has a checkpoint's name and is not of this run.
+    fn other_in(&self, file: &RunFile, spec: &JobSpec, folder: &Path) -> Result<Option<PathBuf>, BrokerError> {
+        let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: Some(spec.clone()) };
+        Ok(steps_in(folder)?.into_iter().map(|(_, path)| path).find(|path| home.owns(folder, path).is_none()))
+    }
+
+    /// Keeps the metrics and notices after `step` in files of their own.
+    fn keep_aside(&self, step: u64) -> Result<(), BrokerError> {
+        let aside = |what: &str| free_name(&self.path.join(format!("{what}.after-{step}")), ".jsonl");
+        copy_after(&self.metrics(), step, &aside("metrics"))?;
+        let (mut kept, mut others) = (Vec::new(), Vec::new());
+        each_line(&self.notices(), |line| {
+            let is_later = |notice: Notice| notice.step > step;
+            let is_later = serde_json::from_slice(line).is_ok_and(is_later);
+            if is_later { &mut others } else { &mut kept }.extend_from_slice(line);
+        })?;
+        if others.is_empty() {
+            return Ok(());
+        }
+        write_atomic(&aside("notices"), &others)?;
+        write_atomic(&self.notices(), &kept)
+    }
+}

@@ -1,0 +1,259 @@
+//! A folder belongs to one run: shared folders, locks, abandoned futures, damage, full disks.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::process::{Bench, json_lines, losses, text};
+
+/// Names in a folder, in order.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+fn manifest(checkpoint: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(checkpoint.join("manifest.json")).unwrap()).unwrap()
+}
+
+fn run_id(run: &Path) -> String {
+    let file: Value = serde_json::from_slice(&std::fs::read(run.join("run.json")).unwrap()).unwrap();
+    file["run"].as_str().unwrap().to_owned()
+}
+
+/// The weights that `export` takes from there.
+fn exported(bench: &Bench, what: &str) -> Vec<u8> {
+    let out = format!("hf-{}", what.replace('/', "-"));
+    bench.succeed(&format!("export {what} {out}"));
+    std::fs::read(bench.path(&out).join("model.safetensors")).unwrap()
+}
+
+fn fails(bench: &Bench, arguments: &str, words: &[&str]) {
+    let output = bench.run(arguments);
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments}\n{err}");
+    assert!(words.iter().all(|word| err.contains(word)), "{arguments}\n{err}");
+}
+
+/// A small run on one CompNode.
+fn train(bench: &Bench, keys: &str) -> String {
+    bench.succeed(&format!("train job.toml --compnodes 1 {keys}"))
+}
+
+#[test]
+fn two_runs_share_a_folder_for_checkpoints() {
+    let bench = Bench::new();
+    let keep = "--set checkpoint.to=vol/ck --set checkpoint.keep=1 --set checkpoint.every=2";
+    train(&bench, &format!("--out b {keep} --set train.seed=2"));
+    let out = train(&bench, &format!("--out a {keep} --set train.steps=4 --set name=a"));
+    assert!(out.contains("note: checkpoint.to =") && out.contains("is used by others"), "{out}");
+    assert_ne!(run_id(&bench.path("a")), run_id(&bench.path("b")));
+    let own = format!("vol/ck/a-{}", &run_id(&bench.path("a"))[..8]);
+    assert_eq!(names(&bench.path(&own)), ["lock", "step-4"]);
+    assert_eq!(manifest(&bench.path("vol/ck/step-8"))["job"]["train"]["seed"], 2);
+    assert_eq!(exported(&bench, "a"), exported(&bench, &format!("{own}/step-4")));
+    assert_eq!(exported(&bench, "b"), exported(&bench, "vol/ck/step-8"));
+    fails(&bench, "export vol/ck hf", &["several runs", "step-8", "step-4"]);
+
+    // The one goes on in its own directory, from its own checkpoint, and leaves the other's alone.
+    bench.succeed("train --resume a --set train.steps=6");
+    assert_eq!(losses(&bench.path("a")).len(), 6);
+    assert_eq!(names(&bench.path(&own)), ["lock", "step-6"]);
+    assert!(!bench.path("vol/job.json").exists() && !bench.path("vol/ck/job.json").exists());
+    // So it does by a checkpoint that lies elsewhere.
+    let out = bench.succeed(&format!("train --resume {own}/step-6 --set train.steps=7"));
+    assert!(out.contains(&format!("going on in {} after step 6", bench.path("a").display())), "{out}");
+    assert_eq!(losses(&bench.path("a")).len(), 7);
+    assert_eq!(manifest(&bench.path("vol/ck/step-8"))["job"]["train"]["seed"], 2);
+}
+
+#[test]
+fn what_others_keep_in_the_folder_stays() {
+    let bench = Bench::new();
+    let others = ["step-1/x", "step-2/x", "step-4/x", "step-4.partial-1/x", "step-8/manifest.json"];
+    for other in others.map(|other| bench.path("vol").join(other)) {
+        std::fs::create_dir_all(other.parent().unwrap()).unwrap();
+        std::fs::write(other, "mine").unwrap();
+    }
+    let out = train(&bench, "--out run --set checkpoint.to=vol --set checkpoint.keep=1");
+    assert!(out.contains("is not of this run"), "{out}");
+    for other in others.map(|other| bench.path("vol").join(other)) {
+        assert_eq!(std::fs::read(other).unwrap(), b"mine");
+    }
+    let own = bench.path(&format!("vol/small-{}", &run_id(&bench.path("run"))[..8]));
+    assert_eq!(names(&own), ["lock", "step-8"]);
+    exported(&bench, "run");
+}
+
+#[test]
+fn an_abandoned_future_is_not_taken_up_again() {
+    let bench = Bench::new();
+    train(&bench, "--out run --set checkpoint.keep=0");
+    let before = exported(&bench, "run");
+    let out = bench.succeed("train --resume run/checkpoints/step-4 --set train.steps=6 --set train.lr=5e-2");
+    assert!(out.contains("note: the run goes on from step 4") && out.contains("step-8.abandoned"), "{out}");
+    assert_eq!(names(&bench.path("run/checkpoints")), ["step-4", "step-6", "step-8.abandoned"]);
+    assert_eq!(losses(&bench.path("run")).len(), 6);
+    assert_eq!(json_lines(&bench.path("run/metrics.after-4.jsonl")).len(), 4);
+    let newest = exported(&bench, "run");
+    assert_eq!(newest, exported(&bench, "run/checkpoints/step-6"));
+    assert_ne!(newest, before);
+    assert_eq!(before, exported(&bench, "run/checkpoints/step-8.abandoned"));
+    let report = std::fs::read_to_string(bench.path("run/report.md")).unwrap();
+    assert!(report.contains("## Notices") && report.contains("step-8.abandoned"), "{report}");
+    fails(&bench, "train --resume run", &["6 of train.steps = 6 are done"]);
+    bench.succeed("train --resume run --set train.steps=7");
+    fails(&bench, "train --resume run/checkpoints/step-8.abandoned --set train.steps=9", &["--out DIR"]);
+}
+
+#[test]
+fn a_directory_in_use_is_refused_by_name() {
+    let bench = Bench::new();
+    train(&bench, "--out run");
+    let mut first = bench.start("train --resume run --compnodes 1 --json --set train.steps=100000");
+    first.wait_for("\"event\":\"step\"");
+    let holder = format!("process {}", first.id());
+    fails(&bench, "train --resume run --compnodes 1 --set train.steps=9", &["run", "is in use by run", &holder]);
+    fails(&bench, "train job.toml --out run", &["run"]);
+    // The operating system lets go of what a killed process held.
+    first.signal("KILL");
+    let _ = first.finish();
+    bench.succeed("train --resume run --compnodes 1 --step 8 --set train.steps=9");
+    let steps: Vec<u64> =
+        json_lines(&bench.path("run/metrics.jsonl")).iter().map(|m| m["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, (1..=9).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_run_goes_on_past_a_damaged_checkpoint() {
+    let bench = Bench::new();
+    train(&bench, "--out run");
+    let whole = losses(&bench.path("run"));
+    let shard = bench.path("run/checkpoints/step-8/shard-0.safetensors");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    fails(&bench, "export run hf", &["shard-0.safetensors", "damaged", "that of step 4"]);
+    fails(&bench, "train --resume run --step 8", &["shard-0.safetensors", "damaged"]);
+    fails(&bench, "train --resume run --step 5", &["no checkpoint of step 5", "step-8, step-4"]);
+    let out = bench.succeed("train --resume run");
+    assert!(out.contains("note: a newer checkpoint than that of step 4 is passed over"), "{out}");
+    assert!(out.contains("shard-0.safetensors"), "{out}");
+    for (a, b) in losses(&bench.path("run")).iter().zip(&whole) {
+        assert!((a - b).abs() <= 1e-5 * b);
+    }
+    assert_eq!(losses(&bench.path("run")).len(), 8);
+    exported(&bench, "run");
+    // A manifest that is whole, but another one.
+    let path = bench.path("run/checkpoints/step-8/manifest.json");
+    std::fs::copy(bench.path("run/checkpoints/step-4/manifest.json"), path).unwrap();
+    fails(&bench, "export run hf", &["manifest.json has hash"]);
+}
+
+/// Written by version 0.1.0; `/fixture` stands for the folder.
+fn old_runs(bench: &Bench) {
+    fn copy(from: &Path, to: &Path, here: &str) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap().flatten() {
+            let (from, to) = (entry.path(), to.join(entry.file_name()));
+            if from.is_dir() {
+                copy(&from, &to, here);
+                continue;
+            }
+            let bytes = std::fs::read(&from).unwrap();
+            let text = String::from_utf8(bytes.clone()).map(|text| text.replace("/fixture", here).into_bytes());
+            std::fs::write(&to, text.unwrap_or(bytes)).unwrap();
+        }
+    }
+    let runs: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/runs-v1");
+    copy(&runs, &bench.path(""), bench.path("").to_str().unwrap().trim_end_matches('/'));
+}
+
+#[test]
+fn runs_of_the_first_version_are_read_and_go_on() {
+    let bench = Bench::new();
+    old_runs(&bench);
+    for run in ["run", "elsewhere"] {
+        exported(&bench, run);
+        let before = losses(&bench.path(run));
+        bench.succeed(&format!("train --resume {run} --set train.steps=6"));
+        let after = losses(&bench.path(run));
+        assert_eq!((after.len(), &after[..4]), (6, &before[..]), "{run}");
+        assert_eq!(run_id(&bench.path(run)).len(), 32);
+        bench.succeed(&format!("train --resume {run} --step 2 --set train.steps=6"));
+        let again = losses(&bench.path(run));
+        // The rate of step 4 goes by the number of steps.
+        assert!(again.iter().zip(&after).take(3).all(|(a, b)| (a - b).abs() <= 1e-5 * b), "{again:?} {after:?}");
+    }
+    assert!(bench.path("volume/step-2/manifest.json").is_file());
+}
+
+/// A broker and one CompNode; a job that is resumed from a step, with another rate.
+#[test]
+fn a_brokers_job_goes_on_from_a_step_with_other_keys() {
+    let bench = Bench::new();
+    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
+    let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
+    let _node =
+        bench.start(&format!("join {} --name n --bind 127.0.0.1:0 --device cpu", line["ticket"].as_str().unwrap()));
+    let mut follow =
+        bench.start("submit job.toml --state state --follow --json --set train.steps=400 --set checkpoint.keep=0");
+    follow.wait_for("\"step\":8,\"path\"");
+    bench.succeed("stop 1 --state state");
+    let _ = follow.finish();
+    let refused = |arguments: &str, words: &str| {
+        let output = bench.run(arguments);
+        let err = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && err.contains(words), "{arguments}: {err}");
+    };
+    refused("resume 1 --state state --set model.n_layer=3", "--set model.n_layer");
+    refused("resume 1 --state state --set data.path=text.txt", "give an absolute one");
+    refused("resume 1 --state state --step 3", "no checkpoint of step 3");
+    let out = bench.succeed("resume 1 --state state --follow --step 4 --set train.steps=12 --set train.lr=1e-4");
+    assert!(out.contains("step 12/12") && out.contains("note: the run goes on from step 4"), "{out}");
+    let run = names(&bench.path("runs")).remove(0);
+    let metrics = json_lines(&bench.path("runs").join(run).join("metrics.jsonl"));
+    assert_eq!(metrics.len(), 12);
+    assert!(metrics[11]["lr"].as_f64().unwrap() <= 1e-4);
+    broker.signal("INT");
+    assert_eq!(broker.finish().0, Some(0));
+}
+
+/// Shards that the disk has no room for: training goes on, and later checkpoints fit again.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_costs_a_checkpoint_and_no_more() {
+    let bench = Bench::new();
+    let disk = bench.path("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let mount =
+        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=700k", "tmpfs"]).arg(&disk).output();
+    if !mount.is_ok_and(|output| output.status.success()) {
+        // Only who may mount can have a small disk.
+        return;
+    }
+    // What fills the disk goes away while the run lasts.
+    let ballast = disk.join("ballast");
+    std::fs::write(&ballast, vec![1; 560 << 10]).unwrap();
+    let mut run = bench.start(
+        "train job.toml --out disk/run --compnodes 1 --json --set train.steps=3000 --set checkpoint.every=200 \
+         --set train.eval_every=0 --set checkpoint.keep=1",
+    );
+    let line = run.wait_for("\"event\":\"notice\"");
+    let told = line.contains("there is no checkpoint of step") && line.contains("No space left on device");
+    std::fs::remove_file(&ballast).unwrap();
+    let mut checkpoints = 0;
+    while let Some(line) = run.line() {
+        checkpoints += usize::from(line.contains("\"event\":\"checkpoint\""));
+    }
+    let (code, _, err) = run.finish();
+    let steps = json_lines(&disk.join("run/metrics.jsonl")).len();
+    let left = names(&disk.join("run/checkpoints"));
+    let status = std::process::Command::new("umount").arg(&disk).status().unwrap();
+    assert!(told, "{line}");
+    assert!(code == Some(0) && status.success(), "{err}");
+    assert!(checkpoints > 0 && steps == 3000, "{checkpoints} checkpoints, {steps} steps");
+    assert_eq!(left, ["step-3000"]);
+}
