@@ -38,7 +38,7 @@ use tasks::{OpenChannel, Tasks};
 /// A peer that cannot be reached for this long is lost: longer than a home router's restart of its uplink.
 const REDIAL_LIMIT: Duration = Duration::from_secs(45);
 /// First and largest pause between two dials.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
 /// Two frame lengths on the wire, for header and payload.
 const FRAME_LENGTH_BYTES: u64 = 16;
 /// Largest control frame between CompNodes; a header is far below.

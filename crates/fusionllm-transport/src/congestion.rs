@@ -4,16 +4,18 @@
 //! go out evenly at that speed, with at most two round trips' worth on their way. What it does otherwise is for the
 //! traffic of training: bursts of some hundred kilobytes with pauses between them, beside messages of a few bytes.
 //!
-//! - Only packets that the link itself slowed down say how slow it is ([`sampler`]). Pauses and small messages say nothing
-//!   and age nothing, so after them a burst goes out at the speed of the one before.
+//! - Only packets that the link itself slowed down say how slow it is ([`sampler`]). Pauses, small messages and times
+//!   without any answer say nothing and age nothing, so after them a burst goes out at the speed of the one before.
 //! - There is no phase that holds a connection back for the sake of measuring. The queue is emptied once a cycle, which
 //!   takes what the probe before it has put in.
-//! - Loss slows it down only when a round loses more than [`TOLERATED_LOSS`]: what radio and long links lose is no sign
-//!   of a queue.
+//! - What radio and long links lose at any speed is no sign of a queue ([`losses`]).
+//! - However slow the model, enough packets go out in each round trip to see that the link is faster, and then the speed
+//!   doubles each round trip. So no mistake of the model lasts.
 //!
-//! It yields when a queue builds up ([`LinkRate::is_crowded`]), and so leaves at most about a round trip of queue even where
+//! It yields when a queue builds up ([`LinkRate::yield_to_queue`]), and so leaves at most about a round trip of queue even where
 //! several connections share a link.
 
+mod losses;
 mod sampler;
 #[cfg(test)]
 mod tests;
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 use noq_proto::RttEstimator;
 use noq_proto::congestion::{Controller, ControllerFactory, ControllerMetrics};
 
+use losses::Losses;
 use sampler::{Sample, Sampler};
 
 /// Packets that may be on their way before anything is known, as browsers and content networks do.
@@ -36,8 +39,12 @@ const LEAST_PACKETS: u64 = 4;
 const STARTUP_GAIN: f64 = 2.77;
 /// Speed against the model when probing for more.
 const PROBE_GAIN: f64 = 1.25;
-/// Likewise when the round before has found more: the model may be far off, as after a machine has stalled.
-const FOUND_GAIN: f64 = 2.0;
+/// A probe has found more when it got this much more of what it had.
+const FOUND: f64 = (1.0 + PROBE_GAIN) / 2.0;
+/// Speed against the model when a probe has found more: it may be far off.
+const GROWTH_GAIN: f64 = 2.5;
+/// Window against the model meanwhile.
+const GROWTH_WINDOW: f64 = 3.0;
 /// Bytes on their way against what one round trip holds: confirmations come late and in batches.
 const WINDOW_GAIN: f64 = 2.0;
 /// Beyond which the window has this much for the machine's own delays, which on a short link are longer than it is.
@@ -46,18 +53,28 @@ const MACHINE_DELAY: Duration = Duration::from_millis(10);
 const HEADROOM_PACKETS: u64 = 2 * sampler::LEAST_PACKETS;
 /// Rounds that showed the link's speed, of which the fastest counts.
 const REMEMBERED_ROUNDS: usize = 10;
-/// Rounds between two probes: more often costs queue, less often finds new speed late.
-const CRUISE_ROUNDS: u32 = 6;
+/// Rounds between two probes, on a short and on a long link: more often costs queue, less often finds new speed late.
+const CRUISE_ROUNDS: (u32, u32) = (6, 2);
+/// Of what takes as long, so that new speed is found within seconds on any link.
+const CRUISE: Duration = Duration::from_millis(500);
 /// The start is over when the link's speed has not grown by [`GROWTH`] for so many rounds.
 const FULL_ROUNDS: u32 = 2;
 /// What counts as growth of the link's speed.
 const GROWTH: f64 = 1.25;
-/// A round that loses more overflows a queue.
-const TOLERATED_LOSS: f64 = 0.1;
-/// And at least so many packets: one of five says nothing.
-const LEAST_LOST_PACKETS: u64 = 8;
 /// A queue longer than the round trip and this is not ours alone, or the link has become slow.
 const CROWDED: Duration = Duration::from_millis(100);
+/// After so many rounds of such a queue, although we yield, it is not ours, or the way has become longer.
+const PATIENCE: u32 = 3;
+/// For how long it then counts as the way's.
+const STANDING: Duration = Duration::from_secs(10);
+/// Jitter beyond it is not made up for by more packets under way.
+const MOST_SPREAD: Duration = Duration::from_millis(200);
+/// Nothing came for this long, and one and a half round trips: the link is cut, or somebody stalls.
+const SILENCE: Duration = Duration::from_millis(100);
+/// While nothing comes, seconds between two packets.
+const SILENT_PACE: f64 = 0.2;
+/// A round trip before one is known.
+const UNKNOWN_ROUND_TRIP: Duration = Duration::from_millis(333);
 /// The shortest round trip is of this time, or twice as long: a changed route may be longer.
 const ROUND_TRIP_MEMORY: Duration = Duration::from_secs(60);
 /// What is sent as one piece takes this long on the link.
@@ -81,12 +98,16 @@ impl ControllerFactory for LinkRateConfig {
 enum Phase {
     /// Doubles until the link's speed shows.
     Startup,
+    /// The same from a speed that is known.
+    Growth,
     /// Lets the queue run empty, for a round.
     Drain,
     /// At the link's speed, for so many more rounds.
     Cruise(u32),
-    /// Asks for so many times the speed, for a round or as long as there is more.
-    Probe(f64),
+    /// Asks for more, for a round.
+    Probe,
+    /// Sees in the round after what came of it, against the speed before.
+    Probed(f64),
 }
 
 /// What one round trip has shown.
@@ -96,6 +117,10 @@ struct Round {
     bytes_per_s: f64,
     is_of_link: bool,
     shortest: Option<Duration>,
+    /// Of all packets: how many, and their round trips together.
+    packets: u64,
+    trips: Duration,
+    shortest_of_all: Option<Duration>,
     lost: u64,
     began_at: u64,
     was_window_full: bool,
@@ -128,10 +153,21 @@ struct LinkRate {
     packet_bytes: u64,
     phase: Phase,
     sampler: Sampler,
+    losses: Losses,
     round_trip: ShortestRoundTrip,
+    /// A longer round trip that counts for the shortest until then, since yielding does not shorten it.
+    standing: Option<(Duration, Instant)>,
+    /// Rounds in a row that yielded.
+    crowded_rounds: u32,
+    /// Since when, and since how many delivered bytes, every packet took too long.
+    long_since: Option<(Instant, u64)>,
+    /// The last sample's round trip.
+    latest: Duration,
+    /// By how much packets are later than the earliest where no queue is ours.
+    spread: Duration,
     /// Of rounds that showed the link's speed, the newest last.
     rates: VecDeque<f64>,
-    /// The speed at the start of the startup's last growth, and rounds since then.
+    /// The speed at the start of the last growth by [`GROWTH`], and rounds since then.
     full: (f64, u32),
     /// The window while starting up.
     startup_window: u64,
@@ -141,6 +177,15 @@ struct LinkRate {
     was_window_full_before: bool,
     /// Everything was lost for several round trips; nothing came since.
     is_cut: bool,
+    /// Nothing came for longer than it should take.
+    is_silent: bool,
+    /// When something last came, or the first packet went out after a pause.
+    last_heard: Instant,
+    last_packet: u64,
+    /// Packets up to this one were sent before or during a silence: that they are lost says nothing.
+    forgiven: u64,
+    /// Of the batch that is being confirmed: when its packets were sent.
+    batch: Vec<Instant>,
 }
 
 impl LinkRate {
@@ -149,7 +194,13 @@ impl LinkRate {
             packet_bytes,
             phase: Phase::Startup,
             sampler: Sampler::new(now, packet_bytes),
+            losses: Losses::default(),
             round_trip: ShortestRoundTrip { since: now, before: None, now: None },
+            standing: None,
+            crowded_rounds: 0,
+            long_since: None,
+            latest: UNKNOWN_ROUND_TRIP,
+            spread: Duration::ZERO,
             rates: VecDeque::with_capacity(REMEMBERED_ROUNDS),
             full: (0.0, 0),
             startup_window: INITIAL_PACKETS * packet_bytes,
@@ -157,49 +208,78 @@ impl LinkRate {
             round_end: 0,
             was_window_full_before: false,
             is_cut: false,
+            is_silent: false,
+            last_heard: now,
+            last_packet: 0,
+            forgiven: 0,
+            batch: Vec::new(),
         }
     }
 
-    /// The link's speed in bytes per second; 0 if nothing is known.
+    /// The link's speed in bytes per second, as what is sent at it arrives; 0 if nothing is known.
     fn bytes_per_s(&self) -> f64 {
         self.rates.iter().copied().fold(self.round.bytes_per_s, f64::max)
     }
 
+    /// What has to be sent for it.
+    fn sending_rate(&self) -> f64 {
+        self.bytes_per_s() / (1.0 - self.losses.usual())
+    }
+
+    /// The round trip without a queue of ours.
+    fn base_round_trip(&self) -> Option<Duration> {
+        let shortest = self.round_trip.get()?;
+        Some(self.standing.map_or(shortest, |(standing, _)| standing.max(shortest)))
+    }
+
     /// What `trips` round trips hold, and some for late confirmations.
     fn trips_worth(&self, trips: f64) -> u64 {
-        let rate = self.bytes_per_s();
-        let round_trip = self.round_trip.get().unwrap_or_default().as_secs_f64();
-        let headroom = (rate * MACHINE_DELAY.as_secs_f64()).max((HEADROOM_PACKETS * self.packet_bytes) as f64);
+        let rate = self.sending_rate();
+        let round_trip = self.base_round_trip().unwrap_or_default().as_secs_f64();
+        let late = MACHINE_DELAY.max(self.spread * 2).as_secs_f64();
+        let headroom = (rate * late).max((HEADROOM_PACKETS * self.packet_bytes) as f64);
         (trips * rate * round_trip + headroom) as u64
     }
 
     fn window_bytes(&self) -> u64 {
         let least = LEAST_PACKETS * self.packet_bytes;
+        if self.is_silent {
+            // One more at a time, at a slow pace: something must be there to be confirmed when the link is back.
+            return self.sampler.in_flight() + 2 * self.packet_bytes;
+        }
         if self.is_cut {
             return least;
         }
         let window = match self.phase {
             Phase::Startup => self.startup_window,
+            Phase::Growth => self.trips_worth(GROWTH_WINDOW),
             Phase::Drain => self.trips_worth(1.0),
             Phase::Cruise(_) => self.trips_worth(WINDOW_GAIN),
             // Where the window and not the link is what bounds, only a larger one shows it.
-            Phase::Probe(gain) => (gain * self.trips_worth(WINDOW_GAIN) as f64) as u64,
+            Phase::Probe | Phase::Probed(_) => (PROBE_GAIN * self.trips_worth(WINDOW_GAIN) as f64) as u64,
         };
         window.max(least)
     }
 
     /// Bytes per second at which packets go out, above 0; nothing before a round trip is known.
     fn pacing(&self) -> Option<f64> {
-        let round_trip = self.round_trip.get()?.as_secs_f64().max(1e-6);
-        let rate = self.bytes_per_s();
+        let round_trip = self.base_round_trip()?.as_secs_f64().max(1e-6);
+        let packet_bytes = self.packet_bytes as f64;
+        if self.is_silent {
+            return Some(packet_bytes / SILENT_PACE);
+        }
+        let rate = self.sending_rate();
         let pacing = match self.phase {
             Phase::Startup => (rate * STARTUP_GAIN).max(2.0 * self.startup_window as f64 / round_trip),
-            Phase::Probe(gain) => rate * gain,
+            Phase::Growth => rate * GROWTH_GAIN,
+            Phase::Probe => rate * PROBE_GAIN,
             // After a pause there is no queue, so a burst may begin with a probe.
-            Phase::Drain | Phase::Cruise(_) if self.sampler.is_fresh() => rate * PROBE_GAIN,
-            Phase::Drain | Phase::Cruise(_) => rate,
+            Phase::Drain | Phase::Cruise(_) | Phase::Probed(_) if self.sampler.is_fresh() => rate * PROBE_GAIN,
+            Phase::Drain | Phase::Cruise(_) | Phase::Probed(_) => rate,
         };
-        (pacing > 0.0).then_some(pacing)
+        // In each round trip as it is now, enough for a sample.
+        let least = (sampler::LEAST_PACKETS as f64) * packet_bytes / self.latest.as_secs_f64().max(round_trip);
+        (pacing > 0.0).then_some(pacing.max(least))
     }
 
     /// What is sent as one piece at this pace.
@@ -213,8 +293,23 @@ impl LinkRate {
         Duration::from_secs_f64(seconds.min(LONGEST_PACING_PAUSE))
     }
 
+    /// Whether what is on its way should have been answered.
+    fn is_overdue(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.last_heard) > self.latest.mul_f64(1.5) + SILENCE
+    }
+
+    fn on_sent(&mut self, now: Instant, bytes: u64, packet: u64) {
+        if self.sampler.in_flight() == 0 {
+            self.last_heard = now;
+        }
+        self.is_silent |= self.is_overdue(now);
+        self.last_packet = packet;
+        self.sampler.sent(now, bytes, self.longest_pacing_pause());
+    }
+
     fn on_confirmed(&mut self, sent: Instant, bytes: u64) {
         self.sampler.confirmed(sent, bytes);
+        self.batch.push(sent);
         let is_window_full = self.round.was_window_full || self.was_window_full_before;
         if self.phase == Phase::Startup && is_window_full {
             // Once something is known of the speed, no further than the next doubling needs.
@@ -225,40 +320,101 @@ impl LinkRate {
     }
 
     fn on_batch_end(&mut self, now: Instant, in_flight: u64) {
-        let Some(sample) = self.sampler.end_batch(now, in_flight) else { return };
+        let was_silent = self.is_silent || self.is_overdue(now);
+        self.is_silent = false;
+        self.last_heard = now;
+        if was_silent {
+            self.sampler.silence();
+        }
+        let sent = std::mem::take(&mut self.batch);
+        let sample = self.sampler.end_batch(now, in_flight);
+        if was_silent {
+            self.resume();
+        } else {
+            self.round.add_trips(sent.iter().map(|sent| now.saturating_duration_since(*sent)));
+        }
+        self.batch = sent;
+        self.batch.clear();
+        let Some(sample) = sample else { return };
         self.is_cut = false;
+        self.latest = sample.round_trip;
         self.round_trip.see(now, sample.round_trip);
-        if sample.delivered_before >= self.round_end {
-            self.end_round();
+        if self.standing.is_some_and(|(standing, until)| now > until || sample.round_trip < standing / 2) {
+            self.standing = None;
+        }
+        if !was_silent && sample.delivered_before >= self.round.began_at {
+            self.watch_queue(now, sample.round_trip);
+        }
+        let delivered = self.sampler.delivered() - self.round.began_at;
+        let is_enough = delivered >= sampler::LEAST_PACKETS * self.packet_bytes;
+        if sample.delivered_before >= self.round_end && (is_enough || self.rates.is_empty()) {
+            self.end_round(now);
             self.round_end = self.sampler.delivered();
         }
-        self.add(&sample);
+        // A packet from before a silence has waited out the silence.
+        self.add(&sample, was_silent);
     }
 
-    fn add(&mut self, sample: &Sample) {
+    /// Yields as soon as packets take too long for a round trip on end: rounds are as long as the queue, and it grows.
+    fn watch_queue(&mut self, now: Instant, round_trip: Duration) {
+        let Some(shortest) = self.base_round_trip().filter(|shortest| round_trip > *shortest * 2 + CROWDED) else {
+            self.long_since = None;
+            return;
+        };
+        let delivered = self.sampler.delivered();
+        let (since, before) = *self.long_since.get_or_insert((now, delivered));
+        let (took, came) = (now.saturating_duration_since(since), delivered - before);
+        if took < shortest.max(MACHINE_DELAY) || came < sampler::LEAST_PACKETS * self.packet_bytes {
+            return;
+        }
+        self.long_since = None;
+        let round = Round {
+            bytes_per_s: came as f64 / took.as_secs_f64().max(1e-6),
+            shortest: Some(round_trip),
+            ..Round::default()
+        };
+        self.yield_to_queue(&round, now);
+        self.round = Round { began_at: delivered, ..Round::default() };
+        self.round_end = delivered;
+    }
+
+    /// Something comes again. What was lost meanwhile, and how long it took, is not the link's way; its speed is what it was,
+    /// until it shows otherwise, which is looked for soon.
+    fn resume(&mut self) {
+        self.long_since = None;
+        self.forgiven = self.last_packet;
+        self.round = Round { began_at: self.sampler.delivered(), ..Round::default() };
+        self.round_end = self.sampler.delivered();
+        if !matches!(self.phase, Phase::Startup) && !self.rates.is_empty() {
+            self.phase = Phase::Probe;
+        }
+    }
+
+    fn add(&mut self, sample: &Sample, was_silent: bool) {
         let round = &mut self.round;
-        round.shortest = Some(round.shortest.map_or(sample.round_trip, |s| s.min(sample.round_trip)));
+        if !was_silent && sample.delivered_before >= round.began_at {
+            round.shortest = Some(round.shortest.map_or(sample.round_trip, |s| s.min(sample.round_trip)));
+        }
         if let Some(rate) = sample.rate {
             round.bytes_per_s = round.bytes_per_s.max(rate.bytes_per_s);
             round.is_of_link |= rate.is_of_link;
         }
     }
 
-    fn end_round(&mut self) {
+    fn end_round(&mut self, now: Instant) {
         let began_at = self.sampler.delivered();
         let round = std::mem::replace(&mut self.round, Round { began_at, ..Round::default() });
         self.was_window_full_before = round.was_window_full;
         let before = self.bytes_per_s();
-        if self.is_crowded(&round, began_at) {
-            // What was delivered in this round is what there is for us.
-            if round.bytes_per_s > 0.0 {
-                self.rates.clear();
-                self.rates.push_back(round.bytes_per_s);
-            }
-            if !self.rates.is_empty() {
-                self.phase = Phase::Drain;
-            }
+        if self.phase == Phase::Drain && round.packets >= sampler::LEAST_PACKETS {
+            self.spread = (self.spread + round.spread()) / 2;
+        }
+        if self.overflows(&round, began_at) {
+            self.yield_to_queue(&round, now);
             return;
+        }
+        if self.long_since.is_none() {
+            self.crowded_rounds = 0;
         }
         if round.is_of_link || round.bytes_per_s > before {
             if self.rates.len() == REMEMBERED_ROUNDS {
@@ -269,41 +425,83 @@ impl LinkRate {
         self.phase = self.next_phase(&round, before);
     }
 
+    fn yield_to_queue(&mut self, round: &Round, now: Instant) {
+        self.crowded_rounds += 1;
+        // What was delivered in this round is what there is for us. If yielding once did not help, twice does not either.
+        if round.bytes_per_s > 0.0 && self.crowded_rounds == 1 {
+            self.rates.clear();
+            self.rates.push_back(round.bytes_per_s);
+        }
+        if self.crowded_rounds > PATIENCE {
+            self.standing = round.shortest.map(|shortest| (shortest, now + STANDING));
+            self.crowded_rounds = 0;
+        }
+        if !self.rates.is_empty() {
+            self.phase = Phase::Drain;
+        }
+    }
+
     fn next_phase(&mut self, round: &Round, before: f64) -> Phase {
+        let has_found = round.bytes_per_s > before * FOUND && before > 0.0;
         match self.phase {
-            Phase::Startup => {
+            phase @ (Phase::Startup | Phase::Growth) => {
                 if round.bytes_per_s >= self.full.0 * GROWTH {
                     self.full = (round.bytes_per_s, 0);
                 } else if round.is_of_link {
                     self.full.1 += 1;
                 }
-                if self.full.1 >= FULL_ROUNDS { Phase::Drain } else { Phase::Startup }
+                if self.full.1 >= FULL_ROUNDS { Phase::Drain } else { phase }
             }
-            Phase::Drain => Phase::Cruise(CRUISE_ROUNDS),
-            Phase::Cruise(0) => Phase::Probe(PROBE_GAIN),
+            Phase::Probed(before) if round.bytes_per_s > before * FOUND => self.grow(round),
+            Phase::Drain | Phase::Cruise(_) if has_found => self.grow(round),
+            Phase::Drain => Phase::Cruise(self.cruise_rounds()),
+            Phase::Cruise(0) => Phase::Probe,
             Phase::Cruise(rounds) => Phase::Cruise(rounds - 1),
-            // Half of what it asked for is more than chance.
-            Phase::Probe(gain) if round.bytes_per_s > before * (1.0 + gain) / 2.0 => Phase::Probe(FOUND_GAIN),
-            Phase::Probe(_) => Phase::Drain,
+            Phase::Probe => Phase::Probed(before),
+            Phase::Probed(_) => Phase::Drain,
         }
     }
 
-    /// Whether a round shows a queue that overflows, or is longer than our window makes it.
-    fn is_crowded(&self, round: &Round, delivered: u64) -> bool {
-        let sent = (delivered - round.began_at) + round.lost;
-        let overflows =
-            round.lost >= LEAST_LOST_PACKETS * self.packet_bytes && round.lost as f64 > TOLERATED_LOSS * sent as f64;
-        let is_long = match (round.shortest, self.round_trip.get()) {
-            (Some(round), Some(shortest)) => round > shortest * 2 + CROWDED,
-            _ => false,
-        };
-        overflows || is_long
+    fn grow(&mut self, round: &Round) -> Phase {
+        self.full = (round.bytes_per_s, 0);
+        Phase::Growth
+    }
+
+    fn cruise_rounds(&self) -> u32 {
+        let (short, long) = CRUISE_ROUNDS;
+        let round_trip = self.latest.as_secs_f64().max(1e-6);
+        ((CRUISE.as_secs_f64() / round_trip) as u32).clamp(long, short)
+    }
+
+    /// Whether a round shows a queue that overflows.
+    fn overflows(&mut self, round: &Round, delivered: u64) -> bool {
+        let packets = |bytes: u64| bytes / self.packet_bytes.max(1);
+        let overflows = self.losses.end_round(packets(delivered - round.began_at), packets(round.lost));
+        // At the start more is asked for than there is, until it shows that no more comes.
+        let is_growing = matches!(self.phase, Phase::Startup) && round.bytes_per_s >= self.full.0 * GROWTH;
+        overflows && !is_growing
+    }
+}
+
+impl Round {
+    fn add_trips(&mut self, trips: impl Iterator<Item = Duration>) {
+        for trip in trips {
+            self.packets += 1;
+            self.trips += trip;
+            self.shortest_of_all = Some(self.shortest_of_all.map_or(trip, |shortest| shortest.min(trip)));
+        }
+    }
+
+    /// How much later than the earliest its packets came, on average.
+    fn spread(&self) -> Duration {
+        let packets = u32::try_from(self.packets).unwrap_or(u32::MAX).max(1);
+        (self.trips / packets).saturating_sub(self.shortest_of_all.unwrap_or_default()).min(MOST_SPREAD)
     }
 }
 
 impl Controller for LinkRate {
-    fn on_packet_sent(&mut self, now: Instant, bytes: u16, _pn: u64) {
-        self.sampler.sent(now, u64::from(bytes), self.longest_pacing_pause());
+    fn on_packet_sent(&mut self, now: Instant, bytes: u16, pn: u64) {
+        self.on_sent(now, u64::from(bytes), pn);
     }
 
     fn on_cwnd_limited(&mut self) {
@@ -330,8 +528,10 @@ impl Controller for LinkRate {
         self.is_cut |= is_persistent_congestion;
     }
 
-    fn on_packet_lost(&mut self, lost_bytes: u16, _pn: u64, _now: Instant) {
-        self.round.lost += u64::from(lost_bytes);
+    fn on_packet_lost(&mut self, lost_bytes: u16, pn: u64, _now: Instant) {
+        if pn > self.forgiven {
+            self.round.lost += u64::from(lost_bytes);
+        }
         self.sampler.lost(u64::from(lost_bytes));
     }
 

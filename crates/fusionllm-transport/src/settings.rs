@@ -24,12 +24,11 @@ const MAX_STREAMS: u32 = 1024;
 const TRIAL_WINDOW_BYTES: u32 = 64 << 10;
 /// Two-way streams before a peer is admitted. There are no others.
 const TRIAL_STREAMS: u32 = 1;
-/// A packet counts as lost when so many later ones have come, or after a while; which is the sooner but for slow links.
-/// Three, as usual, takes each small detour of a packet for a loss; [`LATE`] alone finds losses a quarter of a round
-/// trip later.
-const OVERTAKEN_BY: u32 = 128;
+/// A packet counts as lost when so many later ones have come. Three, as usual, takes each small detour of a packet for a
+/// loss. Of shorter messages losses show by [`LATE`] alone, half a round trip later.
+const OVERTAKEN_BY: u32 = 256;
 /// Round trips after which a packet counts as lost if later ones have come.
-const LATE: f32 = 1.25;
+const LATE: f32 = 1.5;
 /// Single bytes that are sent to be confirmed are not read. What is not read is dropped beyond this.
 const UNREAD_DATAGRAM_BYTES: usize = 64;
 

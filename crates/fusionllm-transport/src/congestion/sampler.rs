@@ -69,6 +69,10 @@ pub(super) struct Sampler {
     /// Where a sample over several round trips begins.
     anchor: Option<Mark>,
     last_sent: Instant,
+    /// Nothing before it counts: the first confirmation after a silence.
+    resumed: Option<Mark>,
+    /// Whether the next confirmation is that.
+    is_silent: bool,
 }
 
 impl Sampler {
@@ -85,6 +89,8 @@ impl Sampler {
             first: None,
             anchor: None,
             last_sent: now,
+            resumed: None,
+            is_silent: false,
         }
     }
 
@@ -94,7 +100,6 @@ impl Sampler {
     }
 
     /// Bytes on their way.
-    #[cfg(test)]
     pub(super) fn in_flight(&self) -> u64 {
         self.in_flight
     }
@@ -124,6 +129,12 @@ impl Sampler {
         }
     }
 
+    /// Nothing came for longer than a round trip. What the link did meanwhile says nothing of its speed, so samples begin
+    /// anew at the next confirmation.
+    pub(super) fn silence(&mut self) {
+        self.is_silent = true;
+    }
+
     pub(super) fn lost(&mut self, bytes: u64) {
         self.in_flight = self.in_flight.saturating_sub(bytes);
     }
@@ -147,6 +158,9 @@ impl Sampler {
         let newest = self.newest.take()?;
         let here = Mark { delivered: self.last.delivered, confirmed: now, sent: newest.at, is_start: false };
         self.last = here;
+        if std::mem::take(&mut self.is_silent) {
+            self.resumed = Some(here);
+        }
         let round_trip = now.saturating_duration_since(newest.at);
         let delivered_before = newest.mark.delivered;
         // What an earlier burst left behind is measured from where it was sent.
@@ -168,6 +182,7 @@ impl Sampler {
     }
 
     fn rate(&self, from: Mark, here: Mark) -> Option<Rate> {
+        let from = self.resumed.filter(|resumed| from.confirmed < resumed.confirmed).unwrap_or(from);
         let bytes = here.delivered.saturating_sub(from.delivered);
         let sending = here.sent.saturating_duration_since(from.sent).as_secs_f64();
         let confirming = here.confirmed.saturating_duration_since(from.confirmed).as_secs_f64();

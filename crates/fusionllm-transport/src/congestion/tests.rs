@@ -1,5 +1,8 @@
 //! The controller over a link of one sender, in numbers instead of packets and sockets.
 
+mod storms;
+mod wire;
+
 use super::*;
 
 const PACKET: u64 = 1_250;
@@ -204,7 +207,7 @@ fn a_machine_that_stalls_does_not_stay_slow() {
     let before = message(MS * 10);
     let stalled: Vec<Duration> = (0..4).map(|_| message(MS * 300)).collect();
     let after: Vec<Duration> = (0..40).map(|_| message(MS * 10)).collect();
-    assert!(before <= MS * 20 && stalled[3] > MS * 300, "{before:?}, stalled {stalled:?}");
+    assert!(before <= MS * 20 && stalled.iter().any(|&took| took > MS * 300), "{before:?}, stalled {stalled:?}");
     assert!(after[20..].iter().all(|&took| took <= MS * 50), "{before:?} before, then {after:?}");
 }
 

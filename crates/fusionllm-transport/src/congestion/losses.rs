@@ -1,0 +1,81 @@
+//! How much a link loses whatever is sent, as radio and long links do, and when loss is of a queue that overflows.
+
+use std::collections::VecDeque;
+
+/// Packets of which a share is taken.
+const LEAST_PACKETS: u64 = 64;
+/// So many shares are remembered.
+const REMEMBERED: usize = 4;
+/// A share this much above what is usual is of a queue.
+const TOLERATED: f64 = 0.1;
+/// And at least so many packets: one of five says nothing.
+const LEAST_LOST_PACKETS: u64 = 8;
+/// No link that loses more is of use.
+const MOST: f64 = 0.8;
+
+/// Shares of packets lost, of the last few rounds.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Losses {
+    shares: VecDeque<f64>,
+    /// Packets that came and that did not, since the last share.
+    came: u64,
+    lost: u64,
+    /// Shares that are still taken before loss may be of a queue again: whether it was shows in what is lost at less speed.
+    patience: usize,
+}
+
+impl Losses {
+    /// A round is over in which so many packets came and were lost. Says whether a queue overflows.
+    pub(super) fn end_round(&mut self, came: u64, lost: u64) -> bool {
+        self.came += came;
+        self.lost += lost;
+        let packets = self.came + self.lost;
+        let share = self.lost as f64 / packets.max(1) as f64;
+        let overflows = self.patience == 0
+            && packets >= LEAST_PACKETS / 2
+            && self.lost >= LEAST_LOST_PACKETS
+            && share > self.usual() + TOLERATED;
+        if packets >= LEAST_PACKETS || overflows {
+            self.patience = if overflows { REMEMBERED } else { self.patience.saturating_sub(1) };
+            if self.shares.len() == REMEMBERED {
+                self.shares.pop_front();
+            }
+            self.shares.push_back(share);
+            (self.came, self.lost) = (0, 0);
+        }
+        overflows
+    }
+
+    /// Share of packets that is lost at any speed.
+    pub(super) fn usual(&self) -> f64 {
+        let least = self.shares.iter().copied().fold(MOST, f64::min);
+        if self.shares.len() < REMEMBERED { 0.0 } else { least }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lost_at_any_speed_is_no_overflow_for_long() {
+        let mut losses = Losses::default();
+        assert!((0..4).all(|_| !losses.end_round(100, 0)));
+        // One of five is lost from now on: once that could be a queue.
+        let overflows: Vec<bool> = (0..20).map(|_| losses.end_round(80, 20)).collect();
+        assert_eq!(overflows.iter().filter(|o| **o).count(), 1);
+        assert!((losses.usual() - 0.2).abs() < 1e-9);
+        // Three of five are more than that.
+        assert!(losses.end_round(40, 60));
+        // It is over.
+        losses.end_round(100, 0);
+        assert_eq!(losses.usual(), 0.0);
+    }
+
+    #[test]
+    fn a_few_lost_packets_say_nothing() {
+        let mut losses = Losses::default();
+        assert!(!losses.end_round(1, 4) && !losses.end_round(30, 2));
+        assert!((0..50).all(|_| !losses.end_round(95, 5)));
+    }
+}
