@@ -15,20 +15,21 @@
 //! It yields when a queue builds up ([`LinkRate::yield_to_queue`]), and so leaves at most about a round trip of queue even where
 //! several connections share a link.
 
+mod controller;
 mod losses;
+mod round;
 mod sampler;
 #[cfg(test)]
 mod tests;
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use noq_proto::RttEstimator;
-use noq_proto::congestion::{Controller, ControllerFactory, ControllerMetrics};
+use noq_proto::congestion::{Controller, ControllerFactory};
 
 use losses::Losses;
+use round::{Round, ShortestRoundTrip};
 use sampler::{Sample, Sampler};
 
 /// Packets that may be on their way before anything is known, as browsers and content networks do.
@@ -67,16 +68,12 @@ const CROWDED: Duration = Duration::from_millis(100);
 const PATIENCE: u32 = 3;
 /// For how long it then counts as the way's.
 const STANDING: Duration = Duration::from_secs(10);
-/// Jitter beyond it is not made up for by more packets under way.
-const MOST_SPREAD: Duration = Duration::from_millis(200);
 /// Nothing came for this long, and one and a half round trips: the link is cut, or somebody stalls.
 const SILENCE: Duration = Duration::from_millis(100);
 /// While nothing comes, seconds between two packets.
 const SILENT_PACE: f64 = 0.2;
 /// A round trip before one is known.
 const UNKNOWN_ROUND_TRIP: Duration = Duration::from_millis(333);
-/// The shortest round trip is of this time, or twice as long: a changed route may be longer.
-const ROUND_TRIP_MEMORY: Duration = Duration::from_secs(60);
 /// What is sent as one piece takes this long on the link.
 const PIECE_TIME: f64 = 0.001;
 /// Seconds without a packet that are a pause at any pace.
@@ -108,43 +105,6 @@ enum Phase {
     Probe,
     /// Sees in the round after what came of it, against the speed before.
     Probed(f64),
-}
-
-/// What one round trip has shown.
-#[derive(Clone, Copy, Debug, Default)]
-struct Round {
-    /// Fastest sample, whether any was of the link itself.
-    bytes_per_s: f64,
-    is_of_link: bool,
-    shortest: Option<Duration>,
-    /// Of all packets: how many, and their round trips together.
-    packets: u64,
-    trips: Duration,
-    shortest_of_all: Option<Duration>,
-    lost: u64,
-    began_at: u64,
-    was_window_full: bool,
-}
-
-/// The shortest round trip of the last minute or two.
-#[derive(Clone, Debug)]
-struct ShortestRoundTrip {
-    since: Instant,
-    before: Option<Duration>,
-    now: Option<Duration>,
-}
-
-impl ShortestRoundTrip {
-    fn see(&mut self, now: Instant, round_trip: Duration) {
-        if now.saturating_duration_since(self.since) > ROUND_TRIP_MEMORY {
-            (self.since, self.before) = (now, self.now.take());
-        }
-        self.now = Some(self.now.map_or(round_trip, |shortest| shortest.min(round_trip)));
-    }
-
-    fn get(&self) -> Option<Duration> {
-        self.now.into_iter().chain(self.before).min()
-    }
 }
 
 /// A congestion controller by the link's speed; see the module.
@@ -480,91 +440,5 @@ impl LinkRate {
         // At the start more is asked for than there is, until it shows that no more comes.
         let is_growing = matches!(self.phase, Phase::Startup) && round.bytes_per_s >= self.full.0 * GROWTH;
         overflows && !is_growing
-    }
-}
-
-impl Round {
-    fn add_trips(&mut self, trips: impl Iterator<Item = Duration>) {
-        for trip in trips {
-            self.packets += 1;
-            self.trips += trip;
-            self.shortest_of_all = Some(self.shortest_of_all.map_or(trip, |shortest| shortest.min(trip)));
-        }
-    }
-
-    /// How much later than the earliest its packets came, on average.
-    fn spread(&self) -> Duration {
-        let packets = u32::try_from(self.packets).unwrap_or(u32::MAX).max(1);
-        (self.trips / packets).saturating_sub(self.shortest_of_all.unwrap_or_default()).min(MOST_SPREAD)
-    }
-}
-
-impl Controller for LinkRate {
-    fn on_packet_sent(&mut self, now: Instant, bytes: u16, pn: u64) {
-        self.on_sent(now, u64::from(bytes), pn);
-    }
-
-    fn on_cwnd_limited(&mut self) {
-        self.round.was_window_full = true;
-    }
-
-    fn on_ack(&mut self, _now: Instant, sent: Instant, bytes: u64, _pn: u64, _app_limited: bool, _rtt: &RttEstimator) {
-        self.on_confirmed(sent, bytes);
-    }
-
-    fn on_end_acks(&mut self, now: Instant, in_flight: u64, _app_limited: bool, _largest: Option<u64>) {
-        self.on_batch_end(now, in_flight);
-    }
-
-    fn on_congestion_event(
-        &mut self,
-        _now: Instant,
-        _sent: Instant,
-        is_persistent_congestion: bool,
-        _is_ecn: bool,
-        _lost_bytes: u64,
-        _largest_lost_pn: u64,
-    ) {
-        self.is_cut |= is_persistent_congestion;
-    }
-
-    fn on_packet_lost(&mut self, lost_bytes: u16, pn: u64, _now: Instant) {
-        if pn > self.forgiven {
-            self.round.lost += u64::from(lost_bytes);
-        }
-        self.sampler.lost(u64::from(lost_bytes));
-    }
-
-    fn on_mtu_update(&mut self, new_mtu: u16) {
-        self.packet_bytes = u64::from(new_mtu);
-        self.sampler.set_packet_bytes(self.packet_bytes);
-    }
-
-    fn window(&self) -> u64 {
-        self.window_bytes()
-    }
-
-    fn metrics(&self) -> ControllerMetrics {
-        let mut metrics = ControllerMetrics::default();
-        metrics.congestion_window = self.window_bytes();
-        if let Some(pacing) = self.pacing() {
-            metrics.pacing_rate = Some(pacing as u64);
-            metrics.send_quantum = Some(self.piece_bytes(pacing));
-        }
-        let rate = self.bytes_per_s();
-        metrics.bandwidth_estimate = (rate > 0.0).then_some((rate * 8.0) as u64);
-        metrics
-    }
-
-    fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(self.clone())
-    }
-
-    fn initial_window(&self) -> u64 {
-        INITIAL_PACKETS * self.packet_bytes
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any> {
-        self
     }
 }

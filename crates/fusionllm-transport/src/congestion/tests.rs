@@ -1,6 +1,7 @@
 //! The controller over a link of one sender, in numbers instead of packets and sockets.
 
 mod storms;
+mod weather;
 mod wire;
 
 use super::*;

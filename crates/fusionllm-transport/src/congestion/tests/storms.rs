@@ -1,6 +1,7 @@
 //! What a link may do, and how soon its speed is back.
 
-use super::wire::{Dice, Sky, Weather};
+use super::weather::{Dice, Weather};
+use super::wire::Sky;
 
 /// Windows in which speed is taken, in seconds.
 const WINDOW: f64 = 0.5;

@@ -4,75 +4,13 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashSet, VecDeque};
 
+use super::weather::{Dice, Weather};
 use super::*;
 
 pub(super) const PACKET: u64 = 1_250;
 const US: u64 = 1_000;
 const MS: u64 = 1_000_000;
 pub(super) const SECOND: u64 = 1_000_000_000;
-
-/// Numbers that look random, from a seed (SplitMix64).
-#[derive(Clone, Debug)]
-pub(super) struct Dice(pub(super) u64);
-
-impl Dice {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From 0 to below 1.
-    pub(super) fn share(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    pub(super) fn between(&mut self, low: f64, high: f64) -> f64 {
-        low + (high - low) * self.share()
-    }
-}
-
-/// What the wire does from a time on.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Weather {
-    pub(super) mbit_per_s: f64,
-    pub(super) round_trip_ms: f64,
-    /// What may wait before the link, in time at its rate.
-    pub(super) queue_ms: f64,
-    pub(super) loss: f64,
-    /// Packets are up to this much early or late.
-    pub(super) jitter_ms: f64,
-    /// Whether they may overtake each other by it.
-    pub(super) reorders: bool,
-    /// One of ten packets comes so many packets later than it should.
-    pub(super) detour_packets: f64,
-    pub(super) is_cut: bool,
-    /// Only what is confirmed is lost.
-    pub(super) is_back_cut: bool,
-}
-
-impl Weather {
-    pub(super) fn fair(mbit_per_s: f64, round_trip_ms: f64) -> Self {
-        Self {
-            mbit_per_s,
-            round_trip_ms,
-            queue_ms: 100.0,
-            loss: 0.0,
-            jitter_ms: 0.0,
-            reorders: false,
-            detour_packets: 0.0,
-            is_cut: false,
-            is_back_cut: false,
-        }
-    }
-
-    /// Of payload that can come through.
-    pub(super) fn bytes_per_s(&self) -> f64 {
-        self.mbit_per_s * 1e6 / 8.0 * (1.0 - self.loss)
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum What {
@@ -125,11 +63,10 @@ pub(super) struct Sky {
     serial: u64,
     now: u64,
     base: Instant,
-    /// What waits before the link: whose, which, and since when.
-    queue: VecDeque<(usize, u64, u64)>,
+    /// What waits before the link: whose, and which.
+    queue: VecDeque<(usize, u64)>,
     last_arrival: u64,
     dice: Dice,
-    pub(super) longest_queue: u64,
 }
 
 impl Sky {
@@ -146,7 +83,6 @@ impl Sky {
             queue: VecDeque::new(),
             last_arrival: 0,
             dice: Dice(seed),
-            longest_queue: 0,
         }
     }
 
@@ -200,10 +136,6 @@ impl Sky {
         self.weather[at.saturating_sub(1)].1
     }
 
-    fn instant(&self, at: u64) -> Instant {
-        self.base + Duration::from_nanos(at)
-    }
-
     pub(super) fn run(&mut self, until: f64) {
         let until = (until * 1e9) as u64;
         while self.events.peek().is_some_and(|Reverse((at, ..))| *at <= until) {
@@ -250,10 +182,6 @@ impl Sky {
             at += 0.1;
         }
         f64::INFINITY
-    }
-
-    pub(super) fn controller(&self, flow: usize) -> &LinkRate {
-        &self.flows[flow].controller
     }
 
     pub(super) fn is_done(&self, flow: usize) -> bool {
@@ -460,7 +388,7 @@ impl Sky {
         if waiting_ms > weather.queue_ms {
             return;
         }
-        self.queue.push_back((flow, packet, self.now));
+        self.queue.push_back((flow, packet));
         if self.queue.len() == 1 {
             self.serve();
         }
@@ -468,7 +396,7 @@ impl Sky {
 
     /// The first in the queue goes over the link.
     fn serve(&mut self) {
-        if let Some(&(flow, packet, _)) = self.queue.front() {
+        if let Some(&(flow, packet)) = self.queue.front() {
             let takes = PACKET as f64 * 8e3 / self.weather().mbit_per_s;
             self.at(self.now + takes as u64, flow, What::Leaves(packet));
         }
@@ -476,9 +404,7 @@ impl Sky {
 
     fn leaves(&mut self, flow: usize, packet: u64) {
         let weather = self.weather();
-        if let Some((_, _, since)) = self.queue.pop_front() {
-            self.longest_queue = self.longest_queue.max(self.now - since);
-        }
+        self.queue.pop_front();
         self.serve();
         if weather.is_cut {
             return;
