@@ -41,7 +41,7 @@ STORMS = {
     "jitter 5 ms, reordering": ({**FAIR, "jitter_ms": 5.0, "reorder": True}, {}, {}, 1),
     "jitter 20 ms, reordering": ({**FAIR, "jitter_ms": 20.0, "reorder": True}, {}, {}, 1),
     "jitter 20 ms, in order": ({**FAIR, "jitter_ms": 20.0}, {}, {}, 1),
-    "jitter 20 ms, reordering, for 5 s": (FAIR, {"jitter_ms": 20.0, "reorder": True}, {"jitter_ms": 0.0}, 5),
+    "jitter 20 ms, reordering, for 5 s": (FAIR, {"jitter_ms": 20.0, "reorder": True}, {}, 5),
 }
 
 
@@ -71,13 +71,10 @@ def run(args, storm, control):
             inside("a", "send", "--bind", "10.77.0.1:7711", "--peer", "10.77.0.2:7711", "--seconds", total, *common), **quiet)
         began = float((folder / "began").read_text())
         time.sleep(max(0.0, began + BEGINS - time.time()))
-        file.write_text(network({**fair, **during}))
-        if during:
-            change(args, file)
+        change(args, during)
         time.sleep(lasts)
-        file.write_text(network({**fair, **{name: False for name in during if name == "cut"}, **after}))
-        if during or after:
-            change(args, file)
+        calm = {"jitter_ms": 0.0, "loss_percent": 0.0, "reorder": False, "cut": False, **fair, **after}
+        change(args, {name: calm[name] for name in {**during, **after}})
         ended = time.time() - began
         tenths = json.loads(receiver.communicate(timeout=total + 30)[0])
         sender.wait()
@@ -86,8 +83,15 @@ def run(args, storm, control):
     return judge(tenths, ended, {**fair, **after})
 
 
-def change(args, file):
-    subprocess.run([args.wan_emu, "set", "--net", "storms", file], check=True, stdout=subprocess.DEVNULL)
+def change(args, weather):
+    if not weather:
+        return
+    words = ["--rate" if name == "mbit_per_s" else "--" + name.replace("_", "-") for name in weather if name != "cut"]
+    values = [json.dumps(value) for name, value in weather.items() if name != "cut"]
+    flags = [word for pair in zip(words, values) for word in pair]
+    if "cut" in weather:
+        flags.append("--cut" if weather["cut"] else "--heal")
+    subprocess.run([args.wan_emu, "link", "a", "b", "--net", "storms", *flags], check=True, stdout=subprocess.DEVNULL)
 
 
 def judge(tenths, ended, weather):

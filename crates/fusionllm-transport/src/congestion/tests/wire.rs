@@ -49,7 +49,6 @@ struct Flow {
     last_nudge: u64,
     loss_due: Option<u64>,
     wakes_at: u64,
-    delayed_until: u64,
     /// New bytes that came, by tenth of a second.
     came: Vec<u64>,
     lost: u64,
@@ -113,7 +112,6 @@ impl Sky {
             last_nudge: at,
             loss_due: None,
             wakes_at: u64::MAX,
-            delayed_until: 0,
             came: Vec::new(),
             lost: 0,
         });
