@@ -120,7 +120,7 @@ fn a_folders_tokenizer_is_the_jobs() {
     refuses(
         &bench,
         "train tune.toml --out x --set data.tokenizer=bytes",
-        &["token id 121", "vocabulary ends at 27", "give in data.tokenizer the tokenizer that the model was made with"],
+        &["token id 119", "vocabulary ends at 27", "give in data.tokenizer the tokenizer that the model was made with"],
     );
     std::fs::remove_file(bench.path("hf/tokenizer.json")).unwrap();
     refuses(&bench, "train tune.toml --out x", &["no tokenizer.json in it", "data.tokenizer", "`bytes`"]);
