@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::BPE;
+use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::{
     Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
 };
@@ -88,7 +89,22 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// Added tokens stand as they are; the rest goes through normalizer, words and model.
 fn count_piece(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Result<Coverage> {
+    let mut sum = Coverage::default();
+    let parts = tokenizer.get_added_vocabulary().extract_and_normalize(None::<&NormalizerWrapper>, piece);
+    for (part, _, tokens) in parts.get_splits(OffsetReferential::Normalized, OffsetType::Byte) {
+        if tokens.is_some() {
+            let chars = part.chars().count() as u64;
+            sum.add(&Coverage { chars, ..Coverage::whole(part) });
+        } else {
+            sum.add(&count_words(tokenizer, part)?);
+        }
+    }
+    Ok(sum)
+}
+
+fn count_words(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Result<Coverage> {
     let mut normalized = NormalizedString::from(piece);
     if let Some(normalizer) = tokenizer.get_normalizer() {
         normalizer.normalize(&mut normalized)?;
