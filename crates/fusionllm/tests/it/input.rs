@@ -28,7 +28,7 @@ fn trained() -> Bench {
     bench.succeed("export base hf");
     let job = std::fs::read_to_string(bench.path("job.toml")).unwrap();
     let tune = job.replace(MODEL, "path = \"hf\"\n").replace("lr = 3e-3", "lr = 1e-30\nweight_decay = 0");
-    bench.write("tune.toml", &tune.replace("steps = 8", "steps = 1").replace("warmup = 2", "warmup = 0"));
+    bench.write("tune.toml", &tune.replace("steps = 8", "steps = 4").replace("warmup = 2", "warmup = 0"));
     bench
 }
 
