@@ -340,12 +340,11 @@ impl Node {
         self.surveyor.cancel_all();
         let place = Place {
             endpoint: self.endpoint.clone(),
-            device: self.surveyor.device.clone(),
+            surveyor: self.surveyor.clone(),
             memory: Arc::clone(&self.memory),
-            free_bytes: self.surveyor.room(),
             events: self.events.clone(),
         };
-        let mut job = RunningJob::prepare(assignment, place);
+        let job = RunningJob::prepare(assignment, place);
         self.members.replace(job.peers().to_vec());
         if let Some(weights) = self.weights.take(job.key) {
             job.receive(weights);

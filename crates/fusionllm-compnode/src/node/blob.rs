@@ -75,13 +75,21 @@ impl Incoming {
         JobKey { job: self.header.job, generation: self.header.generation }
     }
 
-    /// All of them.
-    pub(super) async fn receive(self) -> Result<Vec<NamedTensor>, CompNodeError> {
+    /// All of them; nothing if the connection was lost on the way.
+    async fn receive(self) -> Result<Option<Vec<NamedTensor>>, CompNodeError> {
         let Self { header, mut stream } = self;
         let fail = |reason: String| CompNodeError::Broker { reason: format!("weights: {reason}") };
         let mut bytes = Vec::new();
-        while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| fail(e.to_string()))? {
-            bytes.extend_from_slice(&chunk);
+        loop {
+            match stream.recv_limited(CHUNK_BYTES as u64).await {
+                Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
+                Ok(None) => break,
+                Err(error @ SessionError::TooLarge { .. }) => return Err(fail(error.to_string())),
+                Err(error) => {
+                    tracing::warn!(%error, "weights broke off and are waited for again");
+                    return Ok(None);
+                }
+            }
             if bytes.len() as u64 > header.bytes {
                 return Err(fail(format!("more than the {} bytes announced", header.bytes)));
             }
@@ -89,8 +97,20 @@ impl Incoming {
         if (bytes.len() as u64) < header.bytes {
             return Err(fail(format!("{} of {} bytes came", bytes.len(), header.bytes)));
         }
-        Ok(spawn_blocking(move || read_shard(&bytes)).await??)
+        Ok(Some(spawn_blocking(move || read_shard(&bytes)).await??))
     }
+}
+
+/// The first weights that come whole. The broker sends them again after a connection that was lost.
+pub(super) async fn receive_first_whole(
+    mut streams: mpsc::Receiver<Incoming>,
+) -> Result<Vec<NamedTensor>, CompNodeError> {
+    while let Some(incoming) = streams.recv().await {
+        if let Some(tensors) = incoming.receive().await? {
+            return Ok(tensors);
+        }
+    }
+    Err(CompNodeError::Broker { reason: "the weights did not come".to_owned() })
 }
 
 /// Sends one blob over whatever connection to the broker there is, again after one that was lost.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use burn_tensor::Device;
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, NodeIndex};
 use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, StepReport, WeightSource};
@@ -14,6 +13,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::assignment::{BuildSite, JobKey, Prepared, prepare};
+use super::survey::Surveyor;
 use super::{NodeEvent, blob};
 use crate::CompNodeError;
 use crate::checkpoint::write_shard;
@@ -30,11 +30,9 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(60);
 /// What a job is built with.
 pub(super) struct Place {
     pub(super) endpoint: Endpoint,
-    pub(super) device: Device,
+    pub(super) surveyor: Surveyor,
     /// Who holds its one permit may fill the memory.
     pub(super) memory: Arc<Semaphore>,
-    /// Bytes that a job may fill, if that is known.
-    pub(super) free_bytes: Option<u64>,
     pub(super) events: mpsc::Sender<NodeEvent>,
 }
 
@@ -43,7 +41,7 @@ pub(super) struct RunningJob {
     pub(super) key: JobKey,
     pub(super) links: Arc<JobLinks>,
     /// Where weights from the broker go, while they are waited for.
-    pub(super) weights: Option<oneshot::Sender<Result<Vec<NamedTensor>, CompNodeError>>>,
+    weights: Option<mpsc::Sender<blob::Incoming>>,
     peers: Vec<PeerId>,
     codecs: Arc<CodecTable>,
     prepared: Option<Prepared>,
@@ -64,13 +62,18 @@ impl RunningJob {
     /// that is done.
     pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
         let key = JobKey::of(&assignment);
-        let Place { endpoint, device, memory, free_bytes, events } = place;
+        let Place { endpoint, surveyor, memory, events } = place;
         let links = JobLinks::new(endpoint, &assignment);
         let (weights, receiver) = match assignment.weights {
             WeightSource::Seed(_) => (None, None),
             WeightSource::Broker => {
-                let (sender, receiver) = oneshot::channel();
-                (Some(sender), Some(receiver))
+                let (streams, incoming) = mpsc::channel(1);
+                let (received, receiver) = oneshot::channel();
+                links.spawn(async move {
+                    // The receiver is gone only if the job is.
+                    let _ = received.send(blob::receive_first_whole(incoming).await);
+                });
+                (Some(streams), Some(receiver))
             }
         };
         let peers = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
@@ -78,8 +81,11 @@ impl RunningJob {
         tokio::spawn(async move {
             let result = match timeout(RELEASE_LIMIT, memory.acquire_owned()).await {
                 Ok(Ok(permit)) => {
-                    let site = BuildSite { device, free_bytes, permit, mailbox };
-                    let built = spawn_blocking(move || prepare(&assignment, site, receiver)).await;
+                    let built = spawn_blocking(move || {
+                        let (device, free_bytes) = (surveyor.device.clone(), surveyor.room());
+                        prepare(&assignment, BuildSite { device, free_bytes, permit, mailbox }, receiver)
+                    });
+                    let built = built.await;
                     built.unwrap_or_else(|e| Err(e.into()))
                 }
                 Ok(Err(_)) | Err(_) => Err(CompNodeError::MemoryHeld { limit_s: RELEASE_LIMIT.as_secs() }),
@@ -90,12 +96,12 @@ impl RunningJob {
         Self { key, links, weights, peers, codecs: Arc::default(), prepared: None }
     }
 
-    /// Receives the job's weights; nothing if they were not asked for, or come again.
-    pub(super) fn receive(&mut self, incoming: blob::Incoming) {
-        if let Some(weights) = self.weights.take() {
+    /// Receives the job's weights; nothing if they were not asked for, or have come.
+    pub(super) fn receive(&self, incoming: blob::Incoming) {
+        if let Some(streams) = self.weights.clone() {
             self.links.spawn(async move {
-                // The receiver is gone only if the job is.
-                let _ = weights.send(incoming.receive().await);
+                // What comes again is not needed.
+                let _ = streams.send(incoming).await;
             });
         }
     }
