@@ -23,7 +23,9 @@ pub fn read_cluster(path: &Path) -> Result<(String, Cluster), BrokerError> {
 fn one_line(error: &toml::de::Error) -> String {
     let first = error.to_string();
     let place = first.lines().next().unwrap_or_default().to_owned();
-    if place.contains(error.message()) { place } else { format!("{place}: {}", error.message()) }
+    let text = if place.contains(error.message()) { place } else { format!("{place}: {}", error.message()) };
+    // The parser names Rust's types.
+    text.replace("expected f64", "expected a number").replace("expected usize", "expected a whole number of at least 0")
 }
 
 #[cfg(test)]

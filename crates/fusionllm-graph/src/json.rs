@@ -23,6 +23,7 @@ pub const JSON_VERSION: u64 = 1;
 
 /// Read first, so that another version is named rather than its unknown fields.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with `format` and `version`")]
 struct HeaderForm {
     format: String,
     version: u64,

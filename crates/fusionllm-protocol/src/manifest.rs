@@ -83,6 +83,30 @@ const CHECKSUM_KEY: &str = "\"checksum\": \"";
 /// Digits of a checksum.
 const DIGITS: usize = 64;
 
+/// What every version begins with.
+#[derive(Deserialize)]
+struct Header {
+    format: String,
+    version: u32,
+}
+
+impl Header {
+    fn check(&self) -> Result<(), ProtocolError> {
+        let fail = |reason: String| Err(ProtocolError::Manifest { reason });
+        if self.format != Manifest::FORMAT {
+            return fail(format!("format is `{}`, expected `{}`", self.format, Manifest::FORMAT));
+        }
+        let (got, known) = (self.version, Manifest::VERSION);
+        match got {
+            0 => fail(format!("version is 0, this build reads versions 1 to {known}")),
+            _ if got > known => {
+                fail(format!("version is {got}, this build reads versions 1 to {known}: use a newer release"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Manifest {
     /// The value of `format`.
     pub const FORMAT: &'static str = "fusionllm-checkpoint";
@@ -95,6 +119,10 @@ impl Manifest {
     /// [`ProtocolError::Manifest`] that says what is wrong.
     pub fn from_json(text: &str) -> Result<Self, ProtocolError> {
         let fail = |reason: String| ProtocolError::Manifest { reason };
+        // Another version may have another checksum.
+        if let Ok(header) = serde_json::from_str::<Header>(text) {
+            header.check()?;
+        }
         if let Some((given, hash)) = checksums(text)
             && given != hash
         {
@@ -107,13 +135,6 @@ impl Manifest {
 
     fn check(&self) -> Result<(), ProtocolError> {
         let fail = |reason: String| ProtocolError::Manifest { reason };
-        if self.format != Self::FORMAT {
-            return Err(fail(format!("format is `{}`, expected `{}`", self.format, Self::FORMAT)));
-        }
-        if !(1..=Self::VERSION).contains(&self.version) {
-            let (got, known) = (self.version, Self::VERSION);
-            return Err(fail(format!("version is {got}, this build reads versions 1 to {known}")));
-        }
         if self.version > 1 && self.checksum.len() != DIGITS {
             return Err(fail("it has no checksum: it was damaged or changed".to_owned()));
         }

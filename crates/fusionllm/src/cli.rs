@@ -46,9 +46,15 @@ impl Cli {
         match &self.command {
             Command::Broker(_) => "warn,fusionllm=info,fusionllm_broker=info,fusionllm_transport=info",
             Command::Join(join) if !join.child => "warn,fusionllm=info,fusionllm_compnode=info",
-            _ => "error,fusionllm::commands=warn,fusionllm_broker=warn,fusionllm_compnode=warn",
+            // What the QUIC library calls an error, such as an endpoint that goes without a farewell, is none of a command's.
+            _ => "error,iroh=off,fusionllm::commands=warn,fusionllm_broker=warn,fusionllm_compnode=warn",
         }
     }
+}
+
+/// An address with a port.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "expected an IP address and a port, such as 0.0.0.0:7710 or [::]:7710".to_owned())
 }
 
 /// A job file and changes to it.
@@ -92,10 +98,10 @@ pub(crate) struct Train {
 #[derive(Debug, Args)]
 pub(crate) struct Broker {
     /// Address to listen on; port 0 takes any
-    #[arg(long, default_value = "0.0.0.0:7710")]
+    #[arg(long, default_value = "0.0.0.0:7710", value_parser = address)]
     pub(crate) bind: SocketAddr,
     /// Further address under which CompNodes reach this broker, such as a forwarded port (repeatable)
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) advertise: Vec<SocketAddr>,
     /// Where key, secret, ticket and job records are kept [default: the user's state folder]
     #[arg(long, value_name = "DIR")]
@@ -119,10 +125,10 @@ pub(crate) struct Join {
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
     /// Address where other CompNodes connect; port 0 takes any
-    #[arg(long, default_value = "0.0.0.0:0")]
+    #[arg(long, default_value = "0.0.0.0:0", value_parser = address)]
     pub(crate) bind: SocketAddr,
     /// Further address under which other CompNodes reach this one (repeatable)
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) advertise: Vec<SocketAddr>,
     /// Threads of the CPU device [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]

@@ -27,6 +27,9 @@ pub(crate) fn meant(path: &Path) -> Result<Meant, BrokerError> {
     if is_step && path.is_dir() {
         return Err(CheckpointError::NoManifest { path: path.join(MANIFEST) }.into());
     }
+    if path.is_file() {
+        return Err(CheckpointError::None { path: path.to_owned() }.into());
+    }
     if let Some(home) = RunHome::read(path)? {
         return Ok(Meant::Run(Box::new(home)));
     }

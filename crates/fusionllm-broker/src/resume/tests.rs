@@ -1,3 +1,5 @@
+//! Tests of how a run goes on.
+
 use std::path::Path;
 
 use super::*;

@@ -148,6 +148,9 @@ impl ClusterFile {
                 return fail(format!("a link names `{end}`, which is neither a device nor a site"));
             }
         }
+        if compnodes.is_empty() {
+            return fail("it has no devices, expected at least one [[device]] with `name` and `flop_per_s`".to_owned());
+        }
         let fits =
             |end: &str, i: usize| end == "*" || end == sites[i].0 || end == sites[i].1 || end == compnodes[i].name;
         let mut links = vec![vec![LinkProfile::FREE; compnodes.len()]; compnodes.len()];
@@ -187,9 +190,6 @@ impl ClusterFile {
         let count = self.device.iter().fold(0usize, |sum, entry| sum.saturating_add(entry.count));
         if count > MAX_COMPNODES {
             return fail(format!("it has {count} devices, expected at most {MAX_COMPNODES}"));
-        }
-        if count == 0 && self.link.is_empty() {
-            return fail("it has no devices, expected at least one [[device]] with `name` and `flop_per_s`".to_owned());
         }
         Ok(())
     }

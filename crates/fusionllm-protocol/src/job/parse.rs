@@ -211,6 +211,10 @@ impl<'a> Section<'a> {
                 let too_large = if *number < 0 { EXPECTED } else { "a smaller number" };
                 T::try_from(*number).map(Some).map_err(|_| self.wrong_type(key, value, too_large))
             }
+            // TOML has no number as large, so that an override becomes text.
+            Some(Value::String(digits)) if !digits.is_empty() && digits.chars().all(|c| c.is_ascii_digit()) => {
+                Err(self.value(key, format!("is {digits}, expected a smaller number")))
+            }
             Some(other) => Err(self.wrong_type(key, other, EXPECTED)),
         }
     }
@@ -271,7 +275,8 @@ pub(super) fn describe(value: &Value) -> String {
     match value {
         Value::String(text) => format!("the string {text:?}"),
         Value::Integer(number) => format!("{number}"),
-        Value::Float(number) => format!("{number}"),
+        // With its point, which tells it from a whole number.
+        Value::Float(number) => format!("{number:?}"),
         Value::Boolean(flag) => format!("{flag}"),
         Value::Datetime(_) => "a date".to_owned(),
         Value::Array(entries) => format!("a list of {}", entries.len()),

@@ -155,6 +155,12 @@ fn a_value_of_the_wrong_type_says_what_came_and_what_is_expected() {
     check_error(&["train.steps=ten"], "`train.steps`: is the string \"ten\", expected a whole number of at least 0");
     check_error(&["train.steps=-1"], "`train.steps`: is -1, expected a whole number of at least 0");
     check_error(&["train.batch=5000000000"], "`train.batch`: is 5000000000, expected a smaller number");
+    let beyond_toml = "99999999999999999999";
+    check_error(
+        &[&format!("train.steps={beyond_toml}")],
+        &format!("`train.steps`: is {beyond_toml}, expected a smaller number"),
+    );
+    check_error(&["train.steps=1e3"], "`train.steps`: is 1000.0, expected a whole number of at least 0");
     check_error(&["train.lr=\"x\""], "`train.lr`: is the string \"x\", expected a number");
     check_error(&["train.betas=[1]"], "`train.betas`: is a list of 1, expected two numbers, such as [0.9, 0.95]");
     check_error(&["data.private=1"], "`data.private`: is 1, expected true or false");
@@ -257,7 +263,7 @@ fn numbers_that_f32_does_not_hold_are_refused() {
     let expected = "expected a number that f32 holds: 1.2e-38 to 3.4e38";
     for key in ["train.lr", "train.epsilon", "train.weight_decay", "train.clip"] {
         for value in [1e39, 1e-60] {
-            check_error(&[&format!("{key}={value:e}")], &format!("`{key}`: is {value}, {expected}"));
+            check_error(&[&format!("{key}={value:e}")], &format!("`{key}`: is {value:e}, {expected}"));
         }
         for value in ["nan", "inf", "-inf", "-1"] {
             assert!(read(LEAST, &[&format!("{key}={value}")]).is_err(), "{key}={value}");

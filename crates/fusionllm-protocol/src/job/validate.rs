@@ -40,7 +40,12 @@ fn at_most(key: &str, value: u64, most: u64) -> Result<(), JobError> {
 
 fn in_range(key: &str, value: f64, holds: bool, expected: &str) -> Result<(), JobError> {
     // Written so that NaN, for which no comparison holds, is refused.
-    if value.is_finite() && holds { Ok(()) } else { fail(key, format!("is {value}, expected {expected}")) }
+    if value.is_finite() && holds {
+        return Ok(());
+    }
+    let is_long = value != 0.0 && !(1e-6..1e15).contains(&value.abs());
+    let shown = if is_long && value.is_finite() { format!("{value:e}") } else { value.to_string() };
+    fail(key, format!("is {shown}, expected {expected}"))
 }
 
 /// A number that is computed with in f32, where it must be neither infinite nor, unless it is 0, vanish.

@@ -14,6 +14,13 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         runs_dir: args.runs,
     };
     let broker = Broker::start(config).await.map_err(super::train::broker_error)?;
+    let mut interrupted = std::pin::pin!(super::follow::interrupted());
+    // From here on a signal ends the broker in good order: whoever reads the ticket may send one at once.
+    tokio::select! {
+        biased;
+        () = &mut interrupted => {}
+        () = std::future::ready(()) => {}
+    }
     let ticket = broker.ticket().to_string();
     if args.json {
         render::json(&serde_json::json!({ "ticket": ticket }), false)?;
@@ -22,7 +29,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         render::line(&format!("    fusionllm join {ticket}\n"))?;
         render::line("The ticket lets its holder in: keep it to yourselves. Ctrl-C ends the broker.")?;
     }
-    super::follow::interrupted().await;
+    interrupted.await;
     broker.shutdown().await;
     Ok(())
 }

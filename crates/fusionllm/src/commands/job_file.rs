@@ -12,7 +12,11 @@ use crate::exit::bad_input;
 /// the tokenizer, where its file can be read here.
 pub(super) fn read(path: &Path, overrides: &[String]) -> anyhow::Result<JobSpec> {
     let fail = |reason: &dyn std::fmt::Display| bad_input(format!("{}: {reason}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
+    let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::InvalidData => fail(&"not UTF-8 text, expected a job file in TOML"),
+        std::io::ErrorKind::IsADirectory => fail(&"is a directory, expected a job file in TOML"),
+        _ => fail(&e),
+    })?;
     let mut spec = JobSpec::from_toml(&text, overrides).map_err(|e| fail(&e))?;
     let absolute = std::path::absolute(path).map_err(|e| fail(&e))?;
     if let Some(folder) = absolute.parent() {

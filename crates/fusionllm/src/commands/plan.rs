@@ -27,6 +27,16 @@ struct Job {
 }
 
 pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
+    for (flag, path) in [
+        ("--svg", &args.svg),
+        ("--trace", &args.trace),
+        ("--write-graph", &args.write_graph),
+        ("--write-dot", &args.write_dot),
+    ] {
+        if let Some(path) = path.as_deref().filter(|path| path.is_dir()) {
+            return Err(bad_input(format!("{flag} {} is a directory, expected a file's name", path.display())));
+        }
+    }
     let jobs = args.jobs.iter().map(|path| read_job(path, args)).collect::<anyhow::Result<Vec<_>>>()?;
     let [job] = jobs.as_slice() else {
         if !args.compare {

@@ -3,9 +3,11 @@
 
 mod bad_input;
 mod cluster;
+mod docs;
 mod folders;
 mod input;
 mod plan;
 mod process;
+mod texts;
 mod tidy;
 mod train;

@@ -73,6 +73,29 @@ impl Bench {
         command
     }
 
+    /// A line for the shell, in this folder, where `fusionllm` is the binary.
+    pub(crate) fn shell(&self, line: &str) -> Command {
+        self.shell_behind(&[], line)
+    }
+
+    /// The same behind a command that runs another one, such as `nsenter`.
+    pub(crate) fn shell_behind(&self, before: &[String], line: &str) -> Command {
+        let words: Vec<&str> = before.iter().map(String::as_str).chain(["sh", "-c", line]).collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).current_dir(self.folder.path());
+        for (name, value) in self.command("").get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        let folder = Path::new(env!("CARGO_BIN_EXE_fusionllm")).parent().unwrap().to_owned();
+        let others = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths(std::iter::once(folder).chain(std::env::split_paths(&others))).unwrap();
+        command.env("PATH", path);
+        command
+    }
+
     pub(crate) fn run(&self, arguments: &str) -> Output {
         self.command(arguments).stdin(Stdio::null()).output().unwrap()
     }
@@ -87,10 +110,7 @@ impl Bench {
 
     /// Starts it in the background; standard output comes line by line.
     pub(crate) fn start(&self, arguments: &str) -> Running {
-        let mut child =
-            self.command(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
-        Running { child, lines }
+        Running::spawn(self.command(arguments))
     }
 
     /// Every process that was started in this folder, and their children.
@@ -122,6 +142,12 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    pub(crate) fn spawn(mut command: Command) -> Self {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Self { child, lines }
+    }
+
     /// The next line of standard output.
     pub(crate) fn line(&mut self) -> Option<String> {
         let mut line = String::new();

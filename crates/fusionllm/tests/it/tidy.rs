@@ -89,6 +89,88 @@ fn the_job_page_has_every_key() {
     }
 }
 
+/// A job with each documented default written out is the job that leaves it out.
+#[test]
+fn the_job_page_has_the_defaults() {
+    let page = read(&root().join("docs/job.md"));
+    let job = |given: &[String]| {
+        let least = "[model]\nname = \"gpt2\"\n[data]\npath = \"text\"\n";
+        fusionllm::protocol::JobSpec::from_toml(least, given).unwrap_or_else(|e| panic!("{given:?}: {e}"))
+    };
+    let mut count = 0;
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        let (key, default) = (cells[1].trim_matches('`'), cells[2]);
+        let Some(default) = default.strip_prefix('`').and_then(|d| d.strip_suffix('`')) else { continue };
+        // The value of another key.
+        if page.contains(&format!("| `{default}` |")) && default.contains('.') && !default.starts_with(char::is_numeric)
+        {
+            continue;
+        }
+        assert_eq!(job(&[format!("{key}={default}")]), job(&[]), "docs/job.md: `{key}` is not {default} by default");
+        count += 1;
+    }
+    assert!(count > 30, "{count} defaults found");
+}
+
+/// Links, and files that are named by a path with a folder in it.
+#[test]
+fn the_pages_name_files_that_exist() {
+    let mut pages: Vec<PathBuf> =
+        ["README.md", "ARCHITECTURE.md", "tools/wan-emu/README.md", "benches/peers/README.md"]
+            .map(|page| root().join(page))
+            .to_vec();
+    pages.extend(std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path()));
+    let mut sources = Vec::new();
+    rust_files(&root().join("crates"), &mut sources);
+    for page in pages {
+        let (text, folder) = (read(&page), page.parent().unwrap());
+        let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for link in links.filter(|link| !link.contains("://") && !link.starts_with('#')) {
+            let path = link.split('#').next().unwrap();
+            assert!(folder.join(path).exists(), "{}: the link to {link} leads nowhere", page.display());
+        }
+        let is_file = |span: &&str| {
+            let kinds = [".rs", ".py", ".md", ".toml", ".json"];
+            let is_path = span.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "/_-.".contains(c));
+            span.contains('/') && is_path && kinds.iter().any(|kind| span.ends_with(kind))
+        };
+        for file in text.split('`').skip(1).step_by(2).filter(is_file) {
+            let is_there = root().join(file).exists() || folder.join(file).exists();
+            let is_in_a_crate = || sources.iter().any(|source| source.to_string_lossy().ends_with(file));
+            assert!(is_there || is_in_a_crate(), "{}: there is no {file}", page.display());
+        }
+    }
+}
+
+/// `cargo … -p CRATE --bench NAME` and the like name what there is.
+#[test]
+fn the_cargo_commands_of_the_pages_name_targets() {
+    let manifest = |name: &str| read(&root().join("crates").join(name).join("Cargo.toml"));
+    let mut pages: Vec<PathBuf> = vec![root().join("README.md")];
+    pages.extend(std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path()));
+    let mut count = 0;
+    for line in pages.iter().flat_map(|page| read(page).split(['\n', '`']).map(str::to_owned).collect::<Vec<_>>()) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let after = |flag: &str| words.iter().skip_while(|word| **word != flag).nth(1).copied();
+        if words.first() != Some(&"cargo") || words.get(1).is_none_or(|w| *w == "fuzz") {
+            continue;
+        }
+        let package = after("-p").unwrap_or("fusionllm");
+        let (text, folder) = (manifest(package), root().join("crates").join(package));
+        for (flag, place) in [("--bench", "benches"), ("--example", "examples")] {
+            let Some(name) = after(flag) else { continue };
+            assert!(folder.join(place).join(format!("{name}.rs")).is_file(), "`{line}`: {package} has no {name}");
+            count += 1;
+        }
+        if let Some(feature) = after("--features") {
+            assert!(text.contains(&format!("\n{feature} = ")), "`{line}`: {package} has no feature {feature}");
+            count += 1;
+        }
+    }
+    assert!(count >= 4, "{count} targets found");
+}
+
 #[test]
 fn the_examples_are_jobs() {
     for entry in std::fs::read_dir(root().join("examples")).unwrap().flatten() {
