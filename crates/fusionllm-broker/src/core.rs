@@ -3,6 +3,7 @@
 //! Everything that happens is a [`CoreEvent`]; everything that follows is an [`Action`] for the shell in
 //! [`crate::server`]. So every order of events can be tried in a test.
 
+mod checkpoints;
 mod data;
 mod event;
 mod registry;
@@ -17,8 +18,8 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, CodecChange, place};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec,
-    JobState, Notice, StatusReport,
+    DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, Notice,
+    StatusReport,
 };
 
 use crate::BrokerError;
@@ -185,13 +186,6 @@ impl Core {
         (self.survey.inventory(&members, &self.compnodes, job, now), actions)
     }
 
-    /// Whether a shard that a CompNode offers is due.
-    pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> bool {
-        let BlobKind::Shard { step, node } = header.kind else { return false };
-        let run = self.jobs.get(&header.job).and_then(|job| job.run.as_ref());
-        run.is_some_and(|run| run.key.generation == header.generation && run.wants_shard(connection, node, step))
-    }
-
     /// Everything else that happens.
     pub(crate) fn handle(&mut self, event: CoreEvent, now: Duration) -> Vec<Action> {
         match event {
@@ -226,39 +220,6 @@ impl Core {
                 actions
             }
         }
-    }
-
-    fn checkpoint_finished(
-        &mut self,
-        key: RunKey,
-        step: u64,
-        path: &std::path::Path,
-        checksum: String,
-        now: Duration,
-    ) -> Vec<Action> {
-        let Some(run) = self.run_mut(key) else { return Vec::new() };
-        run.checkpoint_finished(step);
-        let mut actions = Vec::new();
-        if let Some(known) = self.jobs.get_mut(&key.job) {
-            known.record.checkpoint = Some((step, checksum));
-            actions.push(Action::Persist(Box::new(known.record.clone())));
-        }
-        let path = path.display().to_string();
-        actions.push(Action::Emit(JobEvent::Checkpoint { job: key.job, step, path }));
-        actions.extend(self.advance(key, now));
-        actions
-    }
-
-    /// Training goes on without a checkpoint, but for the last one.
-    fn checkpoint_failed(&mut self, key: RunKey, step: u64, reason: &str, now: Duration) -> Vec<Action> {
-        let Some(run) = self.run_mut(key) else { return Vec::new() };
-        if !run.checkpoint_failed(step) {
-            return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now);
-        }
-        let mut actions = vec![Action::DropCheckpoint { key, step }];
-        actions.extend(self.notices(key.job, vec![format!("there is no checkpoint of step {step}: {reason}")]));
-        actions.extend(self.advance(key, now));
-        actions
     }
 
     fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {

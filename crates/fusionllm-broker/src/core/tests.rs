@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
 use fusionllm_protocol::{
-    DataFingerprint, DeviceProfile, FileFingerprint, LinkBytes, PairProfile, PeerRecord, StepReport,
-    TokenizerFingerprint, content_hash,
+    BlobHeader, BlobKind, DataFingerprint, DeviceProfile, FileFingerprint, LinkBytes, PairProfile, PeerRecord,
+    StepReport, TokenizerFingerprint, content_hash,
 };
 
 use super::*;

@@ -1,0 +1,51 @@
+//! Checkpoints on their way: which shards are due, and what becomes of them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use fusionllm_protocol::{BlobHeader, BlobKind, JobEvent};
+
+use super::{Action, ConnectionId, Core, RunKey};
+
+impl Core {
+    /// Whether a shard that a CompNode offers is due.
+    pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> bool {
+        let BlobKind::Shard { step, node } = header.kind else { return false };
+        let run = self.jobs.get(&header.job).and_then(|job| job.run.as_ref());
+        run.is_some_and(|run| run.key.generation == header.generation && run.wants_shard(connection, node, step))
+    }
+
+    /// A checkpoint is in its place: that is remembered before it is told.
+    pub(super) fn checkpoint_finished(
+        &mut self,
+        key: RunKey,
+        step: u64,
+        path: &Path,
+        checksum: String,
+        now: Duration,
+    ) -> Vec<Action> {
+        let Some(run) = self.run_mut(key) else { return Vec::new() };
+        run.checkpoint_finished(step);
+        let mut actions = Vec::new();
+        if let Some(known) = self.jobs.get_mut(&key.job) {
+            known.record.checkpoint = Some((step, checksum));
+            actions.push(Action::Persist(Box::new(known.record.clone())));
+        }
+        let path = path.display().to_string();
+        actions.push(Action::Emit(JobEvent::Checkpoint { job: key.job, step, path }));
+        actions.extend(self.advance(key, now));
+        actions
+    }
+
+    /// Training goes on without a checkpoint, but for the last one.
+    pub(super) fn checkpoint_failed(&mut self, key: RunKey, step: u64, reason: &str, now: Duration) -> Vec<Action> {
+        let Some(run) = self.run_mut(key) else { return Vec::new() };
+        if !run.checkpoint_failed(step) {
+            return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now);
+        }
+        let mut actions = vec![Action::DropCheckpoint { key, step }];
+        actions.extend(self.notices(key.job, vec![format!("there is no checkpoint of step {step}: {reason}")]));
+        actions.extend(self.advance(key, now));
+        actions
+    }
+}
