@@ -5,7 +5,10 @@
 
 mod checkpoints;
 mod data;
+mod durable;
 mod event;
+mod members;
+mod progress;
 mod registry;
 mod run;
 mod schedule;
@@ -13,28 +16,31 @@ mod survey;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_planner::{Cluster, CodecChange, place};
+use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
-    DataReport, FromBroker, FromCompNode, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, Notice,
-    StatusReport,
+    FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, Notice, StatusReport,
 };
 
 use crate::BrokerError;
-use crate::checkpoint::FinishSpec;
 use crate::store::JobRecord;
-pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, RunKey, StartPoint};
+use durable::Durability;
+pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, RunKey, StartPoint};
 use registry::Registry;
-use run::{MergedStep, Run};
+use run::Run;
 use schedule::least_compnodes;
 use survey::Survey;
 
-/// A CompNode that sends no heartbeat for this long is lost.
-pub(crate) const LEASE: Duration = Duration::from_secs(15);
-/// A job's progress is written to the store at most this often.
-const PERSIST_EVERY: Duration = Duration::from_secs(5);
+/// By what command a job goes on that has ended early.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ResumedBy {
+    /// `fusionllm resume`, at this broker or the next one on its state.
+    #[default]
+    Broker,
+    /// `fusionllm train --resume`: the broker ends with its job.
+    Train,
+}
 
 /// A job that is known.
 #[derive(Debug)]
@@ -44,6 +50,39 @@ struct Job {
     start: Option<StartPoint>,
     run: Option<Run>,
     persisted: Duration,
+    /// The state that was last told.
+    shown: JobState,
+    /// Whether the store has it.
+    is_durable: bool,
+    /// Number of its first writing.
+    first_number: u64,
+    /// Since when it cannot be placed.
+    waits_since: Option<Duration>,
+    /// The placement that is being worked out: its number, and who is kept for it.
+    planning: Option<(u64, Vec<ConnectionId>)>,
+    /// What is told of it waits for this writing.
+    barrier: u64,
+    /// What is to be told of it, and the writing that it waits for.
+    held: Vec<(u64, Action)>,
+}
+
+impl Job {
+    fn new(record: JobRecord, start: Option<StartPoint>, now: Duration) -> Self {
+        let shown = record.state.clone();
+        Self {
+            record,
+            start,
+            run: None,
+            persisted: now,
+            shown,
+            is_durable: false,
+            first_number: 0,
+            waits_since: None,
+            planning: None,
+            barrier: 0,
+            held: Vec::new(),
+        }
+    }
 }
 
 /// The whole state.
@@ -52,29 +91,40 @@ pub(crate) struct Core {
     compnodes: Registry,
     survey: Survey,
     jobs: BTreeMap<JobId, Job>,
+    /// The last tick.
+    ticked: Option<Duration>,
+    /// Placements asked for.
+    plans: u64,
+    durable: Durability,
+    /// How a job goes on that has ended early.
+    pub(crate) resumed_by: ResumedBy,
+    /// The largest number that a job had, since no number is given twice.
+    last_job: u64,
 }
 
 impl Core {
-    /// The state after a start: jobs that were at work have failed. Gives what must be remembered of that.
-    pub(crate) fn restore(records: Vec<JobRecord>) -> (Self, Vec<Action>) {
+    /// The state after a start: jobs that waited go on waiting, jobs that were at work have failed. Gives what follows.
+    pub(crate) fn restore(jobs: Vec<Restored>) -> (Self, Vec<Action>) {
         let mut core = Self::default();
         let mut actions = Vec::new();
-        for mut record in records {
-            if !record.state.is_final() {
-                let reason = format!("the broker restarted at step {}; {}", record.step, resume_hint(record.job));
-                record.state = JobState::Failed { reason, bad_input: false };
-                actions.push(Action::Persist(Box::new(record.clone())));
+        for Restored { mut record, reached, checkpoint } in jobs {
+            let id = record.job;
+            let was_at_work = !record.state.is_final() && !matches!(record.state, JobState::Waiting { .. });
+            record.step = record.step.max(reached.unwrap_or(0));
+            let (step, steps) = (record.step, record.spec.train.steps);
+            core.last_job = core.last_job.max(id.0);
+            core.jobs.insert(id, Job { is_durable: true, ..Job::new(record, None, Duration::ZERO) });
+            if was_at_work {
+                let is_done = checkpoint.is_some_and(|step| step >= steps);
+                let reason = format!("the broker restarted after step {step}; {}", core.resume_hint(id, checkpoint));
+                let state = if is_done { JobState::Done } else { JobState::Failed { reason, bad_input: false } };
+                actions.extend(core.end(id, state, "the broker restarted"));
+            } else if let Some(Job { record, .. }) = core.jobs.get(&id).filter(|j| !j.record.state.is_final()) {
+                actions.push(Action::Load(Box::new(record.clone())));
             }
-            core.jobs.insert(record.job, Job { record, start: None, run: None, persisted: Duration::ZERO });
         }
+        let actions = core.hold(actions);
         (core, actions)
-    }
-
-    /// A CompNode joins. Gives its name here.
-    pub(crate) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> (String, Vec<Action>) {
-        let name = self.compnodes.join(connection, joining, now);
-        self.survey.joined(connection, self.compnodes.all());
-        (name, self.schedule(now))
     }
 
     /// A new job.
@@ -85,8 +135,9 @@ impl Core {
         run_dir: PathBuf,
         now: Duration,
     ) -> Result<(JobId, Vec<Action>), BrokerError> {
-        self.check(&spec, &start)?;
-        let job = JobId(self.jobs.keys().next_back().map_or(1, |last| last.0 + 1));
+        self.check_durable()?;
+        self.last_job += 1;
+        let job = JobId(self.last_job);
         let record = JobRecord {
             job,
             spec,
@@ -98,8 +149,11 @@ impl Core {
             run: Some(start.run.run.clone()),
             checkpoint: None,
         };
-        self.jobs.insert(job, Job { record, start: Some(start), run: None, persisted: now });
-        Ok((job, self.schedule(now)))
+        let mut actions = vec![self.persist(record.clone(), true)];
+        let first_number = self.last_write();
+        self.jobs.insert(job, Job { first_number, ..Job::new(record, Some(start), now) });
+        actions.extend(self.schedule(now));
+        Ok((job, self.hold(actions)))
     }
 
     /// Goes on with a stopped or failed job, which `spec` may have changed.
@@ -110,20 +164,20 @@ impl Core {
         start: StartPoint,
         now: Duration,
     ) -> Result<Vec<Action>, BrokerError> {
-        let record = self.record(job)?;
-        if !matches!(record.state, JobState::Failed { .. } | JobState::Stopped) {
-            let state = state_words(&record.state);
-            return Err(BrokerError::JobState { job, state, expected: "a stopped or failed job" });
-        }
-        self.check(&spec, &start)?;
+        self.check_durable()?;
+        check_resumable(self.record(job)?)?;
+        let mut actions = Vec::new();
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.spec = spec;
             known.record.run = Some(start.run.run.clone());
             known.record.step = start.step;
             known.record.state = JobState::Waiting { reason: String::new() };
             known.start = Some(start);
+            let record = known.record.clone();
+            actions.push(self.persist(record, true));
         }
-        Ok(self.schedule(now))
+        actions.extend(self.schedule(now));
+        Ok(self.hold(actions))
     }
 
     /// Stops a job that has not ended.
@@ -135,18 +189,7 @@ impl Core {
         }
         let mut actions = self.end(job, JobState::Stopped, "the job was stopped");
         actions.extend(self.schedule(now));
-        Ok(actions)
-    }
-
-    /// Whether the job could ever be placed.
-    fn check(&self, spec: &JobSpec, start: &StartPoint) -> Result<(), BrokerError> {
-        if start.step >= spec.train.steps {
-            let path = PathBuf::from(&spec.name);
-            return Err(BrokerError::NothingLeft { path, step: start.step, steps: spec.train.steps });
-        }
-        let cluster = start.cluster.clone().unwrap_or_else(|| Cluster::uniform(least_compnodes(spec, start)));
-        place(&start.dag, &cluster, &spec.placement_spec())?;
-        Ok(())
+        Ok(self.hold(actions))
     }
 
     /// What is known of a job.
@@ -162,8 +205,15 @@ impl Core {
     /// Jobs and CompNodes.
     pub(crate) fn status(&self) -> StatusReport {
         StatusReport {
-            jobs: self.jobs.values().map(|job| job.record.summary()).collect(),
+            jobs: self
+                .jobs
+                .values()
+                .map(|job| JobSummary { state: job.shown.clone(), ..job.record.summary() })
+                .collect(),
             compnodes: self.compnodes.summaries(),
+            trouble: self
+                .trouble()
+                .map(|reason| format!("the broker takes no jobs, it cannot write its state: {reason}")),
         }
     }
 
@@ -188,12 +238,33 @@ impl Core {
 
     /// Everything else that happens.
     pub(crate) fn handle(&mut self, event: CoreEvent, now: Duration) -> Vec<Action> {
+        let released = match event {
+            CoreEvent::Persisted { number } => self.persisted(number),
+            _ => Vec::new(),
+        };
+        let follows = self.react(event, now);
+        let follows = self.hold(follows);
+        released.into_iter().chain(follows).collect()
+    }
+
+    fn react(&mut self, event: CoreEvent, now: Duration) -> Vec<Action> {
         match event {
             CoreEvent::Left { connection, reason } => self.left(connection, &reason, now),
-            CoreEvent::Said { connection, message } => self.said(connection, message, now),
+            CoreEvent::Broken { connection, reason } => {
+                if self.compnodes.broke(connection, reason.clone()) {
+                    Vec::new()
+                } else {
+                    self.left(connection, &reason, now)
+                }
+            }
+            CoreEvent::Said { connection, message, at } => match self.compnodes.seen(connection, at) {
+                true => self.said(connection, message, now),
+                false => Vec::new(),
+            },
             CoreEvent::ShardStored { key, step, node, shard } => match self.run_mut(key) {
                 Some(run) => {
                     run.shard_stored(step, node, shard);
+                    run.moved = now;
                     self.advance(key, now)
                 }
                 None => Vec::new(),
@@ -207,159 +278,12 @@ impl Core {
                 None => Vec::new(),
             },
             CoreEvent::RunFailed { key, reason } => self.fail(key, reason, false, now),
-            CoreEvent::Tick => {
-                let silent = self.compnodes.silent_since(now.saturating_sub(LEASE));
-                let mut actions = Vec::new();
-                for connection in silent {
-                    let reason = format!("no heartbeat for {} s", LEASE.as_secs());
-                    actions.push(Action::Disconnect { to: connection, reason: reason.clone() });
-                    actions.extend(self.left(connection, &reason, now));
-                }
-                self.survey.tick(now);
-                actions.extend(self.schedule(now));
-                actions
-            }
+            CoreEvent::Persisted { .. } => self.recovered(now),
+            CoreEvent::Unpersisted { reason } => self.unpersisted(reason, now),
+            CoreEvent::Loaded { job, result } => self.loaded(job, *result, now),
+            CoreEvent::Planned { job, number, result } => self.planned(job, number, *result, now),
+            CoreEvent::Tick => self.tick(now),
         }
-    }
-
-    fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {
-        let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
-        self.survey.left(connection);
-        let Some(key) = gone.run else { return self.schedule(now) };
-        let step = self.jobs.get(&key.job).map_or(0, |job| job.record.step);
-        let hint = resume_hint(key.job);
-        let reason = format!("CompNode `{}` vanished after step {step}: {reason}; {hint}", gone.name);
-        self.fail(key, reason, false, now)
-    }
-
-    fn said(&mut self, connection: ConnectionId, message: FromCompNode, now: Duration) -> Vec<Action> {
-        if !self.compnodes.seen(connection, now) {
-            return Vec::new();
-        }
-        match message {
-            FromCompNode::Heartbeat { number } => {
-                let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64() };
-                vec![Action::Send { to: connection, message }]
-            }
-            FromCompNode::Measured { request, result } => {
-                self.survey.measured(connection, request, result);
-                self.schedule(now)
-            }
-            FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),
-            FromCompNode::Probed { probe, result } => {
-                self.survey.probed(connection, probe, result, &self.compnodes, now);
-                self.schedule(now)
-            }
-            FromCompNode::Ready { job, generation, data } => {
-                self.ready(RunKey { job, generation }, connection, data, now)
-            }
-            FromCompNode::Step { job, generation, report } => {
-                let key = RunKey { job, generation };
-                let Some(run) = self.run_mut(key) else { return Vec::new() };
-                match run.step_reported(connection, report) {
-                    Ok(()) => self.advance(key, now),
-                    Err(reason) => self.fail(key, reason, false, now),
-                }
-            }
-            FromCompNode::Finished { job, generation } => {
-                let key = RunKey { job, generation };
-                let Some(run) = self.run_mut(key) else { return Vec::new() };
-                run.finished(connection);
-                self.advance(key, now)
-            }
-            FromCompNode::Note { job, generation, text } => {
-                let is_member = |run: &mut Run| run.node_of(connection).is_some();
-                if !self.run_mut(RunKey { job, generation }).is_some_and(is_member) {
-                    return Vec::new();
-                }
-                self.notices(job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
-            }
-            FromCompNode::Failed { job, generation, reason, bad_input } => {
-                let key = RunKey { job, generation };
-                if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
-                    return Vec::new();
-                }
-                let name = self.compnodes.name(connection);
-                // What is wrong with the input is wrong on every machine.
-                let reason = if bad_input { reason } else { format!("CompNode `{name}`: {reason}") };
-                self.fail(key, reason, bad_input, now)
-            }
-        }
-    }
-
-    fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {
-        if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
-            return Vec::new();
-        }
-        let mut actions = Vec::new();
-        if let Some(data) = data {
-            match self.data_read(key, data) {
-                Ok(follows) => actions.extend(follows),
-                Err(reason) => return self.fail(key, reason, true, now),
-            }
-        }
-        let Some(run) = self.run_mut(key) else { return actions };
-        if run.ready(connection) {
-            let RunKey { job, generation } = key;
-            let start = |&to| Action::Send { to, message: FromBroker::Start { job, generation } };
-            actions.extend(run.members.iter().map(start));
-            actions.extend(self.set_state(key.job, JobState::Running));
-            if let Some(job) = self.jobs.get_mut(&key.job) {
-                job.persisted = now;
-            }
-        }
-        actions
-    }
-
-    /// After a report: what is complete now?
-    fn advance(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
-        let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
-        let Some(run) = job.run.as_mut() else { return Vec::new() };
-        let mut actions = Vec::new();
-        while let Some(MergedStep { metrics, traced, changes }) = run.next_step() {
-            for (to, change) in changes {
-                let CodecChange { edge, gradient, codec, .. } = change;
-                let RunKey { job, generation } = key;
-                let message = FromBroker::SetCodec { job, generation, edge, gradient, codec };
-                actions.push(Action::Send { to, message });
-            }
-            if let Some(measured) = traced {
-                actions.push(Action::WriteTrace { key, measured: Box::new(measured) });
-            }
-            if !metrics.loss.is_finite() {
-                let (step, lr) = (metrics.step, metrics.lr);
-                let reason = format!(
-                    "the loss is {} at step {step} (learning rate {lr:.2e}): lower train.lr or raise train.warmup",
-                    metrics.loss
-                );
-                return actions.into_iter().chain(self.fail(key, reason, false, now)).collect();
-            }
-            job.record.step = metrics.step;
-            job.record.loss = Some(metrics.loss);
-            actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
-            actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));
-            if now.saturating_sub(job.persisted) >= PERSIST_EVERY {
-                job.persisted = now;
-                actions.push(Action::Persist(Box::new(job.record.clone())));
-            }
-        }
-        for (step, shards) in run.whole_checkpoints() {
-            let spec = FinishSpec {
-                generation: key.generation,
-                step,
-                loss: run.loss_of(step),
-                spec: job.record.spec.clone(),
-                dag: Arc::clone(&run.dag),
-                origin: run.origin.clone(),
-                shards,
-            };
-            actions.push(Action::FinishCheckpoint { key, spec: Box::new(spec) });
-        }
-        if run.is_done() {
-            actions.extend(self.end(key.job, JobState::Done, "the job is done"));
-            actions.extend(self.schedule(now));
-        }
-        actions
     }
 
     fn fail(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
@@ -373,25 +297,34 @@ impl Core {
 
     /// Ends a job: its CompNodes are free again.
     fn end(&mut self, job: JobId, state: JobState, reason: &str) -> Vec<Action> {
-        let mut actions = Vec::new();
+        let mut actions = self.measure_no_more(job);
+        self.plan_no_more(job);
+        if let Some(known) = self.jobs.get_mut(&job) {
+            // What was not sent yet is not needed any more.
+            known.held.retain(|(_, action)| match action {
+                Action::Send { message, .. } => matches!(message, FromBroker::Abort { .. }),
+                action => !matches!(action, Action::SendWeights { .. }),
+            });
+        }
         if let Some(run) = self.jobs.get_mut(&job).and_then(|j| j.run.take()) {
             let RunKey { job, generation } = run.key;
             for &to in &run.members {
                 let still_here = self.compnodes.release(to);
+                if !still_here {
+                    // It was away; should it come back, it begins anew.
+                    actions.push(Action::Disconnect { to, reason: reason.to_owned() });
+                }
                 if still_here && state != JobState::Done {
                     let message = FromBroker::Abort { job, generation, reason: reason.to_owned() };
                     actions.push(Action::Send { to, message });
                 }
             }
         }
-        let opened = self.jobs.get(&job).is_some_and(|j| j.record.generation > Generation(0));
-        if let Some(known) = self.jobs.get_mut(&job) {
-            known.record.state = state.clone();
-            if opened {
-                actions.push(Action::WriteReport { record: Box::new(known.record.clone()) });
-            }
-        }
         actions.extend(self.set_state(job, state));
+        // The report may take a while, and nobody waits for it.
+        if let Some(Job { record, .. }) = self.jobs.get(&job).filter(|j| j.record.generation > Generation(0)) {
+            actions.push(Action::WriteReport { record: Box::new(record.clone()) });
+        }
         actions
     }
 
@@ -408,7 +341,25 @@ impl Core {
     fn set_state(&mut self, job: JobId, state: JobState) -> Vec<Action> {
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         known.record.state = state.clone();
-        vec![Action::Persist(Box::new(known.record.clone())), Action::Emit(JobEvent::State { job, state })]
+        let record = known.record.clone();
+        vec![self.persist(record, true), Action::Emit(JobEvent::State { job, state })]
+    }
+
+    /// How a job goes on, for whoever reads why it ended.
+    fn resume_hint(&self, job: JobId, checkpoint: Option<u64>) -> String {
+        match (self.resumed_by, checkpoint) {
+            (ResumedBy::Broker, Some(step)) => {
+                format!("`fusionllm resume {}` goes on from the checkpoint of step {step}", job.0)
+            }
+            (ResumedBy::Broker, None) => {
+                format!("`fusionllm resume {}` begins anew, there is no checkpoint yet", job.0)
+            }
+            (ResumedBy::Train, Some(step)) => {
+                let dir = self.jobs.get(&job).map(|j| j.record.run_dir.display().to_string()).unwrap_or_default();
+                format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
+            }
+            (ResumedBy::Train, None) => "there is no checkpoint yet to go on from".to_owned(),
+        }
     }
 
     fn run_mut(&mut self, key: RunKey) -> Option<&mut Run> {
@@ -416,8 +367,24 @@ impl Core {
     }
 }
 
-fn resume_hint(job: JobId) -> String {
-    format!("`fusionllm resume {}` goes on from the last checkpoint", job.0)
+/// Whether a job has ended in a way after which it can go on.
+pub(crate) fn check_resumable(record: &JobRecord) -> Result<(), BrokerError> {
+    if matches!(record.state, JobState::Failed { .. } | JobState::Stopped) {
+        return Ok(());
+    }
+    let (job, state) = (record.job, state_words(&record.state));
+    Err(BrokerError::JobState { job, state, expected: "a stopped or failed job" })
+}
+
+/// Whether a job could ever be placed. It may take long.
+pub(crate) fn check(spec: &JobSpec, start: &StartPoint) -> Result<(), BrokerError> {
+    if start.step >= spec.train.steps {
+        let path = PathBuf::from(&spec.name);
+        return Err(BrokerError::NothingLeft { path, step: start.step, steps: spec.train.steps });
+    }
+    let cluster = start.cluster.clone().unwrap_or_else(|| Cluster::uniform(least_compnodes(spec, start)));
+    place(&start.dag, &cluster, &spec.placement_spec())?;
+    Ok(())
 }
 
 fn state_words(state: &JobState) -> &'static str {

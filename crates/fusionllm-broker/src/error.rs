@@ -137,6 +137,12 @@ pub enum BrokerError {
     /// A message could not be encoded.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
+    /// The store cannot be written, so that nothing is taken in.
+    #[error("the broker cannot write its state, and takes no jobs until it can: {reason}")]
+    NotDurable {
+        /// Why.
+        reason: String,
+    },
     /// No such job.
     #[error("there is no {job}")]
     UnknownJob {
@@ -181,7 +187,12 @@ impl BrokerError {
             | Self::JobState { .. }
             | Self::Store(StoreError::InUse { .. })
             | Self::Bind(_) => true,
-            Self::Store(_) | Self::Io { .. } | Self::Identity(_) | Self::Protocol(_) | Self::Ended => false,
+            Self::Store(_)
+            | Self::NotDurable { .. }
+            | Self::Io { .. }
+            | Self::Identity(_)
+            | Self::Protocol(_)
+            | Self::Ended => false,
         }
     }
 }

@@ -126,6 +126,19 @@ pub(crate) fn copy_after(path: &Path, step: u64, to: &Path) -> Result<(), Broker
     Ok(())
 }
 
+/// Step of the last whole line; nothing if there is none.
+pub(crate) fn last_step(path: &Path) -> Option<u64> {
+    // A line has the links and their codecs: many times as long as this it never is.
+    const TAIL_BYTES: u64 = 1 << 20;
+    let mut file = File::open(path).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).ok()?;
+    let mut tail = Vec::new();
+    file.read_to_end(&mut tail).ok()?;
+    let step = |line: &[u8]| serde_json::from_slice::<StepMetrics>(line).ok().map(|m| m.step);
+    tail.rsplit(|&byte| byte == b'\n').find_map(step)
+}
+
 /// Hands out the whole lines of a metrics file one by one; none if there is no file. A torn last line, from a crash, is
 /// passed over.
 pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<(), BrokerError> {
@@ -232,6 +245,7 @@ mod tests {
         MetricsWriter::open(&path, 0).unwrap().append(&path, &testing::metrics(1, 2.0)).unwrap();
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":2,").unwrap();
         assert_eq!(steps(&path), [1]);
+        assert_eq!((last_step(&path), last_step(folder.path())), (Some(1), None));
         MetricsWriter::open(&path, 9).unwrap().append(&path, &testing::metrics(2, 2.0)).unwrap();
         assert_eq!(steps(&path), [1, 2]);
     }

@@ -11,7 +11,9 @@ mod events;
 mod files;
 mod listen;
 mod open_runs;
+mod records;
 mod refusals;
+mod work;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -27,13 +29,14 @@ use tokio::time::timeout;
 
 pub use events::{JobEvents, Submitted};
 
-use crate::checkpoint::{Checkpoint, Origin, open_newest};
+use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_newest};
 use crate::cluster_file::read_cluster;
-use crate::core::{Core, StartPoint};
+use crate::core::{Core, Restored, ResumedBy, StartPoint, check, check_resumable};
+use crate::metrics::last_step;
 use crate::model::{load_model, model_tokenizer};
 use crate::report::RunReport;
 use crate::resume::{Resumption, goes_on, notices_of, resumed_job};
-use crate::run_dir::{RunHome, RunStart, default_run_dir, io_error, is_free, write_private};
+use crate::run_dir::{RunDir, RunHome, RunStart, default_run_dir, io_error, is_free, write_private};
 use crate::store::{JobRecord, Store};
 use crate::{BrokerError, CheckpointError};
 use actor::{Command, RunDirChoice};
@@ -55,6 +58,8 @@ pub struct BrokerConfig {
     pub state_dir: PathBuf,
     /// Where run directories are made.
     pub runs_dir: PathBuf,
+    /// What to name where a job ends early.
+    pub resumed_by: ResumedBy,
 }
 
 /// A running broker.
@@ -73,11 +78,12 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`] if the address or the state directory cannot be had, or the store is damaged.
     pub async fn start(config: BrokerConfig) -> Result<Self, BrokerError> {
-        let BrokerConfig { bind, advertise, state_dir, runs_dir } = config;
+        let BrokerConfig { bind, advertise, state_dir, runs_dir, resumed_by } = config;
         std::fs::create_dir_all(&state_dir).map_err(|e| io_error(&state_dir, e))?;
         // The store's lock comes first: a second broker must not touch what the first one uses.
-        let store = Store::open(&state_dir.join("broker.redb"))?;
-        let records = store.jobs()?;
+        let store_path = state_dir.join("broker.redb");
+        let store = Store::open(&store_path)?;
+        let records: Vec<Restored> = store.jobs()?.into_iter().map(restored).collect();
         let identity = Identity::load_or_create(&state_dir.join("key"))?;
         let secret = load_or_create_secret(&state_dir.join("secret"))?;
         let endpoint_config = EndpointConfig { advertise, ..EndpointConfig::new(identity, bind) };
@@ -86,10 +92,13 @@ impl Broker {
         write_private(&state_dir.join("ticket"), format!("{ticket}\n").as_bytes())?;
 
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
-        let (core, actions) = Core::restore(records);
+        let (mut core, actions) = Core::restore(records);
+        core.resumed_by = resumed_by;
         let open_runs = OpenRuns::new();
-        let files = files::Files::start(store, commands.clone(), open_runs.clone());
-        let actor = tokio::spawn(actor::run(core, actions, inbox, files));
+        let reopen = Box::new(move || Store::open(&store_path));
+        let files = files::Files::start(commands.clone(), open_runs.clone());
+        let records = records::Records::start(store, reopen, &commands);
+        let actor = tokio::spawn(actor::run(core, actions, commands.downgrade(), inbox, files, records));
         let runs_dir = std::path::absolute(&runs_dir).map_err(|e| io_error(&runs_dir, e))?;
         let handle = Handle { commands, runs_dir: runs_dir.into(), state_dir: state_dir.into(), open_runs };
         let listener = tokio::spawn(listen::run(endpoint.clone(), ticket.secret.clone(), handle.clone()));
@@ -149,6 +158,14 @@ impl Broker {
     /// [`BrokerError`] if there is no such job or it has ended.
     pub async fn stop(&self, job: JobId) -> Result<(), BrokerError> {
         self.handle.stop(job).await
+    }
+
+    /// Says that the CompNode of this name is gone, for whoever knows that before its lease ends.
+    ///
+    /// # Errors
+    /// [`BrokerError::Ended`].
+    pub async fn lost(&self, name: String, reason: String) -> Result<(), BrokerError> {
+        self.handle.ask(|reply| Command::Lost { name, reason, reply }).await
     }
 
     /// What came out of a job that has ended.
@@ -237,6 +254,8 @@ impl Handle {
     /// `step` is 0, from its beginning. `overrides` change keys of the job.
     async fn resume(&self, job: JobId, step: Option<u64>, overrides: Vec<String>) -> Result<Submitted, BrokerError> {
         let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
+        // Before all of its checkpoint is read.
+        check_resumable(&record)?;
         let prepared = blocking(move || {
             let spec = resumed_job(&record.spec, &overrides, None)?;
             let start = resumed_start(&record, &spec, step)?;
@@ -279,11 +298,27 @@ fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, Bro
     })
 }
 
+/// Where a job goes on that waited when the broker ended.
+fn start_again(record: JobRecord) -> Result<StartPoint, BrokerError> {
+    let start = resumed_start(&record, &record.spec, None)?;
+    Ok(planned_by(record.spec, start)?.1)
+}
+
+/// What a job's run directory knows of how far it came.
+fn restored(record: JobRecord) -> Restored {
+    let is_open = !record.state.is_final();
+    let reached = last_step(&RunDir::new(&record.run_dir).metrics()).filter(|_| is_open);
+    let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
+    let checkpoint = if is_open { newest() } else { None };
+    Restored { record, reached, checkpoint }
+}
+
 /// The start with the cluster file that the job names, if it does.
 fn planned_by(spec: JobSpec, mut start: StartPoint) -> Result<(JobSpec, StartPoint), BrokerError> {
     if let Some(path) = &spec.placement.cluster {
         start.cluster = Some(read_cluster(path)?.1);
     }
+    check(&spec, &start)?;
     Ok((spec, start))
 }
 

@@ -70,9 +70,20 @@ impl Store {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
             other => fail(other.to_string()),
         })?;
+        Self::of(path, database)
+    }
+
+    fn of(path: &Path, database: Database) -> Result<Self, StoreError> {
         let store = Self { path: path.to_owned(), database };
         store.check_version()?;
         Ok(store)
+    }
+
+    /// A store on other storage than a file.
+    #[cfg(test)]
+    pub(crate) fn on(path: &Path, storage: impl redb::StorageBackend) -> Result<Self, StoreError> {
+        let fail = |e: DatabaseError| StoreError::Database { path: path.to_owned(), reason: e.to_string() };
+        Self::of(path, redb::Builder::new().create_with_backend(storage).map_err(fail)?)
     }
 
     fn fail(&self, error: impl Into<redb::Error>) -> StoreError {
@@ -118,6 +129,20 @@ impl Store {
         {
             let mut table = write.open_table(JOBS).map_err(|e| self.fail(e))?;
             table.insert(record.job.0, bytes.as_slice()).map_err(|e| self.fail(e))?;
+        }
+        write.commit().map_err(|e| self.fail(e))
+    }
+
+    /// Writes these jobs and no others, all or nothing.
+    pub(crate) fn put_all(&self, records: &[JobRecord]) -> Result<(), StoreError> {
+        let write = self.database.begin_write().map_err(|e| self.fail(e))?;
+        {
+            let mut table = write.open_table(JOBS).map_err(|e| self.fail(e))?;
+            table.retain(|job, _| records.iter().any(|r| r.job.0 == job)).map_err(|e| self.fail(e))?;
+            for record in records {
+                let bytes = serde_json::to_vec(record).map_err(|e| self.entry(record.job.0, &e))?;
+                table.insert(record.job.0, bytes.as_slice()).map_err(|e| self.fail(e))?;
+            }
         }
         write.commit().map_err(|e| self.fail(e))
     }

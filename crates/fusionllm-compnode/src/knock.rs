@@ -20,6 +20,8 @@ const REFUSED: u64 = 403;
 pub struct Admitted {
     /// The name under which the broker knows us.
     pub name: String,
+    /// Number of the last message that the broker has of an earlier connection of ours; nothing if it knows of none.
+    pub resumed: Option<u64>,
     /// What we say to the broker.
     pub sink: FrameSink,
     /// What the broker says.
@@ -44,7 +46,7 @@ async fn exchange(session: &Session, hello: &Hello) -> Result<Admitted, CompNode
     sink.send(&encode(hello)?).await.map_err(lost)?;
     Greeting::check_broker(&receive(&mut source).await?)?;
     match decode(&receive(&mut source).await?)? {
-        Welcome::Accepted { name } => Ok(Admitted { name, sink, source }),
+        Welcome::Accepted { name, resumed } => Ok(Admitted { name, resumed, sink, source }),
         Welcome::Refused { reason } => Err(CompNodeError::Refused { reason }),
     }
 }

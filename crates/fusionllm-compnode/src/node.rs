@@ -13,9 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{
-    Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, Hello, JobId, Role, SendWindow, encode,
-};
+use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, Hello, JobId, Role};
 use fusionllm_transport::{Endpoint, EndpointConfig, Identity, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -24,7 +22,7 @@ use crate::CompNodeError;
 use crate::device::{DeviceChoice, open_device};
 use crate::links::peer_record;
 use crate::step_log::{ClockOffset, Heartbeats};
-use broker_wire::{Connected, dial};
+use broker_wire::{Connected, Outbox, dial};
 use running::{Place, RunningJob};
 use survey::{AwaitedProbes, Surveyor, start_probe};
 
@@ -34,10 +32,10 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 /// First and largest pause between attempts to get back to the broker.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Largest pause while a job is at work.
+const WITH_A_JOB: Duration = Duration::from_secs(3);
 /// Events that may wait for the loop; compute waits beyond that.
 const EVENT_QUEUE: usize = 64;
-/// Messages that the broker has not confirmed; compute waits beyond that.
-const OUTBOX: usize = 1024;
 
 /// How to join.
 #[derive(Debug)]
@@ -121,7 +119,8 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         heartbeats: Heartbeats::default(),
         events,
         broker: watch::Sender::new(None),
-        outbox: SendWindow::new(OUTBOX),
+        outbox: Outbox::default(),
+        has_joined: false,
         memory: Arc::new(Semaphore::new(1)),
         job: None,
         weights: blob::Unclaimed::default(),
@@ -130,7 +129,7 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         result = node.run(&mut inbox) => result,
         () = shutdown => Ok(()),
     };
-    node.lose_broker();
+    node.lose_broker(0);
     node.drop_job("the CompNode leaves");
     endpoint.close().await;
     result
@@ -150,7 +149,8 @@ struct Node {
     /// The connection to the broker, while there is one.
     broker: watch::Sender<Option<Session>>,
     /// What the broker is told, until it has it.
-    outbox: SendWindow<Vec<u8>>,
+    outbox: Outbox,
+    has_joined: bool,
     /// One permit: whoever fills the device's memory, a job or a measurement, holds it.
     memory: Arc<Semaphore>,
     job: Option<RunningJob>,
@@ -182,7 +182,8 @@ impl Node {
                 Err(error) => return Err(error),
             }
             self.meanwhile(inbox, sleep(pause)).await;
-            pause = (pause * 2).min(BACK_OFF.1);
+            // A job at work has only as long as its lease.
+            pause = (pause * 2).min(if self.job.is_some() { WITH_A_JOB } else { BACK_OFF.1 });
         }
     }
 
@@ -203,11 +204,14 @@ impl Node {
 
     /// One connection to the broker, to its end.
     async fn session(&mut self, connected: Connected, inbox: &mut mpsc::Receiver<NodeEvent>) -> SessionEnd {
-        let Connected { session, mut wire, .. } = connected;
-        // Another broker process has another clock, and knows nothing of jobs.
-        self.clock.forget();
-        self.drop_job("the broker was lost");
-        self.outbox = SendWindow::new(OUTBOX);
+        let Connected { session, mut wire, resumed, .. } = connected;
+        if !resumed.is_some_and(|received| self.outbox.resume(received).is_ok()) {
+            // Another broker process has another clock, and knows nothing of jobs.
+            self.clock.forget();
+            self.drop_job("the broker was lost");
+            self.outbox = Outbox::default();
+        }
+        self.has_joined = true;
         self.broker.send_replace(Some(session.clone()));
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -224,11 +228,14 @@ impl Node {
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
                 Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
                 message = wire.receive() => match message {
-                    Ok(FromBroker::Shutdown) => break SessionEnd::Leave,
-                    Ok(message) => {
-                        let answer = self.obey(message);
-                        self.tell(answer);
-                    }
+                    Ok(frame) => match self.outbox.receive(frame) {
+                        Ok(Some(FromBroker::Shutdown)) => break SessionEnd::Leave,
+                        Ok(message) => {
+                            let answer = message.and_then(|message| self.obey(message));
+                            self.tell(answer);
+                        }
+                        Err(error) => break SessionEnd::Lost(error.to_string()),
+                    },
                     Err(reason) => break SessionEnd::Lost(reason),
                 },
                 () = room => {}
@@ -238,24 +245,24 @@ impl Node {
                 }
             }
         };
-        self.lose_broker();
+        // Code 0 says that it will not come back.
+        match end {
+            SessionEnd::Leave => self.lose_broker(0),
+            SessionEnd::Lost(_) => self.lose_broker(1),
+        }
         end
     }
 
-    fn lose_broker(&mut self) {
+    fn lose_broker(&mut self, code: u32) {
         if let Some(session) = self.broker.send_replace(None) {
-            session.close(0, "leaving");
+            session.close(code, "leaving");
         }
     }
 
     /// Queues messages for the broker.
     fn tell(&mut self, messages: impl IntoIterator<Item = FromCompNode>) {
         for message in messages {
-            match encode(&message) {
-                // Only answers to a broker that takes nothing find no room, and those it does not miss.
-                Ok(frame) => drop(self.outbox.push(frame)),
-                Err(error) => tracing::error!(%error, "a message for the broker cannot be written"),
-            }
+            self.outbox.push(message);
         }
     }
 
@@ -265,6 +272,7 @@ impl Node {
             device: self.surveyor.device_name.clone(),
             addr: peer_record(&self.endpoint.addr()),
             profile: self.profile.clone(),
+            resume: self.has_joined.then(|| self.outbox.received()),
         };
         Hello { secret: *self.ticket.secret.as_bytes(), role }
     }

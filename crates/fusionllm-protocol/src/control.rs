@@ -1,6 +1,7 @@
 //! Messages between broker, CompNodes and clients: one frame each, on one two-way stream per connection.
 
 mod client;
+mod numbered;
 
 use std::net::SocketAddr;
 
@@ -9,6 +10,8 @@ use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement};
 use serde::{Deserialize, Serialize};
 
 use crate::{DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, StepTrace};
+
+pub use numbered::{ControlStream, Numbered};
 
 pub use client::{ClientRequest, CompNodeSummary, JobSummary, StatusReport, ToClient};
 
@@ -49,6 +52,9 @@ pub enum Role {
         addr: PeerRecord,
         /// What its device can do.
         profile: DeviceProfile,
+        /// After a break: number of the last message that it received from this broker, so that both can go on where
+        /// they were ([`ControlStream::resume`]). Nothing: it has no past here.
+        resume: Option<u64>,
     },
     /// A command such as `submit` or `status`.
     Client,
@@ -61,6 +67,9 @@ pub enum Welcome {
     Accepted {
         /// The name.
         name: String,
+        /// Number of the last message that the broker received from this CompNode before the break: both go on. Nothing:
+        /// the broker does not know it any more, and it begins anew with the first message.
+        resumed: Option<u64>,
     },
     /// Stay out.
     Refused {

@@ -18,8 +18,9 @@ mod window;
 mod wire;
 
 pub use control::{
-    Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, FromBroker, FromCompNode, Hello, JobState,
-    JobSummary, LinkBytes, LinkSpeed, PeerRecord, Role, StatusReport, StepReport, ToClient, WeightSource, Welcome,
+    Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, ControlStream, FromBroker, FromCompNode, Hello,
+    JobState, JobSummary, LinkBytes, LinkSpeed, Numbered, PeerRecord, Role, StatusReport, StepReport, ToClient,
+    WeightSource, Welcome,
 };
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};

@@ -74,7 +74,7 @@ mod tests {
         for message in [
             ToClient::Event(JobEvent::Step { job: JobId(1), metrics }),
             ToClient::Event(JobEvent::State { job: JobId(1), state: JobState::Done }),
-            ToClient::Status(StatusReport { jobs: vec![summary], compnodes: Vec::new() }),
+            ToClient::Status(StatusReport { jobs: vec![summary], compnodes: Vec::new(), trouble: None }),
         ] {
             assert_eq!(decode::<ToClient>(&encode(&message).unwrap()).unwrap(), message);
             let text = serde_json::to_string(&message).unwrap();

@@ -44,7 +44,13 @@ impl Client {
     /// Sends a request and waits for its answer; a broker's error becomes ours.
     pub(crate) async fn request(&mut self, request: &ClientRequest) -> anyhow::Result<ToClient> {
         self.sink.send(&encode(request)?).await?;
-        match receive(&mut self.source).await? {
+        let answer = loop {
+            match receive(&mut self.source).await? {
+                ToClient::Working => {}
+                answer => break answer,
+            }
+        };
+        match answer {
             ToClient::Error { reason, bad_input: true } => Err(bad_input(reason)),
             ToClient::Error { reason, bad_input: false } => bail!(reason),
             answer => Ok(answer),

@@ -15,6 +15,21 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 /// Between two looks at who has joined.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// Between two looks at whether all are alive.
+const WATCH: Duration = Duration::from_millis(100);
+
+/// A CompNode process that has ended by itself.
+#[derive(Debug)]
+pub(crate) struct Death {
+    pub(crate) name: String,
+    pub(crate) status: std::process::ExitStatus,
+}
+
+/// Name of the CompNode that is started as number `index`.
+pub(crate) fn local_name(index: u32) -> String {
+    format!("compnode-{index}")
+}
+
 /// Child processes that compute for a broker in this process.
 ///
 /// Each holds the read end of a pipe as its standard input and leaves when that closes, however we end.
@@ -33,7 +48,7 @@ impl LocalCompNodes {
         for index in 0..count {
             let child = Command::new(&program)
                 .args(["join", "--child", "--bind", "127.0.0.1:0", "--device", device])
-                .args(["--name", &format!("compnode-{index}"), "--threads", &threads])
+                .args(["--name", &local_name(index), "--threads", &threads])
                 .args(fresh_profile.then_some("--fresh-profile"))
                 .env("FUSIONLLM_TICKET", broker.ticket().to_string())
                 .stdin(Stdio::piped())
@@ -50,10 +65,8 @@ impl LocalCompNodes {
     async fn wait_for(&mut self, broker: &Broker, joined: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + JOIN_LIMIT;
         while broker.status().await?.compnodes.len() < joined {
-            if let Some(child) = self.children.last_mut()
-                && let Some(status) = child.try_wait()?
-            {
-                bail!("CompNode {} ended before it joined ({status})", joined - 1);
+            if let Some(Death { name, status }) = self.dead()? {
+                bail!("the process of {name} ended before all had joined ({status})");
             }
             if Instant::now() > deadline {
                 bail!("CompNode {} did not join within {} s", joined - 1, JOIN_LIMIT.as_secs());
@@ -61,6 +74,26 @@ impl LocalCompNodes {
             sleep(LOOK).await;
         }
         Ok(())
+    }
+
+    /// Waits until one of them has ended. May be dropped before it is done.
+    pub(crate) async fn death(&mut self) -> Death {
+        loop {
+            // One that cannot be asked is no reason to end.
+            if let Ok(Some(death)) = self.dead() {
+                return death;
+            }
+            sleep(WATCH).await;
+        }
+    }
+
+    fn dead(&mut self) -> std::io::Result<Option<Death>> {
+        for (index, child) in self.children.iter_mut().enumerate() {
+            if let Some(status) = child.try_wait()? {
+                return Ok(Some(Death { name: local_name(index as u32), status }));
+            }
+        }
+        Ok(None)
     }
 
     /// Closes their input, waits until they are gone, and ends those that are not. Says which had ended by themselves,
@@ -71,7 +104,7 @@ impl LocalCompNodes {
             if let Ok(Some(status)) = child.try_wait()
                 && !status.success()
             {
-                crashed.push(format!("the process of compnode-{index} had ended ({status})"));
+                crashed.push(format!("the process of {} had ended ({status})", local_name(index as u32)));
             }
             drop(child.stdin.take());
         }

@@ -34,7 +34,7 @@ pub(crate) fn state(state: &JobState) -> String {
 
 /// Jobs and CompNodes as two tables.
 pub(crate) fn status(report: &StatusReport) -> String {
-    let mut text = String::new();
+    let mut text = report.trouble.as_ref().map_or_else(String::new, |trouble| format!("{trouble}\n\n"));
     if report.jobs.is_empty() {
         text.push_str("no jobs\n");
     } else {

@@ -1,8 +1,9 @@
 //! Whose a checkpoint folder is. Several runs, and other programs, may use the folder in which it lies.
 
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use fusionllm_protocol::{Generation, JobSpec, RunId};
 use serde::Deserialize;
@@ -70,16 +71,15 @@ fn read_mark(path: &Path) -> Option<RunId> {
 
 fn write_mark(folder: &Path, run: &RunId) -> Result<(), BrokerError> {
     let path = folder.join(MARK);
-    let fail = |e| io_error(&path, e);
-    match OpenOptions::new().write(true).create_new(true).open(&path) {
-        Ok(mut file) => {
-            let text = format!("{}\n", run.as_str());
-            file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)
-        }
-        // Another shard of the same checkpoint came first.
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
-        Err(e) => Err(fail(e)),
-    }
+    let text = format!("{}\n", run.as_str());
+    let write = |mut file: File| file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    File::create(&path).and_then(write).map_err(|e| io_error(&path, e))
+}
+
+/// Whether a folder holds nothing but a mark, or not even that: what a crash leaves of one that was being made.
+fn is_just_begun(path: &Path) -> bool {
+    let is_mark = |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == *MARK);
+    is_real_folder(path) && std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(is_mark))
 }
 
 /// A checkpoint of one run.
@@ -187,14 +187,19 @@ pub(crate) fn partial_folder(folder: &Path, run: &RunId, step: u64, generation: 
 /// # Errors
 /// [`BrokerError::Foreign`] if something else is in the way, or [`BrokerError::Io`].
 pub(crate) fn make_partial(path: &Path, run: &RunId) -> Result<(), BrokerError> {
+    // All shards of a checkpoint come to this process: one makes the folder, the others find it marked.
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e))?;
     }
     match std::fs::create_dir(path) {
         Ok(()) => {}
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-            let is_empty = || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
-            if maker(path) != Maker::Run(run.clone()) && !(is_real_folder(path) && is_empty()) {
+            if maker(path) == Maker::Run(run.clone()) {
+                return Ok(());
+            }
+            if !is_just_begun(path) {
                 return Err(BrokerError::Foreign { path: path.to_owned(), run: run.clone() });
             }
         }
@@ -210,11 +215,8 @@ pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Vec<String> {
         let (name, path) = (entry.file_name(), entry.path());
         let ours = format!(".partial-{}-", run.short());
         if name.to_str().is_some_and(|n| n.starts_with("step-") && n.contains(&ours)) {
-            // One without a mark can only be removed if it is empty.
-            let removed = match maker(&path) {
-                Maker::Run(maker) if maker == *run => std::fs::remove_dir_all(&path),
-                _ => std::fs::remove_dir(&path),
-            };
+            let is_ours = maker(&path) == Maker::Run(run.clone()) || is_just_begun(&path);
+            let removed = if is_ours { std::fs::remove_dir_all(&path) } else { std::fs::remove_dir(&path) };
             failures.extend(removed.err().map(|e| format!("{}: {e}", path.display())));
         }
     }

@@ -237,6 +237,28 @@ fn what_others_made_is_neither_overwritten_nor_removed() {
 }
 
 #[test]
+fn shards_that_come_at_once_share_their_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = ShardPlace { run: RunId::from_bytes([1; 16]), folder: folder.path().join("checkpoints") };
+    for step in 0..100 {
+        let partial = place.partial(step, GENERATION);
+        std::thread::scope(|scope| {
+            let made: Vec<_> = (0..4).map(|_| scope.spawn(|| make_partial(&partial, &place.run))).collect();
+            for made in made {
+                made.join().unwrap().unwrap();
+            }
+        });
+    }
+    // A crash may leave half a mark.
+    let partial = place.partial(7, GENERATION);
+    std::fs::write(partial.join(MARK), "0101").unwrap();
+    make_partial(&partial, &place.run).unwrap();
+    std::fs::write(partial.join(MARK), "").unwrap();
+    assert!(remove_partial(&place.folder, &place.run).is_empty());
+    assert_eq!(std::fs::read_dir(&place.folder).unwrap().count(), 0);
+}
+
+#[test]
 fn an_abandoned_future_is_kept_aside_and_not_found() {
     let folder = tempfile::tempdir().unwrap();
     for step in [5, 8, 10] {

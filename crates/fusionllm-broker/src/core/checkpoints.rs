@@ -26,10 +26,12 @@ impl Core {
     ) -> Vec<Action> {
         let Some(run) = self.run_mut(key) else { return Vec::new() };
         run.checkpoint_finished(step);
+        run.moved = now;
         let mut actions = Vec::new();
         if let Some(known) = self.jobs.get_mut(&key.job) {
             known.record.checkpoint = Some((step, checksum));
-            actions.push(Action::Persist(Box::new(known.record.clone())));
+            let record = known.record.clone();
+            actions.push(self.persist(record, true));
         }
         let path = path.display().to_string();
         actions.push(Action::Emit(JobEvent::Checkpoint { job: key.job, step, path }));

@@ -2,19 +2,21 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{Cluster, NodeIndex, Simulated};
+use fusionllm_planner::{Cluster, NodeIndex, Plan, PlanError, PlanSpec, Simulated};
 use fusionllm_protocol::{
     DataReport, DeviceProfile, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, Notice, PeerRecord,
     StepMetrics,
 };
 
+use crate::BrokerError;
 use crate::checkpoint::{FinishSpec, Origin, StoredShard, TensorSet};
 use crate::run_dir::{PlacementFile, RunStart};
 use crate::store::JobRecord;
 
-/// One connection of a CompNode. A CompNode that comes back has another.
+/// A CompNode's time here: one connection, or several if it comes back after a break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ConnectionId(pub(crate) u64);
 
@@ -30,6 +32,8 @@ pub(crate) struct RunKey {
 pub(crate) struct Joining {
     pub(crate) name: String,
     pub(crate) id: String,
+    /// Its public key, by which it is known again after a break.
+    pub(crate) key: [u8; 32],
     pub(crate) device: String,
     pub(crate) addr: PeerRecord,
     pub(crate) profile: DeviceProfile,
@@ -58,10 +62,12 @@ pub(crate) struct StartPoint {
 /// Something happened.
 #[derive(Debug)]
 pub(crate) enum CoreEvent {
-    /// A CompNode's connection ended.
+    /// A CompNode has gone and will not go on where it was.
     Left { connection: ConnectionId, reason: String },
-    /// A CompNode says something.
-    Said { connection: ConnectionId, message: FromCompNode },
+    /// A CompNode's connection broke; it may come back within its lease.
+    Broken { connection: ConnectionId, reason: String },
+    /// A CompNode says something; it came `at` that time.
+    Said { connection: ConnectionId, message: FromCompNode, at: Duration },
     /// A shard lies in its partial folder.
     ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
     /// A checkpoint is whole.
@@ -72,6 +78,14 @@ pub(crate) enum CoreEvent {
     Noticed { key: RunKey, text: String },
     /// The broker itself cannot go on with a job.
     RunFailed { key: RunKey, reason: String },
+    /// The store has all that it was given up to this number.
+    Persisted { number: u64 },
+    /// The store cannot be written.
+    Unpersisted { reason: String },
+    /// What a job starts from was read.
+    Loaded { job: JobId, result: Box<Result<StartPoint, BrokerError>> },
+    /// A placement was worked out, or there is none.
+    Planned { job: JobId, number: u64, result: Box<Result<Plan, PlanError>> },
     /// Time passes.
     Tick,
 }
@@ -85,6 +99,8 @@ pub(crate) enum Action {
     SendWeights { to: ConnectionId, key: RunKey, params: Vec<String>, from: Arc<TensorSet> },
     /// End the connection.
     Disconnect { to: ConnectionId, reason: String },
+    /// Work out a placement where it holds up nobody, and answer [`CoreEvent::Planned`].
+    Plan { job: JobId, input: Box<PlanInput> },
     /// Make or take over the run directory.
     OpenRun(Box<OpenRun>),
     /// Write what the data owner found.
@@ -101,10 +117,42 @@ pub(crate) enum Action {
     DropCheckpoint { key: RunKey, step: u64 },
     /// Write the report.
     WriteReport { record: Box<JobRecord> },
-    /// Remember the job.
-    Persist(Box<JobRecord>),
+    /// Write the job to the store, and answer [`CoreEvent::Persisted`] or [`CoreEvent::Unpersisted`]. What is told of the
+    /// job after a `barrier` waits for that.
+    Persist { number: u64, record: Box<JobRecord>, barrier: bool },
+    /// Open the store anew and write all jobs, and answer likewise.
+    Rewrite { number: u64, records: Vec<JobRecord> },
+    /// Read what a job starts from, and answer [`CoreEvent::Loaded`].
+    Load(Box<JobRecord>),
     /// Tell whoever follows.
     Emit(JobEvent),
+}
+
+/// A job as the store has it, and what its run directory knows.
+#[derive(Clone, Debug)]
+pub(crate) struct Restored {
+    pub(crate) record: JobRecord,
+    /// The last step of its metrics.
+    pub(crate) reached: Option<u64>,
+    /// Step of its newest whole checkpoint.
+    pub(crate) checkpoint: Option<u64>,
+}
+
+/// What a placement is worked out from.
+#[derive(Clone, Debug)]
+pub(crate) struct PlanInput {
+    /// Tells it from those that are not wanted any more.
+    pub(crate) number: u64,
+    pub(crate) dag: Arc<OpDag>,
+    pub(crate) cluster: Cluster,
+    pub(crate) spec: PlanSpec,
+}
+
+impl PlanInput {
+    /// Works it out, which may take long.
+    pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
+        fusionllm_planner::plan(&self.dag, &self.cluster, &self.spec)
+    }
 }
 
 /// What a run directory holds from the start.

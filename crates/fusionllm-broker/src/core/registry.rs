@@ -17,6 +17,9 @@ pub(super) struct Member {
     addr: PeerRecord,
     profile: DeviceProfile,
     last_seen: Duration,
+    key: [u8; 32],
+    /// Why its connection broke, until it has another.
+    away: Option<String>,
 }
 
 /// All of them, by connection and thus in the order in which they joined.
@@ -26,11 +29,12 @@ pub(super) struct Registry(BTreeMap<ConnectionId, Member>);
 impl Registry {
     /// Adds a CompNode under its name, or if that is taken, under one with a number. Gives the name.
     pub(super) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> String {
-        let Joining { name: wanted, id, device, addr, profile } = joining;
+        let Joining { name: wanted, id, key, device, addr, profile } = joining;
         let is_free = |name: &String| self.0.values().all(|m| m.name != *name);
         let numbered = (2..).map(|n| format!("{wanted}-{n}"));
         let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or(wanted);
-        let member = Member { name: name.clone(), run: None, id, device, addr, profile, last_seen: now };
+        let run = None;
+        let member = Member { name: name.clone(), run, id, device, addr, profile, last_seen: now, key, away: None };
         self.0.insert(connection, member);
         name
     }
@@ -40,12 +44,42 @@ impl Registry {
     }
 
     /// A sign of life. Whether the CompNode is known.
-    pub(super) fn seen(&mut self, connection: ConnectionId, now: Duration) -> bool {
-        self.0.get_mut(&connection).map(|m| m.last_seen = now).is_some()
+    pub(super) fn seen(&mut self, connection: ConnectionId, at: Duration) -> bool {
+        self.0.get_mut(&connection).map(|m| m.last_seen = m.last_seen.max(at)).is_some()
     }
 
-    pub(super) fn silent_since(&self, then: Duration) -> Vec<ConnectionId> {
-        self.0.iter().filter(|(_, m)| m.last_seen < then).map(|(&c, _)| c).collect()
+    /// Who has given no sign of life since `then`, and why, if that is known.
+    pub(super) fn silent_since(&self, then: Duration) -> Vec<(ConnectionId, Option<String>)> {
+        self.0.iter().filter(|(_, m)| m.last_seen < then).map(|(&c, m)| (c, m.away.clone())).collect()
+    }
+
+    /// Nobody could give a sign of life for so long.
+    pub(super) fn forgive(&mut self, pause: Duration) {
+        for member in self.0.values_mut() {
+            member.last_seen += pause;
+        }
+    }
+
+    /// Its connection broke. Whether it is one that may come back to what it was doing.
+    pub(super) fn broke(&mut self, connection: ConnectionId, reason: String) -> bool {
+        let member = self.0.get_mut(&connection).filter(|m| m.run.is_some());
+        member.map(|m| m.away = Some(reason)).is_some()
+    }
+
+    /// It has a connection again.
+    pub(super) fn is_back(&mut self, connection: ConnectionId, addr: PeerRecord, now: Duration) -> Option<String> {
+        let member = self.0.get_mut(&connection)?;
+        (member.away, member.addr, member.last_seen) = (None, addr, now);
+        Some(member.name.clone())
+    }
+
+    pub(super) fn is_away(&self, connection: ConnectionId) -> bool {
+        self.0.get(&connection).is_some_and(|m| m.away.is_some())
+    }
+
+    /// The CompNode with this key, if it is here or may come back.
+    pub(super) fn of_key(&self, key: &[u8; 32]) -> Option<ConnectionId> {
+        self.0.iter().rev().find(|(_, m)| m.key == *key).map(|(&c, _)| c)
     }
 
     pub(super) fn idle(&self) -> Vec<ConnectionId> {
@@ -62,8 +96,11 @@ impl Registry {
         }
     }
 
-    /// Makes a CompNode idle. Whether it is still connected.
+    /// Makes a CompNode idle; one that is away has nothing left to come back to. Whether it is still here.
     pub(super) fn release(&mut self, connection: ConnectionId) -> bool {
+        if self.is_away(connection) {
+            self.0.remove(&connection);
+        }
         self.0.get_mut(&connection).map(|m| m.run = None).is_some()
     }
 
@@ -74,6 +111,12 @@ impl Registry {
     /// The machine that a CompNode runs on.
     pub(super) fn host(&self, connection: ConnectionId) -> &str {
         self.0.get(&connection).map_or("", |m| &m.profile.host)
+    }
+
+    /// Bytes that jobs may fill on the largest of all devices; nothing if there is none, or if one has no bound.
+    pub(super) fn largest_memory(&self) -> Option<u64> {
+        let memory: Option<Vec<u64>> = self.0.values().map(|m| m.profile.memory_bytes).collect();
+        memory?.into_iter().max()
     }
 
     pub(super) fn all(&self) -> impl Iterator<Item = ConnectionId> + '_ {

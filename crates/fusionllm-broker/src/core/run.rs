@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation};
@@ -11,6 +12,15 @@ use fusionllm_protocol::{
 
 use super::{ConnectionId, RunKey, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};
+
+/// Nothing goes on for this long: the job fails.
+const STALL: Duration = Duration::from_secs(60);
+/// Or for so many of its slowest steps.
+const STALL_STEPS: u32 = 20;
+/// Reading data, or sending the last shards, may take this long.
+const READING: Duration = Duration::from_secs(600);
+/// Parameters take no longer than at this speed.
+const LEAST_BYTES_PER_S: u64 = 100_000;
 
 /// Names of the parameters that a CompNode holds.
 pub(super) fn param_names(dag: &OpDag, placement: &Placement, node: NodeIndex) -> Vec<String> {
@@ -45,14 +55,28 @@ pub(super) struct Run {
     tokens_per_step: u64,
     /// Steps that every CompNode has reported.
     merged: u64,
-    /// Checkpoints that are still to come, with the loss of their step once it is known.
-    due: BTreeMap<u64, Option<f64>>,
+    /// After so many steps comes a checkpoint, and after the last one.
+    every: u64,
+    /// Checkpoints of steps that are done, and the loss of their step, until they are whole.
+    open: BTreeMap<u64, f64>,
+    /// Steps still to be done whose checkpoints cannot be kept.
+    given_up: BTreeSet<u64>,
+    /// The newest whole one, to go on from.
+    pub(super) checkpoint: Option<u64>,
     /// Checkpoints that are being checked and shown.
     finishing: BTreeSet<u64>,
     reports: BTreeMap<u64, BTreeMap<NodeIndex, StepReport>>,
     shards: BTreeMap<u64, BTreeMap<NodeIndex, StoredShard>>,
     /// Where codecs adapt while training.
     controller: Option<Controller>,
+    /// When something last went on.
+    pub(super) moved: Duration,
+    /// Seconds of the slowest step so far.
+    slowest_s: f64,
+    /// Bytes of parameters, and of what the optimizer keeps of them.
+    state_bytes: u64,
+    /// Batches of an evaluation.
+    eval_batches: u64,
 }
 
 impl Run {
@@ -62,6 +86,7 @@ impl Run {
         placement: Placement,
         start: &StartPoint,
         spec: &JobSpec,
+        now: Duration,
     ) -> Self {
         let steps = spec.train.steps;
         let compression = &spec.compression;
@@ -72,13 +97,15 @@ impl Run {
             Controller::new(&start.dag, &placement, batch, policy, spec.codec(), budget)
         };
         let controller = adapts.then(new);
-        let is_due = |step: &u64| *step == steps || step.is_multiple_of(spec.checkpoint.every);
         Self {
             key,
             members,
             dag: Arc::clone(&start.dag),
             origin: start.origin.clone(),
-            due: (start.step + 1..=steps).filter(is_due).map(|step| (step, None)).collect(),
+            every: spec.checkpoint.every,
+            open: BTreeMap::new(),
+            given_up: BTreeSet::new(),
+            checkpoint: (start.step > 0).then_some(start.step),
             finishing: BTreeSet::new(),
             placement,
             ready: BTreeSet::new(),
@@ -89,7 +116,49 @@ impl Run {
             reports: BTreeMap::new(),
             shards: BTreeMap::new(),
             controller,
+            moved: now,
+            slowest_s: 0.0,
+            state_bytes: 3 * start.dag.params().iter().map(fusionllm_graph::Param::bytes).sum::<u64>(),
+            eval_batches: spec.train.eval_batches.into(),
         }
+    }
+
+    /// Nothing has gone on for too long: who is waited for, and what for.
+    pub(super) fn stalled(&self, now: Duration) -> Option<(Vec<ConnectionId>, String)> {
+        let waited = now.saturating_sub(self.moved);
+        let nodes = || (0..).map(NodeIndex).zip(&self.members);
+        let missing = |is_there: &dyn Fn(NodeIndex) -> bool| -> Vec<ConnectionId> {
+            nodes().filter(|(node, _)| !is_there(*node)).map(|(_, &m)| m).collect()
+        };
+        let transfer = Duration::from_secs(self.state_bytes / LEAST_BYTES_PER_S);
+        let is_ready = |node: NodeIndex| self.ready.contains(&node);
+        let (limit, waiting, what) = if self.ready.len() < self.members.len() {
+            // The data owner comes first and has its data to read, the others only their parameters to make.
+            let limit = if is_ready(NodeIndex(0)) { STALL } else { READING };
+            (limit + transfer, missing(&is_ready), "not ready".to_owned())
+        } else if self.merged < self.steps {
+            let reports = self.reports.get(&(self.merged + 1));
+            let has_reported = |node: NodeIndex| reports.is_some_and(|r| r.contains_key(&node));
+            let steps = Duration::try_from_secs_f64(self.slowest_s).unwrap_or(STALL);
+            let evaluation = steps.saturating_mul(u32::try_from(self.eval_batches).unwrap_or(u32::MAX));
+            let limit = STALL.max(steps * STALL_STEPS).saturating_add(evaluation);
+            (limit, missing(&has_reported), format!("no step after step {}", self.merged))
+        } else {
+            let step = self.steps;
+            let shards = self.shards.get(&step);
+            let all_there = self.finishing.contains(&step) || !self.open.contains_key(&step);
+            let has_sent = |node: NodeIndex| {
+                self.finished.contains(&node) && (all_there || shards.is_some_and(|s| s.contains_key(&node)))
+            };
+            (READING + transfer, missing(&has_sent), format!("the end did not come after step {step}"))
+        };
+        (waited > limit && !waiting.is_empty()).then(|| (waiting, format!("{what} for {} s", waited.as_secs())))
+    }
+
+    /// Names of the parameters that a CompNode of this run may still wait for.
+    pub(super) fn weights_owed(&self, connection: ConnectionId) -> Option<Vec<String>> {
+        let node = self.node_of(connection).filter(|node| !self.ready.contains(node))?;
+        Some(param_names(&self.dag, &self.placement, node))
     }
 
     /// Which CompNode of the placement a connection is.
@@ -144,9 +213,10 @@ impl Run {
             links: reports().flat_map(|r| r.links.iter().cloned()).collect(),
             codec_changes: changes.iter().map(|c| self.note(c)).collect(),
         };
-        if let Some(loss) = self.due.get_mut(&step) {
-            *loss = Some(metrics.loss);
+        if !self.given_up.remove(&step) && self.is_due(step) {
+            self.open.insert(step, metrics.loss);
         }
+        self.slowest_s = self.slowest_s.max(metrics.step_s);
         let sender = |change: CodecChange| Some((*self.members.get(change.sender.index())?, change));
         Some(MergedStep { metrics, traced, changes: changes.into_iter().filter_map(sender).collect() })
     }
@@ -198,33 +268,46 @@ impl Run {
 
     /// Training loss of a step after which a checkpoint is still to come.
     pub(super) fn loss_of(&self, step: u64) -> Option<f64> {
-        self.due.get(&step).copied().flatten()
+        self.open.get(&step).copied()
     }
 
     /// A checkpoint is whole and in its place.
     pub(super) fn checkpoint_finished(&mut self, step: u64) {
         self.finishing.remove(&step);
-        self.due.remove(&step);
+        self.open.remove(&step);
+        self.checkpoint = self.checkpoint.max(Some(step));
+    }
+
+    /// Whether a checkpoint of this step is still to come.
+    fn expects(&self, step: u64) -> bool {
+        let is_ahead = step > self.merged && step <= self.steps && self.is_due(step);
+        self.open.contains_key(&step) || is_ahead && !self.given_up.contains(&step)
+    }
+
+    /// Whether a checkpoint belongs to a step.
+    fn is_due(&self, step: u64) -> bool {
+        step == self.steps || step.is_multiple_of(self.every)
     }
 
     /// Whether the shard is one that this CompNode owes.
     pub(super) fn wants_shard(&self, connection: ConnectionId, node: NodeIndex, step: u64) -> bool {
         let is_known = self.shards.get(&step).is_some_and(|s| s.contains_key(&node));
-        let is_due = self.due.contains_key(&step) && !self.finishing.contains(&step);
-        self.node_of(connection) == Some(node) && is_due && !is_known
+        self.node_of(connection) == Some(node) && self.expects(step) && !self.finishing.contains(&step) && !is_known
     }
 
     /// A checkpoint cannot be kept. Whether that can be borne: the job's last one must be.
     pub(super) fn checkpoint_failed(&mut self, step: u64) -> bool {
         self.finishing.remove(&step);
         self.shards.remove(&step);
-        self.due.remove(&step);
+        if self.open.remove(&step).is_none() {
+            self.given_up.insert(step);
+        }
         step != self.steps
     }
 
     pub(super) fn shard_stored(&mut self, step: u64, node: NodeIndex, shard: StoredShard) {
         // One of a checkpoint that has been given up may still come.
-        if node.index() < self.members.len() && self.due.contains_key(&step) {
+        if node.index() < self.members.len() && self.expects(step) {
             self.shards.entry(step).or_default().insert(node, shard);
         }
     }
@@ -248,6 +331,6 @@ impl Run {
 
     /// Whether all is done and every checkpoint is whole.
     pub(super) fn is_done(&self) -> bool {
-        self.merged == self.steps && self.finished.len() == self.members.len() && self.due.is_empty()
+        self.merged == self.steps && self.finished.len() == self.members.len() && self.open.is_empty()
     }
 }

@@ -3,41 +3,109 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, plan};
+use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobId, JobSpec, JobState, PeerRecord, WeightSource,
+    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, WeightSource,
 };
 
 use super::run::{Run, param_names};
 use super::survey::WorkKey;
-use super::{Action, ConnectionId, Core, Job, OpenRun, RunKey, StartPoint};
+use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, RunKey, StartPoint};
 use crate::run_dir::PlacementFile;
 
+/// For so long a job that must wait holds back those behind it in any case.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// After that it holds them back in every other period of this length, if there are enough CompNodes for it at all.
+const TURN: Duration = Duration::from_secs(600);
+
 impl Core {
-    /// Gives waiting jobs, oldest first, the CompNodes they need. A job that must wait holds back those behind it.
+    /// Gives waiting jobs, oldest first, the CompNodes they need. A job that must wait holds back those behind it, but
+    /// never for ever while CompNodes are idle: see [`Self::holds_back`].
     pub(super) fn schedule(&mut self, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
-        let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. });
+        if self.trouble().is_some() {
+            return self.survey.advance(&self.compnodes, now);
+        }
+        let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. }) && job.planning.is_none();
         let waiting: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_waiting(job)).map(|(&id, _)| id).collect();
         let mut held_back_by = None;
         for job in waiting {
+            if let Some(reason) = self.too_large(job) {
+                actions.extend(self.end(job, JobState::Failed { reason, bad_input: true }, "no device holds it"));
+                continue;
+            }
             let chosen = match held_back_by {
                 None => self.choose(job).and_then(|members| self.surveyed(job, members)),
                 Some(first) => Err(format!("{first} comes first")),
             };
             match chosen {
-                Ok(members) => actions.extend(self.assign(job, members, now)),
+                Ok(members) => actions.extend(self.plan(job, members, now)),
                 Err(reason) => {
-                    held_back_by = held_back_by.or(Some(job));
+                    if held_back_by.is_none() && self.holds_back(job, now) {
+                        held_back_by = Some(job);
+                    }
                     let state = JobState::Waiting { reason };
-                    if self.jobs.get(&job).is_some_and(|j| j.record.state != state) {
-                        actions.extend(self.set_state(job, state));
+                    if let Some(known) = self.jobs.get_mut(&job).filter(|j| j.record.state != state) {
+                        // What it waits for is found out anew after a restart: it need not be written.
+                        known.record.state = state.clone();
+                        actions.push(Action::Emit(JobEvent::State { job, state }));
                     }
                 }
             }
         }
         actions.extend(self.survey.advance(&self.compnodes, now));
         actions
+    }
+
+    /// Why no device that is here can hold one op of a job. Found out before ops are measured: measuring one that does not
+    /// fit may end the process.
+    fn too_large(&self, job: JobId) -> Option<String> {
+        let Job { record, start: Some(start), .. } = self.jobs.get(&job)? else { return None };
+        let most = self.compnodes.largest_memory()?;
+        let (dag, batch) = (&start.dag, record.spec.micro_batch_size() as usize);
+        // At least its output, and its parameters with their gradients.
+        let needs = |op: &fusionllm_graph::Op| {
+            let params = op.params.iter().filter_map(|p| dag.params().get(p.index()));
+            let params = params.fold(0u64, |sum, p| sum.saturating_add(p.bytes()));
+            op.output.bytes(batch).saturating_add(params.saturating_mul(2))
+        };
+        let (bytes, op) = dag.ops().iter().map(|op| (needs(op), op)).max_by_key(|(bytes, _)| *bytes)?;
+        (bytes > most).then(|| {
+            format!(
+                "op {} needs at least {} on one device, and the largest device here has {}: lower train.batch or the \
+                 model's sizes, raise train.micro_batches, or let a larger machine join",
+                op.name,
+                format_bytes(bytes as f64),
+                format_bytes(most as f64)
+            )
+        })
+    }
+
+    /// What only this job, which ends, wanted to have measured is not needed any more.
+    pub(super) fn measure_no_more(&mut self, job: JobId) -> Vec<Action> {
+        let key = |job: &Job| job.start.as_ref().map(|start| WorkKey::of(&job.record.spec, start));
+        let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. });
+        let Some(ended) = self.jobs.get(&job).filter(|job| is_waiting(job)).and_then(key) else { return Vec::new() };
+        let is_wanted =
+            self.jobs.iter().any(|(&id, other)| id != job && is_waiting(other) && key(other) == Some(ended));
+        if is_wanted { Vec::new() } else { self.survey.cancel(ended) }
+    }
+
+    /// Whether a job that must wait holds back those behind it. At first it does, since what it waits for may be about to
+    /// come. Later only one for which there are enough CompNodes, though others work on them now, and only half of the
+    /// time: in turns of [`TURN`] smaller jobs may pass it, and may not, so that neither waits for ever.
+    fn holds_back(&mut self, job: JobId, now: Duration) -> bool {
+        let Some(known) = self.jobs.get_mut(&job) else { return false };
+        let waited = now.saturating_sub(*known.waits_since.get_or_insert(now));
+        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return false };
+        let is_enough = self.compnodes.all().count() >= least_compnodes(&record.spec, start);
+        let is_owner_here = record.spec.data.owner.as_ref().is_none_or(|owner| self.is_connected(owner));
+        let turn = waited.as_secs() / TURN.as_secs();
+        waited < PATIENCE || is_enough && is_owner_here && turn % 2 == 1
+    }
+
+    fn is_connected(&self, name: &str) -> bool {
+        self.compnodes.all().any(|c| self.compnodes.name(c) == name)
     }
 
     /// The CompNodes again, once all is known of them that a plan needs.
@@ -55,13 +123,13 @@ impl Core {
     /// The CompNodes for a job, data owner first, or what it waits for.
     fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
         let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
-            return Err("it is not known".to_owned());
+            return Err("what it starts from is being read".to_owned());
         };
         let spec = &record.spec;
         let mut idle = self.compnodes.idle();
         if let Some(owner) = &spec.data.owner {
             let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
-            let at = at.ok_or_else(|| format!("CompNode `{owner}`, the data's owner, is not idle"))?;
+            let at = at.ok_or_else(|| self.without_owner(owner))?;
             let owner = idle.remove(at);
             idle.insert(0, owner);
         }
@@ -75,24 +143,73 @@ impl Core {
         Ok(idle)
     }
 
-    fn assign(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
+    fn without_owner(&self, owner: &str) -> String {
+        if self.is_connected(owner) {
+            return format!("CompNode `{owner}`, the data's owner, is not idle");
+        }
+        let names: Vec<String> = self.compnodes.all().map(|c| format!("`{}`", self.compnodes.name(c))).collect();
+        let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        format!("CompNode `{owner}`, the data's owner (data.owner), has not joined; joined are {known}")
+    }
+
+    /// Asks for a placement on these CompNodes and keeps them for it.
+    fn plan(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
         let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return Vec::new() };
-        let (start, spec) = (start.clone(), record.spec.clone());
         let cluster = match &start.cluster {
             Some(cluster) => self.as_if(cluster, &members),
-            None => self.survey.inventory(&members, &self.compnodes, Some((&spec, &start)), now).cluster(),
+            None => self.survey.inventory(&members, &self.compnodes, Some((&record.spec, start)), now).cluster(),
         };
-        let Plan { placement, prediction, simulated: predicted, .. } =
-            match plan(&start.dag, &cluster, &spec.plan_spec()) {
-                Ok(plan) => plan,
-                Err(error) => {
-                    return self.end(
-                        job,
-                        JobState::Failed { reason: error.to_string(), bad_input: true },
-                        "no placement",
-                    );
-                }
-            };
+        self.plans += 1;
+        let number = self.plans;
+        let input = PlanInput { number, dag: Arc::clone(&start.dag), cluster, spec: record.spec.plan_spec() };
+        let key = RunKey { job, generation: Generation(record.generation.0 + 1) };
+        for &member in &members {
+            self.compnodes.take(member, key);
+        }
+        let state = JobState::Waiting { reason: "its placement is being worked out".to_owned() };
+        if let Some(known) = self.jobs.get_mut(&job) {
+            known.planning = Some((number, members));
+            known.record.state = state.clone();
+        }
+        vec![Action::Plan { job, input: Box::new(input) }, Action::Emit(JobEvent::State { job, state })]
+    }
+
+    /// A placement that is being worked out is not wanted any more. Whether there was one.
+    pub(super) fn plan_no_more(&mut self, job: JobId) -> bool {
+        let Some((_, members)) = self.jobs.get_mut(&job).and_then(|j| j.planning.take()) else { return false };
+        for member in members {
+            self.compnodes.release(member);
+        }
+        true
+    }
+
+    /// A placement was worked out.
+    pub(super) fn planned(
+        &mut self,
+        job: JobId,
+        number: u64,
+        result: Result<Plan, PlanError>,
+        now: Duration,
+    ) -> Vec<Action> {
+        let is_wanted = |j: &&mut Job| j.planning.as_ref().is_some_and(|(wanted, _)| *wanted == number);
+        let Some(known) = self.jobs.get_mut(&job).filter(is_wanted) else { return Vec::new() };
+        let members = known.planning.as_ref().map(|(_, members)| members.clone()).unwrap_or_default();
+        self.plan_no_more(job);
+        let mut actions = match result {
+            Ok(plan) => self.assign(job, plan, members, now),
+            Err(error) => {
+                let state = JobState::Failed { reason: error.to_string(), bad_input: true };
+                self.end(job, state, "no placement")
+            }
+        };
+        actions.extend(self.schedule(now));
+        actions
+    }
+
+    fn assign(&mut self, job: JobId, plan: Plan, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
+        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return Vec::new() };
+        let (start, spec) = (start.clone(), record.spec.clone());
+        let Plan { placement, prediction, simulated: predicted, .. } = plan;
         // The strategy may leave some out, and has its own order.
         let named = |name: &String| members.iter().copied().find(|&m| self.compnodes.name(m) == *name);
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
@@ -114,13 +231,16 @@ impl Core {
             start_step: start.step,
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
-        actions.extend(self.assignments(key, &spec, &start, &placement, &members));
-        let run = Run::new(key, members, placement, &start, &spec);
+        let assignments = self.assignments(key, &spec, &start, &placement, &members);
+        let run = Run::new(key, members, placement, &start, &spec, now);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.run = Some(run);
             known.persisted = now;
+            known.waits_since = None;
         }
+        // The number of the placement is on disk before anybody hears it.
         actions.extend(self.set_state(job, JobState::Preparing));
+        actions.extend(assignments);
         actions
     }
 

@@ -118,6 +118,21 @@ impl Survey {
         self.wanted.entry(key).or_insert_with(new).members.extend(missing);
     }
 
+    /// The ops of this work need not be measured any more.
+    pub(super) fn cancel(&mut self, key: WorkKey) -> Vec<Action> {
+        self.wanted.remove(&key);
+        let mut actions = Vec::new();
+        self.active.retain(|&request, activity| match activity {
+            Activity::Ops { connection, key: of, .. } if *of == key => {
+                let message = FromBroker::CancelMeasure { request };
+                actions.push(Action::Send { to: *connection, message });
+                false
+            }
+            _ => true,
+        });
+        actions
+    }
+
     /// Whether all is known that a plan over these CompNodes needs.
     pub(super) fn is_complete(&self, members: &[ConnectionId], key: WorkKey) -> bool {
         let ops = members.iter().all(|&m| self.ops.contains_key(&(m, key)));

@@ -1,15 +1,17 @@
 //! Every transition by hand, then thousands of runs from a seed.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, DataFingerprint, DeviceProfile, FileFingerprint, LinkBytes, PairProfile, PeerRecord,
-    StepReport, TokenizerFingerprint, content_hash,
+    BlobHeader, BlobKind, DataFingerprint, DataReport, DeviceProfile, FileFingerprint, FromCompNode, LinkBytes,
+    PairProfile, PeerRecord, StepReport, TokenizerFingerprint, content_hash,
 };
 
+use super::members::LEASE;
 use super::*;
-use crate::checkpoint::{Origin, StoredShard};
+use crate::checkpoint::{Origin, StoredShard, TensorSet};
 use crate::run_dir::RunStart;
 use crate::testing;
 
@@ -38,7 +40,7 @@ fn joining(name: &str) -> Joining {
         host: name.to_owned(),
         cpu: None,
     };
-    Joining { name: name.to_owned(), id: "0707".to_owned(), device: "cpu".to_owned(), addr, profile }
+    Joining { name: name.to_owned(), id: "0707".to_owned(), key: [7; 32], device: "cpu".to_owned(), addr, profile }
 }
 
 /// A CompNode joins and is measured. Gives what else happened.
@@ -71,16 +73,40 @@ fn measurements(actions: &[Action]) -> Vec<(ConnectionId, FromCompNode)> {
     actions.iter().filter_map(answer).collect()
 }
 
-/// Answers all requests to measure something, and those that follow. Gives the other actions.
+/// Something happens, and all that is to be written is. Gives the other actions.
+fn tell(core: &mut Core, event: CoreEvent, now: Duration) -> Vec<Action> {
+    let mut others = Vec::new();
+    let mut queue: std::collections::VecDeque<Action> = core.handle(event, now).into();
+    while let Some(action) = queue.pop_front() {
+        match action {
+            Action::Persist { number, .. } => queue.extend(core.handle(CoreEvent::Persisted { number }, now)),
+            action => others.push(action),
+        }
+    }
+    others
+}
+
+/// Answers all requests to measure something or to write it, and those that follow. Gives the other actions.
 fn measure(core: &mut Core, actions: Vec<Action>) -> Vec<Action> {
+    measure_at(core, actions, NOW)
+}
+
+fn measure_at(core: &mut Core, actions: Vec<Action>, now: Duration) -> Vec<Action> {
     let mut others = Vec::new();
     let mut queue: std::collections::VecDeque<Action> = actions.into();
     while let Some(action) = queue.pop_front() {
-        match measurements(std::slice::from_ref(&action)).pop() {
-            Some((connection, message)) => {
-                queue.extend(core.handle(CoreEvent::Said { connection, message }, NOW));
+        match (measurements(std::slice::from_ref(&action)).pop(), &action) {
+            (Some((connection, message)), _) => {
+                queue.extend(core.handle(CoreEvent::Said { connection, message, at: now }, now));
             }
-            None => others.push(action),
+            (None, Action::Persist { number, .. } | Action::Rewrite { number, .. }) => {
+                queue.extend(core.handle(CoreEvent::Persisted { number: *number }, now));
+            }
+            (None, Action::Plan { job, input }) => {
+                let (job, number, result) = (*job, input.number, Box::new(input.plan()));
+                queue.extend(core.handle(CoreEvent::Planned { job, number, result }, now));
+            }
+            (None, _) => others.push(action),
         }
     }
     others
@@ -123,7 +149,7 @@ fn report(step: u64, loss: Option<f64>) -> StepReport {
 const KEY: RunKey = RunKey { job: JobId(1), generation: Generation(1) };
 
 fn say(core: &mut Core, connection: u64, message: FromCompNode) -> Vec<Action> {
-    core.handle(CoreEvent::Said { connection: ConnectionId(connection), message }, NOW)
+    tell(core, CoreEvent::Said { connection: ConnectionId(connection), message, at: NOW }, NOW)
 }
 
 fn ready(key: RunKey) -> FromCompNode {
@@ -203,7 +229,7 @@ fn a_job_is_assigned_started_and_done() {
         for node in [0, 1] {
             let shard = StoredShard::default();
             let event = CoreEvent::ShardStored { key: KEY, step: of, node: NodeIndex(node), shard };
-            let actions = core.handle(event, NOW);
+            let actions = tell(&mut core, event, NOW);
             let finishing = actions.iter().find_map(|a| match a {
                 Action::FinishCheckpoint { spec, .. } => Some((spec.step, spec.loss, spec.shards.len())),
                 _ => None,
@@ -213,8 +239,8 @@ fn a_job_is_assigned_started_and_done() {
     }
     let finished =
         |step| CoreEvent::CheckpointFinished { key: KEY, step, path: PathBuf::from("/c"), checksum: "c5".to_owned() };
-    assert_eq!(states(&core.handle(finished(3), NOW)), []);
-    let actions = core.handle(finished(6), NOW);
+    assert_eq!(states(&tell(&mut core, finished(3), NOW)), []);
+    let actions = tell(&mut core, finished(6), NOW);
     assert_eq!(states(&actions), [JobState::Done]);
     assert_eq!(core.record(JobId(1)).unwrap().checkpoint, Some((6, "c5".to_owned())), "it is remembered");
     assert!(actions.iter().any(|a| matches!(a, Action::WriteReport { .. })));
@@ -229,11 +255,11 @@ fn a_compnode_that_vanishes_fails_the_job_and_frees_the_others() {
         say(&mut core, connection, step(KEY, 1, Some(1.0)));
     }
     let left = CoreEvent::Left { connection: ConnectionId(2), reason: "the peer does not answer any more".to_owned() };
-    let actions = core.handle(left, NOW);
+    let actions = tell(&mut core, left, NOW);
     assert_eq!(
         failure(&core),
         "CompNode `b` vanished after step 1: the peer does not answer any more; \
-         `fusionllm resume 1` goes on from the last checkpoint"
+         `fusionllm resume 1` begins anew, there is no checkpoint yet"
     );
     assert!(matches!(sent(&actions)[..], [(1, FromBroker::Abort { .. })]));
     assert_eq!(core.status().compnodes.len(), 1);
@@ -244,15 +270,82 @@ fn a_compnode_that_vanishes_fails_the_job_and_frees_the_others() {
 fn a_silent_compnode_loses_its_lease() {
     let mut core = running();
     let almost = NOW + LEASE;
-    assert!(core.handle(CoreEvent::Tick, almost).is_empty());
-    let alive = CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat { number: 7 } };
+    assert!(tell(&mut core, CoreEvent::Tick, almost).is_empty());
+    let message = FromCompNode::Heartbeat { number: 7 };
+    let alive = CoreEvent::Said { connection: ConnectionId(1), message, at: almost };
     assert_eq!(
-        sent(&core.handle(alive, almost)),
+        sent(&tell(&mut core, alive, almost)),
         [(1, &FromBroker::HeartbeatAck { number: 7, now_s: almost.as_secs_f64() })]
     );
-    let actions = core.handle(CoreEvent::Tick, almost + Duration::from_secs(1));
+    let actions = tell(&mut core, CoreEvent::Tick, almost + Duration::from_secs(1));
     assert!(matches!(actions[0], Action::Disconnect { to: ConnectionId(2), .. }));
-    assert!(failure(&core).contains("CompNode `b` vanished after step 0: no heartbeat for 15 s"));
+    assert!(failure(&core).contains("CompNode `b` vanished after step 0: no heartbeat for 45 s"));
+}
+
+#[test]
+fn a_compnode_that_comes_back_keeps_its_run() {
+    let mut core = running();
+    let broken = |connection| CoreEvent::Broken {
+        connection: ConnectionId(connection),
+        reason: "the peer does not answer any more".to_owned(),
+    };
+    assert!(tell(&mut core, broken(2), NOW).is_empty());
+    assert!(core.is_away(ConnectionId(2)));
+    let later = NOW + LEASE - Duration::from_secs(1);
+    for second in 1..LEASE.as_secs() {
+        let now = NOW + Duration::from_secs(second);
+        let alive =
+            CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat { number: 0 }, at: now };
+        tell(&mut core, alive, now);
+        assert!(tell(&mut core, CoreEvent::Tick, now).is_empty());
+    }
+    let (name, actions) = core.rejoin(ConnectionId(2), joining("b"), later).unwrap();
+    assert_eq!((name.as_str(), actions.len(), core.is_away(ConnectionId(2))), ("b", 0, false));
+    tell(&mut core, CoreEvent::Tick, later + Duration::from_secs(2));
+    for connection in [1, 2] {
+        say(&mut core, connection, step(KEY, 1, Some(1.0)));
+    }
+    assert_eq!(core.record(JobId(1)).unwrap().step, 1);
+
+    // One that stays away is lost in the end, and for what.
+    tell(&mut core, broken(2), later);
+    for second in 1..=LEASE.as_secs() + 1 {
+        let now = later + Duration::from_secs(second);
+        let alive =
+            CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat { number: 0 }, at: now };
+        tell(&mut core, alive, now);
+        tell(&mut core, CoreEvent::Tick, now);
+    }
+    assert!(failure(&core).contains("CompNode `b` vanished after step 1: the peer does not answer any more"));
+    assert_eq!(core.status().compnodes.len(), 1);
+
+    // One without work has nothing to come back to.
+    tell(&mut core, broken(1), later);
+    assert_eq!(core.status().compnodes.len(), 0);
+}
+
+#[test]
+fn weights_that_a_break_has_cut_off_are_sent_again() {
+    let mut core = core(1);
+    submit(&mut core, &["placement.compnodes=1"]);
+    let weights = Some(Arc::new(TensorSet::default()));
+    core.jobs.get_mut(&JobId(1)).unwrap().start.as_mut().unwrap().weights = weights;
+    let broken = || CoreEvent::Broken { connection: ConnectionId(1), reason: "cut".to_owned() };
+    tell(&mut core, broken(), NOW);
+    let (_, actions) = core.rejoin(ConnectionId(1), joining("a"), NOW).unwrap();
+    assert!(matches!(&actions[..], [Action::SendWeights { params, .. }] if !params.is_empty()), "{actions:?}");
+    say(&mut core, 1, ready(KEY));
+    tell(&mut core, broken(), NOW);
+    assert!(core.rejoin(ConnectionId(1), joining("a"), NOW).unwrap().1.is_empty());
+}
+
+#[test]
+fn a_pause_of_the_broker_costs_nobody_the_lease() {
+    let mut core = running();
+    tell(&mut core, CoreEvent::Tick, NOW);
+    let woken = NOW + LEASE * 2;
+    assert!(tell(&mut core, CoreEvent::Tick, woken).is_empty());
+    assert_eq!(state(&core, 1), JobState::Running);
 }
 
 #[test]
@@ -313,7 +406,7 @@ fn what_a_user_must_see_is_kept_and_told() {
     assert_eq!(noticed(&say(&mut core, 2, note(KEY.generation))), both("CompNode `b`: it is hot"));
     assert!(say(&mut core, 2, note(Generation(9))).is_empty(), "another placement's");
     let text = "a checkpoint could not be written".to_owned();
-    let actions = core.handle(CoreEvent::Noticed { key: KEY, text: text.clone() }, NOW);
+    let actions = tell(&mut core, CoreEvent::Noticed { key: KEY, text: text.clone() }, NOW);
     assert_eq!(noticed(&actions), both(&text));
 }
 
@@ -381,7 +474,8 @@ fn messages_of_another_generation_are_dropped() {
     let mut core = running();
     core.stop(JobId(1), NOW).unwrap();
     let spec = core.record(JobId(1)).unwrap().spec.clone();
-    core.resume(JobId(1), spec.clone(), start(&spec, 3), NOW).unwrap();
+    let actions = core.resume(JobId(1), spec.clone(), start(&spec, 3), NOW).unwrap();
+    measure(&mut core, actions);
     let old = [
         ready(KEY),
         step(KEY, 4, Some(1.0)),
@@ -410,9 +504,12 @@ fn jobs_wait_in_order_for_idle_compnodes() {
     assert_eq!(states(&actions), [waiting("job 1 comes first")]);
     let actions = join(&mut core, 2, "b");
     let measuring = waiting("machines and links are being measured");
-    assert_eq!(states(&actions), [measuring, JobState::Preparing, waiting("0 of 1 CompNodes are idle")]);
+    let planning = || waiting("its placement is being worked out");
+    let none_idle = waiting("0 of 1 CompNodes are idle");
+    assert_eq!(states(&actions), [measuring, planning(), none_idle, JobState::Preparing]);
     let actions = core.stop(first, NOW).unwrap();
-    assert_eq!(states(&actions), [JobState::Stopped, JobState::Preparing]);
+    let actions = measure(&mut core, actions);
+    assert_eq!(states(&actions), [planning(), JobState::Stopped, JobState::Preparing]);
     assert_eq!(core.record(second).unwrap().state, JobState::Preparing);
 }
 
@@ -420,7 +517,8 @@ fn jobs_wait_in_order_for_idle_compnodes() {
 fn the_named_owner_of_the_data_comes_first() {
     let mut core = core(1);
     submit(&mut core, &["placement.compnodes=2", "data.owner=office"]);
-    assert_eq!(states(&join(&mut core, 2, "b")), [], "still waiting");
+    let is_waiting = |state: &JobState| matches!(state, JobState::Waiting { .. });
+    assert!(states(&join(&mut core, 2, "b")).iter().all(is_waiting), "still waiting");
     let actions = join(&mut core, 3, "office");
     let open = actions.iter().find_map(|a| if let Action::OpenRun(open) = a { Some(open) } else { None }).unwrap();
     assert_eq!(open.placement.placement.compnodes, ["office", "a"]);
@@ -456,7 +554,7 @@ fn a_machine_takes_part_in_one_measurement_at_a_time() {
     while let Some((to, message)) = measurements(&asked).pop() {
         assert_eq!(sent(&asked).len(), 1, "{asked:?}");
         probed.extend(matches!(message, FromCompNode::Probed { .. }).then_some(to.0));
-        asked = core.handle(CoreEvent::Said { connection: to, message }, NOW);
+        asked = tell(&mut core, CoreEvent::Said { connection: to, message, at: NOW }, NOW);
     }
     assert_eq!(probed, [1, 1, 2], "each pair once, by the one that joined first");
     let (inventory, actions) = core.inventory(None, None, NOW);
@@ -472,20 +570,21 @@ fn what_cannot_be_measured_holds_up_no_job() {
     let (_, actions) = core.join(ConnectionId(2), joining("b"), NOW);
     let probe = |actions: &[Action]| measurements(actions).pop().unwrap();
     let (to, message) = probe(&actions);
-    let actions = core.handle(CoreEvent::Said { connection: to, message }, NOW);
+    let actions = tell(&mut core, CoreEvent::Said { connection: to, message, at: NOW }, NOW);
     let Some((dialler, FromCompNode::Probed { probe, .. })) = measurements(&actions).pop() else { panic!() };
     let failed = FromCompNode::Probed { probe, result: Err("no route".to_owned()) };
-    core.handle(CoreEvent::Said { connection: dialler, message: failed }, NOW);
+    tell(&mut core, CoreEvent::Said { connection: dialler, message: failed, at: NOW }, NOW);
     let spec = testing::spec(&[]);
     let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/runs/x"), NOW).unwrap();
-    let mut asked: Vec<u64> = Vec::new();
+    let (mut asked, mut follows) = (Vec::new(), Vec::new());
     for (to, message) in sent(&actions) {
         let FromBroker::MeasureOps { request, .. } = message else { panic!("{message:?}") };
         asked.push(to);
         let result = Err("the device failed".to_owned());
         let message = FromCompNode::Measured { request: *request, result };
-        core.handle(CoreEvent::Said { connection: ConnectionId(to), message }, NOW);
+        follows.extend(tell(&mut core, CoreEvent::Said { connection: ConnectionId(to), message, at: NOW }, NOW));
     }
+    measure(&mut core, follows);
     assert_eq!(asked, [1, 2]);
     assert_eq!(state(&core, 1), JobState::Preparing);
     assert_eq!(core.inventory(None, None, NOW).0.links.iter().filter(|l| l.link.is_none()).count(), 2);
@@ -499,12 +598,31 @@ fn names_are_unique() {
 }
 
 #[test]
+fn what_goes_on_from_where_is_named_when_a_job_ends() {
+    for (resumed_by, hint) in [
+        (ResumedBy::Broker, "`fusionllm resume 1` goes on from the checkpoint of step 3"),
+        (ResumedBy::Train, "`fusionllm train --resume /runs/x` goes on from the checkpoint of step 3"),
+    ] {
+        let mut core = running();
+        core.resumed_by = resumed_by;
+        let path = PathBuf::from("/runs/x/checkpoints/step-3");
+        tell(&mut core, CoreEvent::CheckpointFinished { key: KEY, step: 3, path, checksum: String::new() }, NOW);
+        assert!(!core.lost("b", "its process ended", NOW).is_empty());
+        assert!(failure(&core).ends_with(hint), "{}", failure(&core));
+    }
+    let mut core = running();
+    core.resumed_by = ResumedBy::Train;
+    core.lost("b", "its process ended", NOW);
+    assert!(failure(&core).ends_with("its process ended; there is no checkpoint yet to go on from"));
+}
+
+#[test]
 fn what_cannot_be_run_is_refused() {
     let mut core = core(1);
-    let mut refusal = |overrides: &[&str], step| {
+    let refusal = |overrides: &[&str], step| {
         let spec = testing::spec(overrides);
         let start = start(&spec, step);
-        let error = core.submit(spec, start, PathBuf::from("/runs/x"), NOW).unwrap_err();
+        let error = check(&spec, &start).unwrap_err();
         assert!(error.is_bad_input());
         error.to_string()
     };
@@ -523,12 +641,242 @@ fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
     submit(&mut core, &[]);
     let at_work = core.record(JobId(1)).unwrap().clone();
     let done = JobRecord { job: JobId(2), state: JobState::Done, ..at_work.clone() };
-    let (mut core, actions) = Core::restore(vec![at_work, done]);
-    assert_eq!(actions.len(), 1);
-    assert!(failure(&core).starts_with("the broker restarted at step 0; `fusionllm resume 1`"));
+    let known = |record| Restored { record, reached: None, checkpoint: None };
+    let (mut core, actions) = Core::restore(vec![known(at_work), known(done)]);
+    assert!(matches!(&actions[..], [Action::Persist { .. }, Action::WriteReport { .. }]), "{actions:?}");
+    assert!(failure(&core).starts_with("the broker restarted after step 0; `fusionllm resume 1` begins anew"));
     assert_eq!(state(&core, 2), JobState::Done);
     let (next, _) = submit(&mut core, &[]);
     assert_eq!(next, JobId(3));
+}
+
+/// A record of a job of six steps.
+fn record(job: u64, state: JobState) -> JobRecord {
+    JobRecord {
+        job: JobId(job),
+        spec: testing::spec(&["placement.compnodes=1"]),
+        state,
+        step: 1,
+        loss: None,
+        run_dir: PathBuf::from(format!("/runs/{job}")),
+        generation: Generation(1),
+        run: None,
+        checkpoint: None,
+    }
+}
+
+#[test]
+fn a_restart_goes_by_what_the_run_directory_knows() {
+    let at_work = |job, reached, checkpoint| {
+        let state = JobState::Running;
+        Restored { record: record(job, state), reached: Some(reached), checkpoint: Some(checkpoint) }
+    };
+    let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)]);
+    assert_eq!(
+        failure(&core),
+        "the broker restarted after step 5; `fusionllm resume 1` goes on from the checkpoint of step 3"
+    );
+    assert_eq!(core.record(JobId(1)).unwrap().step, 5);
+    assert_eq!(state(&core, 2), JobState::Done, "all its steps and its last checkpoint are there");
+}
+
+#[test]
+fn what_waited_goes_on_waiting_after_a_restart() {
+    let waiting = |job| {
+        let record = record(job, JobState::Waiting { reason: "job 1 comes first".to_owned() });
+        Restored { record, reached: None, checkpoint: None }
+    };
+    let (mut core, actions) = Core::restore(vec![waiting(1), waiting(2)]);
+    assert!(matches!(&actions[..], [Action::Load(_), Action::Load(_)]), "{actions:?}");
+    join(&mut core, 1, "a");
+    assert!(matches!(state(&core, 1), JobState::Waiting { .. }));
+    let spec = testing::spec(&["placement.compnodes=1"]);
+    let result = Box::new(Ok(start(&spec, 0)));
+    let actions = core.handle(CoreEvent::Loaded { job: JobId(1), result }, NOW);
+    measure(&mut core, actions);
+    assert_eq!(state(&core, 1), JobState::Preparing);
+    let path = PathBuf::from("/model");
+    let result = Box::new(Err(BrokerError::Model { path, reason: "is gone".to_owned() }));
+    tell(&mut core, CoreEvent::Loaded { job: JobId(2), result }, NOW);
+    assert!(matches!(state(&core, 2), JobState::Failed { bad_input: true, .. }));
+}
+
+#[test]
+fn nothing_is_told_before_it_is_on_disk() {
+    let mut core = core(1);
+    let spec = testing::spec(&["placement.compnodes=1"]);
+    let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
+    let Action::Persist { number: first, .. } = actions[0] else { panic!("{actions:?}") };
+    core.handle(CoreEvent::Persisted { number: first }, NOW);
+    let (connection, message) = measurements(&actions).pop().unwrap();
+    let actions = core.handle(CoreEvent::Said { connection, message, at: NOW }, NOW);
+    let planning =
+        actions.into_iter().find_map(|a| if let Action::Plan { input, .. } = a { Some(input) } else { None });
+    let input = planning.unwrap();
+    let (job, number, result) = (JobId(1), input.number, Box::new(input.plan()));
+    let actions = core.handle(CoreEvent::Planned { job, number, result }, NOW);
+    assert_eq!(state(&core, 1), JobState::Preparing);
+    assert!(sent(&actions).is_empty() && states(&actions).is_empty(), "{actions:?}");
+    assert!(matches!(core.status().jobs[0].state, JobState::Waiting { .. }), "nor is it shown");
+    let number = actions.iter().find_map(|a| if let Action::Persist { number, .. } = a { Some(*number) } else { None });
+    let actions = core.handle(CoreEvent::Persisted { number: number.unwrap() }, NOW);
+    assert!(matches!(sent(&actions)[..], [(1, FromBroker::Assign(_))]));
+    assert_eq!(states(&actions), [JobState::Preparing]);
+    assert_eq!(core.status().jobs[0].state, JobState::Preparing);
+}
+
+#[test]
+fn while_the_store_cannot_be_written_nothing_is_taken_in() {
+    let mut core = running();
+    let spec = testing::spec(&["placement.compnodes=1"]);
+    let (refused, _) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
+    core.handle(CoreEvent::Unpersisted { reason: "the disk is full".to_owned() }, NOW);
+    assert!(core.record(refused).is_err(), "whoever submitted it is told that it was not taken in");
+    let error = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap_err().to_string();
+    assert!(error.contains("takes no jobs") && error.contains("the disk is full"), "{error}");
+    assert!(core.status().trouble.unwrap().contains("the disk is full"));
+    // What runs goes on, and its end is told when it is on disk.
+    assert_eq!(states(&core.stop(JobId(1), NOW).unwrap()), []);
+    assert_eq!(core.status().jobs[0].state, JobState::Running);
+    let mut tries = Vec::new();
+    for second in 1..100 {
+        let now = NOW + Duration::from_secs(second);
+        for action in core.handle(CoreEvent::Tick, now) {
+            if let Action::Rewrite { number, records } = action {
+                assert_eq!(records.len(), 1);
+                tries.push((second, number));
+                core.handle(CoreEvent::Unpersisted { reason: "the disk is full".to_owned() }, now);
+            }
+        }
+    }
+    let seconds: Vec<u64> = tries.iter().map(|t| t.0).collect();
+    assert_eq!(seconds[..5], [1, 3, 7, 15, 31], "it tries again, less and less often");
+    let (_, number) = tries[0];
+    let actions = core.handle(CoreEvent::Persisted { number }, NOW);
+    assert_eq!(states(&actions), [JobState::Stopped]);
+    assert_eq!(core.status().trouble, None);
+    let (next, _) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
+    assert!(next > refused, "no number is given twice");
+}
+
+#[test]
+fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
+    // Heartbeats alone are no work.
+    let idle = |core: &mut Core, seconds: u64| {
+        for second in 0..seconds {
+            let now = NOW + Duration::from_secs(second);
+            for connection in [1, 2] {
+                let connection = ConnectionId(connection);
+                tell(
+                    core,
+                    CoreEvent::Said { connection, message: FromCompNode::Heartbeat { number: 0 }, at: now },
+                    now,
+                );
+            }
+            tell(core, CoreEvent::Tick, now);
+        }
+    };
+    let mut core = running();
+    say(&mut core, 1, step(KEY, 1, None));
+    idle(&mut core, 55);
+    assert_eq!(state(&core, 1), JobState::Running);
+    idle(&mut core, 70);
+    assert!(failure(&core).contains("no step after step 0 for 6"), "{}", failure(&core));
+    assert!(failure(&core).contains("waited for CompNode `b`;"), "{}", failure(&core));
+
+    let mut core = super::tests::core(2);
+    submit(&mut core, &[]);
+    say(&mut core, 1, ready(KEY));
+    idle(&mut core, 70);
+    assert!(failure(&core).contains("not ready for 6") && failure(&core).contains("waited for CompNode `b`;"));
+}
+
+#[test]
+fn so_many_steps_that_nobody_can_count_them_cost_nothing() {
+    let mut core = core(1);
+    submit(&mut core, &["placement.compnodes=1", "train.steps=3000000000", "checkpoint.every=7"]);
+    let run = core.jobs[&JobId(1)].run.as_ref().unwrap();
+    let wants = |step| run.wants_shard(ConnectionId(1), NodeIndex(0), step);
+    assert!(wants(7) && wants(3_000_000_000) && !wants(8) && !wants(3_000_000_001));
+}
+
+#[test]
+fn what_no_device_holds_is_refused_before_it_is_measured() {
+    let mut core = Core::default();
+    let mut joining = joining("a");
+    joining.profile.memory_bytes = Some(1_000_000);
+    core.join(ConnectionId(1), joining, NOW);
+    let spec = testing::spec(&["placement.compnodes=1", "train.batch=200000", "train.micro_batches=1"]);
+    let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
+    assert!(sent(&actions).is_empty(), "nothing is measured: {actions:?}");
+    let reason = failure(&core);
+    assert!(
+        reason.contains("needs at least") && reason.contains("1.0 MB") && reason.contains("train.batch"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn a_job_that_is_stopped_needs_no_measurement() {
+    let mut core = Core::default();
+    core.join(ConnectionId(1), joining("a"), NOW);
+    let spec = testing::spec(&["placement.compnodes=1"]);
+    let submit = |core: &mut Core| {
+        let (job, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
+        (job, actions)
+    };
+    let (first, actions) = submit(&mut core);
+    let request = sent(&actions).iter().find_map(|(_, m)| match m {
+        FromBroker::MeasureOps { request, .. } => Some(*request),
+        _ => None,
+    });
+    let (second, _) = submit(&mut core);
+    assert_eq!(sent(&core.stop(first, NOW).unwrap()), [], "the other one still waits for it");
+    let actions = core.stop(second, NOW).unwrap();
+    assert_eq!(sent(&actions), [(1, &FromBroker::CancelMeasure { request: request.unwrap() })]);
+}
+
+#[test]
+fn a_placement_that_nobody_wants_any_more_is_dropped() {
+    let mut core = core(2);
+    let spec = testing::spec(&[]);
+    let (job, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
+    let mut asked = Vec::new();
+    let mut queue = actions;
+    while let Some(action) = queue.pop() {
+        if let Some((connection, message)) = measurements(std::slice::from_ref(&action)).pop() {
+            queue.extend(core.handle(CoreEvent::Said { connection, message, at: NOW }, NOW));
+        } else if let Action::Plan { input, .. } = action {
+            asked.push(input);
+        }
+    }
+    let [input] = &asked[..] else { panic!("{asked:?}") };
+    assert!(core.status().compnodes.iter().all(|c| c.job == Some(job)), "they are kept for it");
+    core.handle(CoreEvent::Left { connection: ConnectionId(2), reason: "gone".to_owned() }, NOW);
+    let (number, result) = (input.number, Box::new(input.plan()));
+    core.handle(CoreEvent::Planned { job, number, result }, NOW);
+    assert!(matches!(state(&core, 1), JobState::Waiting { .. }), "it was planned with one that is gone");
+    core.stop(job, NOW).unwrap();
+    assert!(core.status().compnodes.iter().all(|c| c.job.is_none()));
+}
+
+#[test]
+fn a_job_that_cannot_run_lets_others_pass() {
+    let mut core = core(1);
+    submit(&mut core, &["placement.compnodes=1", "data.owner=offcie"]);
+    let JobState::Waiting { reason } = state(&core, 1) else { panic!() };
+    assert!(reason.contains("`offcie`") && reason.contains("has not joined; joined are `a`"), "{reason}");
+    let (second, _) = submit(&mut core, &["placement.compnodes=1"]);
+    assert!(
+        matches!(&core.record(second).unwrap().state, JobState::Waiting { reason } if reason == "job 1 comes first")
+    );
+    let later = NOW + Duration::from_secs(11);
+    let alive =
+        CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat { number: 0 }, at: later };
+    tell(&mut core, alive, later);
+    let actions = core.handle(CoreEvent::Tick, later);
+    measure_at(&mut core, actions, later);
+    assert_eq!(core.record(second).unwrap().state, JobState::Preparing);
 }
 
 #[test]
@@ -579,6 +927,11 @@ fn training_goes_on_without_a_checkpoint_but_not_without_the_last() {
 /// What must hold after every event, whatever happened.
 struct Watch {
     core: Core,
+    /// What the store has, what it is still to write, and whether it has failed.
+    disk: BTreeMap<JobId, JobRecord>,
+    queue: std::collections::VecDeque<Action>,
+    broken: bool,
+    resumed: BTreeMap<JobId, u64>,
     last_step: BTreeMap<JobId, u64>,
     started: BTreeSet<RunKey>,
     ready: BTreeSet<(RunKey, u64)>,
@@ -586,12 +939,43 @@ struct Watch {
 }
 
 impl Watch {
+    /// The file thread writes some of what it has to, and sometimes fails.
+    fn write(&mut self, seed: &mut u64, now: Duration) {
+        while !self.queue.is_empty() && draw(seed, 4) > 0 {
+            let event = match self.queue.pop_front() {
+                Some(Action::Plan { job, input }) => {
+                    let (number, result) = (input.number, Box::new(input.plan()));
+                    Some(CoreEvent::Planned { job, number, result })
+                }
+                Some(Action::Persist { number, record, .. }) => {
+                    self.broken |= draw(seed, 60) == 0;
+                    if !self.broken {
+                        self.disk.insert(record.job, *record);
+                    }
+                    (!self.broken).then_some(CoreEvent::Persisted { number })
+                }
+                Some(Action::Rewrite { number, records }) => {
+                    self.broken = draw(seed, 2) == 0;
+                    if !self.broken {
+                        self.disk = records.into_iter().map(|r| (r.job, r)).collect();
+                    }
+                    (!self.broken).then_some(CoreEvent::Persisted { number })
+                }
+                _ => None,
+            };
+            let failed = || CoreEvent::Unpersisted { reason: "full".to_owned() };
+            let actions = self.core.handle(event.unwrap_or_else(failed), now);
+            self.check(&actions);
+            self.answer(&actions, seed, now);
+        }
+    }
+
     /// CompNodes answer what they are asked to measure; some never do.
     fn answer(&mut self, actions: &[Action], seed: &mut u64, now: Duration) {
         let mut asked = measurements(actions);
         while let Some((connection, message)) = asked.pop() {
             if draw(seed, 20) > 0 {
-                let actions = self.core.handle(CoreEvent::Said { connection, message }, now);
+                let actions = self.core.handle(CoreEvent::Said { connection, message, at: now }, now);
                 self.check(&actions);
                 asked.extend(measurements(&actions));
             }
@@ -601,6 +985,19 @@ impl Watch {
     fn check(&mut self, actions: &[Action]) {
         for action in actions {
             match action {
+                Action::Persist { number, record, barrier } => {
+                    let (number, record, barrier) = (*number, record.clone(), *barrier);
+                    self.queue.push_back(Action::Persist { number, record, barrier });
+                }
+                Action::Plan { job, input } => {
+                    self.queue.push_back(Action::Plan { job: *job, input: input.clone() });
+                }
+                Action::Rewrite { number, records } => {
+                    self.queue.push_back(Action::Rewrite { number: *number, records: records.clone() });
+                }
+                Action::Send { message: FromBroker::Assign(assignment), .. } => {
+                    assert!(self.disk[&assignment.job].generation >= assignment.generation, "told before written");
+                }
                 Action::Send { message: FromBroker::Start { job, generation }, .. } => {
                     let key = RunKey { job: *job, generation: *generation };
                     let run = self.core.jobs[job].run.as_ref().unwrap();
@@ -617,9 +1014,13 @@ impl Watch {
                 }
                 Action::OpenRun(open) => drop(self.last_step.insert(open.key.job, open.start_step)),
                 Action::Emit(JobEvent::State { job, state }) => {
-                    assert!(!self.was_final.contains(job), "{job} left a final state without a resume");
+                    if self.was_final.remove(job) {
+                        let resumed = self.resumed.entry(*job).or_default();
+                        *resumed = resumed.checked_sub(1).expect("it left a final state without a resume");
+                    }
                     if state.is_final() {
                         self.was_final.insert(*job);
+                        assert!(self.disk.contains_key(job), "told before written");
                     }
                 }
                 _ => {}
@@ -628,7 +1029,8 @@ impl Watch {
         let mut busy = BTreeSet::new();
         for job in self.core.jobs.values() {
             assert_eq!(job.run.is_some(), matches!(job.record.state, JobState::Preparing | JobState::Running));
-            for member in job.run.iter().flat_map(|run| &run.members) {
+            let planned = job.planning.iter().flat_map(|(_, members)| members);
+            for member in job.run.iter().flat_map(|run| &run.members).chain(planned) {
                 assert!(busy.insert(*member), "a CompNode works on two jobs");
             }
         }
@@ -652,6 +1054,10 @@ fn no_order_of_events_breaks_the_rules() {
         let mut seed = run;
         let mut watch = Watch {
             core: Core::default(),
+            disk: BTreeMap::new(),
+            queue: std::collections::VecDeque::new(),
+            broken: false,
+            resumed: BTreeMap::new(),
             last_step: BTreeMap::new(),
             started: BTreeSet::new(),
             ready: BTreeSet::new(),
@@ -662,7 +1068,8 @@ fn no_order_of_events_breaks_the_rules() {
         for _ in 0..120 {
             now += Duration::from_millis(draw(&mut seed, 1000));
             let mut connection = draw(&mut seed, connections + 1);
-            let job = JobId(1 + draw(&mut seed, 2));
+            let known: Vec<JobId> = watch.core.jobs.keys().copied().collect();
+            let job = known.get(draw(&mut seed, 2) as usize).copied().unwrap_or(JobId(1));
             let mut key = RunKey { job, generation: Generation(1 + draw(&mut seed, 2) as u32) };
             // Mostly what a member of a run would say; else whatever.
             if let Some(run) = watch.core.jobs.get(&job).and_then(|j| j.run.as_ref())
@@ -672,14 +1079,15 @@ fn no_order_of_events_breaks_the_rules() {
                 connection = run.members[draw(&mut seed, 2) as usize].0;
             }
             let at = ConnectionId(connection);
-            let said = |message| CoreEvent::Said { connection: at, message };
+            let said = |message| CoreEvent::Said { connection: at, message, at: now };
             let actions = match draw(&mut seed, 16) {
                 0 | 1 => {
                     connections += 1;
                     watch.core.join(ConnectionId(connections), joining("n"), now).1
                 }
                 2 if watch.core.jobs.len() < 2 => {
-                    watch.core.submit(spec.clone(), fresh.clone(), PathBuf::from("/r"), now).unwrap().1
+                    let submitted = watch.core.submit(spec.clone(), fresh.clone(), PathBuf::from("/r"), now);
+                    submitted.map(|(_, actions)| actions).unwrap_or_default()
                 }
                 3 if draw(&mut seed, 6) == 0 => {
                     watch.core.handle(CoreEvent::Left { connection: at, reason: "gone".to_owned() }, now)
@@ -688,7 +1096,7 @@ fn no_order_of_events_breaks_the_rules() {
                 5 => {
                     let resumed = watch.core.resume(job, spec.clone(), fresh.clone(), now);
                     if resumed.is_ok() {
-                        watch.was_final.remove(&job);
+                        *watch.resumed.entry(job).or_default() += 1;
                     }
                     resumed.unwrap_or_default()
                 }
@@ -696,7 +1104,11 @@ fn no_order_of_events_breaks_the_rules() {
                     watch.ready.insert((key, connection));
                     watch.core.handle(said(ready(key)), now)
                 }
-                8..=11 => {
+                // No CompNode trains before it is told to.
+                8..=11
+                    if watch.started.contains(&key)
+                        || watch.core.record(job).is_ok_and(|r| r.state != JobState::Running) =>
+                {
                     let due = watch.last_step.get(&job).copied().unwrap_or(0) + 1;
                     let number = if draw(&mut seed, 60) == 0 { draw(&mut seed, 9) } else { due };
                     watch.core.handle(said(step(key, number, Some(1.0))), now)
@@ -711,6 +1123,7 @@ fn no_order_of_events_breaks_the_rules() {
             };
             watch.check(&actions);
             watch.answer(&actions, &mut seed, now);
+            watch.write(&mut seed, now);
         }
         starts += watch.started.len();
         steps += watch.last_step.values().sum::<u64>();

@@ -1,18 +1,21 @@
 //! The task that owns the core.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{
-    BlobHeader, CodecNote, FromBroker, Inventory, JobEvent, JobId, JobSpec, JobState, StatusReport,
+    BlobHeader, CodecNote, FromBroker, FromCompNode, Inventory, JobEvent, JobId, JobSpec, JobState, StatusReport,
 };
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::compnode::ToCompNode;
+use super::compnode::{Control, Joined, ToCompNode, lock};
 use super::events::{JobEvents, Submitted};
 use super::files::Files;
+use super::records::Records;
+use super::work;
 use crate::BrokerError;
 use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, StartPoint};
 use crate::report::RunReport;
@@ -38,11 +41,25 @@ type Reply<T> = oneshot::Sender<T>;
 /// What the actor is asked to do.
 #[derive(Debug)]
 pub(super) enum Command {
+    /// A CompNode has a connection. Without a past here it gets `line` for its number.
     Join {
-        connection: ConnectionId,
+        line: ConnectionId,
         joining: Joining,
+        resume: Option<u64>,
         outbox: mpsc::Sender<ToCompNode>,
-        reply: Reply<String>,
+        reply: Reply<Joined>,
+    },
+    /// That connection has ended.
+    Ended {
+        line: ConnectionId,
+        connection: ConnectionId,
+        reason: String,
+        for_good: bool,
+    },
+    Said {
+        connection: ConnectionId,
+        message: FromCompNode,
+        at: Instant,
     },
     Event(CoreEvent),
     Submit {
@@ -60,6 +77,11 @@ pub(super) enum Command {
     Stop {
         job: JobId,
         reply: Reply<Result<(), BrokerError>>,
+    },
+    Lost {
+        name: String,
+        reason: String,
+        reply: Reply<()>,
     },
     Record {
         job: JobId,
@@ -87,21 +109,55 @@ pub(super) enum Command {
     },
 }
 
+/// The way to a CompNode.
+struct Line {
+    /// The connection that it has now, or had last.
+    number: ConnectionId,
+    /// Nothing while it is away.
+    outbox: Option<mpsc::Sender<ToCompNode>>,
+    control: Control,
+}
+
 struct Actor {
     core: Core,
     files: Files,
-    outboxes: BTreeMap<ConnectionId, mpsc::Sender<ToCompNode>>,
+    records: Records,
+    lines: BTreeMap<ConnectionId, Line>,
     events: broadcast::Sender<JobEvent>,
     /// The states of all jobs that have changed since the start.
     states: watch::Sender<BTreeMap<JobId, JobState>>,
+    /// Answers that wait for a writing, oldest first.
+    answers: VecDeque<(u64, Answer)>,
+    /// A weak one: the actor ends when all who may ask it have gone.
+    to_self: mpsc::WeakSender<Command>,
     began: Instant,
 }
 
+/// Gives an answer, or why the request could not be written.
+type Answer = Box<dyn FnOnce(Option<String>) + Send>;
+
 /// Serves commands until it is told to shut down.
-pub(super) async fn run(core: Core, actions: Vec<Action>, mut inbox: mpsc::Receiver<Command>, files: Files) {
+pub(super) async fn run(
+    core: Core,
+    actions: Vec<Action>,
+    to_self: mpsc::WeakSender<Command>,
+    mut inbox: mpsc::Receiver<Command>,
+    files: Files,
+    records: Records,
+) {
     let (events, _) = broadcast::channel(EVENT_QUEUE);
     let states = watch::Sender::default();
-    let mut actor = Actor { core, files, outboxes: BTreeMap::new(), events, states, began: Instant::now() };
+    let mut actor = Actor {
+        core,
+        files,
+        records,
+        lines: BTreeMap::new(),
+        events,
+        states,
+        answers: VecDeque::new(),
+        to_self,
+        began: Instant::now(),
+    };
     actor.perform(actions);
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -112,9 +168,9 @@ pub(super) async fn run(core: Core, actions: Vec<Action>, mut inbox: mpsc::Recei
         };
         match command {
             Some(Command::Shutdown { reply }) => {
-                for outbox in actor.outboxes.values() {
-                    // One that is gone or does not listen notices by itself.
-                    let _ = outbox.try_send(ToCompNode::Message(FromBroker::Shutdown));
+                let all: Vec<ConnectionId> = actor.lines.keys().copied().collect();
+                for to in all {
+                    actor.send(to, FromBroker::Shutdown);
                 }
                 // Nobody may be waiting for it any more.
                 let _ = reply.send(());
@@ -124,8 +180,8 @@ pub(super) async fn run(core: Core, actions: Vec<Action>, mut inbox: mpsc::Recei
             None => break,
         }
     }
-    let Actor { outboxes, files, .. } = actor;
-    let closing: Vec<_> = outboxes.into_values().collect();
+    let Actor { lines, files, records, .. } = actor;
+    let closing: Vec<_> = lines.into_values().filter_map(|line| line.outbox).collect();
     for outbox in &closing {
         // A connection task ends when it has sent what was queued, and drops its receiver.
         let _ = outbox.send(ToCompNode::Disconnect("the broker ends".to_owned())).await;
@@ -133,6 +189,7 @@ pub(super) async fn run(core: Core, actions: Vec<Action>, mut inbox: mpsc::Recei
     for outbox in closing {
         outbox.closed().await;
     }
+    records.finish().await;
     files.finish().await;
 }
 
@@ -145,19 +202,40 @@ impl Actor {
     fn serve(&mut self, command: Command) {
         let now = self.now();
         match command {
-            Command::Join { connection, joining, outbox, reply } => {
-                self.outboxes.insert(connection, outbox);
-                let (name, actions) = self.core.join(connection, joining, now);
-                tracing::info!(%name, "a CompNode has joined");
-                let _ = reply.send(name);
+            Command::Join { line, joining, resume, outbox, reply } => {
+                let (joined, actions) = self.join(line, joining, resume, outbox, now);
+                let _ = reply.send(joined);
+                self.perform(actions);
+            }
+            Command::Ended { line, connection, reason, for_good } => {
+                // It may have another connection by now.
+                if self.lines.get(&connection).is_none_or(|l| l.number != line) {
+                    return;
+                }
+                let event = if for_good {
+                    CoreEvent::Left { connection, reason }
+                } else {
+                    CoreEvent::Broken { connection, reason }
+                };
+                let actions = self.core.handle(event, now);
+                match self.lines.get_mut(&connection) {
+                    Some(line) if self.core.is_away(connection) => line.outbox = None,
+                    _ => drop(self.lines.remove(&connection)),
+                }
+                self.perform(actions);
+            }
+            Command::Said { connection, message, at } => {
+                let at = at.duration_since(self.began);
+                let actions = self.core.handle(CoreEvent::Said { connection, message, at }, now);
                 self.perform(actions);
             }
             Command::Event(event) => {
-                if let CoreEvent::Left { connection, .. } = &event {
-                    self.outboxes.remove(connection);
-                }
+                let answers = matches!(event, CoreEvent::Persisted { .. } | CoreEvent::Unpersisted { .. });
                 let actions = self.core.handle(event, now);
                 self.perform(actions);
+                if answers {
+                    self.answer();
+                }
             }
             Command::Submit { spec, start, run_dir, reply } => {
                 let run_dir = self.choose(run_dir);
@@ -166,7 +244,7 @@ impl Actor {
                     self.perform(actions);
                     Submitted { job, run_dir, events: JobEvents::new(job, receiver, self.states.subscribe()) }
                 });
-                let _ = reply.send(submitted);
+                self.reply_once_written(reply, submitted);
             }
             Command::Resume { job, spec, start, reply } => {
                 let receiver = self.events.subscribe();
@@ -175,11 +253,16 @@ impl Actor {
                     let run_dir = self.core.record(job)?.run_dir.clone();
                     Ok(Submitted { job, run_dir, events: JobEvents::new(job, receiver, self.states.subscribe()) })
                 });
-                let _ = reply.send(resumed);
+                self.reply_once_written(reply, resumed);
             }
             Command::Stop { job, reply } => {
                 let stopped = self.core.stop(job, now).map(|actions| self.perform(actions));
-                let _ = reply.send(stopped);
+                self.reply_once_written(reply, stopped);
+            }
+            Command::Lost { name, reason, reply } => {
+                let actions = self.core.lost(&name, &reason, now);
+                self.perform(actions);
+                let _ = reply.send(());
             }
             Command::Record { job, reply } => {
                 let _ = reply.send(self.core.record(job).cloned());
@@ -206,6 +289,77 @@ impl Actor {
         }
     }
 
+    /// Answers once all that follows from the request is on disk, or that it cannot be written.
+    fn reply_once_written<T: Send + 'static>(
+        &mut self,
+        reply: Reply<Result<T, BrokerError>>,
+        result: Result<T, BrokerError>,
+    ) {
+        let number = self.core.last_write();
+        let answer = move |trouble: Option<String>| {
+            let result = match trouble {
+                Some(reason) => result.and(Err(BrokerError::NotDurable { reason })),
+                None => result,
+            };
+            // Nobody may be waiting for it any more.
+            let _ = reply.send(result);
+        };
+        self.answers.push_back((number, Box::new(answer)));
+        self.answer();
+    }
+
+    /// Gives the answers that waited for the disk.
+    fn answer(&mut self) {
+        while let Some((number, _)) = self.answers.front() {
+            let trouble = self.core.trouble().map(str::to_owned);
+            if !self.core.is_written(*number) && trouble.is_none() {
+                return;
+            }
+            let trouble = trouble.filter(|_| !self.core.is_written(*number));
+            if let Some((_, answer)) = self.answers.pop_front() {
+                answer(trouble);
+            }
+        }
+    }
+
+    /// Lets a CompNode in: as the one that it was before a break if both ends can go on there, else as a new one.
+    fn join(
+        &mut self,
+        line: ConnectionId,
+        joining: Joining,
+        resume: Option<u64>,
+        outbox: mpsc::Sender<ToCompNode>,
+        now: Duration,
+    ) -> (Joined, Vec<Action>) {
+        let mut actions = Vec::new();
+        if let Some(connection) = self.core.member(&joining.key) {
+            let control = self.lines.get(&connection).map(|line| Arc::clone(&line.control));
+            let again = control.zip(resume).and_then(|(control, received)| {
+                let mut stream = lock(&control);
+                let again = stream.resume(received).ok()?;
+                Some((stream.received(), again, Arc::clone(&control)))
+            });
+            if let Some((received, again, control)) = again
+                && let Some((name, actions)) = self.core.rejoin(connection, joining.clone(), now)
+            {
+                tracing::info!(%name, "a CompNode is back");
+                let (outbox, kept) = (Some(outbox), Arc::clone(&control));
+                self.lines.insert(connection, Line { number: line, outbox, control: kept });
+                return (Joined { connection, name, control, resumed: Some((received, again)) }, actions);
+            }
+            // It has forgotten what it was doing.
+            self.lines.remove(&connection);
+            let reason = "it began anew".to_owned();
+            actions = self.core.handle(CoreEvent::Left { connection, reason }, now);
+        }
+        let (connection, control) = (line, Control::default());
+        self.lines.insert(connection, Line { number: line, outbox: Some(outbox), control: Arc::clone(&control) });
+        let (name, joined) = self.core.join(connection, joining, now);
+        tracing::info!(%name, "a CompNode has joined");
+        actions.extend(joined);
+        (Joined { connection, name, control, resumed: None }, actions)
+    }
+
     fn choose(&self, choice: RunDirChoice) -> PathBuf {
         match choice {
             RunDirChoice::Given(path) => path,
@@ -216,13 +370,13 @@ impl Actor {
     fn perform(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Send { to, message } => self.send(to, ToCompNode::Message(message)),
+                Action::Send { to, message } => self.send(to, message),
                 Action::SendWeights { to, key, params, from } => {
-                    self.send(to, ToCompNode::Weights { key, params, from });
+                    self.queue(to, ToCompNode::Weights { key, params, from });
                 }
                 Action::Disconnect { to, reason } => {
-                    self.send(to, ToCompNode::Disconnect(reason));
-                    self.outboxes.remove(&to);
+                    self.queue(to, ToCompNode::Disconnect(reason));
+                    self.lines.remove(&to);
                 }
                 Action::Emit(event) => {
                     log(&event);
@@ -239,22 +393,35 @@ impl Actor {
                 | Action::Notice { .. }
                 | Action::FinishCheckpoint { .. }
                 | Action::DropCheckpoint { .. }
-                | Action::WriteReport { .. }
-                | Action::Persist(_) => self.files.perform(action),
+                | Action::WriteReport { .. } => self.files.perform(action),
+                Action::Persist { .. } | Action::Rewrite { .. } => self.records.perform(action),
+                Action::Load(record) => work::load(self.to_self.clone(), *record),
+                Action::Plan { job, input } => work::plan(self.to_self.clone(), job, *input),
             }
         }
     }
 
-    /// A CompNode that does not take its messages is cut off; its connection task reports that it left.
-    fn send(&mut self, to: ConnectionId, message: ToCompNode) {
-        let Some(outbox) = self.outboxes.get(&to) else { return };
+    /// What a CompNode that is away does not get now it gets when it is back.
+    fn send(&mut self, to: ConnectionId, message: FromBroker) {
+        let Some(line) = self.lines.get(&to) else { return };
+        let frame = match message {
+            FromBroker::HeartbeatAck { .. } => lock(&line.control).send_once(message),
+            message => lock(&line.control).send(message),
+        };
+        self.queue(to, ToCompNode::Message(frame));
+    }
+
+    /// A CompNode that does not take its messages is cut off; its connection task reports that.
+    fn queue(&mut self, to: ConnectionId, message: ToCompNode) {
+        let Some(line) = self.lines.get_mut(&to) else { return };
+        let Some(outbox) = &line.outbox else { return };
         match outbox.try_send(message) {
             Ok(()) => return,
             Err(mpsc::error::TrySendError::Full(_)) => tracing::warn!(?to, "a CompNode does not take its messages"),
             // It has gone, and its connection task is about to say so.
             Err(mpsc::error::TrySendError::Closed(_)) => tracing::debug!(?to, "a message for a CompNode that has gone"),
         }
-        self.outboxes.remove(&to);
+        line.outbox = None;
     }
 }
 

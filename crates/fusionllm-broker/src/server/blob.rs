@@ -49,11 +49,21 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
     let place = handle.open_runs.place(key).await.ok_or("its run is not open")?;
     let event = match store(stream, &header, &place, step, node).await {
         Ok(shard) => CoreEvent::ShardStored { key, step, node, shard },
-        Err(reason) => CoreEvent::CheckpointFailed { key, step, reason },
+        // After a break it is sent again.
+        Err(Dropped::Lost(reason)) => return Err(reason),
+        Err(Dropped::Unusable(reason)) => CoreEvent::CheckpointFailed { key, step, reason },
     };
     // If the actor is gone it needs no word.
     let _ = handle.commands.send(Command::Event(event)).await;
     Ok(())
+}
+
+/// Why a shard was not kept.
+enum Dropped {
+    /// Its connection broke.
+    Lost(String),
+    /// It is not what was announced, or cannot be written.
+    Unusable(String),
 }
 
 async fn store(
@@ -62,25 +72,25 @@ async fn store(
     place: &ShardPlace,
     step: u64,
     node: NodeIndex,
-) -> Result<StoredShard, String> {
+) -> Result<StoredShard, Dropped> {
     let folder = place.partial(step, header.generation);
     let path = folder.join(shard_name(node));
     let run = place.run.clone();
-    blocking(move || make_partial(&folder, &run)).await.map_err(|e| e.to_string())?;
-    let io = |e: std::io::Error| io_error(&path, e).to_string();
+    blocking(move || make_partial(&folder, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
+    let io = |e: std::io::Error| Dropped::Unusable(io_error(&path, e).to_string());
     let mut file = File::create(&path).await.map_err(io)?;
     let mut hash = ShardHash::default();
     let mut got = 0;
-    while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| e.to_string())? {
+    while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| Dropped::Lost(e.to_string()))? {
         got += chunk.len() as u64;
         if got > header.bytes {
-            return Err(format!("more than the {} bytes announced", header.bytes));
+            return Err(Dropped::Unusable(format!("more than the {} bytes announced", header.bytes)));
         }
         hash.update(&chunk);
         file.write_all(&chunk).await.map_err(io)?;
     }
     if got < header.bytes {
-        return Err(format!("{got} of {} bytes came", header.bytes));
+        return Err(Dropped::Unusable(format!("{got} of {} bytes came", header.bytes)));
     }
     // Syncing alone forgets what became of the write that is still under way.
     file.flush().await.map_err(io)?;

@@ -1,14 +1,14 @@
 //! One connection of a CompNode.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fusionllm_protocol::{FromBroker, FromCompNode, Welcome, decode, encode};
+use fusionllm_protocol::{ControlStream, FromBroker, FromCompNode, Numbered, ProtocolError, Welcome, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::actor::Command;
 use super::{Handle, blob};
@@ -25,76 +25,124 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 /// What goes to a CompNode.
 #[derive(Debug)]
 pub(super) enum ToCompNode {
-    Message(FromBroker),
+    Message(Numbered<FromBroker>),
     Weights { key: RunKey, params: Vec<String>, from: Arc<TensorSet> },
     Disconnect(String),
 }
 
-/// Serves the connection until it ends, and tells the core.
+/// A CompNode that was let in.
+#[derive(Debug)]
+pub(super) struct Joined {
+    /// What the core knows it by: after a break the same as before.
+    pub(super) connection: ConnectionId,
+    pub(super) name: String,
+    pub(super) control: Control,
+    /// If it goes on after a break: number of the last message that it sent before, and what to send it again.
+    pub(super) resumed: Option<(u64, Vec<Numbered<FromBroker>>)>,
+}
+
+/// What was sent and received, over all connections of one CompNode.
+pub(super) type Control = Arc<Mutex<ControlStream<FromBroker>>>;
+
+/// Whatever the thread was doing that panicked with it, numbers and messages are whole.
+pub(super) fn lock(control: &Control) -> MutexGuard<'_, ControlStream<FromBroker>> {
+    control.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Serves the connection until it ends, and tells the core. `resume` is what the CompNode has received before a break.
 pub(super) async fn serve(
-    connection: ConnectionId,
+    line: ConnectionId,
     session: Session,
     joining: Joining,
+    resume: Option<u64>,
     mut sink: FrameSink,
     source: FrameSource,
     handle: Handle,
 ) {
     let (outbox, queue) = mpsc::channel(OUTBOX);
-    let join = handle.ask(|reply| Command::Join { connection, joining, outbox, reply });
-    let Ok(name) = join.await else { return };
-    let mut reason = "it could not be welcomed".to_owned();
-    if let Ok(frame) = encode(&Welcome::Accepted { name: name.clone() })
+    let join = handle.ask(|reply| Command::Join { line, joining, resume, outbox, reply });
+    let Ok(Joined { connection, name, control, resumed }) = join.await else { return };
+    let mut end = End { reason: "it could not be welcomed".to_owned(), for_good: false };
+    let (received, again) = resumed.map_or((None, Vec::new()), |(received, again)| (Some(received), again));
+    if let Ok(frame) = encode(&Welcome::Accepted { name: name.clone(), resumed: received })
         && sink.send(&frame).await.is_ok()
     {
         let mut blobs = JoinSet::new();
-        reason = tokio::select! {
-            reason = write(connection, &session, sink, queue, &handle) => reason,
-            reason = read(connection, source, &handle) => reason,
-            () = blob::receive_all(connection, &session, &handle, &mut blobs) => "its connection is lost".to_owned(),
+        end = tokio::select! {
+            end = write(connection, &session, sink, again, queue, &handle) => end,
+            end = read(connection, source, &control, &handle) => end,
+            () = blob::receive_all(connection, &session, &handle, &mut blobs) => End::broken("its connection is lost"),
         };
         if let Ok(closed) = timeout(Duration::from_millis(100), session.closed()).await {
-            reason = match closed.code {
-                Some(0) => "it left".to_owned(),
-                _ => closed.reason,
+            end = match closed.code {
+                Some(0) => End::left(),
+                _ => End { reason: closed.reason, ..end },
             };
         }
     }
-    session.close(0, &reason);
-    tracing::info!(%name, reason, "a CompNode has gone");
+    session.close(0, &end.reason);
+    let End { reason, for_good } = end;
+    tracing::info!(%name, reason, "a CompNode's connection has ended");
     // If the actor is gone it needs no word.
-    let _ = handle.commands.send(Command::Event(CoreEvent::Left { connection, reason })).await;
+    let _ = handle.commands.send(Command::Ended { line, connection, reason, for_good }).await;
 }
 
-/// Sends what the core has for the CompNode. Gives the reason why it ended.
+/// Why a connection has ended.
+struct End {
+    reason: String,
+    /// Whether the CompNode will not go on where it was.
+    for_good: bool,
+}
+
+impl End {
+    fn left() -> Self {
+        Self { reason: "it left".to_owned(), for_good: true }
+    }
+
+    fn broken(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), for_good: false }
+    }
+}
+
+/// Sends what the CompNode has not received over an earlier connection, and what the core has for it.
 async fn write(
     connection: ConnectionId,
     session: &Session,
     mut sink: FrameSink,
+    again: Vec<Numbered<FromBroker>>,
     mut queue: mpsc::Receiver<ToCompNode>,
     handle: &Handle,
-) -> String {
+) -> End {
+    for message in again {
+        if let Err(error) = send(&mut sink, &message).await {
+            return End::broken(error);
+        }
+    }
     let mut sends = JoinSet::new();
     let mut by_run: BTreeMap<RunKey, AbortHandle> = BTreeMap::new();
-    let reason = loop {
+    let end = loop {
         let next = queue.recv().await;
         while sends.try_join_next().is_some() {}
         by_run.retain(|_, sending| !sending.is_finished());
         match next {
             Some(ToCompNode::Message(message)) => {
                 // A run that has ended needs no weights.
-                if let FromBroker::Abort { job, generation, .. } = message
+                if let FromBroker::Abort { job, generation, .. } = message.message
                     && let Some(sending) = by_run.remove(&RunKey { job, generation })
                 {
                     sending.abort();
                 }
                 if let Err(error) = send(&mut sink, &message).await {
-                    break error;
+                    break End::broken(error);
                 }
             }
             Some(ToCompNode::Weights { key, params, from }) => {
                 let (session, handle) = (session.clone(), handle.clone());
                 let sending = sends.spawn(async move {
-                    if let Err(reason) = blob::send_weights(&session, key, params, from, &handle).await {
+                    if let Err(reason) = blob::send_weights(&session, key, params, from, &handle).await
+                        // After a break they are sent again, or the CompNode is lost.
+                        && timeout(Duration::from_millis(100), session.closed()).await.is_err()
+                    {
                         let reason = format!("the weights could not be sent: {reason}");
                         let failed = Command::Event(CoreEvent::RunFailed { key, reason });
                         // If the actor is gone it needs no word.
@@ -103,35 +151,41 @@ async fn write(
                 });
                 by_run.insert(key, sending);
             }
-            Some(ToCompNode::Disconnect(reason)) => break reason,
-            None => break "it does not take its messages".to_owned(),
+            Some(ToCompNode::Disconnect(reason)) => break End { reason, for_good: true },
+            None => break End::broken("it does not take its messages"),
         }
     };
-    tracing::debug!(?connection, reason, "closing");
+    tracing::debug!(?connection, reason = end.reason, "closing");
     // Closing the connection earlier could overtake the last message.
     let _ = timeout(GOODBYE_LIMIT, sink.finish()).await;
-    reason
+    end
 }
 
-async fn send(sink: &mut FrameSink, message: &FromBroker) -> Result<(), String> {
+async fn send(sink: &mut FrameSink, message: &Numbered<FromBroker>) -> Result<(), String> {
     let frame = encode(message).map_err(|e| e.to_string())?;
     sink.send(&frame).await.map_err(|e| e.to_string())
 }
 
-/// Hands the core what the CompNode says. Gives the reason why it ended.
-async fn read(connection: ConnectionId, mut source: FrameSource, handle: &Handle) -> String {
+/// Hands the core what the CompNode says, with the time at which it came.
+async fn read(connection: ConnectionId, mut source: FrameSource, control: &Control, handle: &Handle) -> End {
+    let wrong = |error: ProtocolError| End { reason: error.to_string(), for_good: true };
     loop {
-        let message: FromCompNode = match source.recv_limited(MESSAGE_BYTES).await {
-            Ok(Some(frame)) => match decode(&frame) {
-                Ok(message) => message,
-                Err(error) => return error.to_string(),
-            },
-            Ok(None) => return "it left".to_owned(),
-            Err(SessionError::Closed { code: 0, .. }) => return "it left".to_owned(),
-            Err(error) => return error.to_string(),
+        let frame = match source.recv_limited(MESSAGE_BYTES).await {
+            Ok(Some(frame)) => frame,
+            Ok(None) | Err(SessionError::Closed { code: 0, .. }) => return End::left(),
+            Err(error) => return End::broken(error.to_string()),
         };
-        if handle.commands.send(Command::Event(CoreEvent::Said { connection, message })).await.is_err() {
-            return "the broker ends".to_owned();
+        let at = Instant::now();
+        let received = decode(&frame).and_then(|frame| lock(control).receive::<FromCompNode>(frame));
+        match received {
+            Ok(Some(message)) => {
+                if handle.commands.send(Command::Said { connection, message, at }).await.is_err() {
+                    return End::broken("the broker ends");
+                }
+            }
+            // It came over an earlier connection.
+            Ok(None) => {}
+            Err(error) => return wrong(error),
         }
     }
 }

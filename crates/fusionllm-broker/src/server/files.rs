@@ -1,4 +1,4 @@
-//! The thread that writes run directories and the store, in the order of the core's decisions.
+//! The thread that writes run directories, in the order of the core's decisions.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::metrics::MetricsWriter;
 use crate::plot::LossPlot;
 use crate::report::RunReport;
 use crate::run_dir::{OpenedRun, RunDir, write_atomic};
-use crate::store::{JobRecord, Store};
+use crate::store::JobRecord;
 
 /// The way to the thread.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ enum Work {
 impl Files {
     /// Starts the thread. It reports to `commands` what has become of checkpoints and what could not be written, and
     /// says in `open_runs` where shards may be written.
-    pub(super) fn start(store: Store, commands: mpsc::Sender<Command>, open_runs: OpenRuns) -> Self {
+    pub(super) fn start(commands: mpsc::Sender<Command>, open_runs: OpenRuns) -> Self {
         #[expect(
             clippy::disallowed_methods,
             reason = "the core never waits for a disk, and the thread may wait for the core: a bound could lock both"
@@ -42,7 +42,7 @@ impl Files {
         // A weak one: the actor ends when all who may ask it have gone.
         let commands = commands.downgrade();
         let thread = spawn_blocking(move || {
-            let mut keeper = Keeper { store, open_runs, runs: BTreeMap::new() };
+            let mut keeper = Keeper { open_runs, runs: BTreeMap::new() };
             while let Some(next) = work.blocking_recv() {
                 let events = match next {
                     Work::Action(action) => keeper.perform(action),
@@ -83,7 +83,6 @@ impl Files {
 }
 
 struct Keeper {
-    store: Store,
     open_runs: OpenRuns,
     runs: BTreeMap<RunKey, KeptRun>,
 }
@@ -159,8 +158,14 @@ impl Keeper {
                 }
             }
             Action::WriteReport { record } => self.close(&record)?,
-            Action::Persist(record) => self.store.put(&record)?,
-            Action::Send { .. } | Action::SendWeights { .. } | Action::Disconnect { .. } | Action::Emit(_) => {}
+            Action::Persist { .. }
+            | Action::Rewrite { .. }
+            | Action::Load(_)
+            | Action::Plan { .. }
+            | Action::Send { .. }
+            | Action::SendWeights { .. }
+            | Action::Disconnect { .. }
+            | Action::Emit(_) => {}
         }
         Ok(events)
     }

@@ -54,9 +54,10 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
     session.admitted();
     let handle = door.handle.clone();
     match hello.role {
-        Role::CompNode { name, device, addr, profile } => {
-            let joining = crate::core::Joining { name, id: session.peer().to_string(), device, addr, profile };
-            compnode::serve(connection, session, joining, sink, source, handle).await;
+        Role::CompNode { name, device, addr, profile, resume } => {
+            let (id, key) = (session.peer().to_string(), *session.peer().as_bytes());
+            let joining = crate::core::Joining { name, id, key, device, addr, profile };
+            compnode::serve(connection, session, joining, resume, sink, source, handle).await;
         }
         Role::Client => client::serve(session, sink, source, handle).await,
     }

@@ -19,6 +19,7 @@ impl Bench {
             bind: "127.0.0.1:0".parse().unwrap(),
             advertise: Vec::new(),
             state_dir: folder.path().join("state"),
+            resumed_by: crate::ResumedBy::Broker,
             runs_dir: folder.path().join("runs"),
         };
         let broker = Broker::start(config).await.unwrap();

@@ -1,6 +1,8 @@
 //! The connection to the broker: one task reads, one writes, so that neither holds up the loop.
 
-use fusionllm_protocol::{FromBroker, Hello, SendWindow, decode};
+use std::collections::VecDeque;
+
+use fusionllm_protocol::{ControlStream, FromBroker, FromCompNode, Hello, Numbered, ProtocolError, decode, encode};
 use fusionllm_transport::{Endpoint, FrameSink, FrameSource, PeerAddr, Session};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -11,10 +13,53 @@ use crate::knock::{Admitted, knock};
 
 /// Messages that wait for the loop, or for the wire.
 const QUEUE: usize = 64;
+/// Messages that may wait for a broker that is away; jobs wait beyond that.
+const OUTBOX: usize = 4096;
+
+/// What the broker is told, kept until it has it; and what it has said.
+#[derive(Default)]
+pub(super) struct Outbox {
+    control: ControlStream<FromCompNode>,
+    unsent: VecDeque<Numbered<FromCompNode>>,
+}
+
+impl Outbox {
+    /// Whether another message may be told: jobs wait for a broker that takes none.
+    pub(super) fn has_room(&self) -> bool {
+        self.unsent.len() < OUTBOX
+    }
+
+    pub(super) fn push(&mut self, message: FromCompNode) {
+        let frame = match message {
+            // An old one is of no use.
+            FromCompNode::Heartbeat { .. } => self.control.send_once(message),
+            message => self.control.send(message),
+        };
+        self.unsent.push_back(frame);
+    }
+
+    /// What a frame of the broker says; nothing if it was here before a break.
+    pub(super) fn receive(&mut self, frame: Numbered<FromBroker>) -> Result<Option<FromBroker>, ProtocolError> {
+        self.control.receive(frame)
+    }
+
+    /// Number of the last message that the broker has sent.
+    pub(super) fn received(&self) -> u64 {
+        self.control.received()
+    }
+
+    /// The broker has received so many before the break: all others go again.
+    pub(super) fn resume(&mut self, received: u64) -> Result<(), ProtocolError> {
+        self.unsent = self.control.resume(received)?.into();
+        Ok(())
+    }
+}
 
 /// A place at the broker.
 pub(super) struct Connected {
     pub(super) name: String,
+    /// How many of our messages it has, if it still knows us.
+    pub(super) resumed: Option<u64>,
     pub(super) session: Session,
     pub(super) wire: BrokerWire,
 }
@@ -22,13 +67,13 @@ pub(super) struct Connected {
 /// Connects and is let in.
 pub(super) async fn dial(endpoint: Endpoint, broker: PeerAddr, hello: Hello) -> Result<Connected, CompNodeError> {
     let session = endpoint.connect(&broker).await.map_err(|e| CompNodeError::Broker { reason: e.to_string() })?;
-    let Admitted { name, sink, source } = knock(&session, &hello).await?;
-    Ok(Connected { name, session, wire: BrokerWire::new(sink, source) })
+    let Admitted { name, resumed, sink, source } = knock(&session, &hello).await?;
+    Ok(Connected { name, resumed, session, wire: BrokerWire::new(sink, source) })
 }
 
 /// Both directions of the control stream. Dropped, both tasks end.
 pub(super) struct BrokerWire {
-    incoming: mpsc::Receiver<Result<FromBroker, String>>,
+    incoming: mpsc::Receiver<Result<Numbered<FromBroker>, String>>,
     outgoing: mpsc::Sender<Vec<u8>>,
     is_full: bool,
     _tasks: JoinSet<()>,
@@ -45,12 +90,12 @@ impl BrokerWire {
     }
 
     /// The broker's next message, or why there will be none. May be dropped before it is done without losing one.
-    pub(super) async fn receive(&mut self) -> Result<FromBroker, String> {
+    pub(super) async fn receive(&mut self) -> Result<Numbered<FromBroker>, String> {
         self.incoming.recv().await.unwrap_or_else(|| Err("its connection is gone".to_owned()))
     }
 
     /// Hands over what is new, as far as there is room.
-    pub(super) fn flush(&mut self, outbox: &mut SendWindow<Vec<u8>>) -> Result<(), String> {
+    pub(super) fn flush(&mut self, outbox: &mut Outbox) -> Result<(), String> {
         self.is_full = false;
         loop {
             let place = match self.outgoing.try_reserve() {
@@ -62,9 +107,8 @@ impl BrokerWire {
                 // The reason comes with `receive`.
                 Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
             };
-            let Some((number, frame)) = outbox.next_to_send() else { return Ok(()) };
-            place.send(frame.clone());
-            outbox.taken(number + 1).map_err(|e| e.to_string())?;
+            let Some(frame) = outbox.unsent.pop_front() else { return Ok(()) };
+            place.send(encode(&frame).map_err(|e| e.to_string())?);
         }
     }
 
@@ -81,7 +125,7 @@ impl BrokerWire {
     }
 }
 
-async fn read_all(mut source: FrameSource, messages: mpsc::Sender<Result<FromBroker, String>>) {
+async fn read_all(mut source: FrameSource, messages: mpsc::Sender<Result<Numbered<FromBroker>, String>>) {
     loop {
         let message = match source.recv_limited(CONTROL_MESSAGE_BYTES).await {
             Ok(Some(frame)) => decode(&frame).map_err(|e| e.to_string()),
@@ -99,7 +143,7 @@ async fn read_all(mut source: FrameSource, messages: mpsc::Sender<Result<FromBro
 async fn write_all(
     mut sink: FrameSink,
     mut frames: mpsc::Receiver<Vec<u8>>,
-    failed: mpsc::Sender<Result<FromBroker, String>>,
+    failed: mpsc::Sender<Result<Numbered<FromBroker>, String>>,
 ) {
     while let Some(frame) = frames.recv().await {
         if let Err(error) = sink.send(&frame).await {

@@ -69,6 +69,8 @@ pub enum ToClient {
         /// Whether the request is at fault.
         bad_input: bool,
     },
+    /// The answer takes longer; it is still to come.
+    Working,
 }
 
 /// Jobs and CompNodes of a broker.
@@ -78,6 +80,9 @@ pub struct StatusReport {
     pub jobs: Vec<JobSummary>,
     /// Every CompNode that is connected.
     pub compnodes: Vec<CompNodeSummary>,
+    /// Why the broker takes no jobs at present.
+    #[serde(default)]
+    pub trouble: Option<String>,
 }
 
 /// One job in a status report.

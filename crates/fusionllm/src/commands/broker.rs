@@ -1,6 +1,6 @@
 //! `fusionllm broker`
 
-use fusionllm_broker::{Broker, BrokerConfig};
+use fusionllm_broker::{Broker, BrokerConfig, ResumedBy};
 
 use crate::cli;
 use crate::paths::state_dir;
@@ -12,6 +12,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         advertise: args.advertise,
         state_dir: state_dir(args.state.as_deref())?,
         runs_dir: args.runs,
+        resumed_by: ResumedBy::Broker,
     };
     let broker = Broker::start(config).await.map_err(super::train::broker_error)?;
     let mut interrupted = std::pin::pin!(super::follow::interrupted());

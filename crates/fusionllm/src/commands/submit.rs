@@ -62,7 +62,13 @@ async fn finish(mut client: Client, follow: bool, json: bool, steps: u64) -> any
                 () = super::follow::interrupted() => None,
             };
             let Some(ToClient::Event(event)) = message else { break };
-            progress.event(&event)?;
+            if let Err(error) = progress.event(&event) {
+                let job = event.job();
+                result = Err(anyhow::anyhow!(
+                    "standard output cannot be written ({error:#}); {job} goes on at the broker, see `fusionllm status`"
+                ));
+                break;
+            }
             if let JobEvent::State { state, .. } = &event
                 && state.is_final()
             {

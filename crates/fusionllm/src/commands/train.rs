@@ -5,17 +5,17 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, Resumption, RunReport, Submitted, default_run_dir, find_resumption,
-    free_run_dir, load_model, model_tokenizer, read_cluster, resumed_job, run_dir_holder,
+    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, default_run_dir, find_resumption,
+    free_run_dir, load_model, model_tokenizer, open_checkpoint, read_cluster, resumed_job, run_dir_holder,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
-use fusionllm_protocol::{JobEvent, JobSpec};
+use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
 
 use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
 use crate::exit::bad_input;
-use crate::local::LocalCompNodes;
+use crate::local::{Death, LocalCompNodes, local_name};
 use crate::progress::Progress;
 use crate::render;
 
@@ -39,6 +39,7 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
         advertise: Vec::new(),
         state_dir: state.path().to_owned(),
         runs_dir: PathBuf::from("runs"),
+        resumed_by: ResumedBy::Train,
     };
     let broker = Broker::start(config).await.map_err(broker_error)?;
     let result = train(&args, &checked, from, &broker).await;
@@ -70,6 +71,7 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
         cluster.as_ref().map_or(DEFAULT_COMPNODES, |c| u32::try_from(c.compnodes.len()).unwrap_or(u32::MAX));
     let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(stood_for);
     spec.placement.compnodes = Some(compnodes);
+    check_owner(&spec, compnodes)?;
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
     place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
     let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(bad_input)?;
@@ -91,6 +93,16 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
         return Err(bad_input(format!("{} is in use by {holder}; {hint}", run_dir.display())));
     }
     Ok((Checked { spec, run_dir: std::path::absolute(run_dir)?, compnodes }, from))
+}
+
+/// The data's owner is one of the processes that will be started, or nobody would ever come to read it.
+fn check_owner(spec: &JobSpec, compnodes: u32) -> anyhow::Result<()> {
+    let Some(owner) = &spec.data.owner else { return Ok(()) };
+    if (0..compnodes).any(|index| *owner == local_name(index)) {
+        return Ok(());
+    }
+    let (first, last) = (local_name(0), local_name(compnodes.saturating_sub(1)));
+    Err(bad_input(format!("data.owner = `{owner}` is none of the CompNodes of this run, which are {first} to {last}")))
 }
 
 /// The job of a run that goes on, and from where.
@@ -119,11 +131,11 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
         render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
     }
     let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, args.fresh_profile);
-    let compnodes = tokio::select! {
+    let mut compnodes = tokio::select! {
         started = starting => started?,
         () = super::follow::interrupted() => anyhow::bail!("interrupted before training began"),
     };
-    let result = run_job(args, checked, from, broker).await;
+    let result = run_job(args, checked, from, broker, &mut compnodes).await;
     let crashed = compnodes.stop().await;
     let report = match result {
         // The broker knows only that it vanished.
@@ -133,12 +145,14 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
     finish(args, checked, &report)
 }
 
-/// Submits the job and follows it to its end. Ctrl-C stops it.
+/// Submits the job and follows it to its end. Ctrl-C stops it, and so does the end of a CompNode's process, or of whoever
+/// reads the output.
 async fn run_job(
     args: &cli::Train,
     checked: &Checked,
     from: Option<Resumption>,
     broker: &Broker,
+    compnodes: &mut LocalCompNodes,
 ) -> anyhow::Result<RunReport> {
     let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
     let submitted = match from {
@@ -150,6 +164,7 @@ async fn run_job(
     };
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
+    let mut cut_short: Option<anyhow::Error> = None;
     loop {
         let event = tokio::select! {
             event = events.next() => event.context("the broker ended before the job")?,
@@ -157,15 +172,50 @@ async fn run_job(
                 broker.stop(job).await.map_err(broker_error)?;
                 continue;
             }
+            Death { name, status } = compnodes.death(), if cut_short.is_none() => {
+                broker.lost(name.clone(), format!("its process ended ({status})")).await.map_err(broker_error)?;
+                cut_short = Some(anyhow::anyhow!("{name} ended before training began"));
+                stop_if_at_work(broker, job).await?;
+                continue;
+            }
         };
-        progress.event(&event)?;
+        if cut_short.is_none()
+            && let Err(error) = progress.event(&event)
+        {
+            cut_short = Some(unread(&error, checked));
+            stop_if_at_work(broker, job).await?;
+        }
         if let JobEvent::State { state, .. } = &event
             && state.is_final()
         {
-            super::follow::outcome(state)?;
+            match cut_short {
+                Some(error) if *state == JobState::Stopped => return Err(error),
+                _ => super::follow::outcome(state)?,
+            }
             return broker.report(job).await.map_err(broker_error);
         }
     }
+}
+
+/// Stops a job unless it has ended already.
+async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
+    match broker.stop(job).await {
+        Ok(()) | Err(BrokerError::JobState { .. }) => Ok(()),
+        Err(error) => Err(broker_error(error)),
+    }
+}
+
+/// Nobody reads the output, or it cannot be written: training ends as by Ctrl-C, and says so where it still can.
+fn unread(error: &anyhow::Error, checked: &Checked) -> anyhow::Error {
+    let dir = checked.run_dir.display();
+    let hint = match open_checkpoint(&checked.run_dir) {
+        Ok(checkpoint) => {
+            let step = checkpoint.manifest().step;
+            format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
+        }
+        Err(_) => "there is no checkpoint yet to go on from".to_owned(),
+    };
+    anyhow::anyhow!("standard output cannot be written ({error:#}), so training was stopped: {hint}")
 }
 
 /// Says what came of it, and lets the model write a line.

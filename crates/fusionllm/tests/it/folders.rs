@@ -241,8 +241,8 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
         "train job.toml --out disk/run --compnodes 1 --json --set train.steps=3000 --set checkpoint.every=200 \
          --set train.eval_every=0 --set checkpoint.keep=1",
     );
-    let line = run.wait_for("\"event\":\"notice\"");
-    let told = line.contains("there is no checkpoint of step") && line.contains("No space left on device");
+    let line = run.wait_for("there is no checkpoint of step");
+    let told = line.contains("\"event\":\"notice\"") && line.contains("No space left on device");
     std::fs::remove_file(&ballast).unwrap();
     let mut checkpoints = 0;
     while let Some(line) = run.line() {

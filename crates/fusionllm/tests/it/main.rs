@@ -4,6 +4,7 @@
 mod bad_input;
 mod cluster;
 mod docs;
+mod endurance;
 mod folders;
 mod input;
 mod plan;

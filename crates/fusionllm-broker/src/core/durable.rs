@@ -1,0 +1,178 @@
+//! What is on disk, and what must not be told before it is.
+//!
+//! Every change of a job that somebody will hear of is written first: what is said of the job after it, to CompNodes and
+//! to whoever follows, is held until the store has it. After a failed write the store is written anew as a whole, again and
+//! again until that succeeds; until then nothing is taken in.
+
+use std::time::Duration;
+
+use fusionllm_protocol::{FromBroker, JobEvent, JobId};
+
+use super::{Action, Core, Job};
+use crate::BrokerError;
+use crate::store::JobRecord;
+
+/// First and largest pause between attempts to write the store anew.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
+/// Numbers of what was to be written.
+#[derive(Debug, Default)]
+pub(super) struct Durability {
+    asked: u64,
+    done: u64,
+    trouble: Option<Trouble>,
+}
+
+/// The store cannot be written.
+#[derive(Debug)]
+struct Trouble {
+    reason: String,
+    pause: Duration,
+    /// When to try again; nothing while a try is under way.
+    retry_at: Option<Duration>,
+}
+
+impl Durability {
+    fn next(&mut self) -> u64 {
+        self.asked += 1;
+        self.asked
+    }
+}
+
+/// The job that an action tells somebody about.
+fn told_of(action: &Action) -> Option<JobId> {
+    match action {
+        Action::Send { message, .. } => match message {
+            FromBroker::Assign(assignment) => Some(assignment.job),
+            FromBroker::Start { job, .. } | FromBroker::SetCodec { job, .. } | FromBroker::Abort { job, .. } => {
+                Some(*job)
+            }
+            _ => None,
+        },
+        Action::SendWeights { key, .. } => Some(key.job),
+        Action::Emit(event) => Some(event.job()),
+        _ => None,
+    }
+}
+
+impl Core {
+    /// Number of the last thing that was to be written.
+    pub(crate) fn last_write(&self) -> u64 {
+        self.durable.asked
+    }
+
+    /// Whether all up to this number is on disk.
+    pub(crate) fn is_written(&self, number: u64) -> bool {
+        self.durable.done >= number
+    }
+
+    /// Why the store cannot be written.
+    pub(crate) fn trouble(&self) -> Option<&str> {
+        self.durable.trouble.as_ref().map(|t| t.reason.as_str())
+    }
+
+    /// Nothing is taken in that might be forgotten.
+    pub(super) fn check_durable(&self) -> Result<(), BrokerError> {
+        self.trouble().map_or(Ok(()), |reason| Err(BrokerError::NotDurable { reason: reason.to_owned() }))
+    }
+
+    /// Writes a job. What is told of it after this waits for it if `barrier` says so.
+    pub(super) fn persist(&mut self, record: JobRecord, barrier: bool) -> Action {
+        Action::Persist { number: self.durable.next(), record: Box::new(record), barrier }
+    }
+
+    /// Keeps back what may not be told yet.
+    pub(super) fn hold(&mut self, actions: Vec<Action>) -> Vec<Action> {
+        let mut free = Vec::new();
+        for action in actions {
+            if let Action::Persist { number, record, barrier } = &action {
+                if let Some(job) = self.jobs.get_mut(&record.job).filter(|_| *barrier) {
+                    job.barrier = *number;
+                }
+                // While the store is in trouble the next writing of all of it has this, too.
+                if self.durable.trouble.is_none() {
+                    free.push(action);
+                }
+                continue;
+            }
+            let done = self.durable.done;
+            match told_of(&action).and_then(|job| self.jobs.get_mut(&job)) {
+                Some(job) if job.barrier > done => job.held.push((job.barrier, action)),
+                Some(job) => {
+                    show(job, &action);
+                    free.push(action);
+                }
+                None => free.push(action),
+            }
+        }
+        free
+    }
+
+    /// All up to `number` is on disk: what may be told now, which must not be held again.
+    pub(super) fn persisted(&mut self, number: u64) -> Vec<Action> {
+        self.durable.done = self.durable.done.max(number);
+        let mut released: Vec<(u64, Action)> = Vec::new();
+        for job in self.jobs.values_mut() {
+            job.is_durable |= job.first_number <= number;
+            let held = std::mem::take(&mut job.held);
+            let (free, held): (Vec<_>, Vec<_>) = held.into_iter().partition(|(n, _)| *n <= number);
+            job.held = held;
+            for (_, action) in &free {
+                show(job, action);
+            }
+            released.extend(free);
+        }
+        released.sort_by_key(|(n, _)| *n);
+        released.into_iter().map(|(_, action)| action).collect()
+    }
+
+    /// The store was written: is it whole again?
+    pub(super) fn recovered(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(trouble) = &mut self.durable.trouble {
+            if self.durable.done == self.durable.asked {
+                self.durable.trouble = None;
+                actions.extend(self.schedule(now));
+            } else {
+                trouble.retry_at = Some(now);
+                actions.extend(self.rewrite(now));
+            }
+        }
+        actions
+    }
+
+    /// The store cannot be written.
+    pub(super) fn unpersisted(&mut self, reason: String, now: Duration) -> Vec<Action> {
+        let pause = self.durable.trouble.as_ref().map_or(RETRY.0, |t| (t.pause * 2).min(RETRY.1));
+        self.durable.trouble = Some(Trouble { reason, pause, retry_at: Some(now + pause) });
+        // Whoever submitted these is told that they were not taken in.
+        let forgotten: Vec<JobId> = self.jobs.iter().filter(|(_, job)| !job.is_durable).map(|(&id, _)| id).collect();
+        for id in forgotten {
+            self.plan_no_more(id);
+            if let Some(run) = self.jobs.remove(&id).and_then(|job| job.run) {
+                for &member in &run.members {
+                    self.compnodes.release(member);
+                }
+            }
+        }
+        Vec::new()
+    }
+
+    /// Another try to write the store, once it is time.
+    pub(super) fn rewrite(&mut self, now: Duration) -> Vec<Action> {
+        let Some(trouble) = &mut self.durable.trouble else { return Vec::new() };
+        if trouble.retry_at.is_none_or(|at| at > now) {
+            return Vec::new();
+        }
+        trouble.retry_at = None;
+        let records = self.jobs.values().map(|job| job.record.clone()).collect();
+        vec![Action::Rewrite { number: self.durable.asked, records }]
+    }
+}
+
+/// What has been told is what a status shows.
+fn show(job: &mut Job, action: &Action) {
+    if let Action::Emit(JobEvent::State { state, .. }) = action {
+        job.shown = state.clone();
+    }
+}

@@ -1,0 +1,140 @@
+//! CompNodes come, break off, come back and go.
+
+use std::time::Duration;
+
+use fusionllm_protocol::{JobId, JobState};
+
+use super::{Action, ConnectionId, Core, Joining, StartPoint};
+use crate::BrokerError;
+
+/// A CompNode that gives no sign of life for this long is lost; until then it may come back after a break.
+pub(crate) const LEASE: Duration = Duration::from_secs(45);
+/// If ticks come less often than this, the broker itself was held up, and silence of others says nothing.
+const LATE_TICK: Duration = Duration::from_secs(3);
+
+impl Core {
+    /// A CompNode joins. Gives its name here.
+    pub(crate) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> (String, Vec<Action>) {
+        let name = self.compnodes.join(connection, joining, now);
+        self.survey.joined(connection, self.compnodes.all());
+        let actions = self.schedule(now);
+        (name, self.hold(actions))
+    }
+
+    /// The CompNode with this key, if it is here or may come back.
+    pub(crate) fn member(&self, key: &[u8; 32]) -> Option<ConnectionId> {
+        self.compnodes.of_key(key)
+    }
+
+    /// Whether a CompNode's connection is broken and it may come back.
+    pub(crate) fn is_away(&self, connection: ConnectionId) -> bool {
+        self.compnodes.is_away(connection)
+    }
+
+    /// A CompNode is back after a break, with all that was said meanwhile still to come. Gives its name here.
+    pub(crate) fn rejoin(
+        &mut self,
+        connection: ConnectionId,
+        joining: Joining,
+        now: Duration,
+    ) -> Option<(String, Vec<Action>)> {
+        let name = self.compnodes.is_back(connection, joining.addr, now)?;
+        let run = self.jobs.values_mut().find_map(|j| j.run.as_mut().filter(|r| r.node_of(connection).is_some()));
+        let mut actions = Vec::new();
+        if let Some(run) = run {
+            run.moved = now;
+            let (key, params) = (run.key, run.weights_owed(connection));
+            let start = self.jobs.get(&key.job).and_then(|job| job.start.as_ref());
+            if let Some((params, from)) = params.zip(start.and_then(|start| start.weights.clone())) {
+                actions.push(Action::SendWeights { to: connection, key, params, from });
+            }
+        }
+        actions.extend(self.schedule(now));
+        Some((name, self.hold(actions)))
+    }
+
+    /// A CompNode of this name is known to be gone.
+    pub(crate) fn lost(&mut self, name: &str, reason: &str, now: Duration) -> Vec<Action> {
+        let Some(connection) = self.compnodes.all().find(|&c| self.compnodes.name(c) == name) else {
+            return Vec::new();
+        };
+        let mut actions = vec![Action::Disconnect { to: connection, reason: reason.to_owned() }];
+        actions.extend(self.left(connection, reason, now));
+        self.hold(actions)
+    }
+
+    /// Time passes.
+    pub(super) fn tick(&mut self, now: Duration) -> Vec<Action> {
+        let since = now.saturating_sub(self.ticked.replace(now).unwrap_or(now));
+        if since > LATE_TICK {
+            self.compnodes.forgive(since);
+            for run in self.jobs.values_mut().filter_map(|job| job.run.as_mut()) {
+                run.moved += since;
+            }
+        }
+        let mut actions = Vec::new();
+        for (connection, why) in self.compnodes.silent_since(now.saturating_sub(LEASE)) {
+            let reason = why.unwrap_or_else(|| format!("no heartbeat for {} s", LEASE.as_secs()));
+            actions.push(Action::Disconnect { to: connection, reason: reason.clone() });
+            actions.extend(self.left(connection, &reason, now));
+        }
+        self.survey.tick(now);
+        actions.extend(self.rewrite(now));
+        actions.extend(self.stalled(now));
+        actions.extend(self.schedule(now));
+        actions
+    }
+
+    /// A CompNode has gone for good.
+    pub(super) fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {
+        let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
+        self.survey.left(connection);
+        let Some(key) = gone.run else { return self.schedule(now) };
+        if self.plan_no_more(key.job) {
+            return self.schedule(now);
+        }
+        let (step, checkpoint) = self
+            .jobs
+            .get(&key.job)
+            .map_or((0, None), |job| (job.record.step, job.run.as_ref().and_then(|run| run.checkpoint)));
+        let hint = self.resume_hint(key.job, checkpoint);
+        let reason = format!("CompNode `{}` vanished after step {step}: {reason}; {hint}", gone.name);
+        self.fail(key, reason, false, now)
+    }
+
+    /// Jobs on which nothing goes on, though all their CompNodes are alive.
+    fn stalled(&mut self, now: Duration) -> Vec<Action> {
+        let mut stalled = Vec::new();
+        for run in self.jobs.values().filter_map(|job| job.run.as_ref()) {
+            let is_whole = !run.members.iter().any(|&m| self.compnodes.is_away(m));
+            if let Some((waiting, what)) = run.stalled(now).filter(|_| is_whole) {
+                let names: Vec<String> = waiting.iter().map(|&m| format!("`{}`", self.compnodes.name(m))).collect();
+                let hint = self.resume_hint(run.key.job, run.checkpoint);
+                let reason = format!("{what}: waited for CompNode {}; {hint}", names.join(", "));
+                stalled.push((run.key, reason));
+            }
+        }
+        stalled.into_iter().flat_map(|(key, reason)| self.fail(key, reason, false, now)).collect()
+    }
+
+    /// What a job that waited when the broker ended starts from.
+    pub(super) fn loaded(&mut self, job: JobId, result: Result<StartPoint, BrokerError>, now: Duration) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&job).filter(|j| !j.record.state.is_final() && j.start.is_none()) else {
+            return Vec::new();
+        };
+        let mut actions = Vec::new();
+        match result {
+            Ok(start) => {
+                known.record.step = start.step;
+                known.record.run = Some(start.run.run.clone());
+                known.start = Some(start);
+            }
+            Err(error) => {
+                let state = JobState::Failed { reason: error.to_string(), bad_input: error.is_bad_input() };
+                actions = self.end(job, state, "what it starts from cannot be read");
+            }
+        }
+        actions.extend(self.schedule(now));
+        actions
+    }
+}

@@ -1,0 +1,151 @@
+//! What CompNodes report, and what becomes of a job by it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fusionllm_planner::CodecChange;
+use fusionllm_protocol::{DataReport, FromBroker, FromCompNode, JobEvent, JobState};
+
+use super::run::{MergedStep, Run};
+use super::{Action, ConnectionId, Core, RunKey};
+use crate::checkpoint::FinishSpec;
+
+/// A job's progress is written to the store at most this often.
+const PERSIST_EVERY: Duration = Duration::from_secs(5);
+
+impl Core {
+    /// A CompNode says something.
+    pub(super) fn said(&mut self, connection: ConnectionId, message: FromCompNode, now: Duration) -> Vec<Action> {
+        match message {
+            FromCompNode::Heartbeat { number } => {
+                let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64() };
+                vec![Action::Send { to: connection, message }]
+            }
+            FromCompNode::Measured { request, result } => {
+                self.survey.measured(connection, request, result);
+                self.schedule(now)
+            }
+            FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),
+            FromCompNode::Probed { probe, result } => {
+                self.survey.probed(connection, probe, result, &self.compnodes, now);
+                self.schedule(now)
+            }
+            FromCompNode::Ready { job, generation, data } => {
+                self.ready(RunKey { job, generation }, connection, data, now)
+            }
+            FromCompNode::Step { job, generation, report } => {
+                let key = RunKey { job, generation };
+                let Some(run) = self.run_mut(key) else { return Vec::new() };
+                match run.step_reported(connection, report) {
+                    Ok(()) => self.advance(key, now),
+                    Err(reason) => self.fail(key, reason, false, now),
+                }
+            }
+            FromCompNode::Finished { job, generation } => {
+                let key = RunKey { job, generation };
+                let Some(run) = self.run_mut(key) else { return Vec::new() };
+                run.finished(connection);
+                run.moved = now;
+                self.advance(key, now)
+            }
+            FromCompNode::Note { job, generation, text } => {
+                let is_member = |run: &mut Run| run.node_of(connection).is_some();
+                if !self.run_mut(RunKey { job, generation }).is_some_and(is_member) {
+                    return Vec::new();
+                }
+                self.notices(job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
+            }
+            FromCompNode::Failed { job, generation, reason, bad_input } => {
+                let key = RunKey { job, generation };
+                if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
+                    return Vec::new();
+                }
+                let name = self.compnodes.name(connection);
+                // What is wrong with the input is wrong on every machine.
+                let reason = if bad_input { reason } else { format!("CompNode `{name}`: {reason}") };
+                self.fail(key, reason, bad_input, now)
+            }
+        }
+    }
+
+    fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {
+        if !self.run_mut(key).is_some_and(|run| run.node_of(connection).is_some()) {
+            return Vec::new();
+        }
+        let mut actions = Vec::new();
+        if let Some(data) = data {
+            match self.data_read(key, data) {
+                Ok(follows) => actions.extend(follows),
+                Err(reason) => return self.fail(key, reason, true, now),
+            }
+        }
+        let Some(run) = self.run_mut(key) else { return actions };
+        run.moved = now;
+        if run.ready(connection) {
+            let RunKey { job, generation } = key;
+            let members = run.members.clone();
+            run.moved = now;
+            actions.extend(self.set_state(key.job, JobState::Running));
+            let start = |to| Action::Send { to, message: FromBroker::Start { job, generation } };
+            actions.extend(members.into_iter().map(start));
+            if let Some(job) = self.jobs.get_mut(&key.job) {
+                job.persisted = now;
+            }
+        }
+        actions
+    }
+
+    /// After a report: what is complete now?
+    pub(super) fn advance(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let Some(run) = job.run.as_mut() else { return Vec::new() };
+        let (mut actions, mut progress) = (Vec::new(), None);
+        while let Some(MergedStep { metrics, traced, changes }) = run.next_step() {
+            for (to, change) in changes {
+                let CodecChange { edge, gradient, codec, .. } = change;
+                let RunKey { job, generation } = key;
+                let message = FromBroker::SetCodec { job, generation, edge, gradient, codec };
+                actions.push(Action::Send { to, message });
+            }
+            if let Some(measured) = traced {
+                actions.push(Action::WriteTrace { key, measured: Box::new(measured) });
+            }
+            if !metrics.loss.is_finite() {
+                let (step, lr) = (metrics.step, metrics.lr);
+                let reason = format!(
+                    "the loss is {} at step {step} (learning rate {lr:.2e}): lower train.lr or raise train.warmup",
+                    metrics.loss
+                );
+                return actions.into_iter().chain(self.fail(key, reason, false, now)).collect();
+            }
+            job.record.step = metrics.step;
+            run.moved = now;
+            job.record.loss = Some(metrics.loss);
+            actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
+            actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));
+            if now.saturating_sub(job.persisted) >= PERSIST_EVERY {
+                job.persisted = now;
+                progress = Some(job.record.clone());
+            }
+        }
+        for (step, shards) in run.whole_checkpoints() {
+            let spec = FinishSpec {
+                generation: key.generation,
+                step,
+                loss: run.loss_of(step),
+                spec: job.record.spec.clone(),
+                dag: Arc::clone(&run.dag),
+                origin: run.origin.clone(),
+                shards,
+            };
+            actions.push(Action::FinishCheckpoint { key, spec: Box::new(spec) });
+        }
+        let is_done = run.is_done();
+        actions.extend(progress.map(|record| self.persist(record, false)));
+        if is_done {
+            actions.extend(self.end(key.job, JobState::Done, "the job is done"));
+            actions.extend(self.schedule(now));
+        }
+        actions
+    }
+}
