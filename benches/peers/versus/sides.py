@@ -79,7 +79,7 @@ class CompNodes:
         for stage in range(stages):
             name = f"stage-{stage}"
             kept = self.folder.parents[1] / f"state-{stage}-of-{stages}"
-            join = [binary, "join", ticket, "--name", name, "--bind", f"{address(stage)}:7711"]
+            join = [binary, "join", ticket, "--name", name, "--bind", f"{address(stage)}:7711", "--data", "/"]
             limits = ["--threads", "1", "--memory-gb", str(MEMORY_GB), "--device", "cpu", "--state", str(kept)]
             processes.start(name, self.net.on(node_name(stage), [*join, *limits]), env)
             processes.await_(f"{name} to join", lambda n=stage: joined(self.net, self.binary, self.state) > n)

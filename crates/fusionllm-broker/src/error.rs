@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use fusionllm_graph::GraphError;
 use fusionllm_planner::PlanError;
 use fusionllm_protocol::{JobError, JobId, ProtocolError, RunId};
-use fusionllm_transport::{BindError, IdentityError};
+use fusionllm_transport::{BindError, IdentityError, PrivateError};
 
 /// Why a broker cannot start or do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +128,38 @@ pub enum BrokerError {
     /// The identity file is unusable.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// A file or folder of the state is not its owner's alone.
+    #[error(transparent)]
+    Private(#[from] PrivateError),
+    /// A file with tickets is unusable.
+    #[error("{path}: {reason}")]
+    Tickets {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// A ticket cannot be made or revoked.
+    #[error("{reason}")]
+    Ticket {
+        /// Why not.
+        reason: String,
+    },
+    /// A job names a file or folder that the broker does not touch for others.
+    #[error(
+        "{key} {path}: no folder that this broker may {purpose}; it is started with `broker {option} DIR` to allow more",
+        path = path.display()
+    )]
+    OutOfReach {
+        /// The job's key.
+        key: &'static str,
+        /// What it names.
+        path: PathBuf,
+        /// What the broker would do there.
+        purpose: &'static str,
+        /// The option that allows it.
+        option: &'static str,
+    },
     /// The state directory's secret is unusable.
     #[error("{path}: not a broker's secret (64 hexadecimal digits), remove it to make a new one")]
     Secret {
@@ -183,6 +215,10 @@ impl BrokerError {
             | Self::FixedKey { .. }
             | Self::RelativePath { .. }
             | Self::Secret { .. }
+            | Self::Tickets { .. }
+            | Self::Ticket { .. }
+            | Self::OutOfReach { .. }
+            | Self::Private(PrivateError::Readable { .. })
             | Self::UnknownJob { .. }
             | Self::JobState { .. }
             | Self::Store(StoreError::InUse { .. })
@@ -191,6 +227,7 @@ impl BrokerError {
             | Self::NotDurable { .. }
             | Self::Io { .. }
             | Self::Identity(_)
+            | Self::Private(_)
             | Self::Protocol(_)
             | Self::Ended => false,
         }

@@ -10,6 +10,7 @@ mod error;
 mod metrics;
 mod model;
 mod plot;
+mod reach;
 mod report;
 mod resume;
 mod run_dir;
@@ -17,6 +18,7 @@ mod server;
 mod store;
 #[cfg(test)]
 mod testing;
+mod tickets;
 
 pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
 pub use cluster_file::read_cluster;

@@ -9,6 +9,7 @@ mod client;
 mod compnode;
 mod events;
 mod files;
+mod gate;
 mod listen;
 mod open_runs;
 mod records;
@@ -20,9 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use data_encoding::HEXLOWER;
-use fusionllm_protocol::{DataSpec, Inventory, JobId, JobSpec, StatusReport};
-use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Secret, Ticket};
+use fusionllm_protocol::{DataSpec, Inventory, JobId, JobSpec, StatusReport, TicketRole};
+use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Ticket, check_private, make_private_dir};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
@@ -34,13 +34,18 @@ use crate::cluster_file::read_cluster;
 use crate::core::{Core, Restored, ResumedBy, StartPoint, check, check_resumable};
 use crate::metrics::last_step;
 use crate::model::{load_model, model_tokenizer};
+use crate::reach::Reach;
 use crate::report::RunReport;
 use crate::resume::{Resumption, goes_on, notices_of, resumed_job};
-use crate::run_dir::{RunDir, RunHome, RunStart, default_run_dir, io_error, is_free, write_private};
+use crate::run_dir::{RunDir, RunHome, RunStart, default_run_dir, io_error, is_free};
 use crate::store::{JobRecord, Store};
 use crate::{BrokerError, CheckpointError};
 use actor::{Command, RunDirChoice};
+use gate::Gate;
 use open_runs::OpenRuns;
+
+/// A job that was taken in, or why not.
+type Taken = Result<Submitted, BrokerError>;
 
 /// How long connections may take to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
@@ -54,10 +59,14 @@ pub struct BrokerConfig {
     pub bind: SocketAddr,
     /// Further addresses under which it is reached, such as a forwarded port.
     pub advertise: Vec<SocketAddr>,
-    /// Key, secret, ticket and job records.
+    /// Key, tickets and job records. Nobody else on the machine may use it.
     pub state_dir: PathBuf,
     /// Where run directories are made.
     pub runs_dir: PathBuf,
+    /// Where jobs may put checkpoints besides `runs_dir`.
+    pub checkpoint_dirs: Vec<PathBuf>,
+    /// Where models and cluster files may lie that others than the broker's own user name.
+    pub model_dirs: Vec<PathBuf>,
     /// What to name where a job ends early.
     pub resumed_by: ResumedBy,
 }
@@ -66,6 +75,7 @@ pub struct BrokerConfig {
 #[derive(Debug)]
 pub struct Broker {
     ticket: Ticket,
+    ticket_path: PathBuf,
     handle: Handle,
     endpoint: Endpoint,
     listener: JoinHandle<()>,
@@ -78,18 +88,18 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`] if the address or the state directory cannot be had, or the store is damaged.
     pub async fn start(config: BrokerConfig) -> Result<Self, BrokerError> {
-        let BrokerConfig { bind, advertise, state_dir, runs_dir, resumed_by } = config;
-        std::fs::create_dir_all(&state_dir).map_err(|e| io_error(&state_dir, e))?;
+        let BrokerConfig { bind, advertise, state_dir, runs_dir, checkpoint_dirs, model_dirs, resumed_by } = config;
+        make_private_dir(&state_dir)?;
+        check_state(&state_dir)?;
         // The store's lock comes first: a second broker must not touch what the first one uses.
         let store_path = state_dir.join("broker.redb");
-        let store = Store::open(&store_path)?;
+        let store = open_store(&store_path)?;
         let records: Vec<Restored> = store.jobs()?.into_iter().map(restored).collect();
         let identity = Identity::load_or_create(&state_dir.join("key"))?;
-        let secret = load_or_create_secret(&state_dir.join("secret"))?;
         let endpoint_config = EndpointConfig { advertise, ..EndpointConfig::new(identity, bind) };
         let endpoint = Endpoint::bind(endpoint_config, Arc::new(AdmitOnTrial)).await?;
-        let ticket = Ticket { broker: endpoint.addr(), secret };
-        write_private(&state_dir.join("ticket"), format!("{ticket}\n").as_bytes())?;
+        let (gate, ticket) = Gate::open(&state_dir, endpoint.addr())?;
+        let ticket_path = gate::ticket_path(&state_dir, TicketRole::Join);
 
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
         let (mut core, actions) = Core::restore(records);
@@ -99,16 +109,29 @@ impl Broker {
         let files = files::Files::start(commands.clone(), open_runs.clone());
         let records = records::Records::start(store, reopen, &commands);
         let actor = tokio::spawn(actor::run(core, actions, commands.downgrade(), inbox, files, records));
-        let runs_dir = std::path::absolute(&runs_dir).map_err(|e| io_error(&runs_dir, e))?;
-        let handle = Handle { commands, runs_dir: runs_dir.into(), state_dir: state_dir.into(), open_runs };
-        let listener = tokio::spawn(listen::run(endpoint.clone(), ticket.secret.clone(), handle.clone()));
+        let runs_dir = absolute(&runs_dir)?;
+        let mut reach = Reach { checkpoints: vec![runs_dir.clone()], models: Vec::new() };
+        for folder in checkpoint_dirs {
+            reach.checkpoints.push(absolute(&folder)?);
+        }
+        for folder in model_dirs {
+            reach.models.push(absolute(&folder)?);
+        }
+        let (runs_dir, state_dir, reach) = (runs_dir.into(), state_dir.into(), Arc::new(reach));
+        let handle = Handle { commands, runs_dir, state_dir, reach, open_runs };
+        let listener = tokio::spawn(listen::run(endpoint.clone(), gate, handle.clone()));
         tracing::info!(addrs = ?ticket.broker.addrs, "the broker listens");
-        Ok(Self { ticket, handle, endpoint, listener, actor })
+        Ok(Self { ticket, ticket_path, handle, endpoint, listener, actor })
     }
 
-    /// What admits CompNodes and clients.
+    /// The ticket by which CompNodes join.
     pub fn ticket(&self) -> &Ticket {
         &self.ticket
+    }
+
+    /// The file that holds it.
+    pub fn ticket_path(&self) -> &Path {
+        &self.ticket_path
     }
 
     /// Jobs and CompNodes.
@@ -133,12 +156,7 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`] if the job cannot be run.
-    pub async fn submit(
-        &self,
-        spec: JobSpec,
-        run_dir: Option<PathBuf>,
-        tokenizer: Option<String>,
-    ) -> Result<Submitted, BrokerError> {
+    pub async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>, tokenizer: Option<String>) -> Taken {
         self.handle.submit(spec, run_dir, tokenizer).await
     }
 
@@ -146,7 +164,7 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`] if the job cannot be run.
-    pub async fn resume_from(&self, spec: JobSpec, from: Resumption) -> Result<Submitted, BrokerError> {
+    pub async fn resume_from(&self, spec: JobSpec, from: Resumption) -> Taken {
         let Resumption { checkpoint, run_dir, start } = from;
         let start = blocking(move || start_at(checkpoint, start)).await?;
         self.handle.submit_at(spec, start, RunDirChoice::Given(run_dir)).await
@@ -192,6 +210,7 @@ pub(crate) struct Handle {
     commands: mpsc::Sender<Command>,
     runs_dir: Arc<Path>,
     state_dir: Arc<Path>,
+    reach: Arc<Reach>,
     open_runs: OpenRuns,
 }
 
@@ -222,12 +241,31 @@ impl Handle {
         self.ask(|reply| Command::Stop { job, reply }).await?
     }
 
-    async fn submit(
+    /// Takes in a job of somebody else than this process.
+    async fn submit_for_client(&self, spec: JobSpec, tokenizer: Option<String>, own: bool) -> Taken {
+        self.check_reach(&spec, own).await?;
+        self.submit(spec, None, tokenizer).await
+    }
+
+    async fn inventory_for_client(
         &self,
-        spec: JobSpec,
-        run_dir: Option<PathBuf>,
-        tokenizer: Option<String>,
-    ) -> Result<Submitted, BrokerError> {
+        max_age: Option<Duration>,
+        job: Option<JobSpec>,
+        own: bool,
+    ) -> Result<Inventory, BrokerError> {
+        if let Some(spec) = &job {
+            self.check_reach(spec, own).await?;
+        }
+        self.inventory(max_age, job).await
+    }
+
+    /// Whether the job touches only what the broker touches for others, or for its `own` user.
+    async fn check_reach(&self, spec: &JobSpec, own: bool) -> Result<(), BrokerError> {
+        let (reach, spec) = (Arc::clone(&self.reach), spec.clone());
+        blocking(move || reach.check(&spec, own)).await
+    }
+
+    async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>, tokenizer: Option<String>) -> Taken {
         spec.validate()?;
         let choice = match run_dir {
             Some(path) if is_free(&path) => RunDirChoice::Given(path),
@@ -239,25 +277,23 @@ impl Handle {
         self.submit_at(spec, start, choice).await
     }
 
-    async fn submit_at(
-        &self,
-        spec: JobSpec,
-        start: StartPoint,
-        run_dir: RunDirChoice,
-    ) -> Result<Submitted, BrokerError> {
+    async fn submit_at(&self, spec: JobSpec, start: StartPoint, run_dir: RunDirChoice) -> Taken {
         let (spec, start) = blocking(move || planned_by(spec, start)).await?;
         let (spec, start) = (Box::new(spec), Box::new(start));
         self.ask(|reply| Command::Submit { spec, start, run_dir, reply }).await?
     }
 
     /// Goes on with a stopped or failed job from its newest whole checkpoint or that of `step`, or if it has none or
-    /// `step` is 0, from its beginning. `overrides` change keys of the job.
-    async fn resume(&self, job: JobId, step: Option<u64>, overrides: Vec<String>) -> Result<Submitted, BrokerError> {
+    /// `step` is 0, from its beginning. `overrides` change keys of the job; the broker's `own` user may name any file.
+    async fn resume(&self, job: JobId, step: Option<u64>, overrides: Vec<String>, own: bool) -> Taken {
         let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
         // Before all of its checkpoint is read.
         check_resumable(&record)?;
+        let reach = Arc::clone(&self.reach);
         let prepared = blocking(move || {
             let spec = resumed_job(&record.spec, &overrides, None)?;
+            // What it reads was allowed to whoever submitted it; where it may write can have changed since.
+            reach.check(&spec, own || spec.placement.cluster == record.spec.placement.cluster)?;
             let start = resumed_start(&record, &spec, step)?;
             planned_by(spec, start)
         });
@@ -363,19 +399,33 @@ fn start_at(checkpoint: Checkpoint, mut run: RunStart) -> Result<StartPoint, Bro
     Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices, origin, run })
 }
 
-fn load_or_create_secret(path: &Path) -> Result<Secret, BrokerError> {
-    match std::fs::read(path) {
-        Ok(text) => {
-            let bytes = HEXLOWER.decode(text.trim_ascii()).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
-            bytes.map(Secret::from_bytes).ok_or_else(|| BrokerError::Secret { path: path.to_owned() })
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let secret = Secret::generate();
-            write_private(path, format!("{}\n", HEXLOWER.encode(secret.as_bytes())).as_bytes())?;
-            Ok(secret)
-        }
-        Err(e) => Err(io_error(path, e)),
+fn absolute(path: &Path) -> Result<PathBuf, BrokerError> {
+    std::path::absolute(path).map_err(|e| io_error(path, e))
+}
+
+/// Whether the state folder and all in it that is secret are their owner's alone.
+fn check_state(state_dir: &Path) -> Result<(), BrokerError> {
+    check_private(state_dir)?;
+    let tickets = [TicketRole::Join, TicketRole::Operate].map(|role| gate::ticket_path(state_dir, role));
+    let files = ["key", "broker.redb", "secret", "ticket"].map(|name| state_dir.join(name));
+    for path in files.iter().chain(&tickets).chain([&gate::tickets_path(state_dir)]) {
+        check_private(path)?;
     }
+    Ok(())
+}
+
+/// Opens the store; a new one is its owner's alone.
+fn open_store(path: &Path) -> Result<Store, BrokerError> {
+    #[cfg(unix)]
+    let is_new = !path.exists();
+    let store = Store::open(path)?;
+    #[cfg(unix)]
+    if is_new {
+        // Until here the folder, which is the owner's alone, has kept others out.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(path, mode).map_err(|e| io_error(path, e))?;
+    }
+    Ok(store)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 mod corpus;
 mod files;
+mod readable;
 mod tokenizer;
 
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use corpus::Corpus;
+pub use readable::ReadableData;
 pub use tokenizer::{FileTokenizer, Tokenizer};
 
 use crate::params::seed_for;

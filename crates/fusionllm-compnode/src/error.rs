@@ -96,6 +96,25 @@ pub enum DataError {
         /// Why.
         reason: String,
     },
+    /// What jobs may read is not there.
+    #[error("{path}: {source}")]
+    Unlisted {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The machine's owner does not let jobs read it.
+    #[error(
+        "{key} {path} is nothing that jobs may read on this machine: its owner starts `fusionllm join` with `--data DIR` \
+         to let them"
+    )]
+    NotReadable {
+        /// The job's key.
+        key: &'static str,
+        /// What it names.
+        path: PathBuf,
+    },
     /// There is no text.
     #[error("data.path holds no UTF-8 text files: {paths}")]
     NoText {

@@ -18,10 +18,10 @@ use fusionllm_transport::{Endpoint, EndpointConfig, Identity, Members, Session, 
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-use crate::CompNodeError;
 use crate::device::{DeviceChoice, open_device};
 use crate::links::peer_record;
 use crate::step_log::{ClockOffset, Heartbeats};
+use crate::{CompNodeError, ReadableData};
 use broker_wire::{Connected, Outbox, dial};
 use running::{Place, RunningJob};
 use survey::{AwaitedProbes, Surveyor, start_probe};
@@ -58,6 +58,8 @@ pub struct JoinConfig {
     pub memory_bytes: Option<u64>,
     /// Where the device's measured profile is kept; nothing: nowhere, and it is measured anew.
     pub profile_dir: Option<PathBuf>,
+    /// What jobs may read here as data.
+    pub readable: ReadableData,
 }
 
 /// Everything that the loop reacts to.
@@ -121,6 +123,7 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         broker: watch::Sender::new(None),
         outbox: Outbox::default(),
         has_joined: false,
+        readable: Arc::new(config.readable),
         memory: Arc::new(Semaphore::new(1)),
         job: None,
         weights: blob::Unclaimed::default(),
@@ -151,6 +154,7 @@ struct Node {
     /// What the broker is told, until it has it.
     outbox: Outbox,
     has_joined: bool,
+    readable: Arc<ReadableData>,
     /// One permit: whoever fills the device's memory, a job or a measurement, holds it.
     memory: Arc<Semaphore>,
     job: Option<RunningJob>,
@@ -205,7 +209,7 @@ impl Node {
     /// One connection to the broker, to its end.
     async fn session(&mut self, connected: Connected, inbox: &mut mpsc::Receiver<NodeEvent>) -> SessionEnd {
         let Connected { session, mut wire, resumed, .. } = connected;
-        if !resumed.is_some_and(|received| self.outbox.resume(received).is_ok()) {
+        if resumed.is_none_or(|received| self.outbox.resume(received).is_err()) {
             // Another broker process has another clock, and knows nothing of jobs.
             self.clock.forget();
             self.drop_job("the broker was lost");
@@ -350,6 +354,7 @@ impl Node {
             endpoint: self.endpoint.clone(),
             surveyor: self.surveyor.clone(),
             memory: Arc::clone(&self.memory),
+            readable: Arc::clone(&self.readable),
             events: self.events.clone(),
         };
         let job = RunningJob::prepare(assignment, place);

@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, StepTrace};
 
+pub use client::{
+    ClientRequest, CompNodeSummary, JobSummary, StatusReport, TicketRole, TicketState, TicketSummary, ToClient,
+};
 pub use numbered::{ControlStream, Numbered};
-
-pub use client::{ClientRequest, CompNodeSummary, JobSummary, StatusReport, ToClient};
 
 /// A CompNode's identity and where it may be reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,7 +28,7 @@ pub struct PeerRecord {
 /// Second frame from whoever connects to the broker, after its [`crate::Greeting`].
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Hello {
-    /// The ticket's secret.
+    /// The secret of a ticket of the role that is asked for.
     pub secret: [u8; 32],
     /// What the sender is.
     pub role: Role,
@@ -56,7 +57,7 @@ pub enum Role {
         /// they were ([`ControlStream::resume`]). Nothing: it has no past here.
         resume: Option<u64>,
     },
-    /// A command such as `submit` or `status`.
+    /// A command such as `submit` or `status`, of an operator.
     Client,
 }
 
@@ -144,6 +145,7 @@ pub enum FromBroker {
         /// Its placement.
         generation: Generation,
         /// Why, for the log.
+        #[serde(deserialize_with = "crate::text::cleaned")]
         reason: String,
     },
     /// Measure the ops of this job and answer [`FromCompNode::Measured`].

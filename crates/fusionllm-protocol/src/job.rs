@@ -102,6 +102,11 @@ impl DataSpec {
         let named = [Self::BYTES, Self::MODEL].contains(&self.tokenizer.as_str());
         (!named).then(|| std::path::Path::new(&self.tokenizer))
     }
+
+    /// Every path that is read on the data owner's machine.
+    pub fn files(&self) -> impl Iterator<Item = &std::path::Path> {
+        self.path.iter().map(PathBuf::as_path).chain(self.tokenizer_file())
+    }
 }
 
 /// Form of the data files.

@@ -12,6 +12,7 @@ mod inventory;
 mod job;
 mod manifest;
 mod op_data;
+mod text;
 mod trace;
 mod version;
 mod window;
@@ -19,8 +20,8 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, ControlStream, FromBroker, FromCompNode, Hello,
-    JobState, JobSummary, LinkBytes, LinkSpeed, Numbered, PeerRecord, Role, StatusReport, StepReport, ToClient,
-    WeightSource, Welcome,
+    JobState, JobSummary, LinkBytes, LinkSpeed, Numbered, PeerRecord, Role, StatusReport, StepReport, TicketRole,
+    TicketState, TicketSummary, ToClient, WeightSource, Welcome,
 };
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
@@ -33,7 +34,8 @@ pub use job::{
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
+pub use text::{clean, clean_to, is_plain_name};
 pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
 pub use version::{Greeting, PROTOCOL_VERSION};
 pub use window::{ReceiveWindow, Received, SendWindow};
-pub use wire::{decode, encode};
+pub use wire::{decode, decode_clean, encode};

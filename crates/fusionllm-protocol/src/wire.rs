@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::ProtocolError;
+use crate::text::Clean;
 
 /// Encodes one message.
 ///
@@ -13,14 +14,31 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, ProtocolError> {
     postcard::to_stdvec(message).map_err(|e| ProtocolError::Encode { reason: e.to_string() })
 }
 
-/// Decodes one message; trailing bytes are an error.
+/// Decodes one message; trailing bytes are an error. Strings are as they came: for messages with paths and graphs.
 ///
 /// # Errors
 /// [`ProtocolError::Decode`] for every byte string that is not such a message.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ProtocolError> {
-    let fail = |reason: String| ProtocolError::Decode { message: std::any::type_name::<T>(), reason };
-    let (value, rest) = postcard::take_from_bytes(bytes).map_err(|e| fail(e.to_string()))?;
-    if rest.is_empty() { Ok(value) } else { Err(fail(format!("{} bytes too many", rest.len()))) }
+    let (value, rest) = postcard::take_from_bytes(bytes).map_err(|e| malformed::<T>(e.to_string()))?;
+    whole(value, rest)
+}
+
+/// The same with every string [cleaned](crate::clean): for messages whose strings are shown to people.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_clean<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ProtocolError> {
+    let mut deserializer = postcard::Deserializer::from_bytes(bytes);
+    let value = T::deserialize(Clean(&mut deserializer)).map_err(|e| malformed::<T>(e.to_string()))?;
+    whole(value, deserializer.finalize().map_err(|e| malformed::<T>(e.to_string()))?)
+}
+
+fn whole<T>(value: T, rest: &[u8]) -> Result<T, ProtocolError> {
+    if rest.is_empty() { Ok(value) } else { Err(malformed::<T>(format!("{} bytes too many", rest.len()))) }
+}
+
+fn malformed<T>(reason: String) -> ProtocolError {
+    ProtocolError::Decode { message: std::any::type_name::<T>(), reason }
 }
 
 /// For fields whose form in JSON files (tags, left-out fields) postcard cannot carry: JSON text within the message.
@@ -29,25 +47,33 @@ pub(crate) mod as_json {
     use serde::ser::Error as _;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+    use crate::text::Clean;
+
     pub(crate) fn serialize<T: Serialize, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
         if serializer.is_human_readable() {
             return value.serialize(serializer);
         }
-        serde_json::to_string(value).map_err(S::Error::custom)?.serialize(serializer)
+        serde_json::to_vec(value).map_err(S::Error::custom)?.serialize(serializer)
     }
 
     pub(crate) fn deserialize<'de, T: DeserializeOwned, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
         if deserializer.is_human_readable() {
             return serde_json::from_value(serde_json::Value::deserialize(deserializer)?).map_err(D::Error::custom);
         }
-        serde_json::from_str(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+        // Strings within the text are cleaned, not the text: escapes would hide what they stand for.
+        let text = Vec::<u8>::deserialize(deserializer)?;
+        T::deserialize(Clean(&mut serde_json::Deserializer::from_slice(&text))).map_err(D::Error::custom)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use fusionllm_planner::{Measured, OpSeconds};
+
     use super::*;
-    use crate::{JobEvent, JobId, JobState, JobSummary, StatusReport, StepMetrics, ToClient};
+    use crate::{
+        CompNodeSummary, FromCompNode, JobEvent, JobId, JobState, JobSummary, StatusReport, StepMetrics, ToClient,
+    };
 
     #[test]
     fn what_is_tagged_in_json_passes_through_postcard() {
@@ -80,6 +106,37 @@ mod tests {
             let text = serde_json::to_string(&message).unwrap();
             assert_eq!(serde_json::from_str::<ToClient>(&text).unwrap(), message);
         }
+    }
+
+    #[test]
+    fn every_string_of_a_cleaned_message_is_clean() {
+        let bad = || "\u{1b}[2J\nforged\u{202e}".to_owned();
+        let good = "\u{fffd}[2J forged\u{fffd}";
+        let state = || JobState::Failed { reason: bad(), bad_input: false };
+        let summary =
+            JobSummary { job: JobId(1), name: bad(), state: state(), step: 0, steps: 1, loss: None, run_dir: bad() };
+        let compnode = CompNodeSummary { name: bad(), id: bad(), device: bad(), job: None };
+        let report = ToClient::Status(StatusReport { jobs: vec![summary], compnodes: vec![compnode], trouble: None });
+        let ToClient::Status(report) = decode_clean(&encode(&report).unwrap()).unwrap() else { panic!() };
+        let (job, node) = (&report.jobs[0], &report.compnodes[0]);
+        assert_eq!(job.state, JobState::Failed { reason: good.to_owned(), bad_input: false });
+        assert_eq!([&job.name, &job.run_dir, &node.name, &node.id, &node.device], [good; 5]);
+
+        let event = ToClient::Event(JobEvent::State { job: JobId(1), state: state() });
+        let ToClient::Event(JobEvent::State { state, .. }) = decode_clean(&encode(&event).unwrap()).unwrap() else {
+            panic!()
+        };
+        assert_eq!(state, job.state);
+
+        let mut times = std::collections::BTreeMap::new();
+        times.insert(bad(), OpSeconds { fp_s: 1.0, bp_s: 2.0 });
+        let measured = Measured { ops: times, ..Measured::default() };
+        let message = FromCompNode::Measured { request: 1, result: Ok(measured) };
+        let FromCompNode::Measured { result: Ok(measured), .. } = decode_clean(&encode(&message).unwrap()).unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!(measured.ops.keys().next().unwrap(), good, "keys of maps too");
     }
 
     #[test]

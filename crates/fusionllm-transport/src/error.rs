@@ -206,27 +206,44 @@ pub enum TicketError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IdentityError {
-    /// It could not be read or written.
-    #[error("identity file {path}: {source}")]
-    Io {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
     /// It is not what this program wrote.
     #[error("identity file {path} is damaged (64 hexadecimal digits expected); remove it to get a new identity")]
     Malformed {
         /// Which.
         path: PathBuf,
     },
-    /// Others may read it.
-    #[error("identity file {path} can be read by others (mode {mode:o}), run `chmod 600` on it")]
+    /// It could not be read or written, or others may read it.
+    #[error(transparent)]
+    File(#[from] PrivateError),
+}
+
+/// Why a file or folder that is to be its owner's alone cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PrivateError {
+    /// It could not be read or made.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Others may use it.
+    #[error("{path} can be used by others on this machine (mode {mode:o}): run `chmod {right} {path}`")]
     Readable {
         /// Which.
         path: PathBuf,
         /// Its permission bits.
         mode: u32,
+        /// The bits that are right, in octal digits.
+        right: u32,
+    },
+    /// It holds no text, or far more than a secret.
+    #[error("{path} holds no secret: a short line of text was expected")]
+    NotText {
+        /// Which.
+        path: PathBuf,
     },
 }
 

@@ -7,7 +7,8 @@ use std::path::Path;
 use data_encoding::HEXLOWER_PERMISSIVE;
 use iroh::SecretKey;
 
-use crate::{IdentityError, PeerId};
+use crate::private::{make_private_dir, read_private};
+use crate::{IdentityError, PeerId, PrivateError};
 
 /// A secret key; whoever has it is this peer.
 #[derive(Clone)]
@@ -24,31 +25,27 @@ impl Identity {
     /// # Errors
     /// [`IdentityError`] if the file is damaged, readable by others, or cannot be read or written.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
-        let io = |source| IdentityError::Io { path: path.to_owned(), source };
-        match std::fs::read_to_string(path) {
-            Ok(text) => {
-                check_mode(path)?;
+        let malformed = || IdentityError::Malformed { path: path.to_owned() };
+        match read_private(path) {
+            Ok(Some(text)) => {
                 let bytes = HEXLOWER_PERMISSIVE.decode(text.trim().as_bytes()).ok();
                 let key: Option<[u8; 32]> = bytes.and_then(|b| b.try_into().ok());
-                let key = key.ok_or_else(|| IdentityError::Malformed { path: path.to_owned() })?;
-                Ok(Self(SecretKey::from_bytes(&key)))
+                Ok(Self(SecretKey::from_bytes(&key.ok_or_else(malformed)?)))
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(None) => {
                 let identity = Self::generate();
-                identity.write(path).map_err(io)?;
+                identity.write(path).map_err(|source| PrivateError::Io { path: path.to_owned(), source })?;
                 Ok(identity)
             }
             // Bytes that are no text are no key either.
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                Err(IdentityError::Malformed { path: path.to_owned() })
-            }
-            Err(error) => Err(io(error)),
+            Err(PrivateError::NotText { .. }) => Err(malformed()),
+            Err(error) => Err(error.into()),
         }
     }
 
     fn write(&self, path: &Path) -> std::io::Result<()> {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-        std::fs::create_dir_all(folder)?;
+        make_private_dir(folder).map_err(std::io::Error::other)?;
         // A temporary file is the owner's alone from the start.
         let mut file = tempfile::NamedTempFile::new_in(folder)?;
         writeln!(file, "{}", HEXLOWER_PERMISSIVE.encode(&self.0.to_bytes()))?;
@@ -71,19 +68,6 @@ impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Identity({}, secret not shown)", self.id())
     }
-}
-
-#[cfg(unix)]
-fn check_mode(path: &Path) -> Result<(), IdentityError> {
-    use std::os::unix::fs::PermissionsExt;
-    let metadata = std::fs::metadata(path).map_err(|source| IdentityError::Io { path: path.to_owned(), source })?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 == 0 { Ok(()) } else { Err(IdentityError::Readable { path: path.to_owned(), mode }) }
-}
-
-#[cfg(not(unix))]
-fn check_mode(_path: &Path) -> Result<(), IdentityError> {
-    Ok(())
 }
 
 #[cfg(test)]

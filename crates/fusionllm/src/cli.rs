@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use fusionllm_planner::MAX_COMPNODES;
 
 /// Train one large model on geo-distributed, mismatched GPUs.
@@ -18,7 +18,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Train on this machine: a broker, N CompNode processes, and the whole job
     Train(Train),
-    /// Run a broker and print its join ticket
+    /// Run a broker and say how to join it
     Broker(Broker),
     /// Run a CompNode: join a broker and work for it
     Join(Join),
@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Status(Status),
     /// Show what a broker's machines and links can do
     Inventory(Inventory),
+    /// Say who may join a broker and who may operate it
+    Ticket(Ticket),
     /// Stop a job; its last checkpoint stays
     Stop(JobCommand),
     /// Go on with a stopped or failed job from its newest whole checkpoint
@@ -47,7 +49,9 @@ impl Cli {
             Command::Broker(_) => "warn,fusionllm=info,fusionllm_broker=info,fusionllm_transport=info",
             Command::Join(join) if !join.child => "warn,fusionllm=info,fusionllm_compnode=info",
             // What the QUIC library calls an error, such as an endpoint that goes without a farewell, is none of a command's.
-            _ => "error,iroh=off,fusionllm::commands=warn,fusionllm_broker=warn,fusionllm_compnode=warn",
+            _ => {
+                "error,iroh=off,fusionllm::commands=warn,fusionllm::secrets=warn,fusionllm_broker=warn,fusionllm_compnode=warn"
+            }
         }
     }
 }
@@ -103,21 +107,33 @@ pub(crate) struct Broker {
     /// Further address under which CompNodes reach this broker, such as a forwarded port (repeatable)
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) advertise: Vec<SocketAddr>,
-    /// Where key, secret, ticket and job records are kept [default: the user's state folder]
+    /// Where key, tickets and job records are kept, for you alone [default: the user's state folder]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
     /// Where run directories are made
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub(crate) runs: PathBuf,
-    /// Print the ticket as JSON
+    /// Folder where a job's checkpoint.to may lie, besides --runs (repeatable)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) checkpoints: Vec<PathBuf>,
+    /// Folder where a job's model.path and placement.cluster may lie if it comes from elsewhere (repeatable)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) models: Vec<PathBuf>,
+    /// Print the join ticket even where output is no terminal
+    #[arg(long)]
+    pub(crate) show_ticket: bool,
+    /// Print the join ticket as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Join {
-    /// The broker's ticket [default: $FUSIONLLM_TICKET]
+    /// The broker's join ticket, or `-` to read it from standard input [default: $FUSIONLLM_TICKET]
     pub(crate) ticket: Option<String>,
+    /// File with the ticket, readable by you alone
+    #[arg(long, value_name = "FILE", conflicts_with = "ticket")]
+    pub(crate) ticket_file: Option<PathBuf>,
     /// Name shown to people [default: the host's name]
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -139,6 +155,9 @@ pub(crate) struct Join {
     /// Measure the device again, even if it was measured before
     #[arg(long)]
     pub(crate) fresh_profile: bool,
+    /// File or folder that jobs may read on this machine as data, and tokenizers (repeatable) [default: nothing]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Vec<PathBuf>,
     /// Where the device's measured profile is kept [default: the user's state folder]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
@@ -150,7 +169,10 @@ pub(crate) struct Join {
 /// How a command finds its broker.
 #[derive(Debug, Args)]
 pub(crate) struct BrokerAddress {
-    /// The broker's ticket [default: $FUSIONLLM_TICKET, else that of a broker on this machine]
+    /// File with an operate ticket [default: $FUSIONLLM_TICKET, else that of a broker on this machine]
+    #[arg(long, value_name = "FILE", conflicts_with = "ticket")]
+    pub(crate) ticket_file: Option<PathBuf>,
+    /// The ticket itself, which others on this machine can see, or `-` to read it from standard input
     #[arg(long)]
     pub(crate) ticket: Option<String>,
     /// State folder of a broker on this machine
@@ -314,6 +336,75 @@ pub(crate) struct Generate {
     /// One JSON document
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ticket {
+    #[command(subcommand)]
+    pub(crate) command: TicketCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TicketCommand {
+    /// Make a ticket
+    New(NewTicket),
+    /// Show all tickets
+    List(TicketList),
+    /// Make a ticket worthless and close the connections that came by it
+    Revoke(RevokeTicket),
+}
+
+/// What the holder of a ticket may do.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum RoleName {
+    /// Join as a CompNode, and nothing else
+    Join,
+    /// Submit, stop and resume jobs, see status and inventory, make and revoke tickets
+    Operate,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NewTicket {
+    /// What its holder may do
+    #[arg(long)]
+    pub(crate) role: RoleName,
+    /// Name to list and revoke it by [default: the role and a number]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// For how long it lets anybody in, such as 7d or 12h [default: until it is revoked]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) expires: Option<String>,
+    /// It lets one CompNode in, or one command
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// File to write it to [default: NAME.ticket in this folder]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Print it even where output is no terminal
+    #[arg(long)]
+    pub(crate) show_ticket: bool,
+    /// One JSON document with the ticket, and no file unless --out is given
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TicketList {
+    /// One JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RevokeTicket {
+    /// The ticket's name, as the list shows it
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
 }
 
 #[cfg(test)]

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fusionllm_compnode::{Admitted, knock};
-use fusionllm_protocol::{ClientRequest, Hello, Role, ToClient, decode, encode};
+use fusionllm_protocol::{ClientRequest, Hello, Role, ToClient, decode_clean, encode};
 use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
 use tokio::time::timeout;
 
 use crate::cli::BrokerAddress;
-use crate::environment;
 use crate::exit::bad_input;
 use crate::paths::state_dir;
+use crate::secrets::{given_ticket, local_ticket};
 
 /// A broker that says nothing for this long on a new connection is not one.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -60,7 +60,7 @@ impl Client {
     /// The next message of a followed job; nothing when the broker has no more.
     pub(crate) async fn next(&mut self) -> anyhow::Result<Option<ToClient>> {
         let frame = self.source.recv_limited(ANSWER_BYTES).await.context("lost the broker")?;
-        Ok(frame.map(|f| decode(&f)).transpose()?)
+        Ok(frame.map(|f| decode_clean(&f)).transpose()?)
     }
 
     /// Says goodbye.
@@ -73,19 +73,17 @@ impl Client {
 async fn receive<T: serde::de::DeserializeOwned>(source: &mut FrameSource) -> anyhow::Result<T> {
     let waited = timeout(ANSWER_LIMIT, source.recv_limited(ANSWER_BYTES)).await;
     let frame = waited.context("the broker does not answer")??.context("the broker closed the connection")?;
-    Ok(decode(&frame)?)
+    Ok(decode_clean(&frame)?)
 }
 
+/// The ticket that is given, that of the environment, or that of a broker on this machine.
 fn find_ticket(address: &BrokerAddress) -> anyhow::Result<Ticket> {
-    let of_environment = || if address.state.is_none() { environment::ticket() } else { Ok(None) };
-    let text = match address.ticket.clone().map_or_else(of_environment, |ticket| Ok(Some(ticket)))? {
-        Some(ticket) => ticket,
-        None => {
-            let path = state_dir(address.state.as_deref())?.join("ticket");
-            let missing =
-                |e| bad_input(format!("no broker's ticket at {}: {e}; start one or give --ticket", path.display()));
-            std::fs::read_to_string(&path).map_err(missing)?
-        }
-    };
-    text.trim().parse().map_err(bad_input)
+    let (argument, file) = (address.ticket.as_deref(), address.ticket_file.as_deref());
+    // Who names a state folder does not mean the environment's broker.
+    if (argument.is_some() || file.is_some() || address.state.is_none())
+        && let Some(ticket) = given_ticket(argument, file)?
+    {
+        return Ok(ticket);
+    }
+    local_ticket(&state_dir(address.state.as_deref())?)
 }

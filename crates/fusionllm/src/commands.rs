@@ -11,6 +11,7 @@ mod model;
 mod plan;
 mod status;
 mod submit;
+mod ticket;
 mod train;
 
 use crate::cli::{Cli, Command};
@@ -24,6 +25,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Submit(args) => submit::submit(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Inventory(args) => inventory::run(args).await,
+        Command::Ticket(args) => ticket::run(args).await,
         Command::Stop(args) => submit::stop(args).await,
         Command::Resume(args) => submit::resume(args).await,
         Command::Plan(args) => plan::run(&args),

@@ -1,10 +1,12 @@
 //! CompNode processes on this machine; none outlives its parent.
 
+use std::ffi::OsStr;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fusionllm_broker::Broker;
+use fusionllm_protocol::DataSpec;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -39,8 +41,14 @@ pub(crate) struct LocalCompNodes {
 
 impl LocalCompNodes {
     /// Starts `count` of them one after another, so that names and joining order agree.
-    /// They share the cores. With `fresh_profile` they measure their device again.
-    pub(crate) async fn start(broker: &Broker, count: u32, device: &str, fresh_profile: bool) -> anyhow::Result<Self> {
+    /// They share the cores, and let jobs read what `data` names. With `fresh_profile` they measure their device again.
+    pub(crate) async fn start(
+        broker: &Broker,
+        count: u32,
+        device: &str,
+        data: &DataSpec,
+        fresh_profile: bool,
+    ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find the program's own path")?;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let threads = (cores / count.max(1) as usize).max(1).to_string();
@@ -50,6 +58,7 @@ impl LocalCompNodes {
                 .args(["join", "--child", "--bind", "127.0.0.1:0", "--device", device])
                 .args(["--name", &local_name(index), "--threads", &threads])
                 .args(fresh_profile.then_some("--fresh-profile"))
+                .args(data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]))
                 .env("FUSIONLLM_TICKET", broker.ticket().to_string())
                 .stdin(Stdio::piped())
                 .stdout(Stdio::null())

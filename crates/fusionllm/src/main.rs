@@ -9,6 +9,7 @@ mod local;
 mod paths;
 mod progress;
 mod render;
+mod secrets;
 
 use std::process::ExitCode;
 

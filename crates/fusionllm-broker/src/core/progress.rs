@@ -69,7 +69,7 @@ impl Core {
     }
 
     fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {
-        if !self.run_mut(key).is_some_and(|run| run.node_of(connection).is_some()) {
+        if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
             return Vec::new();
         }
         let mut actions = Vec::new();

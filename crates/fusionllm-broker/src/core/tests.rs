@@ -1046,6 +1046,7 @@ fn draw(seed: &mut u64, below: u64) -> u64 {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one arm for each event of a history")]
 fn no_order_of_events_breaks_the_rules() {
     let spec = testing::spec(&["placement.compnodes=2"]);
     let fresh = start(&spec, 0);

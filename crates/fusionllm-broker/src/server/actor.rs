@@ -199,6 +199,7 @@ impl Actor {
     }
 
     /// Replies are sent whether or not the one who asked still waits.
+    #[expect(clippy::too_many_lines, reason = "one short arm for each command")]
     fn serve(&mut self, command: Command) {
         let now = self.now();
         match command {

@@ -1,36 +1,44 @@
 //! One connection of a command such as `submit` or `status`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{ClientRequest, ToClient, Welcome, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource, Session};
+use tokio::time::{sleep, timeout};
 
-use tokio::time::sleep;
-
-use super::Handle;
 use super::events::{JobEvents, Submitted};
+use super::gate::Pass;
+use super::{Handle, blocking};
 use crate::BrokerError;
 
 /// A client is told this often that its request is worked on; it gives up after 10 s without a word.
 const KEEP_ALIVE: Duration = Duration::from_secs(3);
+/// How long a client may take to confirm the last answer.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 /// Largest request: a job.
 const REQUEST_BYTES: u64 = 16 << 20;
 
 /// Answers requests until the client goes.
-pub(super) async fn serve(session: Session, mut sink: FrameSink, mut source: FrameSource, handle: Handle) {
+pub(super) async fn serve(pass: Pass, session: Session, mut sink: FrameSink, mut source: FrameSource, handle: Handle) {
     let welcome = Welcome::Accepted { name: session.peer().to_string(), resumed: None };
     if let Ok(frame) = encode(&welcome)
         && sink.send(&frame).await.is_ok()
     {
         while let Ok(Some(frame)) = source.recv_limited(REQUEST_BYTES).await {
             let (answer, events) = match decode(&frame) {
-                Ok(request) => match patiently(&mut sink, answer(request, &handle)).await {
+                Ok(request) => match patiently(&mut sink, answer(request, &pass, &handle)).await {
                     Some(answered) => answered,
                     None => break,
                 },
                 Err(error) => (ToClient::Error { reason: error.to_string(), bad_input: true }, None),
             };
             if say(&mut sink, &answer).await.is_none() || follow(&mut sink, events).await.is_none() {
+                break;
+            }
+            if pass.is_revoked() {
+                // Whoever revokes his own ticket hears that it is done; closing earlier could overtake that.
+                let _ = timeout(GOODBYE_LIMIT, sink.finish()).await;
                 break;
             }
         }
@@ -52,7 +60,7 @@ async fn patiently<T>(sink: &mut FrameSink, answer: impl Future<Output = T>) -> 
 }
 
 /// The answer, and the events to send after it.
-async fn answer(request: ClientRequest, handle: &Handle) -> (ToClient, Option<JobEvents>) {
+async fn answer(request: ClientRequest, pass: &Pass, handle: &Handle) -> (ToClient, Option<JobEvents>) {
     let submitted = |result: Result<Submitted, BrokerError>, follow: bool| match result {
         Ok(Submitted { job, run_dir, events }) => {
             let run_dir = run_dir.display().to_string();
@@ -60,29 +68,39 @@ async fn answer(request: ClientRequest, handle: &Handle) -> (ToClient, Option<Jo
         }
         Err(error) => (refusal(&error), None),
     };
+    let plain = |result: Result<ToClient, BrokerError>| (result.unwrap_or_else(|error| refusal(&error)), None);
     match request {
         ClientRequest::Submit { spec, follow, tokenizer } => {
-            submitted(handle.submit(*spec, None, tokenizer).await, follow)
+            submitted(handle.submit_for_client(*spec, tokenizer, pass.own).await, follow)
         }
         ClientRequest::Resume { job, step, overrides, follow } => {
-            submitted(handle.resume(job, step, overrides).await, follow)
+            submitted(handle.resume(job, step, overrides, pass.own).await, follow)
         }
-        ClientRequest::Status => match handle.status().await {
-            Ok(report) => (ToClient::Status(report), None),
-            Err(error) => (refusal(&error), None),
-        },
+        ClientRequest::Status => plain(handle.status().await.map(ToClient::Status)),
         ClientRequest::Inventory { max_age_s, spec } => {
             let max_age = max_age_s.map(Duration::from_secs);
-            match handle.inventory(max_age, spec.map(|s| *s)).await {
-                Ok(inventory) => (ToClient::Inventory(inventory), None),
-                Err(error) => (refusal(&error), None),
-            }
+            let inventory = handle.inventory_for_client(max_age, spec.map(|s| *s), pass.own);
+            plain(inventory.await.map(ToClient::Inventory))
         }
-        ClientRequest::Stop { job } => match handle.stop(job).await {
-            Ok(()) => (ToClient::Ok, None),
-            Err(error) => (refusal(&error), None),
-        },
+        ClientRequest::Stop { job } => plain(handle.stop(job).await.map(|()| ToClient::Ok)),
+        ClientRequest::TicketNew { .. } | ClientRequest::TicketList | ClientRequest::TicketRevoke { .. } => {
+            plain(tickets(request, pass).await)
+        }
     }
+}
+
+/// Requests about tickets, which concern the gate alone.
+async fn tickets(request: ClientRequest, pass: &Pass) -> Result<ToClient, BrokerError> {
+    let (gate, asking) = (Arc::clone(&pass.gate), pass.connection());
+    let work = move || match request {
+        ClientRequest::TicketNew { role, name, valid_s, once } => {
+            let (name, ticket) = gate.create(name, role, valid_s, once)?;
+            Ok(ToClient::Ticket { name, ticket: ticket.to_string() })
+        }
+        ClientRequest::TicketRevoke { name } => Ok(ToClient::TicketRevoked { closed: gate.revoke(&name, asking)? }),
+        _ => Ok(ToClient::Tickets(gate.summaries())),
+    };
+    blocking(work).await
 }
 
 fn refusal(error: &BrokerError) -> ToClient {

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fusionllm_protocol::{ControlStream, FromBroker, FromCompNode, Numbered, ProtocolError, Welcome, decode, encode};
+use fusionllm_protocol::{
+    ControlStream, FromBroker, FromCompNode, Numbered, ProtocolError, Welcome, clean, decode_clean, encode,
+};
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 
 use super::actor::Command;
+use super::gate::Pass;
 use super::{Handle, blob};
 use crate::checkpoint::TensorSet;
 use crate::core::{ConnectionId, CoreEvent, Joining, RunKey};
@@ -51,7 +54,7 @@ pub(super) fn lock(control: &Control) -> MutexGuard<'_, ControlStream<FromBroker
 
 /// Serves the connection until it ends, and tells the core. `resume` is what the CompNode has received before a break.
 pub(super) async fn serve(
-    line: ConnectionId,
+    pass: Pass,
     session: Session,
     joining: Joining,
     resume: Option<u64>,
@@ -59,6 +62,7 @@ pub(super) async fn serve(
     source: FrameSource,
     handle: Handle,
 ) {
+    let line = pass.connection();
     let (outbox, queue) = mpsc::channel(OUTBOX);
     let join = handle.ask(|reply| Command::Join { line, joining, resume, outbox, reply });
     let Ok(Joined { connection, name, control, resumed }) = join.await else { return };
@@ -76,7 +80,8 @@ pub(super) async fn serve(
         if let Ok(closed) = timeout(Duration::from_millis(100), session.closed()).await {
             end = match closed.code {
                 Some(0) => End::left(),
-                _ => End { reason: closed.reason, ..end },
+                _ if pass.is_revoked() => End { reason: "its ticket was revoked".to_owned(), for_good: true },
+                _ => End { reason: clean(&closed.reason).into_owned(), ..end },
             };
         }
     }
@@ -176,7 +181,7 @@ async fn read(connection: ConnectionId, mut source: FrameSource, control: &Contr
             Err(error) => return End::broken(error.to_string()),
         };
         let at = Instant::now();
-        let received = decode(&frame).and_then(|frame| lock(control).receive::<FromCompNode>(frame));
+        let received = decode_clean(&frame).and_then(|frame| lock(control).receive::<FromCompNode>(frame));
         match received {
             Ok(Some(message)) => {
                 if handle.commands.send(Command::Said { connection, message, at }).await.is_err() {

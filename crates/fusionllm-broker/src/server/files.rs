@@ -25,6 +25,7 @@ pub(super) struct Files {
     thread: JoinHandle<()>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "nearly all of them are actions")]
 enum Work {
     Action(Action),
     Report { record: Box<JobRecord>, reply: oneshot::Sender<Result<RunReport, BrokerError>> },

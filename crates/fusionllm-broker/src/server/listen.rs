@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use fusionllm_protocol::{Greeting, Hello, Role, Welcome, decode, encode};
+use fusionllm_protocol::{Greeting, Hello, Role, TicketRole, Welcome, clean_to, decode_clean, encode, is_plain_name};
 use fusionllm_transport::{Endpoint, FrameSink, FrameSource, Secret, Session};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::gate::{Gate, Pass};
 use super::refusals::Refusals;
-use super::{Handle, client, compnode};
+use super::{Handle, blocking, client, compnode};
 use crate::core::ConnectionId;
 
 /// Who says nothing for this long is sent away.
@@ -20,17 +21,22 @@ const HELLO_BYTES: u64 = 64 << 10;
 /// Close code of a peer that is not let in.
 const REFUSED: u32 = 403;
 
+/// Longest description of a device, and longest name of a host, in characters.
+const DESCRIPTION_CHARS: usize = 200;
+/// Addresses of a CompNode that others try.
+const MOST_ADDRS: usize = 64;
+
 /// What all connections share.
 struct Door {
-    secret: Secret,
+    gate: Arc<Gate>,
     refusals: Refusals,
     handle: Handle,
 }
 
 /// Serves every connection until the endpoint closes.
-pub(super) async fn run(endpoint: Endpoint, secret: Secret, handle: Handle) {
+pub(super) async fn run(endpoint: Endpoint, gate: Arc<Gate>, handle: Handle) {
     let next = AtomicU64::new(1);
-    let door = Arc::new(Door { secret, refusals: Refusals::default(), handle });
+    let door = Arc::new(Door { gate, refusals: Refusals::default(), handle });
     let mut connections = JoinSet::new();
     while let Some(session) = endpoint.accept().await {
         while connections.try_join_next().is_some() {}
@@ -47,20 +53,43 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
     };
     let (sink, source, greeting) = first;
     let Some((hello, sink, source)) = introduce(&session, greeting, sink, source, door).await else { return };
-    if let Some(reason) = objection(&hello, &door.secret) {
-        refuse(&session, sink, &reason, door).await;
-        return;
-    }
+    let pass = match admit(connection, &session, &hello, door).await {
+        Ok(pass) => pass,
+        Err(reason) => {
+            refuse(&session, sink, &reason, door).await;
+            return;
+        }
+    };
     session.admitted();
     let handle = door.handle.clone();
     match hello.role {
-        Role::CompNode { name, device, addr, profile, resume } => {
+        Role::CompNode { name, device, mut addr, mut profile, resume } => {
+            let device = clean_to(&device, DESCRIPTION_CHARS).into_owned();
+            profile.host = clean_to(&profile.host, DESCRIPTION_CHARS).into_owned();
+            addr.addrs.truncate(MOST_ADDRS);
             let (id, key) = (session.peer().to_string(), *session.peer().as_bytes());
             let joining = crate::core::Joining { name, id, key, device, addr, profile };
-            compnode::serve(connection, session, joining, resume, sink, source, handle).await;
+            compnode::serve(pass, session, joining, resume, sink, source, handle).await;
         }
-        Role::Client => client::serve(session, sink, source, handle).await,
+        Role::Client => client::serve(pass, session, sink, source, handle).await,
     }
+}
+
+/// Lets somebody in, or says why not.
+async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door: &Door) -> Result<Pass, String> {
+    let role = match &hello.role {
+        Role::CompNode { .. } => TicketRole::Join,
+        Role::Client => TicketRole::Operate,
+    };
+    let (gate, session, secret) = (Arc::clone(&door.gate), session.clone(), Secret::from_bytes(hello.secret));
+    // A ticket for one use is not used up by a name that does not do.
+    if let Role::CompNode { name, .. } = &hello.role
+        && !is_plain_name(name)
+    {
+        return Err("a CompNode's name has 1 to 100 letters, digits, spaces or punctuation".to_owned());
+    }
+    let admitted = blocking(move || Ok(gate.admit(connection, &session, &secret, role))).await;
+    admitted.map_err(|e| e.to_string())?
 }
 
 async fn first_frame(session: &Session) -> Option<(FrameSink, FrameSource, Greeting)> {
@@ -87,7 +116,7 @@ async fn introduce(
     let hello = async {
         sink.send(&Greeting::OURS.to_bytes()).await.ok()?;
         match greeting.check("it") {
-            Ok(()) => decode::<Hello>(&source.recv_limited(HELLO_BYTES).await.ok()??).ok(),
+            Ok(()) => decode_clean::<Hello>(&source.recv_limited(HELLO_BYTES).await.ok()??).ok(),
             Err(error) => {
                 door.refusals.log(session.peer(), &error.to_string());
                 None
@@ -116,17 +145,4 @@ async fn refuse(session: &Session, mut sink: FrameSink, reason: &str, door: &Doo
         let _ = timeout(HELLO_LIMIT, sink.finish()).await;
     }
     session.close(REFUSED, "refused");
-}
-
-/// Why somebody may not come in.
-fn objection(hello: &Hello, secret: &Secret) -> Option<String> {
-    if !Secret::from_bytes(hello.secret).matches(secret) {
-        return Some("the ticket is not valid for this broker".to_owned());
-    }
-    match &hello.role {
-        Role::CompNode { name, .. } if name.is_empty() || name.len() > 100 || name.chars().any(char::is_control) => {
-            Some("a CompNode's name has 1 to 100 printable characters".to_owned())
-        }
-        Role::CompNode { .. } | Role::Client => None,
-    }
 }

@@ -109,6 +109,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::store::JobRecord;
     use crate::testing;
 
     /// A disk that is full from time to time, and that outlives those who open it.

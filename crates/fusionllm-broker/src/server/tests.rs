@@ -21,6 +21,8 @@ impl Bench {
             state_dir: folder.path().join("state"),
             resumed_by: crate::ResumedBy::Broker,
             runs_dir: folder.path().join("runs"),
+            checkpoint_dirs: Vec::new(),
+            model_dirs: Vec::new(),
         };
         let broker = Broker::start(config).await.unwrap();
         let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());

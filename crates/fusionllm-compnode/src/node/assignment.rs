@@ -9,7 +9,7 @@ use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::burn_executor::BurnExecutor;
-use crate::data::{Batches, Corpus, TextBatches, Tokenizer};
+use crate::data::{Batches, Corpus, ReadableData, TextBatches, Tokenizer};
 use crate::executor::NamedTensor;
 use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
@@ -65,6 +65,8 @@ pub(super) struct BuildSite {
     pub(super) device: Device,
     /// Bytes that a job may fill, if that is known.
     pub(super) free_bytes: Option<u64>,
+    /// What the job may read here.
+    pub(super) readable: Arc<ReadableData>,
     pub(super) permit: OwnedSemaphorePermit,
     /// Closed when the job is dropped.
     pub(super) mailbox: Arc<Mailbox>,
@@ -97,7 +99,7 @@ pub(super) fn prepare(
         });
     }
     site.check()?;
-    let (batches, data) = open_data(assignment, &dag)?;
+    let (batches, data) = open_data(assignment, &dag, &site.readable)?;
     site.check()?;
     let device = site.device.clone();
     let mut executor = BurnExecutor::new(Arc::clone(&dag), placement, node, device, optimizer, spec.train.seed)?;
@@ -135,13 +137,14 @@ fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, optimizer: &
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);
 
 /// Reads the data if this CompNode holds the placeholders.
-fn open_data(assignment: &Assignment, dag: &OpDag) -> Result<OpenedData, CompNodeError> {
+fn open_data(assignment: &Assignment, dag: &OpDag, readable: &ReadableData) -> Result<OpenedData, CompNodeError> {
     let placeholders = [dag.input(), dag.label()];
     let holds = |op| assignment.placement.stages_of(assignment.node).any(|s| s.ops.contains(&op));
     if !placeholders.into_iter().flatten().any(holds) {
         return Ok((None, None));
     }
     let spec = &assignment.spec;
+    readable.check(&spec.data)?;
     let tokenizer = Tokenizer::of_job(&spec.data, assignment.tokenizer.as_deref())?;
     let corpus = Corpus::read(&spec.data, &tokenizer)?;
     let vocab = dag.logits().and_then(|op| dag.op(op).output.shape.resolve(1).last().copied());

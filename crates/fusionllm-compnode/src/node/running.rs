@@ -18,6 +18,7 @@ use super::{NodeEvent, blob};
 use crate::CompNodeError;
 use crate::checkpoint::write_shard;
 use crate::codec_table::CodecTable;
+use crate::data::ReadableData;
 use crate::executor::NamedTensor;
 use crate::links::{EdgeTensors, JobLinks, NetworkExchange};
 use crate::mailbox::Mailbox;
@@ -33,6 +34,8 @@ pub(super) struct Place {
     pub(super) surveyor: Surveyor,
     /// Who holds its one permit may fill the memory.
     pub(super) memory: Arc<Semaphore>,
+    /// What the job may read here.
+    pub(super) readable: Arc<ReadableData>,
     pub(super) events: mpsc::Sender<NodeEvent>,
 }
 
@@ -62,7 +65,7 @@ impl RunningJob {
     /// that is done.
     pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
         let key = JobKey::of(&assignment);
-        let Place { endpoint, surveyor, memory, events } = place;
+        let Place { endpoint, surveyor, memory, readable, events } = place;
         let links = JobLinks::new(endpoint, &assignment);
         let (weights, receiver) = match assignment.weights {
             WeightSource::Seed(_) => (None, None),
@@ -83,7 +86,7 @@ impl RunningJob {
                 Ok(Ok(permit)) => {
                     let built = spawn_blocking(move || {
                         let (device, free_bytes) = (surveyor.device.clone(), surveyor.room());
-                        prepare(&assignment, BuildSite { device, free_bytes, permit, mailbox }, receiver)
+                        prepare(&assignment, BuildSite { device, free_bytes, readable, permit, mailbox }, receiver)
                     });
                     let built = built.await;
                     built.unwrap_or_else(|e| Err(e.into()))

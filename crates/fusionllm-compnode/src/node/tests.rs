@@ -52,6 +52,7 @@ impl House {
             threads: None,
             memory_bytes,
             profile_dir: None,
+            readable: ReadableData::new([folder.path().to_owned()]).unwrap(),
         };
         let compnode = tokio::spawn(join(config, std::future::pending()));
         Self { endpoint, compnode, folder }
@@ -303,7 +304,8 @@ async fn failure_of(train: &str, factor: f32) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_learning_rate_is_blamed_only_after_an_update() {
-    let reason = failure_of("steps = 9\nclip = 0.0\nlr = 1e-3", 1e38).await;
+    // A layer norm's variance still holds such values, a product of two of them is none.
+    let reason = failure_of("steps = 9\nclip = 0.0\nlr = 1e-3", 2e20).await;
     assert!(reason.contains(" of step 1 is ") && reason.contains("so train.lr is not why"), "{reason}");
     let reason = failure_of("steps = 9\nclip = 0.0\nlr = 1e30", 1.0).await;
     assert!(reason.contains(" of step 2 is ") && reason.ends_with("lower train.lr, or set train.clip"), "{reason}");

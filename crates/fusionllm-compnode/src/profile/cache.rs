@@ -74,7 +74,8 @@ impl ProfileCache {
 
 fn write_whole(path: &Path, content: &Content) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder)?;
+    // A broker on this machine keeps its secrets there.
+    fusionllm_transport::make_private_dir(folder).map_err(std::io::Error::other)?;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(&serde_json::to_vec_pretty(content)?)?;
     file.persist(path)?;

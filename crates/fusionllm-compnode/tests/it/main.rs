@@ -4,4 +4,5 @@
 mod golden;
 mod memory;
 mod parity;
+#[allow(dead_code, reason = "the tests of peak memory use what these do not")]
 mod run;

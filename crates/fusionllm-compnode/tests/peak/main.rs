@@ -1,6 +1,7 @@
 //! What training allocates at a real vocabulary, against what was planned for it.
 //!
 //! One test after the other: they share the counter of the allocator.
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 #[allow(dead_code, reason = "the other tests use what this one does not")]
 #[path = "../it/run.rs"]

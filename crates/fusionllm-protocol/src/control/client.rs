@@ -42,6 +42,24 @@ pub enum ClientRequest {
         /// Stream its events until it ends.
         follow: bool,
     },
+    /// Make a ticket.
+    TicketNew {
+        /// What its holders may do.
+        role: TicketRole,
+        /// Its name; without one the broker finds one.
+        name: Option<String>,
+        /// For how many seconds it admits; without end if not given.
+        valid_s: Option<u64>,
+        /// Whether it admits one key only.
+        once: bool,
+    },
+    /// Every ticket, without secrets.
+    TicketList,
+    /// Make a ticket worthless, and close the connections that came by it.
+    TicketRevoke {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// From the broker to a client.
@@ -60,6 +78,20 @@ pub enum ToClient {
     Inventory(Inventory),
     /// An event of the job that is followed.
     Event(#[serde(with = "crate::wire::as_json")] JobEvent),
+    /// Answer to [`ClientRequest::TicketNew`].
+    Ticket {
+        /// Its name.
+        name: String,
+        /// The ticket: what admits its holder. The broker keeps only a hash of its secret.
+        ticket: String,
+    },
+    /// Answer to [`ClientRequest::TicketList`].
+    Tickets(Vec<TicketSummary>),
+    /// Answer to [`ClientRequest::TicketRevoke`].
+    TicketRevoked {
+        /// Connections that were closed.
+        closed: u64,
+    },
     /// Done as asked.
     Ok,
     /// Not done.
@@ -116,4 +148,54 @@ pub struct CompNodeSummary {
     pub device: String,
     /// The job it works on.
     pub job: Option<JobId>,
+}
+
+/// What the holder of a ticket may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TicketRole {
+    /// Join as a CompNode, and nothing else.
+    Join,
+    /// Submit, stop and resume jobs, see status and inventory, make and revoke tickets.
+    Operate,
+}
+
+impl std::fmt::Display for TicketRole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Join => "join",
+            Self::Operate => "operate",
+        })
+    }
+}
+
+/// Whether a ticket admits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TicketState {
+    /// It does.
+    Valid,
+    /// It admitted one key, and lets no other in.
+    Used,
+    /// Its time is over: it lets nobody in who was not in before.
+    Expired,
+    /// It was revoked.
+    Revoked,
+}
+
+/// A ticket in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TicketSummary {
+    /// Its name.
+    pub name: String,
+    /// What its holders may do.
+    pub role: TicketRole,
+    /// Whether it admits.
+    pub state: TicketState,
+    /// Seconds for which it still does, if it has an end.
+    pub valid_s: Option<u64>,
+    /// Whether it admits one key only.
+    pub once: bool,
+    /// Connections by it that are open.
+    pub connections: u64,
 }

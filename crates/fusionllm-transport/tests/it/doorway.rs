@@ -50,8 +50,11 @@ async fn who_dials_has_room_for_the_answer_at_once() {
         sink.send(&vec![1; 4 << 20]).await.unwrap();
         sink.finish().await.unwrap();
     });
-    assert_eq!(from.accept_uni().await.unwrap().recv().await.unwrap().unwrap().len(), 4 << 20);
+    let mut source = from.accept_uni().await.unwrap();
+    assert_eq!(source.recv().await.unwrap().unwrap().len(), 4 << 20);
+    // The sender is not told that nobody reads on before it has said that this was all.
     sending.await.unwrap();
+    drop(source);
 }
 
 async fn guests(broker: &Endpoint, count: usize) -> (Endpoint, Vec<fusionllm_transport::Session>) {

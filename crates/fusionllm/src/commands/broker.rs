@@ -4,7 +4,7 @@ use fusionllm_broker::{Broker, BrokerConfig, ResumedBy};
 
 use crate::cli;
 use crate::paths::state_dir;
-use crate::render;
+use crate::{render, secrets};
 
 pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     let config = BrokerConfig {
@@ -12,6 +12,8 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         advertise: args.advertise,
         state_dir: state_dir(args.state.as_deref())?,
         runs_dir: args.runs,
+        checkpoint_dirs: args.checkpoints,
+        model_dirs: args.models,
         resumed_by: ResumedBy::Broker,
     };
     let broker = Broker::start(config).await.map_err(super::train::broker_error)?;
@@ -23,12 +25,17 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         () = std::future::ready(()) => {}
     }
     let ticket = broker.ticket().to_string();
+    let path = broker.ticket_path().display().to_string();
     if args.json {
-        render::json(&serde_json::json!({ "ticket": ticket }), false)?;
+        render::json(&serde_json::json!({ "ticket": ticket, "ticket_file": path }), false)?;
     } else {
-        render::line("On each machine that shall compute, run:\n")?;
-        render::line(&format!("    fusionllm join {ticket}\n"))?;
-        render::line("The ticket lets its holder in: keep it to yourselves. Ctrl-C ends the broker.")?;
+        render::line(&format!("The join ticket is in {path}. Copy that file to each machine that shall compute,"))?;
+        render::line("readable by you alone (`scp -p` keeps it so), and run there:\n")?;
+        render::line("    fusionllm join --ticket-file join.ticket\n")?;
+        if secrets::may_print(args.show_ticket) {
+            render::line(&format!("In one word, for `fusionllm join -`: {ticket}\n"))?;
+        }
+        render::line("The ticket lets CompNodes join: keep it to yourselves. Ctrl-C ends the broker.")?;
     }
     interrupted.await;
     broker.shutdown().await;

@@ -1,22 +1,19 @@
 //! `fusionllm join`
 
-use fusionllm_compnode::{JoinConfig, join};
-use fusionllm_transport::{Identity, Ticket};
+use fusionllm_compnode::{JoinConfig, ReadableData, join};
+use fusionllm_transport::Identity;
 use tokio::io::AsyncReadExt;
 
 use crate::cli;
-use crate::environment;
 use crate::exit::bad_input;
 use crate::paths::state_dir;
+use crate::secrets::given_ticket;
 
 pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
-    let text = match args.ticket {
-        Some(ticket) => ticket,
-        None => environment::ticket()?.ok_or_else(|| {
-            bad_input("no ticket: give the one that `fusionllm broker` printed, or set FUSIONLLM_TICKET to it")
-        })?,
-    };
-    let ticket: Ticket = text.trim().parse().map_err(bad_input)?;
+    let ticket = given_ticket(args.ticket.as_deref(), args.ticket_file.as_deref())?;
+    let ticket = ticket.ok_or_else(|| {
+        bad_input("no ticket: give the file with the join ticket that `fusionllm broker` wrote by --ticket-file")
+    })?;
     if let Some(gb) = args.memory_gb
         && !(gb.is_finite() && gb > 0.0)
     {
@@ -35,6 +32,7 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         threads: args.threads.map(|n| n as usize),
         memory_bytes: args.memory_gb.map(|gb| (gb * 1e9) as u64),
         profile_dir,
+        readable: ReadableData::new(args.data).map_err(|e| bad_input(format!("--data: {e}")))?,
     };
     let child = args.child;
     let shutdown = async move {

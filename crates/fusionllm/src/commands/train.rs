@@ -37,8 +37,10 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
     let config = BrokerConfig {
         bind: "127.0.0.1:0".parse().context("loopback address")?,
         advertise: Vec::new(),
-        state_dir: state.path().to_owned(),
+        state_dir: state.path().join("state"),
         runs_dir: PathBuf::from("runs"),
+        checkpoint_dirs: Vec::new(),
+        model_dirs: Vec::new(),
         resumed_by: ResumedBy::Train,
     };
     let broker = Broker::start(config).await.map_err(broker_error)?;
@@ -130,7 +132,8 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
         }
         render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
     }
-    let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, args.fresh_profile);
+    let starting =
+        LocalCompNodes::start(broker, checked.compnodes, &args.device, &checked.spec.data, args.fresh_profile);
     let mut compnodes = tokio::select! {
         started = starting => started?,
         () = super::follow::interrupted() => anyhow::bail!("interrupted before training began"),

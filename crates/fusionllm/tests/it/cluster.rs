@@ -17,7 +17,7 @@ fn status(bench: &Bench) -> Value {
 
 /// Starts a CompNode and waits until the broker shows it.
 fn join(bench: &Bench, ticket: &str, name: &str) -> Running {
-    let node = bench.start(&format!("join {ticket} --name {name} --bind 127.0.0.1:0 --device cpu"));
+    let node = bench.start(&format!("join {ticket} --name {name} --bind 127.0.0.1:0 --device cpu --data ."));
     while !status(bench)["compnodes"].as_array().unwrap().iter().any(|c| c["name"] == name) {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
@@ -62,8 +62,8 @@ fn a_stopped_job_resumes_from_its_checkpoint_on_a_new_broker() {
     assert_eq!((first.finish().0, node.finish().0), (Some(0), Some(0)));
 
     let (second, again) = broker(&bench);
-    let secret = |ticket: &str| ticket.len();
-    assert_eq!(secret(&again), secret(&ticket));
+    let secret = |ticket: &str| ticket.parse::<fusionllm::transport::Ticket>().unwrap().secret.as_bytes().to_owned();
+    assert_eq!(secret(&again), secret(&ticket), "it outlives the broker");
     let _node = join(&bench, &again, "office");
     let out = bench.succeed("resume 1 --state state --follow");
     assert!(out.contains("step 400/400"), "{out}");
@@ -107,7 +107,7 @@ fn a_stranger_is_refused_and_logged() {
     // The right address and key with another secret.
     let other = Bench::new();
     let mut ticket: fusionllm::transport::Ticket =
-        std::fs::read_to_string(bench.path("state/ticket")).unwrap().trim().parse().unwrap();
+        std::fs::read_to_string(bench.path("state/join.ticket")).unwrap().trim().parse().unwrap();
     ticket.secret = fusionllm::transport::Secret::generate();
     let output = other.run(&format!("join {ticket} --bind 127.0.0.1:0 --device cpu"));
     assert_eq!(output.status.code(), Some(1));
@@ -119,6 +119,44 @@ fn a_stranger_is_refused_and_logged() {
     broker.signal("INT");
     let (_, _, log) = broker.finish();
     assert!(log.contains("refused") && log.contains("the ticket is not valid"), "{log}");
+}
+
+/// A join ticket lets a CompNode in and commands nothing; a ticket that was revoked lets nobody in.
+#[test]
+fn tickets_have_roles_and_can_be_revoked() {
+    let bench = Bench::new();
+    let (_broker, ticket) = broker(&bench);
+    let other = Bench::new();
+    let refused = |arguments: String, words: &str| {
+        let output = other.run(&arguments);
+        let err = text(&output.stderr);
+        assert!(output.status.code() == Some(1) && err.contains(words), "{arguments}: {err}");
+    };
+    for command in ["status", "stop 1", "resume 1", "submit job.toml", "inventory", "ticket list"] {
+        refused(format!("{command} --ticket {ticket}"), "lets CompNodes join and nothing else");
+    }
+    let operate = std::fs::read_to_string(bench.path("state/operate.ticket")).unwrap();
+    refused(format!("join {} --bind 127.0.0.1:0 --device cpu", operate.trim()), "is for commands");
+
+    let make = |arguments: &str| -> Value {
+        serde_json::from_str(&bench.succeed(&format!("ticket new {arguments} --state state --json"))).unwrap()
+    };
+    let made = make("--role operate --name visitor --expires 1h");
+    let visitor = made["ticket"].as_str().unwrap();
+    assert!(other.succeed(&format!("status --ticket {visitor}")).contains("CompNode"), "{made}");
+    bench.succeed("ticket revoke visitor --state state");
+    refused(format!("status --ticket {visitor}"), "the ticket `visitor` was revoked");
+
+    // A CompNode that came by a ticket goes with it.
+    let made = make("--role join --name rented");
+    let node = join(&bench, made["ticket"].as_str().unwrap(), "rented");
+    bench.succeed("ticket revoke rented --state state");
+    while !status(&bench)["compnodes"].as_array().unwrap().is_empty() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    drop(node);
+    let listed = bench.succeed("ticket list --state state");
+    assert!(listed.contains("visitor") && listed.contains("revoked"), "{listed}");
 }
 
 #[test]

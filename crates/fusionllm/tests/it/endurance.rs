@@ -70,7 +70,7 @@ fn jobs_that_wait_survive_a_killed_broker() {
     let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
     let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
     let ticket = line["ticket"].as_str().unwrap().to_owned();
-    let _node = bench.start(&format!("join {ticket} --name a --bind 127.0.0.1:0 --device cpu"));
+    let _node = bench.start(&format!("join {ticket} --name a --bind 127.0.0.1:0 --device cpu --data ."));
     let deadline = Instant::now() + crate::process::LIMIT;
     loop {
         let jobs = status(&bench)["jobs"].clone();

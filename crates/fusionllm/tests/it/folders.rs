@@ -196,8 +196,8 @@ fn a_brokers_job_goes_on_from_a_step_with_other_keys() {
     let bench = Bench::new();
     let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
     let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
-    let _node =
-        bench.start(&format!("join {} --name n --bind 127.0.0.1:0 --device cpu", line["ticket"].as_str().unwrap()));
+    let _node = bench
+        .start(&format!("join {} --name n --bind 127.0.0.1:0 --device cpu --data .", line["ticket"].as_str().unwrap()));
     let mut follow =
         bench.start("submit job.toml --state state --follow --json --set train.steps=400 --set checkpoint.keep=0");
     follow.wait_for("\"step\":8,\"path\"");

@@ -24,6 +24,12 @@ impl Transcript {
         std::fs::write(path, bytes).unwrap();
     }
 
+    /// A file that is its owner's alone, as a secret must be.
+    fn write_private(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        self.write(name, bytes);
+        std::fs::set_permissions(self.bench.path(name), permissions(0o600)).unwrap();
+    }
+
     /// The line and what came of it; no run directory may be left.
     fn says(&mut self, line: &str, code: i32) {
         let output = self.bench.shell(line).stdin(Stdio::null()).output().unwrap();
@@ -370,8 +376,10 @@ fn checkpoints() {
 #[test]
 fn brokers_that_are_not_there() {
     let mut t = Transcript::new();
-    t.write("garbled/ticket", "hello\n");
-    t.write("blank/ticket", "\n");
+    t.write_private("garbled/operate.ticket", "hello\n");
+    t.write_private("blank/operate.ticket", "\n");
+    t.write("open/operate.ticket", "hello\n");
+    t.write("earlier/ticket", "hello\n");
     t.write("a-file", "");
     for line in [
         "fusionllm status",
@@ -379,6 +387,12 @@ fn brokers_that_are_not_there() {
         "fusionllm status --state a-file",
         "fusionllm status --state garbled",
         "fusionllm status --state blank",
+        "fusionllm status --state open",
+        "fusionllm status --state earlier",
+        "fusionllm status --ticket-file none.ticket",
+        "fusionllm join --ticket-file none.ticket",
+        "fusionllm ticket new --role join --expires soon",
+        "fusionllm join hello --data none",
         "fusionllm status --ticket ''",
         "fusionllm status --ticket hello",
         "fusionllm status --ticket fusionllmabc",
@@ -411,6 +425,7 @@ fn brokers_that_refuse() {
     t.write("a-file", "");
     t.write("empty-secret/secret", "");
     t.write("open-key/key", "0".repeat(64));
+    std::fs::set_permissions(t.bench.path("open-key"), permissions(0o700)).unwrap();
     std::fs::set_permissions(t.bench.path("open-key/key"), permissions(0o644)).unwrap();
     for line in [
         "fusionllm stop 99 --state state",
@@ -419,16 +434,20 @@ fn brokers_that_refuse() {
         "fusionllm submit job.toml --state state --set model.n_layer=100000",
         "fusionllm submit job.toml --state state --set placement.compnodes=500",
         "fusionllm broker --bind 127.0.0.1:0 --state state",
+        "fusionllm submit job.toml --state state --set checkpoint.to=/elsewhere",
+        "fusionllm ticket new --role join --name join --state state",
+        "fusionllm ticket new --role join --name a/b --state state",
+        "fusionllm ticket revoke nobody --state state",
         "fusionllm broker --bind 203.0.113.9:7710 --state other",
     ] {
         t.refuses(line);
     }
     t.says("fusionllm broker --bind 127.0.0.1:0 --state a-file", 1);
-    t.says("fusionllm broker --bind 127.0.0.1:0 --state open-key", 1);
+    t.refuses("fusionllm broker --bind 127.0.0.1:0 --state open-key");
     let mut ticket: fusionllm::transport::Ticket =
-        std::fs::read_to_string(t.bench.path("state/ticket")).unwrap().trim().parse().unwrap();
+        std::fs::read_to_string(t.bench.path("state/operate.ticket")).unwrap().trim().parse().unwrap();
     ticket.secret = fusionllm::transport::Secret::generate();
-    t.write("wrong-secret/ticket", ticket.to_string());
+    t.write_private("wrong-secret/operate.ticket", ticket.to_string());
     t.says("fusionllm status --state wrong-secret", 1);
     broker.signal("KILL");
     broker.finish();

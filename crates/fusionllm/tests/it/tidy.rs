@@ -192,7 +192,9 @@ fn the_commands_of_the_pages_parse() {
         let Some(arguments) = line.strip_prefix("fusionllm ").or_else(|| line.strip_prefix("train ")) else { continue };
         let command = arguments.split_whitespace().next().unwrap_or_default();
         let command = if line.starts_with("train ") { "train" } else { command };
-        let help = Command::new(env!("CARGO_BIN_EXE_fusionllm")).args([command, "--help"]).output().unwrap();
+        let of_it = arguments.split_whitespace().nth(1).filter(|_| command == "ticket");
+        let help =
+            Command::new(env!("CARGO_BIN_EXE_fusionllm")).arg(command).args(of_it).arg("--help").output().unwrap();
         assert!(help.status.success(), "`{line}`: there is no such command");
         let help = String::from_utf8_lossy(&help.stdout).into_owned();
         for flag in arguments.split_whitespace().filter(|w| w.starts_with("--")) {

@@ -26,9 +26,9 @@ const SCRIPT: &str = r#"
 on() { node=$1; shift; wan-emu exec "$node" --net "$WAN_EMU_NET" -- env XDG_STATE_HOME="$PWD/$node" "$@"; }
 on broker fusionllm broker > broker.out 2> broker.err &
 until grep -q 'fusionllm join' broker.out; do sleep 0.1; done
-ticket=$(grep -o 'fusionllm[a-z0-9]\{40,\}' broker.out | head -n 1)
-on gpu-0 fusionllm join "$ticket" --name gpu-0 --device cpu 2> gpu-0.err &
-on gpu-1 fusionllm join "$ticket" --name gpu-1 --device cpu 2> gpu-1.err &
+ticket=broker/fusionllm/join.ticket
+on gpu-0 fusionllm join --ticket-file $ticket --name gpu-0 --device cpu --data . 2> gpu-0.err &
+on gpu-1 fusionllm join --ticket-file $ticket --name gpu-1 --device cpu --data . 2> gpu-1.err &
 until on broker fusionllm status | grep -q '^gpu-1' && on broker fusionllm status | grep -q '^gpu-0'; do sleep 0.1; done
 on broker fusionllm submit job.toml --follow
 "#;

@@ -48,7 +48,7 @@ pub(super) struct Site {
     bench: Bench,
     /// Several machines, the broker's first; nothing if all is on this one.
     machines: Option<Machines>,
-    broker: Option<(Running, String)>,
+    broker: Option<Running>,
     compnodes: Vec<Running>,
     /// The page's own way to join.
     join: String,
@@ -63,7 +63,13 @@ impl Site {
         std::fs::create_dir(bench.path("texts")).unwrap();
         std::fs::copy(bench.path("text.txt"), bench.path("texts/a.txt")).unwrap();
         bench.write("cluster.toml", cluster);
-        Self { bench, machines, broker: None, compnodes: Vec::new(), join: "fusionllm join TICKET".to_owned() }
+        Self {
+            bench,
+            machines,
+            broker: None,
+            compnodes: Vec::new(),
+            join: "fusionllm join --ticket-file join.ticket --data .".to_owned(),
+        }
     }
 
     /// Runs a command as a page has it. What it needs is made before.
@@ -78,8 +84,15 @@ impl Site {
         match subcommand.as_str() {
             "broker" => self.start_broker(&line),
             "join" => {
-                self.join = line.clone();
+                // The data owner is any of them.
+                if line.contains("--data") {
+                    self.join = line.clone();
+                }
                 self.join(&line)
+            }
+            "ticket" => {
+                self.need_broker()?;
+                self.succeeds(&line)
             }
             "submit" | "status" | "inventory" => {
                 self.need_compnodes()?;
@@ -103,9 +116,7 @@ impl Site {
     /// The line with every placeholder filled in.
     fn filled(&self, line: &str) -> Result<String, String> {
         let mut line = replace_word(line, "/path/to/texts", &self.bench.path("texts").display().to_string());
-        if let Some((_, ticket)) = &self.broker {
-            line = replace_word(&line, "TICKET", ticket);
-        }
+        line = line.replace("--data /srv/texts", "--data .").replace("--data DIR", "--data .");
         let mut words = line.split_whitespace().skip_while(|word| *word != "--step");
         if let Some(step) = words.nth(1).map(|step| format!("--step {step}")) {
             line = line.replace(&step, &format!("--step {CHECKPOINT}"));
@@ -165,30 +176,30 @@ impl Site {
         let line = self.filled(&self.with_free_port(line))?;
         let mut broker = Running::spawn(self.command(0, &format!("exec {line}")));
         let mut seen = String::new();
-        let ticket = loop {
+        while !seen.contains("fusionllm join --ticket-file") {
             let Some(said) = broker.line() else {
-                return Err(format!("no ticket was printed\n{seen}\n{}", broker.finish().2));
+                return Err(format!("nothing was said on how to join\n{seen}\n{}", broker.finish().2));
             };
-            let ticket = said.split_whitespace().find(|w| w.parse::<fusionllm::transport::Ticket>().is_ok());
-            if let Some(ticket) = ticket {
-                break ticket.to_owned();
-            }
             seen.push_str(&said);
-        };
+        }
+        // What a person copies to each machine.
+        let made = self.bench.path("machine-0/fusionllm/join.ticket");
+        std::fs::copy(&made, self.bench.path("join.ticket")).map_err(|e| format!("{}: {e}", made.display()))?;
         if line.contains("--advertise") {
             let outer = line.split_whitespace().skip_while(|w| *w != "--advertise").nth(1).unwrap_or_default();
-            let parsed: fusionllm::transport::Ticket = ticket.parse().map_err(|e| format!("{e}"))?;
+            let ticket = std::fs::read_to_string(made).map_err(|e| e.to_string())?;
+            let parsed: fusionllm::transport::Ticket = ticket.trim().parse().map_err(|e| format!("{e}"))?;
             if !parsed.broker.addrs.iter().any(|addr| addr.to_string() == outer) {
                 return Err(format!("{outer} is not in the ticket: {:?}", parsed.broker.addrs));
             }
         }
-        self.broker = Some((broker, ticket));
+        self.broker = Some(broker);
         Ok(())
     }
 
     /// Ends broker and CompNodes as an operator does, which must go well.
     fn end(&mut self) {
-        if let Some((broker, _)) = self.broker.take() {
+        if let Some(broker) = self.broker.take() {
             broker.signal("INT");
             let (code, out, err) = broker.finish();
             assert_eq!(code, Some(0), "the broker's end\n{out}\n{err}");

@@ -1,0 +1,240 @@
+//! The gate: tickets on disk, and the connections that came in by each.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use data_encoding::HEXLOWER;
+use fusionllm_protocol::{TicketRole, TicketSummary};
+use fusionllm_transport::{PeerAddr, Secret, Session, Ticket, read_private};
+
+use crate::BrokerError;
+use crate::core::ConnectionId;
+use crate::run_dir::{io_error, write_private};
+use crate::tickets::{Grant, NewTicket, Tickets};
+
+/// Close code of a connection whose ticket was revoked.
+const REVOKED: u32 = 403;
+/// Files of earlier releases, whose one ticket admitted to everything.
+const OLD_FILES: [&str; 2] = ["secret", "ticket"];
+
+/// Who may come in, and who has. Nobody comes in by a ticket while it is being revoked.
+#[derive(Debug)]
+pub(super) struct Gate {
+    state_dir: PathBuf,
+    broker: PeerAddr,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    tickets: Tickets,
+    /// Open connections with the ticket that each came by.
+    open: BTreeMap<ConnectionId, (String, Session)>,
+}
+
+/// The place of somebody who was let in; given up when it is dropped.
+#[derive(Debug)]
+pub(super) struct Pass {
+    connection: ConnectionId,
+    /// Whether the holder is the broker's own user.
+    pub(super) own: bool,
+    pub(super) gate: Arc<Gate>,
+}
+
+impl Gate {
+    /// Reads the tickets of a state folder, and makes those that are always there: `join.ticket`, which is given, and
+    /// `operate.ticket`. A folder of an earlier release is taken over: its ticket lets CompNodes join.
+    pub(super) fn open(state_dir: &Path, broker: PeerAddr) -> Result<(Arc<Self>, Ticket), BrokerError> {
+        let mut tickets = read_tickets(&tickets_path(state_dir))?;
+        let old = take_over(state_dir, &mut tickets)?;
+        let mut own = |role: TicketRole, old: Option<Secret>| {
+            let path = ticket_path(state_dir, role);
+            let known = read_ticket(&path)?.map(|t| t.secret).filter(|s| tickets.is_own(&role.to_string(), s));
+            let secret = match known.or(old) {
+                Some(secret) => secret,
+                None => {
+                    let (secret, new) = (Secret::generate(), NewTicket { role, ends: None, once: false, own: true });
+                    let made = tickets.create(Some(role.to_string()), new, &secret, now());
+                    made.map_err(|reason| BrokerError::Tickets { path: path.clone(), reason })?;
+                    secret
+                }
+            };
+            Ok::<_, BrokerError>((path, Ticket { broker: broker.clone(), secret }))
+        };
+        let (join_path, join) = own(TicketRole::Join, old)?;
+        let (operate_path, operate) = own(TicketRole::Operate, None)?;
+        write_tickets(state_dir, &tickets)?;
+        write_private(&join_path, format!("{join}\n").as_bytes())?;
+        write_private(&operate_path, format!("{operate}\n").as_bytes())?;
+        for name in OLD_FILES {
+            remove(&state_dir.join(name))?;
+        }
+        let inner = Mutex::new(Inner { tickets, open: BTreeMap::new() });
+        Ok((Arc::new(Self { state_dir: state_dir.to_owned(), broker, inner }), join))
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets somebody in as `role`, or says why not. Writes a file: for a blocking thread.
+    pub(super) fn admit(
+        self: &Arc<Self>,
+        connection: ConnectionId,
+        session: &Session,
+        secret: &Secret,
+        role: TicketRole,
+    ) -> Result<Pass, String> {
+        let mut inner = self.inner();
+        let Grant { ticket, own, changed } = inner.tickets.admit(secret, role, session.peer(), now())?;
+        if changed {
+            // What is not on disk would admit again after a restart.
+            write_tickets(&self.state_dir, &inner.tickets).map_err(|error| {
+                tracing::error!(%error, "cannot keep who came in by which ticket");
+                "the broker cannot write its tickets".to_owned()
+            })?;
+        }
+        inner.open.insert(connection, (ticket, session.clone()));
+        Ok(Pass { connection, own, gate: Arc::clone(self) })
+    }
+
+    /// Makes a ticket. Gives its name, and what admits. For a blocking thread.
+    pub(super) fn create(
+        &self,
+        name: Option<String>,
+        role: TicketRole,
+        valid_s: Option<u64>,
+        once: bool,
+    ) -> Result<(String, Ticket), BrokerError> {
+        let now = now();
+        let new = NewTicket { role, ends: valid_s.map(|s| now.saturating_add(s)), once, own: false };
+        let secret = Secret::generate();
+        let mut inner = self.inner();
+        let mut tickets = inner.tickets.clone();
+        let name = tickets.create(name, new, &secret, now).map_err(|reason| BrokerError::Ticket { reason })?;
+        write_tickets(&self.state_dir, &tickets)?;
+        inner.tickets = tickets;
+        tracing::info!(name, %role, "a ticket was made");
+        Ok((name, Ticket { broker: self.broker.clone(), secret }))
+    }
+
+    /// Every ticket, without secrets.
+    pub(super) fn summaries(&self) -> Vec<TicketSummary> {
+        let inner = self.inner();
+        let mut connections: BTreeMap<String, u64> = BTreeMap::new();
+        for (ticket, _) in inner.open.values() {
+            *connections.entry(ticket.clone()).or_default() += 1;
+        }
+        inner.tickets.summaries(&connections, now())
+    }
+
+    /// Makes a ticket worthless, and closes the connections that came by it, except `asking`, which closes itself when it
+    /// has its answer. Gives how many were closed. For a blocking thread.
+    pub(super) fn revoke(&self, name: &str, asking: ConnectionId) -> Result<u64, BrokerError> {
+        let mut inner = self.inner();
+        let mut tickets = inner.tickets.clone();
+        let is_own = tickets.revoke(name).map_err(|reason| BrokerError::Ticket { reason })?;
+        write_tickets(&self.state_dir, &tickets)?;
+        inner.tickets = tickets;
+        let gone: Vec<_> = inner.open.extract_if(.., |_, (ticket, _)| ticket == name).collect();
+        drop(inner);
+        for (_, (_, session)) in gone.iter().filter(|(connection, _)| *connection != asking) {
+            session.close(REVOKED, "the ticket was revoked");
+        }
+        if is_own {
+            // The file would only mislead.
+            remove(&self.state_dir.join(format!("{name}.ticket")))?;
+        }
+        tracing::info!(name, closed = gone.len(), "a ticket was revoked");
+        Ok(gone.len() as u64)
+    }
+}
+
+impl Pass {
+    /// The connection that came in by it.
+    pub(super) fn connection(&self) -> ConnectionId {
+        self.connection
+    }
+
+    /// Whether the ticket was revoked since.
+    pub(super) fn is_revoked(&self) -> bool {
+        !self.gate.inner().open.contains_key(&self.connection)
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.gate.inner().open.remove(&self.connection);
+    }
+}
+
+/// Where the ticket of a role lies that is always there.
+pub(super) fn ticket_path(state_dir: &Path, role: TicketRole) -> PathBuf {
+    state_dir.join(format!("{role}.ticket"))
+}
+
+pub(super) fn tickets_path(state_dir: &Path) -> PathBuf {
+    state_dir.join("tickets.json")
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    // A clock before 1970 lets every ticket be valid.
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn read_tickets(path: &Path) -> Result<Tickets, BrokerError> {
+    let Some(text) = std::fs::read(path).map(Some).or_else(not_found).map_err(|e| io_error(path, e))? else {
+        return Ok(Tickets::default());
+    };
+    let damaged = |e: serde_json::Error| BrokerError::Tickets {
+        path: path.to_owned(),
+        reason: format!(
+            "line {}, column {} is not as it was written; move it away to begin without tickets",
+            e.line(),
+            e.column()
+        ),
+    };
+    serde_json::from_slice(&text).map_err(damaged)
+}
+
+fn not_found<T>(error: std::io::Error) -> std::io::Result<Option<T>> {
+    if error.kind() == std::io::ErrorKind::NotFound { Ok(None) } else { Err(error) }
+}
+
+fn write_tickets(state_dir: &Path, tickets: &Tickets) -> Result<(), BrokerError> {
+    let path = tickets_path(state_dir);
+    let text = serde_json::to_vec_pretty(tickets).map_err(|e| io_error(&path, e.into()))?;
+    write_private(&path, &text)
+}
+
+fn read_ticket(path: &Path) -> Result<Option<Ticket>, BrokerError> {
+    let Some(text) = read_private(path)? else { return Ok(None) };
+    let damaged = |e| BrokerError::Tickets {
+        path: path.to_owned(),
+        reason: format!("{e}; remove it to have a new one made (copies of this one will admit nobody)"),
+    };
+    text.trim().parse().map(Some).map_err(damaged)
+}
+
+fn remove(path: &Path) -> Result<(), BrokerError> {
+    std::fs::remove_file(path).map(Some).or_else(not_found).map(drop).map_err(|e| io_error(path, e))
+}
+
+/// Makes the one secret of an earlier release that of the join ticket, so that CompNodes which hold it can come back.
+fn take_over(state_dir: &Path, tickets: &mut Tickets) -> Result<Option<Secret>, BrokerError> {
+    let path = state_dir.join("secret");
+    let Some(text) = read_private(&path)? else { return Ok(None) };
+    let bytes = HEXLOWER.decode(text.trim().as_bytes()).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+    let secret = bytes.map(Secret::from_bytes).ok_or(BrokerError::Secret { path: path.clone() })?;
+    let new = NewTicket { role: TicketRole::Join, ends: None, once: false, own: true };
+    let made = tickets.create(Some(TicketRole::Join.to_string()), new, &secret, now());
+    made.map_err(|reason| BrokerError::Tickets { path, reason })?;
+    tracing::warn!(
+        "the ticket that an earlier release made lets CompNodes join from now on, and nothing else; commands on this \
+         machine use operate.ticket in the state folder, others need `fusionllm ticket new --role operate`"
+    );
+    Ok(Some(secret))
+}

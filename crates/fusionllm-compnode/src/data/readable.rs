@@ -1,0 +1,110 @@
+//! What a CompNode's owner lets jobs read.
+
+use std::path::{Path, PathBuf};
+
+use fusionllm_protocol::DataSpec;
+
+use crate::DataError;
+
+/// The files and folders of this machine that jobs may read as data: nothing, unless its owner says so.
+///
+/// A job names paths on the machine of the data owner, and may come from somebody else.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReadableData(Vec<PathBuf>);
+
+impl ReadableData {
+    /// Files, and folders with all that lies in them.
+    ///
+    /// # Errors
+    /// [`DataError::Unlisted`] for the first one that is not there.
+    pub fn new(paths: impl IntoIterator<Item = PathBuf>) -> Result<Self, DataError> {
+        let real =
+            |path: PathBuf| path.canonicalize().map_err(|e| DataError::Unlisted { path: path.clone(), source: e });
+        paths.into_iter().map(real).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Holds the paths of a job's data and tokenizer against what may be read. Links and `..` are followed first.
+    ///
+    /// # Errors
+    /// [`DataError::NotReadable`] that names the job's key and the path. It does not tell whether anything is there.
+    pub(crate) fn check(&self, spec: &DataSpec) -> Result<(), DataError> {
+        for path in &spec.path {
+            self.check_path("data.path", path)?;
+        }
+        spec.tokenizer_file().map_or(Ok(()), |path| self.check_path("data.tokenizer", path))
+    }
+
+    fn check_path(&self, key: &'static str, path: &Path) -> Result<(), DataError> {
+        let is_within = |real: PathBuf| self.0.iter().any(|allowed| real.starts_with(allowed));
+        if path.canonicalize().is_ok_and(is_within) {
+            return Ok(());
+        }
+        // What is missing in a folder that may be read is said by whoever opens it.
+        let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
+        if parent.is_some_and(is_within) && path.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        Err(DataError::NotReadable { key, path: path.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(path: &Path, tokenizer: &str) -> DataSpec {
+        DataSpec {
+            path: vec![path.to_owned()],
+            format: fusionllm_protocol::DataFormat::Text,
+            tokenizer: tokenizer.to_owned(),
+            seq_len: 8,
+            eval_fraction: 0.1,
+            owner: None,
+            private: false,
+        }
+    }
+
+    #[test]
+    fn only_what_the_owner_named_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let (open, closed) = (folder.path().join("open"), folder.path().join("closed"));
+        std::fs::create_dir_all(open.join("deep")).unwrap();
+        std::fs::create_dir(&closed).unwrap();
+        for file in [open.join("deep/a.txt"), closed.join("id_ed25519"), closed.join("tokenizer.json")] {
+            std::fs::write(file, "x").unwrap();
+        }
+        let readable = ReadableData::new([open.clone(), closed.join("tokenizer.json")]).unwrap();
+        let allows = |path: &str, tokenizer: &str| readable.check(&spec(&open.join(path), tokenizer)).is_ok();
+        for path in ["", "deep", "deep/a.txt", "deep/../deep", "missing.txt"] {
+            assert!(allows(path, "bytes"), "{path}");
+        }
+        for path in ["..", "../closed", "../closed/id_ed25519", "deep/../../closed", "../open2", "../missing"] {
+            assert!(!allows(path, "bytes"), "{path}");
+        }
+        assert!(allows("deep", closed.join("tokenizer.json").to_str().unwrap()));
+        let error = readable.check(&spec(&open, closed.join("id_ed25519").to_str().unwrap())).unwrap_err();
+        assert!(
+            error.to_string().starts_with("data.tokenizer ") && error.to_string().contains("--data DIR"),
+            "{error}"
+        );
+        assert!(readable.check(&spec(Path::new("/proc/self/environ"), "bytes")).is_err());
+        assert!(ReadableData::default().check(&spec(&open, "bytes")).is_err());
+        assert!(ReadableData::new([folder.path().join("none")]).is_err());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_do_not_lead_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let (open, closed) = (folder.path().join("open"), folder.path().join("closed"));
+        std::fs::create_dir(&open).unwrap();
+        std::fs::create_dir(&closed).unwrap();
+        std::os::unix::fs::symlink(&closed, open.join("out")).unwrap();
+        std::os::unix::fs::symlink(closed.join("later"), open.join("nowhere")).unwrap();
+        std::os::unix::fs::symlink(&open, folder.path().join("in")).unwrap();
+        let readable = ReadableData::new([open.clone()]).unwrap();
+        let allows = |path: PathBuf| readable.check(&spec(&path, "bytes")).is_ok();
+        assert!(!allows(open.join("out")) && !allows(open.join("out/x")) && !allows(open.join("nowhere")));
+        assert!(allows(folder.path().join("in")));
+    }
+}
