@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::validate::fail;
 use crate::JobError;
+use crate::text::is_deceptive;
 
 /// Most characters of a job's name: it stands in tables, and with a time behind it names the run directory.
 const MAX_NAME_CHARS: usize = 64;
@@ -50,8 +51,7 @@ pub(super) fn check_path(key: &str, path: &Path) -> Result<(), JobError> {
     Ok(())
 }
 
-/// Control characters, and those that only change how others are shown: directions, joiners, marks of byte order.
+/// What is cleaned out of peers' text, and the two joiners, which only change how others are shown.
 fn is_invisible(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+    is_deceptive(c) || matches!(c, '\u{200c}' | '\u{200d}')
 }
