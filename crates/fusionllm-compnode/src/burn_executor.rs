@@ -10,8 +10,7 @@ use fusionllm_graph::{OpDag, OpId, Param, ParamId};
 use fusionllm_planner::{NodeIndex, Placement, StageId, may_defer};
 use fusionllm_protocol::Pass;
 
-use crate::ExecutorError;
-use crate::executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
+use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
 use crate::gradients::{Gradients, Write};
 use crate::host::{to_scalar, to_vec};
 use crate::kernels::fused;
@@ -20,6 +19,7 @@ use crate::owed::Owed;
 use crate::params::initial_values;
 use crate::segment::{Kept, Segment, Surroundings};
 use crate::stop::StopFlag;
+use crate::{CompNodeError, ExecutorError};
 
 /// Runs the stages of one CompNode on a Burn device.
 #[derive(Debug)]
@@ -151,18 +151,20 @@ impl BurnExecutor {
     /// Replaces parameters and optimizer state by what `tensors` holds; every parameter held here must be in it.
     ///
     /// # Errors
-    /// [`ExecutorError::Param`] if one is missing or has another shape.
-    pub fn import(&mut self, tensors: Vec<NamedTensor>) -> Result<(), ExecutorError> {
-        let mut by_name: BTreeMap<String, NamedTensor> = tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
+    /// [`ExecutorError::Param`] if one is missing or has another shape, [`ShardError`](crate::ShardError) if one cannot
+    /// be read.
+    pub fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError> {
         let ids: Vec<ParamId> = self.params.keys().copied().collect();
         for id in ids {
             let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
-            let fail = |name: &str, reason: String| ExecutorError::Param { name: name.to_owned(), reason };
-            let tensor = by_name.remove(&name).ok_or_else(|| fail(&name, "not among the weights".to_owned()))?;
+            let missing = || ExecutorError::Param { name: name.clone(), reason: "not among the weights".to_owned() };
+            let tensor = tensors.take(&name)?.ok_or_else(missing)?;
+            // The memory of the old values is for the new ones.
+            self.leaves.remove(&id);
             self.params.insert(id, self.checked(tensor, &shape)?);
             let mut state = ParamState::new();
             for kind in STATE_KINDS {
-                if let Some(tensor) = by_name.remove(&format!("optimizer.{kind}.{name}")) {
+                if let Some(tensor) = tensors.take(&format!("optimizer.{kind}.{name}"))? {
                     state.insert(kind, self.checked(tensor, &shape)?);
                 }
             }
@@ -374,17 +376,21 @@ impl Executor for BurnExecutor {
         self.device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })
     }
 
-    fn export(&self) -> Result<Vec<NamedTensor>, ExecutorError> {
+    fn export(&self) -> Vec<LazyTensor<'_>> {
         let mut tensors = Vec::new();
         for (&id, param) in &self.params {
-            let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
+            let Param { name, shape, .. } = self.dag.param(id);
+            let lazy = |name: String, tensor: &Tensor<1>| {
+                // A handle: the values are copied when they are read.
+                let tensor = tensor.clone();
+                LazyTensor::new(name, shape.clone(), move || to_vec(tensor))
+            };
             for (kind, tensor) in self.state.get(&id).into_iter().flatten() {
-                let name = format!("optimizer.{kind}.{name}");
-                tensors.push(NamedTensor { name, shape: shape.clone(), values: to_vec(tensor.clone())? });
+                tensors.push(lazy(format!("optimizer.{kind}.{name}"), tensor));
             }
-            tensors.push(NamedTensor { name, shape, values: to_vec(param.clone())? });
+            tensors.push(lazy(name.clone(), param));
         }
-        Ok(tensors)
+        tensors
     }
 
     fn live(&self) -> usize {

@@ -2,6 +2,8 @@
 
 mod hugging_face;
 mod shard;
+mod shard_file;
 
 pub use hugging_face::export_hugging_face;
-pub use shard::{read_shard, write_shard};
+pub use shard::{read_shard, write_shard, write_shard_to};
+pub(crate) use shard_file::ShardFile;

@@ -229,6 +229,9 @@ pub enum ShardError {
         /// What is wrong and what would be right.
         reason: String,
     },
+    /// The device did not give a tensor.
+    #[error(transparent)]
+    Device(#[from] ExecutorError),
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {

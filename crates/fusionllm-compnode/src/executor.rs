@@ -1,5 +1,6 @@
 //! What a framework must be able to do to run a sub-DAG: the one seam behind which Burn stands.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use fusionllm_codec::HostTensor;
@@ -7,7 +8,7 @@ use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::StageId;
 use fusionllm_protocol::Pass;
 
-use crate::ExecutorError;
+use crate::{ExecutorError, ShardError};
 
 /// Which micro-batch a task works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,6 +39,58 @@ pub struct NamedTensor {
     pub shape: Vec<usize>,
     /// Row-major values.
     pub values: Vec<f32>,
+}
+
+/// A parameter or a piece of optimizer state whose values are made only when they are asked for.
+pub struct LazyTensor<'a> {
+    /// As of [`NamedTensor`].
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    values: Box<dyn FnOnce() -> Result<Vec<f32>, ExecutorError> + 'a>,
+}
+
+impl std::fmt::Debug for LazyTensor<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LazyTensor").field("name", &self.name).field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+impl<'a> LazyTensor<'a> {
+    /// A tensor whose row-major values `values` makes.
+    pub fn new(name: String, shape: Vec<usize>, values: impl FnOnce() -> Result<Vec<f32>, ExecutorError> + 'a) -> Self {
+        Self { name, shape, values: Box::new(values) }
+    }
+
+    /// The tensor with its values.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    pub fn read(self) -> Result<NamedTensor, ExecutorError> {
+        Ok(NamedTensor { name: self.name, shape: self.shape, values: (self.values)()? })
+    }
+}
+
+impl From<NamedTensor> for LazyTensor<'_> {
+    fn from(NamedTensor { name, shape, values }: NamedTensor) -> Self {
+        Self::new(name, shape, || Ok(values))
+    }
+}
+
+/// Tensors by name, of which one is in memory at a time.
+pub trait TensorSource {
+    /// Takes a tensor; nothing if there is none of that name.
+    ///
+    /// # Errors
+    /// [`ShardError`] if it cannot be read.
+    fn take(&mut self, name: &str) -> Result<Option<NamedTensor>, ShardError>;
+}
+
+/// Tensors that are all in memory.
+impl TensorSource for BTreeMap<String, NamedTensor> {
+    fn take(&mut self, name: &str) -> Result<Option<NamedTensor>, ShardError> {
+        Ok(self.remove(name))
+    }
 }
 
 /// How to do an UPDATE.
@@ -136,10 +189,7 @@ pub trait Executor: Send {
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError>;
 
     /// All parameters and optimizer state.
-    ///
-    /// # Errors
-    /// [`ExecutorError`] if the device fails.
-    fn export(&self) -> Result<Vec<NamedTensor>, ExecutorError>;
+    fn export(&self) -> Vec<LazyTensor<'_>>;
 
     /// Micro-batches that are live (FP done, BP not) in the stage that has most of them.
     fn live(&self) -> usize;

@@ -1,5 +1,6 @@
 //! Text from a trained model.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use burn_tensor::Device;
@@ -47,7 +48,8 @@ impl Generator {
         let logits = dag.logits().ok_or_else(|| unfit("loss op to take the logits from"))?;
         let seq_len = dag.seq_len().ok_or_else(|| unfit("sequence length"))?;
         let mut executor = BurnExecutor::up_to(dag, logits, device)?;
-        executor.import(tensors)?;
+        let mut by_name: BTreeMap<String, NamedTensor> = tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
+        executor.import(&mut by_name)?;
         Ok(Self { executor, input, logits, seq_len })
     }
 

@@ -34,13 +34,13 @@ mod task_loop;
 
 pub use allocator::{Allocator, keep_freed_memory};
 pub use burn_executor::BurnExecutor;
-pub use checkpoint::{export_hugging_face, read_shard, write_shard};
+pub use checkpoint::{export_hugging_face, read_shard, write_shard, write_shard_to};
 pub use codec_table::CodecTable;
 pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokenizer};
 pub use device::{DeviceChoice, PROBE_THREAD, open_device};
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};
-pub use executor::{Executor, MicroBatch, NamedTensor, StageOutput, UpdateSpec};
+pub use executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
 pub use generate::{Generator, SamplingSpec};
 pub use knock::{Admitted, knock};
 pub use links::{JobLinks, NetworkExchange};

@@ -9,7 +9,7 @@ mod running;
 mod survey;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,6 +60,8 @@ pub struct JoinConfig {
     pub profile_dir: Option<PathBuf>,
     /// What jobs may read here as data.
     pub readable: ReadableData,
+    /// Folder for weights and shards while they come and go: files without a name, as large as the state of a part.
+    pub scratch_dir: PathBuf,
 }
 
 /// Everything that the loop reacts to.
@@ -124,6 +126,7 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         outbox: Outbox::default(),
         has_joined: false,
         readable: Arc::new(config.readable),
+        scratch: config.scratch_dir.into(),
         memory: Arc::new(Semaphore::new(1)),
         job: None,
         weights: blob::Unclaimed::default(),
@@ -155,6 +158,7 @@ struct Node {
     outbox: Outbox,
     has_joined: bool,
     readable: Arc<ReadableData>,
+    scratch: Arc<Path>,
     /// One permit: whoever fills the device's memory, a job or a measurement, holds it.
     memory: Arc<Semaphore>,
     job: Option<RunningJob>,
@@ -319,6 +323,10 @@ impl Node {
                 self.job_of(job, generation)?.set_codec(edge, gradient, codec);
                 None
             }
+            FromBroker::ShardSettled { job, generation, step } => {
+                self.job_of(job, generation)?.shard_settled(step);
+                None
+            }
             FromBroker::Abort { job, generation, reason } => {
                 self.job_of(job, generation)?;
                 tracing::info!(%job, %reason, "job aborted");
@@ -355,6 +363,7 @@ impl Node {
             surveyor: self.surveyor.clone(),
             memory: Arc::clone(&self.memory),
             readable: Arc::clone(&self.readable),
+            scratch: Arc::clone(&self.scratch),
             events: self.events.clone(),
         };
         let job = RunningJob::prepare(assignment, place);

@@ -1,13 +1,12 @@
 //! What error feedback holds back, in a checkpoint: under the names of ops and parameters, which outlive a placement.
 
-use std::collections::BTreeMap;
-
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::Channel;
 
-use crate::executor::NamedTensor;
+use crate::ShardError;
+use crate::executor::{NamedTensor, TensorSource};
 
 /// What the names begin with.
 const PREFIX: &str = "residual.";
@@ -45,16 +44,16 @@ pub(crate) fn to_tensors(
     })
 }
 
-/// Takes the residuals out of `tensors` that `node` sends by in this placement. Those of other cuts are dropped.
+/// Takes the residuals out of `tensors` that `node` sends by in this placement. Those of other cuts are left.
+///
+/// # Errors
+/// [`ShardError`] if one cannot be read.
 pub(crate) fn take(
     dag: &OpDag,
     placement: &Placement,
     node: NodeIndex,
-    tensors: &mut Vec<NamedTensor>,
-) -> Vec<(Channel, HostTensor)> {
-    let is_residual = |t: &mut NamedTensor| t.name.starts_with(PREFIX);
-    let mut found: BTreeMap<String, NamedTensor> =
-        tensors.extract_if(.., is_residual).map(|t| (t.name.clone(), t)).collect();
+    tensors: &mut dyn TensorSource,
+) -> Result<Vec<(Channel, HostTensor)>, ShardError> {
     let mut residuals = Vec::new();
     let of_edges = placement.edges.iter().filter(|e| placement.is_boundary(e)).flat_map(|edge| {
         [
@@ -66,23 +65,29 @@ pub(crate) fn take(
         let param = tied.param;
         tied.holders.iter().map(move |&from| (Channel::Tied { param, from }, Some(from)))
     });
-    for (channel, sender) in of_edges.chain(of_tied) {
-        let tensor = name(dag, placement, channel).and_then(|name| found.remove(&name));
-        if let (true, Some(tensor)) = (sender == Some(node), tensor) {
+    for (channel, _) in of_edges.chain(of_tied).filter(|(_, sender)| *sender == Some(node)) {
+        let Some(name) = name(dag, placement, channel) else { continue };
+        if let Some(tensor) = tensors.take(&name)? {
             let restored = HostTensor::new(tensor.shape, Values::F32(tensor.values));
             residuals.extend(restored.ok().map(|t| (channel, t)));
         }
     }
-    residuals
+    Ok(residuals)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use fusionllm_graph::{Gpt2Config, gpt2};
     use fusionllm_planner::{Cluster, place};
     use fusionllm_protocol::JobSpec;
 
     use super::*;
+
+    fn by_name(tensors: impl Iterator<Item = NamedTensor>) -> BTreeMap<String, NamedTensor> {
+        tensors.map(|t| (t.name.clone(), t)).collect()
+    }
 
     #[test]
     fn residuals_are_found_again_by_whoever_sends_over_their_edge() {
@@ -95,13 +100,11 @@ mod tests {
         let edge = placement.edges.iter().find(|e| placement.is_boundary(e) && e.gradient).unwrap();
         let residual = HostTensor::new(vec![2], Values::F32(vec![1.0, 2.0])).unwrap();
         let channel = Channel::Gradient(edge.id);
-        let mut tensors: Vec<NamedTensor> = to_tensors(&dag, &placement, vec![(channel, residual.clone())]).collect();
-        tensors.push(NamedTensor { name: "w".to_owned(), shape: vec![1], values: vec![0.0] });
+        let mut tensors = by_name(to_tensors(&dag, &placement, vec![(channel, residual.clone())]));
         let sender = placement.compnode_of(edge.to).unwrap();
         let other = placement.compnode_of(edge.from).unwrap();
-        assert_eq!(take(&dag, &placement, other, &mut tensors.clone()), []);
-        assert_eq!(take(&dag, &placement, sender, &mut tensors), [(channel, residual)]);
-        assert_eq!(tensors.len(), 1, "parameters stay");
+        assert_eq!(take(&dag, &placement, other, &mut tensors.clone()).unwrap(), []);
+        assert_eq!(take(&dag, &placement, sender, &mut tensors).unwrap(), [(channel, residual)]);
     }
 
     #[test]
@@ -120,14 +123,11 @@ mod tests {
             (Channel::Tied { param: tied.param, from }, residual)
         };
         let all = tied.holders.iter().map(|&from| of(from)).collect();
-        let tensors: Vec<NamedTensor> = to_tensors(&dag, &placement, all).collect();
-        assert!(
-            tensors.iter().any(|t| t.name.starts_with("residual.tied.transformer.wte.weight@")),
-            "{}",
-            tensors[0].name
-        );
+        let tensors = by_name(to_tensors(&dag, &placement, all));
+        let names: Vec<&String> = tensors.keys().collect();
+        assert!(names.iter().any(|n| n.starts_with("residual.tied.transformer.wte.weight@")), "{names:?}");
         for &node in &tied.holders {
-            assert_eq!(take(&dag, &placement, node, &mut tensors.clone()), [of(node)]);
+            assert_eq!(take(&dag, &placement, node, &mut tensors.clone()).unwrap(), [of(node)]);
         }
     }
 }

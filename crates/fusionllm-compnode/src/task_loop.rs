@@ -19,7 +19,7 @@ use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport, TopKBackward};
 use crate::codec_table::CodecTable;
 use crate::data::Batches;
 use crate::exchange::{Exchange, Message};
-use crate::executor::{Executor, MicroBatch, NamedTensor};
+use crate::executor::{Executor, LazyTensor, MicroBatch};
 use crate::mailbox::{Arrived, Slot};
 use crate::residuals;
 use crate::step_log::StepLog;
@@ -52,11 +52,12 @@ pub trait JobSink {
     /// If nobody listens any more: the loop then ends.
     fn step(&mut self, report: StepReport) -> Result<(), CompNodeError>;
 
-    /// A checkpoint is due: all parameters and optimizer state of this CompNode after `step` updates.
+    /// A checkpoint is due: all parameters and optimizer state of this CompNode after `step` updates. Each tensor that
+    /// is read is a copy.
     ///
     /// # Errors
-    /// If it cannot be kept.
-    fn checkpoint(&mut self, step: u64, tensors: Vec<NamedTensor>) -> Result<(), CompNodeError>;
+    /// If training cannot go on.
+    fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError>;
 }
 
 /// The task loop of one CompNode.
@@ -125,9 +126,10 @@ impl TaskLoop {
             let done = report.step;
             sink.step(report)?;
             if self.is_due(done, self.plan.spec.checkpoint.every) {
-                let mut tensors = self.executor.export()?;
                 let residuals = self.residuals()?;
-                tensors.extend(residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals));
+                let residuals = residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals);
+                let mut tensors = self.executor.export();
+                tensors.extend(residuals.map(LazyTensor::from));
                 sink.checkpoint(done, tensors)?;
             }
         }

@@ -138,6 +138,15 @@ pub enum FromBroker {
         /// The codec.
         codec: Codec,
     },
+    /// The CompNode's shard of a checkpoint need not be kept or sent again: it is stored, or not wanted.
+    ShardSettled {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// The checkpoint's updates.
+        step: u64,
+    },
     /// Drop the job at once and be idle.
     Abort {
         /// The job.
@@ -225,6 +234,17 @@ pub enum FromCompNode {
         reason: String,
         /// Whether the job's input is at fault (exit code 2) rather than a machine.
         bad_input: bool,
+    },
+    /// This CompNode's shard of a checkpoint will not come; training goes on.
+    ShardFailed {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+        /// The checkpoint's updates.
+        step: u64,
+        /// Why, in one line.
+        reason: String,
     },
     /// What the ops of a job take here, or why that cannot be measured.
     Measured {

@@ -23,6 +23,23 @@ pub struct DeviceProfile {
     pub cpu: Option<CpuShare>,
 }
 
+impl DeviceProfile {
+    /// Whether it can be planned with: every figure is a positive number.
+    ///
+    /// # Errors
+    /// Which is not, for people.
+    pub fn check(&self) -> Result<(), String> {
+        let lanes = self.cpu.map_or(1.0, |cpu| cpu.lanes);
+        let bandwidth = ("memory_bytes_per_s", self.memory_bytes_per_s);
+        for (what, got) in [("flop_per_s", self.flop_per_s), bandwidth, ("lanes", lanes)] {
+            if !(got.is_finite() && got > 0.0) {
+                return Err(format!("its device profile has {what} = {got}, expected a positive number"));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What a CompNode takes of its machine's CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CpuShare {

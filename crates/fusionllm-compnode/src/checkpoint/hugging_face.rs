@@ -2,16 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use fusionllm_graph::{Gpt2Config, OpDag};
 use serde_json::Value;
 
-use super::shard::write_shard;
+use super::shard::write_shard_to;
 use crate::ShardError;
 use crate::data::Tokenizer;
-use crate::executor::NamedTensor;
+use crate::executor::{LazyTensor, NamedTensor};
 
 /// Tokens that end a text, and those that begin one, by the names they usually have.
 const END: [&str; 4] = ["<|endoftext|>", "</s>", "<eos>", "[EOS]"];
@@ -42,21 +42,24 @@ pub fn export_hugging_face(
     }
     let io = |source| ShardError::Io { path: folder.to_owned(), source };
     std::fs::create_dir_all(folder).map_err(io)?;
-    write_atomic(&folder.join("model.safetensors"), &write_shard(&params)?)?;
-    write_atomic(&folder.join("tokenizer.json"), tokenizer.to_json().as_bytes())?;
+    let weights = folder.join("model.safetensors");
+    write_atomic(&weights, |out| {
+        write_shard_to(out, &weights, params.into_iter().map(LazyTensor::from).collect()).map(|_| ())
+    })?;
+    write_text(&folder.join("tokenizer.json"), &tokenizer.to_json())?;
     let tokenizer_config =
         serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions });
     let kept = |name: &str| carried.get(name).cloned();
     let tokenizer_config = kept("tokenizer_config.json").unwrap_or_else(|| format!("{tokenizer_config:#}\n"));
-    write_atomic(&folder.join("tokenizer_config.json"), tokenizer_config.as_bytes())?;
+    write_text(&folder.join("tokenizer_config.json"), &tokenizer_config)?;
     for name in ["special_tokens_map.json", "generation_config.json"] {
         if let Some(text) = kept(name) {
-            write_atomic(&folder.join(name), text.as_bytes())?;
+            write_text(&folder.join(name), &text)?;
         }
     }
     // config.json last: a folder without it is not taken for a model.
     let config = config_json(config, carried.get("config.json").map(String::as_str), tokenizer);
-    write_atomic(&folder.join("config.json"), format!("{config:#}\n").as_bytes())
+    write_text(&folder.join("config.json"), &format!("{config:#}\n"))
 }
 
 /// The config of the directory that the model came from, with what training may have changed; a new one if it came
@@ -104,14 +107,24 @@ fn new_config(config: &Gpt2Config, tokenizer: &Tokenizer) -> serde_json::Map<Str
     if let Value::Object(keys) = keys { keys } else { serde_json::Map::new() }
 }
 
+fn write_text(path: &Path, text: &str) -> Result<(), ShardError> {
+    let io = |source| ShardError::Io { path: path.to_owned(), source };
+    write_atomic(path, |out| out.write_all(text.as_bytes()).map_err(io))
+}
+
 /// Writes to a temporary name, syncs, renames.
-fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), ShardError> {
+fn write_atomic(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> Result<(), ShardError>,
+) -> Result<(), ShardError> {
     let io = |source| ShardError::Io { path: path.to_owned(), source };
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".partial");
     let temporary = path.with_file_name(name);
-    let mut file = File::create(&temporary).map_err(io)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io)?;
+    let mut out = BufWriter::new(File::create(&temporary).map_err(io)?);
+    write(&mut out)?;
+    let file = out.into_inner().map_err(|e| io(e.into_error()))?;
+    file.sync_all().map_err(io)?;
     std::fs::rename(&temporary, path).map_err(io)
 }
 

@@ -1,34 +1,42 @@
 //! A shard as safetensors bytes: parameters under their Hugging Face names, optimizer state beside them.
 
-use std::borrow::Cow;
+use std::io::Write;
+use std::path::Path;
 
-use safetensors::tensor::{Dtype, View};
-use safetensors::{SafeTensors, serialize};
+use fusionllm_protocol::{TensorHeader, TensorHeaderError};
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
 
 use crate::ShardError;
-use crate::executor::NamedTensor;
+use crate::executor::{LazyTensor, NamedTensor};
 
-struct F32View<'a> {
-    shape: &'a [usize],
-    bytes: Vec<u8>,
-}
+/// Values turned into bytes at a time.
+const VALUES_AT_ONCE: usize = 1 << 16;
 
-impl View for &F32View<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
+/// Writes tensors as a safetensors file, all F32, in the order of their names, and each is made only when it is its
+/// turn. Gives the bytes of the file, which errors call `path`.
+///
+/// # Errors
+/// [`ShardError`] if two tensors have one name, one cannot be made, or `out` does not take them.
+pub fn write_shard_to(out: &mut impl Write, path: &Path, mut tensors: Vec<LazyTensor<'_>>) -> Result<u64, ShardError> {
+    let io = |source| ShardError::Io { path: path.to_owned(), source };
+    tensors.sort_by(|x, y| x.name.cmp(&y.name));
+    let infos = tensors.iter().map(|t| (t.name.clone(), Dtype::F32, t.shape.clone()));
+    let header = TensorHeader::write(out, infos).map_err(|e| header_error(e, &io))?;
+    let mut bytes = Vec::with_capacity(VALUES_AT_ONCE * size_of::<f32>());
+    for tensor in tensors {
+        let NamedTensor { name, shape, values } = tensor.read()?;
+        if values.len() != shape.iter().product::<usize>() {
+            let reason = format!("has {} values, expected those of shape {shape:?}", values.len());
+            return Err(ShardError::Tensor { name, reason });
+        }
+        for values in values.chunks(VALUES_AT_ONCE) {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            out.write_all(&bytes).map_err(io)?;
+        }
     }
-
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
+    Ok(header.file_bytes())
 }
 
 /// The tensors as a safetensors file, all F32, in the order of their names.
@@ -36,12 +44,31 @@ impl View for &F32View<'_> {
 /// # Errors
 /// [`ShardError::Format`] if two tensors have one name.
 pub fn write_shard(tensors: &[NamedTensor]) -> Result<Vec<u8>, ShardError> {
-    let views: Vec<F32View<'_>> = tensors
-        .iter()
-        .map(|t| F32View { shape: &t.shape, bytes: t.values.iter().flat_map(|v| v.to_le_bytes()).collect() })
-        .collect();
-    let named = tensors.iter().map(|t| t.name.as_str()).zip(&views);
-    serialize(named, None).map_err(|e| ShardError::Format { reason: e.to_string() })
+    let mut bytes = Vec::new();
+    let lazy = tensors.iter().map(|t| LazyTensor::new(t.name.clone(), t.shape.clone(), || Ok(t.values.clone())));
+    write_shard_to(&mut bytes, Path::new("memory"), lazy.collect())?;
+    Ok(bytes)
+}
+
+/// What is wrong with the header of a shard.
+pub(super) fn header_error(error: TensorHeaderError, io: impl FnOnce(std::io::Error) -> ShardError) -> ShardError {
+    match error {
+        TensorHeaderError::Io(source) => io(source),
+        other => ShardError::Format { reason: other.to_string() },
+    }
+}
+
+/// The values of a tensor of this type.
+pub(super) fn values(name: &str, dtype: Dtype, data: &[u8]) -> Result<Vec<f32>, ShardError> {
+    Ok(match dtype {
+        Dtype::F32 => data.as_chunks().0.iter().map(|&c| f32::from_le_bytes(c)).collect(),
+        Dtype::F16 => data.as_chunks().0.iter().map(|&c| half::f16::from_le_bytes(c).to_f32()).collect(),
+        Dtype::BF16 => data.as_chunks().0.iter().map(|&c| half::bf16::from_le_bytes(c).to_f32()).collect(),
+        other => {
+            let reason = format!("element type {other:?}, expected F32, F16 or BF16");
+            return Err(ShardError::Tensor { name: name.to_owned(), reason });
+        }
+    })
 }
 
 /// The tensors of a safetensors file; F16 and BF16 are widened.
@@ -52,16 +79,7 @@ pub fn read_shard(bytes: &[u8]) -> Result<Vec<NamedTensor>, ShardError> {
     let file = SafeTensors::deserialize(bytes).map_err(|e| ShardError::Format { reason: e.to_string() })?;
     file.iter()
         .map(|(name, view)| {
-            let data = view.data();
-            let values = match view.dtype() {
-                Dtype::F32 => data.as_chunks().0.iter().map(|&c| f32::from_le_bytes(c)).collect(),
-                Dtype::F16 => data.as_chunks().0.iter().map(|&c| half::f16::from_le_bytes(c).to_f32()).collect(),
-                Dtype::BF16 => data.as_chunks().0.iter().map(|&c| half::bf16::from_le_bytes(c).to_f32()).collect(),
-                other => {
-                    let reason = format!("element type {other:?}, expected F32, F16 or BF16");
-                    return Err(ShardError::Tensor { name: name.to_owned(), reason });
-                }
-            };
+            let values = values(name, view.dtype(), view.data())?;
             Ok(NamedTensor { name: name.to_owned(), shape: view.shape().to_vec(), values })
         })
         .collect()

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
 
-use super::Tokenizer;
 use super::files::{Content, LeftOut, read, shown, text_files};
 use super::tokenizer::Coverage;
+use super::{ReadableData, Tokenizer};
 use crate::DataError;
 
 /// A larger share of characters without a token is a mistake, not a stray sign.
@@ -38,6 +38,15 @@ impl Corpus {
     /// # Errors
     /// [`DataError`] if there is too little text, something cannot be read, or the tokenizer drops much of it.
     pub fn read(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Self, DataError> {
+        Self::read_within(spec, tokenizer, &ReadableData::everything())
+    }
+
+    /// The same for a job of somebody else, who may have read only what is `readable`.
+    ///
+    /// # Errors
+    /// As [`Self::read`], and [`DataError::NotReadable`].
+    pub fn read_within(spec: &DataSpec, tokenizer: &Tokenizer, readable: &ReadableData) -> Result<Self, DataError> {
+        readable.check(spec)?;
         let mut corpus = Self {
             train: Vec::new(),
             eval: Vec::new(),
@@ -50,7 +59,7 @@ impl Corpus {
         let mut left_out = LeftOut::new(spec.private);
         let mut marks = 0;
         for file in text_files(&spec.path, &mut left_out)? {
-            match read(&file.path)? {
+            match read(&file.path, readable)? {
                 Content::Text(text, _) if text.is_empty() => left_out.add("empty", &file.name),
                 Content::Text(text, mark) => {
                     marks += usize::from(mark);

@@ -1,10 +1,12 @@
 //! Which files a job's paths mean, and which of a folder are left out, and why.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::content_hash;
 
+use super::ReadableData;
 use crate::DataError;
 
 /// Folders that hold no text worth learning, even where no ignore file says so.
@@ -189,10 +191,12 @@ pub(super) enum Content {
     Other(&'static str, String),
 }
 
-/// Reads a file.
-pub(super) fn read(path: &Path) -> Result<Content, DataError> {
+/// Reads a file, if it may be read.
+pub(super) fn read(path: &Path, readable: &ReadableData) -> Result<Content, DataError> {
     let fail = |reason: String| DataError::Path { path: path.to_owned(), reason };
-    let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
+    let mut bytes = Vec::new();
+    let mut file = readable.open(path).map_err(|e| fail(e.to_string()))?;
+    file.read_to_end(&mut bytes).map_err(|e| fail(e.to_string()))?;
     Ok(match String::from_utf8(bytes) {
         Ok(text) => match text.find('\0') {
             Some(at) => Content::Other("with NUL bytes", format!("it has a NUL byte at {at}, so it is no text")),

@@ -1,18 +1,36 @@
 //! What a CompNode's owner lets jobs read.
 
+use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::DataSpec;
+use fusionllm_transport::open_regular;
 
 use crate::DataError;
 
 /// The files and folders of this machine that jobs may read as data: nothing, unless its owner says so.
 ///
 /// A job names paths on the machine of the data owner, and may come from somebody else.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ReadableData(Vec<PathBuf>);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadableData {
+    /// Without links and `..`; nothing: all that this process may read.
+    allowed: Option<Vec<PathBuf>>,
+}
+
+/// Nothing may be read.
+impl Default for ReadableData {
+    fn default() -> Self {
+        Self { allowed: Some(Vec::new()) }
+    }
+}
 
 impl ReadableData {
+    /// Everything that this process may read: for whoever reads files of his own.
+    pub fn everything() -> Self {
+        Self { allowed: None }
+    }
+
     /// Files, and folders with all that lies in them.
     ///
     /// # Errors
@@ -20,7 +38,7 @@ impl ReadableData {
     pub fn new(paths: impl IntoIterator<Item = PathBuf>) -> Result<Self, DataError> {
         let real =
             |path: PathBuf| path.canonicalize().map_err(|e| DataError::Unlisted { path: path.clone(), source: e });
-        paths.into_iter().map(real).collect::<Result<_, _>>().map(Self)
+        Ok(Self { allowed: Some(paths.into_iter().map(real).collect::<Result<_, _>>()?) })
     }
 
     /// Holds the paths of a job's data and tokenizer against what may be read. Links and `..` are followed first.
@@ -35,17 +53,50 @@ impl ReadableData {
     }
 
     fn check_path(&self, key: &'static str, path: &Path) -> Result<(), DataError> {
-        let is_within = |real: PathBuf| self.0.iter().any(|allowed| real.starts_with(allowed));
-        if path.canonicalize().is_ok_and(is_within) {
+        if self.allowed.is_none() {
+            return Ok(());
+        }
+        if path.canonicalize().is_ok_and(|real| self.holds(&real)) {
             return Ok(());
         }
         // What is missing in a folder that may be read is said by whoever opens it.
         let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
-        if parent.is_some_and(is_within) && path.symlink_metadata().is_err() {
+        if parent.is_some_and(|real| self.holds(&real)) && path.symlink_metadata().is_err() {
             return Ok(());
         }
         Err(DataError::NotReadable { key, path: path.to_owned() })
     }
+
+    fn holds(&self, real: &Path) -> bool {
+        self.allowed.as_ref().is_none_or(|allowed| allowed.iter().any(|allowed| real.starts_with(allowed)))
+    }
+
+    /// Opens a file. What is opened is held against what may be read, and not what lay at the path some time before: a
+    /// folder on the way may have been replaced by a link.
+    ///
+    /// # Errors
+    /// Whatever the system says, or that it is no regular file or lies elsewhere.
+    pub(super) fn open(&self, path: &Path) -> std::io::Result<File> {
+        let file = open_regular(path)?;
+        if self.allowed.is_some() && !self.holds(&real_path(&file, path)?) {
+            let reason = "it lies in no folder that jobs may read on this machine";
+            return Err(std::io::Error::new(ErrorKind::PermissionDenied, reason));
+        }
+        Ok(file)
+    }
+}
+
+/// Where an open file lies, without links.
+#[cfg(target_os = "linux")]
+fn real_path(file: &File, _path: &Path) -> std::io::Result<PathBuf> {
+    use std::os::fd::AsRawFd;
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Where an open file lies, as far as its path still leads to it.
+#[cfg(not(target_os = "linux"))]
+fn real_path(_file: &File, path: &Path) -> std::io::Result<PathBuf> {
+    path.canonicalize()
 }
 
 #[cfg(test)]
@@ -106,5 +157,26 @@ mod tests {
         let allows = |path: PathBuf| readable.check(&spec(&path, "bytes")).is_ok();
         assert!(!allows(open.join("out")) && !allows(open.join("out/x")) && !allows(open.join("nowhere")));
         assert!(allows(folder.path().join("in")));
+    }
+
+    /// The check sees a folder, and what is opened is a link that has taken its place.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_folder_that_becomes_a_link_after_the_check_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (open, closed) = (folder.path().join("open"), folder.path().join("closed"));
+        for parent in [open.join("deep"), closed.clone()] {
+            std::fs::create_dir_all(&parent).unwrap();
+            std::fs::write(parent.join("a.txt"), "x").unwrap();
+        }
+        let readable = ReadableData::new([open.clone()]).unwrap();
+        let file = open.join("deep/a.txt");
+        readable.check(&spec(&file, "bytes")).unwrap();
+        readable.open(&file).unwrap();
+        std::fs::rename(open.join("deep"), open.join("moved")).unwrap();
+        std::os::unix::fs::symlink(&closed, open.join("deep")).unwrap();
+        let error = readable.open(&file).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+        assert!(ReadableData::everything().open(&file).is_ok());
     }
 }

@@ -2,6 +2,7 @@
 
 mod coverage;
 
+use std::io::Read;
 use std::path::Path;
 
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint, content_hash};
@@ -10,6 +11,7 @@ use tokenizers::models::ModelWrapper;
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{Model, PostProcessor};
 
+use super::ReadableData;
 use crate::DataError;
 pub(crate) use coverage::Coverage;
 
@@ -47,6 +49,10 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`] if the file cannot be read.
     pub fn open(name: &str) -> Result<Self, DataError> {
+        Self::open_within(name, &ReadableData::everything())
+    }
+
+    fn open_within(name: &str, readable: &ReadableData) -> Result<Self, DataError> {
         if name == DataSpec::BYTES {
             return Ok(Self::Bytes);
         }
@@ -54,7 +60,9 @@ impl Tokenizer {
         if !Path::new(name).is_file() {
             return Err(fail("no such file".to_owned()));
         }
-        let source = std::fs::read_to_string(name).map_err(|e| fail(e.to_string()))?;
+        let mut source = String::new();
+        let mut file = readable.open(Path::new(name)).map_err(|e| fail(e.to_string()))?;
+        file.read_to_string(&mut source).map_err(|e| fail(e.to_string()))?;
         Self::from_json(source, name)
     }
 
@@ -64,10 +72,19 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`] if the file cannot be read.
     pub fn of_job(spec: &DataSpec, of_model: Option<&str>) -> Result<Self, DataError> {
+        Self::of_job_within(spec, of_model, &ReadableData::everything())
+    }
+
+    /// The same for a job of somebody else, who may have read only what is `readable`.
+    ///
+    /// # Errors
+    /// As [`Self::of_job`], and [`DataError::NotReadable`].
+    pub fn of_job_within(spec: &DataSpec, of_model: Option<&str>, readable: &ReadableData) -> Result<Self, DataError> {
+        readable.check(spec)?;
         match of_model {
             Some(source) if spec.tokenizer == DataSpec::MODEL => Self::from_json(source.to_owned(), OF_MODEL),
             None if spec.tokenizer == DataSpec::MODEL => Ok(Self::Bytes),
-            _ => Self::open(&spec.tokenizer),
+            _ => Self::open_within(&spec.tokenizer, readable),
         }
     }
 

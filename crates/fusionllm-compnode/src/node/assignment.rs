@@ -9,8 +9,8 @@ use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::burn_executor::BurnExecutor;
+use crate::checkpoint::ShardFile;
 use crate::data::{Batches, Corpus, ReadableData, TextBatches, Tokenizer};
-use crate::executor::NamedTensor;
 use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
 use crate::residuals;
@@ -58,7 +58,7 @@ impl std::fmt::Debug for Prepared {
 }
 
 /// Weights on their way from the broker.
-pub(super) type WeightsReceiver = oneshot::Receiver<Result<Vec<NamedTensor>, CompNodeError>>;
+pub(super) type WeightsReceiver = oneshot::Receiver<Result<ShardFile, CompNodeError>>;
 
 /// Where an assignment is built.
 pub(super) struct BuildSite {
@@ -106,9 +106,9 @@ pub(super) fn prepare(
     let mut residuals = Vec::new();
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
-        let mut tensors = weights.blocking_recv().map_err(lost)??;
-        residuals = residuals::take(&dag, placement, node, &mut tensors);
-        executor.import(tensors)?;
+        let mut tensors = weights.blocking_recv().map_err(lost)??.into_tensors()?;
+        executor.import(&mut tensors)?;
+        residuals = residuals::take(&dag, placement, node, &mut tensors)?;
     }
     site.check()?;
     executor.stop_with(site.mailbox.stop_flag());
@@ -144,9 +144,8 @@ fn open_data(assignment: &Assignment, dag: &OpDag, readable: &ReadableData) -> R
         return Ok((None, None));
     }
     let spec = &assignment.spec;
-    readable.check(&spec.data)?;
-    let tokenizer = Tokenizer::of_job(&spec.data, assignment.tokenizer.as_deref())?;
-    let corpus = Corpus::read(&spec.data, &tokenizer)?;
+    let tokenizer = Tokenizer::of_job_within(&spec.data, assignment.tokenizer.as_deref(), readable)?;
+    let corpus = Corpus::read_within(&spec.data, &tokenizer, readable)?;
     let vocab = dag.logits().and_then(|op| dag.op(op).output.shape.resolve(1).last().copied());
     let vocab = vocab.ok_or_else(|| ExecutorError::Internal { what: "the graph has no logits".to_owned() })?;
     let note = corpus.check_vocabulary(vocab, spec.model.path.is_none())?;

@@ -1,6 +1,8 @@
 //! Weights from the broker, and shards to it.
 
 use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
@@ -11,9 +13,8 @@ use tokio::time::timeout;
 
 use super::NodeEvent;
 use super::assignment::JobKey;
-use crate::CompNodeError;
-use crate::checkpoint::read_shard;
-use crate::executor::NamedTensor;
+use crate::checkpoint::ShardFile;
+use crate::{CompNodeError, ShardError};
 
 /// Content frames of a blob: small beside memory, large beside a packet.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -75,14 +76,14 @@ impl Incoming {
         JobKey { job: self.header.job, generation: self.header.generation }
     }
 
-    /// All of them; nothing if the connection was lost on the way.
-    async fn receive(self) -> Result<Option<Vec<NamedTensor>>, CompNodeError> {
+    /// All of them, in a file in `folder`; nothing if the connection was lost on the way.
+    async fn receive(self, folder: &Path) -> Result<Option<ShardFile>, CompNodeError> {
         let Self { header, mut stream } = self;
         let fail = |reason: String| CompNodeError::Broker { reason: format!("weights: {reason}") };
-        let mut bytes = Vec::new();
+        let mut shard = ShardFile::empty(folder)?;
         loop {
             match stream.recv_limited(CHUNK_BYTES as u64).await {
-                Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
+                Ok(Some(chunk)) => shard = with_file(move || shard.append(&chunk).map(|()| shard)).await?,
                 Ok(None) => break,
                 Err(error @ SessionError::TooLarge { .. }) => return Err(fail(error.to_string())),
                 Err(error) => {
@@ -90,64 +91,106 @@ impl Incoming {
                     return Ok(None);
                 }
             }
-            if bytes.len() as u64 > header.bytes {
+            if shard.bytes() > header.bytes {
                 return Err(fail(format!("more than the {} bytes announced", header.bytes)));
             }
         }
-        if (bytes.len() as u64) < header.bytes {
-            return Err(fail(format!("{} of {} bytes came", bytes.len(), header.bytes)));
+        if shard.bytes() < header.bytes {
+            return Err(fail(format!("{} of {} bytes came", shard.bytes(), header.bytes)));
         }
-        Ok(Some(spawn_blocking(move || read_shard(&bytes)).await??))
+        Ok(Some(shard))
     }
+}
+
+/// Works on a file where that holds up no message.
+async fn with_file<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ShardError> + Send + 'static,
+) -> Result<T, CompNodeError> {
+    Ok(spawn_blocking(work).await??)
 }
 
 /// The first weights that come whole. The broker sends them again after a connection that was lost.
 pub(super) async fn receive_first_whole(
     mut streams: mpsc::Receiver<Incoming>,
-) -> Result<Vec<NamedTensor>, CompNodeError> {
+    folder: &Path,
+) -> Result<ShardFile, CompNodeError> {
     while let Some(incoming) = streams.recv().await {
-        if let Some(tensors) = incoming.receive().await? {
-            return Ok(tensors);
+        if let Some(weights) = incoming.receive(folder).await? {
+            return Ok(weights);
         }
     }
     Err(CompNodeError::Broker { reason: "the weights did not come".to_owned() })
 }
 
-/// Sends one blob over whatever connection to the broker there is, again after one that was lost.
-pub(super) async fn send_over(
-    broker: &mut watch::Receiver<Option<Session>>,
-    header: &BlobHeader,
-    bytes: &[u8],
-) -> Result<(), CompNodeError> {
-    let gone = |_| CompNodeError::Broker { reason: "the CompNode leaves".to_owned() };
-    let mut is_repeated = false;
-    loop {
-        let session = broker.wait_for(Option::is_some).await.map_err(gone)?.clone();
-        let Some(session) = session else { continue };
-        match send(&session, header, bytes).await {
-            Ok(()) => return Ok(()),
-            // It had come, only the word of it was lost.
-            Err(SessionError::StreamEnded { .. }) if is_repeated => return Ok(()),
-            Err(error @ (SessionError::StreamEnded { .. } | SessionError::TooLarge { .. })) => {
-                return Err(CompNodeError::Broker { reason: format!("checkpoint shard: {error}") });
+/// The way to the broker, over whatever connection there is.
+#[derive(Debug)]
+pub(super) struct Way {
+    pub(super) broker: watch::Receiver<Option<Session>>,
+    /// The step whose shard the broker has last settled.
+    pub(super) settled: watch::Receiver<u64>,
+}
+
+impl Way {
+    /// Sends the shard of a step, again after a connection that was lost, until the broker says that it has it or does not
+    /// want it.
+    ///
+    /// # Errors
+    /// [`CompNodeError`] if the file cannot be read, or the CompNode leaves.
+    pub(super) async fn send_over(
+        &mut self,
+        header: &BlobHeader,
+        step: u64,
+        shard: &Arc<ShardFile>,
+    ) -> Result<(), CompNodeError> {
+        let gone = |_| CompNodeError::Broker { reason: "the CompNode leaves".to_owned() };
+        loop {
+            let session = self.broker.wait_for(Option::is_some).await.map_err(gone)?.clone();
+            let Some(session) = session else { continue };
+            let sending = async {
+                match send(&session, header, shard).await? {
+                    // A stream that the broker ends is one that it does not want; it says so, too.
+                    Ok(()) | Err(SessionError::StreamEnded { .. }) => Ok(()),
+                    Err(error) => {
+                        tracing::warn!(%error, "a checkpoint shard is sent again once the broker is back");
+                        Ok::<_, CompNodeError>(())
+                    }
+                }
+            };
+            let is_other = |now: &Option<Session>| now.as_ref().is_none_or(|now| !now.is_same(&session));
+            tokio::select! {
+                biased;
+                settled = self.settled.wait_for(|settled| *settled == step) => return settled.map(drop).map_err(gone),
+                lost = self.broker.wait_for(is_other) => drop(lost.map_err(gone)?),
+                // What was sent is not yet what the broker has.
+                Err(error) = sending => return Err(error),
             }
-            Err(error) => tracing::warn!(%error, "a checkpoint shard is sent again once the broker is back"),
         }
-        is_repeated = true;
-        let is_other = |now: &Option<Session>| now.as_ref().is_none_or(|now| !now.is_same(&session));
-        broker.wait_for(is_other).await.map_err(gone)?;
     }
 }
 
-/// Sends one blob and waits until the broker has it.
-async fn send(broker: &Session, header: &BlobHeader, bytes: &[u8]) -> Result<(), SessionError> {
-    let mut sink = broker.open_uni().await?;
+/// Sends one shard and waits until it has come. The outer error is the file's, the inner one the connection's.
+async fn send(
+    broker: &Session,
+    header: &BlobHeader,
+    shard: &Arc<ShardFile>,
+) -> Result<Result<(), SessionError>, CompNodeError> {
+    let header = encode(header)?;
+    let mut sink = match broker.open_uni().await {
+        Ok(sink) => sink,
+        Err(error) => return Ok(Err(error)),
+    };
     // Bulk gives way to heartbeats and OP-Data.
     sink.set_priority(-10);
-    let header = encode(header).map_err(|e| SessionError::Lost { reason: e.to_string() })?;
-    sink.send(&header).await?;
-    for chunk in bytes.chunks(CHUNK_BYTES) {
-        sink.send(chunk).await?;
+    let mut sent = sink.send(&header).await;
+    let mut start = 0;
+    while sent.is_ok() && start < shard.bytes() {
+        let file = Arc::clone(shard);
+        let chunk = with_file(move || file.chunk(start)).await?;
+        start += chunk.len() as u64;
+        sent = sink.send(&chunk).await;
     }
-    sink.finish().await
+    Ok(match sent {
+        Ok(()) => sink.finish().await,
+        lost => lost,
+    })
 }

@@ -1,5 +1,6 @@
 //! A job on this CompNode, from assignment to end.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,15 +16,15 @@ use tokio::time::timeout;
 use super::assignment::{BuildSite, JobKey, Prepared, prepare};
 use super::survey::Surveyor;
 use super::{NodeEvent, blob};
-use crate::CompNodeError;
-use crate::checkpoint::write_shard;
+use crate::checkpoint::ShardFile;
 use crate::codec_table::CodecTable;
 use crate::data::ReadableData;
-use crate::executor::NamedTensor;
+use crate::executor::LazyTensor;
 use crate::links::{EdgeTensors, JobLinks, NetworkExchange};
 use crate::mailbox::Mailbox;
 use crate::step_log::ClockOffset;
 use crate::task_loop::{JobSink, TaskLoop};
+use crate::{CompNodeError, ShardError};
 
 /// How long a job waits for the memory of the one before: its compute thread ends with the op at hand.
 const RELEASE_LIMIT: Duration = Duration::from_secs(60);
@@ -36,6 +37,8 @@ pub(super) struct Place {
     pub(super) memory: Arc<Semaphore>,
     /// What the job may read here.
     pub(super) readable: Arc<ReadableData>,
+    /// Where weights and shards lie while they come and go.
+    pub(super) scratch: Arc<Path>,
     pub(super) events: mpsc::Sender<NodeEvent>,
 }
 
@@ -47,6 +50,9 @@ pub(super) struct RunningJob {
     weights: Option<mpsc::Sender<blob::Incoming>>,
     peers: Vec<PeerId>,
     codecs: Arc<CodecTable>,
+    scratch: Arc<Path>,
+    /// The step whose shard the broker has last settled.
+    settled: watch::Sender<u64>,
     prepared: Option<Prepared>,
 }
 
@@ -65,16 +71,17 @@ impl RunningJob {
     /// that is done.
     pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
         let key = JobKey::of(&assignment);
-        let Place { endpoint, surveyor, memory, readable, events } = place;
+        let Place { endpoint, surveyor, memory, readable, scratch, events } = place;
         let links = JobLinks::new(endpoint, &assignment);
         let (weights, receiver) = match assignment.weights {
             WeightSource::Seed(_) => (None, None),
             WeightSource::Broker => {
                 let (streams, incoming) = mpsc::channel(1);
                 let (received, receiver) = oneshot::channel();
+                let folder = Arc::clone(&scratch);
                 links.spawn(async move {
                     // The receiver is gone only if the job is.
-                    let _ = received.send(blob::receive_first_whole(incoming).await);
+                    let _ = received.send(blob::receive_first_whole(incoming, &folder).await);
                 });
                 (Some(streams), Some(receiver))
             }
@@ -96,7 +103,21 @@ impl RunningJob {
             // If the loop is gone nobody needs the result.
             let _ = events.send(NodeEvent::Prepared(Box::new(result.map_err(|e| (key, e))))).await;
         });
-        Self { key, links, weights, peers, codecs: Arc::default(), prepared: None }
+        Self {
+            key,
+            links,
+            weights,
+            peers,
+            codecs: Arc::default(),
+            scratch,
+            settled: watch::Sender::new(0),
+            prepared: None,
+        }
+    }
+
+    /// The broker has the shard of this step, or does not want it.
+    pub(super) fn shard_settled(&self, step: u64) {
+        self.settled.send_replace(step);
     }
 
     /// Receives the job's weights; nothing if they were not asked for, or have come.
@@ -131,7 +152,8 @@ impl RunningJob {
         links.dial_all();
         let (shards, shard_queue) = mpsc::channel(1);
         let (uploaded, all_uploaded) = oneshot::channel();
-        let uploads = upload_shards(broker, key, prepared.plan.node, shard_queue);
+        let way = blob::Way { broker, settled: self.settled.subscribe() };
+        let uploads = upload_shards(way, key, prepared.plan.node, shard_queue);
         links.spawn(async move {
             // If nobody waits for it the job has ended.
             let _ = uploaded.send(uploads.await);
@@ -139,13 +161,13 @@ impl RunningJob {
         let (done, ended) = oneshot::channel();
         let exchange_links = Arc::clone(&links);
         let mailbox = Arc::clone(&links.mailbox);
-        let (reports, codecs) = (events.clone(), Arc::clone(&self.codecs));
+        let (reports, codecs, folder) = (events.clone(), Arc::clone(&self.codecs), Arc::clone(&self.scratch));
         let compute = move || {
             let exchange = NetworkExchange::new(exchange_links, runtime);
             let Prepared { mut plan, executor, batches, permit, .. } = prepared;
             plan.codecs = codecs;
             let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
-            let mut sink = NodeSink { key, events: reports, shards, mailbox, clock };
+            let mut sink = NodeSink { key, events: reports, shards, mailbox, clock, folder };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
             let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
                 Err(CompNodeError::ComputeThread { reason: crate::panic_message(panic.as_ref()) })
@@ -176,9 +198,17 @@ impl RunningJob {
 struct NodeSink {
     key: JobKey,
     events: mpsc::Sender<NodeEvent>,
-    shards: mpsc::Sender<(u64, Vec<NamedTensor>)>,
+    shards: mpsc::Sender<(u64, ShardFile)>,
     mailbox: Arc<Mailbox>,
     clock: Arc<ClockOffset>,
+    folder: Arc<Path>,
+}
+
+impl NodeSink {
+    fn tell(&self, message: FromCompNode) -> Result<(), CompNodeError> {
+        let sent = self.events.blocking_send(NodeEvent::Tell(Box::new(message)));
+        sent.map_err(|_| CompNodeError::Broker { reason: "the connection is gone".to_owned() })
+    }
 }
 
 impl JobSink for NodeSink {
@@ -188,29 +218,36 @@ impl JobSink for NodeSink {
         if let Some(error) = self.mailbox.closed() {
             return Err(error.into());
         }
-        let message = FromCompNode::Step { job: self.key.job, generation: self.key.generation, report };
-        let sent = self.events.blocking_send(NodeEvent::Tell(Box::new(message)));
-        sent.map_err(|_| CompNodeError::Broker { reason: "the connection is gone".to_owned() })
+        self.tell(FromCompNode::Step { job: self.key.job, generation: self.key.generation, report })
     }
 
-    fn checkpoint(&mut self, step: u64, tensors: Vec<NamedTensor>) -> Result<(), CompNodeError> {
-        let sent = self.shards.blocking_send((step, tensors));
+    fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+        let shard = match ShardFile::write(&self.folder, tensors) {
+            Ok(shard) => shard,
+            // A full disk costs the checkpoint, and no more.
+            Err(error @ ShardError::Io { .. }) => {
+                let JobKey { job, generation } = self.key;
+                let reason = error.to_string();
+                return self.tell(FromCompNode::ShardFailed { job, generation, step, reason });
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let sent = self.shards.blocking_send((step, shard));
         sent.map_err(|_| CompNodeError::Broker { reason: "it does not take checkpoint shards any more".to_owned() })
     }
 }
 
-/// Encodes and sends shards while training goes on; a second one waits for the first.
+/// Sends shards while training goes on; a second one waits for the first.
 async fn upload_shards(
-    mut broker: watch::Receiver<Option<Session>>,
+    mut way: blob::Way,
     key: JobKey,
     node: NodeIndex,
-    mut queue: mpsc::Receiver<(u64, Vec<NamedTensor>)>,
+    mut queue: mpsc::Receiver<(u64, ShardFile)>,
 ) -> Result<(), CompNodeError> {
-    while let Some((step, tensors)) = queue.recv().await {
-        let bytes = spawn_blocking(move || write_shard(&tensors)).await??;
+    while let Some((step, shard)) = queue.recv().await {
         let kind = BlobKind::Shard { step, node };
-        let header = BlobHeader { job: key.job, generation: key.generation, kind, bytes: bytes.len() as u64 };
-        blob::send_over(&mut broker, &header, &bytes).await?;
+        let header = BlobHeader { job: key.job, generation: key.generation, kind, bytes: shard.bytes() };
+        way.send_over(&header, step, &Arc::new(shard)).await?;
     }
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! A CompNode at a broker that the tests play.
 
-use std::path::Path;
+mod breaks;
+
+use std::path::{Path, PathBuf};
 
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, place};
@@ -37,6 +39,10 @@ struct BrokerEnd {
 
 impl House {
     async fn new(memory_bytes: Option<u64>) -> Self {
+        Self::with_scratch(memory_bytes, std::env::temp_dir()).await
+    }
+
+    async fn with_scratch(memory_bytes: Option<u64>, scratch: PathBuf) -> Self {
         let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
         let endpoint = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -53,20 +59,34 @@ impl House {
             memory_bytes,
             profile_dir: None,
             readable: ReadableData::new([folder.path().to_owned()]).unwrap(),
+            scratch_dir: scratch,
         };
         let compnode = tokio::spawn(join(config, std::future::pending()));
         Self { endpoint, compnode, folder }
     }
 
-    /// The CompNode comes, and is let in.
+    /// The CompNode comes, and is let in to a new session.
     async fn admit(&self) -> BrokerEnd {
+        self.admit_to(None).await.0
+    }
+
+    /// The CompNode comes. Gives what it wants to go on with.
+    async fn admit_to(&self, past: Option<ControlStream<FromBroker>>) -> (BrokerEnd, Option<u64>) {
         let session = timeout(SOON, self.endpoint.accept()).await.unwrap().unwrap();
         let (mut sink, mut source) = session.accept_bi().await.unwrap();
         assert_eq!(Greeting::from_bytes(&source.recv().await.unwrap().unwrap()), Some(Greeting::OURS));
-        decode::<Hello>(&source.recv().await.unwrap().unwrap()).unwrap();
+        let hello: Hello = decode(&source.recv().await.unwrap().unwrap()).unwrap();
+        let Role::CompNode { resume, .. } = hello.role else { panic!("no CompNode") };
         sink.send(&Greeting::OURS.to_bytes()).await.unwrap();
-        sink.send(&encode(&Welcome::Accepted { name: "n".to_owned(), resumed: None }).unwrap()).await.unwrap();
-        BrokerEnd { session, sink, source, control: ControlStream::default() }
+        let resumed = past.as_ref().map(ControlStream::received);
+        sink.send(&encode(&Welcome::Accepted { name: "n".to_owned(), resumed }).unwrap()).await.unwrap();
+        let mut control = past.unwrap_or_default();
+        if let (Some(_), Some(received)) = (resumed, resume) {
+            for frame in control.resume(received).unwrap() {
+                sink.send(&encode(&frame).unwrap()).await.unwrap();
+            }
+        }
+        (BrokerEnd { session, sink, source, control }, resume)
     }
 }
 
@@ -133,7 +153,8 @@ fn weights(assignment: &Assignment, dag: &OpDag) -> Vec<NamedTensor> {
     let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
     let optimizer = OptimizerSpec::of(&assignment.spec.train);
     let dag = Arc::new(dag.clone());
-    BurnExecutor::new(dag, &assignment.placement, NodeIndex(0), device, optimizer, 1).unwrap().export().unwrap()
+    let executor = BurnExecutor::new(dag, &assignment.placement, NodeIndex(0), device, optimizer, 1).unwrap();
+    executor.export().into_iter().map(|tensor| tensor.read().unwrap()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -274,8 +295,9 @@ async fn a_job_runs_to_its_end() {
         let FromCompNode::Step { report, .. } = broker.hear().await else { panic!() };
         assert_eq!(report.step, step);
     }
-    assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
     assert_eq!(shard.await.unwrap(), BlobKind::Shard { step: 3, node: NodeIndex(0) });
+    broker.say(FromBroker::ShardSettled { job: JobId(1), generation: Generation(1), step: 3 }).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
     house.compnode.abort();
 }
 
@@ -309,4 +331,34 @@ async fn the_learning_rate_is_blamed_only_after_an_update() {
     assert!(reason.contains(" of step 1 is ") && reason.contains("so train.lr is not why"), "{reason}");
     let reason = failure_of("steps = 9\nclip = 0.0\nlr = 1e30", 1.0).await;
     assert!(reason.contains(" of step 2 is ") && reason.ends_with("lower train.lr, or set train.clip"), "{reason}");
+}
+
+/// A disk that takes no shard costs the checkpoint, and training goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_that_cannot_be_written_is_reported() {
+    let scratch = tempfile::tempdir().unwrap();
+    let house = House::with_scratch(None, scratch.path().to_owned()).await;
+    let mut broker = house.admit().await;
+    let dag = dag(256);
+    let mut spec = spec(house.folder.path(), "steps = 2");
+    spec.checkpoint.every = 1;
+    let job = assignment(spec, &dag, 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    let place = scratch.path().to_owned();
+    drop(scratch);
+    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    let (mut steps, mut failed) = (0, Vec::new());
+    while failed.len() < 2 {
+        match broker.hear().await {
+            FromCompNode::Step { .. } => steps += 1,
+            FromCompNode::ShardFailed { step, reason, .. } => {
+                assert!(reason.contains(&place.display().to_string()), "{reason}");
+                failed.push(step);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((steps, failed), (2, vec![1, 2]));
+    house.compnode.abort();
 }

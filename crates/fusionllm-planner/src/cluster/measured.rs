@@ -26,7 +26,7 @@ pub struct OpSeconds {
 
 impl Measured {
     /// Whether every number is one that time can have.
-    pub(crate) fn is_sane(&self) -> bool {
+    pub fn is_sane(&self) -> bool {
         let seconds = self.ops.values().flat_map(|op| [op.fp_s, op.bp_s]);
         let rest = [self.update_s_per_byte, self.copy_s_per_byte];
         seconds.chain(rest).all(|s| s.is_finite() && s >= 0.0)

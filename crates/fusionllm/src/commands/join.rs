@@ -20,7 +20,8 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         return Err(bad_input(format!("--memory-gb is {gb}, expected a number above 0")));
     }
     // A machine without a home measures anew each time.
-    let profile_dir = if args.fresh_profile { None } else { state_dir(args.state.as_deref()).ok() };
+    let state = state_dir(args.state.as_deref()).ok();
+    let usable = state.clone().filter(|dir| std::fs::create_dir_all(dir).is_ok());
     let config = JoinConfig {
         ticket,
         name: args.name.unwrap_or_else(host_name),
@@ -31,7 +32,8 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         advertise: args.advertise,
         threads: args.threads.map(|n| n as usize),
         memory_bytes: args.memory_gb.map(|gb| (gb * 1e9) as u64),
-        profile_dir,
+        profile_dir: state.filter(|_| !args.fresh_profile),
+        scratch_dir: usable.unwrap_or_else(std::env::temp_dir),
         readable: ReadableData::new(args.data).map_err(|e| bad_input(format!("--data: {e}")))?,
     };
     let child = args.child;

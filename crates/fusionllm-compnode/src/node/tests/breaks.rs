@@ -1,0 +1,140 @@
+//! The connection to the broker breaks, and what was under way goes on.
+
+use super::*;
+
+/// The steps that a broker hears of, up to `last`.
+async fn steps_to(broker: &mut BrokerEnd, last: u64) -> Vec<u64> {
+    let mut steps = Vec::new();
+    while steps.last() != Some(&last) {
+        match broker.hear().await {
+            FromCompNode::Step { report, .. } => steps.push(report.step),
+            other => panic!("{other:?}"),
+        }
+    }
+    steps
+}
+
+/// Receives a shard to its end.
+async fn whole_shard(session: &Session) -> BlobKind {
+    let mut stream = timeout(SOON, session.accept_uni()).await.unwrap().unwrap();
+    let header: BlobHeader = decode(&stream.recv().await.unwrap().unwrap()).unwrap();
+    let mut bytes = 0;
+    while let Some(chunk) = stream.recv().await.unwrap() {
+        bytes += chunk.len() as u64;
+    }
+    assert_eq!(bytes, header.bytes);
+    header.kind
+}
+
+/// A broker that refuses one shard gets the next one, and the job goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_that_is_not_wanted_costs_nothing_else() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    // Larger than what fits on its way.
+    let dag = dag(40_000);
+    let mut spec = spec(house.folder.path(), "steps = 3");
+    spec.checkpoint.every = 1;
+    let job = assignment(spec, &dag, 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    for step in 1..=3 {
+        if step == 2 {
+            assert_eq!(whole_shard(&broker.session).await, BlobKind::Shard { step, node: NodeIndex(0) });
+        } else {
+            let mut stream = timeout(SOON, broker.session.accept_uni()).await.unwrap().unwrap();
+            stream.recv().await.unwrap();
+        }
+        broker.say(FromBroker::ShardSettled { job: JobId(1), generation: Generation(1), step }).await;
+    }
+    assert_eq!(steps_to(&mut broker, 3).await, [1, 2, 3]);
+    assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn training_goes_on_while_the_broker_is_away_and_nothing_is_lost_or_told_twice() {
+    let house = House::new(None).await;
+    let (mut broker, resume) = house.admit_to(None).await;
+    assert_eq!(resume, None);
+    let settings = "steps = 300\neval_every = 300";
+    let job = assignment(spec(house.folder.path(), settings), &dag(256), 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    let mut steps = steps_to(&mut broker, 3).await;
+    // What is on its way when the connection breaks is lost with it.
+    broker.session.close(1, "cut");
+    let (mut broker, resume) = house.admit_to(Some(broker.control)).await;
+    assert!(resume >= Some(2), "{resume:?}");
+    let last = 300;
+    steps.extend(steps_to(&mut broker, last).await);
+    assert_eq!(steps, (1..=last).collect::<Vec<_>>());
+    // The connection breaks while the shard is under way, and again when all of it has come but nothing was said of it.
+    let mut stream = timeout(SOON, broker.session.accept_uni()).await.unwrap().unwrap();
+    stream.recv().await.unwrap();
+    broker.session.close(1, "cut again");
+    for is_settled in [false, true] {
+        let (now, resume) = house.admit_to(Some(broker.control)).await;
+        broker = now;
+        assert!(resume.is_some());
+        let kind = whole_shard(&broker.session).await;
+        assert_eq!(kind, BlobKind::Shard { step: last, node: NodeIndex(0) });
+        if is_settled {
+            broker.say(FromBroker::ShardSettled { job: JobId(1), generation: Generation(1), step: last }).await;
+        } else {
+            broker.session.close(1, "and again");
+        }
+    }
+    assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_begins_anew_ends_the_job_and_may_give_another() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let job = |generation| {
+        let spec = spec(house.folder.path(), "steps = 1000000\neval_every = 1000000");
+        assignment(spec, &dag(256), generation, WeightSource::Seed(1))
+    };
+    broker.say(FromBroker::Assign(Box::new(job(1)))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    steps_to(&mut broker, 1).await;
+    broker.session.close(1, "killed");
+    drop(broker);
+    let (mut broker, resume) = house.admit_to(None).await;
+    assert!(resume.is_some());
+    broker.say(FromBroker::Assign(Box::new(job(2)))).await;
+    let first = broker.hear().await;
+    assert!(
+        matches!(first, FromCompNode::Ready { generation: Generation(2), .. }),
+        "nothing of the old one: {first:?}"
+    );
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_that_broke_off_with_the_connection_are_taken_from_the_next_one() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let dag = dag(256);
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag, 1, WeightSource::Broker);
+    let all = weights(&job, &dag);
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    let mut sink = broker.session.open_uni().await.unwrap();
+    let content = write_shard(&all).unwrap();
+    let kind = BlobKind::Weights;
+    let header = BlobHeader { job: JobId(1), generation: Generation(1), kind, bytes: content.len() as u64 };
+    sink.send(&encode(&header).unwrap()).await.unwrap();
+    sink.send(&content[..100]).await.unwrap();
+    sleep(Duration::from_millis(200)).await;
+    broker.session.close(1, "cut");
+    let (mut broker, _) = house.admit_to(Some(broker.control)).await;
+    broker.send_weights(JobId(1), Generation(1), &all).await;
+    let ready = broker.hear().await;
+    assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
+    house.compnode.abort();
+}

@@ -1,0 +1,78 @@
+//! Opening files whose paths others may have named or whose folders others may write to.
+
+use std::fs::File;
+use std::io::{Error, ErrorKind, Read, Result};
+use std::path::Path;
+
+/// Most of a file that is read as a whole: many times the largest tokenizer.
+const MOST_BYTES: u64 = 256 << 20;
+
+/// Opens a regular file for reading. A pipe without a writer would be waited for without an end, and a device may have
+/// none.
+///
+/// # Errors
+/// What the system says, or that it is no regular file.
+pub fn open_regular(path: &Path) -> Result<File> {
+    let mut options = File::options();
+    options.read(true);
+    // Opening a pipe then waits for nobody; to a regular file it makes no difference.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NONBLOCK.bits() as i32);
+    let file = options.open(path)?;
+    let metadata = file.metadata()?;
+    if metadata.is_dir() {
+        return Err(ErrorKind::IsADirectory.into());
+    }
+    if !metadata.is_file() {
+        return Err(Error::other("it is no regular file"));
+    }
+    Ok(file)
+}
+
+/// The content of a regular file of at most 256 MiB.
+///
+/// # Errors
+/// As [`open_regular`], or that it is longer.
+pub fn read_regular(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open_regular(path)?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(Error::new(ErrorKind::FileTooLarge, format!("it is longer than {} MiB", MOST_BYTES >> 20)));
+    }
+    Ok(bytes)
+}
+
+/// The same as text.
+///
+/// # Errors
+/// As [`read_regular`], or that it is not UTF-8.
+pub fn read_regular_text(path: &Path) -> Result<String> {
+    let not_text = |_| Error::new(ErrorKind::InvalidData, "it is not UTF-8");
+    String::from_utf8(read_regular(path)?).map_err(not_text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn only_regular_files_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        for path in [pipe.as_path(), Path::new("/dev/zero")] {
+            let error = read_regular(path).unwrap_err();
+            assert!(error.to_string().contains("no regular file"), "{error}");
+        }
+        assert_eq!(read_regular(folder.path()).unwrap_err().kind(), ErrorKind::IsADirectory);
+        let file = folder.path().join("text");
+        std::fs::write(&file, "grüß").unwrap();
+        assert_eq!(read_regular_text(&file).unwrap(), "grüß");
+        std::fs::write(&file, [0xff]).unwrap();
+        assert_eq!(read_regular_text(&file).unwrap_err().kind(), ErrorKind::InvalidData);
+        let long = File::create(&file).unwrap();
+        long.set_len(MOST_BYTES + 1).unwrap();
+        assert_eq!(read_regular(&file).unwrap_err().kind(), ErrorKind::FileTooLarge);
+    }
+}
