@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use fusionllm_graph::OpDag;
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::Manifest;
+use fusionllm_transport::read_regular;
 
 pub(crate) use find::{Meant, Newest, loss_of, meant, newest_of, open_newest};
 pub(crate) use finish::{Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
@@ -84,7 +85,7 @@ pub fn open_checkpoint(path: &Path) -> Result<Checkpoint, BrokerError> {
 /// Opens a checkpoint folder. With `recorded` its manifest must be the one that had this checksum.
 pub(crate) fn open_at(folder: &Path, recorded: Option<&str>) -> Result<Checkpoint, CheckpointError> {
     let manifest_path = folder.join(MANIFEST);
-    let bytes = std::fs::read(&manifest_path).map_err(|e| match e.kind() {
+    let bytes = read_regular(&manifest_path).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => CheckpointError::NoManifest { path: manifest_path.clone() },
         _ => io(&manifest_path, e),
     })?;
@@ -166,7 +167,8 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError`] if a parameter is missing or the file cannot be written.
     pub fn weights_blob(&self, params: &[String], out: &Path) -> Result<u64, CheckpointError> {
-        self.tensors.write_part(params, out)
+        let mut file = std::fs::File::create(out).map_err(|e| io(out, e))?;
+        self.tensors.write_part(params, &mut file, out)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use fusionllm_planner::{Cluster, ClusterFile};
+use fusionllm_transport::read_regular_text;
 
 use crate::BrokerError;
 
@@ -12,7 +13,7 @@ use crate::BrokerError;
 /// [`BrokerError::ClusterFile`] that names the file, and the place where it is wrong; bad input.
 pub fn read_cluster(path: &Path) -> Result<(String, Cluster), BrokerError> {
     let fail = |reason: String| BrokerError::ClusterFile { path: path.to_owned(), reason };
-    let text = std::fs::read_to_string(path).map_err(|e| fail(format!("not readable: {e}")))?;
+    let text = read_regular_text(path).map_err(|e| fail(format!("not readable: {e}")))?;
     let file: ClusterFile = toml::from_str(&text).map_err(|e| fail(one_line(&e)))?;
     let cluster = file.resolve().map_err(|e| fail(e.to_string()))?;
     let stem = || path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();

@@ -3,6 +3,7 @@
 //! Everything that happens is a [`CoreEvent`]; everything that follows is an [`Action`] for the shell in
 //! [`crate::server`]. So every order of events can be tried in a test.
 
+mod bounds;
 mod checkpoints;
 mod data;
 mod durable;
@@ -13,6 +14,7 @@ mod registry;
 mod run;
 mod schedule;
 mod survey;
+mod watchdog;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -111,11 +113,11 @@ impl Core {
             let id = record.job;
             let was_at_work = !record.state.is_final() && !matches!(record.state, JobState::Waiting { .. });
             record.step = record.step.max(reached.unwrap_or(0));
-            let (step, steps) = (record.step, record.spec.train.steps);
+            let (step, steps, chosen) = (record.step, record.spec.train.steps, record.from_step);
             core.last_job = core.last_job.max(id.0);
             core.jobs.insert(id, Job { is_durable: true, ..Job::new(record, None, Duration::ZERO) });
             if was_at_work {
-                let is_done = checkpoint.is_some_and(|step| step >= steps);
+                let is_done = chosen.is_none() && checkpoint.is_some_and(|step| step >= steps);
                 let reason = format!("the broker restarted after step {step}; {}", core.resume_hint(id, checkpoint));
                 let state = if is_done { JobState::Done } else { JobState::Failed { reason, bad_input: false } };
                 actions.extend(core.end(id, state, "the broker restarted"));
@@ -148,6 +150,8 @@ impl Core {
             generation: Generation(0),
             run: Some(start.run.run.clone()),
             checkpoint: None,
+            from_step: None,
+            data: None,
         };
         let mut actions = vec![self.persist(record.clone(), true)];
         let first_number = self.last_write();
@@ -156,12 +160,14 @@ impl Core {
         Ok((job, self.hold(actions)))
     }
 
-    /// Goes on with a stopped or failed job, which `spec` may have changed.
+    /// Goes on with a stopped or failed job, which `spec` may have changed, from the start that was read for `step` if
+    /// that was asked for.
     pub(crate) fn resume(
         &mut self,
         job: JobId,
         spec: JobSpec,
         start: StartPoint,
+        step: Option<u64>,
         now: Duration,
     ) -> Result<Vec<Action>, BrokerError> {
         self.check_durable()?;
@@ -171,6 +177,9 @@ impl Core {
             known.record.spec = spec;
             known.record.run = Some(start.run.run.clone());
             known.record.step = start.step;
+            known.record.from_step = step;
+            // A later one is not its future any more.
+            known.record.checkpoint.take_if(|(newest, _)| *newest > start.step);
             known.record.state = JobState::Waiting { reason: String::new() };
             known.start = Some(start);
             let record = known.record.clone();
@@ -264,7 +273,7 @@ impl Core {
             CoreEvent::ShardStored { key, step, node, shard } => match self.run_mut(key) {
                 Some(run) => {
                     run.shard_stored(step, node, shard);
-                    run.moved = now;
+                    run.watchdog.moved = now;
                     self.advance(key, now)
                 }
                 None => Vec::new(),
@@ -278,6 +287,21 @@ impl Core {
                 None => Vec::new(),
             },
             CoreEvent::RunFailed { key, reason } => self.fail(key, reason, false, now),
+            CoreEvent::WorkFailed { job, reason } => {
+                if self.record(job).map_or(true, |record| record.state.is_final()) {
+                    return Vec::new();
+                }
+                let state = JobState::Failed { reason: reason.clone(), bad_input: false };
+                let mut actions = self.end(job, state, &reason);
+                actions.extend(self.schedule(now));
+                actions
+            }
+            CoreEvent::ShardComing { key } => {
+                if let Some(run) = self.run_mut(key) {
+                    run.watchdog.moved = now;
+                }
+                Vec::new()
+            }
             CoreEvent::Persisted { .. } => self.recovered(now),
             CoreEvent::Unpersisted { reason } => self.unpersisted(reason, now),
             CoreEvent::Loaded { job, result } => self.loaded(job, *result, now),
@@ -301,10 +325,7 @@ impl Core {
         self.plan_no_more(job);
         if let Some(known) = self.jobs.get_mut(&job) {
             // What was not sent yet is not needed any more.
-            known.held.retain(|(_, action)| match action {
-                Action::Send { message, .. } => matches!(message, FromBroker::Abort { .. }),
-                action => !matches!(action, Action::SendWeights { .. }),
-            });
+            known.held.retain(|(_, action)| !matches!(action, Action::Send { .. } | Action::SendWeights { .. }));
         }
         if let Some(run) = self.jobs.get_mut(&job).and_then(|j| j.run.take()) {
             let RunKey { job, generation } = run.key;

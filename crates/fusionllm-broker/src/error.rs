@@ -175,6 +175,25 @@ pub enum BrokerError {
         /// Why.
         reason: String,
     },
+    /// A job's checkpoints are not where they were.
+    #[error(
+        "the checkpoint of step {step} is not there any more, nor is any other: {path} has none (is a disk not mounted?); \
+         `--step 0` begins anew"
+    )]
+    CheckpointGone {
+        /// Its step.
+        step: u64,
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// It was done, and the store cannot be written.
+    #[error(
+        "it is done, but the broker cannot write its state yet, and would not know of it after a restart: {reason}"
+    )]
+    NotWritten {
+        /// Why.
+        reason: String,
+    },
     /// No such job.
     #[error("there is no {job}")]
     UnknownJob {
@@ -225,6 +244,8 @@ impl BrokerError {
             | Self::Bind(_) => true,
             Self::Store(_)
             | Self::NotDurable { .. }
+            | Self::NotWritten { .. }
+            | Self::CheckpointGone { .. }
             | Self::Io { .. }
             | Self::Identity(_)
             | Self::Private(_)

@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use fusionllm_protocol::StepMetrics;
+use fusionllm_transport::open_regular;
 use serde::Deserialize;
 
 use crate::BrokerError;
@@ -87,14 +88,14 @@ impl<R: BufRead> Lines<R> {
 }
 
 fn open(path: &Path) -> Result<Option<File>, BrokerError> {
-    match File::open(path) {
+    match open_regular(path) {
         Ok(file) => Ok(Some(file)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(io_error(path, e)),
     }
 }
 
-/// How many bytes the whole lines of the steps up to `step` take.
+/// How many bytes of the file belong to the steps up to `step`. Lines that are not readable belong to the step before.
 fn bytes_up_to(path: &Path, step: u64) -> Result<u64, BrokerError> {
     /// The one key that matters here.
     #[derive(Deserialize)]
@@ -103,11 +104,13 @@ fn bytes_up_to(path: &Path, step: u64) -> Result<u64, BrokerError> {
     }
     let Some(file) = open(path)? else { return Ok(0) };
     let mut lines = Lines { reader: BufReader::new(file), line: Vec::new() };
-    let mut bytes = 0;
+    let (mut bytes, mut read) = (0, 0);
     while let Some(line) = lines.next().map_err(|e| io_error(path, e))? {
+        read += line.len() as u64;
         match serde_json::from_slice::<Step>(line) {
-            Ok(found) if found.step <= step => bytes += line.len() as u64,
-            _ => break,
+            Ok(found) if found.step <= step => bytes = read,
+            Ok(_) => break,
+            Err(_) => {}
         }
     }
     Ok(bytes)
@@ -130,7 +133,7 @@ pub(crate) fn copy_after(path: &Path, step: u64, to: &Path) -> Result<(), Broker
 pub(crate) fn last_step(path: &Path) -> Option<u64> {
     // A line has the links and their codecs: many times as long as this it never is.
     const TAIL_BYTES: u64 = 1 << 20;
-    let mut file = File::open(path).ok()?;
+    let mut file = open_regular(path).ok()?;
     let length = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).ok()?;
     let mut tail = Vec::new();
@@ -139,8 +142,8 @@ pub(crate) fn last_step(path: &Path) -> Option<u64> {
     tail.rsplit(|&byte| byte == b'\n').find_map(step)
 }
 
-/// Hands out the whole lines of a metrics file one by one; none if there is no file. A torn last line, from a crash, is
-/// passed over.
+/// Hands out the whole lines of a metrics file one by one; none if there is no file. Lines that are not readable, such as
+/// a torn last one from a crash, are passed over.
 pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<(), BrokerError> {
     match open(path)? {
         Some(file) => each_of(BufReader::new(file), take).map_err(|e| io_error(path, e)),
@@ -151,9 +154,8 @@ pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<()
 fn each_of(reader: impl BufRead, mut take: impl FnMut(StepMetrics)) -> io::Result<()> {
     let mut lines = Lines { reader, line: Vec::new() };
     while let Some(line) = lines.next()? {
-        match serde_json::from_slice(line) {
-            Ok(step) => take(step),
-            Err(_) => break,
+        if let Ok(step) = serde_json::from_slice(line) {
+            take(step);
         }
     }
     Ok(())
@@ -248,6 +250,22 @@ mod tests {
         assert_eq!((last_step(&path), last_step(folder.path())), (Some(1), None));
         MetricsWriter::open(&path, 9).unwrap().append(&path, &testing::metrics(2, 2.0)).unwrap();
         assert_eq!(steps(&path), [1, 2]);
+    }
+
+    #[test]
+    fn a_damaged_line_costs_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::open(&path, 0).unwrap();
+        for step in 1..=5 {
+            writer.append(&path, &testing::metrics(step, 2.0)).unwrap();
+        }
+        drop(writer);
+        let damaged = std::fs::read_to_string(&path).unwrap().replacen("\"step\":2", "\"step\":!", 1);
+        std::fs::write(&path, damaged).unwrap();
+        assert_eq!(steps(&path), [1, 3, 4, 5]);
+        MetricsWriter::open(&path, 4).unwrap();
+        assert_eq!(steps(&path), [1, 3, 4]);
     }
 
     /// A reader of `lines` lines that counts what its buffer hands out at most at a time.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2, resnet101};
 use fusionllm_protocol::{DataSpec, JobSpec, WeightsChoice};
+use fusionllm_transport::read_regular_text;
 
 use crate::BrokerError;
 use crate::checkpoint::{TOKENIZER, TensorSet};
@@ -89,7 +90,7 @@ fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
     let model = match &spec.model.path {
         Some(path) if path.is_dir() => folder::read(path, spec.model.dropout, |_| spec.data.seq_len, purpose)?,
         Some(path) => {
-            let text = std::fs::read_to_string(path).map_err(|e| model_error(path, format!("not readable: {e}")))?;
+            let text = read_regular_text(path).map_err(|e| model_error(path, format!("not readable: {e}")))?;
             let dag = OpDag::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
             LoadedModel::new(dag, None)
         }
@@ -143,7 +144,7 @@ pub fn model_tokenizer(spec: &JobSpec) -> Result<Option<String>, BrokerError> {
         return Ok(None);
     };
     let path = folder.join(TOKENIZER);
-    std::fs::read_to_string(&path).map(Some).map_err(|e| {
+    read_regular_text(&path).map(Some).map_err(|e| {
         let hint = "give data.tokenizer, the path of the one that the model was trained with";
         model_error(&path, format!("not readable: {e}; {hint}"))
     })

@@ -282,6 +282,8 @@ mod tests {
             generation: Generation(1),
             run: None,
             checkpoint: None,
+            from_step: None,
+            data: None,
         };
         let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
         let data = DataReport {
@@ -321,6 +323,8 @@ mod tests {
             generation: Generation(1),
             run: None,
             checkpoint: None,
+            from_step: None,
+            data: None,
         };
         let report = RunReport::of(&record, Totals::default(), None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));

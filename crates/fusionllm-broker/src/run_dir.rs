@@ -23,11 +23,11 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
 use fusionllm_protocol::{Generation, Notice};
+use fusionllm_transport::read_regular;
 use serde::{Deserialize, Serialize};
 
 use crate::BrokerError;
@@ -159,7 +159,7 @@ impl RunDir {
 
     /// Reads a JSON file of the run; `None` if it is not there.
     pub(crate) fn read_json<T: serde::de::DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, BrokerError> {
-        match std::fs::read(path) {
+        match read_regular(path) {
             Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| io_error(path, e.into())),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(io_error(path, e)),
@@ -203,41 +203,29 @@ pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
 /// # Errors
 /// [`BrokerError::Io`] that names the file.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
-    write_atomic_with_mode(path, bytes, None)
+    // As the process's mask has it.
+    write_atomic_with_mode(path, bytes, 0o666)
 }
 
 /// The same, readable by the owner alone.
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
-    write_atomic_with_mode(path, bytes, Some(0o600))
+    write_atomic_with_mode(path, bytes, 0o600)
 }
 
-fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: Option<u32>) -> Result<(), BrokerError> {
-    // Two writers of one file must not share a temporary name.
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}-{}.tmp", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-    let temporary = path.with_file_name(name);
-    let written = create(&temporary, mode)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| std::fs::rename(&temporary, path));
-    if let Err(e) = written {
-        // The error that matters is the first one.
-        let _ = std::fs::remove_file(&temporary);
-        return Err(io_error(path, e));
-    }
-    path.parent().map_or(Ok(()), |folder| sync_folder(folder).map_err(|e| io_error(folder, e)))
-}
-
-fn create(path: &Path, mode: Option<u32>) -> std::io::Result<File> {
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true);
+fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), BrokerError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut prefix = path.file_name().unwrap_or_default().to_owned();
+    prefix.push(".");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(".tmp");
     #[cfg(unix)]
-    if let Some(mode) = mode {
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, mode);
-    }
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     #[cfg(not(unix))]
     let _ = mode;
-    options.open(path)
+    let mut file = builder.tempfile_in(folder).map_err(|e| io_error(path, e))?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
+    file.persist(path).map_err(|e| io_error(path, e.error))?;
+    sync_folder(folder).map_err(|e| io_error(folder, e))
 }
 
 /// Makes renames in the folder last. Only Unix lets a folder be opened.

@@ -4,6 +4,7 @@
 //! [`files`] keeper, writes run directories and the store, in the order in which the core decided.
 
 mod actor;
+mod answers;
 mod blob;
 mod client;
 mod compnode;
@@ -14,6 +15,7 @@ mod listen;
 mod open_runs;
 mod records;
 mod refusals;
+mod start;
 mod work;
 
 use std::net::SocketAddr;
@@ -21,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use fusionllm_protocol::{DataSpec, Inventory, JobId, JobSpec, StatusReport, TicketRole};
+use fusionllm_protocol::{Inventory, JobId, JobSpec, StatusReport, TicketRole};
 use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Ticket, check_private, make_private_dir};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -29,20 +31,17 @@ use tokio::time::timeout;
 
 pub use events::{JobEvents, Submitted};
 
-use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_newest};
-use crate::cluster_file::read_cluster;
-use crate::core::{Core, Restored, ResumedBy, StartPoint, check, check_resumable};
-use crate::metrics::last_step;
-use crate::model::{load_model, model_tokenizer};
+use crate::BrokerError;
+use crate::core::{Core, Restored, ResumedBy, StartPoint, check_resumable};
 use crate::reach::Reach;
 use crate::report::RunReport;
-use crate::resume::{Resumption, goes_on, notices_of, resumed_job};
-use crate::run_dir::{RunDir, RunHome, RunStart, default_run_dir, io_error, is_free};
+use crate::resume::{Resumption, resumed_job};
+use crate::run_dir::{default_run_dir, io_error, is_free};
 use crate::store::{JobRecord, Store};
-use crate::{BrokerError, CheckpointError};
 use actor::{Command, RunDirChoice};
 use gate::Gate;
 use open_runs::OpenRuns;
+use start::{planned_by, restored, resumed_start, start_at, start_of};
 
 /// A job that was taken in, or why not.
 type Taken = Result<Submitted, BrokerError>;
@@ -80,6 +79,8 @@ pub struct Broker {
     endpoint: Endpoint,
     listener: JoinHandle<()>,
     actor: JoinHandle<()>,
+    /// It is not waited for again then.
+    has_ended: bool,
 }
 
 impl Broker {
@@ -108,7 +109,6 @@ impl Broker {
         let reopen = Box::new(move || Store::open(&store_path));
         let files = files::Files::start(commands.clone(), open_runs.clone());
         let records = records::Records::start(store, reopen, &commands);
-        let actor = tokio::spawn(actor::run(core, actions, commands.downgrade(), inbox, files, records));
         let runs_dir = absolute(&runs_dir)?;
         let mut reach = Reach { checkpoints: vec![runs_dir.clone()], models: Vec::new() };
         for folder in checkpoint_dirs {
@@ -118,10 +118,12 @@ impl Broker {
             reach.models.push(absolute(&folder)?);
         }
         let (runs_dir, state_dir, reach) = (runs_dir.into(), state_dir.into(), Arc::new(reach));
+        let to_self = commands.downgrade();
+        let actor = tokio::spawn(actor::run(core, actions, to_self, inbox, files, records, Arc::clone(&reach)));
         let handle = Handle { commands, runs_dir, state_dir, reach, open_runs };
         let listener = tokio::spawn(listen::run(endpoint.clone(), gate, handle.clone()));
         tracing::info!(addrs = ?ticket.broker.addrs, "the broker listens");
-        Ok(Self { ticket, ticket_path, handle, endpoint, listener, actor })
+        Ok(Self { ticket, ticket_path, handle, endpoint, listener, actor, has_ended: false })
     }
 
     /// The ticket by which CompNodes join.
@@ -194,11 +196,21 @@ impl Broker {
         self.handle.ask(|reply| Command::Report { job, reply }).await?
     }
 
+    /// Resolves when the broker has ended without having been asked to, by a defect of ours.
+    pub async fn failed(&mut self) {
+        if let Err(error) = (&mut self.actor).await {
+            tracing::error!(%error, "the broker's task has failed");
+        }
+        self.has_ended = true;
+    }
+
     /// Sends the CompNodes away and ends. Jobs that run can be resumed by the next broker on the same state.
     pub async fn shutdown(self) {
         // If the actor has ended there is nobody to tell.
         let _ = self.handle.ask(|reply| Command::Shutdown { reply }).await;
-        let _ = timeout(GOODBYE_LIMIT, self.actor).await;
+        if !self.has_ended {
+            let _ = timeout(GOODBYE_LIMIT, self.actor).await;
+        }
         self.listener.abort();
         self.endpoint.close().await;
     }
@@ -286,6 +298,8 @@ impl Handle {
     /// Goes on with a stopped or failed job from its newest whole checkpoint or that of `step`, or if it has none or
     /// `step` is 0, from its beginning. `overrides` change keys of the job; the broker's `own` user may name any file.
     async fn resume(&self, job: JobId, step: Option<u64>, overrides: Vec<String>, own: bool) -> Taken {
+        // A checkpoint that is being written counts.
+        self.ask(|reply| Command::Flush { reply }).await?;
         let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
         // Before all of its checkpoint is read.
         check_resumable(&record)?;
@@ -293,13 +307,15 @@ impl Handle {
         let prepared = blocking(move || {
             let spec = resumed_job(&record.spec, &overrides, None)?;
             // What it reads was allowed to whoever submitted it; where it may write can have changed since.
-            reach.check(&spec, own || spec.placement.cluster == record.spec.placement.cluster)?;
+            let reads_the_same = (&spec.model.path, &spec.placement.cluster)
+                == (&record.spec.model.path, &record.spec.placement.cluster);
+            reach.check(&spec, own || reads_the_same)?;
             let start = resumed_start(&record, &spec, step)?;
             planned_by(spec, start)
         });
         let (spec, start) = prepared.await?;
         let (spec, start) = (Box::new(spec), Box::new(start));
-        self.ask(|reply| Command::Resume { job, spec, start, reply }).await?
+        self.ask(|reply| Command::Resume { job, spec, start, step, reply }).await?
     }
 }
 
@@ -309,94 +325,6 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, BrokerError> {
     // The work ends without a result only when the runtime does.
     spawn_blocking(work).await.unwrap_or(Err(BrokerError::Ended))
-}
-
-/// A job's beginning. `tokenizer` is the content of its tokenizer file, where whoever handed the job in could read it.
-fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, BrokerError> {
-    let model = load_model(spec)?;
-    let mut notices = model.notes;
-    let mut origin = Origin { carried: model.carried, data: None };
-    if spec.data.tokenizer != DataSpec::MODEL {
-        if origin.tokenizer().is_some_and(|own| tokenizer.as_ref().is_some_and(|given| own != given)) {
-            notices.push("data.tokenizer is not the tokenizer.json in model.path".to_owned());
-        }
-        origin.set_tokenizer(tokenizer);
-    }
-    Ok(StartPoint {
-        graph: model.dag.to_json(),
-        dag: Arc::new(model.dag),
-        weights: model.weights,
-        cluster: None,
-        step: 0,
-        notices,
-        origin,
-        run: RunStart::new(),
-    })
-}
-
-/// Where a job goes on that waited when the broker ended.
-fn start_again(record: JobRecord) -> Result<StartPoint, BrokerError> {
-    let start = resumed_start(&record, &record.spec, None)?;
-    Ok(planned_by(record.spec, start)?.1)
-}
-
-/// What a job's run directory knows of how far it came.
-fn restored(record: JobRecord) -> Restored {
-    let is_open = !record.state.is_final();
-    let reached = last_step(&RunDir::new(&record.run_dir).metrics()).filter(|_| is_open);
-    let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
-    let checkpoint = if is_open { newest() } else { None };
-    Restored { record, reached, checkpoint }
-}
-
-/// The start with the cluster file that the job names, if it does.
-fn planned_by(spec: JobSpec, mut start: StartPoint) -> Result<(JobSpec, StartPoint), BrokerError> {
-    if let Some(path) = &spec.placement.cluster {
-        start.cluster = Some(read_cluster(path)?.1);
-    }
-    check(&spec, &start)?;
-    Ok((spec, start))
-}
-
-/// Where a job of this broker goes on.
-fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64>) -> Result<StartPoint, BrokerError> {
-    let Some(mut home) = RunHome::read(&record.run_dir)? else { return start_of(spec, None) };
-    if let (Some(file), Some((step, checksum))) = (&mut home.file, record.checkpoint.clone()) {
-        // What the broker remembers counts before what lies beside the checkpoints.
-        file.manifests.insert(step, checksum);
-    }
-    let known = record.run.as_ref();
-    let from_the_beginning = || {
-        let mut start = StartPoint { run: goes_on(&home, known, Vec::new())?, ..start_of(spec, None)? };
-        start.notices.append(&mut start.run.notices);
-        Ok(start)
-    };
-    if step == Some(0) {
-        return from_the_beginning();
-    }
-    match open_newest(&home, step) {
-        Ok(newest) => {
-            let notices = notices_of(&newest, Some(&home).filter(|_| step.is_none()));
-            start_at(newest.checkpoint, goes_on(&home, known, notices)?)
-        }
-        Err(CheckpointError::None { .. }) if step.is_none() => from_the_beginning(),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Where a run goes on with a checkpoint.
-fn start_at(checkpoint: Checkpoint, mut run: RunStart) -> Result<StartPoint, BrokerError> {
-    let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
-    let mut notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
-    notices.append(&mut run.notices);
-    let mut origin = checkpoint.origin().clone();
-    if origin.tokenizer().is_none()
-        && let Some(tokenizer) = model_tokenizer(&checkpoint.manifest().job)?
-    {
-        origin.set_tokenizer(Some(tokenizer));
-    }
-    let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices, origin, run })
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, BrokerError> {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::{Generation, JobId, JobSpec, JobState, JobSummary, RunId};
+use fusionllm_protocol::{DataFingerprint, Generation, JobId, JobSpec, JobState, JobSummary, RunId};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +38,12 @@ pub(crate) struct JobRecord {
     /// Step of its newest checkpoint, and the manifest's checksum.
     #[serde(default)]
     pub(crate) checkpoint: Option<(u64, String)>,
+    /// The step that it was told to go on from, until it is at work there.
+    #[serde(default)]
+    pub(crate) from_step: Option<u64>,
+    /// The data that it was last trained on.
+    #[serde(default)]
+    pub(crate) data: Option<DataFingerprint>,
 }
 
 impl JobRecord {
@@ -168,6 +174,8 @@ mod tests {
             generation: Generation(1),
             run: Some(RunId::from_bytes([1; 16])),
             checkpoint: Some((3, "00".to_owned())),
+            from_step: None,
+            data: None,
         }
     }
 
@@ -190,7 +198,7 @@ mod tests {
         let path = folder.path().join("broker.redb");
         let store = Store::open(&path).unwrap();
         let mut old = serde_json::to_value(record(4)).unwrap();
-        for key in ["run", "checkpoint"] {
+        for key in ["run", "checkpoint", "from_step", "data"] {
             old.as_object_mut().unwrap().remove(key);
         }
         let write = store.database.begin_write().unwrap();

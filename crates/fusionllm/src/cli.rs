@@ -42,6 +42,23 @@ pub(crate) enum Command {
     Generate(Generate),
 }
 
+impl Command {
+    /// Whether all that it is for is what it prints: then nothing is lost if nobody reads on.
+    pub(crate) fn only_tells(&self) -> bool {
+        match self {
+            Self::Train(_) | Self::Broker(_) | Self::Join(_) | Self::Export(_) => false,
+            Self::Submit(_)
+            | Self::Status(_)
+            | Self::Inventory(_)
+            | Self::Ticket(_)
+            | Self::Stop(_)
+            | Self::Resume(_)
+            | Self::Plan(_)
+            | Self::Generate(_) => true,
+        }
+    }
+}
+
 impl Cli {
     /// Log level when FUSIONLLM_LOG says nothing: services tell what they do, commands only what is wrong.
     pub(crate) fn default_log(&self) -> &'static str {

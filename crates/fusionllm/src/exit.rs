@@ -25,10 +25,11 @@ pub(crate) fn bad_input(error: impl fmt::Display) -> anyhow::Error {
     anyhow::Error::new(BadInput(error.to_string()))
 }
 
-/// Prints the error in one line and gives its exit code.
+/// Prints the error in one line and gives its exit code. For a command that `only_tells` something it is none that nobody
+/// reads on.
 #[expect(clippy::print_stderr, reason = "the one place where errors reach the user")]
-pub(crate) fn failed(error: &anyhow::Error) -> ExitCode {
-    if error.chain().any(is_broken_pipe) {
+pub(crate) fn failed(error: &anyhow::Error, only_tells: bool) -> ExitCode {
+    if only_tells && error.chain().any(is_broken_pipe) {
         return ExitCode::SUCCESS;
     }
     eprintln!("error: {}", in_one_line(&message(error)));

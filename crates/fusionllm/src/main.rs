@@ -26,14 +26,15 @@ fn main() -> ExitCode {
     };
     let filter = match environment::log_filter(cli.default_log()) {
         Ok(filter) => filter,
-        Err(error) => return exit::failed(&error),
+        Err(error) => return exit::failed(&error, false),
     };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     std::panic::set_hook(Box::new(report_panic));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return exit::failed(&anyhow::Error::new(error).context("cannot start the async runtime")),
+        Err(error) => return exit::failed(&anyhow::Error::new(error).context("cannot start the async runtime"), false),
     };
+    let only_tells = cli.command.only_tells();
     let result = runtime.block_on(async {
         let result = commands::run(cli).await;
         fusionllm_transport::close_all().await;
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
     runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit::failed(&error),
+        Err(error) => exit::failed(&error, only_tells),
     }
 }
 

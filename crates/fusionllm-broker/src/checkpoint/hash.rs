@@ -3,10 +3,10 @@
 use std::io::Read;
 use std::path::Path;
 
-use fusionllm_protocol::ShardEntry;
+use fusionllm_protocol::{MAX_HEADER_BYTES, ShardEntry};
 use safetensors::tensor::Metadata;
 
-use super::tensor_file::{COPY_BYTES, MAX_HEADER_BYTES, io, open};
+use super::tensor_file::{COPY_BYTES, io, open};
 use crate::CheckpointError;
 
 /// The exponent of an f32; all ones in infinities and in what is not a number.

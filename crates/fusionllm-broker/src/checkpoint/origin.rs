@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fusionllm_protocol::{CarriedFile, DataFingerprint, content_hash};
+use fusionllm_transport::read_regular_text;
 
 use super::tensor_file::io;
 use crate::run_dir::write_atomic;
@@ -58,7 +59,7 @@ impl Origin {
         let mut carried = BTreeMap::new();
         for file in files {
             let path = folder.join(file.file());
-            let text = std::fs::read_to_string(&path).map_err(|e| match e.kind() {
+            let text = read_regular_text(&path).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound => CheckpointError::Missing { path: path.clone() },
                 _ => io(&path, e),
             })?;

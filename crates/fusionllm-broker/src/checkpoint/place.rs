@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use fusionllm_protocol::{Generation, JobSpec, RunId};
+use fusionllm_transport::{open_regular, read_regular};
 use serde::Deserialize;
 
 use super::tensor_file::io;
@@ -55,7 +56,7 @@ pub(crate) struct Brief {
 
 /// Reads the manifest in a folder for what it says of its maker.
 pub(crate) fn brief_of(path: &Path) -> Option<Brief> {
-    serde_json::from_slice(&std::fs::read(path.join(MANIFEST)).ok()?).ok()
+    serde_json::from_slice(&read_regular(&path.join(MANIFEST)).ok()?).ok()
 }
 
 /// Whether there is a folder, and not a link to one.
@@ -65,7 +66,7 @@ fn is_real_folder(path: &Path) -> bool {
 
 fn read_mark(path: &Path) -> Option<RunId> {
     let mut text = String::new();
-    std::fs::File::open(path.join(MARK)).ok()?.take(MARK_BYTES).read_to_string(&mut text).ok()?;
+    open_regular(&path.join(MARK)).ok()?.take(MARK_BYTES).read_to_string(&mut text).ok()?;
     RunId::try_from(text.trim_end().to_owned()).ok()
 }
 
@@ -73,7 +74,12 @@ fn write_mark(folder: &Path, run: &RunId) -> Result<(), BrokerError> {
     let path = folder.join(MARK);
     let text = format!("{}\n", run.as_str());
     let write = |mut file: File| file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
-    File::create(&path).and_then(write).map_err(|e| io_error(&path, e))
+    // A torn one of ours, or a link, through which the mark would be written elsewhere.
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(io_error(&path, e)),
+        _ => {}
+    }
+    File::create_new(&path).and_then(write).map_err(|e| io_error(&path, e))
 }
 
 /// Whether a folder holds nothing but a mark, or not even that: what a crash leaves of one that was being made.

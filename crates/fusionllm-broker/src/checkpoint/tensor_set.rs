@@ -1,14 +1,14 @@
 //! Tensors of one or several safetensors files under the graph's names, and a part of them as one file.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
+use fusionllm_protocol::TensorHeader;
 use safetensors::tensor::Dtype;
 
-use super::tensor_file::{TensorFile, io};
+use super::tensor_file::{TensorFile, header_error, io};
 use crate::CheckpointError;
 
 /// Optimizer state of parameter P lies under `optimizer.KIND.P`.
@@ -145,12 +145,12 @@ impl TensorSet {
         Ok((file.info(stored).map(|info| info.shape.clone()).unwrap_or_default(), bytes))
     }
 
-    /// Writes `params`, the optimizer state there is of them, and all residuals of error feedback as one safetensors file; returns its size in bytes.
-    /// No more than one megabyte is held in memory.
+    /// Writes `params`, the optimizer state there is of them, and all residuals of error feedback as one safetensors
+    /// file, which errors call `path`; returns its size in bytes. No more than one megabyte is held in memory.
     ///
     /// # Errors
     /// [`CheckpointError`] if a parameter is missing or the file cannot be written.
-    pub fn write_part(&self, params: &[String], out: &Path) -> Result<u64, CheckpointError> {
+    pub fn write_part(&self, params: &[String], out: &mut impl Write, path: &Path) -> Result<u64, CheckpointError> {
         let with_state = params.iter().flat_map(|param| {
             let state = optimizer_names(param).filter(|name| self.places.contains_key(name));
             std::iter::once(param.clone()).chain(state)
@@ -161,27 +161,18 @@ impl TensorSet {
         // Readers want tensors aligned: the widest elements first.
         let width = |name: &String| self.find(name).ok().and_then(|(f, s)| Some(f.info(s)?.dtype)).map(|t| t.bitsize());
         names.sort_by_key(|name| std::cmp::Reverse(width(name)));
-        let mut header = serde_json::Map::new();
-        let mut offset = 0;
+        let mut infos = Vec::new();
         for name in &names {
             let (file, stored) = self.find(name)?;
-            let Some(info) = file.info(stored) else { continue };
-            let end = offset + (info.data_offsets.1 - info.data_offsets.0);
-            let entry = serde_json::json!({ "dtype": info.dtype, "shape": info.shape, "data_offsets": [offset, end] });
-            header.insert(name.clone(), entry);
-            offset = end;
+            infos.extend(file.info(stored).map(|info| (name.clone(), info.dtype, info.shape.clone())));
         }
-        let mut text = serde_json::Value::Object(header).to_string().into_bytes();
-        text.resize(text.len().next_multiple_of(8), b' ');
-        let fail = |e| io(out, e);
-        let mut writer = BufWriter::new(File::create(out).map_err(fail)?);
-        writer.write_all(&(text.len() as u64).to_le_bytes()).map_err(fail)?;
-        writer.write_all(&text).map_err(fail)?;
+        let mut writer = BufWriter::new(out);
+        let header = TensorHeader::write(&mut writer, infos).map_err(|e| header_error(path, e))?;
         for name in &names {
             let (file, stored) = self.find(name)?;
-            file.copy_to(stored, &mut writer, out)?;
+            file.copy_to(stored, &mut writer, path)?;
         }
-        writer.flush().map_err(fail)?;
-        Ok(8 + text.len() as u64 + offset as u64)
+        writer.flush().map_err(|e| io(path, e))?;
+        Ok(header.file_bytes())
     }
 }

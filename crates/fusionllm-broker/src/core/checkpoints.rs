@@ -8,11 +8,12 @@ use fusionllm_protocol::{BlobHeader, BlobKind, JobEvent};
 use super::{Action, ConnectionId, Core, RunKey};
 
 impl Core {
-    /// Whether a shard that a CompNode offers is due.
-    pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> bool {
-        let BlobKind::Shard { step, node } = header.kind else { return false };
-        let run = self.jobs.get(&header.job).and_then(|job| job.run.as_ref());
-        run.is_some_and(|run| run.key.generation == header.generation && run.wants_shard(connection, node, step))
+    /// Whether a shard that a CompNode offers is due; why it cannot be one if it is too large for its part.
+    pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> Result<bool, String> {
+        let BlobKind::Shard { step, node } = header.kind else { return Ok(false) };
+        let key = RunKey { job: header.job, generation: header.generation };
+        let run = self.jobs.get(&key.job).and_then(|job| job.run.as_ref()).filter(|run| run.key == key);
+        run.map_or(Ok(false), |run| run.wants_shard(connection, node, step, header.bytes))
     }
 
     /// A checkpoint is in its place: that is remembered before it is told.
@@ -26,7 +27,7 @@ impl Core {
     ) -> Vec<Action> {
         let Some(run) = self.run_mut(key) else { return Vec::new() };
         run.checkpoint_finished(step);
-        run.moved = now;
+        run.watchdog.moved = now;
         let mut actions = Vec::new();
         if let Some(known) = self.jobs.get_mut(&key.job) {
             known.record.checkpoint = Some((step, checksum));

@@ -10,12 +10,20 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Ok(Vec::new()) };
         let mut notes = data.notes.clone();
         if let (Some(run), Some(now)) = (job.run.as_mut(), &data.fingerprint) {
-            if let Some(before) = &run.origin.data {
-                if let Some(reason) = now.tokenizer_change(before) {
-                    return Err(reason);
+            let from_step = job.start.as_ref().map_or(0, |start| start.step);
+            if let Some(before) = run.origin.data.as_ref().or(job.record.data.as_ref()) {
+                match now.tokenizer_change(before) {
+                    Some(reason) if from_step > 0 => return Err(reason),
+                    // Nothing was learnt by the other one.
+                    Some(_) => notes.push(format!(
+                        "data.tokenizer is {} now, it was {} when the job began before",
+                        now.tokenizer.name, before.tokenizer.name
+                    )),
+                    None => {}
                 }
                 notes.extend(now.changes_since(before));
             }
+            job.record.data = Some(now.clone());
             let is_other = |source: &str| content_hash(source.as_bytes()) != now.tokenizer.hash;
             if run.origin.tokenizer().is_some_and(is_other) {
                 run.origin.set_tokenizer(None);

@@ -8,12 +8,15 @@ use std::time::Duration;
 
 use fusionllm_protocol::{FromBroker, JobEvent, JobId};
 
-use super::{Action, Core, Job};
+use super::{Action, ConnectionId, Core, Job, RunKey};
 use crate::BrokerError;
 use crate::store::JobRecord;
 
 /// First and largest pause between attempts to write the store anew.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
+/// Steps of a job that are kept for those who follow it, while the store cannot be written.
+const MOST_HELD_STEPS: usize = 1000;
 
 /// Numbers of what was to be written.
 #[derive(Debug, Default)]
@@ -44,9 +47,7 @@ fn told_of(action: &Action) -> Option<JobId> {
     match action {
         Action::Send { message, .. } => match message {
             FromBroker::Assign(assignment) => Some(assignment.job),
-            FromBroker::Start { job, .. } | FromBroker::SetCodec { job, .. } | FromBroker::Abort { job, .. } => {
-                Some(*job)
-            }
+            FromBroker::Start { job, .. } | FromBroker::SetCodec { job, .. } => Some(*job),
             _ => None,
         },
         Action::SendWeights { key, .. } => Some(key.job),
@@ -95,9 +96,10 @@ impl Core {
                 }
                 continue;
             }
+            self.withdraw(&action);
             let done = self.durable.done;
             match told_of(&action).and_then(|job| self.jobs.get_mut(&job)) {
-                Some(job) if job.barrier > done => job.held.push((job.barrier, action)),
+                Some(job) if job.barrier > done => job.keep_back(action),
                 Some(job) => {
                     show(job, &action);
                     free.push(action);
@@ -106,6 +108,15 @@ impl Core {
             }
         }
         free
+    }
+
+    /// Who is told to let a placement go is told at once, and nothing of it after that.
+    fn withdraw(&mut self, action: &Action) {
+        let Action::Send { to, message: FromBroker::Abort { job, generation, .. } } = action else { return };
+        if let Some(known) = self.jobs.get_mut(job) {
+            let key = RunKey { job: *job, generation: *generation };
+            known.held.retain(|(_, held)| told_to(held) != Some((*to, key)));
+        }
     }
 
     /// All up to `number` is on disk: what may be told now, which must not be held again.
@@ -167,6 +178,36 @@ impl Core {
         trouble.retry_at = None;
         let records = self.jobs.values().map(|job| job.record.clone()).collect();
         vec![Action::Rewrite { number: self.durable.asked, records }]
+    }
+}
+
+/// The CompNode that an action tells of a placement.
+fn told_to(action: &Action) -> Option<(ConnectionId, RunKey)> {
+    match action {
+        Action::Send { to, message } => {
+            let (job, generation) = match message {
+                FromBroker::Assign(assignment) => (assignment.job, assignment.generation),
+                FromBroker::Start { job, generation } | FromBroker::SetCodec { job, generation, .. } => {
+                    (*job, *generation)
+                }
+                _ => return None,
+            };
+            Some((*to, RunKey { job, generation }))
+        }
+        Action::SendWeights { to, key, .. } => Some((*to, *key)),
+        _ => None,
+    }
+}
+
+impl Job {
+    /// Keeps an action until all that was to be written before it is.
+    fn keep_back(&mut self, action: Action) {
+        // Those who follow miss steps then; the metrics have them all.
+        let is_step = |action: &Action| matches!(action, Action::Emit(JobEvent::Step { .. }));
+        if is_step(&action) && self.held.iter().filter(|(_, held)| is_step(held)).count() >= MOST_HELD_STEPS {
+            return;
+        }
+        self.held.push((self.barrier, action));
     }
 }
 

@@ -68,6 +68,8 @@ pub(crate) enum CoreEvent {
     Broken { connection: ConnectionId, reason: String },
     /// A CompNode says something; it came `at` that time.
     Said { connection: ConnectionId, message: FromCompNode, at: Duration },
+    /// Bytes of a shard come in.
+    ShardComing { key: RunKey },
     /// A shard lies in its partial folder.
     ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
     /// A checkpoint is whole.
@@ -78,6 +80,8 @@ pub(crate) enum CoreEvent {
     Noticed { key: RunKey, text: String },
     /// The broker itself cannot go on with a job.
     RunFailed { key: RunKey, reason: String },
+    /// What was to be worked out or read for a job was not, by a defect of ours.
+    WorkFailed { job: JobId, reason: String },
     /// The store has all that it was given up to this number.
     Persisted { number: u64 },
     /// The store cannot be written.

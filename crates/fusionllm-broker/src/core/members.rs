@@ -42,7 +42,7 @@ impl Core {
         let run = self.jobs.values_mut().find_map(|j| j.run.as_mut().filter(|r| r.node_of(connection).is_some()));
         let mut actions = Vec::new();
         if let Some(run) = run {
-            run.moved = now;
+            run.watchdog.moved = now;
             let (key, params) = (run.key, run.weights_owed(connection));
             let start = self.jobs.get(&key.job).and_then(|job| job.start.as_ref());
             if let Some((params, from)) = params.zip(start.and_then(|start| start.weights.clone())) {
@@ -69,7 +69,7 @@ impl Core {
         if since > LATE_TICK {
             self.compnodes.forgive(since);
             for run in self.jobs.values_mut().filter_map(|job| job.run.as_mut()) {
-                run.moved += since;
+                run.watchdog.moved += since;
             }
         }
         let mut actions = Vec::new();
@@ -110,7 +110,11 @@ impl Core {
             if let Some((waiting, what)) = run.stalled(now).filter(|_| is_whole) {
                 let names: Vec<String> = waiting.iter().map(|&m| format!("`{}`", self.compnodes.name(m))).collect();
                 let hint = self.resume_hint(run.key.job, run.checkpoint);
-                let reason = format!("{what}: waited for CompNode {}; {hint}", names.join(", "));
+                let who = match names.is_empty() {
+                    true => "the disk of the broker".to_owned(),
+                    false => format!("CompNode {}", names.join(", ")),
+                };
+                let reason = format!("{what}: waited for {who}; {hint}");
                 stalled.push((run.key, reason));
             }
         }

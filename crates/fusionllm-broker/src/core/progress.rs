@@ -44,16 +44,24 @@ impl Core {
             FromCompNode::Finished { job, generation } => {
                 let key = RunKey { job, generation };
                 let Some(run) = self.run_mut(key) else { return Vec::new() };
-                run.finished(connection);
-                run.moved = now;
+                run.finished(connection, now);
                 self.advance(key, now)
             }
             FromCompNode::Note { job, generation, text } => {
-                let is_member = |run: &mut Run| run.node_of(connection).is_some();
-                if !self.run_mut(RunKey { job, generation }).is_some_and(is_member) {
+                let run = self.run_mut(RunKey { job, generation });
+                if !run.is_some_and(|run| run.note_comes(connection)) {
                     return Vec::new();
                 }
                 self.notices(job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
+            }
+            FromCompNode::ShardFailed { job, generation, step, reason } => {
+                let key = RunKey { job, generation };
+                let owes = |run: &mut Run| run.node_of(connection).is_some_and(|n| run.owes_shard(connection, n, step));
+                if !self.run_mut(key).is_some_and(owes) {
+                    return Vec::new();
+                }
+                let reason = format!("CompNode `{}`: {reason}", self.compnodes.name(connection));
+                self.checkpoint_failed(key, step, &reason, now)
             }
             FromCompNode::Failed { job, generation, reason, bad_input } => {
                 let key = RunKey { job, generation };
@@ -73,18 +81,21 @@ impl Core {
             return Vec::new();
         }
         let mut actions = Vec::new();
-        if let Some(data) = data {
+        let reads_data = self.run_mut(key).is_some_and(|run| run.reads_data(connection));
+        if let Some(data) = data.filter(|_| reads_data) {
             match self.data_read(key, data) {
                 Ok(follows) => actions.extend(follows),
                 Err(reason) => return self.fail(key, reason, true, now),
             }
         }
         let Some(run) = self.run_mut(key) else { return actions };
-        run.moved = now;
-        if run.ready(connection) {
+        if run.ready(connection, now) {
             let RunKey { job, generation } = key;
             let members = run.members.clone();
-            run.moved = now;
+            if let Some(job) = self.jobs.get_mut(&key.job) {
+                // What lay after its start has been put aside.
+                job.record.from_step = None;
+            }
             actions.extend(self.set_state(key.job, JobState::Running));
             let start = |to| Action::Send { to, message: FromBroker::Start { job, generation } };
             actions.extend(members.into_iter().map(start));
@@ -119,7 +130,7 @@ impl Core {
                 return actions.into_iter().chain(self.fail(key, reason, false, now)).collect();
             }
             job.record.step = metrics.step;
-            run.moved = now;
+            run.watchdog.moved = now;
             job.record.loss = Some(metrics.loss);
             actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
             actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));

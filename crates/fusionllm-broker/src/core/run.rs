@@ -10,17 +10,10 @@ use fusionllm_protocol::{
     CodecNote, CompressionPolicy, JobSpec, LinkBytes, StepMetrics, StepReport, StepTrace, measured_step,
 };
 
+use super::bounds::Bounds;
+use super::watchdog::Watchdog;
 use super::{ConnectionId, RunKey, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};
-
-/// Nothing goes on for this long: the job fails.
-const STALL: Duration = Duration::from_secs(60);
-/// Or for so many of its slowest steps.
-const STALL_STEPS: u32 = 20;
-/// Reading data, or sending the last shards, may take this long.
-const READING: Duration = Duration::from_secs(600);
-/// Parameters take no longer than at this speed.
-const LEAST_BYTES_PER_S: u64 = 100_000;
 
 /// Names of the parameters that a CompNode holds.
 pub(super) fn param_names(dag: &OpDag, placement: &Placement, node: NodeIndex) -> Vec<String> {
@@ -69,14 +62,8 @@ pub(super) struct Run {
     shards: BTreeMap<u64, BTreeMap<NodeIndex, StoredShard>>,
     /// Where codecs adapt while training.
     controller: Option<Controller>,
-    /// When something last went on.
-    pub(super) moved: Duration,
-    /// Seconds of the slowest step so far.
-    slowest_s: f64,
-    /// Bytes of parameters, and of what the optimizer keeps of them.
-    state_bytes: u64,
-    /// Batches of an evaluation.
-    eval_batches: u64,
+    pub(super) watchdog: Watchdog,
+    pub(super) bounds: Bounds,
 }
 
 impl Run {
@@ -86,6 +73,7 @@ impl Run {
         placement: Placement,
         start: &StartPoint,
         spec: &JobSpec,
+        predicted_s: f64,
         now: Duration,
     ) -> Self {
         let steps = spec.train.steps;
@@ -107,6 +95,7 @@ impl Run {
             given_up: BTreeSet::new(),
             checkpoint: (start.step > 0).then_some(start.step),
             finishing: BTreeSet::new(),
+            bounds: Bounds::new(&start.dag, &placement, spec, start.step),
             placement,
             ready: BTreeSet::new(),
             finished: BTreeSet::new(),
@@ -116,33 +105,25 @@ impl Run {
             reports: BTreeMap::new(),
             shards: BTreeMap::new(),
             controller,
-            moved: now,
-            slowest_s: 0.0,
-            state_bytes: 3 * start.dag.params().iter().map(fusionllm_graph::Param::bytes).sum::<u64>(),
-            eval_batches: spec.train.eval_batches.into(),
+            watchdog: Watchdog::new(&start.dag, spec, predicted_s, now),
         }
     }
 
-    /// Nothing has gone on for too long: who is waited for, and what for.
+    /// Nothing has gone on for too long: who is waited for, which is the broker's own disk if it is nobody, and what for.
     pub(super) fn stalled(&self, now: Duration) -> Option<(Vec<ConnectionId>, String)> {
-        let waited = now.saturating_sub(self.moved);
+        let waited = now.saturating_sub(self.watchdog.moved);
         let nodes = || (0..).map(NodeIndex).zip(&self.members);
         let missing = |is_there: &dyn Fn(NodeIndex) -> bool| -> Vec<ConnectionId> {
             nodes().filter(|(node, _)| !is_there(*node)).map(|(_, &m)| m).collect()
         };
-        let transfer = Duration::from_secs(self.state_bytes / LEAST_BYTES_PER_S);
         let is_ready = |node: NodeIndex| self.ready.contains(&node);
         let (limit, waiting, what) = if self.ready.len() < self.members.len() {
-            // The data owner comes first and has its data to read, the others only their parameters to make.
-            let limit = if is_ready(NodeIndex(0)) { STALL } else { READING };
-            (limit + transfer, missing(&is_ready), "not ready".to_owned())
+            let limit = self.watchdog.until_ready(is_ready(NodeIndex(0)));
+            (limit, missing(&is_ready), "not ready".to_owned())
         } else if self.merged < self.steps {
             let reports = self.reports.get(&(self.merged + 1));
             let has_reported = |node: NodeIndex| reports.is_some_and(|r| r.contains_key(&node));
-            let steps = Duration::try_from_secs_f64(self.slowest_s).unwrap_or(STALL);
-            let evaluation = steps.saturating_mul(u32::try_from(self.eval_batches).unwrap_or(u32::MAX));
-            let limit = STALL.max(steps * STALL_STEPS).saturating_add(evaluation);
-            (limit, missing(&has_reported), format!("no step after step {}", self.merged))
+            (self.watchdog.until_step(), missing(&has_reported), format!("no step after step {}", self.merged))
         } else {
             let step = self.steps;
             let shards = self.shards.get(&step);
@@ -150,9 +131,9 @@ impl Run {
             let has_sent = |node: NodeIndex| {
                 self.finished.contains(&node) && (all_there || shards.is_some_and(|s| s.contains_key(&node)))
             };
-            (READING + transfer, missing(&has_sent), format!("the end did not come after step {step}"))
+            (self.watchdog.until_end(), missing(&has_sent), format!("the end did not come after step {step}"))
         };
-        (waited > limit && !waiting.is_empty()).then(|| (waiting, format!("{what} for {} s", waited.as_secs())))
+        (waited > limit).then(|| (waiting, format!("{what} for {} s", waited.as_secs())))
     }
 
     /// Names of the parameters that a CompNode of this run may still wait for.
@@ -167,26 +148,38 @@ impl Run {
     }
 
     /// A CompNode is ready. Whether it was the last one.
-    pub(super) fn ready(&mut self, connection: ConnectionId) -> bool {
+    pub(super) fn ready(&mut self, connection: ConnectionId, now: Duration) -> bool {
         let is_new = self.node_of(connection).is_some_and(|node| self.ready.insert(node));
+        if is_new {
+            self.watchdog.moved = now;
+        }
         is_new && self.ready.len() == self.members.len()
     }
 
-    pub(super) fn finished(&mut self, connection: ConnectionId) {
-        self.finished.extend(self.node_of(connection));
+    pub(super) fn finished(&mut self, connection: ConnectionId, now: Duration) {
+        if self.node_of(connection).is_some_and(|node| self.finished.insert(node)) {
+            self.watchdog.moved = now;
+        }
     }
 
     /// Takes a report in; each CompNode reports each step once and in order.
-    pub(super) fn step_reported(&mut self, connection: ConnectionId, report: StepReport) -> Result<(), String> {
+    pub(super) fn step_reported(&mut self, connection: ConnectionId, mut report: StepReport) -> Result<(), String> {
         let Some(node) = self.node_of(connection) else { return Ok(()) };
         let step = report.step;
-        let is_known = self.reports.get(&step).is_some_and(|r| r.contains_key(&node));
         let has_started = self.ready.len() == self.members.len();
-        if !has_started || step <= self.merged || step > self.steps || is_known {
+        if !has_started || step > self.steps {
             return Err(format!("CompNode {} reported step {step}, which was not due", node.0));
         }
+        self.bounds.report_comes(node, &mut report, self.merged)?;
         self.reports.entry(step).or_default().insert(node, report);
         Ok(())
+    }
+
+    /// Whether a CompNode, which is not ready yet, holds what reads the data.
+    pub(super) fn reads_data(&self, connection: ConnectionId) -> bool {
+        let Some(node) = self.node_of(connection).filter(|node| !self.ready.contains(node)) else { return false };
+        let holds = |op| self.placement.stages_of(node).any(|stage| stage.ops.contains(&op));
+        [self.dag.input(), self.dag.label()].into_iter().flatten().any(holds)
     }
 
     /// The next step that every CompNode has reported, as one.
@@ -216,7 +209,7 @@ impl Run {
         if !self.given_up.remove(&step) && self.is_due(step) {
             self.open.insert(step, metrics.loss);
         }
-        self.slowest_s = self.slowest_s.max(metrics.step_s);
+        self.watchdog.stepped(metrics.step_s);
         let sender = |change: CodecChange| Some((*self.members.get(change.sender.index())?, change));
         Some(MergedStep { metrics, traced, changes: changes.into_iter().filter_map(sender).collect() })
     }
@@ -290,7 +283,7 @@ impl Run {
     }
 
     /// Whether the shard is one that this CompNode owes.
-    pub(super) fn wants_shard(&self, connection: ConnectionId, node: NodeIndex, step: u64) -> bool {
+    pub(super) fn owes_shard(&self, connection: ConnectionId, node: NodeIndex, step: u64) -> bool {
         let is_known = self.shards.get(&step).is_some_and(|s| s.contains_key(&node));
         self.node_of(connection) == Some(node) && self.expects(step) && !self.finishing.contains(&step) && !is_known
     }

@@ -210,6 +210,7 @@ impl Core {
         let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return Vec::new() };
         let (start, spec) = (start.clone(), record.spec.clone());
         let Plan { placement, prediction, simulated: predicted, .. } = plan;
+        let predicted_s = prediction.step_s;
         // The strategy may leave some out, and has its own order.
         let named = |name: &String| members.iter().copied().find(|&m| self.compnodes.name(m) == *name);
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
@@ -232,7 +233,7 @@ impl Core {
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
         let assignments = self.assignments(key, &spec, &start, &placement, &members);
-        let run = Run::new(key, members, placement, &start, &spec, now);
+        let run = Run::new(key, members, placement, &start, &spec, predicted_s, now);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.run = Some(run);
             known.persisted = now;

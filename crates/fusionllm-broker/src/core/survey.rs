@@ -45,7 +45,7 @@ struct PairState {
 
 #[derive(Debug)]
 enum Activity {
-    Probe { pair: Pair, since: Duration },
+    Probe { pair: Pair, since: Duration, is_asked: bool },
     Ops { connection: ConnectionId, key: WorkKey, since: Duration },
 }
 
@@ -174,7 +174,7 @@ impl Survey {
             }
             busy.extend([hosts.0, hosts.1]);
             self.count += 1;
-            self.active.insert(self.count, Activity::Probe { pair: (a, b), since: now });
+            self.active.insert(self.count, Activity::Probe { pair: (a, b), since: now, is_asked: false });
             let message = FromBroker::AwaitProbe { probe: self.count, peer: registry.addr(a) };
             actions.push(Action::Send { to: b, message });
             started.push((a, b));
@@ -184,9 +184,10 @@ impl Survey {
     }
 
     /// The one that is dialled is ready for a probe: the other one may dial.
-    pub(super) fn awaited(&self, connection: ConnectionId, probe: u64, registry: &Registry) -> Vec<Action> {
-        match self.active.get(&probe) {
-            Some(&Activity::Probe { pair, .. }) if pair.1 == connection => {
+    pub(super) fn awaited(&mut self, connection: ConnectionId, probe: u64, registry: &Registry) -> Vec<Action> {
+        match self.active.get_mut(&probe) {
+            Some(Activity::Probe { pair, is_asked, .. }) if pair.1 == connection && !*is_asked => {
+                *is_asked = true;
                 let message = FromBroker::Probe { probe, peer: registry.addr(connection) };
                 vec![Action::Send { to: pair.0, message }]
             }
@@ -240,7 +241,7 @@ impl Survey {
         if let Err(reason) = &result {
             tracing::warn!(?connection, reason, "a CompNode cannot measure the ops of a job");
         }
-        self.ops.insert((connection, key), result.ok());
+        self.ops.insert((connection, key), result.ok().filter(Measured::is_sane));
     }
 
     /// Gives up what takes too long.

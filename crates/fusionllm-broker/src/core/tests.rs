@@ -474,7 +474,7 @@ fn messages_of_another_generation_are_dropped() {
     let mut core = running();
     core.stop(JobId(1), NOW).unwrap();
     let spec = core.record(JobId(1)).unwrap().spec.clone();
-    let actions = core.resume(JobId(1), spec.clone(), start(&spec, 3), NOW).unwrap();
+    let actions = core.resume(JobId(1), spec.clone(), start(&spec, 3), None, NOW).unwrap();
     measure(&mut core, actions);
     let old = [
         ready(KEY),
@@ -631,7 +631,7 @@ fn what_cannot_be_run_is_refused() {
     assert!(core.stop(JobId(9), NOW).unwrap_err().to_string().contains("no job 9"));
     submit(&mut core, &[]);
     let spec = testing::spec(&[]);
-    let error = core.resume(JobId(1), spec.clone(), start(&spec, 0), NOW).unwrap_err();
+    let error = core.resume(JobId(1), spec.clone(), start(&spec, 0), None, NOW).unwrap_err();
     assert_eq!(error.to_string(), "job 1 is being prepared, expected a stopped or failed job");
 }
 
@@ -662,6 +662,8 @@ fn record(job: u64, state: JobState) -> JobRecord {
         generation: Generation(1),
         run: None,
         checkpoint: None,
+        from_step: None,
+        data: None,
     }
 }
 
@@ -678,6 +680,27 @@ fn a_restart_goes_by_what_the_run_directory_knows() {
     );
     assert_eq!(core.record(JobId(1)).unwrap().step, 5);
     assert_eq!(state(&core, 2), JobState::Done, "all its steps and its last checkpoint are there");
+}
+
+/// A step that was chosen counts until the job is at work there, over restarts too, and nothing later does.
+#[test]
+fn a_chosen_step_outlives_the_broker() {
+    let mut core = running();
+    core.stop(JobId(1), NOW).unwrap();
+    core.jobs.get_mut(&JobId(1)).unwrap().record.checkpoint = Some((6, "00".to_owned()));
+    let spec = core.record(JobId(1)).unwrap().spec.clone();
+    let actions = core.resume(JobId(1), spec.clone(), start(&spec, 3), Some(3), NOW).unwrap();
+    let kept = core.record(JobId(1)).unwrap().clone();
+    assert_eq!((kept.from_step, kept.checkpoint.clone()), (Some(3), None));
+    let at_work = JobRecord { state: JobState::Preparing, ..kept };
+    let (core_then, _) = Core::restore(vec![Restored { record: at_work, reached: Some(6), checkpoint: Some(6) }]);
+    assert!(failure(&core_then).starts_with("the broker restarted"), "the checkpoint of step 6 is not its future");
+    measure(&mut core, actions);
+    let key = RunKey { generation: Generation(2), ..KEY };
+    for connection in [1, 2] {
+        say(&mut core, connection, ready(key));
+    }
+    assert_eq!(core.record(JobId(1)).unwrap().from_step, None);
 }
 
 #[test]
@@ -777,12 +800,24 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
         }
     };
     let mut core = running();
-    say(&mut core, 1, step(KEY, 1, None));
+    for (connection, number) in [(1, 1), (2, 1), (1, 2)] {
+        say(&mut core, connection, step(KEY, number, Some(1.0)));
+    }
     idle(&mut core, 55);
     assert_eq!(state(&core, 1), JobState::Running);
     idle(&mut core, 70);
-    assert!(failure(&core).contains("no step after step 0 for 6"), "{}", failure(&core));
+    assert!(failure(&core).contains("no step after step 1 for 6"), "{}", failure(&core));
     assert!(failure(&core).contains("waited for CompNode `b`;"), "{}", failure(&core));
+
+    // A first step may take longer, and a shard that comes in is work.
+    let mut core = running();
+    idle(&mut core, 290);
+    assert_eq!(state(&core, 1), JobState::Running);
+    tell(&mut core, CoreEvent::ShardComing { key: KEY }, NOW + Duration::from_secs(290));
+    idle(&mut core, 500);
+    assert_eq!(state(&core, 1), JobState::Running);
+    idle(&mut core, 600);
+    assert!(failure(&core).contains("no step after step 0 for 30"), "{}", failure(&core));
 
     let mut core = super::tests::core(2);
     submit(&mut core, &[]);
@@ -796,8 +831,10 @@ fn so_many_steps_that_nobody_can_count_them_cost_nothing() {
     let mut core = core(1);
     submit(&mut core, &["placement.compnodes=1", "train.steps=3000000000", "checkpoint.every=7"]);
     let run = core.jobs[&JobId(1)].run.as_ref().unwrap();
-    let wants = |step| run.wants_shard(ConnectionId(1), NodeIndex(0), step);
-    assert!(wants(7) && wants(3_000_000_000) && !wants(8) && !wants(3_000_000_001));
+    let owes = |step| run.owes_shard(ConnectionId(1), NodeIndex(0), step);
+    assert!(owes(7) && owes(3_000_000_000) && !owes(8) && !owes(3_000_000_001));
+    let wants = |step| run.wants_shard(ConnectionId(1), NodeIndex(0), step, 1).unwrap();
+    assert!(wants(7) && wants(7 * 16) && !wants(7 * 17), "it cannot have come so far yet");
 }
 
 #[test]
@@ -885,12 +922,131 @@ fn only_a_shard_that_is_due_is_wanted() {
     let wants = |connection, node, step, generation| {
         let kind = BlobKind::Shard { step, node: NodeIndex(node) };
         let header = BlobHeader { job: KEY.job, generation: Generation(generation), kind, bytes: 1 };
-        core.wants_shard(ConnectionId(connection), &header)
+        core.wants_shard(ConnectionId(connection), &header).unwrap()
     };
     assert!(wants(2, 1, 3, 1));
     assert!(!wants(2, 0, 3, 1), "another CompNode's");
     assert!(!wants(2, 1, 4, 1), "no checkpoint after step 4");
     assert!(!wants(2, 1, 3, 2), "another generation's");
+}
+
+/// What CompNodes send is bounded by the plan: the part's bytes, the order of steps, the number of links, one trace.
+#[test]
+fn a_compnode_cannot_make_the_broker_keep_more_than_its_part() {
+    let shard = |core: &mut Core, bytes| {
+        let kind = BlobKind::Shard { step: 3, node: NodeIndex(1) };
+        let header = BlobHeader { job: KEY.job, generation: KEY.generation, kind, bytes };
+        core.wants_shard(ConnectionId(2), &header)
+    };
+    let mut core = running();
+    let error = shard(&mut core, 400 << 20).unwrap_err();
+    assert!(error.contains("CompNode 1 announced a shard of 419430400 bytes, at most"), "{error}");
+    assert_eq!(shard(&mut core, 10_000), Ok(true));
+
+    say(&mut core, 1, step(KEY, 2, Some(1.0)));
+    assert!(failure(&core).contains("reported step 2, which was not due"), "steps come in order");
+
+    let mut core = running();
+    let mut long = report(1, Some(1.0));
+    long.links = vec![long.links[0].clone(); 1000];
+    say(&mut core, 1, FromCompNode::Step { job: KEY.job, generation: KEY.generation, report: long });
+    assert!(failure(&core).contains("more links than there are"));
+
+    let mut core = running();
+    let note = || FromCompNode::Note { job: KEY.job, generation: KEY.generation, text: "hello".to_owned() };
+    let kept = (0..5000).filter(|_| !say(&mut core, 1, note()).is_empty()).count();
+    assert_eq!(kept, 1000);
+}
+
+#[test]
+fn a_shard_that_will_not_come_costs_the_checkpoint() {
+    let mut core = running();
+    let failed = |step| FromCompNode::ShardFailed {
+        job: KEY.job,
+        generation: KEY.generation,
+        step,
+        reason: "its disk is full".to_owned(),
+    };
+    for connection in [1, 2] {
+        for number in 1..=3 {
+            say(&mut core, connection, step(KEY, number, Some(1.0)));
+        }
+    }
+    let actions = say(&mut core, 2, failed(3));
+    assert!(actions.iter().any(|a| matches!(a, Action::DropCheckpoint { step: 3, .. })), "{actions:?}");
+    assert_eq!(state(&core, 1), JobState::Running);
+    assert!(say(&mut core, 1, failed(3)).is_empty(), "it is given up already");
+    assert!(say(&mut core, 1, failed(4)).is_empty(), "no checkpoint after step 4");
+}
+
+/// Whatever times a CompNode claims, the broker goes on.
+#[test]
+fn absurd_times_in_reports_are_refused() {
+    for step_s in [f64::NAN, f64::INFINITY, -1.0] {
+        let mut core = running();
+        let report = StepReport { step_s, ..report(1, Some(1.0)) };
+        say(&mut core, 1, FromCompNode::Step { job: KEY.job, generation: KEY.generation, report });
+        assert!(failure(&core).contains("times that are no numbers"), "{}", failure(&core));
+    }
+    let mut core = running();
+    for connection in [1, 2] {
+        let report = StepReport { step_s: 1e300, ..report(1, Some(1.0)) };
+        say(&mut core, connection, FromCompNode::Step { job: KEY.job, generation: KEY.generation, report });
+    }
+    tell(&mut core, CoreEvent::Tick, NOW + Duration::from_secs(2));
+    assert_eq!(state(&core, 1), JobState::Running);
+}
+
+/// While the store cannot be written a job is stopped at once, and what was held of its placement is never sent.
+#[test]
+fn a_placement_that_is_taken_back_before_it_was_told_is_not_told() {
+    let mut core = core(1);
+    let spec = testing::spec(&["placement.compnodes=1"]);
+    let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
+    let Action::Persist { number, .. } = actions[0] else { panic!("{actions:?}") };
+    core.handle(CoreEvent::Persisted { number }, NOW);
+    let (connection, message) = measurements(&actions).pop().unwrap();
+    let actions = core.handle(CoreEvent::Said { connection, message, at: NOW }, NOW);
+    let planning =
+        actions.into_iter().find_map(|a| if let Action::Plan { input, .. } = a { Some(input) } else { None });
+    let input = planning.unwrap();
+    let (job, number, result) = (JobId(1), input.number, Box::new(input.plan()));
+    core.handle(CoreEvent::Planned { job, number, result }, NOW);
+    let actions = core.stop(JobId(1), NOW).unwrap();
+    assert!(sent(&actions).iter().any(|(_, m)| matches!(m, FromBroker::Abort { .. })), "{actions:?}");
+    let last = core.last_write();
+    let actions = core.handle(CoreEvent::Persisted { number: last }, NOW);
+    assert!(sent(&actions).is_empty(), "{actions:?}");
+}
+
+/// One CompNode reports step after step while another reports none: that ends before memory does.
+#[test]
+fn a_compnode_cannot_run_away_with_its_reports() {
+    let mut core = core(2);
+    submit(&mut core, &["train.steps=1000000", "placement.compnodes=2"]);
+    for connection in [1, 2] {
+        say(&mut core, connection, ready(KEY));
+    }
+    let mut reported = 0;
+    while state(&core, 1) == JobState::Running {
+        reported += 1;
+        say(&mut core, 1, step(KEY, reported, Some(1.0)));
+    }
+    assert_eq!(reported, 100_001);
+    assert!(failure(&core).contains("another is still at step 0"));
+}
+
+/// Only who holds the data says what is in it, and only before it is ready.
+#[test]
+fn only_the_data_owner_reports_data() {
+    let mut core = core(2);
+    submit(&mut core, &["placement.compnodes=2"]);
+    let with_data =
+        || FromCompNode::Ready { job: KEY.job, generation: KEY.generation, data: Some(DataReport::default()) };
+    let told = |actions: Vec<Action>| actions.iter().any(|a| matches!(a, Action::Emit(JobEvent::Data { .. })));
+    assert!(!told(say(&mut core, 2, with_data())));
+    assert!(told(say(&mut core, 1, with_data())));
+    assert!(!told(say(&mut core, 1, with_data())));
 }
 
 #[test]
@@ -1095,7 +1251,7 @@ fn no_order_of_events_breaks_the_rules() {
                 }
                 4 if draw(&mut seed, 6) == 0 => watch.core.stop(job, now).unwrap_or_default(),
                 5 => {
-                    let resumed = watch.core.resume(job, spec.clone(), fresh.clone(), now);
+                    let resumed = watch.core.resume(job, spec.clone(), fresh.clone(), None, now);
                     if resumed.is_ok() {
                         *watch.resumed.entry(job).or_default() += 1;
                     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_protocol::WeightsChoice;
+use fusionllm_transport::read_regular_text;
 use serde_json::Value;
 
 use super::{LoadedModel, graph_error, model_error};
@@ -40,7 +41,7 @@ pub(super) fn read(
     purpose: Purpose,
 ) -> Result<LoadedModel, BrokerError> {
     let path = folder.join(CONFIG);
-    let text = std::fs::read_to_string(&path)
+    let text = read_regular_text(&path)
         .map_err(|e| model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a GPT-2")))?;
     let mut config = Gpt2Config::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
     let mut notes = Vec::new();
@@ -70,7 +71,7 @@ fn carried(folder: &Path) -> Result<BTreeMap<String, String>, BrokerError> {
     let mut files = BTreeMap::new();
     for name in CARRIED {
         let path = folder.join(name);
-        match std::fs::read_to_string(&path) {
+        match read_regular_text(&path) {
             Ok(text) => drop(files.insert(name.to_owned(), text)),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(model_error(&path, format!("not readable: {e}"))),
@@ -180,7 +181,7 @@ struct Index {
 impl Index {
     fn read(path: &Path) -> Result<Self, BrokerError> {
         let fail = |reason: String| model_error(path, reason);
-        let text = std::fs::read_to_string(path).map_err(|e| fail(format!("not readable: {e}")))?;
+        let text = read_regular_text(path).map_err(|e| fail(format!("not readable: {e}")))?;
         let value: Value = serde_json::from_str(text.trim_start_matches('\u{feff}'))
             .map_err(|e| fail(format!("not an index of shards: {e}")))?;
         let map = value.get("weight_map").and_then(Value::as_object).filter(|map| !map.is_empty());

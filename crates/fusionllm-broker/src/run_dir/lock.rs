@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use fusionllm_protocol::RunId;
+use fusionllm_transport::open_regular;
 use time::OffsetDateTime;
 
 use super::io_error;
@@ -12,6 +13,8 @@ use crate::BrokerError;
 
 /// Most of a lock file that is read: a line.
 const LINE_BYTES: u64 = 1024;
+/// What that line begins with.
+const BEGINS: &str = "run ";
 
 /// A folder that is ours while this lives.
 #[derive(Debug)]
@@ -23,7 +26,7 @@ pub(crate) struct FolderLock {
 impl FolderLock {
     /// Name of the file in the folder. It stays there: a file that is removed could be locked by one and made anew by
     /// another.
-    pub(crate) const FILE: &'static str = "lock";
+    pub(crate) const FILE: &'static str = "fusionllm.lock";
 
     /// Takes the lock of a folder for a run.
     ///
@@ -33,7 +36,17 @@ impl FolderLock {
         let path = folder.join(Self::FILE);
         let fail = |e| io_error(&path, e);
         let mut options = OpenOptions::new();
-        let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(fail)?;
+        options.read(true).write(true).create(true).truncate(false);
+        // What a link leads to is not ours to write.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::custom_flags(
+            &mut options,
+            (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits() as i32,
+        );
+        let mut file = options.open(&path).map_err(fail)?;
+        if !file.metadata().map_err(fail)?.is_file() {
+            return Err(fail(std::io::Error::other("it is no regular file")));
+        }
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -45,10 +58,14 @@ impl FolderLock {
             }
             Err(TryLockError::Error(e)) => return Err(fail(e)),
         }
+        if !is_ours(&mut file).map_err(fail)? {
+            let reason = "it is not a lock of FusionLLM: move it away, or give another folder";
+            return Err(fail(std::io::Error::other(reason)));
+        }
         let now = OffsetDateTime::now_utc();
         let (date, time) = (now.date(), now.time());
         let at = format!("{date} {:02}:{:02} UTC", time.hour(), time.minute());
-        let line = format!("run {run}, process {}, since {at}\n", std::process::id());
+        let line = format!("{BEGINS}{run}, process {}, since {at}\n", std::process::id());
         let write = |file: &mut File| {
             file.set_len(0)?;
             file.seek(SeekFrom::Start(0))?;
@@ -63,9 +80,17 @@ impl FolderLock {
 
     /// Who works in a folder now, if anybody does.
     pub(crate) fn holder_of(folder: &Path) -> Option<String> {
-        let mut file = File::open(folder.join(Self::FILE)).ok()?;
+        let mut file = open_regular(&folder.join(Self::FILE)).ok()?;
         matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)).then(|| holder(&mut file))
     }
+}
+
+/// Whether the file is empty, or what a holder has written.
+fn is_ours(file: &mut File) -> std::io::Result<bool> {
+    let mut begins = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    Read::take(file, BEGINS.len() as u64).read_to_end(&mut begins)?;
+    Ok(begins.is_empty() || begins == BEGINS.as_bytes())
 }
 
 /// What the holder has written of itself.
@@ -100,5 +125,22 @@ mod tests {
         drop(first);
         assert_eq!(FolderLock::holder_of(folder.path()), None);
         FolderLock::take(folder.path(), &run).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_of_somebody_else_is_left_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunId::from_bytes([7; 16]);
+        let (lock, other) = (folder.path().join(FolderLock::FILE), folder.path().join("other"));
+        std::fs::write(&lock, "precious").unwrap();
+        let error = FolderLock::take(folder.path(), &run).unwrap_err().to_string();
+        assert!(error.contains("not a lock of FusionLLM"), "{error}");
+        assert_eq!(std::fs::read(&lock).unwrap(), b"precious");
+        std::fs::remove_file(&lock).unwrap();
+        std::fs::write(&other, "").unwrap();
+        std::os::unix::fs::symlink(&other, &lock).unwrap();
+        FolderLock::take(folder.path(), &run).unwrap_err();
+        assert_eq!(std::fs::read(&other).unwrap(), b"");
     }
 }

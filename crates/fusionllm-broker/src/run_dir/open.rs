@@ -93,6 +93,8 @@ impl RunDir {
                 steps.join(", "),
                 newest.display()
             ));
+        }
+        if !abandoned.is_empty() || start_step == 0 {
             self.keep_aside(start_step)?;
         }
         file.manifests.retain(|step, _| *step <= start_step);

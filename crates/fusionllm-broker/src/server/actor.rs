@@ -1,6 +1,6 @@
 //! The task that owns the core.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,13 +11,15 @@ use fusionllm_protocol::{
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use super::answers::Answers;
 use super::compnode::{Control, Joined, ToCompNode, lock};
 use super::events::{JobEvents, Submitted};
 use super::files::Files;
 use super::records::Records;
 use super::work;
 use crate::BrokerError;
-use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, StartPoint};
+use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, RunKey, StartPoint};
+use crate::reach::Reach;
 use crate::report::RunReport;
 use crate::run_dir::free_run_dir;
 use crate::store::JobRecord;
@@ -72,6 +74,8 @@ pub(super) enum Command {
         job: JobId,
         spec: Box<JobSpec>,
         start: Box<StartPoint>,
+        /// The step that was asked for.
+        step: Option<u64>,
         reply: Reply<Result<Submitted, BrokerError>>,
     },
     Stop {
@@ -99,10 +103,20 @@ pub(super) enum Command {
         job: JobId,
         reply: Reply<Result<RunReport, BrokerError>>,
     },
+    /// The CompNode need not keep its shard any more: it is stored, or nobody wants it.
+    ShardSettled {
+        connection: ConnectionId,
+        key: RunKey,
+        step: u64,
+    },
+    /// Answers once everything is written that was to be written before.
+    Flush {
+        reply: Reply<()>,
+    },
     WantsShard {
         connection: ConnectionId,
         header: BlobHeader,
-        reply: Reply<bool>,
+        reply: Reply<Result<bool, String>>,
     },
     Shutdown {
         reply: Reply<()>,
@@ -126,15 +140,12 @@ struct Actor {
     events: broadcast::Sender<JobEvent>,
     /// The states of all jobs that have changed since the start.
     states: watch::Sender<BTreeMap<JobId, JobState>>,
-    /// Answers that wait for a writing, oldest first.
-    answers: VecDeque<(u64, Answer)>,
+    answers: Answers,
     /// A weak one: the actor ends when all who may ask it have gone.
     to_self: mpsc::WeakSender<Command>,
+    reach: Arc<Reach>,
     began: Instant,
 }
-
-/// Gives an answer, or why the request could not be written.
-type Answer = Box<dyn FnOnce(Option<String>) + Send>;
 
 /// Serves commands until it is told to shut down.
 pub(super) async fn run(
@@ -144,6 +155,7 @@ pub(super) async fn run(
     mut inbox: mpsc::Receiver<Command>,
     files: Files,
     records: Records,
+    reach: Arc<Reach>,
 ) {
     let (events, _) = broadcast::channel(EVENT_QUEUE);
     let states = watch::Sender::default();
@@ -154,8 +166,9 @@ pub(super) async fn run(
         lines: BTreeMap::new(),
         events,
         states,
-        answers: VecDeque::new(),
+        answers: Answers::default(),
         to_self,
+        reach,
         began: Instant::now(),
     };
     actor.perform(actions);
@@ -165,6 +178,9 @@ pub(super) async fn run(
         let command = tokio::select! {
             command = inbox.recv() => command,
             _ = tick.tick() => Some(Command::Event(CoreEvent::Tick)),
+            // Without them nothing is durable any more.
+            () = actor.files.failed() => None,
+            () = actor.records.failed() => None,
         };
         match command {
             Some(Command::Shutdown { reply }) => {
@@ -235,7 +251,7 @@ impl Actor {
                 let actions = self.core.handle(event, now);
                 self.perform(actions);
                 if answers {
-                    self.answer();
+                    self.answers.give(&self.core);
                 }
             }
             Command::Submit { spec, start, run_dir, reply } => {
@@ -245,20 +261,20 @@ impl Actor {
                     self.perform(actions);
                     Submitted { job, run_dir, events: JobEvents::new(job, receiver, self.states.subscribe()) }
                 });
-                self.reply_once_written(reply, submitted);
+                self.answers.once_written(&self.core, reply, submitted, |reason| BrokerError::NotDurable { reason });
             }
-            Command::Resume { job, spec, start, reply } => {
+            Command::Resume { job, spec, start, step, reply } => {
                 let receiver = self.events.subscribe();
-                let resumed = self.core.resume(job, *spec, *start, now).and_then(|actions| {
+                let resumed = self.core.resume(job, *spec, *start, step, now).and_then(|actions| {
                     self.perform(actions);
                     let run_dir = self.core.record(job)?.run_dir.clone();
                     Ok(Submitted { job, run_dir, events: JobEvents::new(job, receiver, self.states.subscribe()) })
                 });
-                self.reply_once_written(reply, resumed);
+                self.answers.once_written(&self.core, reply, resumed, |reason| BrokerError::NotWritten { reason });
             }
             Command::Stop { job, reply } => {
                 let stopped = self.core.stop(job, now).map(|actions| self.perform(actions));
-                self.reply_once_written(reply, stopped);
+                self.answers.once_written(&self.core, reply, stopped, |reason| BrokerError::NotWritten { reason });
             }
             Command::Lost { name, reason, reply } => {
                 let actions = self.core.lost(&name, &reason, now);
@@ -284,41 +300,12 @@ impl Actor {
             Command::WantsShard { connection, header, reply } => {
                 let _ = reply.send(self.core.wants_shard(connection, &header));
             }
+            Command::ShardSettled { connection, key: RunKey { job, generation }, step } => {
+                self.send(connection, FromBroker::ShardSettled { job, generation, step });
+            }
+            Command::Flush { reply } => self.files.flush(reply),
             Command::Shutdown { reply } => {
                 let _ = reply.send(());
-            }
-        }
-    }
-
-    /// Answers once all that follows from the request is on disk, or that it cannot be written.
-    fn reply_once_written<T: Send + 'static>(
-        &mut self,
-        reply: Reply<Result<T, BrokerError>>,
-        result: Result<T, BrokerError>,
-    ) {
-        let number = self.core.last_write();
-        let answer = move |trouble: Option<String>| {
-            let result = match trouble {
-                Some(reason) => result.and(Err(BrokerError::NotDurable { reason })),
-                None => result,
-            };
-            // Nobody may be waiting for it any more.
-            let _ = reply.send(result);
-        };
-        self.answers.push_back((number, Box::new(answer)));
-        self.answer();
-    }
-
-    /// Gives the answers that waited for the disk.
-    fn answer(&mut self) {
-        while let Some((number, _)) = self.answers.front() {
-            let trouble = self.core.trouble().map(str::to_owned);
-            if !self.core.is_written(*number) && trouble.is_none() {
-                return;
-            }
-            let trouble = trouble.filter(|_| !self.core.is_written(*number));
-            if let Some((_, answer)) = self.answers.pop_front() {
-                answer(trouble);
             }
         }
     }
@@ -396,7 +383,7 @@ impl Actor {
                 | Action::DropCheckpoint { .. }
                 | Action::WriteReport { .. } => self.files.perform(action),
                 Action::Persist { .. } | Action::Rewrite { .. } => self.records.perform(action),
-                Action::Load(record) => work::load(self.to_self.clone(), *record),
+                Action::Load(record) => work::load(self.to_self.clone(), *record, Arc::clone(&self.reach)),
                 Action::Plan { job, input } => work::plan(self.to_self.clone(), job, *input),
             }
         }

@@ -1,13 +1,14 @@
 //! Checkpoint shards from CompNodes, and weights to them.
 
+use std::io::Seek;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
 use fusionllm_transport::{FrameSource, Session};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::task::JoinSet;
 
 use super::actor::Command;
 use super::{Handle, blocking};
@@ -18,44 +19,47 @@ use crate::run_dir::io_error;
 
 /// Content frames: small beside memory, large beside a packet.
 const CHUNK_BYTES: usize = 1 << 20;
+/// How often the core hears that a shard is coming in.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 /// Bulk gives way to heartbeats and control messages.
 const BULK_PRIORITY: i32 = -10;
 
-/// Receives every shard that a CompNode sends, until its connection ends.
-pub(super) async fn receive_all(connection: ConnectionId, session: &Session, handle: &Handle, tasks: &mut JoinSet<()>) {
+/// Receives every shard that a CompNode sends, one after the other, until its connection ends.
+pub(super) async fn receive_all(connection: ConnectionId, session: &Session, handle: &Handle) {
     while let Ok(stream) = session.accept_uni().await {
-        while tasks.try_join_next().is_some() {}
-        let handle = handle.clone();
-        tasks.spawn(async move {
-            if let Err(reason) = receive(connection, stream, &handle).await {
-                tracing::warn!(?connection, reason, "dropped a checkpoint shard");
-            }
-        });
+        if let Err(reason) = receive(connection, stream, handle).await {
+            tracing::warn!(?connection, reason, "dropped a checkpoint shard");
+        }
     }
 }
 
-/// Receives one shard. If it cannot be kept there is no checkpoint of its step; what nobody asked for is dropped.
+/// Receives one shard and tells the CompNode that it need not keep it, but for one that broke off, which it sends again.
 async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Handle) -> Result<(), String> {
     let first = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| e.to_string())?;
     let header: BlobHeader = decode(&first.ok_or("it is empty")?).map_err(|e| e.to_string())?;
     let BlobKind::Shard { step, node } = header.kind else { return Err("it is no shard".to_owned()) };
     let asked = header.clone();
-    let wanted = handle.ask(|reply| Command::WantsShard { connection, header: asked, reply }).await;
-    if !wanted.unwrap_or(false) {
-        return Err("nobody waits for it".to_owned());
-    }
     let key = RunKey { job: header.job, generation: header.generation };
-    // Only once the run is open is it settled where its checkpoints lie, and what earlier ones left is gone.
-    let place = handle.open_runs.place(key).await.ok_or("its run is not open")?;
-    let event = match store(stream, &header, &place, step, node).await {
-        Ok(shard) => CoreEvent::ShardStored { key, step, node, shard },
-        // After a break it is sent again.
-        Err(Dropped::Lost(reason)) => return Err(reason),
-        Err(Dropped::Unusable(reason)) => CoreEvent::CheckpointFailed { key, step, reason },
+    let comes = handle.ask(|reply| Command::WantsShard { connection, header: asked, reply }).await;
+    let (event, result) = match comes.map_err(|e| e.to_string())? {
+        Ok(true) => {
+            // Only once the run is open is it settled where its checkpoints lie, and what earlier ones left is gone.
+            let place = handle.open_runs.place(key).await.ok_or("its run is not open")?;
+            match store(stream, &header, &place, step, node, handle).await {
+                Ok(shard) => (Some(CoreEvent::ShardStored { key, step, node, shard }), Ok(())),
+                Err(Dropped::Lost(reason)) => return Err(reason),
+                Err(Dropped::Unusable(reason)) => (Some(CoreEvent::CheckpointFailed { key, step, reason }), Ok(())),
+            }
+        }
+        Ok(false) => (None, Err("nobody waits for it".to_owned())),
+        Err(reason) => (Some(CoreEvent::CheckpointFailed { key, step, reason: reason.clone() }), Err(reason)),
     };
     // If the actor is gone it needs no word.
-    let _ = handle.commands.send(Command::Event(event)).await;
-    Ok(())
+    if let Some(event) = event {
+        let _ = handle.commands.send(Command::Event(event)).await;
+    }
+    let _ = handle.commands.send(Command::ShardSettled { connection, key, step }).await;
+    result
 }
 
 /// Why a shard was not kept.
@@ -72,15 +76,21 @@ async fn store(
     place: &ShardPlace,
     step: u64,
     node: NodeIndex,
+    handle: &Handle,
 ) -> Result<StoredShard, Dropped> {
     let folder = place.partial(step, header.generation);
     let path = folder.join(shard_name(node));
     let run = place.run.clone();
-    blocking(move || make_partial(&folder, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
+    let making = folder.clone();
+    blocking(move || make_partial(&making, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
     let io = |e: std::io::Error| Dropped::Unusable(io_error(&path, e).to_string());
-    let mut file = File::create(&path).await.map_err(io)?;
+    // A name of its own: a writer whose connection broke must not write into the shard that is sent again.
+    let temporary = tempfile::NamedTempFile::new_in(&folder).map_err(io)?;
+    let (std_file, temporary) = temporary.into_parts();
+    let mut file = File::from_std(std_file);
     let mut hash = ShardHash::default();
     let mut got = 0;
+    let mut told = Instant::now();
     while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| Dropped::Lost(e.to_string()))? {
         got += chunk.len() as u64;
         if got > header.bytes {
@@ -88,6 +98,12 @@ async fn store(
         }
         hash.update(&chunk);
         file.write_all(&chunk).await.map_err(io)?;
+        if told.elapsed() > TELL_EVERY {
+            told = Instant::now();
+            let key = RunKey { job: header.job, generation: header.generation };
+            // If the actor is gone it needs no word.
+            let _ = handle.commands.send(Command::Event(CoreEvent::ShardComing { key })).await;
+        }
     }
     if got < header.bytes {
         return Err(Dropped::Unusable(format!("{got} of {} bytes came", header.bytes)));
@@ -95,6 +111,7 @@ async fn store(
     // Syncing alone forgets what became of the write that is still under way.
     file.flush().await.map_err(io)?;
     file.sync_all().await.map_err(io)?;
+    temporary.persist(&path).map_err(|e| io(e.error))?;
     let (blake3, not_finite) = hash.finish();
     Ok(StoredShard { bytes: got, blake3, not_finite })
 }
@@ -109,13 +126,15 @@ pub(super) async fn send_weights(
 ) -> Result<(), String> {
     let state_dir = Arc::clone(&handle.state_dir);
     let gathered = blocking(move || {
-        let file = tempfile::NamedTempFile::new_in(&state_dir).map_err(|e| io_error(&state_dir, e))?;
-        let bytes = from.write_part(&params, file.path()).map_err(BrokerError::from)?;
+        // Without a name it is gone however this process ends.
+        let mut file = tempfile::tempfile_in(&state_dir).map_err(|e| io_error(&state_dir, e))?;
+        let bytes = from.write_part(&params, &mut file, &state_dir).map_err(BrokerError::from)?;
+        file.rewind().map_err(|e| io_error(&state_dir, e))?;
         Ok((file, bytes))
     });
     let (file, bytes) = gathered.await.map_err(|e| e.to_string())?;
-    let io = |e: std::io::Error| io_error(file.path(), e).to_string();
-    let mut content = File::open(file.path()).await.map_err(io)?;
+    let io = |e: std::io::Error| io_error(&handle.state_dir, e).to_string();
+    let mut content = File::from_std(file);
     let mut sink = session.open_uni().await.map_err(|e| e.to_string())?;
     sink.set_priority(BULK_PRIORITY);
     let header = BlobHeader { job: key.job, generation: key.generation, kind: BlobKind::Weights, bytes };

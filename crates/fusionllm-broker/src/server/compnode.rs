@@ -71,11 +71,10 @@ pub(super) async fn serve(
     if let Ok(frame) = encode(&Welcome::Accepted { name: name.clone(), resumed: received })
         && sink.send(&frame).await.is_ok()
     {
-        let mut blobs = JoinSet::new();
         end = tokio::select! {
             end = write(connection, &session, sink, again, queue, &handle) => end,
             end = read(connection, source, &control, &handle) => end,
-            () = blob::receive_all(connection, &session, &handle, &mut blobs) => End::broken("its connection is lost"),
+            () = blob::receive_all(connection, &session, &handle) => End::broken("its connection is lost"),
         };
         if let Ok(closed) = timeout(Duration::from_millis(100), session.closed()).await {
             end = match closed.code {
@@ -177,7 +176,9 @@ async fn read(connection: ConnectionId, mut source: FrameSource, control: &Contr
     loop {
         let frame = match source.recv_limited(MESSAGE_BYTES).await {
             Ok(Some(frame)) => frame,
-            Ok(None) | Err(SessionError::Closed { code: 0, .. }) => return End::left(),
+            Err(SessionError::Closed { code: 0, .. }) => return End::left(),
+            // Whether it leaves or comes back is said by the code with which it closes.
+            Ok(None) => return End::broken("it ended its stream"),
             Err(error) => return End::broken(error.to_string()),
         };
         let at = Instant::now();

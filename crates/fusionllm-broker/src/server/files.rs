@@ -23,11 +23,14 @@ use crate::store::JobRecord;
 pub(super) struct Files {
     queue: mpsc::UnboundedSender<Work>,
     thread: JoinHandle<()>,
+    /// It is not asked again then.
+    has_ended: bool,
 }
 
 #[expect(clippy::large_enum_variant, reason = "nearly all of them are actions")]
 enum Work {
     Action(Action),
+    Flush(oneshot::Sender<()>),
     Report { record: Box<JobRecord>, reply: oneshot::Sender<Result<RunReport, BrokerError>> },
 }
 
@@ -47,6 +50,11 @@ impl Files {
             while let Some(next) = work.blocking_recv() {
                 let events = match next {
                     Work::Action(action) => keeper.perform(action),
+                    Work::Flush(reply) => {
+                        // Nobody may be waiting for it any more.
+                        let _ = reply.send(());
+                        Vec::new()
+                    }
                     Work::Report { record, reply } => {
                         // Nobody may be waiting for it any more.
                         let _ = reply.send(RunReport::read(&record, |_| {}));
@@ -60,7 +68,7 @@ impl Files {
                 }
             }
         });
-        Self { queue, thread }
+        Self { queue, thread, has_ended: false }
     }
 
     /// Queues a file action.
@@ -74,9 +82,25 @@ impl Files {
         let _ = self.queue.send(Work::Report { record: Box::new(record), reply });
     }
 
+    /// Answers once everything queued before is written.
+    pub(super) fn flush(&self, reply: oneshot::Sender<()>) {
+        let _ = self.queue.send(Work::Flush(reply));
+    }
+
+    /// Resolves when the thread has ended by a panic.
+    pub(super) async fn failed(&mut self) {
+        if let Err(error) = (&mut self.thread).await {
+            tracing::error!(%error, "the file thread has failed, so the broker ends");
+        }
+        self.has_ended = true;
+    }
+
     /// Waits until all is written.
     pub(super) async fn finish(self) {
         drop(self.queue);
+        if self.has_ended {
+            return;
+        }
         if let Err(error) = self.thread.await {
             tracing::error!(%error, "the file thread has failed");
         }

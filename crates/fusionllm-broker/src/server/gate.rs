@@ -88,13 +88,15 @@ impl Gate {
         role: TicketRole,
     ) -> Result<Pass, String> {
         let mut inner = self.inner();
-        let Grant { ticket, own, changed } = inner.tickets.admit(secret, role, session.peer(), now())?;
+        let mut tickets = inner.tickets.clone();
+        let Grant { ticket, own, changed } = tickets.admit(secret, role, session.peer(), now())?;
         if changed {
             // What is not on disk would admit again after a restart.
-            write_tickets(&self.state_dir, &inner.tickets).map_err(|error| {
+            write_tickets(&self.state_dir, &tickets).map_err(|error| {
                 tracing::error!(%error, "cannot keep who came in by which ticket");
                 "the broker cannot write its tickets".to_owned()
             })?;
+            inner.tickets = tickets;
         }
         inner.open.insert(connection, (ticket, session.clone()));
         Ok(Pass { connection, own, gate: Arc::clone(self) })

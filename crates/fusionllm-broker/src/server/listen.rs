@@ -67,6 +67,8 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
             let device = clean_to(&device, DESCRIPTION_CHARS).into_owned();
             profile.host = clean_to(&profile.host, DESCRIPTION_CHARS).into_owned();
             addr.addrs.truncate(MOST_ADDRS);
+            // Others let in who it says it is.
+            addr.id = *session.peer().as_bytes();
             let (id, key) = (session.peer().to_string(), *session.peer().as_bytes());
             let joining = crate::core::Joining { name, id, key, device, addr, profile };
             compnode::serve(pass, session, joining, resume, sink, source, handle).await;
@@ -87,6 +89,9 @@ async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door:
         && !is_plain_name(name)
     {
         return Err("a CompNode's name has 1 to 100 letters, digits, spaces or punctuation".to_owned());
+    }
+    if let Role::CompNode { profile, .. } = &hello.role {
+        profile.check()?;
     }
     let admitted = blocking(move || Ok(gate.admit(connection, &session, &secret, role))).await;
     admitted.map_err(|e| e.to_string())?

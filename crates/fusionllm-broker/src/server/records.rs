@@ -13,6 +13,8 @@ use crate::store::Store;
 pub(super) struct Records {
     queue: mpsc::UnboundedSender<Action>,
     thread: JoinHandle<()>,
+    /// It is not asked again then.
+    has_ended: bool,
 }
 
 /// Opens the store anew.
@@ -29,7 +31,7 @@ impl Records {
         // A weak one: the actor ends when all who may ask it have gone.
         let commands = commands.downgrade();
         let thread = spawn_blocking(move || {
-            let mut keeper = Keeper { store: Some(store), reopen };
+            let mut keeper = Keeper { store: Some(store), reopen, reason: String::new() };
             while let Some(action) = work.blocking_recv() {
                 if let (Some(event), Some(commands)) = (keeper.perform(action), commands.upgrade()) {
                     // If the actor is gone it needs no word.
@@ -37,7 +39,7 @@ impl Records {
                 }
             }
         });
-        Self { queue, thread }
+        Self { queue, thread, has_ended: false }
     }
 
     /// Queues a writing.
@@ -46,9 +48,20 @@ impl Records {
         let _ = self.queue.send(action);
     }
 
+    /// Resolves when the thread has ended by a panic.
+    pub(super) async fn failed(&mut self) {
+        if let Err(error) = (&mut self.thread).await {
+            tracing::error!(%error, "the thread of the store has failed, so the broker ends");
+        }
+        self.has_ended = true;
+    }
+
     /// Waits until all is written.
     pub(super) async fn finish(self) {
         drop(self.queue);
+        if self.has_ended {
+            return;
+        }
         if let Err(error) = self.thread.await {
             tracing::error!(%error, "the thread of the store has failed");
         }
@@ -60,6 +73,8 @@ struct Keeper {
     /// known until it is opened again.
     store: Option<Store>,
     reopen: Reopen,
+    /// Why the last write failed.
+    reason: String,
 }
 
 impl Keeper {
@@ -90,9 +105,10 @@ impl Keeper {
             Some(Err(error)) => {
                 tracing::error!(%error, "the store cannot be written");
                 self.store = None;
-                CoreEvent::Unpersisted { reason: error.to_string() }
+                self.reason = error.to_string();
+                CoreEvent::Unpersisted { reason: self.reason.clone() }
             }
-            None => CoreEvent::Unpersisted { reason: "the store is not open".to_owned() },
+            None => CoreEvent::Unpersisted { reason: self.reason.clone() },
         }
     }
 }
@@ -165,6 +181,8 @@ mod tests {
             generation: Generation(1),
             run: None,
             checkpoint: None,
+            from_step: None,
+            data: None,
         }
     }
 
@@ -177,7 +195,7 @@ mod tests {
             Box::new(move || Store::on(&path, disk.clone()))
         };
         let store = Some(reopen().unwrap());
-        let mut keeper = Keeper { store, reopen };
+        let mut keeper = Keeper { store, reopen, reason: String::new() };
         let persist = |number, record| Action::Persist { number, record: Box::new(record), barrier: true };
         let is_done = |event| matches!(event, Some(CoreEvent::Persisted { .. }));
         assert!(is_done(keeper.perform(persist(1, record(1, JobState::Running)))));

@@ -1,33 +1,65 @@
 //! What takes long and what the actor has done elsewhere, so that it holds up nobody.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
 use fusionllm_protocol::JobId;
 use tokio::sync::mpsc::WeakSender;
 use tokio::task::spawn_blocking;
 
 use super::actor::Command;
-use super::start_again;
+use super::start::start_again;
 use crate::core::{CoreEvent, PlanInput};
+use crate::reach::Reach;
 use crate::store::JobRecord;
 
 /// Works a placement out.
 pub(super) fn plan(commands: WeakSender<Command>, job: JobId, input: PlanInput) {
-    spawn_blocking(move || {
+    work(commands, job, "planning", move || {
         let (number, result) = (input.number, Box::new(input.plan()));
-        tell(&commands, CoreEvent::Planned { job, number, result });
+        CoreEvent::Planned { job, number, result }
     });
 }
 
-/// Reads what a job starts from.
-pub(super) fn load(commands: WeakSender<Command>, record: JobRecord) {
+/// Reads what a job starts from, which must still be what the broker touches for others.
+pub(super) fn load(commands: WeakSender<Command>, record: JobRecord, reach: Arc<Reach>) {
+    let job = record.job;
+    work(commands, job, "reading what the job starts from", move || {
+        // What it may read was checked when it was handed in, and by whom is not known any more.
+        let result = reach.check(&record.spec, true).and_then(|()| start_again(record));
+        CoreEvent::Loaded { job, result: Box::new(result) }
+    });
+}
+
+/// Does the work and tells the actor what came of it; a panic is told, too, or the job would wait for ever.
+fn work(
+    commands: WeakSender<Command>,
+    job: JobId,
+    what: &'static str,
+    work: impl FnOnce() -> CoreEvent + Send + 'static,
+) {
     spawn_blocking(move || {
-        let (job, result) = (record.job, Box::new(start_again(record)));
-        tell(&commands, CoreEvent::Loaded { job, result });
+        let event = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            let reason = format!("{what} ended unexpectedly (internal error; the log has more)");
+            CoreEvent::WorkFailed { job, reason }
+        });
+        if let Some(commands) = commands.upgrade() {
+            // If the actor is gone it needs no word.
+            let _ = commands.blocking_send(Command::Event(event));
+        }
     });
 }
 
-fn tell(commands: &WeakSender<Command>, event: CoreEvent) {
-    if let Some(commands) = commands.upgrade() {
-        // If the actor is gone it needs no word.
-        let _ = commands.blocking_send(Command::Event(event));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn work_that_panics_is_told() {
+        let (commands, mut inbox) = tokio::sync::mpsc::channel(1);
+        work(commands.downgrade(), JobId(1), "planning", || panic!("a defect"));
+        let Some(Command::Event(CoreEvent::WorkFailed { job, reason })) = inbox.recv().await else { panic!() };
+        assert_eq!(job, JobId(1));
+        assert!(reason.starts_with("planning ended unexpectedly"), "{reason}");
     }
 }

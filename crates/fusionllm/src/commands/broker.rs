@@ -16,7 +16,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         model_dirs: args.models,
         resumed_by: ResumedBy::Broker,
     };
-    let broker = Broker::start(config).await.map_err(super::train::broker_error)?;
+    let mut broker = Broker::start(config).await.map_err(super::train::broker_error)?;
     let mut interrupted = std::pin::pin!(super::follow::interrupted());
     // From here on a signal ends the broker in good order: whoever reads the ticket may send one at once.
     tokio::select! {
@@ -26,18 +26,33 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     }
     let ticket = broker.ticket().to_string();
     let path = broker.ticket_path().display().to_string();
-    if args.json {
-        render::json(&serde_json::json!({ "ticket": ticket, "ticket_file": path }), false)?;
+    let shown = if args.json {
+        render::json(&serde_json::json!({ "ticket": ticket, "ticket_file": path }), false)
     } else {
-        render::line(&format!("The join ticket is in {path}. Copy that file to each machine that shall compute,"))?;
-        render::line("readable by you alone (`scp -p` keeps it so), and run there:\n")?;
-        render::line("    fusionllm join --ticket-file join.ticket\n")?;
-        if secrets::may_print(args.show_ticket) {
-            render::line(&format!("In one word, for `fusionllm join -`: {ticket}\n"))?;
-        }
-        render::line("The ticket lets CompNodes join: keep it to yourselves. Ctrl-C ends the broker.")?;
+        greet(&path, Some(ticket).filter(|_| secrets::may_print(args.show_ticket)))
+    };
+    // Who serves others goes on when nobody reads what it says.
+    if let Err(error) = shown {
+        tracing::warn!("standard output cannot be written: {error:#}");
     }
-    interrupted.await;
+    let has_failed = tokio::select! {
+        () = interrupted => false,
+        () = broker.failed() => true,
+    };
     broker.shutdown().await;
+    if has_failed {
+        anyhow::bail!("the broker has ended unexpectedly (internal error; the lines above have more)");
+    }
     Ok(())
+}
+
+/// Says how CompNodes join.
+fn greet(path: &str, ticket: Option<String>) -> anyhow::Result<()> {
+    render::line(&format!("The join ticket is in {path}. Copy that file to each machine that shall compute,"))?;
+    render::line("readable by you alone (`scp -p` keeps it so), and run there:\n")?;
+    render::line("    fusionllm join --ticket-file join.ticket\n")?;
+    if let Some(ticket) = ticket {
+        render::line(&format!("In one word, for `fusionllm join -`: {ticket}\n"))?;
+    }
+    render::line("The ticket lets CompNodes join: keep it to yourselves. Ctrl-C ends the broker.")
 }

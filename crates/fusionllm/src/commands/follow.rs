@@ -1,25 +1,46 @@
 //! Waiting: for signals, and for jobs to end.
 
 use fusionllm_protocol::JobState;
+#[cfg(unix)]
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::exit::bad_input;
 
 /// Resolves on Ctrl-C or a request to terminate.
 pub(super) async fn interrupted() {
+    Interrupts::new().next().await;
+}
+
+/// Ctrl-C and requests to terminate. One that comes while nobody waits is not missed.
+#[derive(Debug)]
+pub(super) struct Interrupts {
     #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+    signals: Option<(Signal, Signal)>,
+}
+
+impl Interrupts {
+    /// From now on.
+    pub(super) fn new() -> Self {
+        Self {
+            #[cfg(unix)]
+            signals: signal(SignalKind::interrupt()).ok().zip(signal(SignalKind::terminate()).ok()),
+        }
+    }
+
+    /// The next one.
+    pub(super) async fn next(&mut self) {
+        #[cfg(unix)]
+        if let Some((interrupt, terminate)) = &mut self.signals {
             tokio::select! {
+                _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
             }
             return;
         }
-    }
-    // Without signals nobody can ask us to end.
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending::<()>().await;
+        // Without signals nobody can ask us to end.
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 

@@ -9,7 +9,6 @@ use fusionllm_broker::{Checkpoint, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
 use fusionllm_graph::{Gpt2Config, OpDag};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
-use tempfile::NamedTempFile;
 
 use crate::exit::bad_input;
 
@@ -121,10 +120,10 @@ fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Tr
     Ok(TrainedModel { dag: model.dag, config: model.config, tensors, tokenizer, carried: model.carried })
 }
 
-/// The parameters, by way of a file: element types are widened there.
+/// The parameters; element types are widened.
 fn read_tensors(tensors: &TensorSet, dag: &OpDag) -> anyhow::Result<Vec<NamedTensor>> {
     let names: Vec<String> = dag.params().iter().map(|p| p.name.clone()).collect();
-    let file = NamedTempFile::new().context("cannot make a temporary file")?;
-    tensors.write_part(&names, file.path()).map_err(bad_input)?;
-    Ok(read_shard(&std::fs::read(file.path())?)?)
+    let mut bytes = Vec::new();
+    tensors.write_part(&names, &mut bytes, Path::new("memory")).map_err(bad_input)?;
+    Ok(read_shard(&bytes)?)
 }

@@ -12,6 +12,7 @@ use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
 
+use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
 use crate::exit::bad_input;
@@ -23,6 +24,9 @@ use crate::render;
 const PROMPT: &str = "The ";
 /// Tokens that it writes.
 const SAMPLE_TOKENS: usize = 80;
+
+/// Why there is no run.
+const BEFORE_TRAINING: &str = "interrupted before training began";
 
 /// A job that has passed all checks.
 struct Checked {
@@ -134,18 +138,19 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
     }
     let starting =
         LocalCompNodes::start(broker, checked.compnodes, &args.device, &checked.spec.data, args.fresh_profile);
+    let mut interrupts = Interrupts::new();
     let mut compnodes = tokio::select! {
         started = starting => started?,
-        () = super::follow::interrupted() => anyhow::bail!("interrupted before training began"),
+        () = interrupts.next() => anyhow::bail!(BEFORE_TRAINING),
     };
-    let result = run_job(args, checked, from, broker, &mut compnodes).await;
+    let result = run_job(args, checked, from, broker, &mut compnodes, &mut interrupts).await;
     let crashed = compnodes.stop().await;
     let report = match result {
         // The broker knows only that it vanished.
         Err(error) if !crashed.is_empty() => return Err(error.context(crashed.join(", "))),
         result => result?,
     };
-    finish(args, checked, &report)
+    finish(args, checked, &report, &mut interrupts).await
 }
 
 /// Submits the job and follows it to its end. Ctrl-C stops it, and so does the end of a CompNode's process, or of whoever
@@ -156,14 +161,21 @@ async fn run_job(
     from: Option<Resumption>,
     broker: &Broker,
     compnodes: &mut LocalCompNodes,
+    interrupts: &mut Interrupts,
 ) -> anyhow::Result<RunReport> {
     let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
-    let submitted = match from {
-        Some(from) => broker.resume_from(spec, from).await,
-        None => {
-            let tokenizer = super::job_file::tokenizer_source(&spec);
-            broker.submit(spec, Some(run_dir), tokenizer).await
+    let submitting = async {
+        match from {
+            Some(from) => broker.resume_from(spec, from).await,
+            None => {
+                let tokenizer = super::job_file::tokenizer_source(&spec);
+                broker.submit(spec, Some(run_dir), tokenizer).await
+            }
         }
+    };
+    let submitted = tokio::select! {
+        submitted = submitting => submitted,
+        () = interrupts.next() => anyhow::bail!(BEFORE_TRAINING),
     };
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
@@ -171,7 +183,7 @@ async fn run_job(
     loop {
         let event = tokio::select! {
             event = events.next() => event.context("the broker ended before the job")?,
-            () = super::follow::interrupted() => {
+            () = interrupts.next() => {
                 broker.stop(job).await.map_err(broker_error)?;
                 continue;
             }
@@ -221,18 +233,34 @@ fn unread(error: &anyhow::Error, checked: &Checked) -> anyhow::Error {
     anyhow::anyhow!("standard output cannot be written ({error:#}), so training was stopped: {hint}")
 }
 
-/// Says what came of it, and lets the model write a line.
-fn finish(args: &cli::Train, checked: &Checked, report: &RunReport) -> anyhow::Result<()> {
+/// Says what came of it, and lets the model write a line unless that is interrupted.
+async fn finish(
+    args: &cli::Train,
+    checked: &Checked,
+    report: &RunReport,
+    interrupts: &mut Interrupts,
+) -> anyhow::Result<()> {
+    if !args.json {
+        render::line(&format!("\n{}", report.summary()))?;
+    }
     let sampling = SamplingSpec { tokens: SAMPLE_TOKENS, temperature: 0.8, top_k: 40, seed: checked.spec.train.seed };
-    let model = super::model::open_trained(&checked.run_dir, None)?;
-    let text = super::generate::write(model, PROMPT, sampling, &args.device)?;
-    let sample = format!("{PROMPT}{text}");
+    let (run_dir, device) = (checked.run_dir.clone(), args.device.clone());
+    let writing = tokio::task::spawn_blocking(move || {
+        let model = super::model::open_trained(&run_dir, None)?;
+        let text = super::generate::write(model, PROMPT, sampling, &device)?;
+        anyhow::Ok(format!("{PROMPT}{text}"))
+    });
+    let sample = tokio::select! {
+        written = writing => Some(written.context("the thread that lets the model write")??),
+        () = interrupts.next() => None,
+    };
     if args.json {
         let done = serde_json::json!({ "event": "done", "report": report, "sample": sample });
         return render::json(&done, false);
     }
-    render::line(&format!("\n{}", report.summary()))?;
-    render::line(&format!("the model writes: {:?}", sample))?;
+    if let Some(sample) = sample {
+        render::line(&format!("the model writes: {sample:?}"))?;
+    }
     render::line(&format!("run directory: {}", checked.run_dir.display()))
 }
 

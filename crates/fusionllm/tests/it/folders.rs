@@ -51,7 +51,7 @@ fn two_runs_share_a_folder_for_checkpoints() {
     assert!(out.contains("note: checkpoint.to =") && out.contains("is used by others"), "{out}");
     assert_ne!(run_id(&bench.path("a")), run_id(&bench.path("b")));
     let own = format!("vol/ck/a-{}", &run_id(&bench.path("a"))[..8]);
-    assert_eq!(names(&bench.path(&own)), ["lock", "step-4"]);
+    assert_eq!(names(&bench.path(&own)), ["fusionllm.lock", "step-4"]);
     assert_eq!(manifest(&bench.path("vol/ck/step-8"))["job"]["train"]["seed"], 2);
     assert_eq!(exported(&bench, "a"), exported(&bench, &format!("{own}/step-4")));
     assert_eq!(exported(&bench, "b"), exported(&bench, "vol/ck/step-8"));
@@ -60,7 +60,7 @@ fn two_runs_share_a_folder_for_checkpoints() {
     // The one goes on in its own directory, from its own checkpoint, and leaves the other's alone.
     bench.succeed("train --resume a --set train.steps=6");
     assert_eq!(losses(&bench.path("a")).len(), 6);
-    assert_eq!(names(&bench.path(&own)), ["lock", "step-6"]);
+    assert_eq!(names(&bench.path(&own)), ["fusionllm.lock", "step-6"]);
     assert!(!bench.path("vol/job.json").exists() && !bench.path("vol/ck/job.json").exists());
     // So it does by a checkpoint that lies elsewhere.
     let out = bench.succeed(&format!("train --resume {own}/step-6 --set train.steps=7"));
@@ -83,7 +83,7 @@ fn what_others_keep_in_the_folder_stays() {
         assert_eq!(std::fs::read(other).unwrap(), b"mine");
     }
     let own = bench.path(&format!("vol/small-{}", &run_id(&bench.path("run"))[..8]));
-    assert_eq!(names(&own), ["lock", "step-8"]);
+    assert_eq!(names(&own), ["fusionllm.lock", "step-8"]);
     exported(&bench, "run");
 }
 

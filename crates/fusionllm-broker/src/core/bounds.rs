@@ -1,0 +1,138 @@
+//! How much a CompNode may make the broker keep: what follows from the plan, and no more.
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_protocol::{JobSpec, OptimizerKind, StepReport};
+
+use super::ConnectionId;
+use super::run::Run;
+
+/// Steps that the reports of one CompNode may be ahead of those of the slowest: what tiny steps amount to while a
+/// connection is out for as long as a lease lasts.
+const MOST_AHEAD: u64 = 100_000;
+/// Checkpoints that a CompNode's shards may be ahead of its reports, which come by another stream.
+const SHARDS_AHEAD: u64 = 16;
+/// Notes that one placement's CompNodes may make.
+const MOST_NOTES: u32 = 1000;
+/// Longest text of a codec, in bytes.
+const CODEC_BYTES: usize = 200;
+/// What a shard takes besides its values: for the file, and for each tensor with its name.
+const FORM_BYTES: (u64, u64) = (1 << 20, 4 << 10);
+/// The limit of a shard is a bound against abuse: a codec may come to keep more than is reckoned here.
+const SLACK: u64 = 2;
+
+/// Bytes that the shard of a CompNode has at most: parameters, optimizer state, and what codecs hold back.
+fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSpec) -> u64 {
+    let copies = match spec.train.optimizer {
+        OptimizerKind::Adamw => 3,
+        OptimizerKind::Sgd => 2,
+    };
+    let bytes = |elements: u64| elements.saturating_mul(4);
+    let params = placement.params_of(dag, node);
+    let values: u64 = params.iter().map(|&p| bytes(dag.param(p).elements()).saturating_mul(copies)).sum();
+    let touches = |stage| placement.compnode_of(stage) == Some(node);
+    let edges = placement.edges.iter().filter(|e| placement.is_boundary(e) && (touches(e.from) || touches(e.to)));
+    let batch = spec.micro_batch_size() as usize;
+    let held_back: u64 = edges.clone().map(|e| 2 * dag.op(e.op).output.bytes(batch)).sum();
+    let tied = placement.tied.iter().filter(|tied| tied.holders.contains(&node));
+    let tied: u64 = tied.map(|t| bytes(dag.param(t.param).elements()).saturating_mul(t.holders.len() as u64)).sum();
+    let tensors = params.len() as u64 * (copies + placement.compnodes.len() as u64) + 2 * edges.count() as u64;
+    let (file, tensor) = FORM_BYTES;
+    let sum = values.saturating_add(held_back).saturating_add(tied).saturating_add(tensors.saturating_mul(tensor));
+    sum.saturating_mul(SLACK).saturating_add(file)
+}
+
+/// What the CompNodes of one placement have sent, held against what they may.
+#[derive(Debug, Default)]
+pub(super) struct Bounds {
+    /// By CompNode.
+    shards: Vec<u64>,
+    /// Steps that each has reported.
+    reported: Vec<u64>,
+    /// Steps between two checkpoints.
+    every: u64,
+    /// Whether each has sent its trace.
+    traced: Vec<bool>,
+    notes: u32,
+}
+
+impl Bounds {
+    pub(super) fn new(dag: &OpDag, placement: &Placement, spec: &JobSpec, start_step: u64) -> Self {
+        let count = placement.compnodes.len();
+        let nodes = (0..).map(NodeIndex).take(count);
+        Self {
+            shards: nodes.map(|node| shard_limit(dag, placement, node, spec)).collect(),
+            reported: vec![start_step; count],
+            every: spec.checkpoint.every,
+            traced: vec![false; count],
+            ..Self::default()
+        }
+    }
+
+    /// Whether the CompNode can have come as far as this step, by what it reported.
+    fn is_near(&self, node: NodeIndex, step: u64) -> bool {
+        let reported = self.reported.get(node.index()).copied().unwrap_or(0);
+        step.saturating_sub(reported) <= self.every.max(1).saturating_mul(SHARDS_AHEAD)
+    }
+
+    /// Why a shard of so many bytes cannot be the CompNode's: it is too large.
+    fn check_shard(&self, node: NodeIndex, bytes: u64) -> Result<(), String> {
+        let limit = self.shards.get(node.index()).copied().unwrap_or(0);
+        if bytes > limit {
+            return Err(format!(
+                "CompNode {} announced a shard of {bytes} bytes, at most {limit} are in its part",
+                node.0
+            ));
+        }
+        Ok(())
+    }
+
+    /// Holds a report against the order of steps and the size of the placement; drops a trace that nobody asked for.
+    pub(super) fn report_comes(&mut self, node: NodeIndex, report: &mut StepReport, merged: u64) -> Result<(), String> {
+        let (step, count) = (report.step, self.reported.len());
+        let not_due = || Err(format!("CompNode {} reported step {step}, which was not due", node.0));
+        let Some(last) = self.reported.get_mut(node.index()) else { return not_due() };
+        if Some(step) != last.checked_add(1) {
+            return not_due();
+        }
+        if step.saturating_sub(merged) > MOST_AHEAD {
+            return Err(format!("CompNode {} reported step {step}, another is still at step {merged}", node.0));
+        }
+        let is_long = report.links.iter().any(|link| link.codec.len() > CODEC_BYTES);
+        if report.links.len() > count || report.received.len() > count || is_long {
+            return Err(format!("CompNode {} reported more links than there are", node.0));
+        }
+        let seconds = [report.step_s, report.busy_s, report.lr];
+        if seconds.iter().any(|value| !(value.is_finite() && *value >= 0.0)) {
+            return Err(format!("CompNode {} reported step {step} with times that are no numbers", node.0));
+        }
+        *last = step;
+        if report.trace.is_some() && self.traced.get_mut(node.index()).is_none_or(|was| std::mem::replace(was, true)) {
+            report.trace = None;
+        }
+        Ok(())
+    }
+}
+
+impl Run {
+    /// Whether the shard is one that this CompNode owes; why it cannot be one if it is too large.
+    pub(super) fn wants_shard(
+        &self,
+        connection: ConnectionId,
+        node: NodeIndex,
+        step: u64,
+        bytes: u64,
+    ) -> Result<bool, String> {
+        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step) {
+            return Ok(false);
+        }
+        self.bounds.check_shard(node, bytes).map(|()| true)
+    }
+
+    /// Whether one more note of a CompNode is kept.
+    pub(super) fn note_comes(&mut self, connection: ConnectionId) -> bool {
+        let is_member = self.node_of(connection).is_some();
+        self.bounds.notes = self.bounds.notes.saturating_add(u32::from(is_member));
+        is_member && self.bounds.notes <= MOST_NOTES
+    }
+}
