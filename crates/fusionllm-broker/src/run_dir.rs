@@ -222,6 +222,8 @@ fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Br
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     #[cfg(not(unix))]
     let _ = mode;
+    // What is wrong with the folder is said of the file, and not of a temporary one that nobody has heard of.
+    std::fs::metadata(folder).map_err(|e| io_error(path, e))?;
     let mut file = builder.tempfile_in(folder).map_err(|e| io_error(path, e))?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
     file.persist(path).map_err(|e| io_error(path, e.error))?;

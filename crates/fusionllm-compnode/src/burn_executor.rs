@@ -12,7 +12,7 @@ use fusionllm_protocol::Pass;
 
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
 use crate::gradients::{Gradients, Write};
-use crate::host::{to_scalar, to_vec};
+use crate::host::{self, to_scalar, to_vec};
 use crate::kernels::fused;
 use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
 use crate::owed::Owed;
@@ -381,9 +381,8 @@ impl Executor for BurnExecutor {
         for (&id, param) in &self.params {
             let Param { name, shape, .. } = self.dag.param(id);
             let lazy = |name: String, tensor: &Tensor<1>| {
-                // A handle: the values are copied when they are read.
                 let tensor = tensor.clone();
-                LazyTensor::new(name, shape.clone(), move || to_vec(tensor))
+                LazyTensor::new(name, shape.clone(), move |see| host::look(tensor, see))
             };
             for (kind, tensor) in self.state.get(&id).into_iter().flatten() {
                 tensors.push(lazy(format!("optimizer.{kind}.{name}"), tensor));

@@ -41,13 +41,16 @@ pub struct NamedTensor {
     pub values: Vec<f32>,
 }
 
-/// A parameter or a piece of optimizer state whose values are made only when they are asked for.
+/// Shows row-major values to whoever wants to see them.
+type Values<'a> = Box<dyn FnOnce(&mut dyn FnMut(&[f32])) -> Result<(), ExecutorError> + 'a>;
+
+/// A parameter or a piece of optimizer state whose values are looked up only when they are asked for.
 pub struct LazyTensor<'a> {
     /// As of [`NamedTensor`].
     pub name: String,
     /// Shape.
     pub shape: Vec<usize>,
-    values: Box<dyn FnOnce() -> Result<Vec<f32>, ExecutorError> + 'a>,
+    values: Values<'a>,
 }
 
 impl std::fmt::Debug for LazyTensor<'_> {
@@ -57,23 +60,40 @@ impl std::fmt::Debug for LazyTensor<'_> {
 }
 
 impl<'a> LazyTensor<'a> {
-    /// A tensor whose row-major values `values` makes.
-    pub fn new(name: String, shape: Vec<usize>, values: impl FnOnce() -> Result<Vec<f32>, ExecutorError> + 'a) -> Self {
+    /// A tensor whose row-major values `values` shows, whole and once.
+    pub fn new(
+        name: String,
+        shape: Vec<usize>,
+        values: impl FnOnce(&mut dyn FnMut(&[f32])) -> Result<(), ExecutorError> + 'a,
+    ) -> Self {
         Self { name, shape, values: Box::new(values) }
     }
 
-    /// The tensor with its values.
+    /// Looks at the values where they are: on the CPU they are not copied for it.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    pub fn look(self, mut see: impl FnMut(&[f32])) -> Result<(), ExecutorError> {
+        (self.values)(&mut see)
+    }
+
+    /// The tensor with a copy of its values.
     ///
     /// # Errors
     /// [`ExecutorError`] if the device fails.
     pub fn read(self) -> Result<NamedTensor, ExecutorError> {
-        Ok(NamedTensor { name: self.name, shape: self.shape, values: (self.values)()? })
+        let (name, shape, mut copy) = (self.name.clone(), self.shape.clone(), Vec::new());
+        self.look(|values| copy.extend_from_slice(values))?;
+        Ok(NamedTensor { name, shape, values: copy })
     }
 }
 
 impl From<NamedTensor> for LazyTensor<'_> {
     fn from(NamedTensor { name, shape, values }: NamedTensor) -> Self {
-        Self::new(name, shape, || Ok(values))
+        Self::new(name, shape, move |see| {
+            see(&values);
+            Ok(())
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use burn_tensor::{Device, Int, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
 
 use crate::ExecutorError;
-use crate::kernels::{IntegerValue, RealValue, Value};
+use crate::kernels::{IntegerValue, RealValue, Value, fused};
 
 /// Copies a host tensor to the device.
 pub(crate) fn upload(tensor: HostTensor, device: &Device) -> Value {
@@ -35,6 +35,15 @@ pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Exec
     let device_error = |reason: String| ExecutorError::Device { reason };
     let data = tensor.try_into_data().map_err(|e| device_error(format!("{e:?}")))?;
     data.try_into_vec::<f32>().map_err(|e| device_error(format!("{e:?}")))
+}
+
+/// Shows the values of a flat tensor outside autodiff, on the CPU where they are.
+pub(crate) fn look(tensor: Tensor<1>, see: &mut dyn FnMut(&[f32])) -> Result<(), ExecutorError> {
+    match fused::into_cpu(tensor) {
+        Ok(tensor) => see(tensor.to_contiguous().storage()),
+        Err(tensor) => see(&to_vec(*tensor)?),
+    }
+    Ok(())
 }
 
 /// The one number of a scalar tensor.

@@ -21,7 +21,7 @@ pub fn open_regular(path: &Path) -> Result<File> {
     let file = options.open(path)?;
     let metadata = file.metadata()?;
     if metadata.is_dir() {
-        return Err(ErrorKind::IsADirectory.into());
+        return Err(Error::new(ErrorKind::IsADirectory, "it is a directory"));
     }
     if !metadata.is_file() {
         return Err(Error::other("it is no regular file"));

@@ -25,15 +25,22 @@ pub fn write_shard_to(out: &mut impl Write, path: &Path, mut tensors: Vec<LazyTe
     let header = TensorHeader::write(out, infos).map_err(|e| header_error(e, &io))?;
     let mut bytes = Vec::with_capacity(VALUES_AT_ONCE * size_of::<f32>());
     for tensor in tensors {
-        let NamedTensor { name, shape, values } = tensor.read()?;
-        if values.len() != shape.iter().product::<usize>() {
-            let reason = format!("has {} values, expected those of shape {shape:?}", values.len());
+        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+        let (mut count, mut written) = (0, Ok(()));
+        tensor.look(|values| {
+            count += values.len();
+            for values in values.chunks(VALUES_AT_ONCE) {
+                bytes.clear();
+                bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+                if written.is_ok() {
+                    written = out.write_all(&bytes);
+                }
+            }
+        })?;
+        written.map_err(io)?;
+        if count != shape.iter().product::<usize>() {
+            let reason = format!("has {count} values, expected those of shape {shape:?}");
             return Err(ShardError::Tensor { name, reason });
-        }
-        for values in values.chunks(VALUES_AT_ONCE) {
-            bytes.clear();
-            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-            out.write_all(&bytes).map_err(io)?;
         }
     }
     Ok(header.file_bytes())
@@ -45,7 +52,12 @@ pub fn write_shard_to(out: &mut impl Write, path: &Path, mut tensors: Vec<LazyTe
 /// [`ShardError::Format`] if two tensors have one name.
 pub fn write_shard(tensors: &[NamedTensor]) -> Result<Vec<u8>, ShardError> {
     let mut bytes = Vec::new();
-    let lazy = tensors.iter().map(|t| LazyTensor::new(t.name.clone(), t.shape.clone(), || Ok(t.values.clone())));
+    let lazy = tensors.iter().map(|t| {
+        LazyTensor::new(t.name.clone(), t.shape.clone(), |see| {
+            see(&t.values);
+            Ok(())
+        })
+    });
     write_shard_to(&mut bytes, Path::new("memory"), lazy.collect())?;
     Ok(bytes)
 }
