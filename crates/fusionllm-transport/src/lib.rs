@@ -13,6 +13,7 @@ mod dial;
 mod doorway;
 mod endpoint;
 mod error;
+mod handshakes;
 mod identity;
 mod nudge;
 mod peer;
