@@ -6,6 +6,7 @@ use std::time::Duration;
 use iroh::endpoint::{Connection, ConnectionError};
 
 use crate::doorway::Stay;
+use crate::endpoint::PROBE_ALPN;
 use crate::stream::{FrameSink, FrameSource};
 use crate::{PeerId, SessionError, nudge, settings};
 
@@ -61,6 +62,11 @@ impl Session {
     /// Who is at the other end.
     pub fn peer(&self) -> PeerId {
         self.peer
+    }
+
+    /// Whether it was opened to be measured ([`Endpoint::connect_to_probe`](crate::Endpoint::connect_to_probe)).
+    pub fn is_probe(&self) -> bool {
+        self.connection.alpn() == PROBE_ALPN
     }
 
     /// Whether both are the same connection.
