@@ -50,13 +50,18 @@ impl Session {
         Self { connection, peer, stay: stay.map(Arc::new) }
     }
 
-    /// Gives the peer the room of a member. Before that, one that was accepted
+    /// Gives the peer the room of a member: some streams, and 64 MiB that are not read yet. Before that, one that was accepted
     /// [`OnTrial`](crate::Admit::OnTrial) has one two-way stream and 64 KiB.
     pub fn admitted(&self) {
         settings::give_room(&self.connection);
         if let Some(stay) = &self.stay {
             stay.end();
         }
+    }
+
+    /// Lets the peer have so many two-way streams open at once, if that is more than any member has.
+    pub fn allow_streams(&self, streams: u32) {
+        settings::allow_streams(&self.connection, streams);
     }
 
     /// Who is at the other end.
