@@ -319,7 +319,8 @@ pub(crate) fn peer_record(addr: &PeerAddr) -> PeerRecord {
 pub struct NetworkExchange {
     links: Arc<JobLinks>,
     runtime: Handle,
-    queues: BTreeMap<Channel, mpsc::Sender<Outgoing>>,
+    /// By receiver, too: several may get what one channel carries.
+    queues: BTreeMap<(NodeIndex, Channel), mpsc::Sender<Outgoing>>,
     tally: LinkTally,
     /// Of a checkpoint, until their channels are opened.
     residuals: BTreeMap<Channel, HostTensor>,
@@ -338,9 +339,9 @@ impl NetworkExchange {
         self.links.mailbox.closed().unwrap_or_else(stopped)
     }
 
-    /// The queue of a channel; the first message opens it.
+    /// The queue of a channel to a receiver; the first message opens it.
     fn queue(&mut self, to: NodeIndex, channel: Channel) -> &mpsc::Sender<Outgoing> {
-        self.queues.entry(channel).or_insert_with(|| {
+        self.queues.entry((to, channel)).or_insert_with(|| {
             let mut encoder = ChannelEncoder::new(self.links.options, channel);
             if let Some(residual) = self.residuals.remove(&channel) {
                 encoder.restore(residual);
@@ -409,7 +410,7 @@ impl Exchange for NetworkExchange {
 
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, ExchangeError> {
         let mut residuals = Vec::new();
-        for (&channel, queue) in &self.queues {
+        for (&(_, channel), queue) in &self.queues {
             let (reply, answer) = oneshot::channel();
             queue.blocking_send(Outgoing::Residual(reply)).map_err(|_| self.closed())?;
             let residual = answer.blocking_recv().map_err(|_| self.closed())?;
