@@ -30,7 +30,7 @@ use crate::channel_codec::{ChannelEncoder, ChannelOptions};
 use crate::exchange::{Exchange, Found, LinkTally, Message};
 use crate::mailbox::{Arrived, Mailbox, Slot};
 pub(crate) use bounds::EdgeTensors;
-use incoming::Incoming;
+use incoming::{Incoming, Line};
 use meter::Meter;
 use outgoing::Outgoing;
 use tasks::{OpenChannel, Tasks};
@@ -189,12 +189,13 @@ impl JobLinks {
         if self.tasks.is_closed() {
             session.close(0, "the job has ended");
         }
+        session.allow_streams(self.streams_from(peer));
         let links = Arc::clone(self);
-        let serving = session.clone();
+        let line = Line::new(session.clone());
         self.spawn(async move {
-            while let Ok((sink, source)) = serving.accept_bi().await {
-                let stream = Arc::clone(&links);
-                links.spawn(async move { incoming::serve(&stream, peer, sink, source).await });
+            while let Ok((sink, source)) = line.session.accept_bi().await {
+                let (stream, line) = (Arc::clone(&links), line.clone());
+                links.spawn(async move { incoming::serve(&stream, peer, &line, sink, source).await });
             }
         });
         let links = Arc::clone(self);
@@ -277,6 +278,18 @@ impl JobLinks {
     fn found(&self, to: usize, found: Found) {
         let to = NodeIndex(u32::try_from(to).unwrap_or(u32::MAX));
         self.found.lock().unwrap_or_else(PoisonError::into_inner).push((to, found));
+    }
+
+    /// Streams that a peer may have open: one for each of its channels, and one more for each that it opens again before
+    /// the lost one is known to have ended.
+    fn streams_from(&self, peer: usize) -> u32 {
+        let edges = self.placement.edges.iter();
+        let edges = edges.flat_map(|edge| [Channel::Activation(edge.id), Channel::Gradient(edge.id)]);
+        let from = NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX));
+        let tied = self.placement.tied.iter().map(|tied| Channel::Tied { param: tied.param, from });
+        let norms = [Channel::NormPart { from }, Channel::NormTotal { to: self.node }];
+        let channels = edges.chain(tied).chain(norms).filter(|&channel| self.sender_of(channel) == Some(from));
+        u32::try_from(2 * channels.count()).unwrap_or(u32::MAX)
     }
 
     /// Who sends over a channel that ends here; nothing if it does not end here.
