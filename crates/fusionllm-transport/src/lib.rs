@@ -34,5 +34,5 @@ pub use peer::{PeerAddr, PeerId};
 pub use private::{check_private, make_private_dir, read_private};
 pub use probe::{DirectionSpeed, PairSpeed, answer_probe, probe};
 pub use session::{CloseReason, Session, SessionStats};
-pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES};
+pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES, StreamMeter};
 pub use ticket::{Secret, Ticket};
