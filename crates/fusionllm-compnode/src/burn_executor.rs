@@ -12,7 +12,7 @@ use fusionllm_protocol::Pass;
 
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
 use crate::gradients::{Gradients, Write};
-use crate::host::{self, to_scalar, to_vec};
+use crate::host::{self, to_scalar};
 use crate::kernels::fused;
 use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
 use crate::owed::Owed;

@@ -147,8 +147,10 @@ pub struct MemoryExchange {
     mailboxes: Vec<Arc<Mailbox>>,
     tally: LinkTally,
     options: ChannelOptions,
-    /// Both ends of what goes out.
-    ends: BTreeMap<Channel, (ChannelEncoder, ChannelDecoder)>,
+    /// Both ends of what goes out, by receiver, too: several may get what one channel carries.
+    ends: BTreeMap<(NodeIndex, Channel), (ChannelEncoder, ChannelDecoder)>,
+    /// Of a checkpoint, until their channels are used.
+    residuals: BTreeMap<Channel, HostTensor>,
 }
 
 impl MemoryExchange {
@@ -167,7 +169,7 @@ impl MemoryExchange {
             .cloned()
             .ok_or_else(|| ExchangeError::Aborted { reason: format!("{node} has no mailbox") })?;
         let (tally, options) = (LinkTally::new(names, node), ChannelOptions::of(&compression));
-        Ok(Self { own, mailboxes, tally, options, ends: BTreeMap::new() })
+        Ok(Self { own, mailboxes, tally, options, ends: BTreeMap::new(), residuals: BTreeMap::new() })
     }
 }
 
@@ -179,8 +181,13 @@ impl Exchange for MemoryExchange {
             .get(message.to.index())
             .ok_or_else(|| ExchangeError::Peer { peer: message.to.to_string(), reason: "has no mailbox".to_owned() })?;
         let (slot, codec, options) = (message.slot, message.codec, self.options);
-        let new = || (ChannelEncoder::new(options, slot.channel), ChannelDecoder::new(options, slot.channel));
-        let (encoder, decoder) = self.ends.entry(slot.channel).or_insert_with(new);
+        let (encoder, decoder) = self.ends.entry((message.to, slot.channel)).or_insert_with(|| {
+            let mut encoder = ChannelEncoder::new(options, slot.channel);
+            if let Some(residual) = self.residuals.remove(&slot.channel) {
+                encoder.restore(residual);
+            }
+            (encoder, ChannelDecoder::new(options, slot.channel))
+        });
         let mut bytes = Vec::new();
         let found = encoder.encode(&slot, codec, &message.tensor, &mut bytes)?;
         let (shape, element) = (message.tensor.shape().to_vec(), message.tensor.element_type());
@@ -194,16 +201,14 @@ impl Exchange for MemoryExchange {
     }
 
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, ExchangeError> {
-        let residual = |(channel, (encoder, _)): (&Channel, &(ChannelEncoder, ChannelDecoder))| {
-            encoder.residual().map(|residual| (*channel, residual))
+        let residual = |(&(_, channel), (encoder, _)): (&(NodeIndex, Channel), &(ChannelEncoder, ChannelDecoder))| {
+            encoder.residual().map(|residual| (channel, residual))
         };
         Ok(self.ends.iter().filter_map(residual).collect())
     }
 
     fn restore_residual(&mut self, channel: Channel, residual: HostTensor) {
-        let mut encoder = ChannelEncoder::new(self.options, channel);
-        encoder.restore(residual);
-        self.ends.insert(channel, (encoder, ChannelDecoder::new(self.options, channel)));
+        self.residuals.insert(channel, residual);
     }
 
     fn receive(&mut self, slot: Slot) -> Result<Arrived, ExchangeError> {

@@ -30,7 +30,7 @@ use crate::channel_codec::{ChannelEncoder, ChannelOptions};
 use crate::exchange::{Exchange, Found, LinkTally, Message};
 use crate::mailbox::{Arrived, Mailbox, Slot};
 pub(crate) use bounds::EdgeTensors;
-use incoming::Incoming;
+use incoming::{Incoming, Line};
 use meter::Meter;
 use outgoing::Outgoing;
 use tasks::{OpenChannel, Tasks};
@@ -189,12 +189,13 @@ impl JobLinks {
         if self.tasks.is_closed() {
             session.close(0, "the job has ended");
         }
+        session.allow_streams(self.streams_from(peer));
         let links = Arc::clone(self);
-        let serving = session.clone();
+        let line = Line::new(session.clone());
         self.spawn(async move {
-            while let Ok((sink, source)) = serving.accept_bi().await {
-                let stream = Arc::clone(&links);
-                links.spawn(async move { incoming::serve(&stream, peer, sink, source).await });
+            while let Ok((sink, source)) = line.session.accept_bi().await {
+                let (stream, line) = (Arc::clone(&links), line.clone());
+                links.spawn(async move { incoming::serve(&stream, peer, &line, sink, source).await });
             }
         });
         let links = Arc::clone(self);
@@ -279,6 +280,18 @@ impl JobLinks {
         self.found.lock().unwrap_or_else(PoisonError::into_inner).push((to, found));
     }
 
+    /// Streams that a peer may have open: one for each of its channels, and one more for each that it opens again before
+    /// the lost one is known to have ended.
+    fn streams_from(&self, peer: usize) -> u32 {
+        let edges = self.placement.edges.iter();
+        let edges = edges.flat_map(|edge| [Channel::Activation(edge.id), Channel::Gradient(edge.id)]);
+        let from = NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX));
+        let tied = self.placement.tied.iter().map(|tied| Channel::Tied { param: tied.param, from });
+        let norms = [Channel::NormPart { from }, Channel::NormTotal { to: self.node }];
+        let channels = edges.chain(tied).chain(norms).filter(|&channel| self.sender_of(channel) == Some(from));
+        u32::try_from(2 * channels.count()).unwrap_or(u32::MAX)
+    }
+
     /// Who sends over a channel that ends here; nothing if it does not end here.
     fn sender_of(&self, channel: Channel) -> Option<NodeIndex> {
         let edge = |id: fusionllm_planner::EdgeId| self.placement.edges.get(id.index());
@@ -319,7 +332,8 @@ pub(crate) fn peer_record(addr: &PeerAddr) -> PeerRecord {
 pub struct NetworkExchange {
     links: Arc<JobLinks>,
     runtime: Handle,
-    queues: BTreeMap<Channel, mpsc::Sender<Outgoing>>,
+    /// By receiver, too: several may get what one channel carries.
+    queues: BTreeMap<(NodeIndex, Channel), mpsc::Sender<Outgoing>>,
     tally: LinkTally,
     /// Of a checkpoint, until their channels are opened.
     residuals: BTreeMap<Channel, HostTensor>,
@@ -338,9 +352,9 @@ impl NetworkExchange {
         self.links.mailbox.closed().unwrap_or_else(stopped)
     }
 
-    /// The queue of a channel; the first message opens it.
+    /// The queue of a channel to a receiver; the first message opens it.
     fn queue(&mut self, to: NodeIndex, channel: Channel) -> &mpsc::Sender<Outgoing> {
-        self.queues.entry(channel).or_insert_with(|| {
+        self.queues.entry((to, channel)).or_insert_with(|| {
             let mut encoder = ChannelEncoder::new(self.links.options, channel);
             if let Some(residual) = self.residuals.remove(&channel) {
                 encoder.restore(residual);
@@ -409,7 +423,7 @@ impl Exchange for NetworkExchange {
 
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, ExchangeError> {
         let mut residuals = Vec::new();
-        for (&channel, queue) in &self.queues {
+        for (&(_, channel), queue) in &self.queues {
             let (reply, answer) = oneshot::channel();
             queue.blocking_send(Outgoing::Residual(reply)).map_err(|_| self.closed())?;
             let residual = answer.blocking_recv().map_err(|_| self.closed())?;

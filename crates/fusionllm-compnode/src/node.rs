@@ -5,6 +5,7 @@
 mod assignment;
 mod blob;
 mod broker_wire;
+mod patience;
 mod running;
 mod survey;
 
@@ -16,15 +17,16 @@ use std::time::Duration;
 use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, Hello, JobId, Role};
 use fusionllm_transport::{Endpoint, EndpointConfig, Identity, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::device::{DeviceChoice, open_device};
 use crate::links::peer_record;
 use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
-use broker_wire::{Connected, Outbox, dial};
+use broker_wire::{Connected, Outbox, SessionEnd, dial};
+use patience::{Hearing, Patience};
 use running::{Place, RunningJob};
-use survey::{AwaitedProbes, Surveyor, start_probe};
+use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.
 const HEARTBEAT: Duration = Duration::from_secs(3);
@@ -77,19 +79,19 @@ pub(crate) enum NodeEvent {
     Ended(assignment::JobKey, Result<(), CompNodeError>),
 }
 
-/// Why a session with the broker ended.
-enum SessionEnd {
-    /// Asked to go by the broker.
-    Leave,
-    /// The connection broke, and why.
-    Lost(String),
-}
-
 /// Joins the broker and works for it until `shutdown` resolves or the broker says so. A lost broker is redialled.
 ///
 /// # Errors
 /// [`CompNodeError`] if the device does not open, the first connection fails, or the broker refuses.
 pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send) -> Result<(), CompNodeError> {
+    join_with(config, Patience::default(), shutdown).await
+}
+
+async fn join_with(
+    config: JoinConfig,
+    patience: Patience,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), CompNodeError> {
     if let Some(threads) = config.threads {
         // A process computes with one pool; if it has one already, that one stays.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
@@ -118,12 +120,14 @@ pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send)
         name: config.name,
         surveyor,
         profile,
-        probes: AwaitedProbes::default(),
+        probes: Probes::default(),
         clock: Arc::default(),
         heartbeats: Heartbeats::default(),
         events,
         broker: watch::Sender::new(None),
         outbox: Outbox::default(),
+        patience,
+        alone_since: Instant::now(),
         has_joined: false,
         readable: Arc::new(config.readable),
         scratch: config.scratch_dir.into(),
@@ -148,7 +152,7 @@ struct Node {
     name: String,
     surveyor: Surveyor,
     profile: DeviceProfile,
-    probes: AwaitedProbes,
+    probes: Probes,
     clock: Arc<ClockOffset>,
     heartbeats: Heartbeats,
     events: mpsc::Sender<NodeEvent>,
@@ -156,6 +160,9 @@ struct Node {
     broker: watch::Sender<Option<Session>>,
     /// What the broker is told, until it has it.
     outbox: Outbox,
+    patience: Patience,
+    /// When the broker was lost, while it is.
+    alone_since: Instant,
     has_joined: bool,
     readable: Arc<ReadableData>,
     scratch: Arc<Path>,
@@ -198,9 +205,11 @@ impl Node {
     /// Waits for something without a broker; the job goes on meanwhile, as long as what it reports finds room.
     async fn meanwhile<T>(&mut self, inbox: &mut mpsc::Receiver<NodeEvent>, awaited: impl Future<Output = T>) -> T {
         tokio::pin!(awaited);
+        let given_up = self.alone_since + self.patience.alone;
         loop {
             tokio::select! {
                 result = &mut awaited => return result,
+                () = sleep_until(given_up), if self.job.is_some() => self.give_job_up(),
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
                 Some(event) = inbox.recv(), if self.outbox.has_room() => {
                     let messages = self.handle(event);
@@ -221,6 +230,7 @@ impl Node {
         }
         self.has_joined = true;
         self.broker.send_replace(Some(session.clone()));
+        let mut hearing = Hearing::new();
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
@@ -230,6 +240,10 @@ impl Node {
             let room = wire.room();
             tokio::select! {
                 _ = heartbeat.tick() => {
+                    let unanswered = hearing.heartbeat(wire.heard());
+                    if unanswered >= self.patience.heartbeats {
+                        break SessionEnd::Lost(format!("it says nothing to {unanswered} heartbeats"));
+                    }
                     let number = self.heartbeats.send();
                     self.tell(Some(FromCompNode::Heartbeat { number }));
                 }
@@ -258,7 +272,22 @@ impl Node {
             SessionEnd::Leave => self.lose_broker(0),
             SessionEnd::Lost(_) => self.lose_broker(1),
         }
+        self.alone_since = Instant::now();
+        if self.outbox.check().is_err() {
+            // What is missing would be missed later.
+            self.drop_job("the broker confirms nothing");
+            (self.outbox, self.has_joined) = (Outbox::default(), false);
+        }
         end
+    }
+
+    /// The broker stays away.
+    fn give_job_up(&mut self) {
+        let Some(key) = self.job.as_ref().map(|job| job.key) else { return };
+        let reason = format!("it is away for {} s", self.patience.alone.as_secs());
+        tracing::warn!(job = %key.job, reason, "dropping the job, nobody is there to take what comes of it");
+        self.drop_job("the broker stays away");
+        self.tell(Some(key.failed(&CompNodeError::Broker { reason })));
     }
 
     fn lose_broker(&mut self, code: u32) {
@@ -286,7 +315,9 @@ impl Node {
     }
 
     fn accept_peer(&mut self, peer: Session) {
-        let Some(peer) = self.probes.answer(peer) else { return };
+        if peer.is_probe() {
+            return self.probes.answer(peer);
+        }
         match &self.job {
             Some(job) => job.links.accept(peer),
             None => peer.close(404, "no job here"),
@@ -348,7 +379,7 @@ impl Node {
                 Some(FromCompNode::ProbeAwaited { probe })
             }
             FromBroker::Probe { probe, peer } => {
-                start_probe(probe, &peer, self.endpoint.clone(), self.events.clone());
+                self.probes.lead(probe, &peer, self.endpoint.clone(), self.events.clone());
                 None
             }
         }
@@ -356,7 +387,8 @@ impl Node {
 
     fn assign(&mut self, assignment: Assignment) {
         self.drop_job("replaced by another assignment");
-        self.probes.clear();
+        let ended = self.probes.end();
+        self.tell(ended);
         self.surveyor.cancel_all();
         let place = Place {
             endpoint: self.endpoint.clone(),

@@ -14,7 +14,7 @@ use crate::{DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, 
 pub use client::{
     ClientRequest, CompNodeSummary, JobSummary, StatusReport, TicketRole, TicketState, TicketSummary, ToClient,
 };
-pub use numbered::{ControlStream, Numbered};
+pub use numbered::{ControlStream, MOST_UNCONFIRMED, Numbered};
 
 /// A CompNode's identity and where it may be reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -70,6 +70,12 @@ pub enum ProtocolError {
         /// What was sent.
         sent: u64,
     },
+    /// The peer receives messages and confirms none.
+    #[error("{unconfirmed} messages were sent that the other end has not confirmed, and no more are kept for it")]
+    Unconfirmed {
+        /// How many are kept.
+        unconfirmed: usize,
+    },
     /// A stream skipped a message.
     #[error("message {got} came where {expected} was due")]
     Gap {

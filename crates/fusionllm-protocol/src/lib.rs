@@ -21,8 +21,8 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, ControlStream, FromBroker, FromCompNode, Hello,
-    JobState, JobSummary, LinkBytes, LinkSpeed, Numbered, PeerRecord, Role, StatusReport, StepReport, TicketRole,
-    TicketState, TicketSummary, ToClient, WeightSource, Welcome,
+    JobState, JobSummary, LinkBytes, LinkSpeed, MOST_UNCONFIRMED, Numbered, PeerRecord, Role, StatusReport, StepReport,
+    TicketRole, TicketState, TicketSummary, ToClient, WeightSource, Welcome,
 };
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};

@@ -56,21 +56,22 @@ impl<T> SendWindow<T> {
         Some((number, message))
     }
 
-    /// The receiver has taken every message before `next`.
+    /// The receiver has taken every message before `next`. Whether that is news: a message more than it said before.
     ///
     /// # Errors
     /// [`ProtocolError::Acknowledged`] if it claims messages that were never sent.
-    pub fn taken(&mut self, next: u64) -> Result<(), ProtocolError> {
+    pub fn taken(&mut self, next: u64) -> Result<bool, ProtocolError> {
         let sent = self.first + self.kept.len() as u64;
         if next > sent {
             return Err(ProtocolError::Acknowledged { acknowledged: next, sent });
         }
+        let is_news = next > self.first;
         while self.first < next {
             self.kept.pop_front();
             self.first += 1;
             self.sent = self.sent.saturating_sub(1);
         }
-        Ok(())
+        Ok(is_news)
     }
 
     /// A new connection: the receiver expects message `next`. What it has but has not yet taken is kept, and not
@@ -152,7 +153,7 @@ mod tests {
         window.push('a').unwrap();
         assert_eq!(window.push('b'), Err('b'));
         window.next_to_send().unwrap();
-        window.taken(1).unwrap();
+        assert!(!window.taken(0).unwrap() && window.taken(1).unwrap() && !window.taken(1).unwrap());
         assert_eq!(window.push('b'), Ok(()));
     }
 
@@ -182,7 +183,7 @@ mod tests {
                         sender.next_to_send();
                         sender.resume(receiver.next()).unwrap();
                     }
-                    3 => if consumed < delivered.len() { consumed += 1; sender.taken(receiver.take()).unwrap() },
+                    3 => if consumed < delivered.len() { consumed += 1; sender.taken(receiver.take()).unwrap(); },
                     // The confirmation is lost; a later one covers it.
                     _ => if consumed < delivered.len() { consumed += 1; receiver.take(); },
                 }

@@ -4,19 +4,15 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use iroh::endpoint::{ConnectingError, Connection, Incoming, IncomingAddr};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::dial::CONNECT_LIMIT;
 use crate::doorway::Doorway;
 use crate::endpoint::REFUSED;
 use crate::error::chain;
+use crate::handshakes::Handshakes;
 use crate::{Admission, Admit, PeerId, Session};
-
-/// Handshakes that run at once. What comes beyond is not answered: it will ask again.
-const MOST_HANDSHAKES: usize = 256;
-/// With so many running, who asks must first show that the address is theirs: it costs them a round trip, and us nothing.
-const MANY_HANDSHAKES: usize = 32;
 
 /// Handshakes run side by side, so that a slow or hostile one delays nobody.
 pub(crate) async fn run(
@@ -25,21 +21,21 @@ pub(crate) async fn run(
     doorway: Doorway,
     sessions: mpsc::Sender<Session>,
 ) {
-    let handshakes = Arc::new(Semaphore::new(MOST_HANDSHAKES));
+    let handshakes = Handshakes::default();
     while let Some(incoming) = endpoint.accept().await {
-        let Ok(place) = handshakes.clone().try_acquire_owned() else {
+        let from = address(&incoming);
+        let Some(place) = handshakes.begin(from) else {
+            // It will ask again.
             incoming.ignore();
             continue;
         };
-        let are_many = handshakes.available_permits() < MOST_HANDSHAKES - MANY_HANDSHAKES;
-        if are_many && !incoming.remote_addr_validated() {
+        if handshakes.are_many() && !incoming.remote_addr_validated() {
             // It fails only for addresses that are validated.
             let _ = incoming.retry();
             continue;
         }
         let (admission, doorway, sessions) = (admission.clone(), doorway.clone(), sessions.clone());
         tokio::spawn(async move {
-            let from = address(&incoming);
             let result = timeout(CONNECT_LIMIT, handshake(incoming)).await;
             drop(place);
             match result {

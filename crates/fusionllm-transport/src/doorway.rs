@@ -86,7 +86,7 @@ impl Drop for Stay {
 }
 
 /// What counts as one place: of IPv6, where everybody has billions of addresses, the network.
-fn network(ip: IpAddr) -> IpAddr {
+pub(crate) fn network(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
         ip @ IpAddr::V4(_) => ip,

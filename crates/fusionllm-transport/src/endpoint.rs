@@ -19,6 +19,8 @@ use crate::{accept, closing, settings};
 
 /// Both ends must speak the same.
 pub(crate) const ALPN: &[u8] = b"fusionllm/1";
+/// Of a connection that is there to be measured, and for nothing else.
+pub(crate) const PROBE_ALPN: &[u8] = b"fusionllm-probe/1";
 /// Connections that wait to be accepted.
 const ACCEPT_QUEUE: usize = 64;
 /// Close code of a refused peer.
@@ -64,6 +66,8 @@ pub(crate) struct Socket {
     secret: SecretKey,
     bind: SocketAddr,
     congestion: CongestionControl,
+    #[cfg(test)]
+    spares: std::sync::Mutex<Vec<iroh::Endpoint>>,
 }
 
 impl Socket {
@@ -74,7 +78,16 @@ impl Socket {
     /// Another one of the same identity, on any port, to dial from.
     pub(crate) async fn spare(&self) -> Result<iroh::Endpoint, BindError> {
         let bind = SocketAddr::new(self.bind.ip(), 0);
-        open(bind, builder(self.secret.clone(), self.congestion)).await
+        let spare = open(bind, builder(self.secret.clone(), self.congestion)).await;
+        #[cfg(test)]
+        self.spares.lock().unwrap().extend(spare.as_ref().ok().cloned());
+        spare
+    }
+
+    /// All that there ever were.
+    #[cfg(test)]
+    pub(crate) fn spares(&self) -> Vec<iroh::Endpoint> {
+        self.spares.lock().unwrap().clone()
     }
 
     /// Where it is bound; nothing once it is closed.
@@ -107,12 +120,19 @@ impl Endpoint {
     pub async fn bind(config: EndpointConfig, admission: Arc<dyn Admission>) -> Result<Self, BindError> {
         let EndpointConfig { identity, bind, advertise, congestion } = config;
         let secret = identity.secret_key();
-        let builder = builder(secret.clone(), congestion).alpns(vec![ALPN.to_vec()]);
+        let builder = builder(secret.clone(), congestion).alpns(vec![ALPN.to_vec(), PROBE_ALPN.to_vec()]);
         let inner = open(bind, builder.hooks(AdmitIncoming::new(admission.clone()))).await?;
         closing::remember(&inner);
         let (sender, receiver) = mpsc::channel(ACCEPT_QUEUE);
         tokio::spawn(accept::run(inner.clone(), admission, Doorway::default(), sender));
-        let socket = Arc::new(Socket { inner, secret, bind, congestion });
+        let socket = Arc::new(Socket {
+            inner,
+            secret,
+            bind,
+            congestion,
+            #[cfg(test)]
+            spares: Default::default(),
+        });
         Ok(Self { socket, id: identity.id(), advertise, incoming: Arc::new(Mutex::new(receiver)) })
     }
 
@@ -146,6 +166,18 @@ impl Endpoint {
     /// # Errors
     /// [`ConnectError`] if the peer is not reached within ten seconds or is another than asked for.
     pub async fn connect(&self, peer: &PeerAddr) -> Result<Session, ConnectError> {
+        self.connect_for(peer, ALPN).await
+    }
+
+    /// Opens a connection to [`probe`](crate::probe) over. The peer knows it from others by [`Session::is_probe`].
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_to_probe(&self, peer: &PeerAddr) -> Result<Session, ConnectError> {
+        self.connect_for(peer, PROBE_ALPN).await
+    }
+
+    async fn connect_for(&self, peer: &PeerAddr, alpn: &'static [u8]) -> Result<Session, ConnectError> {
         let PeerAddr { id, addrs } = peer;
         if addrs.is_empty() {
             return Err(ConnectError::NoAddress { peer: *id });
@@ -155,7 +187,7 @@ impl Endpoint {
         if tried.is_empty() {
             return Err(ConnectError::OnlyOwn { peer: *id, addrs: addrs.clone() });
         }
-        match dial::dial(&self.socket, key, &tried).await {
+        match dial::dial(&self.socket, key, &tried, alpn).await {
             Ok(connection) => {
                 let session = Session::new(connection, None);
                 // Whoever was dialled by key is known.
@@ -259,4 +291,17 @@ fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<std::io::ErrorKi
         next = error.source();
     }
     None
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// On any port of this machine.
+    pub(crate) async fn socket() -> Socket {
+        let (bind, congestion) = ("127.0.0.1:0".parse().unwrap(), CongestionControl::Cubic);
+        let secret = Identity::generate().secret_key();
+        let inner = open(bind, builder(secret.clone(), congestion).alpns(vec![ALPN.to_vec()])).await.unwrap();
+        Socket { inner, secret, bind, congestion, spares: Default::default() }
+    }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use iroh::endpoint::{Connection, ConnectionError};
 
 use crate::doorway::Stay;
+use crate::endpoint::PROBE_ALPN;
 use crate::stream::{FrameSink, FrameSource};
 use crate::{PeerId, SessionError, nudge, settings};
 
@@ -49,7 +50,7 @@ impl Session {
         Self { connection, peer, stay: stay.map(Arc::new) }
     }
 
-    /// Gives the peer the room of a member. Before that, one that was accepted
+    /// Gives the peer the room of a member: some streams, and 64 MiB that are not read yet. Before that, one that was accepted
     /// [`OnTrial`](crate::Admit::OnTrial) has one two-way stream and 64 KiB.
     pub fn admitted(&self) {
         settings::give_room(&self.connection);
@@ -58,9 +59,19 @@ impl Session {
         }
     }
 
+    /// Lets the peer have so many two-way streams open at once, if that is more than any member has.
+    pub fn allow_streams(&self, streams: u32) {
+        settings::allow_streams(&self.connection, streams);
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> PeerId {
         self.peer
+    }
+
+    /// Whether it was opened to be measured ([`Endpoint::connect_to_probe`](crate::Endpoint::connect_to_probe)).
+    pub fn is_probe(&self) -> bool {
+        self.connection.alpn() == PROBE_ALPN
     }
 
     /// Whether both are the same connection.

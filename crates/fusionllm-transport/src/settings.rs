@@ -18,8 +18,12 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 /// Unconfirmed bytes per connection: 2.5 Gbit/s over 100 ms.
 const SEND_WINDOW_BYTES: u64 = 32 << 20;
-/// Streams that a peer may have open at once, of each kind. A job has two per boundary edge.
-const MAX_STREAMS: u32 = 1024;
+/// What a member may have unread here, all streams together: twice what it may have unconfirmed, so that it is the sender's
+/// window that bounds the speed. 10 Gbit/s over 50 ms, or 1 Gbit/s over half a second.
+const RECEIVE_WINDOW_BYTES: u32 = 64 << 20;
+/// Streams of each kind that a member may have open at once: a conversation, blobs, a probe's bursts. Full and unread, half
+/// of these leave room in the window for all others. A job's wires have more, see [`allow_streams`].
+const MEMBER_STREAMS: u32 = 16;
 /// What a peer may have unread here before it is admitted: a greeting.
 const TRIAL_WINDOW_BYTES: u32 = 64 << 10;
 /// Two-way streams before a peer is admitted. There are no others.
@@ -55,7 +59,23 @@ pub(crate) fn transport_config(congestion: CongestionControl) -> QuicTransportCo
 
 /// Gives a connection the room of a member.
 pub(crate) fn give_room(connection: &Connection) {
-    connection.set_max_concurrent_uni_streams(MAX_STREAMS.into());
-    connection.set_max_concurrent_bi_streams(MAX_STREAMS.into());
-    connection.set_receive_window(VarInt::MAX);
+    connection.set_max_concurrent_uni_streams(MEMBER_STREAMS.into());
+    connection.set_max_concurrent_bi_streams(MEMBER_STREAMS.into());
+    connection.set_receive_window(RECEIVE_WINDOW_BYTES.into());
+}
+
+/// Lets a member have so many two-way streams open at once, and no fewer than any member.
+pub(crate) fn allow_streams(connection: &Connection, streams: u32) {
+    connection.set_max_concurrent_bi_streams(streams.max(MEMBER_STREAMS).into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_kind_of_streams_unread_leaves_room_for_the_others() {
+        const { assert!(MEMBER_STREAMS * STREAM_WINDOW_BYTES <= RECEIVE_WINDOW_BYTES / 2) };
+        const { assert!(2 * SEND_WINDOW_BYTES <= RECEIVE_WINDOW_BYTES as u64) };
+    }
 }

@@ -1,5 +1,8 @@
 //! Streams of frames: eight bytes of length (little-endian), then that many bytes.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use iroh::endpoint::{RecvStream, SendStream};
 
 use crate::SessionError;
@@ -57,11 +60,30 @@ impl FrameSink {
 
 /// The receiving end of a stream.
 #[derive(Debug)]
-pub struct FrameSource(RecvStream);
+pub struct FrameSource {
+    stream: RecvStream,
+    meter: StreamMeter,
+}
+
+/// How much of a stream was read, also of a frame that is not whole yet. Clones are of the same stream.
+#[derive(Clone, Debug, Default)]
+pub struct StreamMeter(Arc<AtomicU64>);
+
+impl StreamMeter {
+    /// Bytes read so far.
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 impl FrameSource {
     pub(crate) fn new(stream: RecvStream) -> Self {
-        Self(stream)
+        Self { stream, meter: StreamMeter::default() }
+    }
+
+    /// Tells how much was read, while somebody reads.
+    pub fn meter(&self) -> StreamMeter {
+        self.meter.clone()
     }
 
     /// The next frame of at most [`MAX_FRAME_BYTES`]; nothing at the stream's end.
@@ -95,7 +117,7 @@ impl FrameSource {
 
     /// Throws away what has come and says how many bytes that was; nothing at the stream's end.
     pub(crate) async fn skip_some(&mut self) -> Result<Option<u64>, SessionError> {
-        Ok(self.0.read_chunk(SKIP_BYTES).await?.map(|chunk| chunk.len() as u64))
+        Ok(self.stream.read_chunk(SKIP_BYTES).await?.map(|chunk| chunk.len() as u64))
     }
 
     /// `count` bytes, or fewer if the stream ends.
@@ -103,7 +125,8 @@ impl FrameSource {
         let mut left = usize::try_from(count).unwrap_or(usize::MAX);
         let mut bytes = Vec::new();
         while left > 0 {
-            let Some(chunk) = self.0.read_chunk(left).await? else { break };
+            let Some(chunk) = self.stream.read_chunk(left).await? else { break };
+            self.meter.0.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             if bytes.capacity() - bytes.len() < chunk.len() {
                 // Doubling, but never far ahead of what has come.
                 bytes.reserve_exact(bytes.len().max(GROWTH_BYTES).min(left).max(chunk.len()));

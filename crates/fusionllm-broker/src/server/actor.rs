@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{
-    BlobHeader, CodecNote, FromBroker, FromCompNode, Inventory, JobEvent, JobId, JobSpec, JobState, StatusReport,
+    BlobHeader, CodecNote, FromBroker, FromCompNode, Inventory, JobEvent, JobId, JobSpec, JobState, ProtocolError,
+    StatusReport,
 };
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -393,10 +394,12 @@ impl Actor {
     fn send(&mut self, to: ConnectionId, message: FromBroker) {
         let Some(line) = self.lines.get(&to) else { return };
         let frame = match message {
-            FromBroker::HeartbeatAck { .. } => lock(&line.control).send_once(message),
+            FromBroker::HeartbeatAck { .. } => Ok(lock(&line.control).send_once(message)),
             message => lock(&line.control).send(message),
         };
-        self.queue(to, ToCompNode::Message(frame));
+        // Nor can it come back as the one that it was.
+        let cut_off = |error: ProtocolError| ToCompNode::Disconnect(error.to_string());
+        self.queue(to, frame.map_or_else(cut_off, ToCompNode::Message));
     }
 
     /// A CompNode that does not take its messages is cut off; its connection task reports that.

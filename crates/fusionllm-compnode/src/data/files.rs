@@ -11,6 +11,8 @@ use crate::DataError;
 
 /// Folders that hold no text worth learning, even where no ignore file says so.
 const SKIPPED_FOLDERS: [&str; 3] = ["target", "node_modules", "runs"];
+/// Why a file or folder is left out that cannot be looked at.
+const UNREADABLE: &str = "unreadable";
 /// Left-out files that are named in a sentence.
 const NAMED: usize = 3;
 /// Entries that are looked at to say what a folder's rules leave out.
@@ -88,11 +90,19 @@ pub(super) fn text_files(paths: &[PathBuf], left_out: &mut LeftOut) -> Result<Ve
             prefix.map_or_else(|| below.to_owned(), |prefix| prefix.join(below)).to_string_lossy().into_owned()
         };
         let mut taken = BTreeSet::new();
-        for entry in ignore::WalkBuilder::new(root).require_git(false).filter_entry(is_wanted).build() {
-            let entry = entry.map_err(|e| fail(e.to_string()))?;
-            let path = entry.into_path();
+        for entry in walk(root) {
+            let path = match entry {
+                Ok(entry) => entry.into_path(),
+                Err(error) => {
+                    unreadable(&error, root, left_out, name_of).map_err(fail)?;
+                    continue;
+                }
+            };
             taken.insert(path.clone());
-            let Some(kind) = std::fs::symlink_metadata(&path).ok().map(|m| m.file_type()) else { continue };
+            let Ok(kind) = std::fs::symlink_metadata(&path).map(|m| m.file_type()) else {
+                left_out.add(UNREADABLE, &name_of(&path));
+                continue;
+            };
             if kind.is_file() {
                 let name = name_of(&path);
                 files.entry(path.clone()).or_insert(TextFile { path, name, named: false });
@@ -105,6 +115,38 @@ pub(super) fn text_files(paths: &[PathBuf], left_out: &mut LeftOut) -> Result<Ve
         note_rules(root, &taken, paths, left_out, name_of);
     }
     Ok(once_each(files, left_out))
+}
+
+/// What is below a folder. Only ignore files in it count: with those of its parents and of its user, the same folder would
+/// give other batches elsewhere.
+fn walk(root: &Path) -> ignore::Walk {
+    let mut walk = ignore::WalkBuilder::new(root);
+    walk.require_git(false).parents(false).git_global(false).git_exclude(false).filter_entry(is_wanted).build()
+}
+
+/// Leaves out what cannot be looked at, unless that is the folder itself; then, why. What the error says of paths stays here.
+fn unreadable(
+    error: &ignore::Error,
+    root: &Path,
+    left_out: &mut LeftOut,
+    name_of: impl Fn(&Path) -> String,
+) -> Result<(), String> {
+    let path = path_of(error).unwrap_or(root);
+    if path == root {
+        return Err(error.io_error().map_or_else(|| "cannot be read".to_owned(), ToString::to_string));
+    }
+    left_out.add(UNREADABLE, &name_of(path));
+    Ok(())
+}
+
+fn path_of(error: &ignore::Error) -> Option<&Path> {
+    match error {
+        ignore::Error::WithPath { path, .. } => Some(path),
+        ignore::Error::Loop { child, .. } => Some(child),
+        ignore::Error::WithDepth { err, .. } | ignore::Error::WithLineNumber { err, .. } => path_of(err),
+        ignore::Error::Partial(errors) => errors.iter().find_map(path_of),
+        _ => None,
+    }
 }
 
 /// Says what hidden names, ignore files and the skipped folders leave out.
@@ -191,12 +233,12 @@ pub(super) enum Content {
     Other(&'static str, String),
 }
 
-/// Reads a file, if it may be read.
+/// Reads a file, if it may be read. One that cannot be read is as one that holds no text: where it is named, that is said.
 pub(super) fn read(path: &Path, readable: &ReadableData) -> Result<Content, DataError> {
-    let fail = |reason: String| DataError::Path { path: path.to_owned(), reason };
     let mut bytes = Vec::new();
-    let mut file = readable.open(path).map_err(|e| fail(e.to_string()))?;
-    file.read_to_end(&mut bytes).map_err(|e| fail(e.to_string()))?;
+    if let Err(error) = readable.open(path).and_then(|mut file| file.read_to_end(&mut bytes)) {
+        return Ok(Content::Other(UNREADABLE, error.to_string()));
+    }
     Ok(match String::from_utf8(bytes) {
         Ok(text) => match text.find('\0') {
             Some(at) => Content::Other("with NUL bytes", format!("it has a NUL byte at {at}, so it is no text")),
@@ -216,4 +258,77 @@ pub(super) fn read(path: &Path, readable: &ReadableData) -> Result<Content, Data
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    fn names(root: &Path, left_out: &mut LeftOut) -> Vec<String> {
+        text_files(&[root.to_owned()], left_out).unwrap().into_iter().map(|file| file.name).collect()
+    }
+
+    #[test]
+    fn a_folder_gives_the_same_files_wherever_it_lies() {
+        let outside = tempfile::tempdir().unwrap();
+        let root = outside.path().join("data");
+        std::fs::create_dir_all(root.join("deep")).unwrap();
+        std::fs::create_dir_all(root.join(".git/info")).unwrap();
+        std::fs::create_dir_all(outside.path().join(".git/info")).unwrap();
+        let write = |name: &str, text: &str| std::fs::write(outside.path().join(name), text).unwrap();
+        for rules in [".gitignore", ".ignore", ".git/info/exclude"] {
+            write(rules, "*.txt\n");
+        }
+        // Of whoever cloned it, and not of the folder.
+        write("data/.git/info/exclude", "*.txt\n");
+        write("data/.gitignore", "*.log\n");
+        for name in ["data/a.txt", "data/deep/b.txt", "data/c.log"] {
+            write(name, "text");
+        }
+        let mut left_out = LeftOut::default();
+        assert_eq!(names(&root, &mut left_out), ["a.txt", "deep/b.txt"]);
+        assert!(left_out.notes().join("\n").contains("named in an ignore file: `c.log`"), "{left_out:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_left_out_and_private_names_stay() {
+        let root = Path::new("/home/secret");
+        let denied = |path: &Path| {
+            let err = Box::new(ignore::Error::Io(io::Error::from(io::ErrorKind::PermissionDenied)));
+            let err = Box::new(ignore::Error::WithPath { path: path.to_owned(), err });
+            ignore::Error::WithDepth { depth: 1, err }
+        };
+        let name_of = |path: &Path| path.strip_prefix(root).unwrap().display().to_string();
+        for private in [false, true] {
+            let mut left_out = LeftOut::new(private);
+            unreadable(&denied(&root.join("patients")), root, &mut left_out, name_of).unwrap();
+            let notes = left_out.notes().join("\n");
+            assert!(notes.contains("1 file or folder, unreadable: `"), "{notes}");
+            assert_eq!(notes.contains("patients"), !private);
+            let reason = unreadable(&denied(root), root, &mut left_out, name_of).unwrap_err();
+            assert_eq!(reason, "permission denied");
+        }
+        let Content::Other(UNREADABLE, reason) = read(&root.join("patients/one.txt")).unwrap() else { panic!() };
+        assert!(!reason.contains("patients"), "{reason}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_unreadable_folder_or_file_does_not_end_the_job() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a.txt"), "text").unwrap();
+        let shut = folder.path().join("shut");
+        std::fs::create_dir(&shut).unwrap();
+        std::fs::set_permissions(&shut, PermissionsExt::from_mode(0o000)).unwrap();
+        // Who runs as root may read all.
+        let may_read = std::fs::read_dir(&shut).is_ok();
+        let mut left_out = LeftOut::default();
+        assert_eq!(names(folder.path(), &mut left_out), ["a.txt"]);
+        assert_eq!(left_out.notes().join("\n").contains("unreadable: `shut`"), !may_read);
+        std::fs::set_permissions(&shut, PermissionsExt::from_mode(0o700)).unwrap();
+    }
 }

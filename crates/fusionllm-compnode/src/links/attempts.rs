@@ -9,17 +9,19 @@ use super::{BACK_OFF, REDIAL_LIMIT};
 /// Streams that may be lost one after another, however long that takes.
 const LEAST_ATTEMPTS: u32 = 8;
 
-/// Streams of one channel that were lost since its receiver last took something.
+/// Streams of one channel that were lost since its receiver last took something, or since one lasted.
 #[derive(Debug)]
 pub(super) struct Attempts {
     lost: u32,
     since: Option<Instant>,
     pause: Duration,
+    /// When the receiver answered the present stream.
+    opened: Option<Instant>,
 }
 
 impl Default for Attempts {
     fn default() -> Self {
-        Self { lost: 0, since: None, pause: BACK_OFF.0 }
+        Self { lost: 0, since: None, pause: BACK_OFF.0, opened: None }
     }
 }
 
@@ -38,6 +40,16 @@ impl GaveUp {
 }
 
 impl Attempts {
+    /// The receiver has answered a stream at `now`. That alone is no progress: it may break every one that it answers.
+    pub(super) fn opened(&mut self, now: Instant) {
+        self.opened = Some(now);
+    }
+
+    /// The receiver has taken a message more.
+    pub(super) fn progress(&mut self) {
+        *self = Self { opened: self.opened, ..Self::default() };
+    }
+
     /// A stream was lost: waits before the next one, longer each time.
     pub(super) async fn again(&mut self) -> Result<(), GaveUp> {
         sleep(self.lost_at(Instant::now())?).await;
@@ -46,6 +58,10 @@ impl Attempts {
 
     /// A stream was lost at `now`: how long to wait before the next one.
     fn lost_at(&mut self, now: Instant) -> Result<Duration, GaveUp> {
+        // A receiver that computes for long takes nothing meanwhile, and over a bad link loses streams.
+        if self.opened.take().is_some_and(|opened| now - opened > REDIAL_LIMIT) {
+            *self = Self::default();
+        }
         let elapsed = now - *self.since.get_or_insert(now);
         self.lost += 1;
         if self.lost >= LEAST_ATTEMPTS && elapsed > REDIAL_LIMIT {
@@ -77,6 +93,30 @@ mod tests {
         assert!(pauses.is_sorted() && pauses[0] == BACK_OFF.0 && pauses.last() == Some(&BACK_OFF.1), "{pauses:?}");
         assert!(now - began > REDIAL_LIMIT && now - began < REDIAL_LIMIT * 2);
         assert!(gave_up.starts_with("took nothing over ") && gave_up.ends_with("the last one: gone"), "{gave_up}");
+    }
+
+    #[test]
+    fn a_receiver_that_answers_and_breaks_every_stream_is_given_up() {
+        let (mut attempts, mut now) = (Attempts::default(), Instant::now());
+        let mut streams = 0;
+        loop {
+            attempts.opened(now);
+            now += REDIAL_LIMIT / 10;
+            let Ok(pause) = attempts.lost_at(now) else { break };
+            now += pause;
+            streams += 1;
+            assert!(streams < 20, "it goes on for ever");
+        }
+        // One that takes something, or whose stream lasts, is not.
+        let (mut taking, mut lasting) = (Attempts::default(), Attempts::default());
+        for _ in 0..50 {
+            now += REDIAL_LIMIT / 2;
+            taking.opened(now);
+            taking.progress();
+            assert_eq!(taking.lost_at(now + BACK_OFF.1).ok(), Some(BACK_OFF.0));
+            lasting.opened(now);
+            assert_eq!(lasting.lost_at(now + REDIAL_LIMIT * 2).ok(), Some(BACK_OFF.0));
+        }
     }
 
     #[test]

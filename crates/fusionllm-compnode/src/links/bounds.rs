@@ -4,15 +4,26 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use fusionllm_codec::{Codec, ElementType};
-use fusionllm_graph::{DType, OpDag};
-use fusionllm_planner::{EdgeId, Placement};
+use fusionllm_graph::{DType, OpDag, ParamId};
+use fusionllm_planner::{EdgeId, NodeIndex, Pieces, Placement, TiedParam};
 use fusionllm_protocol::{Channel, OpDataHeader, Pass};
 
 use super::JobLinks;
 
-/// What flows over each edge of a placement, by the OP-DAG.
+/// What flows over each edge of a placement, and of each tied parameter, by the OP-DAG.
 #[derive(Debug)]
-pub(crate) struct EdgeTensors(BTreeMap<EdgeId, EdgeTensor>);
+pub(crate) struct EdgeTensors {
+    edges: BTreeMap<EdgeId, EdgeTensor>,
+    tied: BTreeMap<ParamId, TiedTensor>,
+}
+
+#[derive(Debug)]
+struct TiedTensor {
+    param: String,
+    pieces: Pieces,
+    /// The holders that send only rows, which they name first.
+    row_senders: Vec<NodeIndex>,
+}
 
 #[derive(Debug)]
 struct EdgeTensor {
@@ -33,7 +44,46 @@ impl EdgeTensors {
             };
             Some((edge.id, EdgeTensor { op: op.name.clone(), shape: op.output.shape.resolve(batch), element }))
         };
-        Self(placement.edges.iter().filter_map(tensor).collect())
+        let tied = |tied: &TiedParam| {
+            let param = dag.params().get(tied.param.index())?;
+            let holders = tied.holders.iter().copied();
+            let row_senders = holders.filter(|&holder| placement.sends_rows(dag, tied, holder)).collect();
+            let (param, pieces) = (param.name.clone(), Pieces::of(&param.shape));
+            Some((tied.param, TiedTensor { param, pieces, row_senders }))
+        };
+        Self {
+            edges: placement.edges.iter().filter_map(tensor).collect(),
+            tied: placement.tied.iter().filter_map(tied).collect(),
+        }
+    }
+}
+
+impl TiedTensor {
+    /// Whether a holder may send a tensor of this shape and type as message `number` of a step.
+    fn check(&self, from: NodeIndex, number: u32, shape: &[usize], element: ElementType) -> Result<(), String> {
+        let sends_rows = self.row_senders.contains(&from);
+        let (param, pieces, columns) = (&self.param, self.pieces.count(), self.pieces.columns());
+        let Some(piece) = number.checked_sub(1) else {
+            let most = self.pieces.rows();
+            let fits = sends_rows && element == ElementType::I32 && matches!(shape, [rows] if *rows <= most);
+            return if fits {
+                Ok(())
+            } else {
+                Err(format!("number 0 of `{param}` has at most the {most} numbers of its rows"))
+            };
+        };
+        if piece >= pieces {
+            return Err(format!("`{param}` has {pieces} pieces"));
+        }
+        let rows = self.pieces.rows_of(piece).len();
+        let fits = match shape {
+            [got, width] => *width == columns && (*got == rows || sends_rows && (1..rows).contains(got)),
+            _ => false,
+        };
+        match fits && element == ElementType::F32 {
+            true => Ok(()),
+            false => Err(format!("expected real numbers [{rows}, {columns}], that of piece {piece} of `{param}`")),
+        }
     }
 }
 
@@ -41,7 +91,14 @@ impl EdgeTensors {
 impl EdgeTensors {
     /// Of one edge.
     pub(super) fn one(edge: EdgeId, op: &str, shape: Vec<usize>, element: ElementType) -> Self {
-        Self(BTreeMap::from([(edge, EdgeTensor { op: op.to_owned(), shape, element })]))
+        let edges = BTreeMap::from([(edge, EdgeTensor { op: op.to_owned(), shape, element })]);
+        Self { edges, tied: BTreeMap::new() }
+    }
+
+    /// Of one tied parameter.
+    pub(super) fn one_tied(param: ParamId, name: &str, shape: &[usize], row_senders: Vec<NodeIndex>) -> Self {
+        let tied = TiedTensor { param: name.to_owned(), pieces: Pieces::of(shape), row_senders };
+        Self { edges: BTreeMap::new(), tied: BTreeMap::from([(param, tied)]) }
     }
 }
 
@@ -79,32 +136,36 @@ impl JobLinks {
     pub(super) fn most_bytes(&self, channel: Channel, header: &OpDataHeader) -> Result<u64, String> {
         let shape = shape_of(header);
         let elements = Codec::Dense.encoded_bytes(&shape).map_err(|e| e.to_string())? / 4;
-        let wrong = |expected: String| Err(format!("sent a tensor of shape {shape:?} over {channel:?}, {expected}"));
+        let wrong = |expected: String| format!("sent a tensor of shape {shape:?} over {channel:?}, {expected}");
         match channel {
             Channel::Activation(id) | Channel::Gradient(id) => {
-                let known = self.tensors.get().and_then(|tensors| tensors.0.get(&id));
+                let known = self.tensors.get().and_then(|tensors| tensors.edges.get(&id));
                 let edge = self.placement.edges.get(id.index()).map(|edge| edge.elements);
                 match known {
                     Some(EdgeTensor { op, shape: expected, .. }) if *expected != shape => {
-                        return wrong(format!("expected {expected:?}, that of op `{op}`"));
+                        return Err(wrong(format!("expected {expected:?}, that of op `{op}`")));
                     }
                     Some(EdgeTensor { op, element, .. }) if *element != header.element => {
                         let (got, expected) = (header.element, element);
                         return Err(format!("sent {got:?} elements for op `{op}`, expected {expected:?}"));
                     }
-                    None if edge != Some(elements) => return wrong(format!("expected {} elements", edge.unwrap_or(0))),
+                    None if edge != Some(elements) => {
+                        return Err(wrong(format!("expected {} elements", edge.unwrap_or(0))));
+                    }
                     Some(_) | None => {}
                 }
             }
-            Channel::Tied { param, .. } => {
+            Channel::Tied { param, from } => {
                 let tied = self.placement.tied.iter().find(|t| t.param == param).map_or(0, |tied| tied.elements);
-                if elements > tied {
-                    return wrong(format!("the parameter has {tied} elements"));
+                match self.tensors.get().and_then(|tensors| tensors.tied.get(&param)) {
+                    Some(known) => known.check(from, header.micro_batch, &shape, header.element).map_err(wrong)?,
+                    None if elements > tied => return Err(wrong(format!("the parameter has {tied} elements"))),
+                    None => {}
                 }
             }
             Channel::NormPart { .. } | Channel::NormTotal { .. } => {
                 if !shape.is_empty() || header.element != ElementType::F32 {
-                    return wrong("expected one real number".to_owned());
+                    return Err(wrong("expected one real number".to_owned()));
                 }
             }
         }
@@ -123,8 +184,11 @@ impl JobLinks {
         let done = step + 1;
         let is_evaluated = done == self.steps.end || (self.eval_every > 0 && done.is_multiple_of(self.eval_every));
         let micro_batches = match (channel, pass) {
-            // Tied gradients may come in several messages, in an order of their own.
-            (Channel::Tied { .. }, _) => return Ok(()),
+            // The numbers of rows, and the pieces in their order.
+            (Channel::Tied { param, .. }, Pass::Train) => {
+                let known = self.tensors.get().and_then(|tensors| tensors.tied.get(&param));
+                known.map_or(u32::MAX, |known| known.pieces.count().saturating_add(1))
+            }
             (Channel::Activation(_), Pass::Eval) if is_evaluated => self.placement.eval.micro_batches,
             (Channel::Activation(_) | Channel::Gradient(_), Pass::Train) => self.placement.train.micro_batches,
             (Channel::NormPart { .. } | Channel::NormTotal { .. }, Pass::Train) => 1,

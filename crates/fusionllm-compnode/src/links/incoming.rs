@@ -1,10 +1,11 @@
 //! One channel from one peer: receive, drop what came twice, decode, deliver, confirm what was taken.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ReceiveWindow, Received, decode, encode};
-use fusionllm_transport::{FrameSink, FrameSource, SessionError};
+use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -18,6 +19,32 @@ use crate::mailbox::{Mailbox, Slot};
 
 /// A stream that does not say what it carries for this long is closed.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Close code of a connection that has nothing of a job.
+const NOT_OF_A_JOB: u32 = 400;
+
+/// A connection from a peer, and whether it has opened a channel. Clones are the same one.
+#[derive(Clone, Debug)]
+pub(super) struct Line {
+    pub(super) session: Session,
+    has_opened: Arc<AtomicBool>,
+}
+
+impl Line {
+    pub(super) fn new(session: Session) -> Self {
+        Self { session, has_opened: Arc::default() }
+    }
+
+    /// A stream's first frame was none that opens a channel. On a connection that has opened others that is the peer's
+    /// doing, and would come again; one that has not is none of a job.
+    fn opens_nothing(&self, links: &JobLinks, peer: usize, what: &str) {
+        if self.has_opened.load(Ordering::Relaxed) {
+            return links.fail(peer, what);
+        }
+        tracing::warn!(peer = links.name_of(peer), what, "closing a connection that opens no channel");
+        self.session.close(NOT_OF_A_JOB, what);
+    }
+}
 
 /// What stays of a channel when its connection is lost.
 #[derive(Debug)]
@@ -114,17 +141,24 @@ impl Incoming {
 
 /// Serves one stream that a peer has opened. A stream that is lost ends; the peer opens another. What no lost stream
 /// explains ends the job: it would come again.
-pub(super) async fn serve(links: &Arc<JobLinks>, peer: usize, mut sink: FrameSink, mut source: FrameSource) {
+pub(super) async fn serve(
+    links: &Arc<JobLinks>,
+    peer: usize,
+    line: &Line,
+    mut sink: FrameSink,
+    mut source: FrameSource,
+) {
     let frame = match timeout(OPEN_LIMIT, source.recv_limited(CONTROL_FRAME_BYTES)).await {
         Ok(Ok(Some(frame))) => frame,
-        Ok(Err(error @ SessionError::TooLarge { .. })) => return links.fail(peer, &error.to_string()),
+        Ok(Err(error @ SessionError::TooLarge { .. })) => return line.opens_nothing(links, peer, &error.to_string()),
         Ok(Ok(None) | Err(_)) | Err(_) => return,
     };
     let (job, generation, channel) = match decode(&frame) {
         Ok(PeerFrame::Open { job, generation, channel }) => (job, generation, channel),
-        Ok(_) => return links.fail(peer, "sent a frame that opens no channel"),
-        Err(error) => return links.fail(peer, &error.to_string()),
+        Ok(_) => return line.opens_nothing(links, peer, "sent a frame that opens no channel"),
+        Err(error) => return line.opens_nothing(links, peer, &error.to_string()),
     };
+    line.has_opened.store(true, Ordering::Relaxed);
     if (job, generation) != (links.job, links.generation) {
         tracing::debug!(%job, "dropped a stream of another generation");
         return;

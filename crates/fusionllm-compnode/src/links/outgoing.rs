@@ -7,6 +7,7 @@ use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ProtocolError, SendWi
 use fusionllm_transport::{FrameSink, FrameSource, SessionError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
 use super::attempts::Attempts;
 use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
@@ -60,6 +61,7 @@ pub(super) async fn run(
             Err(Broken::Wrong(reason)) => return Err(refused(links, peer, &reason)),
         };
         window.resume(next).map_err(|e| refused(links, peer, &e))?;
+        attempts.opened(Instant::now());
         let mut taken = spawn_reader(links, source);
         let lost = loop {
             match send_all(&mut window, &mut sink).await {
@@ -91,8 +93,9 @@ pub(super) async fn run(
                 },
                 next = taken.recv() => match next {
                     Some(Ok(next)) => {
-                        window.taken(next).map_err(|e| refused(links, peer, &e))?;
-                        attempts = Attempts::default();
+                        if window.taken(next).map_err(|e| refused(links, peer, &e))? {
+                            attempts.progress();
+                        }
                     }
                     Some(Err(Broken::Lost(reason))) => break reason,
                     Some(Err(Broken::Wrong(reason))) => return Err(refused(links, peer, &reason)),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fusionllm_codec::{Codec, ElementType, Values};
-use fusionllm_graph::OpId;
+use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::{EdgeId, PassPlan, Pipeline, Stage, StageId};
 use fusionllm_protocol::{JobSpec, OpDataHeader, Pass, WeightSource, decode};
 use fusionllm_transport::{AdmitAll, EndpointConfig, FrameSink, FrameSource, Identity};
@@ -36,6 +36,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         activation_codec: Codec::Dense,
         gradient_codec: Codec::Dense,
     };
+    let holders = vec![NodeIndex(0), NodeIndex(1)];
     let train = PassPlan { micro_batches: 3, orders: Vec::new() };
     let eval = PassPlan { micro_batches: 2, orders: Vec::new() };
     let text = "[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n[train]\nsteps = 10\neval_every = 4\nwarmup = 0\n";
@@ -49,7 +50,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
             compnodes: vec!["left".to_owned(), "right".to_owned()],
             stages: vec![stage(0), stage(1)],
             edges: vec![edge],
-            tied: Vec::new(),
+            tied: vec![TiedParam { param: ParamId(0), holders, elements: 130 << 14, codec: Codec::Dense }],
             pipeline: Pipeline::OneFOneB,
             train,
             eval,
@@ -179,7 +180,7 @@ async fn an_aborted_job_leaves_no_task_connection_or_memory() {
 struct Rogue {
     right: Side,
     session: Session,
-    _endpoint: Endpoint,
+    own: Endpoint,
 }
 
 impl Rogue {
@@ -188,13 +189,20 @@ impl Rogue {
         let peers = [&own, &other].map(|e| peer_record(&e.addr())).to_vec();
         let right = Side::new(1, other, peers);
         let session = own.connect(&right.endpoint.addr()).await.unwrap();
-        Self { right, session, _endpoint: own }
+        Self { right, session, own }
     }
 
     async fn open(&self, channel: Channel) -> (FrameSink, FrameSource) {
         let (mut sink, source) = self.session.open_bi().await.unwrap();
         let open = PeerFrame::Open { job: JobId(1), generation: Generation(1), channel };
         sink.send(&encode(&open).unwrap()).await.unwrap();
+        (sink, source)
+    }
+
+    /// Opens a channel, and waits until the honest side knows.
+    async fn opened(&self, channel: Channel) -> (FrameSink, FrameSource) {
+        let (sink, mut source) = self.open(channel).await;
+        assert!(matches!(decode(&source.recv().await.unwrap().unwrap()), Ok(PeerFrame::Resume { .. })));
         (sink, source)
     }
 
@@ -291,9 +299,76 @@ async fn an_over_long_frame_fails_the_job_instead_of_being_asked_for_again() {
     assert!(verdict.contains("a frame of 25 bytes was announced, at most 24 are taken"), "{verdict}");
 
     let rogue = Rogue::new().await;
+    let _channel = rogue.opened(FORTH).await;
     let (mut sink, _source) = rogue.session.open_bi().await.unwrap();
     let _ = sink.send(&vec![0; CONTROL_FRAME_BYTES as usize + 1]).await;
     assert!(rogue.verdict().await.contains("at most 65536 are taken"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_opens_no_channel_is_closed_and_the_job_goes_on() {
+    let rogue = Rogue::new().await;
+    let firsts =
+        [vec![9; 9], encode(&PeerFrame::Taken { next: 0 }).unwrap(), vec![0; CONTROL_FRAME_BYTES as usize + 1]];
+    for first in firsts {
+        let session = rogue.own.connect(&rogue.right.endpoint.addr()).await.unwrap();
+        let (mut sink, _source) = session.open_bi().await.unwrap();
+        let _ = sink.send(&first).await;
+        assert_eq!(timeout(SOON, session.closed()).await.unwrap().code, Some(400));
+    }
+    assert!(rogue.right.links.mailbox.closed().is_none());
+    // The peer's own connection was replaced: as after any lost one, it dials again.
+    let session = rogue.own.connect(&rogue.right.endpoint.addr()).await.unwrap();
+    let rogue = Rogue { session, ..rogue };
+    let (mut sink, _source) = rogue.opened(FORTH).await;
+    say(&mut sink, 0, header(2, 0), &[0; 4 * ELEMENTS]).await;
+    let mut taking = rogue.right.exchange();
+    spawn_blocking(move || taking.receive(slot(FORTH, 2, 0))).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gradients_of_tied_parameters_come_in_their_pieces_and_order() {
+    const WIDTH: u64 = 1 << 14;
+    let piece = |number: u32, rows: u64| OpDataHeader { shape: vec![rows, WIDTH], ..header(2, number) };
+    let rows = |count: u64| OpDataHeader { shape: vec![count], element: ElementType::I32, ..header(2, 0) };
+    // 64, 64 and 2 rows.
+    let cases: Vec<(bool, Vec<OpDataHeader>, &str)> = vec![
+        (false, vec![piece(1, 65)], "expected real numbers [64, 16384], that of piece 0 of `w`"),
+        (false, vec![piece(3, 64)], "expected real numbers [2, 16384], that of piece 2 of `w`"),
+        (false, vec![OpDataHeader { shape: vec![WIDTH, 64], ..piece(1, 64) }], "expected real numbers [64, 16384]"),
+        (false, vec![OpDataHeader { element: ElementType::I32, ..piece(3, 2) }], "expected real numbers"),
+        (false, vec![piece(3, 1)], "expected real numbers [2, 16384]"),
+        (false, vec![piece(4, 2)], "`w` has 3 pieces"),
+        (false, vec![rows(2)], "number 0 of `w`"),
+        (false, vec![OpDataHeader { pass: Pass::Eval, ..piece(3, 2) }], "there is no such pass"),
+        (false, vec![piece(3, 2), piece(2, 64)], "it came after step 2, micro-batch 3"),
+        (false, vec![piece(3, 2), piece(3, 2)], "it came after step 2, micro-batch 3"),
+        (true, vec![rows(131)], "number 0 of `w` has at most the 130 numbers of its rows"),
+        (true, vec![rows(3), rows(3)], "it came after step 2, micro-batch 0"),
+        (true, vec![rows(3), piece(3, 1), piece(1, 2)], "it came after step 2, micro-batch 3"),
+        (true, vec![piece(3, 3)], "expected real numbers [2, 16384]"),
+        (true, vec![piece(3, 0)], "expected real numbers [2, 16384]"),
+    ];
+    let channel = Channel::Tied { param: ParamId(0), from: NodeIndex(0) };
+    for (sends_rows, headers, expected) in cases {
+        let rogue = Rogue::new().await;
+        let row_senders = if sends_rows { vec![NodeIndex(0)] } else { Vec::new() };
+        rogue.right.links.expect(EdgeTensors::one_tied(ParamId(0), "w", &[130, WIDTH as usize], row_senders));
+        let (mut sink, _source) = rogue.open(channel).await;
+        for (number, header) in (0..).zip(headers) {
+            let payload = vec![0; 4 * header.shape.iter().product::<u64>() as usize];
+            say(&mut sink, number, header, &payload).await;
+        }
+        let verdict = rogue.verdict().await;
+        assert!(verdict.contains(expected), "{verdict}\nexpected: {expected}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_has_as_many_streams_as_its_channels_need() {
+    let [left, right] = pair().await;
+    // An edge, a tied parameter and the norm, each twice.
+    assert_eq!((left.links.streams_from(1), right.links.streams_from(0)), (6, 6));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -301,9 +376,9 @@ async fn of_two_streams_of_a_channel_the_newer_one_counts() {
     let rogue = Rogue::new().await;
     let mut streams = Vec::new();
     for _ in 0..50 {
-        let (sink, mut source) = rogue.open(FORTH).await;
-        assert!(matches!(decode(&source.recv().await.unwrap().unwrap()), Ok(PeerFrame::Resume { next: 0 })));
-        streams.push((sink, source));
+        streams.push(timeout(SOON, rogue.opened(FORTH)).await.unwrap());
+        // A stream counts as open until its sender lets go of it, too.
+        streams.drain(..streams.len().saturating_sub(8));
     }
     let (mut sink, mut source) = streams.pop().unwrap();
     until("older ones end", || rogue.right.links.tasks.count() < 8).await;

@@ -2,8 +2,10 @@
 
 use std::collections::VecDeque;
 
-use fusionllm_protocol::{ControlStream, FromBroker, FromCompNode, Hello, Numbered, ProtocolError, decode, encode};
-use fusionllm_transport::{Endpoint, FrameSink, FrameSource, PeerAddr, Session};
+use fusionllm_protocol::{
+    ControlStream, FromBroker, FromCompNode, Hello, MOST_UNCONFIRMED, Numbered, ProtocolError, decode, encode,
+};
+use fusionllm_transport::{Endpoint, FrameSink, FrameSource, PeerAddr, Session, StreamMeter};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -24,18 +26,24 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    /// Whether another message may be told: jobs wait for a broker that takes none.
+    /// Whether another message may be told: jobs wait for a broker that takes none, or confirms none.
     pub(super) fn has_room(&self) -> bool {
-        self.unsent.len() < OUTBOX
+        self.unsent.len() < OUTBOX && self.control.unconfirmed() < MOST_UNCONFIRMED / 2
     }
 
+    /// Queues a message. One for which there is no room ends the session, see [`Self::check`].
     pub(super) fn push(&mut self, message: FromCompNode) {
         let frame = match message {
             // An old one is of no use.
-            FromCompNode::Heartbeat { .. } => self.control.send_once(message),
+            FromCompNode::Heartbeat { .. } => Ok(self.control.send_once(message)),
             message => self.control.send(message),
         };
-        self.unsent.push_back(frame);
+        self.unsent.extend(frame);
+    }
+
+    /// Whether all that was told was kept.
+    pub(super) fn check(&self) -> Result<(), ProtocolError> {
+        self.control.check()
     }
 
     /// What a frame of the broker says; nothing if it was here before a break.
@@ -71,11 +79,20 @@ pub(super) async fn dial(endpoint: Endpoint, broker: PeerAddr, hello: Hello) -> 
     Ok(Connected { name, resumed, session, wire: BrokerWire::new(sink, source) })
 }
 
+/// Why a session with the broker ended.
+pub(super) enum SessionEnd {
+    /// Asked to go by the broker.
+    Leave,
+    /// The connection broke, and why.
+    Lost(String),
+}
+
 /// Both directions of the control stream. Dropped, both tasks end.
 pub(super) struct BrokerWire {
     incoming: mpsc::Receiver<Result<Numbered<FromBroker>, String>>,
     outgoing: mpsc::Sender<Vec<u8>>,
     is_full: bool,
+    heard: StreamMeter,
     _tasks: JoinSet<()>,
 }
 
@@ -83,10 +100,11 @@ impl BrokerWire {
     pub(super) fn new(sink: FrameSink, source: FrameSource) -> Self {
         let (read, incoming) = mpsc::channel(QUEUE);
         let (outgoing, queue) = mpsc::channel(QUEUE);
+        let heard = source.meter();
         let mut tasks = JoinSet::new();
         tasks.spawn(read_all(source, read.clone()));
         tasks.spawn(write_all(sink, queue, read));
-        Self { incoming, outgoing, is_full: false, _tasks: tasks }
+        Self { incoming, outgoing, is_full: false, heard, _tasks: tasks }
     }
 
     /// The broker's next message, or why there will be none. May be dropped before it is done without losing one.
@@ -94,8 +112,14 @@ impl BrokerWire {
         self.incoming.recv().await.unwrap_or_else(|| Err("its connection is gone".to_owned()))
     }
 
+    /// Bytes of the broker's messages so far.
+    pub(super) fn heard(&self) -> u64 {
+        self.heard.bytes()
+    }
+
     /// Hands over what is new, as far as there is room.
     pub(super) fn flush(&mut self, outbox: &mut Outbox) -> Result<(), String> {
+        outbox.check().map_err(|e| e.to_string())?;
         self.is_full = false;
         loop {
             let place = match self.outgoing.try_reserve() {

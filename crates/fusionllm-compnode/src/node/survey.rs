@@ -11,7 +11,7 @@ use fusionllm_planner::{LinkProfile, Measured};
 use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
 use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Session, answer_probe, probe};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::spawn_blocking;
+use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
 use super::NodeEvent;
@@ -146,52 +146,67 @@ impl Surveyor {
     }
 }
 
-/// Peers that may dial in order to probe.
+/// Probes of links with others: who may dial in order to make one, and those that are under way.
 #[derive(Debug, Default)]
-pub(super) struct AwaitedProbes(BTreeSet<PeerId>);
+pub(super) struct Probes {
+    awaited: BTreeSet<PeerId>,
+    answering: JoinSet<()>,
+    /// By the broker's number.
+    leading: Vec<(u64, AbortHandle)>,
+}
 
-impl AwaitedProbes {
+impl Probes {
     pub(super) fn expect(&mut self, peer: &PeerRecord) {
-        self.0.insert(PeerId::from_bytes(peer.id));
+        self.awaited.insert(PeerId::from_bytes(peer.id));
     }
 
     pub(super) fn peers(&self) -> impl Iterator<Item = PeerId> + '_ {
-        self.0.iter().copied()
+        self.awaited.iter().copied()
     }
 
-    /// Answers the probe if the peer was expected to make one; gives the connection back if not.
-    pub(super) fn answer(&mut self, session: Session) -> Option<Session> {
-        if !self.0.remove(&session.peer()) {
-            return Some(session);
+    /// Answers a connection that is a probe, if the peer was expected to make one.
+    pub(super) fn answer(&mut self, session: Session) {
+        if !self.awaited.remove(&session.peer()) {
+            return session.close(404, "no probe is expected");
         }
-        tokio::spawn(async move {
+        while self.answering.try_join_next().is_some() {}
+        self.answering.spawn(async move {
             if let Err(error) = answer_probe(&session).await {
                 tracing::debug!(peer = %session.peer(), %error, "a probe broke off");
             }
             session.close(0, "probe done");
         });
-        None
     }
 
-    pub(super) fn clear(&mut self) {
-        self.0.clear();
+    /// Dials a peer, measures both directions, and tells the broker.
+    pub(super) fn lead(&mut self, number: u64, peer: &PeerRecord, endpoint: Endpoint, events: mpsc::Sender<NodeEvent>) {
+        let addr = peer_addr(peer);
+        let probing = tokio::spawn(async move {
+            let measured = async {
+                let session = endpoint.connect_to_probe(&addr).await.map_err(|e| e.to_string())?;
+                let speeds = probe(&session).await.map_err(|e| e.to_string());
+                session.close(0, "probe done");
+                speeds
+            };
+            let result = measured.await.map(|pair| PairProfile { there: link(pair.there), back: link(pair.back) });
+            // If the loop is gone nobody needs the result.
+            let _ = events.send(NodeEvent::Tell(Box::new(FromCompNode::Probed { probe: number, result }))).await;
+        });
+        self.leading.retain(|(_, probing)| !probing.is_finished());
+        self.leading.push((number, probing.abort_handle()));
     }
-}
 
-/// Dials a peer, measures both directions, and tells the broker.
-pub(super) fn start_probe(number: u64, peer: &PeerRecord, endpoint: Endpoint, events: mpsc::Sender<NodeEvent>) {
-    let addr = peer_addr(peer);
-    tokio::spawn(async move {
-        let measured = async {
-            let session = endpoint.connect(&addr).await.map_err(|e| e.to_string())?;
-            let speeds = probe(&session).await.map_err(|e| e.to_string());
-            session.close(0, "probe done");
-            speeds
-        };
-        let result = measured.await.map(|pair| PairProfile { there: link(pair.there), back: link(pair.back) });
-        // If the loop is gone nobody needs the result.
-        let _ = events.send(NodeEvent::Tell(Box::new(FromCompNode::Probed { probe: number, result }))).await;
-    });
+    /// Ends all, since a job needs the links. What the broker is told of those that it waits for.
+    pub(super) fn end(&mut self) -> Vec<FromCompNode> {
+        self.awaited.clear();
+        self.answering.abort_all();
+        let leading = std::mem::take(&mut self.leading).into_iter().filter(|(_, probing)| !probing.is_finished());
+        let ended = leading.map(|(probe, probing)| {
+            probing.abort();
+            FromCompNode::Probed { probe, result: Err("a job needs the link".to_owned()) }
+        });
+        ended.collect()
+    }
 }
 
 fn link(speed: DirectionSpeed) -> LinkProfile {

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, place};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, ControlStream, Greeting, JobSpec, PeerRecord, WeightSource, Welcome, decode, encode,
+    BlobHeader, BlobKind, Channel, ControlStream, Greeting, JobSpec, PeerFrame, PeerRecord, WeightSource, Welcome,
+    decode, encode,
 };
-use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Secret};
+use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
@@ -17,6 +18,7 @@ use super::*;
 use crate::burn_executor::BurnExecutor;
 use crate::checkpoint::write_shard;
 use crate::executor::{Executor, NamedTensor};
+use crate::links::peer_addr;
 use crate::optimizer::OptimizerSpec;
 
 /// Whatever is to happen happens by then, on a busy machine, too.
@@ -35,14 +37,16 @@ struct BrokerEnd {
     sink: FrameSink,
     source: FrameSource,
     control: ControlStream<FromBroker>,
+    /// Where the CompNode is.
+    addr: PeerAddr,
 }
 
 impl House {
     async fn new(memory_bytes: Option<u64>) -> Self {
-        Self::with_scratch(memory_bytes, std::env::temp_dir()).await
+        Self::with(memory_bytes, Patience::default(), std::env::temp_dir()).await
     }
 
-    async fn with_scratch(memory_bytes: Option<u64>, scratch: PathBuf) -> Self {
+    async fn with(memory_bytes: Option<u64>, patience: Patience, scratch: PathBuf) -> Self {
         let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
         let endpoint = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -61,7 +65,7 @@ impl House {
             readable: ReadableData::new([folder.path().to_owned()]).unwrap(),
             scratch_dir: scratch,
         };
-        let compnode = tokio::spawn(join(config, std::future::pending()));
+        let compnode = tokio::spawn(join_with(config, patience, std::future::pending()));
         Self { endpoint, compnode, folder }
     }
 
@@ -70,37 +74,47 @@ impl House {
         self.admit_to(None).await.0
     }
 
-    /// The CompNode comes. Gives what it wants to go on with.
+    /// The CompNode comes, and is let in with what there was of a session. Gives what it wants to go on with.
     async fn admit_to(&self, past: Option<ControlStream<FromBroker>>) -> (BrokerEnd, Option<u64>) {
+        let resumed = past.as_ref().map(ControlStream::received);
+        let (mut broker, resume) = self.welcome(resumed).await;
+        broker.control = past.unwrap_or_default();
+        if let (Some(_), Some(received)) = (resumed, resume) {
+            for frame in broker.control.resume(received).unwrap() {
+                broker.sink.send(&encode(&frame).unwrap()).await.unwrap();
+            }
+        }
+        (broker, resume)
+    }
+
+    /// The CompNode comes, and is told how many of its messages are here. With how many of ours it has.
+    async fn welcome(&self, resumed: Option<u64>) -> (BrokerEnd, Option<u64>) {
         let session = timeout(SOON, self.endpoint.accept()).await.unwrap().unwrap();
         let (mut sink, mut source) = session.accept_bi().await.unwrap();
         assert_eq!(Greeting::from_bytes(&source.recv().await.unwrap().unwrap()), Some(Greeting::OURS));
-        let hello: Hello = decode(&source.recv().await.unwrap().unwrap()).unwrap();
-        let Role::CompNode { resume, .. } = hello.role else { panic!("no CompNode") };
+        let hello = decode::<Hello>(&source.recv().await.unwrap().unwrap()).unwrap();
+        let Role::CompNode { addr, resume, .. } = hello.role else { panic!("a client") };
         sink.send(&Greeting::OURS.to_bytes()).await.unwrap();
-        let resumed = past.as_ref().map(ControlStream::received);
         sink.send(&encode(&Welcome::Accepted { name: "n".to_owned(), resumed }).unwrap()).await.unwrap();
-        let mut control = past.unwrap_or_default();
-        if let (Some(_), Some(received)) = (resumed, resume) {
-            for frame in control.resume(received).unwrap() {
-                sink.send(&encode(&frame).unwrap()).await.unwrap();
-            }
-        }
-        (BrokerEnd { session, sink, source, control }, resume)
+        (BrokerEnd { session, sink, source, control: ControlStream::default(), addr: peer_addr(&addr) }, resume)
     }
 }
 
 impl BrokerEnd {
     async fn say(&mut self, message: FromBroker) {
-        let frame = self.control.send(message);
+        let frame = self.control.send(message).unwrap();
         self.sink.send(&encode(&frame).unwrap()).await.unwrap();
+    }
+
+    async fn hear_any(&mut self) -> FromCompNode {
+        let frame = timeout(SOON, self.source.recv()).await.expect("it says something").unwrap().unwrap();
+        self.control.receive(decode(&frame).unwrap()).unwrap().unwrap()
     }
 
     /// The next message that is no heartbeat; those are answered.
     async fn hear(&mut self) -> FromCompNode {
         loop {
-            let frame = timeout(SOON, self.source.recv()).await.expect("it says something").unwrap().unwrap();
-            match self.control.receive(decode(&frame).unwrap()).unwrap().unwrap() {
+            match self.hear_any().await {
                 FromCompNode::Heartbeat { number } => self.say(FromBroker::HeartbeatAck { number, now_s: 1.0 }).await,
                 message => return message,
             }
@@ -301,6 +315,113 @@ async fn a_job_runs_to_its_end() {
     house.compnode.abort();
 }
 
+/// A peer that was asked to probe dials only after the job has begun in which it is a peer, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_that_comes_late_is_not_taken_for_the_jobs_connection() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
+    let peer = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
+    let expected = |probe| FromBroker::AwaitProbe { probe, peer: peer_record(&peer.addr()) };
+    broker.say(expected(1)).await;
+    assert!(matches!(broker.hear().await, FromCompNode::ProbeAwaited { probe: 1 }));
+
+    let dag = dag(256);
+    let spec = spec(house.folder.path(), "steps = 2\n[placement]\nstrategy = \"equal-number\"");
+    let placement = place(&dag, &Cluster::uniform(2), &spec.placement_spec()).unwrap();
+    let edge = placement.edges.iter().find(|edge| placement.compnode_of(edge.to) == Some(NodeIndex(1)));
+    let channel = Channel::Activation(edge.unwrap().id);
+    let job = Assignment {
+        node: NodeIndex(1),
+        placement,
+        peers: vec![peer_record(&peer.addr()), PeerRecord { id: [0; 32], addrs: Vec::new() }],
+        ..assignment(spec, &dag, 1, WeightSource::Seed(1))
+    };
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    let ready = broker.hear().await;
+    assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
+    let open = |session: Session| async move {
+        let (mut sink, mut source) = session.open_bi().await.unwrap();
+        let open = PeerFrame::Open { job: JobId(1), generation: Generation(1), channel };
+        sink.send(&encode(&open).unwrap()).await.unwrap();
+        let answer = decode(&timeout(SOON, source.recv()).await.unwrap().unwrap().unwrap()).unwrap();
+        assert!(matches!(answer, PeerFrame::Resume { next: 0 }));
+    };
+    let compnode = broker.addr.clone();
+    let of_job = peer.connect(&compnode).await.unwrap();
+    open(of_job.clone()).await;
+    let late = peer.connect_to_probe(&compnode).await.unwrap();
+    assert!(probe(&late).await.is_err());
+    assert_eq!(timeout(SOON, late.closed()).await.unwrap().reason, "no probe is expected");
+    // Neither the connection nor the job took notice.
+    open(of_job).await;
+    broker.say(expected(2)).await;
+    let answer = broker.hear().await;
+    assert!(matches!(answer, FromCompNode::ProbeAwaited { probe: 2 }), "{answer:?}");
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assignment_ends_probes() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    // Answers nothing, so a probe would last.
+    let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
+    let peer = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
+    broker.say(FromBroker::Probe { probe: 7, peer: peer_record(&peer.addr()) }).await;
+    let session = timeout(SOON, peer.accept()).await.unwrap().unwrap();
+    assert!(session.is_probe());
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    let FromCompNode::Probed { probe: 7, result: Err(reason) } = broker.hear().await else { panic!() };
+    assert_eq!(reason, "a job needs the link");
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    timeout(SOON, session.closed()).await.unwrap();
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_answers_no_heartbeat_is_dialled_anew() {
+    let house = House::with(None, Patience { heartbeats: 1, ..Patience::default() }, std::env::temp_dir()).await;
+    let silent = house.admit().await;
+    let (mut broker, resume) = house.welcome(Some(0)).await;
+    assert_eq!(resume, Some(0));
+    assert_eq!(timeout(SOON, silent.session.closed()).await.unwrap().code, Some(1), "it comes back");
+    // One that answers is stayed with: it hears of probes after several heartbeats.
+    for probe in 0..2 {
+        let FromCompNode::Heartbeat { number } = broker.hear_any().await else { panic!() };
+        broker.say(FromBroker::HeartbeatAck { number, now_s: 1.0 }).await;
+        broker.say(FromBroker::AwaitProbe { probe, peer: PeerRecord { id: [0; 32], addrs: Vec::new() } }).await;
+        assert!(matches!(broker.hear_any().await, FromCompNode::ProbeAwaited { .. }));
+    }
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_broker_stays_away_is_dropped_and_says_so_later() {
+    let house =
+        House::with(None, Patience { alone: Duration::from_secs(1), ..Patience::default() }, std::env::temp_dir())
+            .await;
+    let mut broker = house.admit().await;
+    let job = assignment(spec(house.folder.path(), "steps = 1000000"), &dag(256), 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    let received = broker.control.received();
+    broker.session.close(1, "the broker is gone");
+    // Nobody lets it in for a while: it connects and waits.
+    let waiting = timeout(SOON, house.endpoint.accept()).await.unwrap().unwrap();
+    sleep(Duration::from_secs(2)).await;
+    waiting.close(1, "the broker is gone");
+    let (back, resume) = house.welcome(Some(received)).await;
+    let mut broker = BrokerEnd { control: broker.control, ..back };
+    for again in broker.control.resume(resume.unwrap()).unwrap() {
+        broker.sink.send(&encode(&again).unwrap()).await.unwrap();
+    }
+    let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
+    assert_eq!(reason, "broker: it is away for 1 s");
+    house.compnode.abort();
+}
+
 /// Why a job with these settings fails, whose parameters are all times `factor`.
 async fn failure_of(train: &str, factor: f32) -> String {
     let house = House::new(None).await;
@@ -337,7 +458,7 @@ async fn the_learning_rate_is_blamed_only_after_an_update() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_that_cannot_be_written_is_reported() {
     let scratch = tempfile::tempdir().unwrap();
-    let house = House::with_scratch(None, scratch.path().to_owned()).await;
+    let house = House::with(None, Patience::default(), scratch.path().to_owned()).await;
     let mut broker = house.admit().await;
     let dag = dag(256);
     let mut spec = spec(house.folder.path(), "steps = 2");

@@ -42,11 +42,16 @@ impl Feedback {
     }
 
     /// These elements go without loss, and with them what was held back of the last ones. Gives what goes, if that
-    /// differs from this CompNode's own gradient.
+    /// differs from this CompNode's own gradient. Pieces go in their order, so after the last one nothing is held back.
     fn settle(&mut self, param: ParamId, range: Range<usize>, sent: &HostTensor) -> Option<Vec<f32>> {
-        let residual = self.residuals.get_mut(&param)?.get_mut(range)?;
+        let all = self.residuals.get_mut(&param)?;
+        let is_last = range.end == all.len();
+        let residual = all.get_mut(range)?;
         let is_settled = residual.iter().all(|&x| x == 0.0);
         residual.fill(0.0);
+        if is_last {
+            self.residuals.remove(&param);
+        }
         sent.as_f32().filter(|_| !is_settled).map(<[f32]>::to_vec)
     }
 
@@ -351,11 +356,14 @@ mod tests {
         feedback.restore(param, 2, tensor(&[0.25, -0.5]));
         assert_eq!(feedback.residuals().collect::<Vec<_>>(), [(param, [0.25, -0.5].as_slice())]);
         for (expected, differs) in [([1.25, 0.5], true), ([1.0, 1.0], false)] {
-            let mut sent = vec![1.0, 1.0];
-            feedback.add(param, 0..2, &mut sent);
-            assert_eq!(sent, expected);
-            // Without loss, all of it goes.
-            assert_eq!(feedback.settle(param, 0..2, &tensor(&sent)), differs.then_some(sent));
+            for piece in [0..1, 1..2] {
+                let mut sent = vec![1.0];
+                feedback.add(param, piece.clone(), &mut sent);
+                assert_eq!(sent, expected[piece.clone()]);
+                // Without loss, all of it goes.
+                assert_eq!(feedback.settle(param, piece, &tensor(&sent)), differs.then_some(sent));
+            }
+            assert_eq!(feedback.residuals().count(), 0, "later checkpoints have nothing of it");
         }
     }
 

@@ -6,3 +6,4 @@ mod memory;
 mod parity;
 #[allow(dead_code, reason = "the tests of peak memory use what these do not")]
 mod run;
+mod wires;

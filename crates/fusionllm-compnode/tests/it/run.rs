@@ -1,4 +1,4 @@
-//! Runs a placement with one thread a CompNode and messages through memory.
+//! Runs a placement with one thread a CompNode and messages through memory, or over given wires.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -6,8 +6,8 @@ use std::thread;
 
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_compnode::{
-    Batches, BurnExecutor, CompNodeError, DeviceChoice, JobSink, LazyTensor, Mailbox, MemoryExchange, NamedTensor,
-    OptimizerSpec, TaskLoop, TrainPlan, open_device, write_shard_to,
+    Batches, BurnExecutor, CompNodeError, DeviceChoice, Exchange, ExchangeError, JobSink, LazyTensor, Mailbox,
+    MemoryExchange, NamedTensor, OptimizerSpec, TaskLoop, TrainPlan, open_device, write_shard_to,
 };
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, place};
@@ -166,48 +166,64 @@ impl Run {
     }
 
     fn run<B: Batches + Clone + 'static>(self, batches: &B, watcher: Option<fn(u64)>) -> Outcome {
-        let count = self.placement.compnodes.len();
-        let mailboxes: Vec<Arc<Mailbox>> = (0..count).map(|_| Arc::default()).collect();
-        let logs: Arc<Mutex<Vec<Log>>> = Arc::new(Mutex::new(vec![Log::default(); count]));
+        let mailboxes: Vec<Arc<Mailbox>> = self.placement.compnodes.iter().map(|_| Arc::default()).collect();
+        let exchange = |index: usize| {
+            let (node, names) = (NodeIndex(index as u32), self.placement.compnodes.clone());
+            let exchange = MemoryExchange::new(node, mailboxes.clone(), names, self.spec.compression).unwrap();
+            Box::new(exchange) as Box<dyn Exchange>
+        };
+        let exchanges = (0..mailboxes.len()).map(exchange).collect();
+        let failed = || ExchangeError::Aborted { reason: "another CompNode failed".to_owned() };
+        self.exchanging(exchanges, batches, watcher, &|| mailboxes.iter().for_each(|mailbox| mailbox.close(failed())))
+    }
+
+    /// Runs it over given wires, one a CompNode. `abort` lets the others end when one fails.
+    pub(crate) fn exchanging<B: Batches + Clone + 'static>(
+        &self,
+        exchanges: Vec<Box<dyn Exchange>>,
+        batches: &B,
+        watcher: Option<fn(u64)>,
+        abort: &(dyn Fn() + Sync),
+    ) -> Outcome {
+        let logs: Arc<Mutex<Vec<Log>>> = Arc::new(Mutex::new(vec![Log::default(); exchanges.len()]));
         thread::scope(|scope| {
-            for index in 0..count {
-                let exchange = MemoryExchange::new(
-                    NodeIndex(index as u32),
-                    mailboxes.clone(),
-                    self.placement.compnodes.clone(),
-                    self.spec.compression,
-                )
-                .unwrap();
+            for (index, exchange) in exchanges.into_iter().enumerate() {
                 let batches = (index == 0).then(|| Box::new(batches.clone()) as Box<dyn Batches>);
-                let (run, logs) = (&self, Arc::clone(&logs));
+                let logs = Arc::clone(&logs);
                 scope.spawn(move || {
-                    let node = NodeIndex(index as u32);
-                    let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
-                    let optimizer = OptimizerSpec::of(&run.spec.train);
-                    let seed = run.spec.train.seed;
-                    let dag = Arc::clone(&run.dag);
-                    let mut executor = BurnExecutor::new(dag, &run.placement, node, device, optimizer, seed).unwrap();
-                    if let Some(weights) = &run.weights {
-                        let mut by_name: BTreeMap<_, _> = weights.iter().map(|t| (t.name.clone(), t.clone())).collect();
-                        executor.import(&mut by_name).unwrap();
-                    }
-                    let plan = TrainPlan {
-                        residuals: Vec::new(),
-                        codecs: Default::default(),
-                        dag: Arc::clone(&run.dag),
-                        placement: Arc::new(run.placement.clone()),
-                        node,
-                        spec: run.spec.clone(),
-                        start_step: run.start_step,
-                    };
                     let mut log = Log { watcher, ..Log::default() };
-                    TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches).run(&mut log).unwrap();
+                    let result = self.compnode(NodeIndex(index as u32), exchange, batches).run(&mut log);
+                    if result.is_err() {
+                        abort();
+                    }
+                    result.unwrap();
                     logs.lock().unwrap()[index] = log;
                 });
             }
         });
         let logs = logs.lock().unwrap().clone();
         Outcome { logs }
+    }
+
+    fn compnode(&self, node: NodeIndex, exchange: Box<dyn Exchange>, batches: Option<Box<dyn Batches>>) -> TaskLoop {
+        let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
+        let optimizer = OptimizerSpec::of(&self.spec.train);
+        let (dag, seed) = (Arc::clone(&self.dag), self.spec.train.seed);
+        let mut executor = BurnExecutor::new(dag, &self.placement, node, device, optimizer, seed).unwrap();
+        if let Some(weights) = &self.weights {
+            let mut by_name: BTreeMap<_, _> = weights.iter().map(|t| (t.name.clone(), t.clone())).collect();
+            executor.import(&mut by_name).unwrap();
+        }
+        let plan = TrainPlan {
+            residuals: Vec::new(),
+            codecs: Default::default(),
+            dag: Arc::clone(&self.dag),
+            placement: Arc::new(self.placement.clone()),
+            node,
+            spec: self.spec.clone(),
+            start_step: self.start_step,
+        };
+        TaskLoop::new(plan, Box::new(executor), exchange, batches)
     }
 }
 

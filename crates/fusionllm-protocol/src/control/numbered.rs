@@ -6,6 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::ProtocolError;
 
+/// Messages that are kept for an other end that confirms none: minutes of a fast job's reports, and memory for them. Every
+/// frame of the other end confirms, heartbeats and their answers, too.
+pub const MOST_UNCONFIRMED: usize = 1 << 14;
+
 /// One frame of the control stream between broker and CompNode.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Numbered<M> {
@@ -24,20 +28,37 @@ pub struct ControlStream<M> {
     /// Messages up to `sent` that the other end has not confirmed.
     kept: VecDeque<M>,
     received: u64,
+    /// Whether a message could not be kept, so that nothing can go on from here.
+    is_broken: bool,
 }
 
 impl<M> Default for ControlStream<M> {
     fn default() -> Self {
-        Self { sent: 0, kept: VecDeque::new(), received: 0 }
+        Self { sent: 0, kept: VecDeque::new(), received: 0, is_broken: false }
     }
 }
 
 impl<M: Clone> ControlStream<M> {
     /// A message to send now, and again after a break if the other end has not received it by then.
-    pub fn send(&mut self, message: M) -> Numbered<M> {
+    ///
+    /// # Errors
+    /// [`ProtocolError::Unconfirmed`] if [`MOST_UNCONFIRMED`] are kept already. The stream has a gap then: it can be neither
+    /// gone on with nor resumed.
+    pub fn send(&mut self, message: M) -> Result<Numbered<M>, ProtocolError> {
+        self.is_broken |= self.kept.len() >= MOST_UNCONFIRMED;
+        self.check()?;
         self.sent += 1;
         self.kept.push_back(message.clone());
-        Numbered { number: self.sent, received: self.received, message }
+        Ok(Numbered { number: self.sent, received: self.received, message })
+    }
+
+    /// Whether nothing was lost.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Unconfirmed`] if a message could not be kept.
+    pub fn check(&self) -> Result<(), ProtocolError> {
+        let unconfirmed = self.kept.len();
+        if self.is_broken { Err(ProtocolError::Unconfirmed { unconfirmed }) } else { Ok(()) }
     }
 
     /// A message to send now or never.
@@ -78,7 +99,9 @@ impl<M: Clone> ControlStream<M> {
     ///
     /// # Errors
     /// [`ProtocolError::Acknowledged`] if so many were never sent: it is another stream's number.
+    /// [`ProtocolError::Unconfirmed`] if a message could not be kept.
     pub fn resume(&mut self, received: u64) -> Result<Vec<Numbered<M>>, ProtocolError> {
+        self.check()?;
         self.confirm(received)?;
         let last = self.received;
         let frame = |(number, message): (u64, &M)| Numbered { number, received: last, message: message.clone() };
@@ -117,7 +140,7 @@ mod tests {
                 match draw(&mut seed, 8) {
                     0..=2 => {
                         said += 1;
-                        to_b.push_back(a.send(said));
+                        to_b.push_back(a.send(said).unwrap());
                     }
                     3 => to_a.push_back(b.send_once(0)),
                     4 | 5 => {
@@ -149,9 +172,27 @@ mod tests {
     }
 
     #[test]
+    fn what_the_other_end_does_not_confirm_is_kept_within_bounds() {
+        let mut stream = ControlStream::<u8>::default();
+        for _ in 0..MOST_UNCONFIRMED {
+            stream.send(1).unwrap();
+        }
+        // What is sent once is not kept.
+        stream.send_once(1);
+        let confirm = |received| Numbered { number: 0, received, message: 2u8 };
+        stream.receive(confirm(1)).unwrap();
+        stream.send(1).unwrap();
+        assert_eq!(stream.send(1), Err(ProtocolError::Unconfirmed { unconfirmed: MOST_UNCONFIRMED }));
+        // A message is missing, whatever is confirmed later.
+        stream.receive(confirm(9)).unwrap();
+        assert!(stream.send(1).is_err() && stream.resume(9).is_err());
+        assert!(stream.unconfirmed() < MOST_UNCONFIRMED);
+    }
+
+    #[test]
     fn numbers_of_another_stream_are_errors() {
         let mut stream = ControlStream::<u8>::default();
-        stream.send(1);
+        stream.send(1).unwrap();
         assert!(stream.resume(2).is_err());
         let frame = Numbered { number: 2, received: 0, message: 1u8 };
         assert_eq!(stream.receive(frame).unwrap_err().to_string(), "message 2 came where 1 was due");

@@ -1,8 +1,10 @@
 //! How much room a connection has before its peer is let in.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use fusionllm_transport::{AdmitAll, AdmitOnTrial, Endpoint, SessionError};
+use fusionllm_transport::{AdmitAll, AdmitOnTrial, Endpoint, Session, SessionError};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -33,11 +35,50 @@ async fn before_admission_there_is_one_stream_of_64_kib() {
     assert_eq!(source.recv().await.unwrap().unwrap(), vec![7; 8 << 20]);
     flood.await.unwrap().unwrap();
     let mut streams = Vec::new();
-    for n in 0..500u16 {
+    for n in 0..16u16 {
         let mut sink = timeout(A_WHILE * 10, from.open_uni()).await.unwrap().unwrap();
         sink.send(&n.to_le_bytes()).await.unwrap();
         streams.push((sink, to.accept_uni().await.unwrap()));
     }
+}
+
+/// Opens two-way streams and fills each until no more goes; how many, and how many bytes were taken.
+async fn fill(from: &Session) -> (usize, Arc<AtomicUsize>, JoinSet<()>) {
+    let (mut count, taken, mut streams) = (0, Arc::new(AtomicUsize::new(0)), JoinSet::new());
+    while let Ok(stream) = timeout(A_WHILE, from.open_bi()).await {
+        let (mut sink, source) = stream.unwrap();
+        let taken = Arc::clone(&taken);
+        streams.spawn(async move {
+            let frame = vec![7; 64 << 10];
+            while sink.send(&frame).await.is_ok() {
+                taken.fetch_add(frame.len(), Ordering::Relaxed);
+            }
+            drop(source);
+        });
+        count += 1;
+    }
+    (count, taken, streams)
+}
+
+/// A member that is not read from has few streams, and holds bounded memory however many its job has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_has_the_streams_of_its_role_and_no_more_memory_than_the_links_need() {
+    let (caller, acceptor) = (endpoint(AdmitAll).await, endpoint(AdmitAll).await);
+    let from = caller.connect(&acceptor.addr()).await.unwrap();
+    let to = acceptor.accept().await.unwrap();
+    let (count, _taken, _streams) = fill(&from).await;
+    assert_eq!(count, 16);
+
+    to.allow_streams(200);
+    let (more, taken, _more_streams) = fill(&from).await;
+    assert_eq!(more, 200 - 16);
+    sleep(A_WHILE).await;
+    let unread = to.stats().bytes_received;
+    // The sender keeps as much as is unconfirmed beside what has come.
+    let taken = taken.load(Ordering::Relaxed);
+    assert!((30 << 20..80 << 20).contains(&unread), "{unread} bytes came, {taken} were taken");
+    to.allow_streams(1);
+    assert!(timeout(A_WHILE, from.closed()).await.is_err(), "a smaller number ends nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
