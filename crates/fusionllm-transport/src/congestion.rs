@@ -8,7 +8,9 @@
 //!   without any answer say nothing and age nothing, so after them a burst goes out at the speed of the one before.
 //! - There is no phase that holds a connection back for the sake of measuring. The queue is emptied once a cycle, which
 //!   takes what the probe before it has put in.
-//! - What radio and long links lose at any speed is no sign of a queue ([`losses`]).
+//! - What radio and long links lose at any speed is no sign of a queue ([`losses`]). It is made up for by sending more, but
+//!   only what is lost, too, while the queue runs empty ([`lean`]): at a link that drops what it has no queue for, more would
+//!   be lost for what is sent more.
 //! - However slow the model, enough packets go out in each round trip to see that the link is faster, and then the speed
 //!   doubles each round trip. So no mistake of the model lasts.
 //!
@@ -16,6 +18,7 @@
 //! several connections share a link.
 
 mod controller;
+mod lean;
 mod losses;
 mod round;
 mod sampler;
@@ -23,11 +26,10 @@ mod sampler;
 mod tests;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use noq_proto::congestion::{Controller, ControllerFactory};
-
+pub(crate) use controller::LinkRateConfig;
+use lean::Lean;
 use losses::Losses;
 use round::{Round, ShortestRoundTrip};
 use sampler::{Sample, Sampler};
@@ -81,16 +83,6 @@ const LONGEST_PACING_PAUSE: f64 = 0.25;
 /// No larger piece can be given to the kernel.
 const MOST_PIECE_BYTES: u64 = 64 << 10;
 
-/// Makes a [`LinkRate`] for each path of a connection.
-#[derive(Debug, Default)]
-pub(crate) struct LinkRateConfig;
-
-impl ControllerFactory for LinkRateConfig {
-    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        Box::new(LinkRate::new(now, u64::from(current_mtu)))
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
     /// Doubles until the link's speed shows.
@@ -114,6 +106,7 @@ struct LinkRate {
     phase: Phase,
     sampler: Sampler,
     losses: Losses,
+    lean: Lean,
     round_trip: ShortestRoundTrip,
     /// A longer round trip that counts for the shortest until then, since yielding does not shorten it.
     standing: Option<(Duration, Instant)>,
@@ -155,6 +148,7 @@ impl LinkRate {
             phase: Phase::Startup,
             sampler: Sampler::new(now, packet_bytes),
             losses: Losses::default(),
+            lean: Lean::default(),
             round_trip: ShortestRoundTrip { since: now, before: None, now: None },
             standing: None,
             crowded_rounds: 0,
@@ -235,7 +229,9 @@ impl LinkRate {
             Phase::Probe => rate * PROBE_GAIN,
             // After a pause there is no queue, so a burst may begin with a probe.
             Phase::Drain | Phase::Cruise(_) | Phase::Probed(_) if self.sampler.is_fresh() => rate * PROBE_GAIN,
-            Phase::Drain | Phase::Cruise(_) | Phase::Probed(_) => rate,
+            // Nothing for what is lost: if sending that is why, it shows.
+            Phase::Drain => self.bytes_per_s(),
+            Phase::Cruise(_) | Phase::Probed(_) => rate,
         };
         // In each round trip as it is now, enough for a sample.
         let least = (sampler::LEAST_PACKETS as f64) * packet_bytes / self.latest.as_secs_f64().max(round_trip);
@@ -264,11 +260,13 @@ impl LinkRate {
         }
         self.is_silent |= self.is_overdue(now);
         self.last_packet = packet;
+        self.lean.sent(now, packet, self.phase == Phase::Drain && !self.sampler.is_fresh());
         self.sampler.sent(now, bytes, self.longest_pacing_pause());
     }
 
     fn on_confirmed(&mut self, sent: Instant, bytes: u64) {
         self.sampler.confirmed(sent, bytes);
+        self.lean.confirmed(sent);
         self.batch.push(sent);
         let is_window_full = self.round.was_window_full || self.was_window_full_before;
         if self.phase == Phase::Startup && is_window_full {
@@ -295,6 +293,9 @@ impl LinkRate {
         }
         self.batch = sent;
         self.batch.clear();
+        if let Some((came, lost)) = self.lean.take() {
+            self.losses.end_lean(came, lost);
+        }
         let Some(sample) = sample else { return };
         self.is_cut = false;
         self.latest = sample.round_trip;
@@ -343,6 +344,7 @@ impl LinkRate {
     fn resume(&mut self) {
         self.long_since = None;
         self.forgiven = self.last_packet;
+        self.lean = Lean::default();
         self.round = Round { began_at: self.sampler.delivered(), ..Round::default() };
         self.round_end = self.sampler.delivered();
         if !matches!(self.phase, Phase::Startup) && !self.rates.is_empty() {

@@ -177,3 +177,27 @@ async fn write_all(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jobs_wait_for_a_broker_that_confirms_nothing_and_its_answers_have_a_bound() {
+        let mut outbox = Outbox::default();
+        let mut told = 0;
+        while outbox.has_room() {
+            outbox.push(FromCompNode::ProbeAwaited { probe: told });
+            outbox.unsent.clear();
+            told += 1;
+        }
+        assert_eq!(told, MOST_UNCONFIRMED as u64 / 2);
+        // What the broker asks for is answered nevertheless.
+        while outbox.check().is_ok() {
+            outbox.push(FromCompNode::ProbeAwaited { probe: told });
+            told += 1;
+        }
+        assert_eq!(told, MOST_UNCONFIRMED as u64 + 1);
+        assert!(outbox.resume(told - 1).is_err(), "a message is missing");
+    }
+}

@@ -1,12 +1,23 @@
 //! What noq tells and asks.
 
 use std::any::Any;
+use std::sync::Arc;
 use std::time::Instant;
 
 use noq_proto::RttEstimator;
-use noq_proto::congestion::{Controller, ControllerMetrics};
+use noq_proto::congestion::{Controller, ControllerFactory, ControllerMetrics};
 
 use super::{INITIAL_PACKETS, LinkRate};
+
+/// Makes a [`LinkRate`] for each path of a connection.
+#[derive(Debug, Default)]
+pub(crate) struct LinkRateConfig;
+
+impl ControllerFactory for LinkRateConfig {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(LinkRate::new(now, u64::from(current_mtu)))
+    }
+}
 
 impl Controller for LinkRate {
     fn on_packet_sent(&mut self, now: Instant, bytes: u16, pn: u64) {
@@ -40,6 +51,7 @@ impl Controller for LinkRate {
     fn on_packet_lost(&mut self, lost_bytes: u16, pn: u64, _now: Instant) {
         if pn > self.forgiven {
             self.round.lost += u64::from(lost_bytes);
+            self.lean.lost(pn);
         }
         self.sampler.lost(u64::from(lost_bytes));
     }

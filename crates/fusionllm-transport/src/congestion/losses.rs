@@ -20,6 +20,8 @@ pub(super) struct Losses {
     /// Packets that came and that did not, since the last share.
     came: u64,
     lost: u64,
+    /// Packets that came and were lost while no more was sent than the link delivers, the newest last.
+    lean: VecDeque<(u64, u64)>,
     /// Shares that are still taken before loss may be of a queue again: whether it was shows in what is lost at less speed.
     patience: usize,
 }
@@ -46,10 +48,31 @@ impl Losses {
         overflows
     }
 
-    /// Share of packets that is lost at any speed.
+    /// While no more was sent than the link delivers, so many packets came and were lost.
+    pub(super) fn end_lean(&mut self, came: u64, lost: u64) {
+        if self.lean.len() == REMEMBERED {
+            self.lean.pop_front();
+        }
+        self.lean.push_back((came, lost));
+    }
+
+    /// Share of packets that is lost at any speed. Sending more to make up for it must not be what loses them, so it is no
+    /// more than what was lost without.
     pub(super) fn usual(&self) -> f64 {
         let least = self.shares.iter().copied().fold(MOST, f64::min);
-        if self.shares.len() < REMEMBERED { 0.0 } else { least }
+        if self.shares.len() < REMEMBERED { 0.0 } else { least.min(self.lean_share()) }
+    }
+
+    /// Of the newest packets that are enough to tell.
+    fn lean_share(&self) -> f64 {
+        let (mut packets, mut lost) = (0, 0);
+        for (came, gone) in self.lean.iter().rev() {
+            (packets, lost) = (packets + came + gone, lost + gone);
+            if packets >= LEAST_PACKETS {
+                break;
+            }
+        }
+        if packets < LEAST_PACKETS / 2 { MOST } else { lost as f64 / packets as f64 }
     }
 }
 
@@ -70,6 +93,19 @@ mod tests {
         // It is over.
         losses.end_round(100, 0);
         assert_eq!(losses.usual(), 0.0);
+    }
+
+    #[test]
+    fn what_is_lost_only_at_more_speed_is_not_made_up_for() {
+        let mut losses = Losses::default();
+        (0..8).for_each(|_| _ = losses.end_round(80, 20));
+        assert!((losses.usual() - 0.2).abs() < 1e-9);
+        losses.end_lean(10, 0);
+        assert!((losses.usual() - 0.2).abs() < 1e-9, "too few to tell");
+        losses.end_lean(60, 1);
+        assert!(losses.usual() < 0.02);
+        losses.end_lean(160, 40);
+        assert!((losses.usual() - 0.2).abs() < 1e-9, "the newest count");
     }
 
     #[test]

@@ -4,6 +4,8 @@ mod storms;
 mod weather;
 mod wire;
 
+use noq_proto::congestion::Controller;
+
 use super::*;
 
 const PACKET: u64 = 1_250;
@@ -55,8 +57,8 @@ impl Lab {
     fn send(&mut self, bytes: u64) -> f64 {
         let began = self.now;
         let mut left = bytes.div_ceil(PACKET);
-        // When each packet on its way comes back, if it does, and when it was sent.
-        let mut under_way: VecDeque<(Option<Instant>, Instant)> = VecDeque::new();
+        // When each packet on its way comes back, if it does, when it was sent, and its number.
+        let mut under_way: VecDeque<(Option<Instant>, Instant, u64)> = VecDeque::new();
         let mut may_send = self.now;
         while left > 0 || !under_way.is_empty() {
             let in_flight = under_way.len() as u64 * PACKET;
@@ -64,11 +66,12 @@ impl Lab {
             if left > 0 && !has_room {
                 self.controller.on_cwnd_limited();
             }
-            let next_back = under_way.iter().find_map(|(back, _)| *back);
+            let next_back = under_way.iter().find_map(|(back, ..)| *back);
             if left > 0 && has_room && next_back.is_none_or(|back| may_send <= back) {
                 self.now = self.now.max(may_send);
                 left -= 1;
-                under_way.push_back((self.pass(), self.now));
+                let back = self.pass();
+                under_way.push_back((back, self.now, self.packets));
                 let pacing = self.controller.pacing().unwrap_or(1e6);
                 may_send = self.now + Duration::from_secs_f64(PACKET as f64 / pacing);
                 continue;
@@ -77,17 +80,20 @@ impl Lab {
                 // Nothing comes back by which a loss would show: a timer.
                 self.now += self.link.round_trip * 2;
                 left += under_way.len() as u64;
-                under_way.drain(..).for_each(|_| self.controller.on_packet_lost(PACKET as u16, 0, began));
+                under_way
+                    .drain(..)
+                    .for_each(|(.., packet)| self.controller.on_packet_lost(PACKET as u16, packet, began));
                 continue;
             };
             self.now = self.now.max(back);
             // What was sent before and does not come is lost.
-            while let Some((None, _)) = under_way.front() {
-                under_way.pop_front();
+            while let Some((.., packet)) = under_way.pop_front_if(|(back, ..)| back.is_none()) {
                 left += 1;
-                self.controller.on_packet_lost(PACKET as u16, 0, self.now);
+                self.controller.on_packet_lost(PACKET as u16, packet, self.now);
             }
-            while let Some((_, sent)) = under_way.pop_front_if(|(back, _)| back.is_some_and(|back| back <= self.now)) {
+            while let Some((_, sent, _)) =
+                under_way.pop_front_if(|(back, ..)| back.is_some_and(|back| back <= self.now))
+            {
                 self.longest_round_trip = self.longest_round_trip.max(self.now - sent);
                 self.controller.on_confirmed(sent, PACKET);
             }
@@ -99,8 +105,8 @@ impl Lab {
 
     /// When a packet that is sent now is confirmed.
     fn pass(&mut self) -> Option<Instant> {
-        self.controller.on_packet_sent(self.now, PACKET as u16, 0);
         self.packets += 1;
+        self.controller.on_packet_sent(self.now, PACKET as u16, self.packets);
         let begins = self.link_free.max(self.now);
         if begins - self.now > self.link.queue || self.packets.is_multiple_of(self.link.loses_each) {
             return None;

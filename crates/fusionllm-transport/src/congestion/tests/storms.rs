@@ -1,5 +1,6 @@
 //! What a link may do, and how soon its speed is back.
 
+use super::super::MACHINE_DELAY;
 use super::weather::{Dice, Weather};
 use super::wire::Sky;
 
@@ -123,6 +124,40 @@ fn on_a_longer_and_a_shorter_way() {
 fn at_a_gigabit() {
     let fair = Weather::fair(1_000.0, 4.0);
     weathers("cut at a gigabit", [fair, Weather { is_cut: true, ..fair }, fair], 1.0, 1.0, 0.9);
+}
+
+/// Of what a settled sender sends, a queue has room for all but this share: a probe asks for a quarter more, one round of
+/// five on a long link, and a queue of 5 ms takes little of that.
+const MOST_OVERFLOW: f64 = 0.06;
+
+/// What a sender itself makes the link lose, and the queue that it keeps, once it has settled: on any queue, beside what
+/// the link loses at any speed, and whatever came before.
+#[test]
+fn little_is_lost_and_little_waits_for_the_senders_own_sake() {
+    on_all_links(|fair| {
+        for (queue_ms, loss) in [5.0, 20.0, 100.0, 1_000.0].into_iter().flat_map(|q| [(q, 0.0), (q, 0.05), (q, 0.2)]) {
+            let steady = Weather { queue_ms, loss, ..fair };
+            let faster = Weather { mbit_per_s: fair.mbit_per_s * 4.0, ..steady };
+            let lossy = Weather { loss: 0.4, ..steady };
+            for (name, before) in [("steady", steady), ("was faster", faster), ("was lossy", lossy)] {
+                let mut sky = Sky::new(11, &[(0.0, before), (6.0, steady)]);
+                let flow = sky.flow(0.0, None);
+                let from = 6.0 + bound(&steady) + 4.0;
+                sky.run(from + 20.0);
+                let (overflowed, waits_ms) = sky.queued(flow, from, from + 20.0);
+                let share = sky.share(flow, from, from + 20.0);
+                // The window holds two round trips, and more while it probes.
+                let most_ms = 1.2 * fair.round_trip_ms + MACHINE_DELAY.as_secs_f64() * 1e3;
+                assert!(
+                    overflowed < MOST_OVERFLOW && waits_ms < most_ms && share > 0.9,
+                    "{name}: {} Mbit/s, {} ms, queue {queue_ms} ms, loss {loss}: {overflowed:.3} lost, waits {waits_ms:.0} ms, \
+                     {share:.2} of the rate",
+                    fair.mbit_per_s,
+                    fair.round_trip_ms
+                );
+            }
+        }
+    });
 }
 
 /// Storms one after another, drawn by lot; after the last one the speed must be back, whatever came before.

@@ -4,6 +4,8 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashSet, VecDeque};
 
+use noq_proto::congestion::Controller;
+
 use super::weather::{Dice, Weather};
 use super::*;
 
@@ -51,7 +53,18 @@ struct Flow {
     wakes_at: u64,
     /// New bytes that came, by tenth of a second.
     came: Vec<u64>,
-    lost: u64,
+    /// What became of its packets before the link, by tenth of a second.
+    entries: Vec<Entries>,
+}
+
+/// Packets that reached the link's queue.
+#[derive(Clone, Copy, Debug, Default)]
+struct Entries {
+    queued: u64,
+    /// There was no room for them.
+    overflowed: u64,
+    /// How long those that were queued wait, together.
+    waits_ms: f64,
 }
 
 /// Everything at its time.
@@ -113,7 +126,7 @@ impl Sky {
             loss_due: None,
             wakes_at: u64::MAX,
             came: Vec::new(),
-            lost: 0,
+            entries: Vec::new(),
         });
         let flow = self.flows.len() - 1;
         self.write(flow, begins, bytes.unwrap_or(u64::MAX / 4));
@@ -168,6 +181,16 @@ impl Sky {
     pub(super) fn share(&self, flow: usize, from: f64, to: f64) -> f64 {
         let at = self.weather.partition_point(|(begins, _)| *begins <= (from * 1e9) as u64);
         self.came(flow, from, to) / (self.weather[at.saturating_sub(1)].1.bytes_per_s() * (to - from))
+    }
+
+    /// From one second to another: which share of a flow's packets the queue had no room for, and how many milliseconds the
+    /// others waited in it on average.
+    pub(super) fn queued(&self, flow: usize, from: f64, to: f64) -> (f64, f64) {
+        let bin = |at: f64| (at * 10.0).round() as usize;
+        let entries = || self.flows[flow].entries.iter().take(bin(to)).skip(bin(from));
+        let (queued, overflowed) = entries().fold((0, 0), |(q, o), e| (q + e.queued, o + e.overflowed));
+        let waits_ms: f64 = entries().map(|e| e.waits_ms).sum();
+        (overflowed as f64 / (queued + overflowed).max(1) as f64, waits_ms / queued.max(1) as f64)
     }
 
     /// Seconds after `from` until `share` of the rate comes and goes on coming, by windows of `window` seconds.
@@ -269,7 +292,6 @@ impl Sky {
         for &(packet, sent) in &lost {
             let Some((_, piece)) = f.sent.remove(&packet) else { continue };
             f.again.push_back(piece);
-            f.lost += 1;
             f.controller.on_packet_lost(PACKET as u16, packet, base + Duration::from_nanos(now));
             first.get_or_insert(sent);
         }
@@ -383,9 +405,15 @@ impl Sky {
             return;
         }
         let waiting_ms = self.queue.len() as f64 * PACKET as f64 * 8e-3 / weather.mbit_per_s;
+        let bin = (self.now / (SECOND / 10)) as usize;
+        let entries = &mut self.flows[flow].entries;
+        entries.resize(entries.len().max(bin + 1), Entries::default());
         if waiting_ms > weather.queue_ms {
+            entries[bin].overflowed += 1;
             return;
         }
+        entries[bin].queued += 1;
+        entries[bin].waits_ms += waiting_ms;
         self.queue.push_back((flow, packet));
         if self.queue.len() == 1 {
             self.serve();
