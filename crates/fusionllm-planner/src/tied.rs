@@ -24,6 +24,9 @@ pub struct Pieces {
 }
 
 impl Pieces {
+    /// Bytes of the largest piece, in f32; most have nearly so many.
+    pub const MOST_BYTES: usize = 4 * PIECE_ELEMENTS;
+
     /// Of a parameter of this shape.
     pub fn of(shape: &[usize]) -> Self {
         let (rows, columns) = match shape.split_first() {
