@@ -36,7 +36,7 @@ pub use job::{
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};
-pub use text::{clean, clean_to, is_plain_name};
+pub use text::{clean, clean_lines, clean_to, is_plain_name};
 pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
 pub use version::{Greeting, PROTOCOL_VERSION};
 pub use window::{ReceiveWindow, Received, SendWindow};

@@ -33,6 +33,13 @@ pub fn clean_to(text: &str, most: usize) -> Cow<'_, str> {
     Cow::Owned(cleaned)
 }
 
+/// A text of several lines, such as a model writes, without what a terminal or a reader could be deceived by. Line breaks
+/// and tabulators stay, and its length.
+pub fn clean_lines(text: &str) -> String {
+    let shown = |c| if matches!(c, '\n' | '\t') { c } else { harmless(c) };
+    text.chars().map(shown).collect()
+}
+
 /// Whether a text can be the name of a CompNode, a job or a ticket: 1 to 100 letters, digits, spaces and ASCII
 /// punctuation, with no space at either end.
 pub fn is_plain_name(name: &str) -> bool {
@@ -270,6 +277,11 @@ impl<'de, A: VariantAccess<'de>> VariantAccess<'de> for Clean<A> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_stay_lines() {
+        assert_eq!(clean_lines("a\n\tb\u{1b}[2J\r\u{202e}c"), "a\n\tb\u{fffd}[2J \u{fffd}c");
+    }
 
     #[test]
     fn what_deceives_is_replaced_and_the_rest_stays() {

@@ -1,8 +1,10 @@
 //! `fusionllm generate`
 
+use std::io::IsTerminal;
 use std::sync::Arc;
 
 use fusionllm_compnode::{Generator, SamplingSpec, open_device};
+use fusionllm_protocol::clean_lines;
 
 use super::model::TrainedModel;
 use crate::cli;
@@ -24,7 +26,9 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
     if args.json {
         render::json(&serde_json::json!({ "prompt": args.prompt, "text": text }), true)
     } else {
-        render::line(&format!("{}{text}", args.prompt))
+        let text = format!("{}{text}", args.prompt);
+        // A file gets what the model wrote; a terminal would act on some of it.
+        render::line(&if std::io::stdout().is_terminal() { clean_lines(&text) } else { text })
     }
 }
 
