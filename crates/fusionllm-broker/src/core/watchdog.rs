@@ -76,6 +76,5 @@ impl Watchdog {
 
 /// Seconds as a CompNode or a prediction gives them, as a time that can be reckoned with.
 fn sane(seconds: f64) -> f64 {
-    // Of a number and none the number is taken.
-    seconds.max(0.0).min(LONGEST_STEP_S)
+    if seconds.is_nan() { 0.0 } else { seconds.clamp(0.0, LONGEST_STEP_S) }
 }

@@ -22,7 +22,7 @@ pub fn write_shard_to(out: &mut impl Write, path: &Path, mut tensors: Vec<LazyTe
     let io = |source| ShardError::Io { path: path.to_owned(), source };
     tensors.sort_by(|x, y| x.name.cmp(&y.name));
     let infos = tensors.iter().map(|t| (t.name.clone(), Dtype::F32, t.shape.clone()));
-    let header = TensorHeader::write(out, infos).map_err(|e| header_error(e, &io))?;
+    let header = TensorHeader::write(out, infos).map_err(|e| header_error(e, io))?;
     let mut bytes = Vec::with_capacity(VALUES_AT_ONCE * size_of::<f32>());
     for tensor in tensors {
         let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
