@@ -1,7 +1,7 @@
 //! `fusionllm join`
 
 use fusionllm_compnode::{JoinConfig, ReadableData, join};
-use fusionllm_transport::Identity;
+use fusionllm_transport::{Identity, make_private_dir};
 use tokio::io::AsyncReadExt;
 
 use crate::cli;
@@ -21,7 +21,8 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
     }
     // A machine without a home measures anew each time.
     let state = state_dir(args.state.as_deref()).ok();
-    let usable = state.clone().filter(|dir| std::fs::create_dir_all(dir).is_ok());
+    // It may be a broker's, too, which wants it to be its owner's alone.
+    let usable = state.clone().filter(|dir| make_private_dir(dir).is_ok());
     let config = JoinConfig {
         ticket,
         name: args.name.unwrap_or_else(host_name),
