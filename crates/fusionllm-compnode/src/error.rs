@@ -315,3 +315,9 @@ impl CompNodeError {
         )
     }
 }
+
+impl From<tokio::task::JoinError> for CompNodeError {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Self::ComputeThread { reason: crate::join_message(error) }
+    }
+}

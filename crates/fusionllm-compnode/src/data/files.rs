@@ -310,7 +310,11 @@ mod tests {
             let reason = unreadable(&denied(root), root, &mut left_out, name_of).unwrap_err();
             assert_eq!(reason, "permission denied");
         }
-        let Content::Other(UNREADABLE, reason) = read(&root.join("patients/one.txt"), &ReadableData::everything()).unwrap() else { panic!() };
+        let Content::Other(UNREADABLE, reason) =
+            read(&root.join("patients/one.txt"), &ReadableData::everything()).unwrap()
+        else {
+            panic!()
+        };
         assert!(!reason.contains("patients"), "{reason}");
     }
 

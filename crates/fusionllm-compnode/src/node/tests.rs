@@ -10,13 +10,14 @@ use fusionllm_protocol::{
     BlobHeader, BlobKind, Channel, ControlStream, Greeting, JobSpec, PeerFrame, PeerRecord, WeightSource, Welcome,
     decode, encode,
 };
-use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, PeerAddr, Secret, probe};
+use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::burn_executor::BurnExecutor;
 use crate::checkpoint::write_shard;
+use crate::device::DeviceChoice;
 use crate::executor::{Executor, NamedTensor};
 use crate::links::peer_addr;
 use crate::optimizer::OptimizerSpec;
