@@ -208,6 +208,13 @@ pub enum FromCompNode {
         /// What the data owner found.
         data: Option<DataReport>,
     },
+    /// The data is still being read, and that went on since the last time.
+    Reading {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+    },
     /// A step is done on this CompNode.
     Step {
         /// The job.

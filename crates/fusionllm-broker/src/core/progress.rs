@@ -33,6 +33,12 @@ impl Core {
             FromCompNode::Ready { job, generation, data } => {
                 self.ready(RunKey { job, generation }, connection, data, now)
             }
+            FromCompNode::Reading { job, generation } => {
+                if let Some(run) = self.run_mut(RunKey { job, generation }) {
+                    run.reads_on(connection, now);
+                }
+                Vec::new()
+            }
             FromCompNode::Step { job, generation, report } => {
                 let key = RunKey { job, generation };
                 let Some(run) = self.run_mut(key) else { return Vec::new() };

@@ -824,6 +824,25 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
     say(&mut core, 1, ready(KEY));
     idle(&mut core, 70);
     assert!(failure(&core).contains("not ready for 6") && failure(&core).contains("waited for CompNode `b`;"));
+
+    // Data that is still being read is waited for as long as that goes on; who is ready reads nothing.
+    let reading = |connection, second| CoreEvent::Said {
+        connection: ConnectionId(connection),
+        message: FromCompNode::Reading { job: KEY.job, generation: KEY.generation },
+        at: NOW + Duration::from_secs(second),
+    };
+    let mut core = super::tests::core(2);
+    submit(&mut core, &[]);
+    say(&mut core, 2, ready(KEY));
+    for second in [500, 1000, 1500] {
+        idle(&mut core, second);
+        tell(&mut core, reading(1, second), NOW + Duration::from_secs(second));
+    }
+    idle(&mut core, 2000);
+    assert_eq!(state(&core, 1), JobState::Preparing);
+    tell(&mut core, reading(2, 2000), NOW + Duration::from_secs(2000));
+    idle(&mut core, 2200);
+    assert!(failure(&core).contains("not ready for 60") && failure(&core).contains("waited for CompNode `a`;"));
 }
 
 #[test]

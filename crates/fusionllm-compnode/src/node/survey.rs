@@ -76,6 +76,11 @@ impl Surveyor {
         }
     }
 
+    /// Bytes of the machine's memory that are free, where the device has memory of its own.
+    pub(super) fn host_room(&self) -> Option<u64> {
+        if self.choice.is_cpu() { None } else { free_bytes(DeviceChoice::Cpu) }
+    }
+
     /// What the ops of a job take, out of the file if it is there. For a blocking thread.
     fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);
