@@ -31,6 +31,8 @@ use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.
 const HEARTBEAT: Duration = Duration::from_secs(3);
+/// After so many of them the broker is told again how much memory is free.
+const ROOM_EVERY: u32 = 10;
 /// Largest control message: an assignment holds the graph and the task orders.
 pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 /// First and largest pause between attempts to get back to the broker.
@@ -106,6 +108,7 @@ async fn join_with(
         readable: Arc::new(config.readable),
         scratch: config.scratch_dir.into(),
         memory: Arc::new(Semaphore::new(1)),
+        idle: 0,
         job: None,
         weights: blob::Unclaimed::default(),
     };
@@ -142,6 +145,8 @@ struct Node {
     scratch: Arc<Path>,
     /// One permit: whoever fills the device's memory, a job or a measurement, holds it.
     memory: Arc<Semaphore>,
+    /// Heartbeats since somebody last filled it.
+    idle: u32,
     job: Option<RunningJob>,
     /// Weights that came before the assignment they belong to.
     weights: blob::Unclaimed,
@@ -224,6 +229,7 @@ impl Node {
                         break SessionEnd::Lost(format!("it says nothing to {unanswered} heartbeats"));
                     }
                     let number = self.heartbeats.send();
+                    self.tell_room();
                     self.tell(Some(FromCompNode::Heartbeat { number }));
                 }
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
@@ -264,6 +270,15 @@ impl Node {
         self.clock.forget();
         self.drop_job(reason);
         (self.outbox, self.has_joined) = (Outbox::default(), false);
+    }
+
+    /// Now and then, while nobody fills the memory, asks how much of it is free, and tells the broker.
+    fn tell_room(&mut self) {
+        self.idle = if self.memory.available_permits() > 0 { self.idle + 1 } else { 0 };
+        // What has just been freed comes back a little later.
+        if self.idle % ROOM_EVERY == 2 {
+            self.surveyor.tell_room(self.events.clone());
+        }
     }
 
     /// The broker stays away.

@@ -21,6 +21,10 @@ impl Core {
                 let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64() };
                 vec![Action::Send { to: connection, message }]
             }
+            FromCompNode::Room { bytes } => {
+                self.compnodes.has_room(connection, bytes);
+                Vec::new()
+            }
             FromCompNode::Measured { request, result } => {
                 self.survey.measured(connection, request, result);
                 self.schedule(now)

@@ -873,6 +873,29 @@ fn what_no_device_holds_is_refused_before_it_is_measured() {
 }
 
 #[test]
+fn jobs_are_planned_with_the_memory_that_is_free_now_and_compnodes_hear_how_much_that_is() {
+    let mut core = core(1);
+    let needed = |actions: &[Action]| {
+        let sent = sent(actions);
+        let assigned = sent.iter().find_map(|(_, message)| match message {
+            FromBroker::Assign(assignment) => Some(assignment.planned_bytes),
+            _ => None,
+        });
+        assigned.unwrap()
+    };
+    say(&mut core, 1, FromCompNode::Room { bytes: 1 << 40 });
+    let (first, actions) = submit(&mut core, &["placement.compnodes=1"]);
+    let needed = needed(&actions);
+    let of_plan = core.jobs[&first].run.is_some();
+    assert!(of_plan && needed > 1000, "{needed}");
+    core.stop(first, NOW).unwrap();
+    say(&mut core, 1, FromCompNode::Room { bytes: needed - 1 });
+    let (second, _) = submit(&mut core, &["placement.compnodes=1"]);
+    let JobState::Failed { reason, .. } = &core.jobs[&second].record.state else { panic!("it is placed") };
+    assert!(reason.contains("GB"), "{reason}");
+}
+
+#[test]
 fn a_job_that_is_stopped_needs_no_measurement() {
     let mut core = Core::default();
     core.join(ConnectionId(1), joining("a"), NOW);

@@ -57,6 +57,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         },
         peers,
         start_step: 2,
+        planned_bytes: 0,
         weights: WeightSource::Seed(0),
         tokenizer: None,
     }

@@ -102,9 +102,14 @@ pub(super) fn prepare(
             room,
         });
     }
+    let planned = assignment.planned_bytes.max(needed);
+    if let Some(room) = site.free_bytes.filter(|&room| planned > room) {
+        let what = "parameters, their state, activations and messages, as planned,".to_owned();
+        return Err(CompNodeError::Memory { what, needed: planned, room });
+    }
     site.check()?;
-    // On a CPU, parameters and tokens lie in the same memory.
-    if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - needed)) {
+    // On a CPU, all that and the tokens lie in the same memory.
+    if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {
         site.reading.limit(room);
     }
     let (batches, data) = open_data(assignment, &dag, &site)?;
