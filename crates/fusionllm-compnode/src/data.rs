@@ -3,7 +3,9 @@
 mod corpus;
 mod files;
 mod readable;
+mod reading;
 mod tokenizer;
+mod tokens;
 
 use std::sync::Arc;
 
@@ -13,7 +15,9 @@ use rand_chacha::ChaCha8Rng;
 
 pub use corpus::Corpus;
 pub use readable::ReadableData;
+pub(crate) use reading::Reading;
 pub use tokenizer::{FileTokenizer, Tokenizer};
+pub use tokens::Tokens;
 
 use crate::params::seed_for;
 use crate::{CompNodeError, ExecutorError};
@@ -51,9 +55,9 @@ pub struct TextBatches {
 }
 
 impl TextBatches {
-    fn windows(&self, tokens: &[i32], starts: &[usize]) -> Result<(HostTensor, HostTensor), CompNodeError> {
+    fn windows(&self, tokens: &Tokens, starts: &[usize]) -> Result<(HostTensor, HostTensor), CompNodeError> {
         let cut = |shift: usize| {
-            let ids = starts.iter().flat_map(|&s| tokens[s + shift..s + shift + self.seq_len].iter().copied());
+            let ids = starts.iter().flat_map(|&s| tokens.slice(s + shift..s + shift + self.seq_len));
             HostTensor::new(vec![starts.len(), self.seq_len], Values::I32(ids.collect()))
                 .map_err(|e| ExecutorError::Internal { what: e.to_string() })
         };

@@ -180,6 +180,17 @@ pub enum DataError {
         /// What would do.
         hint: String,
     },
+    /// There is no memory for text and tokens, which is known before it is filled.
+    #[error("the data's text and tokens take at least {}, there is room for {}", format_bytes(*.needed as f64), format_bytes(*.room as f64))]
+    Memory {
+        /// Bytes that they need.
+        needed: u64,
+        /// Bytes there are.
+        room: u64,
+    },
+    /// The data is not wanted any more.
+    #[error("stopped before the data was read")]
+    Stopped,
 }
 
 /// Why a message could not be sent or received.
@@ -251,7 +262,7 @@ pub enum CompNodeError {
     Executor(#[from] ExecutorError),
     /// Data is unusable.
     #[error(transparent)]
-    Data(#[from] DataError),
+    Data(DataError),
     /// Messages do not pass.
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
@@ -313,5 +324,25 @@ impl CompNodeError {
             self,
             Self::Data(_) | Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. })
         )
+    }
+}
+
+impl From<DataError> for CompNodeError {
+    fn from(error: DataError) -> Self {
+        match error {
+            // Another machine, or another time, and the data would do.
+            DataError::Memory { needed, room } => {
+                let what = "beside the model, the data's text and tokens at least".to_owned();
+                Self::Memory { what, needed, room }
+            }
+            DataError::Stopped => Self::Executor(ExecutorError::Stopped),
+            error => Self::Data(error),
+        }
+    }
+}
+
+impl From<tokio::task::JoinError> for CompNodeError {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Self::ComputeThread { reason: crate::join_message(error) }
     }
 }

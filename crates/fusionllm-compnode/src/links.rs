@@ -6,6 +6,7 @@
 
 mod attempts;
 mod bounds;
+mod dialling;
 mod incoming;
 mod meter;
 mod outgoing;
@@ -18,12 +19,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
-use fusionllm_planner::{NodeIndex, Placement, StageEdge, TIED_WINDOW, TiedParam};
+use fusionllm_planner::{NodeIndex, Placement, TIED_WINDOW};
 use fusionllm_protocol::{Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::ExchangeError;
 use crate::channel_codec::{ChannelEncoder, ChannelOptions};
@@ -112,34 +112,6 @@ impl JobLinks {
         let _ = self.tensors.set(tensors);
     }
 
-    /// Dials every CompNode that is ours to dial and that a message may come from or go to. Who only receives from one
-    /// would else never dial it.
-    pub fn dial_all(self: &Arc<Self>) {
-        for peer in self.node.index() + 1..self.peers.len() {
-            if !self.talks_to(peer) {
-                continue;
-            }
-            let links = Arc::clone(self);
-            self.spawn(async move {
-                if let Err(error) = links.session_to(peer).await {
-                    links.mailbox.close(error);
-                }
-            });
-        }
-    }
-
-    /// Whether a channel leads to this CompNode or from it.
-    fn talks_to(&self, peer: usize) -> bool {
-        let (own, peer) = (Some(self.node), Some(NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX))));
-        let ends = |edge: &StageEdge| (self.placement.compnode_of(edge.from), self.placement.compnode_of(edge.to));
-        let is_ours = |(a, b)| (a, b) == (own, peer) || (a, b) == (peer, own);
-        let holds = |tied: &TiedParam| {
-            own.is_some_and(|n| tied.holders.contains(&n)) && peer.is_some_and(|n| tied.holders.contains(&n))
-        };
-        let edges = self.placement.edges.iter().any(|edge| is_ours(ends(edge)));
-        edges || self.placement.tied.iter().any(holds) || (self.clips && own == Some(NodeIndex(0)))
-    }
-
     /// Ends everything: waiting takes give `reason`, tasks stop, connections close, and nothing begins any more.
     pub fn abort(&self, reason: &str) {
         self.mailbox.close(ExchangeError::Aborted { reason: reason.to_owned() });
@@ -213,44 +185,6 @@ impl JobLinks {
                 });
             }
         });
-    }
-
-    /// A live connection to a peer: the one there is, a new one if it is ours to dial, else the next that comes.
-    async fn session_to(self: &Arc<Self>, peer: usize) -> Result<Session, ExchangeError> {
-        let lost = |reason: String| ExchangeError::Peer { peer: self.name_of(peer), reason };
-        let (Some(slot), Some(addr), Some(dialling)) =
-            (self.sessions.get(peer), self.peers.get(peer), self.dialling.get(peer))
-        else {
-            return Err(lost("not of this job".to_owned()));
-        };
-        let deadline = Instant::now() + REDIAL_LIMIT;
-        if peer < self.node.index() {
-            let mut current = slot.subscribe();
-            let waited = timeout_at(deadline, current.wait_for(Option::is_some)).await;
-            let session = waited.ok().and_then(Result::ok).and_then(|s| s.clone());
-            return session.ok_or_else(|| lost(format!("did not connect within {} s", REDIAL_LIMIT.as_secs())));
-        }
-        let _one_at_a_time = dialling.lock().await;
-        let mut pause = BACK_OFF.0;
-        loop {
-            // A job that has ended is not dialled for.
-            if let Some(error) = self.mailbox.closed() {
-                return Err(error);
-            }
-            if let Some(session) = slot.borrow().clone() {
-                return Ok(session);
-            }
-            match self.endpoint.connect(addr).await {
-                Ok(session) => {
-                    self.install(peer, session.clone());
-                    return Ok(session);
-                }
-                Err(error) if Instant::now() + pause > deadline => return Err(lost(error.to_string())),
-                Err(error) => tracing::debug!(peer = self.name_of(peer), %error, "dial failed, trying again"),
-            }
-            sleep(pause).await;
-            pause = (pause * 2).min(BACK_OFF.1);
-        }
     }
 
     fn incoming(&self, channel: Channel) -> Arc<Incoming> {

@@ -5,31 +5,34 @@
 mod assignment;
 mod blob;
 mod broker_wire;
+mod config;
 mod patience;
 mod running;
 mod survey;
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, Hello, JobId, Role};
-use fusionllm_transport::{Endpoint, EndpointConfig, Identity, Members, Session, Ticket};
+use fusionllm_transport::{Endpoint, EndpointConfig, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
-use crate::device::{DeviceChoice, open_device};
+use crate::device::open_device;
 use crate::links::peer_record;
 use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
 use broker_wire::{Connected, Outbox, SessionEnd, dial};
+pub use config::JoinConfig;
 use patience::{Hearing, Patience};
 use running::{Place, RunningJob};
 use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.
 const HEARTBEAT: Duration = Duration::from_secs(3);
+/// After so many of them the broker is told again how much memory is free.
+const ROOM_EVERY: u32 = 10;
 /// Largest control message: an assignment holds the graph and the task orders.
 pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 /// First and largest pause between attempts to get back to the broker.
@@ -38,33 +41,6 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::fr
 const WITH_A_JOB: Duration = Duration::from_secs(3);
 /// Events that may wait for the loop; compute waits beyond that.
 const EVENT_QUEUE: usize = 64;
-
-/// How to join.
-#[derive(Debug)]
-pub struct JoinConfig {
-    /// The broker's ticket.
-    pub ticket: Ticket,
-    /// Name shown to people; the broker makes it unique.
-    pub name: String,
-    /// What to compute with.
-    pub device: DeviceChoice,
-    /// This CompNode's key.
-    pub identity: Identity,
-    /// Where other CompNodes connect; port 0 is any.
-    pub bind: SocketAddr,
-    /// Addresses to announce besides those found, such as a forwarded port.
-    pub advertise: Vec<SocketAddr>,
-    /// Threads of the CPU device; all cores if not given.
-    pub threads: Option<usize>,
-    /// Bytes of memory that jobs may fill; what is free if not given.
-    pub memory_bytes: Option<u64>,
-    /// Where the device's measured profile is kept; nothing: nowhere, and it is measured anew.
-    pub profile_dir: Option<PathBuf>,
-    /// What jobs may read here as data.
-    pub readable: ReadableData,
-    /// Folder for weights and shards while they come and go: files without a name, as large as the state of a part.
-    pub scratch_dir: PathBuf,
-}
 
 /// Everything that the loop reacts to.
 #[derive(Debug)]
@@ -132,6 +108,7 @@ async fn join_with(
         readable: Arc::new(config.readable),
         scratch: config.scratch_dir.into(),
         memory: Arc::new(Semaphore::new(1)),
+        idle: 0,
         job: None,
         weights: blob::Unclaimed::default(),
     };
@@ -168,6 +145,8 @@ struct Node {
     scratch: Arc<Path>,
     /// One permit: whoever fills the device's memory, a job or a measurement, holds it.
     memory: Arc<Semaphore>,
+    /// Heartbeats since somebody last filled it.
+    idle: u32,
     job: Option<RunningJob>,
     /// Weights that came before the assignment they belong to.
     weights: blob::Unclaimed,
@@ -222,11 +201,16 @@ impl Node {
     /// One connection to the broker, to its end.
     async fn session(&mut self, connected: Connected, inbox: &mut mpsc::Receiver<NodeEvent>) -> SessionEnd {
         let Connected { session, mut wire, resumed, .. } = connected;
-        if resumed.is_none_or(|received| self.outbox.resume(received).is_err()) {
+        match resumed.map(|received| self.outbox.resume(received)) {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                // It goes on with numbers that are not ours: messages numbered anew it would take for old ones.
+                self.forget("the broker has other numbers");
+                session.close(1, "its numbers are not ours");
+                return SessionEnd::Lost(error.to_string());
+            }
             // Another broker process has another clock, and knows nothing of jobs.
-            self.clock.forget();
-            self.drop_job("the broker was lost");
-            self.outbox = Outbox::default();
+            None => self.forget("the broker was lost"),
         }
         self.has_joined = true;
         self.broker.send_replace(Some(session.clone()));
@@ -245,6 +229,7 @@ impl Node {
                         break SessionEnd::Lost(format!("it says nothing to {unanswered} heartbeats"));
                     }
                     let number = self.heartbeats.send();
+                    self.tell_room();
                     self.tell(Some(FromCompNode::Heartbeat { number }));
                 }
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
@@ -275,10 +260,25 @@ impl Node {
         self.alone_since = Instant::now();
         if self.outbox.check().is_err() {
             // What is missing would be missed later.
-            self.drop_job("the broker confirms nothing");
-            (self.outbox, self.has_joined) = (Outbox::default(), false);
+            self.forget("the broker confirms nothing");
         }
         end
+    }
+
+    /// All that was begun with the broker is over: it is joined as if for the first time.
+    fn forget(&mut self, reason: &str) {
+        self.clock.forget();
+        self.drop_job(reason);
+        (self.outbox, self.has_joined) = (Outbox::default(), false);
+    }
+
+    /// Now and then, while nobody fills the memory, asks how much of it is free, and tells the broker.
+    fn tell_room(&mut self) {
+        self.idle = if self.memory.available_permits() > 0 { self.idle + 1 } else { 0 };
+        // What has just been freed comes back a little later.
+        if self.idle % ROOM_EVERY == 2 {
+            self.surveyor.tell_room(self.events.clone());
+        }
     }
 
     /// The broker stays away.
@@ -439,12 +439,6 @@ impl Node {
                 Some(key.failed(&error))
             }
         }
-    }
-}
-
-impl From<tokio::task::JoinError> for CompNodeError {
-    fn from(error: tokio::task::JoinError) -> Self {
-        Self::ComputeThread { reason: crate::join_message(error) }
     }
 }
 

@@ -109,6 +109,8 @@ pub struct Assignment {
     pub start_step: u64,
     /// Where the parameters come from.
     pub weights: WeightSource,
+    /// Bytes of memory that the plan counts on for the receiver.
+    pub planned_bytes: u64,
     /// For `data.tokenizer = "model"`, the content of the model's tokenizer.json: it lies on the broker's machine.
     pub tokenizer: Option<String>,
 }
@@ -208,6 +210,13 @@ pub enum FromCompNode {
         /// What the data owner found.
         data: Option<DataReport>,
     },
+    /// The data is still being read, and that went on since the last time.
+    Reading {
+        /// The job.
+        job: JobId,
+        /// Its placement.
+        generation: Generation,
+    },
     /// A step is done on this CompNode.
     Step {
         /// The job.
@@ -273,6 +282,11 @@ pub enum FromCompNode {
         generation: Generation,
         /// One sentence.
         text: String,
+    },
+    /// Bytes of memory that a job may fill here now, from a CompNode whose memory nobody fills.
+    Room {
+        /// How many.
+        bytes: u64,
     },
     /// Still alive; sent every few seconds.
     Heartbeat {

@@ -21,6 +21,10 @@ impl Core {
                 let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64() };
                 vec![Action::Send { to: connection, message }]
             }
+            FromCompNode::Room { bytes } => {
+                self.compnodes.has_room(connection, bytes);
+                Vec::new()
+            }
             FromCompNode::Measured { request, result } => {
                 self.survey.measured(connection, request, result);
                 self.schedule(now)
@@ -32,6 +36,12 @@ impl Core {
             }
             FromCompNode::Ready { job, generation, data } => {
                 self.ready(RunKey { job, generation }, connection, data, now)
+            }
+            FromCompNode::Reading { job, generation } => {
+                if let Some(run) = self.run_mut(RunKey { job, generation }) {
+                    run.reads_on(connection, now);
+                }
+                Vec::new()
             }
             FromCompNode::Step { job, generation, report } => {
                 let key = RunKey { job, generation };

@@ -60,6 +60,13 @@ impl Registry {
         }
     }
 
+    /// So much memory is free there now: the next job is planned with it.
+    pub(super) fn has_room(&mut self, connection: ConnectionId, bytes: u64) {
+        if let Some(member) = self.0.get_mut(&connection) {
+            member.profile.memory_bytes = Some(bytes);
+        }
+    }
+
     /// Its connection broke. Whether it is one that may come back to what it was doing.
     pub(super) fn broke(&mut self, connection: ConnectionId, reason: String) -> bool {
         let member = self.0.get_mut(&connection).filter(|m| m.run.is_some());

@@ -156,6 +156,13 @@ impl Run {
         is_new && self.ready.len() == self.members.len()
     }
 
+    /// A CompNode that is not ready yet has got further with the data.
+    pub(super) fn reads_on(&mut self, connection: ConnectionId, now: Duration) {
+        if self.node_of(connection).is_some_and(|node| !self.ready.contains(&node)) {
+            self.watchdog.moved = now;
+        }
+    }
+
     pub(super) fn finished(&mut self, connection: ConnectionId, now: Duration) {
         if self.node_of(connection).is_some_and(|node| self.finished.insert(node)) {
             self.watchdog.moved = now;

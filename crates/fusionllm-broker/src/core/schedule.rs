@@ -211,6 +211,7 @@ impl Core {
         let (start, spec) = (start.clone(), record.spec.clone());
         let Plan { placement, prediction, simulated: predicted, .. } = plan;
         let predicted_s = prediction.step_s;
+        let planned: Vec<u64> = prediction.compnodes.iter().map(|compnode| compnode.memory_bytes as u64).collect();
         // The strategy may leave some out, and has its own order.
         let named = |name: &String| members.iter().copied().find(|&m| self.compnodes.name(m) == *name);
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
@@ -232,7 +233,7 @@ impl Core {
             start_step: start.step,
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
-        let assignments = self.assignments(key, &spec, &start, &placement, &members);
+        let assignments = self.assignments(key, &spec, &start, (&placement, &planned), &members);
         let run = Run::new(key, members, placement, &start, &spec, predicted_s, now);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.run = Some(run);
@@ -260,7 +261,7 @@ impl Core {
         key: RunKey,
         spec: &JobSpec,
         start: &StartPoint,
-        placement: &Placement,
+        (placement, planned): (&Placement, &[u64]),
         members: &[ConnectionId],
     ) -> Vec<Action> {
         let peers: Vec<PeerRecord> = members.iter().map(|&m| self.compnodes.addr(m)).collect();
@@ -279,6 +280,7 @@ impl Core {
                 placement: placement.clone(),
                 peers: peers.clone(),
                 start_step: start.step,
+                planned_bytes: planned.get(node.index()).copied().unwrap_or(0),
                 weights,
                 tokenizer: start.origin.tokenizer().filter(|_| takes_models && reads_data).map(str::to_owned),
             };

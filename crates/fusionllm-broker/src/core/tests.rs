@@ -824,6 +824,25 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
     say(&mut core, 1, ready(KEY));
     idle(&mut core, 70);
     assert!(failure(&core).contains("not ready for 6") && failure(&core).contains("waited for CompNode `b`;"));
+
+    // Data that is still being read is waited for as long as that goes on; who is ready reads nothing.
+    let reading = |connection, second| CoreEvent::Said {
+        connection: ConnectionId(connection),
+        message: FromCompNode::Reading { job: KEY.job, generation: KEY.generation },
+        at: NOW + Duration::from_secs(second),
+    };
+    let mut core = super::tests::core(2);
+    submit(&mut core, &[]);
+    say(&mut core, 2, ready(KEY));
+    for second in [500, 1000, 1500] {
+        idle(&mut core, second);
+        tell(&mut core, reading(1, second), NOW + Duration::from_secs(second));
+    }
+    idle(&mut core, 2000);
+    assert_eq!(state(&core, 1), JobState::Preparing);
+    tell(&mut core, reading(2, 2000), NOW + Duration::from_secs(2000));
+    idle(&mut core, 2200);
+    assert!(failure(&core).contains("not ready for 60") && failure(&core).contains("waited for CompNode `a`;"));
 }
 
 #[test]
@@ -851,6 +870,29 @@ fn what_no_device_holds_is_refused_before_it_is_measured() {
         reason.contains("needs at least") && reason.contains("1.0 MB") && reason.contains("train.batch"),
         "{reason}"
     );
+}
+
+#[test]
+fn jobs_are_planned_with_the_memory_that_is_free_now_and_compnodes_hear_how_much_that_is() {
+    let mut core = core(1);
+    let needed = |actions: &[Action]| {
+        let sent = sent(actions);
+        let assigned = sent.iter().find_map(|(_, message)| match message {
+            FromBroker::Assign(assignment) => Some(assignment.planned_bytes),
+            _ => None,
+        });
+        assigned.unwrap()
+    };
+    say(&mut core, 1, FromCompNode::Room { bytes: 1 << 40 });
+    let (first, actions) = submit(&mut core, &["placement.compnodes=1"]);
+    let needed = needed(&actions);
+    let of_plan = core.jobs[&first].run.is_some();
+    assert!(of_plan && needed > 1000, "{needed}");
+    core.stop(first, NOW).unwrap();
+    say(&mut core, 1, FromCompNode::Room { bytes: needed - 1 });
+    let (second, _) = submit(&mut core, &["placement.compnodes=1"]);
+    let JobState::Failed { reason, .. } = &core.jobs[&second].record.state else { panic!("it is placed") };
+    assert!(reason.contains("GB"), "{reason}");
 }
 
 #[test]

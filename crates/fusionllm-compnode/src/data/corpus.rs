@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
 
-use super::files::{Content, LeftOut, read, shown, text_files};
-use super::tokenizer::Coverage;
-use super::{ReadableData, Tokenizer};
+use super::files::{Content, LeftOut, TextFile, read, shown, text_files};
+use super::tokenizer::{Coverage, pieces};
+use super::{ReadableData, Reading, Tokenizer, Tokens};
 use crate::DataError;
 
 /// A larger share of characters without a token is a mistake, not a stray sign.
@@ -18,11 +18,27 @@ const REMEMBERED: (usize, usize) = (1000, 200_000);
 /// Sentences that a report has at most.
 const MOST_NOTES: usize = 24;
 
+/// Bytes of text of which a tokenizer makes one token on average, at the most.
+const LONG_TOKEN_BYTES: u64 = 8;
+
+/// Before anything is read: whether there is memory for the files that the job names, as tokens, and for the text of the
+/// largest one. What folders hold is known only when it is read.
+fn check_room(files: &[TextFile], tokenizer: &Tokenizer, reading: &Reading) -> Result<(), DataError> {
+    let named = files.iter().filter(|file| file.named).filter_map(|file| std::fs::metadata(&file.path).ok());
+    let (sum, largest) =
+        named.fold((0u64, 0), |(sum, largest), file| (sum.saturating_add(file.len()), file.len().max(largest)));
+    let tokens = match tokenizer {
+        Tokenizer::Bytes => sum,
+        Tokenizer::HuggingFace(_) => sum / LONG_TOKEN_BYTES,
+    };
+    reading.fits(tokens.saturating_mul(Tokens::width(tokenizer.entries())).saturating_add(largest))
+}
+
 /// The tokens of all files.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Corpus {
-    train: Vec<i32>,
-    eval: Vec<i32>,
+    train: Tokens,
+    eval: Tokens,
     coverage: Coverage,
     files: Vec<FileFingerprint>,
     tokenizer: TokenizerFingerprint,
@@ -38,32 +54,32 @@ impl Corpus {
     /// # Errors
     /// [`DataError`] if there is too little text, something cannot be read, or the tokenizer drops much of it.
     pub fn read(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Self, DataError> {
-        Self::read_within(spec, tokenizer, &ReadableData::everything())
+        Self::read_within(spec, tokenizer, &ReadableData::everything(), &Reading::default())
     }
 
-    /// The same for a job of somebody else, who may have read only what is `readable`.
+    /// The same for a job of somebody else, who may have read only what is `readable`, and may stop it.
     ///
     /// # Errors
-    /// As [`Self::read`], and [`DataError::NotReadable`].
-    pub fn read_within(spec: &DataSpec, tokenizer: &Tokenizer, readable: &ReadableData) -> Result<Self, DataError> {
+    /// As [`Self::read`], and [`DataError::NotReadable`], [`DataError::Stopped`] or [`DataError::Memory`].
+    pub(crate) fn read_within(
+        spec: &DataSpec,
+        tokenizer: &Tokenizer,
+        readable: &ReadableData,
+        reading: &Reading,
+    ) -> Result<Self, DataError> {
         readable.check(spec)?;
-        let mut corpus = Self {
-            train: Vec::new(),
-            eval: Vec::new(),
-            coverage: Coverage::default(),
-            files: Vec::new(),
-            tokenizer: tokenizer.fingerprint(),
-            trained_entries: tokenizer.trained_entries(),
-            notes: Vec::new(),
-        };
+        let mut corpus = Self::empty(tokenizer);
         let mut left_out = LeftOut::new(spec.private);
         let mut marks = 0;
-        for file in text_files(&spec.path, &mut left_out)? {
-            match read(&file.path, readable)? {
+        let files = text_files(&spec.path, &mut left_out, reading)?;
+        check_room(&files, tokenizer, reading)?;
+        for file in files {
+            reading.holds(corpus.bytes());
+            match read(&file.path, readable, reading)? {
                 Content::Text(text, _) if text.is_empty() => left_out.add("empty", &file.name),
                 Content::Text(text, mark) => {
                     marks += usize::from(mark);
-                    corpus.push(shown(&file.name, spec.private), &text, spec.eval_fraction, tokenizer)?;
+                    corpus.push(shown(&file.name, spec.private), &text, spec.eval_fraction, tokenizer, reading)?;
                 }
                 Content::Other(_, reason) if file.named => return Err(DataError::Path { path: file.path, reason }),
                 Content::Other(reason, _) => left_out.add(reason, &file.name),
@@ -86,14 +102,47 @@ impl Corpus {
         Ok(corpus)
     }
 
-    fn push(&mut self, name: String, text: &str, eval_fraction: f64, tokenizer: &Tokenizer) -> Result<(), DataError> {
+    fn empty(tokenizer: &Tokenizer) -> Self {
+        Self {
+            train: Tokens::new(tokenizer.entries()),
+            eval: Tokens::new(tokenizer.entries()),
+            coverage: Coverage::default(),
+            files: Vec::new(),
+            tokenizer: tokenizer.fingerprint(),
+            trained_entries: tokenizer.trained_entries(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// Bytes of memory of all tokens.
+    fn bytes(&self) -> u64 {
+        self.train.bytes().saturating_add(self.eval.bytes())
+    }
+
+    fn push(
+        &mut self,
+        name: String,
+        text: &str,
+        eval_fraction: f64,
+        tokenizer: &Tokenizer,
+        reading: &Reading,
+    ) -> Result<(), DataError> {
         let held_out = (text.len() as f64 * eval_fraction).ceil() as usize;
         let cut = text.floor_char_boundary(text.len().saturating_sub(held_out));
         let (train, eval) = text.split_at(cut);
-        self.train.extend(tokenizer.encode(train)?);
-        self.eval.extend(tokenizer.encode(eval)?);
-        for part in [train, eval] {
-            self.coverage.add(&tokenizer.coverage(part)?);
+        let mut held = self.bytes().saturating_add(text.len() as u64);
+        for (part, tokens) in [(train, &mut self.train), (eval, &mut self.eval)] {
+            tokenizer.encode_pieces(part, reading, |ids| {
+                let before = tokens.bytes();
+                tokens.extend(ids);
+                held = held.saturating_add(tokens.bytes() - before);
+                reading.holds(held);
+                reading.fits(0)
+            })?;
+            for piece in pieces(part) {
+                reading.moved(piece.len())?;
+                self.coverage.add(&tokenizer.coverage(piece)?);
+            }
         }
         let hash = content_hash(text.as_bytes());
         self.files.push(FileFingerprint { name, bytes: text.len() as u64, train_bytes: cut as u64, hash });
@@ -116,7 +165,7 @@ impl Corpus {
 
     fn unknown_tokens(&self, tokenizer: &Tokenizer) -> usize {
         let Some(unknown) = tokenizer.unknown() else { return 0 };
-        self.train.iter().chain(&self.eval).filter(|&&token| token == unknown).count()
+        self.train.iter().chain(self.eval.iter()).filter(|&token| token == unknown).count()
     }
 
     /// What the user must know.
@@ -167,12 +216,12 @@ impl Corpus {
     }
 
     /// Tokens to train on.
-    pub fn train(&self) -> &[i32] {
+    pub fn train(&self) -> &Tokens {
         &self.train
     }
 
     /// Tokens held out.
-    pub fn eval(&self) -> &[i32] {
+    pub fn eval(&self) -> &Tokens {
         &self.eval
     }
 
@@ -182,8 +231,8 @@ impl Corpus {
     /// # Errors
     /// [`DataError::Vocabulary`] with the largest id.
     pub fn check_vocabulary(&self, vocab: usize, can_grow: bool) -> Result<Option<String>, DataError> {
-        let tokens = self.train.iter().chain(&self.eval);
-        let largest = tokens.filter_map(|&id| usize::try_from(id).ok()).max().unwrap_or(0);
+        let tokens = self.train.iter().chain(self.eval.iter());
+        let largest = tokens.filter_map(|id| usize::try_from(id).ok()).max().unwrap_or(0);
         let id = largest.max(self.trained_entries.saturating_sub(1));
         if id >= vocab {
             let tokenizer = self.tokenizer.name.clone();
@@ -209,13 +258,13 @@ impl Corpus {
     /// Counts, and the loss of a unigram model of the training split (add-one smoothed) on the held-out tokens.
     pub fn report(&self, vocab: usize) -> DataReport {
         let mut counts = vec![1.0f64; vocab.max(1)];
-        for &token in &self.train {
+        for token in self.train.iter() {
             if let Some(count) = usize::try_from(token).ok().and_then(|t| counts.get_mut(t)) {
                 *count += 1.0;
             }
         }
         let total: f64 = counts.iter().sum();
-        let nats = |&token: &i32| usize::try_from(token).ok().and_then(|t| counts.get(t)).map(|c| -(c / total).ln());
+        let nats = |token: i32| usize::try_from(token).ok().and_then(|t| counts.get(t)).map(|c| -(c / total).ln());
         let sum: f64 = self.eval.iter().filter_map(nats).sum();
         let tokens = (self.train.len() + self.eval.len()) as f64;
         DataReport {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::content_hash;
 
-use super::ReadableData;
+use super::{ReadableData, Reading};
 use crate::DataError;
 
 /// Folders that hold no text worth learning, even where no ignore file says so.
@@ -17,6 +17,11 @@ const UNREADABLE: &str = "unreadable";
 const NAMED: usize = 3;
 /// Entries that are looked at to say what a folder's rules leave out.
 const MOST_ENTRIES: usize = 100_000;
+
+/// Bytes of a file that are read at once.
+const PART_BYTES: u64 = 1 << 20;
+/// The byte order mark.
+const MARK: char = '\u{feff}';
 
 /// One file to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +73,11 @@ pub(super) fn shown(name: &str, private: bool) -> String {
 }
 
 /// All files that `paths` mean, each once, in the order of their paths.
-pub(super) fn text_files(paths: &[PathBuf], left_out: &mut LeftOut) -> Result<Vec<TextFile>, DataError> {
+pub(super) fn text_files(
+    paths: &[PathBuf],
+    left_out: &mut LeftOut,
+    reading: &Reading,
+) -> Result<Vec<TextFile>, DataError> {
     let mut files: BTreeMap<PathBuf, TextFile> = BTreeMap::new();
     for root in paths {
         let fail = |reason: String| DataError::Path { path: root.clone(), reason };
@@ -91,6 +100,7 @@ pub(super) fn text_files(paths: &[PathBuf], left_out: &mut LeftOut) -> Result<Ve
         };
         let mut taken = BTreeSet::new();
         for entry in walk(root) {
+            reading.moved(1)?;
             let path = match entry {
                 Ok(entry) => entry.into_path(),
                 Err(error) => {
@@ -234,30 +244,62 @@ pub(super) enum Content {
 }
 
 /// Reads a file, if it may be read. One that cannot be read is as one that holds no text: where it is named, that is said.
-pub(super) fn read(path: &Path, readable: &ReadableData) -> Result<Content, DataError> {
+pub(super) fn read(path: &Path, readable: &ReadableData, reading: &Reading) -> Result<Content, DataError> {
+    let unreadable = |error: std::io::Error| Ok(Content::Other(UNREADABLE, error.to_string()));
+    let mut file = match readable.open(path) {
+        Ok(file) => file,
+        Err(error) => return unreadable(error),
+    };
     let mut bytes = Vec::new();
-    if let Err(error) = readable.open(path).and_then(|mut file| file.read_to_end(&mut bytes)) {
-        return Ok(Content::Other(UNREADABLE, error.to_string()));
+    if let Ok(size) = file.metadata().map(|metadata| metadata.len()) {
+        // Growing would fill twice the memory. Where there is none for it, it grows nevertheless.
+        let _ = bytes.try_reserve_exact(usize::try_from(size).unwrap_or(usize::MAX).saturating_add(1));
     }
-    Ok(match String::from_utf8(bytes) {
-        Ok(text) => match text.find('\0') {
+    let mut checked = 0;
+    loop {
+        match file.by_ref().take(PART_BYTES).read_to_end(&mut bytes) {
+            Ok(0) => break,
+            Ok(read) => reading.moved(read)?,
+            Err(error) => return unreadable(error),
+        }
+        // What is no text is not read to its end: it may be large.
+        let valid = match std::str::from_utf8(&bytes[checked..]) {
+            Ok(text) => text.len(),
+            Err(error) if error.error_len().is_some() => break,
+            Err(error) => error.valid_up_to(),
+        };
+        let from = checked;
+        checked += valid;
+        if bytes[from..checked].contains(&0) {
+            bytes.truncate(checked);
+            break;
+        }
+        reading.fits(bytes.len() as u64)?;
+    }
+    Ok(content(bytes))
+}
+
+/// What the bytes of a file are, up to the first that is none of a text.
+fn content(bytes: Vec<u8>) -> Content {
+    match String::from_utf8(bytes) {
+        Ok(mut text) => match text.find('\0') {
             Some(at) => Content::Other("with NUL bytes", format!("it has a NUL byte at {at}, so it is no text")),
-            None => match text.strip_prefix('\u{feff}') {
-                Some(rest) => Content::Text(rest.to_owned(), true),
-                None => Content::Text(text, false),
-            },
+            None if text.starts_with(MARK) => {
+                text.replace_range(..MARK.len_utf8(), "");
+                Content::Text(text, true)
+            }
+            None => Content::Text(text, false),
         },
         Err(error) => {
             let at = error.utf8_error().valid_up_to();
-            let bytes = error.as_bytes();
-            match bytes {
+            match error.as_bytes() {
                 [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => {
                     Content::Other("UTF-16, expected UTF-8", "it is UTF-16, expected UTF-8 text".to_owned())
                 }
                 _ => Content::Other("not UTF-8 text", format!("not UTF-8 text (byte {at} is not)")),
             }
         }
-    })
+    }
 }
 
 #[cfg(test)]
@@ -267,7 +309,11 @@ mod tests {
     use super::*;
 
     fn names(root: &Path, left_out: &mut LeftOut) -> Vec<String> {
-        text_files(&[root.to_owned()], left_out).unwrap().into_iter().map(|file| file.name).collect()
+        text_files(&[root.to_owned()], left_out, &Reading::default())
+            .unwrap()
+            .into_iter()
+            .map(|file| file.name)
+            .collect()
     }
 
     #[test]
@@ -311,7 +357,7 @@ mod tests {
             assert_eq!(reason, "permission denied");
         }
         let Content::Other(UNREADABLE, reason) =
-            read(&root.join("patients/one.txt"), &ReadableData::everything()).unwrap()
+            read(&root.join("patients/one.txt"), &ReadableData::everything(), &Reading::default()).unwrap()
         else {
             panic!()
         };

@@ -1,6 +1,7 @@
 //! Text as token ids: bytes, or a Hugging Face tokenizer.
 
 mod coverage;
+mod pieces;
 
 use std::io::Read;
 use std::path::Path;
@@ -13,7 +14,7 @@ use tokenizers::{Model, PostProcessor};
 
 use super::ReadableData;
 use crate::DataError;
-pub(crate) use coverage::Coverage;
+pub(crate) use coverage::{Coverage, pieces};
 
 /// Where the tokenizer of a model's directory is said to lie.
 const OF_MODEL: &str = "tokenizer.json of model.path";
@@ -113,9 +114,7 @@ impl Tokenizer {
             Self::Bytes => Ok(text.bytes().map(i32::from).collect()),
             Self::HuggingFace(tokenizer) => {
                 let encoding = tokenizer.inner.encode_fast(text, false).map_err(|e| tokenizer.fail(e.to_string()))?;
-                let id =
-                    |&id: &u32| i32::try_from(id).map_err(|_| tokenizer.fail(format!("token id {id} is out of range")));
-                encoding.get_ids().iter().map(id).collect()
+                encoding.get_ids().iter().map(|&id| tokenizer.id(id)).collect()
             }
         }
     }
@@ -225,6 +224,10 @@ impl Tokenizer {
 impl FileTokenizer {
     fn fail(&self, reason: String) -> DataError {
         DataError::Tokenizer { path: self.name.clone(), reason }
+    }
+
+    fn id(&self, id: u32) -> Result<i32, DataError> {
+        i32::try_from(id).map_err(|_| self.fail(format!("token id {id} is out of range")))
     }
 
     fn trained_entries(&self) -> usize {

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use fusionllm_codec::{Codec, ElementType, Values};
 use fusionllm_graph::{OpId, ParamId};
-use fusionllm_planner::{EdgeId, PassPlan, Pipeline, Stage, StageId};
+use fusionllm_planner::{EdgeId, PassPlan, Pipeline, Stage, StageEdge, StageId, TiedParam};
 use fusionllm_protocol::{JobSpec, OpDataHeader, Pass, WeightSource, decode};
 use fusionllm_transport::{AdmitAll, EndpointConfig, FrameSink, FrameSource, Identity};
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::*;
 
@@ -57,6 +57,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         },
         peers,
         start_step: 2,
+        planned_bytes: 0,
         weights: WeightSource::Seed(0),
         tokenizer: None,
     }
@@ -142,6 +143,24 @@ async fn each_message_comes_once_and_in_order_however_often_the_connection_is_lo
         () = cutter => unreachable!(),
     }
     sent.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_dials_does_so_again_though_it_has_sent_nothing() {
+    let [left, right] = pair().await;
+    left.links.dial_all();
+    for _ in 0..3 {
+        until("it is connected", || right.links.sessions[0].borrow().is_some()).await;
+        let session = right.links.sessions[0].borrow().clone().unwrap();
+        session.close(1, "cut");
+        until("that is noticed", || right.links.sessions[0].borrow().as_ref().is_none_or(|s| !s.is_same(&session)))
+            .await;
+    }
+    until("it is connected again", || right.links.sessions[0].borrow().is_some()).await;
+    let (mut sending, mut taking, slot) = (right.exchange(), left.exchange(), slot(BACK, 2, 0));
+    spawn_blocking(move || sending.send(message(0, slot))).await.unwrap().unwrap();
+    timeout(SOON, spawn_blocking(move || taking.receive(slot))).await.unwrap().unwrap().unwrap();
+    [left, right].iter().for_each(|side| side.links.abort("the test is over"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

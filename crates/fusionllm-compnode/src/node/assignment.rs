@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::burn_executor::BurnExecutor;
 use crate::checkpoint::ShardFile;
-use crate::data::{Batches, Corpus, ReadableData, TextBatches, Tokenizer};
+use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
 use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
 use crate::residuals;
@@ -65,8 +65,12 @@ pub(super) struct BuildSite {
     pub(super) device: Device,
     /// Bytes that a job may fill, if that is known.
     pub(super) free_bytes: Option<u64>,
+    /// Bytes of the machine's memory that are free, where the device has its own.
+    pub(super) host_bytes: Option<u64>,
     /// What the job may read here.
     pub(super) readable: Arc<ReadableData>,
+    /// How far that is; others watch it.
+    pub(super) reading: Arc<Reading>,
     pub(super) permit: OwnedSemaphorePermit,
     /// Closed when the job is dropped.
     pub(super) mailbox: Arc<Mailbox>,
@@ -98,8 +102,17 @@ pub(super) fn prepare(
             room,
         });
     }
+    let planned = assignment.planned_bytes.max(needed);
+    if let Some(room) = site.free_bytes.filter(|&room| planned > room) {
+        let what = "parameters, their state, activations and messages, as planned,".to_owned();
+        return Err(CompNodeError::Memory { what, needed: planned, room });
+    }
     site.check()?;
-    let (batches, data) = open_data(assignment, &dag, &site.readable)?;
+    // On a CPU, all that and the tokens lie in the same memory.
+    if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {
+        site.reading.limit(room);
+    }
+    let (batches, data) = open_data(assignment, &dag, &site)?;
     site.check()?;
     let device = site.device.clone();
     let mut executor = BurnExecutor::new(Arc::clone(&dag), placement, node, device, optimizer, spec.train.seed)?;
@@ -137,15 +150,15 @@ fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, optimizer: &
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);
 
 /// Reads the data if this CompNode holds the placeholders.
-fn open_data(assignment: &Assignment, dag: &OpDag, readable: &ReadableData) -> Result<OpenedData, CompNodeError> {
+fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
     let placeholders = [dag.input(), dag.label()];
     let holds = |op| assignment.placement.stages_of(assignment.node).any(|s| s.ops.contains(&op));
     if !placeholders.into_iter().flatten().any(holds) {
         return Ok((None, None));
     }
     let spec = &assignment.spec;
-    let tokenizer = Tokenizer::of_job_within(&spec.data, assignment.tokenizer.as_deref(), readable)?;
-    let corpus = Corpus::read_within(&spec.data, &tokenizer, readable)?;
+    let tokenizer = Tokenizer::of_job_within(&spec.data, assignment.tokenizer.as_deref(), &site.readable)?;
+    let corpus = Corpus::read_within(&spec.data, &tokenizer, &site.readable, &site.reading)?;
     let vocab = dag.logits().and_then(|op| dag.op(op).output.shape.resolve(1).last().copied());
     let vocab = vocab.ok_or_else(|| ExecutorError::Internal { what: "the graph has no logits".to_owned() })?;
     let note = corpus.check_vocabulary(vocab, spec.model.path.is_none())?;

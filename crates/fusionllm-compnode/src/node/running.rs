@@ -1,7 +1,7 @@
 //! A job on this CompNode, from assignment to end.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use fusionllm_codec::Codec;
@@ -11,14 +11,14 @@ use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::assignment::{BuildSite, JobKey, Prepared, prepare};
 use super::survey::Surveyor;
 use super::{NodeEvent, blob};
 use crate::checkpoint::ShardFile;
 use crate::codec_table::CodecTable;
-use crate::data::ReadableData;
+use crate::data::{ReadableData, Reading};
 use crate::executor::LazyTensor;
 use crate::links::{EdgeTensors, JobLinks, NetworkExchange};
 use crate::mailbox::Mailbox;
@@ -28,6 +28,9 @@ use crate::{CompNodeError, ShardError};
 
 /// How long a job waits for the memory of the one before: its compute thread ends with the op at hand.
 const RELEASE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How often the broker hears that data is still being read: several times in what it waits for that.
+const TELL_READING: Duration = Duration::from_secs(20);
 
 /// What a job is built with.
 pub(super) struct Place {
@@ -88,12 +91,16 @@ impl RunningJob {
         };
         let peers = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
         let mailbox = Arc::clone(&links.mailbox);
+        let reading = Arc::new(Reading::new(mailbox.stop_flag()));
+        links.spawn(tell_reading(Arc::downgrade(&reading), TELL_READING, key, events.clone()));
         tokio::spawn(async move {
             let result = match timeout(RELEASE_LIMIT, memory.acquire_owned()).await {
                 Ok(Ok(permit)) => {
                     let built = spawn_blocking(move || {
-                        let (device, free_bytes) = (surveyor.device.clone(), surveyor.room());
-                        prepare(&assignment, BuildSite { device, free_bytes, readable, permit, mailbox }, receiver)
+                        let (free_bytes, host_bytes) = (surveyor.room(), surveyor.host_room());
+                        let device = surveyor.device;
+                        let site = BuildSite { device, free_bytes, host_bytes, readable, reading, permit, mailbox };
+                        prepare(&assignment, site, receiver)
                     });
                     let built = built.await;
                     built.unwrap_or_else(|e| Err(e.into()))
@@ -194,6 +201,21 @@ impl RunningJob {
     }
 }
 
+/// Tells the broker that data is being read, after each `every` in which that went on, until it is over.
+async fn tell_reading(reading: Weak<Reading>, every: Duration, key: JobKey, events: mpsc::Sender<NodeEvent>) {
+    let mut before = 0;
+    loop {
+        sleep(every).await;
+        let Some(progress) = reading.upgrade().map(|reading| reading.progress()) else { return };
+        if progress != before {
+            before = progress;
+            let message = FromCompNode::Reading { job: key.job, generation: key.generation };
+            // If the loop is gone nobody needs to know.
+            let _ = events.send(NodeEvent::Tell(Box::new(message))).await;
+        }
+    }
+}
+
 /// The task loop's reports as events; its checkpoints as shards.
 struct NodeSink {
     key: JobKey,
@@ -250,4 +272,30 @@ async fn upload_shards(
         way.send_over(&header, step, &Arc::new(shard)).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_protocol::{Generation, JobId};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_broker_hears_of_reading_while_it_goes_on_and_only_then() {
+        let key = JobKey { job: JobId(3), generation: Generation(2) };
+        let every = Duration::from_millis(1);
+        let (events, mut inbox) = mpsc::channel(64);
+        let reading = Arc::new(Reading::default());
+        let telling = tokio::spawn(tell_reading(Arc::downgrade(&reading), every, key, events));
+        for _ in 0..3 {
+            reading.moved(1).unwrap();
+            let Some(NodeEvent::Tell(message)) = inbox.recv().await else { panic!("nothing is told") };
+            assert_eq!(*message, FromCompNode::Reading { job: JobId(3), generation: Generation(2) });
+        }
+        // It stands still, and ends.
+        sleep(20 * every).await;
+        drop(reading);
+        telling.await.unwrap();
+        assert!(inbox.recv().await.is_none());
+    }
 }

@@ -76,6 +76,22 @@ impl Surveyor {
         }
     }
 
+    /// Tells the broker what a job may fill now. Asking may take a moment: some devices have a tool for it.
+    pub(super) fn tell_room(&self, events: mpsc::Sender<NodeEvent>) {
+        let surveyor = self.clone();
+        spawn_blocking(move || {
+            if let Some(bytes) = surveyor.room() {
+                // If the loop is gone, or has too much to do, the next time will do.
+                let _ = events.try_send(NodeEvent::Tell(Box::new(FromCompNode::Room { bytes })));
+            }
+        });
+    }
+
+    /// Bytes of the machine's memory that are free, where the device has memory of its own.
+    pub(super) fn host_room(&self) -> Option<u64> {
+        if self.choice.is_cpu() { None } else { free_bytes(DeviceChoice::Cpu) }
+    }
+
     /// What the ops of a job take, out of the file if it is there. For a blocking thread.
     fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);

@@ -10,13 +10,14 @@ use fusionllm_protocol::{
     BlobHeader, BlobKind, Channel, ControlStream, Greeting, JobSpec, PeerFrame, PeerRecord, WeightSource, Welcome,
     decode, encode,
 };
-use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, PeerAddr, Secret, probe};
+use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::burn_executor::BurnExecutor;
 use crate::checkpoint::write_shard;
+use crate::device::DeviceChoice;
 use crate::executor::{Executor, NamedTensor};
 use crate::links::peer_addr;
 use crate::optimizer::OptimizerSpec;
@@ -106,7 +107,17 @@ impl BrokerEnd {
         self.sink.send(&encode(&frame).unwrap()).await.unwrap();
     }
 
+    /// The next message that does not only say how much memory is free.
     async fn hear_any(&mut self) -> FromCompNode {
+        loop {
+            match self.hear_all().await {
+                FromCompNode::Room { .. } => {}
+                message => return message,
+            }
+        }
+    }
+
+    async fn hear_all(&mut self) -> FromCompNode {
         let frame = timeout(SOON, self.source.recv()).await.expect("it says something").unwrap().unwrap();
         self.control.receive(decode(&frame).unwrap()).unwrap().unwrap()
     }
@@ -157,6 +168,7 @@ fn assignment(spec: JobSpec, dag: &OpDag, generation: u32, weights: WeightSource
         placement,
         peers: vec![PeerRecord { id: [0; 32], addrs: Vec::new() }],
         start_step: 0,
+        planned_bytes: 0,
         weights,
         tokenizer: None,
     }
@@ -286,7 +298,21 @@ async fn what_does_not_fit_is_refused_with_the_numbers_before_it_is_tried() {
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
     // 200,000,000 rows of 16 numbers, four times.
     assert!(reason.contains("optimizer state take 51.20 GB here, jobs may fill 1.0 MB"), "{reason}");
+    // Nor is what the plan counts on, where the parameters alone would fit.
+    let spec = self::spec(house.folder.path(), "steps = 2");
+    let job = Assignment { planned_bytes: 2_000_000, ..assignment(spec, &self::dag(256), 2, WeightSource::Seed(1)) };
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
+    assert!(reason.contains("as planned, take 2.0 MB here, jobs may fill 1.0 MB"), "{reason}");
     assert!(began.elapsed() < SOON / 2);
+    // The broker hears how much that is.
+    loop {
+        match broker.hear_all().await {
+            FromCompNode::Room { bytes } => break assert!(bytes <= 1_000_000, "{bytes}"),
+            FromCompNode::Heartbeat { number } => broker.say(FromBroker::HeartbeatAck { number, now_s: 1.0 }).await,
+            message => panic!("{message:?}"),
+        }
+    }
     house.compnode.abort();
 }
 

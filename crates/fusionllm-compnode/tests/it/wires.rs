@@ -62,6 +62,7 @@ async fn wires(run: &Run) -> Vec<Arc<JobLinks>> {
             placement: run.placement.clone(),
             peers: peers.clone(),
             start_step: 0,
+            planned_bytes: 0,
             weights: WeightSource::Seed(0),
             tokenizer: None,
         };

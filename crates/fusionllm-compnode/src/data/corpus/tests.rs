@@ -18,6 +18,10 @@ fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
     }
 }
 
+fn ids(tokens: &Tokens) -> Vec<i32> {
+    tokens.iter().collect()
+}
+
 #[test]
 fn folders_are_read_in_order_and_ignored_files_passed_over() {
     let folder = tempfile::tempdir().unwrap();
@@ -30,8 +34,8 @@ fn folders_are_read_in_order_and_ignored_files_passed_over() {
     std::fs::create_dir(folder.path().join("target")).unwrap();
     write("target/c.txt", b"build output");
     let corpus = Corpus::read(&spec(&[folder.path()], 1), &Tokenizer::Bytes).unwrap();
-    assert_eq!(Tokenizer::Bytes.decode(corpus.train()), "abcefg");
-    assert_eq!(Tokenizer::Bytes.decode(corpus.eval()), "dh");
+    assert_eq!(Tokenizer::Bytes.decode(&ids(corpus.train())), "abcefg");
+    assert_eq!(Tokenizer::Bytes.decode(&ids(corpus.eval())), "dh");
     let report = corpus.report(256);
     assert_eq!(report.files, 2);
     let notes = report.notes.join("\n");
@@ -86,7 +90,7 @@ fn what_is_left_out_of_a_folder_is_counted_and_named() {
     assert!(
         notes.contains("byte order mark at the start of 1 files") && notes.contains("`good.txt` is `copy.txt` again")
     );
-    assert!(!Tokenizer::Bytes.decode(corpus.train()).contains('\u{feff}'));
+    assert!(!Tokenizer::Bytes.decode(&ids(corpus.train())).contains('\u{feff}'));
 
     // Where data is private, names stay with its owner.
     let private = DataSpec { private: true, ..spec(&[folder.path()], 1) };
@@ -252,4 +256,65 @@ fn a_token_beyond_the_vocabulary_is_an_error() {
     assert!(error.ends_with("give in data.tokenizer the tokenizer that the model was made with"), "{error}");
     assert_eq!(corpus.check_vocabulary(256, true).unwrap(), None);
     assert!(corpus.check_vocabulary(300, true).unwrap().unwrap().contains("256 entries, the model's vocabulary 300"));
+}
+
+/// Reads these files as somebody who has so much memory, or who has stopped.
+fn read_with(paths: &[&Path], tokenizer: &Tokenizer, reading: &Reading) -> Result<Corpus, DataError> {
+    Corpus::read_within(&spec(paths, 4), tokenizer, &ReadableData::everything(), reading)
+}
+
+#[test]
+fn reading_ends_when_nobody_wants_it_and_says_how_far_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["a.txt", "b.txt"] {
+        std::fs::write(folder.path().join(name), "some text\n".repeat(100)).unwrap();
+    }
+    let stop = crate::stop::StopFlag::default();
+    let reading = Reading::new(stop.clone());
+    read_with(&[folder.path()], &Tokenizer::Bytes, &reading).unwrap();
+    assert!(reading.progress() > 2000, "{}", reading.progress());
+    stop.set();
+    let reading = Reading::new(stop);
+    let stopped = read_with(&[folder.path()], &Tokenizer::Bytes, &reading);
+    assert!(matches!(stopped, Err(DataError::Stopped)), "{stopped:?}");
+    assert!(reading.progress() < 10, "no file was read");
+}
+
+#[test]
+fn what_does_not_fit_beside_the_model_is_refused_with_the_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.txt");
+    std::fs::write(&file, "some text\n".repeat(100)).unwrap();
+    std::fs::write(folder.path().join("b.txt"), "some text\n".repeat(50)).unwrap();
+    // Two bytes a token, and the text of the largest file.
+    for (path, room, is_refused) in
+        [(&*file, 3000, false), (&*file, 2999, true), (folder.path(), 3500, false), (folder.path(), 3499, true)]
+    {
+        let reading = Reading::default();
+        reading.limit(room);
+        let read = read_with(&[path], &Tokenizer::Bytes, &reading);
+        match read {
+            Err(DataError::Memory { needed, room: of }) if is_refused => {
+                assert!(needed > room && of == room, "{needed} of {of}");
+            }
+            read => assert_eq!((read.is_err(), is_refused), (false, false), "{room}: {read:?}"),
+        }
+        // A named file is refused before it is read.
+        assert_eq!(reading.progress() == 0, is_refused && path == file);
+    }
+}
+
+/// A file that is no text is left out, however large it is.
+#[test]
+fn a_large_file_that_is_no_text_is_not_read_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a.txt"), "some text\n".repeat(100)).unwrap();
+    let mut film = vec![b'x'; 100];
+    film.push(0xff);
+    film.resize(20 << 20, b'x');
+    std::fs::write(folder.path().join("film"), film).unwrap();
+    let reading = Reading::default();
+    reading.limit(4 << 20);
+    let corpus = read_with(&[folder.path()], &Tokenizer::Bytes, &reading).unwrap();
+    assert_eq!(left_out(&corpus.report(256).notes, "not UTF-8 text"), "`film`");
 }

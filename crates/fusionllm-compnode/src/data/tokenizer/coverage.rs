@@ -73,7 +73,8 @@ pub(super) fn count(tokenizer: &tokenizers::Tokenizer, text: &str) -> tokenizers
     Ok(sum)
 }
 
-fn pieces(text: &str) -> impl Iterator<Item = &str> {
+/// A text in pieces, each of which [`count`] looks at as a whole.
+pub(crate) fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {

@@ -117,6 +117,26 @@ async fn a_broker_that_begins_anew_ends_the_job_and_may_give_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_goes_on_with_other_numbers_is_joined_anew() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    assert!(matches!(broker.hear_any().await, FromCompNode::Heartbeat { .. }));
+    broker.session.close(1, "cut");
+    // More messages than were ever sent.
+    let (wrong, resume) = house.welcome(Some(1000)).await;
+    assert!(resume.is_some());
+    assert_eq!(timeout(SOON, wrong.session.closed()).await.unwrap().code, Some(1), "it comes back");
+    let (mut broker, resume) = house.admit_to(None).await;
+    assert_eq!(resume, None, "it has forgotten");
+    // Both begin with 1 again.
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    broker.say(FromBroker::Assign(Box::new(job))).await;
+    let ready = broker.hear().await;
+    assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
+    house.compnode.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn weights_that_broke_off_with_the_connection_are_taken_from_the_next_one() {
     let house = House::new(None).await;
     let mut broker = house.admit().await;

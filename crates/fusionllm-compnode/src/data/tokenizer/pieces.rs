@@ -1,0 +1,163 @@
+//! A large text as tokens, piece by piece: a tokenizer takes some hundred bytes of memory for each word that it is given,
+//! and works for minutes without a pause.
+
+use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizer};
+
+use super::{FileTokenizer, Tokenizer};
+use crate::DataError;
+use crate::data::reading::Reading;
+
+/// About the size of a piece.
+const PIECE_BYTES: usize = 1 << 20;
+/// Text at each side of a cut that is held against what it gives without the cut.
+const AROUND_BYTES: usize = 1 << 10;
+/// Line ends that are tried before the piece grows.
+const TRIES: usize = 32;
+/// Bytes of memory for a byte of text that is encoded: where each came from, twice, and what describes its word.
+const WORD_BYTES: u64 = 64;
+
+impl Tokenizer {
+    /// Gives `take` the tokens of a text piece by piece: together what [`Self::encode`] gives.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if the tokenizer refuses the text, [`DataError::Stopped`] if nobody wants it any more,
+    /// [`DataError::Memory`] if there is none for it, and what `take` gives.
+    pub(crate) fn encode_pieces(
+        &self,
+        text: &str,
+        reading: &Reading,
+        mut take: impl FnMut(&[i32]) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let mut rest = text;
+        while !rest.is_empty() {
+            reading.check()?;
+            let (piece, after) = rest.split_at(self.cut(rest, reading)?);
+            let ids = match self {
+                Self::Bytes => self.encode(piece)?,
+                Self::HuggingFace(tokenizer) => {
+                    reading.fits(WORD_BYTES.saturating_mul(piece.len() as u64))?;
+                    tokenizer.encode_watched(piece, reading)?
+                }
+            };
+            reading.moved(piece.len())?;
+            take(&ids)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Where the first piece of a text ends. After it the tokens go on as if nothing had been cut: those around show it.
+    fn cut(&self, text: &str, reading: &Reading) -> Result<usize, DataError> {
+        let mut from = text.ceil_char_boundary(PIECE_BYTES);
+        let Self::HuggingFace(tokenizer) = self else { return Ok(from) };
+        while from < text.len() {
+            for _ in 0..TRIES {
+                let Some(at) = text[from..].find('\n').map(|at| from + at + 1) else { return Ok(text.len()) };
+                let start = text.floor_char_boundary(at.saturating_sub(AROUND_BYTES));
+                let end = text.ceil_char_boundary(at.saturating_add(AROUND_BYTES));
+                let mut parts = tokenizer.encode_watched(&text[start..at], reading)?;
+                parts.extend(tokenizer.encode_watched(&text[at..end], reading)?);
+                if parts == tokenizer.encode_watched(&text[start..end], reading)? {
+                    return Ok(at);
+                }
+                from = at;
+            }
+            from = text.ceil_char_boundary(from.saturating_add(PIECE_BYTES));
+        }
+        Ok(text.len())
+    }
+}
+
+impl FileTokenizer {
+    /// As the library encodes a text, and can be stopped after each word.
+    fn encode_watched(&self, text: &str, reading: &Reading) -> Result<Vec<i32>, DataError> {
+        let fail = |error: tokenizers::Error| match reading.check() {
+            Ok(()) => self.fail(error.to_string()),
+            Err(stopped) => stopped,
+        };
+        let tokenizer = &self.inner;
+        let mut words = tokenizer.get_added_vocabulary().extract_and_normalize(tokenizer.get_normalizer(), text);
+        if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut words).map_err(fail)?;
+        }
+        let model = tokenizer.get_model();
+        let word = |word: &tokenizers::NormalizedString| {
+            reading.moved(word.get().len())?;
+            model.tokenize(word.get())
+        };
+        words.tokenize(word).map_err(fail)?;
+        let words = words.get_splits(OffsetReferential::Original, OffsetType::None);
+        let ids = words.into_iter().flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|token| token.id));
+        ids.map(|id| self.id(id)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tokenizer.json with this pre-tokenizer, whose tokens are some bytes and pairs of them.
+    fn tokenizer(change: impl FnOnce(&mut serde_json::Value)) -> Tokenizer {
+        let mut keys: serde_json::Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+        for (id, (pair, merge)) in [("ab", "a b"), ("ĊĊ", "Ċ Ċ"), ("aĊ", "a Ċ"), ("Ġa", "Ġ a")].into_iter().enumerate()
+        {
+            keys["model"]["vocab"][pair] = (256 + id).into();
+            keys["model"]["merges"].as_array_mut().unwrap().push(merge.into());
+        }
+        change(&mut keys);
+        Tokenizer::from_json(keys.to_string(), "tok.json").unwrap()
+    }
+
+    fn pieces(tokenizer: &Tokenizer, text: &str) -> (Vec<i32>, usize) {
+        let (mut ids, mut count) = (Vec::new(), 0);
+        let reading = Reading::default();
+        tokenizer
+            .encode_pieces(text, &reading, |some| {
+                ids.extend_from_slice(some);
+                count += 1;
+                Ok(())
+            })
+            .unwrap();
+        assert!(reading.progress() >= text.len() as u64);
+        (ids, count)
+    }
+
+    #[test]
+    fn pieces_give_the_tokens_of_the_whole() {
+        let whole_words = |keys: &mut serde_json::Value| {
+            keys["pre_tokenizer"]["use_regex"] = true.into();
+        };
+        let prepends = |keys: &mut serde_json::Value| {
+            keys["normalizer"] = serde_json::json!({ "type": "Prepend", "prepend": "b" });
+        };
+        // Line ends that belong to what follows or goes before them, and some that do not.
+        let text = "ab a\n\nab\n a\nb b\n\n\n".repeat(PIECE_BYTES / 15);
+        let cases = [
+            (Tokenizer::Bytes, true),
+            (tokenizer(whole_words), true),
+            (tokenizer(|_| {}), true),
+            (tokenizer(prepends), false),
+        ];
+        for (tokenizer, is_cut) in cases {
+            let (ids, count) = pieces(&tokenizer, &text);
+            assert!(ids == tokenizer.encode(&text).unwrap(), "{tokenizer:?}");
+            assert_eq!(count > 1, is_cut, "{count} pieces");
+        }
+    }
+
+    #[test]
+    fn a_text_that_nobody_wants_any_more_is_let_go() {
+        let text = "ab a\n".repeat(10);
+        for tokenizer in [Tokenizer::Bytes, tokenizer(|_| {})] {
+            let stop = crate::stop::StopFlag::default();
+            let reading = Reading::new(stop.clone());
+            stop.set();
+            let taken = tokenizer.encode_pieces(&text, &reading, |_| panic!("a piece came"));
+            assert!(matches!(taken, Err(DataError::Stopped)));
+            if let Tokenizer::HuggingFace(tokenizer) = &tokenizer {
+                // In the middle of a piece, too.
+                assert!(matches!(tokenizer.encode_watched(&text, &reading), Err(DataError::Stopped)));
+            }
+        }
+    }
+}

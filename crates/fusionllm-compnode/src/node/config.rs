@@ -1,0 +1,36 @@
+//! What a CompNode is started with.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use fusionllm_transport::{Identity, Ticket};
+
+use crate::ReadableData;
+use crate::device::DeviceChoice;
+
+/// How to join.
+#[derive(Debug)]
+pub struct JoinConfig {
+    /// The broker's ticket.
+    pub ticket: Ticket,
+    /// Name shown to people; the broker makes it unique.
+    pub name: String,
+    /// What to compute with.
+    pub device: DeviceChoice,
+    /// This CompNode's key.
+    pub identity: Identity,
+    /// Where other CompNodes connect; port 0 is any.
+    pub bind: SocketAddr,
+    /// Addresses to announce besides those found, such as a forwarded port.
+    pub advertise: Vec<SocketAddr>,
+    /// Threads of the CPU device; all cores if not given.
+    pub threads: Option<usize>,
+    /// Bytes of memory that jobs may fill; what is free if not given.
+    pub memory_bytes: Option<u64>,
+    /// Where the device's measured profile is kept; nothing: nowhere, and it is measured anew.
+    pub profile_dir: Option<PathBuf>,
+    /// What jobs may read here as data.
+    pub readable: ReadableData,
+    /// Folder for weights and shards while they come and go: files without a name, as large as the state of a part.
+    pub scratch_dir: PathBuf,
+}
