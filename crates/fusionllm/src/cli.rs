@@ -101,7 +101,7 @@ pub(crate) struct Train {
     #[arg(long, value_name = "DIR", conflicts_with = "job")]
     pub(crate) resume: Option<PathBuf>,
     /// Go on from the checkpoint of this step
-    #[arg(long, value_name = "N", requires = "resume")]
+    #[arg(long, value_name = "N", requires = "resume", conflicts_with = "job")]
     pub(crate) step: Option<u64>,
     /// Device of every CompNode: auto, cpu, cuda[:N], vulkan[:N], metal, rocm[:N]
     #[arg(long, default_value = "auto")]

@@ -184,7 +184,8 @@ async fn run_job(
         let event = tokio::select! {
             event = events.next() => event.context("the broker ended before the job")?,
             () = interrupts.next() => {
-                broker.stop(job).await.map_err(broker_error)?;
+                // The second of two finds it stopped.
+                stop_if_at_work(broker, job).await?;
                 continue;
             }
             Death { name, status } = compnodes.death(), if cut_short.is_none() => {

@@ -463,6 +463,7 @@ fn usage() {
         "fusionllm trian job.toml",
         "fusionllm train",
         "fusionllm train job.toml --resume done",
+        "fusionllm train job.toml --step 3 --out run",
         "fusionllm train job.toml --stpes 3",
         "fusionllm train job.toml --compnodes 0",
         "fusionllm train job.toml --compnodes many",
