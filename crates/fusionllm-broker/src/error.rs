@@ -375,6 +375,14 @@ pub enum StoreError {
         /// The database's message.
         reason: String,
     },
+    /// Its file cannot be read or written.
+    #[error("job store {path}: {source}")]
+    Io {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// Another broker has it.
     #[error("job store {path} is in use by another broker, stop it or give another --state")]
     InUse {

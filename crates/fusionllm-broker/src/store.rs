@@ -71,10 +71,9 @@ pub(crate) struct Store {
 impl Store {
     /// Opens the store, or makes an empty one.
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
-        let fail = |reason: String| StoreError::Database { path: path.to_owned(), reason };
         let database = Database::create(path).map_err(|e| match e {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
-            other => fail(other.to_string()),
+            other => store_error(path, other.into()),
         })?;
         Self::of(path, database)
     }
@@ -88,12 +87,12 @@ impl Store {
     /// A store on other storage than a file.
     #[cfg(test)]
     pub(crate) fn on(path: &Path, storage: impl redb::StorageBackend) -> Result<Self, StoreError> {
-        let fail = |e: DatabaseError| StoreError::Database { path: path.to_owned(), reason: e.to_string() };
+        let fail = |e: DatabaseError| store_error(path, e.into());
         Self::of(path, redb::Builder::new().create_with_backend(storage).map_err(fail)?)
     }
 
     fn fail(&self, error: impl Into<redb::Error>) -> StoreError {
-        StoreError::Database { path: self.path.clone(), reason: error.into().to_string() }
+        store_error(&self.path, error.into())
     }
 
     fn check_version(&self) -> Result<(), StoreError> {
@@ -155,6 +154,15 @@ impl Store {
 
     fn entry(&self, job: u64, error: &serde_json::Error) -> StoreError {
         StoreError::Entry { path: self.path.clone(), job, reason: error.to_string() }
+    }
+}
+
+/// A full disk is not a damaged store.
+fn store_error(path: &Path, error: redb::Error) -> StoreError {
+    let path = path.to_owned();
+    match error {
+        redb::Error::Io(source) => StoreError::Io { path, source },
+        other => StoreError::Database { path, reason: other.to_string() },
     }
 }
 

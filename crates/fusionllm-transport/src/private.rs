@@ -19,7 +19,11 @@ pub fn read_private(path: &Path) -> Result<Option<String>, PrivateError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io(error)),
     };
-    check_mode(path, &file.metadata().map_err(io)?)?;
+    let metadata = file.metadata().map_err(io)?;
+    if metadata.is_dir() {
+        return Err(io(std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a directory, expected a file")));
+    }
+    check_mode(path, &metadata)?;
     let mut bytes = Vec::new();
     file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
     match String::from_utf8(bytes) {

@@ -3,6 +3,7 @@
 //! 0 done, 1 failed, 2 bad usage or bad input.
 
 use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Exit code of bad usage and bad input.
@@ -27,12 +28,12 @@ pub(crate) fn bad_input(error: impl fmt::Display) -> anyhow::Error {
 
 /// Prints the error in one line and gives its exit code. For a command that `only_tells` something it is none that nobody
 /// reads on.
-#[expect(clippy::print_stderr, reason = "the one place where errors reach the user")]
 pub(crate) fn failed(error: &anyhow::Error, only_tells: bool) -> ExitCode {
     if only_tells && error.chain().any(is_broken_pipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {}", in_one_line(&message(error)));
+    // Where nobody can be told, the exit code says it.
+    let _ = writeln!(std::io::stderr(), "error: {}", in_one_line(&message(error)));
     if error.chain().any(|e| e.is::<BadInput>()) { ExitCode::from(BAD_INPUT) } else { ExitCode::FAILURE }
 }
 

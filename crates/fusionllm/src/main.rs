@@ -28,7 +28,9 @@ fn main() -> ExitCode {
         Ok(filter) => filter,
         Err(error) => return exit::failed(&error, false),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    // Where a line cannot be written, on a full disk or to a reader that has gone, the work goes on without it.
+    let log = tracing_subscriber::fmt().log_internal_errors(false);
+    log.with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     std::panic::set_hook(Box::new(report_panic));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

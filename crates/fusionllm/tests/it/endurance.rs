@@ -26,6 +26,22 @@ fn training_whose_output_nobody_reads_any_more_is_stopped_and_says_so() {
     assert!(err.contains("standard output cannot be written"), "{err}");
 }
 
+/// A log on a full disk, or whose reader has gone, costs its lines and nothing else.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let bench = Bench::new();
+    let code = |line: &str| {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut command = bench.command(line);
+        command.env("FUSIONLLM_LOG", "info").stdin(Stdio::null()).stdout(Stdio::null()).stderr(full);
+        command.status().unwrap().code()
+    };
+    assert_eq!(code("plan none.toml"), Some(2));
+    assert_eq!(code("plan --unknown"), Some(2));
+    assert_eq!(code("train job.toml --out run"), Some(0));
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_compnode_process_that_dies_before_training_ends_the_run() {
