@@ -1,5 +1,6 @@
 //! The jobs of a broker on disk: an embedded database with one JSON record a job.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{DataFingerprint, Generation, JobId, JobSpec, JobState, JobSummary, RunId};
@@ -161,7 +162,8 @@ impl Store {
 fn store_error(path: &Path, error: redb::Error) -> StoreError {
     let path = path.to_owned();
     match error {
-        redb::Error::Io(source) => StoreError::Io { path, source },
+        // The database says so of a file that is none of its own.
+        redb::Error::Io(source) if source.kind() != ErrorKind::InvalidData => StoreError::Io { path, source },
         other => StoreError::Database { path, reason: other.to_string() },
     }
 }
@@ -198,6 +200,13 @@ mod tests {
         drop(store);
         let jobs = Store::open(&path).unwrap().jobs().unwrap();
         assert_eq!(jobs, [record(1), JobRecord { state: JobState::Done, ..record(2) }]);
+    }
+
+    #[test]
+    fn a_full_disk_is_not_called_damage() {
+        let full = redb::Error::Io(ErrorKind::StorageFull.into());
+        let text = store_error(Path::new("/s/broker.redb"), full).to_string();
+        assert!(!text.contains("damaged") && text.starts_with("job store /s/broker.redb: "), "{text}");
     }
 
     #[test]
