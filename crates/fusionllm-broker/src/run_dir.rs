@@ -29,6 +29,7 @@ use fusionllm_planner::{Placement, Prediction};
 use fusionllm_protocol::{Generation, Notice};
 use fusionllm_transport::read_regular;
 use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
 
 use crate::BrokerError;
 use crate::metrics::each_line;
@@ -203,8 +204,7 @@ pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
 /// # Errors
 /// [`BrokerError::Io`] that names the file.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
-    // As the process's mask has it.
-    write_atomic_with_mode(path, bytes, 0o666)
+    write_atomic_with_mode(path, bytes, FOR_ALL)
 }
 
 /// The same, readable by the owner alone.
@@ -212,8 +212,11 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), BrokerError
     write_atomic_with_mode(path, bytes, 0o600)
 }
 
-fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), BrokerError> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+/// What the process's mask leaves of it is what others may do.
+pub(crate) const FOR_ALL: u32 = 0o666;
+
+/// A file beside `path` that is to take its name, and is gone if it does not.
+pub(crate) fn temporary_for(path: &Path, mode: u32) -> std::io::Result<NamedTempFile> {
     let mut prefix = path.file_name().unwrap_or_default().to_owned();
     prefix.push(".");
     let mut builder = tempfile::Builder::new();
@@ -222,9 +225,19 @@ fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Br
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     #[cfg(not(unix))]
     let _ = mode;
+    builder.tempfile_in(folder_of(path))
+}
+
+/// The folder in which a file lies.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), BrokerError> {
+    let folder = folder_of(path);
     // What is wrong with the folder is said of the file, and not of a temporary one that nobody has heard of.
     std::fs::metadata(folder).map_err(|e| io_error(path, e))?;
-    let mut file = builder.tempfile_in(folder).map_err(|e| io_error(path, e))?;
+    let mut file = temporary_for(path, mode).map_err(|e| io_error(path, e))?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
     file.persist(path).map_err(|e| io_error(path, e.error))?;
     sync_folder(folder).map_err(|e| io_error(folder, e))
@@ -239,6 +252,20 @@ pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_secret_has_the_mode_of_any_file() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let (plain, shard, secret) = (folder.path().join("a"), folder.path().join("b"), folder.path().join("c"));
+        File::create(&plain).unwrap();
+        temporary_for(&shard, FOR_ALL).unwrap().persist(&shard).unwrap();
+        write_private(&secret, b"").unwrap();
+        assert_eq!((mode(&shard), mode(&secret)), (mode(&plain), 0o600));
+    }
 
     #[test]
     fn an_atomic_write_leaves_one_file_and_no_temporary() {

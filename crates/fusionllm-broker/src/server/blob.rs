@@ -15,7 +15,7 @@ use super::{Handle, blocking};
 use crate::BrokerError;
 use crate::checkpoint::{ShardHash, ShardPlace, StoredShard, TensorSet, make_partial, shard_name};
 use crate::core::{ConnectionId, CoreEvent, RunKey};
-use crate::run_dir::io_error;
+use crate::run_dir::{FOR_ALL, io_error, temporary_for};
 
 /// Content frames: small beside memory, large beside a packet.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -81,11 +81,10 @@ async fn store(
     let folder = place.partial(step, header.generation);
     let path = folder.join(shard_name(node));
     let run = place.run.clone();
-    let making = folder.clone();
-    blocking(move || make_partial(&making, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
+    blocking(move || make_partial(&folder, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
     let io = |e: std::io::Error| Dropped::Unusable(io_error(&path, e).to_string());
     // A name of its own: a writer whose connection broke must not write into the shard that is sent again.
-    let temporary = tempfile::NamedTempFile::new_in(&folder).map_err(io)?;
+    let temporary = temporary_for(&path, FOR_ALL).map_err(io)?;
     let (std_file, temporary) = temporary.into_parts();
     let mut file = File::from_std(std_file);
     let mut hash = ShardHash::default();
