@@ -220,14 +220,18 @@ mod tests {
         steps
     }
 
+    fn five_steps(path: &Path) {
+        let mut writer = MetricsWriter::open(path, 0).unwrap();
+        for step in 1..=5 {
+            writer.append(path, &testing::metrics(step, 2.0)).unwrap();
+        }
+    }
+
     #[test]
     fn a_resumed_run_drops_what_it_will_do_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut writer = MetricsWriter::open(&path, 0).unwrap();
-        for step in 1..=5 {
-            writer.append(&path, &testing::metrics(step, 2.0)).unwrap();
-        }
+        five_steps(&path);
         assert_eq!(steps(&path), [1, 2, 3, 4, 5]);
         let aside = folder.path().join("aside.jsonl");
         copy_after(&path, 3, &aside).unwrap();
@@ -256,11 +260,7 @@ mod tests {
     fn a_damaged_line_costs_no_other() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut writer = MetricsWriter::open(&path, 0).unwrap();
-        for step in 1..=5 {
-            writer.append(&path, &testing::metrics(step, 2.0)).unwrap();
-        }
-        drop(writer);
+        five_steps(&path);
         let damaged = std::fs::read_to_string(&path).unwrap().replacen("\"step\":2", "\"step\":!", 1);
         std::fs::write(&path, damaged).unwrap();
         assert_eq!(steps(&path), [1, 3, 4, 5]);

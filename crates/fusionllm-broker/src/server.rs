@@ -16,6 +16,7 @@ mod open_runs;
 mod records;
 mod refusals;
 mod start;
+mod watched;
 mod work;
 
 use std::net::SocketAddr;
@@ -42,6 +43,7 @@ use actor::{Command, RunDirChoice};
 use gate::Gate;
 use open_runs::OpenRuns;
 use start::{planned_by, restored, resumed_start, start_at, start_of};
+use watched::Watched;
 
 /// A job that was taken in, or why not.
 type Taken = Result<Submitted, BrokerError>;
@@ -78,9 +80,7 @@ pub struct Broker {
     handle: Handle,
     endpoint: Endpoint,
     listener: JoinHandle<()>,
-    actor: JoinHandle<()>,
-    /// It is not waited for again then.
-    has_ended: bool,
+    actor: Watched,
 }
 
 impl Broker {
@@ -119,11 +119,12 @@ impl Broker {
         }
         let (runs_dir, state_dir, reach) = (runs_dir.into(), state_dir.into(), Arc::new(reach));
         let to_self = commands.downgrade();
-        let actor = tokio::spawn(actor::run(core, actions, to_self, inbox, files, records, Arc::clone(&reach)));
+        let actor = actor::run(core, actions, to_self, inbox, files, records, Arc::clone(&reach));
+        let actor = Watched::new("the broker's task", tokio::spawn(actor));
         let handle = Handle { commands, runs_dir, state_dir, reach, open_runs };
         let listener = tokio::spawn(listen::run(endpoint.clone(), gate, handle.clone()));
         tracing::info!(addrs = ?ticket.broker.addrs, "the broker listens");
-        Ok(Self { ticket, ticket_path, handle, endpoint, listener, actor, has_ended: false })
+        Ok(Self { ticket, ticket_path, handle, endpoint, listener, actor })
     }
 
     /// The ticket by which CompNodes join.
@@ -198,19 +199,14 @@ impl Broker {
 
     /// Resolves when the broker has ended without having been asked to, by a defect of ours.
     pub async fn failed(&mut self) {
-        if let Err(error) = (&mut self.actor).await {
-            tracing::error!(%error, "the broker's task has failed");
-        }
-        self.has_ended = true;
+        self.actor.ended().await;
     }
 
     /// Sends the CompNodes away and ends. Jobs that run can be resumed by the next broker on the same state.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(mut self) {
         // If the actor has ended there is nobody to tell.
         let _ = self.handle.ask(|reply| Command::Shutdown { reply }).await;
-        if !self.has_ended {
-            let _ = timeout(GOODBYE_LIMIT, self.actor).await;
-        }
+        let _ = timeout(GOODBYE_LIMIT, self.actor.ended()).await;
         self.listener.abort();
         self.endpoint.close().await;
     }

@@ -62,9 +62,10 @@ fn take(size: usize) -> (*mut u8, bool) {
 /// It came from [`take`] or [`kernel::remap`] with a size of this class, and is not used any more.
 #[expect(unsafe_code, reason = "as an allocator")]
 unsafe fn give(block: *mut u8, size: usize) {
-    let mut spare = spare();
-    spare.put(block, class(size));
-    while let Some((block, class)) = spare.excess() {
+    spare().put(block, class(size));
+    loop {
+        // The kernel takes a while for a large block: nobody else waits for it.
+        let Some((block, class)) = spare().excess() else { return };
         unsafe { kernel::unmap(block, class) };
     }
 }

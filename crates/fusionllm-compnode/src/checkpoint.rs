@@ -6,4 +6,4 @@ mod shard_file;
 
 pub use hugging_face::export_hugging_face;
 pub use shard::{read_shard, write_shard, write_shard_to};
-pub(crate) use shard_file::ShardFile;
+pub(crate) use shard_file::{CHUNK_BYTES, ShardFile};

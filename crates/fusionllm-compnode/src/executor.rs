@@ -106,7 +106,11 @@ pub trait TensorSource {
     fn take(&mut self, name: &str) -> Result<Option<NamedTensor>, ShardError>;
 }
 
-/// Tensors that are all in memory.
+/// Tensors that are all in memory, as a source.
+pub fn by_name(tensors: impl IntoIterator<Item = NamedTensor>) -> BTreeMap<String, NamedTensor> {
+    tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect()
+}
+
 impl TensorSource for BTreeMap<String, NamedTensor> {
     fn take(&mut self, name: &str) -> Result<Option<NamedTensor>, ShardError> {
         Ok(self.remove(name))

@@ -1,6 +1,5 @@
 //! Text from a trained model.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use burn_tensor::Device;
@@ -12,7 +11,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::burn_executor::BurnExecutor;
-use crate::executor::{Executor, MicroBatch, NamedTensor};
+use crate::executor::{Executor, MicroBatch, NamedTensor, by_name};
 use crate::{CompNodeError, ExecutorError};
 
 /// How to draw tokens.
@@ -48,8 +47,7 @@ impl Generator {
         let logits = dag.logits().ok_or_else(|| unfit("loss op to take the logits from"))?;
         let seq_len = dag.seq_len().ok_or_else(|| unfit("sequence length"))?;
         let mut executor = BurnExecutor::up_to(dag, logits, device)?;
-        let mut by_name: BTreeMap<String, NamedTensor> = tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
-        executor.import(&mut by_name)?;
+        executor.import(&mut by_name(tensors))?;
         Ok(Self { executor, input, logits, seq_len })
     }
 

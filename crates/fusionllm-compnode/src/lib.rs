@@ -40,7 +40,7 @@ pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokeni
 pub use device::{DeviceChoice, PROBE_THREAD, open_device};
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};
-pub use executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
+pub use executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec, by_name};
 pub use generate::{Generator, SamplingSpec};
 pub use knock::{Admitted, knock};
 pub use links::{JobLinks, NetworkExchange};

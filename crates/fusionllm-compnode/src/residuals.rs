@@ -77,17 +77,12 @@ pub(crate) fn take(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use fusionllm_graph::{Gpt2Config, gpt2};
     use fusionllm_planner::{Cluster, place};
     use fusionllm_protocol::JobSpec;
 
     use super::*;
-
-    fn by_name(tensors: impl Iterator<Item = NamedTensor>) -> BTreeMap<String, NamedTensor> {
-        tensors.map(|t| (t.name.clone(), t)).collect()
-    }
+    use crate::executor::by_name;
 
     #[test]
     fn residuals_are_found_again_by_whoever_sends_over_their_edge() {

@@ -52,8 +52,8 @@ pub trait JobSink {
     /// If nobody listens any more: the loop then ends.
     fn step(&mut self, report: StepReport) -> Result<(), CompNodeError>;
 
-    /// A checkpoint is due: all parameters and optimizer state of this CompNode after `step` updates. Each tensor that
-    /// is read is a copy.
+    /// A checkpoint is due: all parameters and optimizer state of this CompNode after `step` updates. A tensor
+    /// is looked at where it is, or copied by being read.
     ///
     /// # Errors
     /// If training cannot go on.

@@ -2,12 +2,15 @@
 //! other, by whoever has the file.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 /// Longest header that is read; that of GPT-2 xl with optimizer state has 300 KB.
 pub const MAX_HEADER_BYTES: u64 = 64 << 20;
+
+/// Bytes of a tensor that are in memory at once.
+const PART_BYTES: usize = 1 << 20;
 
 /// Bytes that say how long the header is.
 const LENGTH_BYTES: u64 = 8;
@@ -113,9 +116,34 @@ impl TensorHeader {
     }
 
     /// Where in the file a tensor's values begin, and how many bytes they have.
-    pub fn place(&self, name: &str) -> Option<(u64, usize)> {
+    fn place(&self, name: &str) -> Option<(u64, usize)> {
         let (start, end) = self.info(name)?.data_offsets;
         Some((self.data_start + start as u64, end - start))
+    }
+
+    /// Reads a tensor's bytes out of the file and hands them to `take` part by part: all but the last have 1 MiB. Whether
+    /// there is such a tensor.
+    ///
+    /// # Errors
+    /// What `unreadable` makes of an error of the file, and what `take` gives.
+    pub fn each_part<E>(
+        &self,
+        file: &mut (impl Read + Seek),
+        name: &str,
+        unreadable: impl Fn(std::io::Error) -> E,
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let Some((start, mut left)) = self.place(name) else { return Ok(false) };
+        file.seek(SeekFrom::Start(start)).map_err(&unreadable)?;
+        let mut buffer = vec![0; PART_BYTES.min(left)];
+        while left > 0 {
+            let length = buffer.len().min(left);
+            let part = buffer.get_mut(..length).unwrap_or_default();
+            file.read_exact(part).map_err(&unreadable)?;
+            take(part)?;
+            left -= length;
+        }
+        Ok(true)
     }
 }
 
@@ -143,6 +171,19 @@ mod tests {
         assert_eq!(theirs.tensor("b").unwrap().shape(), read.info("b").unwrap().shape);
         let (start, bytes) = read.place("a").unwrap();
         assert_eq!((start + bytes as u64, bytes), (file.len() as u64, 10));
+        let (mut values, mut cursor) = (Vec::new(), std::io::Cursor::new(&file));
+        let is_there = read.each_part(
+            &mut cursor,
+            "b",
+            |e| e,
+            |part| {
+                values.extend_from_slice(part);
+                Ok(())
+            },
+        );
+        assert!(is_there.unwrap());
+        assert_eq!(values, [7; 24]);
+        assert!(!read.each_part(&mut cursor, "c", |e| e, |_| Ok(())).unwrap());
         assert!(TensorHeader::read(&mut file.as_slice(), file.len() as u64 + 1).is_err());
         let twice = ["a", "a"].map(|name| (name.to_owned(), Dtype::F32, vec![1]));
         assert!(TensorHeader::write(&mut Vec::new(), twice).is_err());

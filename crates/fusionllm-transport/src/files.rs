@@ -18,7 +18,27 @@ pub fn open_regular(path: &Path) -> Result<File> {
     // Opening a pipe then waits for nobody; to a regular file it makes no difference.
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NONBLOCK.bits() as i32);
-    let file = options.open(path)?;
+    regular(options.open(path)?)
+}
+
+/// Opens a regular file for reading and writing, and makes it if it is not there. What a link leads to is not opened: it
+/// may be somebody else's.
+///
+/// # Errors
+/// What the system says, or that it is no regular file.
+pub fn open_or_make_regular(path: &Path) -> Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    #[cfg(unix)]
+    {
+        use rustix::fs::OFlags;
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits() as i32);
+    }
+    regular(options.open(path)?)
+}
+
+fn regular(file: File) -> Result<File> {
     let metadata = file.metadata()?;
     if metadata.is_dir() {
         return Err(Error::new(ErrorKind::IsADirectory, "it is a directory"));

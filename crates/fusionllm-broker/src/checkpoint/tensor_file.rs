@@ -1,7 +1,7 @@
 //! A safetensors file of which only the header is held in memory.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{TensorHeader, TensorHeaderError};
@@ -56,22 +56,12 @@ impl TensorFile {
 
     /// Copies a tensor's bytes.
     pub(crate) fn copy_to(&self, name: &str, out: &mut dyn Write, out_path: &Path) -> Result<(), CheckpointError> {
-        let Some((start, length)) = self.header.place(name) else {
+        if self.info(name).is_none() {
             let (path, name) = (self.path.clone(), name.to_owned());
             return Err(CheckpointError::Tensor { path, name, reason: "is missing".to_owned() });
-        };
-        let mut file = open(&self.path)?;
-        file.seek(SeekFrom::Start(start)).map_err(|e| io(&self.path, e))?;
-        let mut buffer = vec![0; COPY_BYTES.min(length)];
-        let mut left = length;
-        while left > 0 {
-            let part = buffer.len().min(left);
-            let bytes = buffer.get_mut(..part).unwrap_or_default();
-            file.read_exact(bytes).map_err(|e| io(&self.path, e))?;
-            out.write_all(bytes).map_err(|e| io(out_path, e))?;
-            left -= part;
         }
-        Ok(())
+        let write = |part: &[u8]| out.write_all(part).map_err(|e| io(out_path, e));
+        self.header.each_part(&mut open(&self.path)?, name, |e| io(&self.path, e), write).map(|_| ())
     }
 }
 

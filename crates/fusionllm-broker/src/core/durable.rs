@@ -45,14 +45,8 @@ impl Durability {
 /// The job that an action tells somebody about.
 fn told_of(action: &Action) -> Option<JobId> {
     match action {
-        Action::Send { message, .. } => match message {
-            FromBroker::Assign(assignment) => Some(assignment.job),
-            FromBroker::Start { job, .. } | FromBroker::SetCodec { job, .. } => Some(*job),
-            _ => None,
-        },
-        Action::SendWeights { key, .. } => Some(key.job),
         Action::Emit(event) => Some(event.job()),
-        _ => None,
+        action => told_to(action).map(|(_, key)| key.job),
     }
 }
 
@@ -181,7 +175,7 @@ impl Core {
     }
 }
 
-/// The CompNode that an action tells of a placement.
+/// The CompNode that an action tells of a placement, and which one. To let one go is told at once, so it is none of these.
 fn told_to(action: &Action) -> Option<(ConnectionId, RunKey)> {
     match action {
         Action::Send { to, message } => {

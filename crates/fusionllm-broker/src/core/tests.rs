@@ -724,9 +724,8 @@ fn what_waited_goes_on_waiting_after_a_restart() {
     assert!(matches!(state(&core, 2), JobState::Failed { bad_input: true, .. }));
 }
 
-#[test]
-fn nothing_is_told_before_it_is_on_disk() {
-    let mut core = core(1);
+/// A job for the one CompNode there is, up to its placement, which is not on disk yet. Gives what follows from that.
+fn placed_but_not_written(core: &mut Core) -> Vec<Action> {
     let spec = testing::spec(&["placement.compnodes=1"]);
     let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
     let Action::Persist { number: first, .. } = actions[0] else { panic!("{actions:?}") };
@@ -737,7 +736,13 @@ fn nothing_is_told_before_it_is_on_disk() {
         actions.into_iter().find_map(|a| if let Action::Plan { input, .. } = a { Some(input) } else { None });
     let input = planning.unwrap();
     let (job, number, result) = (JobId(1), input.number, Box::new(input.plan()));
-    let actions = core.handle(CoreEvent::Planned { job, number, result }, NOW);
+    core.handle(CoreEvent::Planned { job, number, result }, NOW)
+}
+
+#[test]
+fn nothing_is_told_before_it_is_on_disk() {
+    let mut core = core(1);
+    let actions = placed_but_not_written(&mut core);
     assert_eq!(state(&core, 1), JobState::Preparing);
     assert!(sent(&actions).is_empty() && states(&actions).is_empty(), "{actions:?}");
     assert!(matches!(core.status().jobs[0].state, JobState::Waiting { .. }), "nor is it shown");
@@ -1043,17 +1048,7 @@ fn absurd_times_in_reports_are_refused() {
 #[test]
 fn a_placement_that_is_taken_back_before_it_was_told_is_not_told() {
     let mut core = core(1);
-    let spec = testing::spec(&["placement.compnodes=1"]);
-    let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/r"), NOW).unwrap();
-    let Action::Persist { number, .. } = actions[0] else { panic!("{actions:?}") };
-    core.handle(CoreEvent::Persisted { number }, NOW);
-    let (connection, message) = measurements(&actions).pop().unwrap();
-    let actions = core.handle(CoreEvent::Said { connection, message, at: NOW }, NOW);
-    let planning =
-        actions.into_iter().find_map(|a| if let Action::Plan { input, .. } = a { Some(input) } else { None });
-    let input = planning.unwrap();
-    let (job, number, result) = (JobId(1), input.number, Box::new(input.plan()));
-    core.handle(CoreEvent::Planned { job, number, result }, NOW);
+    placed_but_not_written(&mut core);
     let actions = core.stop(JobId(1), NOW).unwrap();
     assert!(sent(&actions).iter().any(|(_, m)| matches!(m, FromBroker::Abort { .. })), "{actions:?}");
     let last = core.last_write();

@@ -1,11 +1,11 @@
 //! A lock on a folder, held by one process and let go by the operating system however that ends.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use fusionllm_protocol::RunId;
-use fusionllm_transport::open_regular;
+use fusionllm_transport::{open_or_make_regular, open_regular};
 use time::OffsetDateTime;
 
 use super::io_error;
@@ -35,18 +35,7 @@ impl FolderLock {
     pub(crate) fn take(folder: &Path, run: &RunId) -> Result<Self, BrokerError> {
         let path = folder.join(Self::FILE);
         let fail = |e| io_error(&path, e);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        // What a link leads to is not ours to write.
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::custom_flags(
-            &mut options,
-            (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits() as i32,
-        );
-        let mut file = options.open(&path).map_err(fail)?;
-        if !file.metadata().map_err(fail)?.is_file() {
-            return Err(fail(std::io::Error::other("it is no regular file")));
-        }
+        let mut file = open_or_make_regular(&path).map_err(fail)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {

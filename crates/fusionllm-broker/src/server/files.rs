@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use fusionllm_planner::{Simulated, Trace};
 use fusionllm_protocol::StepMetrics;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::spawn_blocking;
 
 use super::actor::Command;
 use super::open_runs::OpenRuns;
+use super::watched::Watched;
 use crate::BrokerError;
 use crate::checkpoint::{Course, FinishSpec, finish, prune, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun, RunKey};
@@ -22,9 +23,7 @@ use crate::store::JobRecord;
 #[derive(Debug)]
 pub(super) struct Files {
     queue: mpsc::UnboundedSender<Work>,
-    thread: JoinHandle<()>,
-    /// It is not asked again then.
-    has_ended: bool,
+    thread: Watched,
 }
 
 #[expect(clippy::large_enum_variant, reason = "nearly all of them are actions")]
@@ -68,7 +67,7 @@ impl Files {
                 }
             }
         });
-        Self { queue, thread, has_ended: false }
+        Self { queue, thread: Watched::new("the file thread", thread) }
     }
 
     /// Queues a file action.
@@ -87,23 +86,15 @@ impl Files {
         let _ = self.queue.send(Work::Flush(reply));
     }
 
-    /// Resolves when the thread has ended by a panic.
+    /// Resolves when the thread has ended, which it does by itself only by a panic.
     pub(super) async fn failed(&mut self) {
-        if let Err(error) = (&mut self.thread).await {
-            tracing::error!(%error, "the file thread has failed, so the broker ends");
-        }
-        self.has_ended = true;
+        self.thread.ended().await;
     }
 
     /// Waits until all is written.
-    pub(super) async fn finish(self) {
+    pub(super) async fn finish(mut self) {
         drop(self.queue);
-        if self.has_ended {
-            return;
-        }
-        if let Err(error) = self.thread.await {
-            tracing::error!(%error, "the file thread has failed");
-        }
+        self.thread.ended().await;
     }
 }
 

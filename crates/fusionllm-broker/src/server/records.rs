@@ -1,9 +1,10 @@
 //! The thread that writes the store. It has nothing else to do, so that no record waits for a checkpoint or a report.
 
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::spawn_blocking;
 
 use super::actor::Command;
+use super::watched::Watched;
 use crate::StoreError;
 use crate::core::{Action, CoreEvent};
 use crate::store::Store;
@@ -12,9 +13,7 @@ use crate::store::Store;
 #[derive(Debug)]
 pub(super) struct Records {
     queue: mpsc::UnboundedSender<Action>,
-    thread: JoinHandle<()>,
-    /// It is not asked again then.
-    has_ended: bool,
+    thread: Watched,
 }
 
 /// Opens the store anew.
@@ -39,7 +38,7 @@ impl Records {
                 }
             }
         });
-        Self { queue, thread, has_ended: false }
+        Self { queue, thread: Watched::new("the thread of the store", thread) }
     }
 
     /// Queues a writing.
@@ -48,23 +47,15 @@ impl Records {
         let _ = self.queue.send(action);
     }
 
-    /// Resolves when the thread has ended by a panic.
+    /// Resolves when the thread has ended, which it does by itself only by a panic.
     pub(super) async fn failed(&mut self) {
-        if let Err(error) = (&mut self.thread).await {
-            tracing::error!(%error, "the thread of the store has failed, so the broker ends");
-        }
-        self.has_ended = true;
+        self.thread.ended().await;
     }
 
     /// Waits until all is written.
-    pub(super) async fn finish(self) {
+    pub(super) async fn finish(mut self) {
         drop(self.queue);
-        if self.has_ended {
-            return;
-        }
-        if let Err(error) = self.thread.await {
-            tracing::error!(%error, "the thread of the store has failed");
-        }
+        self.thread.ended().await;
     }
 }
 

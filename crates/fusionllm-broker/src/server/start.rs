@@ -14,6 +14,7 @@ use crate::resume::{goes_on, notices_of};
 use crate::run_dir::{RunDir, RunHome, RunStart};
 use crate::store::JobRecord;
 use crate::{BrokerError, CheckpointError};
+
 /// A job's beginning. `tokenizer` is the content of its tokenizer file, where whoever handed the job in could read it.
 pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;

@@ -3,8 +3,8 @@
 //! By way of the kernel each page of the next one would be cleared anew. Kept is at most a share of what is in use, so that
 //! it is known how much memory that takes.
 
-/// Larger blocks are few, and go back to the kernel.
-const LARGEST: usize = 16 << 20;
+use super::LARGE;
+
 /// Most that is kept: this, and the share of the bytes in use.
 const LEAST: usize = 16 << 20;
 const SHARE: usize = 16;
@@ -47,10 +47,10 @@ impl Spare {
         }
     }
 
-    /// A block that is not to be kept, if there is one.
+    /// A block that is not to be kept, if there is one: those from [`LARGE`] on are few.
     pub(super) fn excess(&mut self) -> Option<(*mut u8, usize)> {
         let newest = self.count.checked_sub(1)?;
-        let is_large = self.blocks.get(newest).is_some_and(|&(_, class)| class > LARGEST);
+        let is_large = self.blocks.get(newest).is_some_and(|&(_, class)| class >= LARGE);
         if is_large {
             return Some(self.remove(newest));
         }
@@ -95,8 +95,8 @@ mod tests {
         }
         assert_eq!(spare.take(8 * MIB), Some(block(100)), "the newest comes first");
         assert_eq!(spare.take(7 * MIB), None, "another size");
-        spare.put(block(5), 2 * LARGEST);
-        assert_eq!(spare.excess(), Some((block(5), 2 * LARGEST)));
+        spare.put(block(5), 2 * LARGE);
+        assert_eq!(spare.excess(), Some((block(5), 2 * LARGE)));
         for number in 0..2 * SLOTS {
             spare.used += MIB * SHARE;
             spare.put(block(number + 1000), 1);

@@ -1,6 +1,6 @@
 //! Export as the files that `transformers` loads: config.json, model.safetensors, tokenizer.json.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::shard::write_shard_to;
 use crate::ShardError;
 use crate::data::Tokenizer;
-use crate::executor::{LazyTensor, NamedTensor};
+use crate::executor::{LazyTensor, NamedTensor, by_name};
 
 /// Tokens that end a text, and those that begin one, by the names they usually have.
 const END: [&str; 4] = ["<|endoftext|>", "</s>", "<eos>", "[EOS]"];
@@ -30,7 +30,7 @@ pub fn export_hugging_face(
     tokenizer: &Tokenizer,
     carried: &BTreeMap<String, String>,
 ) -> Result<(), ShardError> {
-    let mut by_name: HashMap<String, NamedTensor> = tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
+    let mut by_name = by_name(tensors);
     let mut params = Vec::new();
     for param in dag.params() {
         let fail = |reason: String| ShardError::Tensor { name: param.name.clone(), reason };

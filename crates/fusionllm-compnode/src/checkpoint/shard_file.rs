@@ -10,8 +10,8 @@ use super::shard::{header_error, values, write_shard_to};
 use crate::ShardError;
 use crate::executor::{LazyTensor, NamedTensor, TensorSource};
 
-/// Bytes that are read or written at a time.
-const CHUNK_BYTES: usize = 1 << 20;
+/// Bytes that are read or written at a time, and the content frames of a blob: small beside memory, large beside a packet.
+pub(crate) const CHUNK_BYTES: usize = 1 << 20;
 
 /// A file without a name, which is gone when it is dropped or the process ends.
 #[derive(Debug)]
@@ -101,21 +101,10 @@ pub(crate) struct ShardTensors {
 
 impl TensorSource for ShardTensors {
     fn take(&mut self, name: &str) -> Result<Option<NamedTensor>, ShardError> {
-        let (Some(info), Some((start, length))) = (self.header.info(name), self.header.place(name)) else {
-            return Ok(None);
-        };
+        let Some(info) = self.header.info(name) else { return Ok(None) };
         let mut all = Vec::with_capacity(info.shape.iter().product());
-        let mut file = &self.shard.file;
-        file.seek(SeekFrom::Start(start)).map_err(|e| self.shard.io(e))?;
-        let mut buffer = vec![0; CHUNK_BYTES.min(length)];
-        let mut left = length;
-        while left > 0 {
-            let part = buffer.len().min(left);
-            let bytes = buffer.get_mut(..part).unwrap_or_default();
-            file.read_exact(bytes).map_err(|e| self.shard.io(e))?;
-            all.extend(values(name, info.dtype, bytes)?);
-            left -= part;
-        }
+        let take = |part: &[u8]| values(name, info.dtype, part).map(|some| all.extend(some));
+        self.header.each_part(&mut &self.shard.file, name, |e| self.shard.io(e), take)?;
         Ok(Some(NamedTensor { name: name.to_owned(), shape: info.shape.clone(), values: all }))
     }
 }

@@ -13,11 +13,8 @@ use tokio::time::timeout;
 
 use super::NodeEvent;
 use super::assignment::JobKey;
-use crate::checkpoint::ShardFile;
+use crate::checkpoint::{CHUNK_BYTES, ShardFile};
 use crate::{CompNodeError, ShardError};
-
-/// Content frames of a blob: small beside memory, large beside a packet.
-const CHUNK_BYTES: usize = 1 << 20;
 
 /// A stream that does not say whose weights it has for this long is dropped.
 const HEADER_LIMIT: Duration = Duration::from_secs(30);

@@ -122,6 +122,18 @@ impl BrokerEnd {
         self.control.receive(decode(&frame).unwrap()).unwrap().unwrap()
     }
 
+    async fn assign(&mut self, job: Assignment) {
+        self.say(FromBroker::Assign(Box::new(job))).await;
+    }
+
+    /// Assigns a job, and starts it once it is ready.
+    async fn set_to_work(&mut self, job: Assignment) {
+        let (job_id, generation) = (job.job, job.generation);
+        self.assign(job).await;
+        assert!(matches!(self.hear().await, FromCompNode::Ready { .. }));
+        self.say(FromBroker::Start { job: job_id, generation }).await;
+    }
+
     /// The next message that is no heartbeat; those are answered.
     async fn hear(&mut self) -> FromCompNode {
         loop {
@@ -193,10 +205,10 @@ async fn weights_of_a_placement_that_was_taken_back_do_not_harm_the_next_one() {
     let aborted =
         |generation| FromBroker::Abort { job: JobId(1), generation: Generation(generation), reason: "stop".to_owned() };
     // One that comes after its job has gone, and one that comes while the next job waits for its own.
-    broker.say(FromBroker::Assign(Box::new(job(1)))).await;
+    broker.assign(job(1)).await;
     broker.say(aborted(1)).await;
     broker.send_weights(JobId(1), Generation(1), &all[..1]).await;
-    broker.say(FromBroker::Assign(Box::new(job(2)))).await;
+    broker.assign(job(2)).await;
     broker.send_weights(JobId(1), Generation(1), &all[..1]).await;
     broker.send_weights(JobId(7), Generation(1), &all[..1]).await;
     broker.send_weights(JobId(1), Generation(2), &all).await;
@@ -205,7 +217,7 @@ async fn weights_of_a_placement_that_was_taken_back_do_not_harm_the_next_one() {
     // And one that comes before its assignment.
     broker.say(aborted(2)).await;
     broker.send_weights(JobId(1), Generation(3), &all).await;
-    broker.say(FromBroker::Assign(Box::new(job(3)))).await;
+    broker.assign(job(3)).await;
     let ready = broker.hear().await;
     assert!(matches!(ready, FromCompNode::Ready { generation: Generation(3), .. }), "{ready:?}");
     house.compnode.abort();
@@ -220,7 +232,7 @@ async fn weights_that_hold_no_numbers_are_blamed() {
     let mut all = weights(&job, &dag);
     all[2].values[3] = f32::NAN;
     let name = all[2].name.clone();
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     broker.send_weights(JobId(1), Generation(1), &all).await;
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!("it is not refused") };
     assert_eq!(
@@ -239,13 +251,11 @@ async fn a_job_waits_until_the_one_before_has_let_go_of_the_memory() {
         let spec = spec(house.folder.path(), "steps = 1000000\neval_every = 1000000");
         assignment(spec, &dag, generation, WeightSource::Seed(1))
     };
-    broker.say(FromBroker::Assign(Box::new(job(1)))).await;
-    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
-    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    broker.set_to_work(job(1)).await;
     assert!(matches!(broker.hear().await, FromCompNode::Step { .. }));
     for generation in 2..5 {
         // Without an abort, too: the assignment itself takes the one before back.
-        broker.say(FromBroker::Assign(Box::new(job(generation)))).await;
+        broker.assign(job(generation)).await;
         loop {
             match broker.hear().await {
                 FromCompNode::Step { generation: Generation(1), .. } => {}
@@ -279,7 +289,7 @@ async fn measuring_is_cancelled_and_holds_up_nothing() {
     broker.say(measure(3, &large)).await;
     sleep(Duration::from_millis(200)).await;
     let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     house.compnode.abort();
 }
@@ -294,14 +304,14 @@ async fn what_does_not_fit_is_refused_with_the_numbers_before_it_is_tried() {
     broker.say(FromBroker::MeasureOps { request: 1, spec: Box::new(spec.clone()), graph: dag.to_json() }).await;
     let FromCompNode::Measured { request: 1, result: Err(reason) } = broker.hear().await else { panic!() };
     assert!(reason.contains("op `") && reason.contains("jobs may fill 1.0 MB"), "{reason}");
-    broker.say(FromBroker::Assign(Box::new(assignment(spec, &dag, 1, WeightSource::Seed(1))))).await;
+    broker.assign(assignment(spec, &dag, 1, WeightSource::Seed(1))).await;
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
     // 200,000,000 rows of 16 numbers, four times.
     assert!(reason.contains("optimizer state take 51.20 GB here, jobs may fill 1.0 MB"), "{reason}");
     // Nor is what the plan counts on, where the parameters alone would fit.
     let spec = self::spec(house.folder.path(), "steps = 2");
     let job = Assignment { planned_bytes: 2_000_000, ..assignment(spec, &self::dag(256), 2, WeightSource::Seed(1)) };
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
     assert!(reason.contains("as planned, take 2.0 MB here, jobs may fill 1.0 MB"), "{reason}");
     assert!(began.elapsed() < SOON / 2);
@@ -321,7 +331,7 @@ async fn a_job_runs_to_its_end() {
     let house = House::new(None).await;
     let mut broker = house.admit().await;
     let job = assignment(spec(house.folder.path(), "steps = 3"), &dag(256), 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { data: Some(_), .. }));
     broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
     let session = broker.session.clone();
@@ -363,7 +373,7 @@ async fn a_probe_that_comes_late_is_not_taken_for_the_jobs_connection() {
         peers: vec![peer_record(&peer.addr()), PeerRecord { id: [0; 32], addrs: Vec::new() }],
         ..assignment(spec, &dag, 1, WeightSource::Seed(1))
     };
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     let ready = broker.hear().await;
     assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
     let open = |session: Session| async move {
@@ -398,7 +408,7 @@ async fn an_assignment_ends_probes() {
     let session = timeout(SOON, peer.accept()).await.unwrap().unwrap();
     assert!(session.is_probe());
     let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     let FromCompNode::Probed { probe: 7, result: Err(reason) } = broker.hear().await else { panic!() };
     assert_eq!(reason, "a job needs the link");
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
@@ -430,7 +440,7 @@ async fn a_job_whose_broker_stays_away_is_dropped_and_says_so_later() {
             .await;
     let mut broker = house.admit().await;
     let job = assignment(spec(house.folder.path(), "steps = 1000000"), &dag(256), 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     let received = broker.control.received();
     broker.session.close(1, "the broker is gone");
@@ -456,7 +466,7 @@ async fn failure_of(train: &str, factor: f32) -> String {
     let job = assignment(spec(house.folder.path(), train), &dag, 1, WeightSource::Broker);
     let mut all = weights(&job, &dag);
     all.iter_mut().flat_map(|tensor| &mut tensor.values).for_each(|x| *x *= factor);
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     broker.send_weights(JobId(1), Generation(1), &all).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
@@ -490,7 +500,7 @@ async fn a_shard_that_cannot_be_written_is_reported() {
     let mut spec = spec(house.folder.path(), "steps = 2");
     spec.checkpoint.every = 1;
     let job = assignment(spec, &dag, 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     let place = scratch.path().to_owned();
     drop(scratch);

@@ -1,13 +1,12 @@
 //! Runs a placement with one thread a CompNode and messages through memory, or over given wires.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_compnode::{
     Batches, BurnExecutor, CompNodeError, DeviceChoice, Exchange, ExchangeError, JobSink, LazyTensor, Mailbox,
-    MemoryExchange, NamedTensor, OptimizerSpec, TaskLoop, TrainPlan, open_device, write_shard_to,
+    MemoryExchange, NamedTensor, OptimizerSpec, TaskLoop, TrainPlan, by_name, open_device, write_shard_to,
 };
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, place};
@@ -211,8 +210,7 @@ impl Run {
         let (dag, seed) = (Arc::clone(&self.dag), self.spec.train.seed);
         let mut executor = BurnExecutor::new(dag, &self.placement, node, device, optimizer, seed).unwrap();
         if let Some(weights) = &self.weights {
-            let mut by_name: BTreeMap<_, _> = weights.iter().map(|t| (t.name.clone(), t.clone())).collect();
-            executor.import(&mut by_name).unwrap();
+            executor.import(&mut by_name(weights.clone())).unwrap();
         }
         let plan = TrainPlan {
             residuals: Vec::new(),

@@ -36,9 +36,7 @@ async fn a_shard_that_is_not_wanted_costs_nothing_else() {
     let mut spec = spec(house.folder.path(), "steps = 3");
     spec.checkpoint.every = 1;
     let job = assignment(spec, &dag, 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
-    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
-    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    broker.set_to_work(job).await;
     for step in 1..=3 {
         if step == 2 {
             assert_eq!(whole_shard(&broker.session).await, BlobKind::Shard { step, node: NodeIndex(0) });
@@ -60,9 +58,7 @@ async fn training_goes_on_while_the_broker_is_away_and_nothing_is_lost_or_told_t
     assert_eq!(resume, None);
     let settings = "steps = 300\neval_every = 300";
     let job = assignment(spec(house.folder.path(), settings), &dag(256), 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
-    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
-    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    broker.set_to_work(job).await;
     let mut steps = steps_to(&mut broker, 3).await;
     // What is on its way when the connection breaks is lost with it.
     broker.session.close(1, "cut");
@@ -99,15 +95,13 @@ async fn a_broker_that_begins_anew_ends_the_job_and_may_give_another() {
         let spec = spec(house.folder.path(), "steps = 1000000\neval_every = 1000000");
         assignment(spec, &dag(256), generation, WeightSource::Seed(1))
     };
-    broker.say(FromBroker::Assign(Box::new(job(1)))).await;
-    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
-    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    broker.set_to_work(job(1)).await;
     steps_to(&mut broker, 1).await;
     broker.session.close(1, "killed");
     drop(broker);
     let (mut broker, resume) = house.admit_to(None).await;
     assert!(resume.is_some());
-    broker.say(FromBroker::Assign(Box::new(job(2)))).await;
+    broker.assign(job(2)).await;
     let first = broker.hear().await;
     assert!(
         matches!(first, FromCompNode::Ready { generation: Generation(2), .. }),
@@ -130,7 +124,7 @@ async fn a_broker_that_goes_on_with_other_numbers_is_joined_anew() {
     assert_eq!(resume, None, "it has forgotten");
     // Both begin with 1 again.
     let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     let ready = broker.hear().await;
     assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
     house.compnode.abort();
@@ -143,7 +137,7 @@ async fn weights_that_broke_off_with_the_connection_are_taken_from_the_next_one(
     let dag = dag(256);
     let job = assignment(spec(house.folder.path(), "steps = 2"), &dag, 1, WeightSource::Broker);
     let all = weights(&job, &dag);
-    broker.say(FromBroker::Assign(Box::new(job))).await;
+    broker.assign(job).await;
     let mut sink = broker.session.open_uni().await.unwrap();
     let content = write_shard(&all).unwrap();
     let kind = BlobKind::Weights;
