@@ -1,12 +1,15 @@
 //! The OP-DAG: ops in topological order, their edges and parameters.
 
+mod costs;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
-use crate::op::{OpClass, OpKind};
+use crate::kind::OpClass;
+use crate::op::OpKind;
 use crate::param::Param;
 use crate::shape::{Dim, TensorType};
 

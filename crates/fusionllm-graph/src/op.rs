@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::cost::{Cost, Kernels};
 use crate::dtype::DType;
 use crate::error::Misfit;
+use crate::kind::{ActivationFunction, OpClass, ParamRole, WeightLayout};
 use crate::ops::activation::Activation;
 use crate::ops::attention::Attention;
 use crate::ops::dropout::Dropout;
@@ -123,64 +124,6 @@ pub enum OpKind {
     GlobalAvgPool,
     /// Loss: logits `[B, S, V]` f32 and labels `[B, S]` i32 to the mean cross-entropy over all B*S tokens, a scalar.
     CrossEntropy,
-}
-
-/// How the weight of a linear op lies in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WeightLayout {
-    /// `[inputs, outputs]`: GPT-2's `Conv1D`.
-    InOut,
-    /// `[outputs, inputs]`: PyTorch's `nn.Linear`.
-    OutIn,
-}
-
-/// An elementwise non-linearity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ActivationFunction {
-    /// GELU by tanh (`gelu_new`).
-    GeluTanh,
-    /// GELU by the error function.
-    GeluErf,
-    /// max(x, 0).
-    Relu,
-    /// x * sigmoid(x).
-    Silu,
-}
-
-/// The classes of op.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OpClass {
-    /// Data enters here.
-    Placeholder,
-    /// Carries parameters.
-    Parameter,
-    /// Computes without parameters.
-    ParameterFree,
-    /// Where the BP starts.
-    Loss,
-}
-
-impl OpClass {
-    /// The class in words for tables.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Placeholder => "placeholder",
-            Self::Parameter => "parameter",
-            Self::ParameterFree => "parameter-free",
-            Self::Loss => "loss",
-        }
-    }
-}
-
-/// One parameter that a kind of op takes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ParamRole {
-    /// `weight` or `bias`.
-    pub name: &'static str,
-    /// The shape that the attributes ask for.
-    pub shape: Vec<usize>,
 }
 
 impl OpKind {

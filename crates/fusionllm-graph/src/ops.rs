@@ -17,7 +17,7 @@ use std::fmt::Display;
 use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
-use crate::op::{OpClass, ParamRole};
+use crate::kind::{OpClass, ParamRole};
 use crate::shape::{Dim, TensorType};
 
 /// One family of op: its shape rule, its parameters, its cost.

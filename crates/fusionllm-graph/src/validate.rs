@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 
 use crate::dag::{OpDag, OpId};
 use crate::error::GraphError;
-use crate::op::OpClass;
+use crate::kind::OpClass;
 
 /// Checks an OP-DAG whose ops fit each by itself.
 pub(crate) fn whole(dag: &OpDag) -> Result<(), GraphError> {

@@ -10,7 +10,8 @@ use crate::dag::{OpDag, OpId, ParamId};
 use crate::dtype::DType;
 use crate::error::GraphError;
 use crate::json::without_byte_order_mark;
-use crate::op::{ActivationFunction, OpKind, WeightLayout};
+use crate::kind::{ActivationFunction, WeightLayout};
+use crate::op::OpKind;
 use crate::param::{Init, Param};
 use crate::shape::Shape;
 

@@ -6,7 +6,8 @@ use crate::builder::DagBuilder;
 use crate::dag::{OpDag, OpId};
 use crate::dtype::DType;
 use crate::error::GraphError;
-use crate::op::{ActivationFunction, OpKind, WeightLayout};
+use crate::kind::{ActivationFunction, WeightLayout};
+use crate::op::OpKind;
 use crate::param::{Init, Param};
 use crate::shape::Shape;
 

@@ -2,7 +2,7 @@
 
 use crate::cost::Cost;
 use crate::error::Misfit;
-use crate::op::ActivationFunction;
+use crate::kind::ActivationFunction;
 use crate::ops::{Io, Rule, one, real};
 use crate::shape::TensorType;
 

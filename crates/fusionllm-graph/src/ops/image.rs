@@ -4,7 +4,7 @@
 use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
-use crate::op::{OpClass, ParamRole};
+use crate::kind::{OpClass, ParamRole};
 use crate::ops::{Io, Rule, one, positive, positive_eps, product, role, wrong_attribute, wrong_input};
 use crate::shape::{Dim, Shape, TensorType};
 

@@ -2,7 +2,7 @@
 
 use crate::cost::Cost;
 use crate::error::Misfit;
-use crate::op::{OpClass, ParamRole, WeightLayout};
+use crate::kind::{OpClass, ParamRole, WeightLayout};
 use crate::ops::{Io, Rule, last_dim, one, positive, product, role};
 use crate::shape::TensorType;
 

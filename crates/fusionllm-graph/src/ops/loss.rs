@@ -3,7 +3,7 @@
 use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
-use crate::op::OpClass;
+use crate::kind::OpClass;
 use crate::ops::{Io, Rule, product, two};
 use crate::shape::{Dim, Shape, TensorType};
 

@@ -3,7 +3,7 @@
 use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
-use crate::op::{OpClass, ParamRole};
+use crate::kind::{OpClass, ParamRole};
 use crate::ops::{Io, Rule, last_dim, one, positive, positive_eps, product, role};
 use crate::shape::TensorType;
 
