@@ -16,6 +16,8 @@ mod partition;
 mod pipeline;
 mod placement;
 mod plan;
+mod plan_spec;
+mod price;
 mod ready;
 mod simulate;
 #[cfg(test)]
@@ -37,7 +39,8 @@ pub use ids::{EdgeId, NodeIndex, StageId};
 pub use partition::{Segment, StageSpec, Strategy, clusters_by_bandwidth};
 pub use pipeline::{Pipeline, Task, in_flight_limit};
 pub use placement::{PassPlan, Placement, PlacementSpec, Stage, StageEdge, TiedParam};
-pub use plan::{CompNodePrediction, LinkPrediction, Owner, Plan, PlanSpec, Prediction, place, plan};
+pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan};
+pub use plan_spec::{Owner, PlanSpec};
 pub use ready::{Need, is_ready, needs};
 pub use simulate::{Blame, Cargo, Cause, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate};
 pub use tied::{Pieces, TIED_WINDOW};

@@ -1,55 +1,16 @@
 //! The plan: a placement with what it is predicted to take.
 
-mod memory;
-mod price;
-
 use std::collections::BTreeMap;
 
 use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
+use crate::price::{Priced, settle};
 use crate::{
-    Blame, Cluster, Compression, Estimate, NodeIndex, Placement, PlacementSpec, PlanError, Segment, Simulated,
-    StepCosts, Strategy, format_bytes, pipeline_formula,
+    Blame, Cluster, Compression, Estimate, NodeIndex, Owner, Placement, PlacementSpec, PlanError, PlanSpec, Segment,
+    Simulated, StepCosts, Strategy, format_bytes, pipeline_formula,
 };
-use price::settle;
-pub(crate) use price::{Priced, price};
-
-/// Which CompNode owns the data and comes first in the pipeline.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Owner {
-    /// The cluster's first one.
-    #[default]
-    First,
-    /// Whichever is best.
-    Any,
-}
-
-/// What [`plan`] is asked for.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PlanSpec {
-    /// Strategy, pipeline, micro-batches, codec.
-    pub placement: PlacementSpec,
-    /// What the links carry.
-    pub compression: Compression,
-    /// Who owns the data.
-    pub owner: Owner,
-    /// Whether senders keep what a gradient's codec dropped, which costs an f32 an element.
-    pub error_feedback: bool,
-    /// Whether gradients are clipped by the global norm, which costs two messages.
-    pub clip: bool,
-    /// Tokens in a step.
-    pub tokens_per_step: u64,
-}
-
-impl PlanSpec {
-    /// A plan of `placement` with nothing compressed, on the first CompNode's data.
-    pub fn dense(placement: PlacementSpec) -> Self {
-        let compression = Compression::Dense;
-        Self { placement, compression, owner: Owner::First, error_feedback: false, clip: true, tokens_per_step: 0 }
-    }
-}
 
 /// What one CompNode is predicted to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use super::chain::{Chain, Weights};
 use super::order::line;
 use super::search::{improve, is_valid};
 use super::{Pins, optimal};
-use crate::plan::{Priced, price};
+use crate::price::{Priced, price};
 use crate::{Cluster, Estimate, PlanError, PlanSpec, pipeline_formula};
 
 /// Work that one plan may take, in simulated tasks and placed ops: about a second.

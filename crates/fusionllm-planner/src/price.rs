@@ -1,16 +1,17 @@
 //! What segments cost on CompNodes: codecs, bytes, seconds, memory, and a simulated step.
 
+mod memory;
+
 use fusionllm_codec::Codec;
 use fusionllm_graph::{OpDag, OpId};
 
-use super::{PlanSpec, memory};
 use crate::compression::{codec_s, compress_tied};
 use crate::deferred::defer;
 use crate::estimate::update_seconds;
 use crate::placement::assemble;
 use crate::{
-    Cluster, Compression, Deferrable, Direction, Estimate, NodeIndex, Pipeline, Placement, PlanError, Segment,
-    Simulated, Stage, StageEdge, StepCosts, TiedParam, compress, simulate,
+    Cluster, Compression, Deferrable, Direction, Estimate, NodeIndex, Pipeline, Placement, PlanError, PlanSpec,
+    Segment, Simulated, Stage, StageEdge, StepCosts, TiedParam, compress, simulate,
 };
 
 /// How many times faster than the slowest stage the adaptive policy may make links.
@@ -22,10 +23,10 @@ const WORTH_COMPRESSING: f64 = 0.03;
 pub(crate) struct Priced {
     pub(crate) placement: Placement,
     pub(crate) simulated: Simulated,
-    pub(super) ratios: Vec<(f64, f64)>,
-    pub(super) costs: StepCosts,
+    pub(crate) ratios: Vec<(f64, f64)>,
+    pub(crate) costs: StepCosts,
     /// By CompNode: what it needs, and what it has.
-    pub(super) memory: Vec<(f64, u64)>,
+    pub(crate) memory: Vec<(f64, u64)>,
 }
 
 /// Micro-batches further ahead than 1F1B that are tried.
@@ -43,7 +44,7 @@ const WORTH_DEFERRING: f64 = 0.03;
 /// Prices segments in the end: with stages running as far ahead as the step gains from and memory holds, with weight
 /// gradients that wait likewise, and links compressed as the policy says. 1F1B keeps few micro-batches live, but over
 /// long links it waits for each of them to come back.
-pub(super) fn settle(
+pub(crate) fn settle(
     dag: &OpDag,
     cluster: &Cluster,
     estimate: &Estimate,
@@ -267,7 +268,7 @@ fn compress_tied_params(
 struct Sent {
     bytes: Vec<(f64, f64)>,
     codec_s: Vec<(f64, f64)>,
-    pub(super) ratios: Vec<(f64, f64)>,
+    pub(crate) ratios: Vec<(f64, f64)>,
 }
 
 /// Gives each boundary edge its codecs.

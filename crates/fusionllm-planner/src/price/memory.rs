@@ -5,8 +5,7 @@ use std::ops::Range;
 
 use fusionllm_graph::OpDag;
 
-use super::PlanSpec;
-use crate::{Cluster, Estimate, NodeIndex, Pieces, Placement, StageId, TRAINING_COPIES, TiedParam};
+use crate::{Cluster, Estimate, NodeIndex, Pieces, Placement, PlanSpec, StageId, TRAINING_COPIES, TiedParam};
 
 /// By CompNode: the bytes that it needs, and those that it has. `ranges` has the ops of each stage.
 pub(super) fn needed(
