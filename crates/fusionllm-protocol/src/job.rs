@@ -6,6 +6,7 @@ mod keys;
 mod names;
 mod overrides;
 mod parse;
+mod refusal;
 mod validate;
 
 use std::path::PathBuf;

@@ -83,7 +83,7 @@ pub(super) fn check_keys(table: &toml::Table) -> Result<(), JobError> {
             return Err(unknown("", name));
         }
         let toml::Value::Table(section) = value else {
-            let reason = format!("is {}, expected a section: [{name}]", super::parse::describe(value));
+            let reason = format!("is {}, expected a section: [{name}]", super::refusal::describe(value));
             return Err(JobError::Value { key: name.clone(), reason });
         };
         for key in section.keys() {

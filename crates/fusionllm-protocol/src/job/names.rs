@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::validate::fail;
+use super::refusal::fail;
 use crate::JobError;
 use crate::text::is_deceptive;
 

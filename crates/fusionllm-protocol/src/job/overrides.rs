@@ -28,7 +28,7 @@ pub(super) fn apply(table: &mut Table, given: &str) -> Result<(), JobError> {
             Ok(())
         }
         other => {
-            let reason = format!("is {}, expected a section: [{section}]", super::parse::describe(other));
+            let reason = format!("is {}, expected a section: [{section}]", super::refusal::describe(other));
             Err(JobError::Value { key: section.to_owned(), reason })
         }
     }

@@ -7,6 +7,7 @@ use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use toml::{Table, Value};
 
 use super::keys::{check_keys, full_key};
+use super::refusal::describe;
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
     OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, overrides,
@@ -267,20 +268,6 @@ fn number(value: &Value) -> Option<f64> {
         Value::Float(number) => Some(*number),
         Value::Integer(number) => Some(*number as f64),
         _ => None,
-    }
-}
-
-/// A value for an error message: its type and, where it is short, itself.
-pub(super) fn describe(value: &Value) -> String {
-    match value {
-        Value::String(text) => format!("the string {text:?}"),
-        Value::Integer(number) => format!("{number}"),
-        // With its point, which tells it from a whole number.
-        Value::Float(number) => format!("{number:?}"),
-        Value::Boolean(flag) => format!("{flag}"),
-        Value::Datetime(_) => "a date".to_owned(),
-        Value::Array(entries) => format!("a list of {}", entries.len()),
-        Value::Table(_) => "a table".to_owned(),
     }
 }
 

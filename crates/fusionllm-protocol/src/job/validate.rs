@@ -7,6 +7,7 @@ use fusionllm_graph::{Gpt2Config, MAX_LAYERS};
 use fusionllm_planner::{Compression, MAX_COMPNODES, Owner, PlacementSpec, PlanSpec};
 
 use super::names::{check_name, check_path};
+use super::refusal::fail;
 use super::{CompressionPolicy, CompressionSpec, DataSpec, JobSpec, LrSchedule, ValueFormat};
 use crate::JobError;
 
@@ -25,10 +26,6 @@ const MAX_BATCH: u64 = 1 << 24;
 const MAX_MICRO_BATCHES: u64 = 1 << 16;
 /// Most tokens in a sequence, and most positions of a model.
 const MAX_SEQ_LEN: usize = 1 << 24;
-
-pub(super) fn fail<T>(key: &str, reason: String) -> Result<T, JobError> {
-    Err(JobError::Value { key: key.to_owned(), reason })
-}
 
 fn at_most(key: &str, value: u64, most: u64) -> Result<(), JobError> {
     match value {
