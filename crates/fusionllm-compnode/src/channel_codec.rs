@@ -6,8 +6,10 @@
 use fusionllm_codec::{Codec, CodecError, EdgeDecoder, EdgeEncoder, EdgeOptions, ElementType, HostTensor, Values};
 use fusionllm_protocol::{Channel, CompressionSpec, Pass};
 
-use crate::exchange::{Found, is_sampled};
 use crate::mailbox::Slot;
+
+/// Steps between two samples of the error that codecs introduce.
+const SAMPLED_STEPS: u64 = 10;
 
 /// What a job says of all its channels.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +34,20 @@ impl ChannelOptions {
             ..EdgeOptions::default()
         }
     }
+}
+
+/// What is known of a message only once it is encoded.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Found {
+    /// Bytes beyond the codec's steady size: a basis, less what a message does not use.
+    pub(crate) beyond_steady: i64,
+    /// Relative error, if it was measured.
+    pub(crate) error: Option<f64>,
+}
+
+/// Whether the error of a message's codec is measured: of one micro-batch every few steps, since it costs a decoding.
+fn is_sampled(slot: &Slot) -> bool {
+    slot.micro_batch == 0 && slot.step.is_multiple_of(SAMPLED_STEPS)
 }
 
 /// The sending end.

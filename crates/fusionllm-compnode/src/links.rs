@@ -26,8 +26,8 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::ExchangeError;
-use crate::channel_codec::{ChannelEncoder, ChannelOptions};
-use crate::exchange::{Exchange, Found, LinkTally, Message};
+use crate::channel_codec::{ChannelEncoder, ChannelOptions, Found};
+use crate::exchange::{Exchange, LinkTally, Message};
 use crate::mailbox::{Arrived, Mailbox, Slot};
 pub(crate) use bounds::EdgeTensors;
 use incoming::{Incoming, Line};

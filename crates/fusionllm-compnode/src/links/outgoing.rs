@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use super::attempts::Attempts;
 use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
 use crate::ExchangeError;
-use crate::channel_codec::ChannelEncoder;
-use crate::exchange::{Found, Message};
+use crate::channel_codec::{ChannelEncoder, Found};
+use crate::exchange::Message;
 
 /// What the task loop has for a channel.
 #[derive(Debug)]
