@@ -10,7 +10,7 @@ use fusionllm_protocol::Pass;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::burn_executor::BurnExecutor;
+use crate::burn::executor::BurnExecutor;
 use crate::executor::{Executor, MicroBatch, NamedTensor, by_name};
 use crate::{CompNodeError, ExecutorError};
 

@@ -5,7 +5,7 @@
 //! own; the async shell only moves bytes.
 
 mod allocator;
-mod burn_executor;
+mod burn;
 mod channel_codec;
 mod checkpoint;
 mod codec_table;
@@ -15,25 +15,19 @@ mod error;
 mod exchange;
 mod executor;
 mod generate;
-mod gradients;
-mod host;
-mod kernels;
 mod knock;
 mod links;
 mod mailbox;
 mod node;
-mod optimizer;
-mod owed;
 mod params;
 mod profile;
 mod residuals;
-mod segment;
 mod step_log;
 mod stop;
 mod task_loop;
 
 pub use allocator::{Allocator, keep_freed_memory};
-pub use burn_executor::BurnExecutor;
+pub use burn::{BurnExecutor, OptimizerSpec};
 pub use checkpoint::{export_hugging_face, read_shard, write_shard, write_shard_to};
 pub use codec_table::CodecTable;
 pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokenizer, Tokens};
@@ -46,7 +40,6 @@ pub use knock::{Admitted, knock};
 pub use links::{JobLinks, NetworkExchange};
 pub use mailbox::{Arrived, Mailbox, Slot};
 pub use node::{JoinConfig, join};
-pub use optimizer::OptimizerSpec;
 pub use task_loop::{JobSink, TaskLoop, TrainPlan};
 
 /// What a thread said when it panicked, in one line.

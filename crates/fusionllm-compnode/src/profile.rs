@@ -7,12 +7,10 @@
 mod cache;
 mod device;
 mod memory;
-mod ops;
 
 pub(crate) use cache::{ProfileCache, work_of};
 pub(crate) use device::{host_name, measure_device};
 pub(crate) use memory::free_bytes;
-pub(crate) use ops::{MeasureSpec, check_room, measure_ops};
 
 use std::time::{Duration, Instant};
 
@@ -28,7 +26,7 @@ const LEAST_RUNS: usize = 2;
 const ENOUGH: Duration = Duration::from_millis(200);
 
 /// Median times of several runs after a first one that warms up. A run gives any number of times.
-fn median_of_runs<const N: usize>(
+pub(crate) fn median_of_runs<const N: usize>(
     mut run: impl FnMut() -> Result<[f64; N], ExecutorError>,
 ) -> Result<[f64; N], ExecutorError> {
     run()?;
@@ -46,7 +44,10 @@ fn median_of_runs<const N: usize>(
 }
 
 /// Seconds until all that `work` put on the device is done.
-fn timed<T>(device: &Device, work: impl FnOnce() -> Result<T, ExecutorError>) -> Result<(f64, T), ExecutorError> {
+pub(crate) fn timed<T>(
+    device: &Device,
+    work: impl FnOnce() -> Result<T, ExecutorError>,
+) -> Result<(f64, T), ExecutorError> {
     let began = Instant::now();
     let result = work()?;
     device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })?;
@@ -54,6 +55,6 @@ fn timed<T>(device: &Device, work: impl FnOnce() -> Result<T, ExecutorError>) ->
 }
 
 /// Values that are neither all alike nor subnormal.
-fn pattern(count: usize) -> Vec<f32> {
+pub(crate) fn pattern(count: usize) -> Vec<f32> {
     (0..count as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 24) as f32 - 0.5).collect()
 }

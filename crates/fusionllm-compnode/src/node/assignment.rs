@@ -8,11 +8,11 @@ use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use crate::burn_executor::BurnExecutor;
+use crate::burn::executor::BurnExecutor;
+use crate::burn::optimizer::OptimizerSpec;
 use crate::checkpoint::ShardFile;
 use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
 use crate::mailbox::Mailbox;
-use crate::optimizer::OptimizerSpec;
 use crate::residuals;
 use crate::task_loop::TrainPlan;
 use crate::{CompNodeError, ExecutorError};

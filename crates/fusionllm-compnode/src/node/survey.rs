@@ -16,12 +16,11 @@ use tokio::time::timeout;
 
 use super::NodeEvent;
 use crate::CompNodeError;
+use crate::burn::measure::{MeasureSpec, check_room, measure_ops};
+use crate::burn::optimizer::OptimizerSpec;
 use crate::device::DeviceChoice;
 use crate::links::peer_addr;
-use crate::optimizer::OptimizerSpec;
-use crate::profile::{
-    MeasureSpec, ProfileCache, check_room, free_bytes, host_name, measure_device, measure_ops, work_of,
-};
+use crate::profile::{ProfileCache, free_bytes, host_name, measure_device, work_of};
 use crate::stop::StopFlag;
 
 /// What this CompNode measures with.

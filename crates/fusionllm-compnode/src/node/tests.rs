@@ -15,12 +15,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
-use crate::burn_executor::BurnExecutor;
+use crate::burn::executor::BurnExecutor;
+use crate::burn::optimizer::OptimizerSpec;
 use crate::checkpoint::write_shard;
 use crate::device::DeviceChoice;
 use crate::executor::{Executor, NamedTensor};
 use crate::links::peer_addr;
-use crate::optimizer::OptimizerSpec;
 
 /// Whatever is to happen happens by then, on a busy machine, too.
 const SOON: Duration = Duration::from_secs(60);

@@ -5,8 +5,8 @@ use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{ActivationFunction, DType, OpId, ParamId, Shape, TensorType, WeightLayout};
 
 use super::*;
+use crate::burn::host::{to_vec, upload};
 use crate::device::{DeviceChoice, open_device};
-use crate::host::{to_vec, upload};
 
 /// Differences of the loss are taken over this much of an input.
 const STEP: f32 = 1e-2;
@@ -61,7 +61,7 @@ impl Case {
         let leaves: Vec<Tensor<1>> = self.inputs.iter().map(flat).collect();
         let params: Vec<Tensor<1>> = self.params.iter().map(flat).collect();
         let real = |(leaf, shape): (&Tensor<1>, &Vec<usize>)| {
-            let (rows, columns) = crate::host::rows_and_columns(shape);
+            let (rows, columns) = crate::burn::host::rows_and_columns(shape);
             Value::Real(RealValue { tensor: leaf.clone().reshape([rows, columns]), shape: shape.clone() })
         };
         let mut inputs: Vec<Value> = leaves.iter().zip(&self.shapes).map(real).collect();

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::ParamState;
 use crate::UpdateSpec;
-use crate::kernels::fused::{TASK, from_cpu, into_cpu, zeros};
+use crate::burn::kernels::fused::{TASK, from_cpu, into_cpu, zeros};
 
 pub(super) const EXP_AVG: &str = "exp_avg";
 pub(super) const EXP_AVG_SQ: &str = "exp_avg_sq";
@@ -113,7 +113,7 @@ mod tests {
     use burn_tensor::{Device, TensorData};
 
     use super::*;
-    use crate::host::to_vec;
+    use crate::burn::host::to_vec;
 
     fn tensor(seed: usize) -> Tensor<1> {
         let values: Vec<f32> = (0..TASK + 5).map(|i| ((i * 7 + seed) % 13) as f32 / 6.0 - 1.0).collect();

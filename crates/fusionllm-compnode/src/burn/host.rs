@@ -4,7 +4,7 @@ use burn_tensor::{Device, Int, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
 
 use crate::ExecutorError;
-use crate::kernels::{IntegerValue, RealValue, Value, fused};
+use crate::burn::kernels::{IntegerValue, RealValue, Value, fused};
 
 /// Copies a host tensor to the device.
 pub(crate) fn upload(tensor: HostTensor, device: &Device) -> Value {

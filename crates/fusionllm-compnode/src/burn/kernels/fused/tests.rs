@@ -5,8 +5,8 @@ use burn_tensor::{Int, TensorData};
 use fusionllm_graph::WeightLayout;
 
 use super::*;
-use crate::host::to_vec;
-use crate::kernels::{activation, attention, linear, loss, norm};
+use crate::burn::host::to_vec;
+use crate::burn::kernels::{activation, attention, linear, loss, norm};
 
 /// Numbers without a pattern in [-2, 2).
 fn numbers(count: usize, seed: u64) -> Vec<f32> {

@@ -13,8 +13,8 @@ use burn_tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use fusionllm_graph::ParamId;
 
 use crate::ExecutorError;
-use crate::host::to_vec;
-use crate::kernels::fused::{self, SetAside};
+use crate::burn::host::to_vec;
+use crate::burn::kernels::fused::{self, SetAside};
 use rows::RowSum;
 
 /// What BP of a micro-batch gives for a table by lookup.

@@ -10,14 +10,14 @@ use fusionllm_graph::{OpDag, OpId, Param, ParamId};
 use fusionllm_planner::{NodeIndex, Placement, StageId, may_defer};
 use fusionllm_protocol::Pass;
 
+use crate::burn::gradients::{Gradients, Write};
+use crate::burn::host::{self, to_scalar};
+use crate::burn::kernels::fused;
+use crate::burn::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
+use crate::burn::owed::Owed;
+use crate::burn::segment::{Kept, Segment, Surroundings};
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
-use crate::gradients::{Gradients, Write};
-use crate::host::{self, to_scalar};
-use crate::kernels::fused;
-use crate::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
-use crate::owed::Owed;
 use crate::params::initial_values;
-use crate::segment::{Kept, Segment, Surroundings};
 use crate::stop::StopFlag;
 use crate::{CompNodeError, ExecutorError};
 

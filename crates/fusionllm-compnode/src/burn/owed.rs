@@ -6,7 +6,7 @@ use burn_tensor::Tensor;
 use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::StageId;
 
-use crate::kernels::WeightGradient;
+use crate::burn::kernels::WeightGradient;
 
 /// All that one CompNode owes UPDATE.
 ///

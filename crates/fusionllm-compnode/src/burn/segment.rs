@@ -11,11 +11,11 @@ use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{DType, OpDag, OpId, OpKind, ParamId};
 
 use crate::ExecutorError;
+use crate::burn::gradients::LookupGradient;
+use crate::burn::host::{download, to_scalar, upload};
+use crate::burn::kernels::fused::{self, Operand, Seeded, SetAside, WeightSum};
+use crate::burn::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
 use crate::executor::{MicroBatch, StageOutput};
-use crate::gradients::LookupGradient;
-use crate::host::{download, to_scalar, upload};
-use crate::kernels::fused::{self, Operand, Seeded, SetAside, WeightSum};
-use crate::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
 use crate::params::seed_for;
 use crate::stop::StopFlag;
 

@@ -11,13 +11,13 @@ use fusionllm_graph::{DType, OpClass, OpDag, OpId, OpKind, ParamId};
 use fusionllm_planner::{Measured, OpSeconds, StageId};
 use fusionllm_protocol::Pass;
 
-use super::{median_of_runs, pattern, timed};
-use crate::burn_executor::BurnExecutor;
+use crate::burn::executor::BurnExecutor;
+use crate::burn::gradients::{Gradients, LookupGradient};
+use crate::burn::host::{download, rows_and_columns, upload};
+use crate::burn::kernels::{self, Arguments, IntegerValue, KernelContext, RealValue, Value};
+use crate::burn::optimizer::{self, OptimizerSpec, ParamState};
 use crate::executor::{Executor, MicroBatch, UpdateSpec};
-use crate::gradients::{Gradients, LookupGradient};
-use crate::host::{download, rows_and_columns, upload};
-use crate::kernels::{self, Arguments, IntegerValue, KernelContext, RealValue, Value};
-use crate::optimizer::{self, OptimizerSpec, ParamState};
+use crate::profile::{median_of_runs, pattern, timed};
 use crate::stop::StopFlag;
 use crate::{CompNodeError, ExecutorError};
 
