@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_compnode::{BurnExecutor, DeviceChoice, Executor, MicroBatch, OptimizerSpec, UpdateSpec, open_device};
+use fusionllm_compnode::{
+    DeviceChoice, ExecutorSpec, FirstParams, MicroBatch, OptimizerSpec, StopFlag, UpdateSpec, open_device,
+};
 use fusionllm_graph::{Gpt2Config, OpDag, OpKind, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, Placement, StageId, place};
 use fusionllm_protocol::{JobSpec, Pass};
@@ -111,11 +113,12 @@ fn main() {
     let options = Options::read();
     rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global().unwrap();
     let dag = Arc::new(options.dag());
-    let (device, _) = open_device(options.device).unwrap();
+    let backend = open_device(options.device).unwrap();
     let optimizer = OptimizerSpec::AdamW { betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01 };
     let placement = on_one_compnode(&dag);
-    let mut executor =
-        BurnExecutor::new(Arc::clone(&dag), &placement, NodeIndex(0), device.clone(), optimizer, 0).unwrap();
+    let first = FirstParams::Drawn;
+    let spec = ExecutorSpec::of_placement(Arc::clone(&dag), &placement, NodeIndex(0), optimizer, 0, first);
+    let mut executor = backend.build(spec, StopFlag::default()).unwrap();
     let is_placeholder = |op| matches!(dag.op(op).kind, OpKind::Input { .. } | OpKind::Label { .. });
     let placeholders = dag.op_ids().filter(|&op| is_placeholder(op));
     let inputs: Vec<_> = placeholders.zip(1..).map(|(op, seed)| (op, options.ids(seed))).collect();
@@ -129,7 +132,6 @@ fn main() {
             executor.backward(StageId(0), micro_batch, Vec::new(), scale).unwrap();
         }
         executor.update(UpdateSpec { step: step as u64, lr: 3e-4, gradient_scale: 1.0 }).unwrap();
-        device.sync().unwrap();
         if step >= options.warmup {
             times.push(began.elapsed().as_secs_f64());
         }

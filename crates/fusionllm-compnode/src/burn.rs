@@ -1,13 +1,85 @@
-//! All that knows Burn: kernels, tapes, gradients, the optimizer, and what measures them.
+//! The backend on Burn, and all that knows Burn: kernels, tapes, gradients, the optimizer, and what measures them.
 
-pub(crate) mod executor;
+mod device;
+mod executor;
 mod gradients;
 mod host;
 mod kernels;
-pub(crate) mod measure;
-pub(crate) mod optimizer;
+mod measure;
+mod optimizer;
 mod owed;
 mod segment;
+mod speed;
 
-pub use executor::BurnExecutor;
-pub use optimizer::OptimizerSpec;
+use std::sync::Arc;
+use std::time::Instant;
+
+use burn_tensor::Device;
+use fusionllm_graph::{Kernels, OpDag};
+use fusionllm_planner::Measured;
+
+use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, MeasureSpec};
+use crate::executor::Executor;
+use crate::profile::free_bytes;
+use crate::stop::StopFlag;
+use crate::{CompNodeError, DeviceChoice, ExecutorError};
+pub use device::PROBE_THREAD;
+use executor::BurnExecutor;
+use kernels::fused;
+
+/// A device of Burn's.
+#[derive(Debug)]
+pub(crate) struct BurnBackend {
+    device: Device,
+    name: String,
+    choice: DeviceChoice,
+}
+
+impl BurnBackend {
+    /// Opens a device and has it compute something.
+    ///
+    /// # Errors
+    /// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
+    pub(crate) fn open(choice: DeviceChoice) -> Result<Self, CompNodeError> {
+        let (device, name) = device::open(choice)?;
+        Ok(Self { device, name, choice })
+    }
+}
+
+impl Backend for BurnBackend {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn is_cpu(&self) -> bool {
+        self.choice.is_cpu()
+    }
+
+    fn kernels(&self) -> Kernels {
+        if fused::is_cpu(&self.device) { Kernels::Fused } else { Kernels::Plain }
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        free_bytes(self.choice)
+    }
+
+    fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError> {
+        speed::measure_speed(&self.device)
+    }
+
+    fn measure_ops(&self, dag: &Arc<OpDag>, spec: &MeasureSpec, stop: &StopFlag) -> Result<Measured, ExecutorError> {
+        measure::measure_ops(dag, spec, &self.device, stop)
+    }
+
+    fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {
+        Ok(Box::new(BurnExecutor::new(spec, self.device.clone(), stop)?))
+    }
+}
+
+/// Seconds until all that `work` put on the device is done.
+fn timed<T>(device: &Device, work: impl FnOnce() -> Result<T, ExecutorError>) -> Result<(f64, T), ExecutorError> {
+    let began = Instant::now();
+    let result = work()?;
+    device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })?;
+    Ok((began.elapsed().as_secs_f64(), result))
+}

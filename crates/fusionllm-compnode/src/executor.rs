@@ -8,7 +8,7 @@ use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::StageId;
 use fusionllm_protocol::Pass;
 
-use crate::{ExecutorError, ShardError};
+use crate::{CompNodeError, ExecutorError, ShardError};
 
 /// Which micro-batch a task works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -211,6 +211,13 @@ pub trait Executor: Send {
     /// # Errors
     /// [`ExecutorError`] if the device fails.
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError>;
+
+    /// Replaces parameters and optimizer state by what `tensors` holds; every parameter held here must be in it.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Param`] if one is missing or has another shape, [`ShardError`](crate::ShardError) if one cannot
+    /// be read.
+    fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError>;
 
     /// All parameters and optimizer state.
     fn export(&self) -> Vec<LazyTensor<'_>>;

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use burn_tensor::Device;
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::StageId;
@@ -10,8 +9,9 @@ use fusionllm_protocol::Pass;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::burn::executor::BurnExecutor;
+use crate::backend::{Backend, ExecutorSpec};
 use crate::executor::{Executor, MicroBatch, NamedTensor, by_name};
+use crate::stop::StopFlag;
 use crate::{CompNodeError, ExecutorError};
 
 /// How to draw tokens.
@@ -28,12 +28,17 @@ pub struct SamplingSpec {
 }
 
 /// A model that writes.
-#[derive(Debug)]
 pub struct Generator {
-    executor: BurnExecutor,
+    executor: Box<dyn Executor>,
     input: OpId,
     logits: OpId,
     seq_len: usize,
+}
+
+impl std::fmt::Debug for Generator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Generator").field("seq_len", &self.seq_len).finish_non_exhaustive()
+    }
 }
 
 impl Generator {
@@ -41,12 +46,12 @@ impl Generator {
     ///
     /// # Errors
     /// If the graph is no language model, or a parameter is missing.
-    pub fn new(dag: Arc<OpDag>, tensors: Vec<NamedTensor>, device: Device) -> Result<Self, CompNodeError> {
+    pub fn new(dag: Arc<OpDag>, tensors: Vec<NamedTensor>, backend: &dyn Backend) -> Result<Self, CompNodeError> {
         let unfit = |what: &str| ExecutorError::Internal { what: format!("the graph has no {what}") };
         let input = dag.input().ok_or_else(|| unfit("input op"))?;
         let logits = dag.logits().ok_or_else(|| unfit("loss op to take the logits from"))?;
         let seq_len = dag.seq_len().ok_or_else(|| unfit("sequence length"))?;
-        let mut executor = BurnExecutor::up_to(dag, logits, device)?;
+        let mut executor = backend.build(ExecutorSpec::up_to(dag, logits), StopFlag::default())?;
         executor.import(&mut by_name(tensors))?;
         Ok(Self { executor, input, logits, seq_len })
     }

@@ -5,6 +5,7 @@
 //! own; the async shell only moves bytes.
 
 mod allocator;
+mod backend;
 mod burn;
 mod channel_codec;
 mod checkpoint;
@@ -19,6 +20,7 @@ mod knock;
 mod links;
 mod mailbox;
 mod node;
+mod optimizer;
 mod params;
 mod profile;
 mod residuals;
@@ -27,11 +29,12 @@ mod stop;
 mod task_loop;
 
 pub use allocator::{Allocator, keep_freed_memory};
-pub use burn::{BurnExecutor, OptimizerSpec};
+pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, MeasureSpec, StageOps, open_device};
+pub use burn::PROBE_THREAD;
 pub use checkpoint::{export_hugging_face, read_shard, write_shard, write_shard_to};
 pub use codec_table::CodecTable;
 pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokenizer, Tokens};
-pub use device::{DeviceChoice, PROBE_THREAD, open_device};
+pub use device::DeviceChoice;
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};
 pub use executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec, by_name};
@@ -40,6 +43,8 @@ pub use knock::{Admitted, knock};
 pub use links::{JobLinks, NetworkExchange};
 pub use mailbox::{Arrived, Mailbox, Slot};
 pub use node::{JoinConfig, join};
+pub use optimizer::OptimizerSpec;
+pub use stop::StopFlag;
 pub use task_loop::{JobSink, TaskLoop, TrainPlan};
 
 /// What a thread said when it panicked, in one line.

@@ -19,7 +19,7 @@ use fusionllm_transport::{Endpoint, EndpointConfig, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
-use crate::device::open_device;
+use crate::backend::open_device;
 use crate::links::peer_record;
 use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
@@ -72,11 +72,8 @@ async fn join_with(
         // A process computes with one pool; if it has one already, that one stays.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
-    let (device, device_name) = open_device(config.device)?;
     let surveyor = Surveyor {
-        device,
-        device_name,
-        choice: config.device,
+        backend: open_device(config.device)?,
         folder: config.profile_dir,
         memory_bytes: config.memory_bytes,
         measuring: Arc::default(),
@@ -162,7 +159,7 @@ impl Node {
             match self.meanwhile(inbox, dialling).await {
                 Ok(connected) => {
                     (joined_before, pause) = (true, BACK_OFF.0);
-                    tracing::info!(name = %connected.name, device = %self.surveyor.device_name, "joined the broker");
+                    tracing::info!(name = %connected.name, device = self.surveyor.backend.name(), "joined the broker");
                     match self.session(connected, inbox).await {
                         SessionEnd::Leave => return Ok(()),
                         SessionEnd::Lost(reason) => tracing::warn!(reason, "lost the broker"),
@@ -306,7 +303,7 @@ impl Node {
     fn hello(&self) -> Hello {
         let role = Role::CompNode {
             name: self.name.clone(),
-            device: self.surveyor.device_name.clone(),
+            device: self.surveyor.backend.name().to_owned(),
             addr: peer_record(&self.endpoint.addr()),
             profile: self.profile.clone(),
             resume: self.has_joined.then(|| self.outbox.received()),

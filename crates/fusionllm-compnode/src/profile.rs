@@ -5,16 +5,16 @@
 //! the single times are corrected. Results are kept in a file and used again while nothing has changed.
 
 mod cache;
-mod device;
+mod host;
 mod memory;
+mod room;
 
 pub(crate) use cache::{ProfileCache, work_of};
-pub(crate) use device::{host_name, measure_device};
+pub(crate) use host::host_name;
 pub(crate) use memory::free_bytes;
+pub(crate) use room::check_room;
 
 use std::time::{Duration, Instant};
-
-use burn_tensor::Device;
 
 use crate::ExecutorError;
 
@@ -41,17 +41,6 @@ pub(crate) fn median_of_runs<const N: usize>(
         // Of two the lower: what disturbs a run only makes it longer.
         times[(times.len() - 1) / 2]
     }))
-}
-
-/// Seconds until all that `work` put on the device is done.
-pub(crate) fn timed<T>(
-    device: &Device,
-    work: impl FnOnce() -> Result<T, ExecutorError>,
-) -> Result<(f64, T), ExecutorError> {
-    let began = Instant::now();
-    let result = work()?;
-    device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })?;
-    Ok((began.elapsed().as_secs_f64(), result))
 }
 
 /// Values that are neither all alike nor subnormal.

@@ -7,11 +7,11 @@ use crate::ExecutorError;
 
 /// Set once; whoever works looks at it between two ops. Clones are the same flag.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct StopFlag(Arc<AtomicBool>);
+pub struct StopFlag(Arc<AtomicBool>);
 
 impl StopFlag {
     /// Asks the work to end.
-    pub(crate) fn set(&self) {
+    pub fn set(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 
@@ -19,7 +19,7 @@ impl StopFlag {
     ///
     /// # Errors
     /// [`ExecutorError::Stopped`] if it may not.
-    pub(crate) fn check(&self) -> Result<(), ExecutorError> {
+    pub fn check(&self) -> Result<(), ExecutorError> {
         if self.0.load(Ordering::Relaxed) { Err(ExecutorError::Stopped) } else { Ok(()) }
     }
 }

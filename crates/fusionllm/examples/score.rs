@@ -24,8 +24,8 @@ fn main() -> anyhow::Result<()> {
     let weights = tempfile::NamedTempFile::new()?;
     checkpoint.weights_blob(&names, weights.path())?;
     let tensors = read_shard(&std::fs::read(weights.path())?)?;
-    let (device, _) = open_device(DeviceChoice::Cpu)?;
-    let mut model = Generator::new(Arc::new(checkpoint.dag().clone()), tensors, device)?;
+    let backend = open_device(DeviceChoice::Cpu)?;
+    let mut model = Generator::new(Arc::new(checkpoint.dag().clone()), tensors, backend.as_ref())?;
 
     let bytes = std::fs::read(&tokens)?;
     let file = SafeTensors::deserialize(&bytes)?;

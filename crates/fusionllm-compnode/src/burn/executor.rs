@@ -1,29 +1,30 @@
 //! The executor on Burn: parameters, gradients and optimizer state of one CompNode, and its stages.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use burn_tensor::{Device, Tensor, TensorData};
 use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpDag, OpId, Param, ParamId};
-use fusionllm_planner::{NodeIndex, Placement, StageId, may_defer};
+use fusionllm_planner::StageId;
 use fusionllm_protocol::Pass;
 
+use crate::backend::{ExecutorSpec, FirstParams, StageOps};
 use crate::burn::gradients::{Gradients, Write};
 use crate::burn::host::{self, to_scalar};
 use crate::burn::kernels::fused;
-use crate::burn::optimizer::{self, OptimizerSpec, ParamState, STATE_KINDS};
+use crate::burn::optimizer::{self, ParamState, STATE_KINDS};
 use crate::burn::owed::Owed;
 use crate::burn::segment::{Kept, Segment, Surroundings};
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
 use crate::params::initial_values;
 use crate::stop::StopFlag;
-use crate::{CompNodeError, ExecutorError};
+use crate::{CompNodeError, ExecutorError, OptimizerSpec};
 
 /// Runs the stages of one CompNode on a Burn device.
 #[derive(Debug)]
-pub struct BurnExecutor {
+pub(super) struct BurnExecutor {
     dag: Arc<OpDag>,
     device: Device,
     on_cpu: bool,
@@ -43,86 +44,25 @@ pub struct BurnExecutor {
 }
 
 impl BurnExecutor {
-    /// An executor for the stages that `placement` gives to `node`, with initial parameters out of `seed`.
+    /// An executor of these stages with initial parameters out of their seed. FP ends between two ops once `stop` is set.
     ///
     /// # Errors
     /// [`ExecutorError::Param`] if a parameter cannot be initialised.
-    pub fn new(
-        dag: Arc<OpDag>,
-        placement: &Placement,
-        node: NodeIndex,
-        device: Device,
-        optimizer: OptimizerSpec,
-        seed: u64,
-    ) -> Result<Self, ExecutorError> {
-        let defers = placement.defers(node);
-        let mut segments = BTreeMap::new();
-        for stage in placement.stages_of(node) {
-            let leaving = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();
-            let deferring = stage.ops.iter().filter(|&&op| defers && may_defer(&dag, &placement.tied, op));
-            let segment = Segment::new(&dag, stage.ops.clone(), leaving).deferring(deferring.copied().collect());
-            segments.insert(stage.id, segment);
-        }
-        let held = placement.params_of(&dag, node);
-        Self::with_segments(dag, segments, &held, device, optimizer, seed)
-    }
-
-    /// An executor of one stage 0 that holds the ops up to `last`, whose output leaves it: for inference.
-    ///
-    /// # Errors
-    /// [`ExecutorError::Param`] if a parameter cannot be initialised.
-    pub fn up_to(dag: Arc<OpDag>, last: OpId, device: Device) -> Result<Self, ExecutorError> {
-        let mut needed: BTreeSet<OpId> = BTreeSet::from([last]);
-        for index in (0..=last.index()).rev() {
-            let op = OpId(index as u32);
-            if needed.contains(&op) {
-                needed.extend(dag.op(op).inputs.iter().copied());
-            }
-        }
-        let held: BTreeSet<ParamId> = needed.iter().flat_map(|&op| dag.op(op).params.iter().copied()).collect();
-        let segment = Segment::new(&dag, needed.into_iter().collect(), BTreeSet::from([last]));
-        let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
-        let held: Vec<ParamId> = held.into_iter().collect();
-        Self::with_segments(dag, BTreeMap::from([(StageId(0), segment)]), &held, device, optimizer, 0)
-    }
-
-    /// An executor of one stage 0 that holds `ops`, of which leaves whatever another op consumes: for measuring.
-    ///
-    /// # Errors
-    /// [`ExecutorError::Param`] if a parameter cannot be initialised.
-    pub(crate) fn of_ops(dag: Arc<OpDag>, ops: Vec<OpId>, device: Device) -> Result<Self, ExecutorError> {
-        let held: BTreeSet<ParamId> = ops.iter().flat_map(|&op| dag.op(op).params.iter().copied()).collect();
-        let leaves = |op: &&OpId| dag.consumers(**op).iter().any(|c| !ops.contains(c));
-        let leaving = ops.iter().filter(leaves).copied().collect();
-        let segment = Segment::new(&dag, ops.clone(), leaving);
-        let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
-        let held: Vec<ParamId> = held.into_iter().collect();
-        Self::with_segments(dag, BTreeMap::from([(StageId(0), segment)]), &held, device, optimizer, 0)
-    }
-
-    /// The ops whose tensors a stage needs from outside, and those whose tensors leave it.
-    ///
-    /// # Errors
-    /// [`ExecutorError::Internal`] if the stage is not held here.
-    pub(crate) fn borders(&self, stage: StageId) -> Result<(Vec<OpId>, Vec<OpId>), ExecutorError> {
-        let segment = self.segment(stage)?;
-        Ok((segment.entering().iter().copied().collect(), segment.leaving().to_vec()))
-    }
-
-    fn with_segments(
-        dag: Arc<OpDag>,
-        segments: BTreeMap<StageId, Segment>,
-        held: &[ParamId],
-        device: Device,
-        optimizer: OptimizerSpec,
-        seed: u64,
-    ) -> Result<Self, ExecutorError> {
+    pub(super) fn new(spec: ExecutorSpec, device: Device, stop: StopFlag) -> Result<Self, ExecutorError> {
+        let ExecutorSpec { dag, stages, params: held, optimizer, seed, first } = spec;
         let on_cpu = fused::is_cpu(&device);
-        let accumulating = |(id, segment): (StageId, Segment)| (id, segment.accumulating(&dag));
-        let segments = if on_cpu { segments.into_iter().map(accumulating).collect() } else { segments };
+        let segment = |stage: StageOps| {
+            let segment = Segment::new(&dag, stage.ops, stage.leaving).deferring(stage.deferring);
+            (stage.id, if on_cpu { segment.accumulating(&dag) } else { segment })
+        };
+        let segments = stages.into_iter().map(segment).collect();
         let mut params = BTreeMap::new();
-        for &id in held {
-            params.insert(id, flat(initial_values(dag.param(id), seed)?, &device));
+        for id in held {
+            let values = match first {
+                FirstParams::Drawn => initial_values(dag.param(id), seed)?,
+                FirstParams::Imported => vec![0.0; dag.param(id).shape.iter().product()],
+            };
+            params.insert(id, flat(values, &device));
         }
         let mut executor = Self {
             dag,
@@ -137,41 +77,19 @@ impl BurnExecutor {
             owed: Owed::default(),
             state: BTreeMap::new(),
             kept: BTreeMap::new(),
-            stop: StopFlag::default(),
+            stop,
         };
         executor.make_leaves();
         Ok(executor)
     }
 
-    /// FP ends between two ops once this flag is set.
-    pub(crate) fn stop_with(&mut self, stop: StopFlag) {
-        self.stop = stop;
-    }
-
-    /// Replaces parameters and optimizer state by what `tensors` holds; every parameter held here must be in it.
+    /// The ops whose tensors a stage needs from outside, and those whose tensors leave it.
     ///
     /// # Errors
-    /// [`ExecutorError::Param`] if one is missing or has another shape, [`ShardError`](crate::ShardError) if one cannot
-    /// be read.
-    pub fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError> {
-        let ids: Vec<ParamId> = self.params.keys().copied().collect();
-        for id in ids {
-            let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
-            let missing = || ExecutorError::Param { name: name.clone(), reason: "not among the weights".to_owned() };
-            let tensor = tensors.take(&name)?.ok_or_else(missing)?;
-            // The memory of the old values is for the new ones.
-            self.leaves.remove(&id);
-            self.params.insert(id, self.checked(tensor, &shape)?);
-            let mut state = ParamState::new();
-            for kind in STATE_KINDS {
-                if let Some(tensor) = tensors.take(&format!("optimizer.{kind}.{name}"))? {
-                    state.insert(kind, self.checked(tensor, &shape)?);
-                }
-            }
-            self.state.insert(id, state);
-        }
-        self.make_leaves();
-        Ok(())
+    /// [`ExecutorError::Internal`] if the stage is not held here.
+    pub(super) fn borders(&self, stage: StageId) -> Result<(Vec<OpId>, Vec<OpId>), ExecutorError> {
+        let segment = self.segment(stage)?;
+        Ok((segment.entering().iter().copied().collect(), segment.leaving().to_vec()))
     }
 
     fn checked(&self, tensor: NamedTensor, shape: &[usize]) -> Result<Tensor<1>, ExecutorError> {
@@ -374,6 +292,27 @@ impl Executor for BurnExecutor {
         });
         self.make_leaves();
         self.device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })
+    }
+
+    fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError> {
+        let ids: Vec<ParamId> = self.params.keys().copied().collect();
+        for id in ids {
+            let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
+            let missing = || ExecutorError::Param { name: name.clone(), reason: "not among the weights".to_owned() };
+            let tensor = tensors.take(&name)?.ok_or_else(missing)?;
+            // The memory of the old values is for the new ones.
+            self.leaves.remove(&id);
+            self.params.insert(id, self.checked(tensor, &shape)?);
+            let mut state = ParamState::new();
+            for kind in STATE_KINDS {
+                if let Some(tensor) = tensors.take(&format!("optimizer.{kind}.{name}"))? {
+                    state.insert(kind, self.checked(tensor, &shape)?);
+                }
+            }
+            self.state.insert(id, state);
+        }
+        self.make_leaves();
+        Ok(())
     }
 
     fn export(&self) -> Vec<LazyTensor<'_>> {

@@ -11,15 +11,17 @@ use fusionllm_graph::{DType, OpClass, OpDag, OpId, OpKind, ParamId};
 use fusionllm_planner::{Measured, OpSeconds, StageId};
 use fusionllm_protocol::Pass;
 
+use super::timed;
+use crate::backend::{ExecutorSpec, MeasureSpec};
 use crate::burn::executor::BurnExecutor;
 use crate::burn::gradients::{Gradients, LookupGradient};
 use crate::burn::host::{download, rows_and_columns, upload};
 use crate::burn::kernels::{self, Arguments, IntegerValue, KernelContext, RealValue, Value};
-use crate::burn::optimizer::{self, OptimizerSpec, ParamState};
+use crate::burn::optimizer::{self, ParamState};
 use crate::executor::{Executor, MicroBatch, UpdateSpec};
-use crate::profile::{median_of_runs, pattern, timed};
+use crate::profile::{median_of_runs, pattern};
 use crate::stop::StopFlag;
-use crate::{CompNodeError, ExecutorError};
+use crate::{ExecutorError, OptimizerSpec};
 
 /// Elements that UPDATE and copies are measured with: 16 MiB.
 const ELEMENTS: usize = 4 << 20;
@@ -30,45 +32,11 @@ const PIECE_MEMORY: f64 = 0.2;
 /// Corrections beyond these bounds say that something disturbed the measurement.
 const CORRECTION: (f64, f64) = (0.25, 4.0);
 
-/// How ops are measured.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct MeasureSpec {
-    /// Samples in a micro-batch.
-    pub(crate) batch: usize,
-    /// What UPDATE does.
-    pub(crate) optimizer: OptimizerSpec,
-    /// Memory that may be filled, if that is known.
-    pub(crate) free_bytes: Option<u64>,
-}
-
-/// Whether each op by itself finds room to be measured.
-///
-/// # Errors
-/// [`CompNodeError::Memory`] with the op that needs most.
-pub(crate) fn check_room(dag: &OpDag, batch: usize, room: u64) -> Result<(), CompNodeError> {
-    let Some((needed, op)) = dag.op_ids().map(|op| (bytes_to_measure(dag, op, batch), op)).max() else { return Ok(()) };
-    if needed <= room {
-        return Ok(());
-    }
-    let what = format!("FP and BP of op `{}` over micro-batches of {batch} samples", dag.op(op).name);
-    Err(CompNodeError::Memory { what, needed, room })
-}
-
-/// Bytes of what FP and BP of one op hold at once, at the least: inputs and parameters with their gradients, the output
-/// with its gradient and the product of both.
-fn bytes_to_measure(dag: &OpDag, id: OpId, batch: usize) -> u64 {
-    let op = dag.op(id);
-    let of_output = |id: OpId| dag.op(id).output.shape.elements(batch).saturating_mul(4);
-    let inputs = op.inputs.iter().map(|&input| of_output(input)).fold(0u64, u64::saturating_add);
-    let params = op.params.iter().map(|&param| dag.param(param).bytes()).fold(0u64, u64::saturating_add);
-    inputs.saturating_add(params).saturating_mul(2).saturating_add(of_output(id).saturating_mul(3))
-}
-
 /// Measures all work of `dag`.
 ///
 /// # Errors
 /// [`ExecutorError`] if the device fails, or `stop` was set.
-pub(crate) fn measure_ops(
+pub(super) fn measure_ops(
     dag: &Arc<OpDag>,
     spec: &MeasureSpec,
     device: &Device,
@@ -248,7 +216,8 @@ fn correct(
     measured: &mut Measured,
 ) -> Result<(), ExecutorError> {
     let ids: Vec<OpId> = piece.map(|i| OpId(i as u32)).collect();
-    let mut executor = BurnExecutor::of_ops(Arc::clone(dag), ids.clone(), device.clone())?;
+    let spec = ExecutorSpec::of_ops(Arc::clone(dag), ids.clone());
+    let mut executor = BurnExecutor::new(spec, device.clone(), StopFlag::default())?;
     let (entering, leaving) = executor.borders(StageId(0))?;
     let tensor = |&op: &OpId| -> Result<(OpId, HostTensor), ExecutorError> {
         let output = &dag.op(op).output;
@@ -320,23 +289,6 @@ mod tests {
         let error = measure_ops(&dag, &spec, &Device::flex(), &stop).unwrap_err();
         assert!(matches!(error, ExecutorError::Stopped), "{error}");
         assert!(began.elapsed().as_secs_f64() < 1.0);
-    }
-
-    #[test]
-    fn an_op_without_room_is_refused_with_the_numbers() {
-        let mut config = Gpt2Config::named("gpt2").unwrap();
-        (config.n_layer, config.n_embd, config.n_head) = (1, 32, 2);
-        config.vocab_size = 200_000_000;
-        let dag = gpt2(&config, 16).unwrap();
-        let error = check_room(&dag, 1, 1 << 30).unwrap_err().to_string();
-        // Its table of 200,000,000 rows of 32 numbers is 25.6 GB, and so is the table's gradient.
-        assert!(
-            error.starts_with("FP and BP of op `") && error.contains("micro-batches of 1 samples take "),
-            "{error}"
-        );
-        assert!(error.contains("GB here, jobs may fill 1.07 GB") && error.contains("--memory-gb"), "{error}");
-        check_room(&dag, 1, 1 << 40).unwrap();
-        assert!(check_room(&dag, usize::MAX / 1_000_000_000, 1 << 40).is_err(), "nothing overflows");
     }
 
     #[test]

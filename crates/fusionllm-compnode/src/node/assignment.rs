@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use burn_tensor::Device;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use crate::burn::executor::BurnExecutor;
-use crate::burn::optimizer::OptimizerSpec;
+use crate::backend::{Backend, ExecutorSpec, FirstParams};
 use crate::checkpoint::ShardFile;
 use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
+use crate::executor::Executor;
 use crate::mailbox::Mailbox;
+use crate::optimizer::OptimizerSpec;
 use crate::residuals;
 use crate::task_loop::TrainPlan;
 use crate::{CompNodeError, ExecutorError};
@@ -44,7 +44,7 @@ impl JobKey {
 pub(crate) struct Prepared {
     pub(super) key: JobKey,
     pub(super) plan: TrainPlan,
-    pub(super) executor: BurnExecutor,
+    pub(super) executor: Box<dyn Executor>,
     pub(super) batches: Option<Box<dyn Batches>>,
     pub(super) data: Option<DataReport>,
     /// Dropped last, when the rest is gone from memory.
@@ -62,7 +62,7 @@ pub(super) type WeightsReceiver = oneshot::Receiver<Result<ShardFile, CompNodeEr
 
 /// Where an assignment is built.
 pub(super) struct BuildSite {
-    pub(super) device: Device,
+    pub(super) backend: Arc<dyn Backend>,
     /// Bytes that a job may fill, if that is known.
     pub(super) free_bytes: Option<u64>,
     /// Bytes of the machine's memory that are free, where the device has its own.
@@ -114,8 +114,9 @@ pub(super) fn prepare(
     }
     let (batches, data) = open_data(assignment, &dag, &site)?;
     site.check()?;
-    let device = site.device.clone();
-    let mut executor = BurnExecutor::new(Arc::clone(&dag), placement, node, device, optimizer, spec.train.seed)?;
+    let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
+    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
+    let mut executor = site.backend.build(held, site.mailbox.stop_flag())?;
     let mut residuals = Vec::new();
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
@@ -124,7 +125,6 @@ pub(super) fn prepare(
         residuals = residuals::take(&dag, placement, node, &mut tensors)?;
     }
     site.check()?;
-    executor.stop_with(site.mailbox.stop_flag());
     let plan = TrainPlan {
         dag,
         placement: Arc::new(placement.clone()),

@@ -98,8 +98,8 @@ impl RunningJob {
                 Ok(Ok(permit)) => {
                     let built = spawn_blocking(move || {
                         let (free_bytes, host_bytes) = (surveyor.room(), surveyor.host_room());
-                        let device = surveyor.device;
-                        let site = BuildSite { device, free_bytes, host_bytes, readable, reading, permit, mailbox };
+                        let backend = surveyor.backend;
+                        let site = BuildSite { backend, free_bytes, host_bytes, readable, reading, permit, mailbox };
                         prepare(&assignment, site, receiver)
                     });
                     let built = built.await;
@@ -173,7 +173,7 @@ impl RunningJob {
             let exchange = NetworkExchange::new(exchange_links, runtime);
             let Prepared { mut plan, executor, batches, permit, .. } = prepared;
             plan.codecs = codecs;
-            let mut task_loop = TaskLoop::new(plan, Box::new(executor), Box::new(exchange), batches);
+            let mut task_loop = TaskLoop::new(plan, executor, Box::new(exchange), batches);
             let mut sink = NodeSink { key, events: reports, shards, mailbox, clock, folder };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
             let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use burn_tensor::Device;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
 use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
@@ -16,19 +15,17 @@ use tokio::time::timeout;
 
 use super::NodeEvent;
 use crate::CompNodeError;
-use crate::burn::measure::{MeasureSpec, check_room, measure_ops};
-use crate::burn::optimizer::OptimizerSpec;
+use crate::backend::{Backend, MeasureSpec};
 use crate::device::DeviceChoice;
 use crate::links::peer_addr;
-use crate::profile::{ProfileCache, free_bytes, host_name, measure_device, work_of};
+use crate::optimizer::OptimizerSpec;
+use crate::profile::{ProfileCache, check_room, free_bytes, host_name, work_of};
 use crate::stop::StopFlag;
 
 /// What this CompNode measures with.
 #[derive(Clone, Debug)]
 pub(super) struct Surveyor {
-    pub(super) device: Device,
-    pub(super) device_name: String,
-    pub(super) choice: DeviceChoice,
+    pub(super) backend: Arc<dyn Backend>,
     /// Where results are kept; nothing: nowhere.
     pub(super) folder: Option<PathBuf>,
     /// Memory that a job may fill, if that was said.
@@ -46,11 +43,11 @@ impl Surveyor {
     /// # Errors
     /// [`CompNodeError`] if the device fails.
     pub(super) fn device(&self) -> Result<DeviceProfile, CompNodeError> {
-        let mut cache = ProfileCache::open(self.folder.as_deref(), &self.device_name);
+        let mut cache = ProfileCache::open(self.folder.as_deref(), self.backend.name());
         let speed = match cache.speed() {
             Some(speed) => speed,
             None => {
-                let speed = measure_device(&self.device)?;
+                let speed = self.backend.measure_speed()?;
                 cache.set_speed(speed);
                 speed
             }
@@ -61,15 +58,15 @@ impl Surveyor {
         Ok(DeviceProfile {
             flop_per_s: speed.flop_per_s,
             memory_bytes_per_s: speed.memory_bytes_per_s,
-            memory_bytes: self.memory_bytes.or_else(|| free_bytes(self.choice)),
+            memory_bytes: self.memory_bytes.or_else(|| self.backend.free_bytes()),
             host: host_name(),
-            cpu: self.choice.is_cpu().then_some(share),
+            cpu: self.backend.is_cpu().then_some(share),
         })
     }
 
     /// Bytes that a job may fill now, if that is known.
     pub(super) fn room(&self) -> Option<u64> {
-        match (self.memory_bytes, free_bytes(self.choice)) {
+        match (self.memory_bytes, self.backend.free_bytes()) {
             (Some(allowed), Some(free)) => Some(allowed.min(free)),
             (allowed, free) => allowed.or(free),
         }
@@ -88,14 +85,14 @@ impl Surveyor {
 
     /// Bytes of the machine's memory that are free, where the device has memory of its own.
     pub(super) fn host_room(&self) -> Option<u64> {
-        if self.choice.is_cpu() { None } else { free_bytes(DeviceChoice::Cpu) }
+        if self.backend.is_cpu() { None } else { free_bytes(DeviceChoice::Cpu) }
     }
 
     /// What the ops of a job take, out of the file if it is there. For a blocking thread.
     fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);
         let batch = spec.micro_batch_size() as usize;
-        let mut cache = ProfileCache::open(self.folder.as_deref(), &self.device_name);
+        let mut cache = ProfileCache::open(self.folder.as_deref(), self.backend.name());
         let work = work_of(&dag, batch);
         if let Some(measured) = cache.job(&work) {
             return Ok(measured);
@@ -105,7 +102,8 @@ impl Surveyor {
             check_room(&dag, batch, room)?;
         }
         let optimizer = OptimizerSpec::of(&spec.train);
-        let measured = measure_ops(&dag, &MeasureSpec { batch, optimizer, free_bytes: room }, &self.device, stop)?;
+        let spec = MeasureSpec { batch, optimizer, free_bytes: room };
+        let measured = self.backend.measure_ops(&dag, &spec, stop)?;
         cache.set_job(&work, measured.clone());
         Ok(measured)
     }

@@ -15,12 +15,13 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
-use crate::burn::executor::BurnExecutor;
-use crate::burn::optimizer::OptimizerSpec;
+use crate::backend::{ExecutorSpec, FirstParams};
 use crate::checkpoint::write_shard;
 use crate::device::DeviceChoice;
-use crate::executor::{Executor, NamedTensor};
+use crate::executor::NamedTensor;
 use crate::links::peer_addr;
+use crate::optimizer::OptimizerSpec;
+use crate::stop::StopFlag;
 
 /// Whatever is to happen happens by then, on a busy machine, too.
 const SOON: Duration = Duration::from_secs(60);
@@ -188,10 +189,11 @@ fn assignment(spec: JobSpec, dag: &OpDag, generation: u32, weights: WeightSource
 
 /// All parameters of a job of one CompNode.
 fn weights(assignment: &Assignment, dag: &OpDag) -> Vec<NamedTensor> {
-    let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
+    let backend = open_device(DeviceChoice::Cpu).unwrap();
     let optimizer = OptimizerSpec::of(&assignment.spec.train);
     let dag = Arc::new(dag.clone());
-    let executor = BurnExecutor::new(dag, &assignment.placement, NodeIndex(0), device, optimizer, 1).unwrap();
+    let spec = ExecutorSpec::of_placement(dag, &assignment.placement, NodeIndex(0), optimizer, 1, FirstParams::Drawn);
+    let executor = backend.build(spec, StopFlag::default()).unwrap();
     executor.export().into_iter().map(|tensor| tensor.read().unwrap()).collect()
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use fusionllm_planner::Measured;
 use serde::{Deserialize, Serialize};
 
-use super::device::DeviceSpeed;
+use crate::DeviceSpeed;
 
 /// Jobs that are remembered, the last ones.
 const MOST_JOBS: usize = 32;

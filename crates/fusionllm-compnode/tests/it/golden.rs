@@ -99,8 +99,8 @@ fn logits_are_those_of_transformers() {
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let expected: Vec<f32> =
         file.tensor("logits").unwrap().data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
-    let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
-    let mut generator = Generator::new(Arc::new(small_gpt2(0.0)), weights(), device).unwrap();
+    let backend = open_device(DeviceChoice::Cpu).unwrap();
+    let mut generator = Generator::new(Arc::new(small_gpt2(0.0)), weights(), backend.as_ref()).unwrap();
     let golden = Golden::read();
     for row in 0..2 {
         let (got, vocab) = generator.logits(&golden.inputs[row * SEQ..(row + 1) * SEQ]).unwrap();

@@ -5,8 +5,9 @@ use std::thread;
 
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_compnode::{
-    Batches, BurnExecutor, CompNodeError, DeviceChoice, Exchange, ExchangeError, JobSink, LazyTensor, Mailbox,
-    MemoryExchange, NamedTensor, OptimizerSpec, TaskLoop, TrainPlan, by_name, open_device, write_shard_to,
+    Batches, CompNodeError, DeviceChoice, Exchange, ExchangeError, ExecutorSpec, FirstParams, JobSink, LazyTensor,
+    Mailbox, MemoryExchange, NamedTensor, OptimizerSpec, StopFlag, TaskLoop, TrainPlan, by_name, open_device,
+    write_shard_to,
 };
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, place};
@@ -205,10 +206,12 @@ impl Run {
     }
 
     fn compnode(&self, node: NodeIndex, exchange: Box<dyn Exchange>, batches: Option<Box<dyn Batches>>) -> TaskLoop {
-        let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
+        let backend = open_device(DeviceChoice::Cpu).unwrap();
         let optimizer = OptimizerSpec::of(&self.spec.train);
         let (dag, seed) = (Arc::clone(&self.dag), self.spec.train.seed);
-        let mut executor = BurnExecutor::new(dag, &self.placement, node, device, optimizer, seed).unwrap();
+        let first = FirstParams::Drawn;
+        let spec = ExecutorSpec::of_placement(dag, &self.placement, node, optimizer, seed, first);
+        let mut executor = backend.build(spec, StopFlag::default()).unwrap();
         if let Some(weights) = &self.weights {
             executor.import(&mut by_name(weights.clone())).unwrap();
         }
@@ -221,7 +224,7 @@ impl Run {
             spec: self.spec.clone(),
             start_step: self.start_step,
         };
-        TaskLoop::new(plan, Box::new(executor), exchange, batches)
+        TaskLoop::new(plan, executor, exchange, batches)
     }
 }
 

@@ -45,8 +45,8 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
             "the prompt has token id {id}, but the model's vocabulary ends at {vocab}: {hint}"
         )));
     }
-    let (device, _) = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
-    let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;
+    let backend = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
+    let mut generator = Generator::new(Arc::new(model.dag), model.tensors, backend.as_ref())?;
     let written = generator.generate(&ids, sampling)?;
     Ok(model.tokenizer.decode(&written))
 }

@@ -75,8 +75,53 @@ fn every_file_says_what_it_is_and_holds_one_idea() {
         // Tables of cases and tests may be long; code may not.
         let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
         let lines = code.lines().count();
-        let is_test = file.to_string_lossy().contains("tests");
+        let is_test = file.components().any(|part| ["tests", "tests.rs"].iter().any(|name| part.as_os_str() == *name));
         assert!(is_test || lines <= MOST_LINES, "{} has {lines} lines of code", file.display());
+    }
+}
+
+#[test]
+fn only_one_folder_knows_burn() {
+    let mut files = Vec::new();
+    rust_files(&root().join("crates"), &mut files);
+    let burn = root().join("crates/fusionllm-compnode/src/burn");
+    let outside = |file: &&PathBuf| !file.starts_with(&burn) && **file != burn.with_extension("rs");
+    for file in files.iter().filter(outside) {
+        for name in ["burn_tensor", "burn_autodiff", "burn_flex", "BurnExecutor"] {
+            // This file has to spell them.
+            let is_here = file.ends_with("tests/it/tidy.rs");
+            assert!(is_here || !read(file).contains(name), "{} names {name}", file.display());
+        }
+    }
+}
+
+/// The number that a constant has in a source file.
+fn constant(file: &str, name: &str) -> String {
+    let text = read(&root().join("crates").join(file));
+    let line = text.lines().find(|line| line.contains(&format!("const {name}: "))).unwrap_or_else(|| panic!("{name}"));
+    line.split(" = ").nth(1).unwrap().trim_end_matches(';').trim_start_matches('b').trim_matches('"').to_owned()
+}
+
+#[test]
+fn the_page_of_versions_has_those_of_the_code() {
+    let page = read(&root().join("docs/versions.md"));
+    let cell = |row: &str| {
+        let line = page.lines().find(|line| line.starts_with(&format!("| {row}"))).unwrap_or_else(|| panic!("{row}"));
+        line.split('|').nth(2).unwrap().replace('`', "").trim().to_owned()
+    };
+    let codec = |name: &str| constant(&format!("fusionllm-codec/src/codecs/{name}.rs"), "VERSION");
+    let alpn = |name: &str| constant("fusionllm-transport/src/endpoint.rs", name);
+    let expected = [
+        ("protocol", constant("fusionllm-protocol/src/version.rs", "PROTOCOL_VERSION")),
+        ("ALPN", format!("{}, {}", alpn("ALPN"), alpn("PROBE_ALPN"))),
+        ("ticket", constant("fusionllm-transport/src/ticket.rs", "FORM")),
+        ("store", constant("fusionllm-broker/src/store.rs", "SCHEMA_VERSION")),
+        ("checkpoint manifest", constant("fusionllm-protocol/src/manifest.rs", "VERSION")),
+        ("graph JSON", constant("fusionllm-graph/src/json.rs", "JSON_VERSION")),
+        ("codec payloads", [codec("transform"), codec("topk"), codec("quantize")].join(", ")),
+    ];
+    for (row, version) in expected {
+        assert_eq!(cell(row), version, "{row}");
     }
 }
 

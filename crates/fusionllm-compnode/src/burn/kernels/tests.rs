@@ -5,8 +5,9 @@ use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{ActivationFunction, DType, OpId, ParamId, Shape, TensorType, WeightLayout};
 
 use super::*;
+use crate::DeviceChoice;
+use crate::burn::device;
 use crate::burn::host::{to_vec, upload};
-use crate::device::{DeviceChoice, open_device};
 
 /// Differences of the loss are taken over this much of an input.
 const STEP: f32 = 1e-2;
@@ -46,7 +47,7 @@ impl Case {
 
     /// Runs FP; with `grad`, also the gradients of sum(output · weights) in inputs and parameters.
     fn run(&self, grad: bool) -> (Vec<f32>, Vec<Vec<f32>>) {
-        let (device, _) = open_device(DeviceChoice::Cpu).unwrap();
+        let (device, _) = device::open(DeviceChoice::Cpu).unwrap();
         let device = if grad { device.autodiff() } else { device };
         let op = Op {
             name: "op".to_owned(),

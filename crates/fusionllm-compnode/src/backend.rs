@@ -1,0 +1,165 @@
+//! The seam behind which a framework and its devices stand: what a device is and can do, and who computes on it.
+//!
+//! All that knows a framework is one folder that implements [`Backend`] and [`Executor`]; today that is `burn`.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+
+use fusionllm_graph::{Kernels, OpDag, OpId, ParamId};
+use fusionllm_planner::{Measured, NodeIndex, Placement, StageId, may_defer};
+use serde::{Deserialize, Serialize};
+
+use crate::burn::BurnBackend;
+use crate::device::DeviceChoice;
+use crate::executor::Executor;
+use crate::optimizer::OptimizerSpec;
+use crate::stop::StopFlag;
+use crate::{CompNodeError, ExecutorError};
+
+/// An open device, and what can be done with it.
+pub trait Backend: fmt::Debug + Send + Sync {
+    /// The device for people: `cpu (2 threads)`, `cuda:0`.
+    fn name(&self) -> &str;
+
+    /// Whether it computes on the machine's own cores, in the machine's own memory.
+    fn is_cpu(&self) -> bool;
+
+    /// How it computes ops of several steps, which decides what FP keeps for BP. Plans count by it.
+    fn kernels(&self) -> Kernels;
+
+    /// Bytes of its memory that a job may fill now; nothing where nobody tells.
+    fn free_bytes(&self) -> Option<u64>;
+
+    /// Measures the device without a job; takes a second at the most on a CPU.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError>;
+
+    /// Measures FP and BP of all kinds of work in `dag`, through the kernels that will do it.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails, or `stop` was set.
+    fn measure_ops(&self, dag: &Arc<OpDag>, spec: &MeasureSpec, stop: &StopFlag) -> Result<Measured, ExecutorError>;
+
+    /// Builds what runs the stages of `spec`. FP ends between two ops once `stop` is set.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Param`] if a parameter cannot be initialised.
+    fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError>;
+}
+
+/// Opens a device and has it compute something.
+///
+/// # Errors
+/// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
+pub fn open_device(choice: DeviceChoice) -> Result<Arc<dyn Backend>, CompNodeError> {
+    Ok(Arc::new(BurnBackend::open(choice)?))
+}
+
+/// What does not change while device, machine and program stay the same.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceSpeed {
+    /// S: FLOP/s of a square matrix product.
+    pub flop_per_s: f64,
+    /// Bytes per second that an addition reads and writes.
+    pub memory_bytes_per_s: f64,
+}
+
+/// How ops are measured.
+#[derive(Clone, Copy, Debug)]
+pub struct MeasureSpec {
+    /// Samples in a micro-batch.
+    pub batch: usize,
+    /// What UPDATE does.
+    pub optimizer: OptimizerSpec,
+    /// Memory that may be filled, if that is known.
+    pub free_bytes: Option<u64>,
+}
+
+/// What an executor holds and computes.
+#[derive(Clone, Debug)]
+pub struct ExecutorSpec {
+    /// The whole OP-DAG.
+    pub dag: Arc<OpDag>,
+    /// The stages that it runs.
+    pub stages: Vec<StageOps>,
+    /// The parameters that it holds.
+    pub params: Vec<ParamId>,
+    /// What UPDATE does.
+    pub optimizer: OptimizerSpec,
+    /// Dropout follows from it, and initial parameters.
+    pub seed: u64,
+    /// Where the first parameters come from.
+    pub first: FirstParams,
+}
+
+/// Where the first parameters of an executor come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstParams {
+    /// Drawn from the seed.
+    Drawn,
+    /// From [`Executor::import`], which comes before anything is computed. Until then they are zeros.
+    Imported,
+}
+
+/// One stage of an executor.
+#[derive(Clone, Debug)]
+pub struct StageOps {
+    /// Its number in the placement.
+    pub id: StageId,
+    /// Its ops in topological order.
+    pub ops: Vec<OpId>,
+    /// Those whose output leaves it.
+    pub leaving: BTreeSet<OpId>,
+    /// Its linear ops that put the gradients of their weights off.
+    pub deferring: BTreeSet<OpId>,
+}
+
+impl ExecutorSpec {
+    /// The stages that `placement` gives to `node`.
+    pub fn of_placement(
+        dag: Arc<OpDag>,
+        placement: &Placement,
+        node: NodeIndex,
+        optimizer: OptimizerSpec,
+        seed: u64,
+        first: FirstParams,
+    ) -> Self {
+        let defers = placement.defers(node);
+        let stages = placement.stages_of(node).map(|stage| {
+            let leaving = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();
+            let deferring = stage.ops.iter().filter(|&&op| defers && may_defer(&dag, &placement.tied, op));
+            StageOps { id: stage.id, ops: stage.ops.clone(), leaving, deferring: deferring.copied().collect() }
+        });
+        let (stages, params) = (stages.collect(), placement.params_of(&dag, node));
+        Self { dag, stages, params, optimizer, seed, first }
+    }
+
+    /// One stage 0 of the ops up to `last`, whose output leaves it, with imported parameters: for inference.
+    pub fn up_to(dag: Arc<OpDag>, last: OpId) -> Self {
+        let mut needed = BTreeSet::from([last]);
+        for index in (0..=last.index()).rev() {
+            let op = OpId(index as u32);
+            if needed.contains(&op) {
+                needed.extend(dag.op(op).inputs.iter().copied());
+            }
+        }
+        Self::of_stage(dag, needed.into_iter().collect(), BTreeSet::from([last]), FirstParams::Imported)
+    }
+
+    /// One stage 0 of `ops`, of which leaves whatever another op consumes: for measuring.
+    pub(crate) fn of_ops(dag: Arc<OpDag>, ops: Vec<OpId>) -> Self {
+        let leaves = |op: &&OpId| dag.consumers(**op).iter().any(|c| !ops.contains(c));
+        let leaving = ops.iter().filter(leaves).copied().collect();
+        Self::of_stage(dag, ops, leaving, FirstParams::Drawn)
+    }
+
+    fn of_stage(dag: Arc<OpDag>, ops: Vec<OpId>, leaving: BTreeSet<OpId>, first: FirstParams) -> Self {
+        let params: BTreeSet<ParamId> = ops.iter().flat_map(|&op| dag.op(op).params.iter().copied()).collect();
+        let stage = StageOps { id: StageId(0), ops, leaving, deferring: BTreeSet::new() };
+        let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
+        Self { dag, stages: vec![stage], params: params.into_iter().collect(), optimizer, seed: 0, first }
+    }
+}
