@@ -121,7 +121,7 @@ fn main() {
     let mut executor = backend.build(spec, StopFlag::default()).unwrap();
     let is_placeholder = |op| matches!(dag.op(op).kind, OpKind::Input { .. } | OpKind::Label { .. });
     let placeholders = dag.op_ids().filter(|&op| is_placeholder(op));
-    let inputs: Vec<_> = placeholders.zip(1..).map(|(op, seed)| (op, options.ids(seed))).collect();
+    let inputs: Vec<_> = placeholders.zip(1..).map(|(op, seed)| (op, options.ids(seed).into())).collect();
     let mut times = Vec::new();
     for step in 0..options.warmup + options.steps {
         let began = Instant::now();

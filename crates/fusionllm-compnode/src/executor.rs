@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::StageId;
 use fusionllm_protocol::Pass;
 
+use crate::border::BorderTensor;
 use crate::{CompNodeError, ExecutorError, ShardError};
 
 /// Which micro-batch a task works on.
@@ -25,7 +25,7 @@ pub struct MicroBatch {
 #[derive(Debug, Default)]
 pub struct StageOutput {
     /// The output of each op of the stage that another stage consumes.
-    pub tensors: Vec<(OpId, HostTensor)>,
+    pub tensors: Vec<(OpId, BorderTensor)>,
     /// Mean loss of the micro-batch, if the stage holds the loss op.
     pub loss: Option<f64>,
 }
@@ -130,8 +130,8 @@ pub struct UpdateSpec {
 
 /// Runs the stages of one CompNode.
 pub trait Executor: Send {
-    /// FP of a micro-batch through a stage. `inputs` holds the tensor of every op outside the stage that an op in
-    /// it consumes, and of its placeholders.
+    /// FP of a micro-batch of B rows through a stage. `inputs` holds the tensor of every op outside the stage that an op
+    /// in it consumes, and of its placeholders: f32 or i32 of the op's output shape, whose first dimension is B.
     ///
     /// # Errors
     /// [`ExecutorError`] if inputs do not fit the graph or the device fails.
@@ -139,7 +139,7 @@ pub trait Executor: Send {
         &mut self,
         stage: StageId,
         micro_batch: MicroBatch,
-        inputs: Vec<(OpId, HostTensor)>,
+        inputs: Vec<(OpId, BorderTensor)>,
     ) -> Result<StageOutput, ExecutorError>;
 
     /// BP of a micro-batch: takes the gradients of the stage's outputs (one entry per consuming stage; they are
@@ -152,9 +152,9 @@ pub trait Executor: Send {
         &mut self,
         stage: StageId,
         micro_batch: MicroBatch,
-        gradients: Vec<(OpId, HostTensor)>,
+        gradients: Vec<(OpId, BorderTensor)>,
         loss_scale: f64,
-    ) -> Result<Vec<(OpId, HostTensor)>, ExecutorError>;
+    ) -> Result<Vec<(OpId, BorderTensor)>, ExecutorError>;
 
     /// The stage and micro-batch of the oldest BP that has put off gradients of weights which are still to be made.
     fn owes(&self) -> Option<(StageId, u32)>;

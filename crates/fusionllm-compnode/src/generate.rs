@@ -67,9 +67,9 @@ impl Generator {
         let tensor = HostTensor::new(vec![1, self.seq_len], Values::I32(padded))
             .map_err(|e| ExecutorError::Internal { what: e.to_string() })?;
         let micro_batch = MicroBatch { step: 0, pass: Pass::Eval, index: 0 };
-        let output = self.executor.forward(StageId(0), micro_batch, vec![(self.input, tensor)])?;
-        let logits = output.tensors.into_iter().find(|(op, _)| *op == self.logits).map(|(_, t)| t.into_parts());
-        match logits {
+        let output = self.executor.forward(StageId(0), micro_batch, vec![(self.input, tensor.into())])?;
+        let logits = output.tensors.into_iter().find(|(op, _)| *op == self.logits);
+        match logits.map(|(_, tensor)| tensor.into_host()).transpose()?.map(HostTensor::into_parts) {
             Some((shape, Values::F32(values))) => Ok((values, shape.last().copied().unwrap_or(0))),
             _ => Err(ExecutorError::Internal { what: "the model gave no logits".to_owned() }.into()),
         }

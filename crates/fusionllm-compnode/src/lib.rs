@@ -6,6 +6,7 @@
 
 mod allocator;
 mod backend;
+mod border;
 mod burn;
 mod channel_codec;
 mod checkpoint;
@@ -30,6 +31,7 @@ mod task_loop;
 
 pub use allocator::{Allocator, keep_freed_memory};
 pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, MeasureSpec, StageOps, open_device};
+pub use border::{BorderTensor, DeviceTensor};
 pub use burn::PROBE_THREAD;
 pub use checkpoint::{export_hugging_face, read_shard, write_shard, write_shard_to};
 pub use codec_table::CodecTable;

@@ -3,6 +3,7 @@
 //! Tasks run in the order that the placement gives; each waits until the readiness rule has all it needs. Sending
 //! never waits for the wire, so compute and transfers overlap; what is live is bounded by the order.
 
+mod borders;
 mod pauses;
 mod tied;
 mod update;
@@ -11,16 +12,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fusionllm_codec::{Codec, HostTensor, Values};
+use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, needs};
-use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport, TopKBackward};
+use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport};
 
+use crate::border::BorderTensor;
 use crate::codec_table::CodecTable;
 use crate::data::Batches;
-use crate::exchange::{Exchange, Message};
+use crate::exchange::Exchange;
 use crate::executor::{Executor, LazyTensor, MicroBatch};
-use crate::mailbox::{Arrived, Slot};
+use crate::mailbox::Slot;
 use crate::residuals;
 use crate::step_log::StepLog;
 use crate::{CompNodeError, ExecutorError};
@@ -68,7 +70,7 @@ pub struct TaskLoop {
     /// Only the data owner has them.
     batches: Option<Box<dyn Batches>>,
     /// Tensors between two stages that are both here.
-    local: BTreeMap<Slot, HostTensor>,
+    local: BTreeMap<Slot, BorderTensor>,
     /// Where the activation that came over an edge was kept, for gradients that go back only there.
     kept: BTreeMap<(EdgeId, u32), Vec<bool>>,
     busy: Duration,
@@ -245,7 +247,9 @@ impl TaskLoop {
         let placement = Arc::clone(&self.plan.placement);
         let held = stage_of(&placement, stage)?;
         let mut inputs = self.placeholders(held, micro_batch)?;
-        let mut outgoing: BTreeMap<OpId, HostTensor> = inputs.iter().cloned().collect();
+        // Placeholders that leave the stage leave it as they came.
+        let leaves = |op: OpId| placement.edges.iter().any(|e| e.from == stage && e.op == op);
+        let mut outgoing: BTreeMap<OpId, BorderTensor> = inputs.iter().filter(|(op, _)| leaves(*op)).cloned().collect();
         for need in needs(&placement.edges, task) {
             if let Need::Activation { edge, .. } = need {
                 let edge = edge_of(&placement, edge.index())?;
@@ -255,9 +259,12 @@ impl TaskLoop {
         }
         let began = Instant::now();
         let output = self.executor.forward(stage, micro_batch, inputs)?;
+        for (op, tensor) in output.tensors {
+            let readers = placement.edges.iter().filter(|e| e.from == stage && e.op == op).map(|e| e.to);
+            outgoing.insert(op, self.on_host_where_sent(&placement, readers, tensor)?);
+        }
         self.worked(task, began);
         self.live_max = self.live_max.max(self.executor.live());
-        outgoing.extend(output.tensors);
         let mut leaving = placement.edges.iter().filter(|e| e.from == stage);
         while let Some(edge) = leaving.next() {
             let is_last = !leaving.clone().any(|later| later.op == edge.op);
@@ -292,15 +299,18 @@ impl TaskLoop {
             }
         }
         let began = Instant::now();
-        let mut inputs: BTreeMap<OpId, HostTensor> =
-            self.executor.backward(stage, micro_batch, gradients, loss_scale)?.into_iter().collect();
+        let mut inputs = BTreeMap::new();
+        for (op, tensor) in self.executor.backward(stage, micro_batch, gradients, loss_scale)? {
+            let makers = placement.edges.iter().filter(|e| e.to == stage && e.op == op).map(|e| e.from);
+            inputs.insert(op, self.on_host_where_sent(&placement, makers, tensor)?);
+        }
         self.worked(task, began);
         for edge in placement.edges.iter().filter(|e| e.to == stage && e.gradient) {
             let mut tensor = inputs
                 .remove(&edge.op)
                 .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} gave no gradient for {}", edge.id) })?;
             if let Some(kept) = self.kept.remove(&(edge.id, micro_batch.index)) {
-                tensor = masked(tensor, &kept)?;
+                tensor = borders::masked(tensor.into_host()?, &kept)?.into();
             }
             self.deliver(
                 &placement,
@@ -313,97 +323,6 @@ impl TaskLoop {
         }
         Ok(())
     }
-
-    /// Under [`TopKBackward::Mask`], where a sparsified activation was kept.
-    fn remember_kept(&mut self, edge: EdgeId, micro_batch: MicroBatch, arrived: &Arrived) {
-        let is_masked = self.plan.spec.compression.backward == TopKBackward::Mask && micro_batch.pass == Pass::Train;
-        if let (true, Codec::TopK { .. }, Some(values)) = (is_masked, arrived.codec, arrived.tensor.as_f32()) {
-            let kept = values.iter().map(|&x| x != 0.0).collect();
-            self.kept.insert((edge, micro_batch.index), kept);
-        }
-    }
-
-    /// The micro-batch's token ids and labels, for those placeholders that the stage holds.
-    fn placeholders(&self, stage: &Stage, micro_batch: MicroBatch) -> Result<Vec<(OpId, HostTensor)>, CompNodeError> {
-        let (input, label) = (self.plan.dag.input(), self.plan.dag.label());
-        let here = |op: Option<OpId>| op.filter(|op| stage.ops.contains(op));
-        if here(input).is_none() && here(label).is_none() {
-            return Ok(Vec::new());
-        }
-        let Some(batches) = &self.batches else {
-            let what = format!("{} holds placeholders but has no data", self.plan.node);
-            return Err(ExecutorError::Internal { what }.into());
-        };
-        let (inputs, labels) = match micro_batch.pass {
-            Pass::Train => batches.train(micro_batch.step, micro_batch.index)?,
-            Pass::Eval => batches.eval(micro_batch.index)?,
-        };
-        Ok([here(input).map(|op| (op, inputs)), here(label).map(|op| (op, labels))].into_iter().flatten().collect())
-    }
-
-    /// Takes a tensor that the stage `other` made, from here or from its CompNode.
-    fn fetch(
-        &mut self,
-        placement: &Placement,
-        other: StageId,
-        channel: Channel,
-        micro_batch: MicroBatch,
-    ) -> Result<HostTensor, CompNodeError> {
-        let slot = slot(channel, micro_batch);
-        if placement.compnode_of(other) == Some(self.plan.node) {
-            return self.local.remove(&slot).ok_or_else(|| {
-                ExecutorError::Internal { what: format!("{channel:?} of {other} is not there") }.into()
-            });
-        }
-        let arrived = self.receive(slot)?;
-        self.log.arrived(channel, micro_batch.index, arrived.at);
-        if let Channel::Activation(edge) = channel {
-            self.remember_kept(edge, micro_batch, &arrived);
-        }
-        Ok(arrived.tensor)
-    }
-
-    /// Hands a tensor to the stage `other`, here or on its CompNode.
-    fn deliver(
-        &mut self,
-        placement: &Placement,
-        other: StageId,
-        channel: Channel,
-        micro_batch: MicroBatch,
-        tensor: HostTensor,
-        codec: Codec,
-    ) -> Result<(), CompNodeError> {
-        let slot = slot(channel, micro_batch);
-        // An evaluation is about the model, which will be used without codecs; half precision costs it nothing.
-        let codec = match (micro_batch.pass, codec) {
-            (Pass::Train, codec) | (Pass::Eval, codec @ (Codec::Dense | Codec::Bf16 | Codec::F16)) => codec,
-            (Pass::Eval, _) => Codec::Bf16,
-        };
-        match placement.compnode_of(other) {
-            Some(to) if to == self.plan.node => {
-                self.local.insert(slot, tensor);
-                Ok(())
-            }
-            Some(to) => {
-                self.log.sent(channel, micro_batch.index);
-                Ok(self.exchange.send(Message { to, slot, tensor, codec })?)
-            }
-            None => Err(ExecutorError::Internal { what: format!("{other} is on no CompNode") }.into()),
-        }
-    }
-}
-
-/// The tensor with zeros where nothing was kept.
-fn masked(tensor: HostTensor, kept: &[bool]) -> Result<HostTensor, ExecutorError> {
-    let (shape, values) = tensor.into_parts();
-    let values = match values {
-        Values::F32(mut values) => {
-            values.iter_mut().zip(kept).filter(|(_, kept)| !**kept).for_each(|(x, _)| *x = 0.0);
-            Values::F32(values)
-        }
-        integers @ Values::I32(_) => integers,
-    };
-    HostTensor::new(shape, values).map_err(internal)
 }
 
 fn slot(channel: Channel, micro_batch: MicroBatch) -> Slot {

@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn_tensor::{Device, Tensor, TensorData};
-use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpDag, OpId, Param, ParamId};
 use fusionllm_planner::StageId;
 use fusionllm_protocol::Pass;
 
 use crate::backend::{ExecutorSpec, FirstParams, StageOps};
+use crate::border::BorderTensor;
 use crate::burn::gradients::{Gradients, Write};
 use crate::burn::host::{self, to_scalar};
 use crate::burn::kernels::fused;
@@ -158,7 +158,7 @@ impl Executor for BurnExecutor {
         &mut self,
         stage: StageId,
         micro_batch: MicroBatch,
-        inputs: Vec<(OpId, HostTensor)>,
+        inputs: Vec<(OpId, BorderTensor)>,
     ) -> Result<StageOutput, ExecutorError> {
         let training = micro_batch.pass == Pass::Train;
         let segment = self.segment(stage)?;
@@ -181,9 +181,9 @@ impl Executor for BurnExecutor {
         &mut self,
         stage: StageId,
         micro_batch: MicroBatch,
-        gradients: Vec<(OpId, HostTensor)>,
+        gradients: Vec<(OpId, BorderTensor)>,
         loss_scale: f64,
-    ) -> Result<Vec<(OpId, HostTensor)>, ExecutorError> {
+    ) -> Result<Vec<(OpId, BorderTensor)>, ExecutorError> {
         let kept = self.kept.remove(&(stage, micro_batch.index)).ok_or_else(|| ExecutorError::Internal {
             what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
         })?;

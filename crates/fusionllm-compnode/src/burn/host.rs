@@ -1,9 +1,12 @@
 //! Between host memory and device tensors.
 
+use std::sync::Arc;
+
 use burn_tensor::{Device, Int, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
 
 use crate::ExecutorError;
+use crate::border::{BorderTensor, DeviceTensor};
 use crate::burn::kernels::{IntegerValue, RealValue, Value, fused};
 
 /// Copies a host tensor to the device.
@@ -28,6 +31,41 @@ pub(crate) fn download<const D: usize>(tensor: Tensor<D>, shape: &[usize]) -> Re
     let values = to_vec(tensor)?;
     HostTensor::new(shape.to_vec(), Values::F32(values))
         .map_err(|e| ExecutorError::Internal { what: format!("device tensor: {e}") })
+}
+
+/// A tensor at the border of a stage, as its executor keeps it.
+#[derive(Debug)]
+struct BurnTensor {
+    tensor: Tensor<2>,
+    shape: Vec<usize>,
+}
+
+impl DeviceTensor for BurnTensor {
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn to_host(&self) -> Result<HostTensor, ExecutorError> {
+        download(self.tensor.clone(), &self.shape)
+    }
+}
+
+/// A tensor outside autodiff that leaves a stage.
+pub(crate) fn at_border(tensor: Tensor<2>, shape: &[usize]) -> BorderTensor {
+    BorderTensor::Device(Arc::new(BurnTensor { tensor, shape: shape.to_vec() }))
+}
+
+/// A tensor that enters a stage.
+///
+/// # Errors
+/// [`ExecutorError`] if it comes from another device, which fails.
+pub(crate) fn value_of(tensor: BorderTensor, device: &Device) -> Result<Value, ExecutorError> {
+    match tensor.of_kind::<BurnTensor>() {
+        Some(BurnTensor { tensor, shape }) => {
+            Ok(Value::Real(RealValue { tensor: tensor.clone(), shape: shape.clone() }))
+        }
+        None => Ok(upload(tensor.into_host()?, device)),
+    }
 }
 
 /// The values of a real tensor.

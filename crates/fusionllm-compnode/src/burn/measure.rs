@@ -13,6 +13,7 @@ use fusionllm_protocol::Pass;
 
 use super::timed;
 use crate::backend::{ExecutorSpec, MeasureSpec};
+use crate::border::BorderTensor;
 use crate::burn::executor::BurnExecutor;
 use crate::burn::gradients::{Gradients, LookupGradient};
 use crate::burn::host::{download, rows_and_columns, upload};
@@ -219,7 +220,7 @@ fn correct(
     let spec = ExecutorSpec::of_ops(Arc::clone(dag), ids.clone());
     let mut executor = BurnExecutor::new(spec, device.clone(), StopFlag::default())?;
     let (entering, leaving) = executor.borders(StageId(0))?;
-    let tensor = |&op: &OpId| -> Result<(OpId, HostTensor), ExecutorError> {
+    let tensor = |&op: &OpId| -> Result<(OpId, BorderTensor), ExecutorError> {
         let output = &dag.op(op).output;
         let shape = output.shape.resolve(batch);
         let count = shape.iter().product();
@@ -229,7 +230,7 @@ fn correct(
             DType::I32 => Values::I32(token_ids(dag, reader, count)),
         };
         let tensor = HostTensor::new(shape, values).map_err(|e| ExecutorError::Internal { what: e.to_string() })?;
-        Ok((op, tensor))
+        Ok((op, tensor.into()))
     };
     let inputs = entering.iter().map(tensor).collect::<Result<Vec<_>, _>>()?;
     let carries = |op: &&OpId| dag.carries_gradient(**op);

@@ -7,12 +7,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn_tensor::{Device, Tensor};
-use fusionllm_codec::{HostTensor, Values};
+use fusionllm_codec::Values;
 use fusionllm_graph::{DType, OpDag, OpId, OpKind, ParamId};
 
 use crate::ExecutorError;
+use crate::border::BorderTensor;
 use crate::burn::gradients::LookupGradient;
-use crate::burn::host::{download, to_scalar, upload};
+use crate::burn::host::{at_border, to_scalar, value_of};
 use crate::burn::kernels::fused::{self, Operand, Seeded, SetAside, WeightSum};
 use crate::burn::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
 use crate::executor::{MicroBatch, StageOutput};
@@ -77,7 +78,7 @@ impl Aside {
 /// Gradients that BP gives.
 #[derive(Debug, Default)]
 pub(crate) struct SegmentGradients {
-    pub(crate) inputs: Vec<(OpId, HostTensor)>,
+    pub(crate) inputs: Vec<(OpId, BorderTensor)>,
     pub(crate) params: Vec<(ParamId, Tensor<1>)>,
     /// Gradients of tables by row.
     pub(crate) lookups: Vec<LookupGradient>,
@@ -148,7 +149,7 @@ impl Segment {
         &self,
         around: Surroundings<'_>,
         micro_batch: MicroBatch,
-        inputs: Vec<(OpId, HostTensor)>,
+        inputs: Vec<(OpId, BorderTensor)>,
         training: bool,
     ) -> Result<(StageOutput, Kept), ExecutorError> {
         let mut leaves = BTreeMap::new();
@@ -156,10 +157,12 @@ impl Segment {
         let mut ids: BTreeMap<OpId, Vec<i32>> = BTreeMap::new();
         for (op, tensor) in inputs {
             check_input(around.dag, op, &tensor)?;
-            if let (true, Values::I32(values)) = (training, tensor.values()) {
+            if let (true, BorderTensor::Host(tensor)) = (training, &tensor)
+                && let Values::I32(values) = tensor.values()
+            {
                 ids.insert(op, values.clone());
             }
-            let value = match upload(tensor, around.device) {
+            let value = match value_of(tensor, around.device)? {
                 Value::Real(real) if training && around.dag.carries_gradient(op) => {
                     let leaf = RealValue { tensor: real.tensor.autodiff().require_grad(), shape: real.shape };
                     leaves.insert(op, leaf.clone());
@@ -254,7 +257,7 @@ impl Segment {
         for &op in &self.leaving {
             match values.get(&op) {
                 Some(Value::Real(real)) => {
-                    output.tensors.push((op, download(real.tensor.clone().without_autodiff(), &real.shape)?));
+                    output.tensors.push((op, at_border(real.tensor.clone().without_autodiff(), &real.shape)));
                     kept.outputs.insert(op, real.clone());
                 }
                 // Integers are placeholders: whoever runs the stage has them as they came.
@@ -287,7 +290,7 @@ impl Segment {
         &self,
         around: Surroundings<'_>,
         kept: Kept,
-        gradients: Vec<(OpId, HostTensor)>,
+        gradients: Vec<(OpId, BorderTensor)>,
         loss_scale: f64,
     ) -> Result<SegmentGradients, ExecutorError> {
         let mut root: Option<Tensor<1>> = kept.loss.map(|loss| loss.reshape([1]) * loss_scale);
@@ -312,7 +315,7 @@ impl Segment {
         for (op, leaf) in &kept.leaves {
             let gradient =
                 leaf.tensor.grad_remove(&mut tape).unwrap_or_else(|| leaf.tensor.clone().inner().zeros_like());
-            inputs.push((*op, download(gradient, &leaf.shape)?));
+            inputs.push((*op, at_border(gradient, &leaf.shape)));
         }
         let held: BTreeSet<ParamId> =
             self.ops.iter().flat_map(|&op| around.dag.op(op).params.iter().copied()).collect();
@@ -345,12 +348,12 @@ fn weighted(output: &Tensor<2>, seed: Tensor<2>) -> Tensor<1> {
 fn sum_over_consumers(
     dag: &OpDag,
     device: &Device,
-    gradients: Vec<(OpId, HostTensor)>,
+    gradients: Vec<(OpId, BorderTensor)>,
 ) -> Result<BTreeMap<OpId, Tensor<2>>, ExecutorError> {
     let mut sums: BTreeMap<OpId, Tensor<2>> = BTreeMap::new();
     for (op, gradient) in gradients {
         check_input(dag, op, &gradient)?;
-        if let Value::Real(real) = upload(gradient, device) {
+        if let Value::Real(real) = value_of(gradient, device)? {
             let sum = match sums.remove(&op) {
                 Some(sum) => sum + real.tensor,
                 None => real.tensor,
@@ -362,13 +365,16 @@ fn sum_over_consumers(
 }
 
 /// Holds a tensor from outside against the graph, since kernels trust shapes.
-fn check_input(dag: &OpDag, op: OpId, tensor: &HostTensor) -> Result<(), ExecutorError> {
+fn check_input(dag: &OpDag, op: OpId, tensor: &BorderTensor) -> Result<(), ExecutorError> {
     let Some(entry) = dag.ops().get(op.index()) else {
         return Err(ExecutorError::Internal { what: format!("no op has number {}", op.0) });
     };
     let batch = tensor.shape().first().copied().unwrap_or(1);
     let expected = entry.output.shape.resolve(batch);
-    let element = if tensor.as_f32().is_some() { DType::F32 } else { DType::I32 };
+    let element = match tensor {
+        BorderTensor::Host(tensor) if tensor.as_f32().is_none() => DType::I32,
+        BorderTensor::Host(_) | BorderTensor::Device(_) => DType::F32,
+    };
     if element != entry.output.dtype {
         return Err(ExecutorError::Element { op: entry.name.clone(), expected: entry.output.dtype, got: element });
     }
@@ -380,7 +386,7 @@ fn check_input(dag: &OpDag, op: OpId, tensor: &HostTensor) -> Result<(), Executo
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_codec::Values;
+    use fusionllm_codec::{HostTensor, Values};
     use fusionllm_graph::{Gpt2Config, gpt2};
 
     use super::*;
@@ -391,7 +397,7 @@ mod tests {
         let dag = gpt2(&config, 3).unwrap();
         let error = |shape: &[usize], values: Values| {
             let tensor = HostTensor::new(shape.to_vec(), values).unwrap();
-            check_input(&dag, dag.find("wpe").unwrap(), &tensor).unwrap_err().to_string()
+            check_input(&dag, dag.find("wpe").unwrap(), &tensor.into()).unwrap_err().to_string()
         };
         let integers = error(&[2, 3, 4], Values::I32(vec![0; 24]));
         assert_eq!(integers, "tensor of op `wpe` has i32 elements, expected f32");

@@ -1,0 +1,124 @@
+//! What comes into a stage and what leaves it: placeholders, and tensors from and to other stages, here or elsewhere.
+
+use fusionllm_codec::{Codec, HostTensor, Values};
+use fusionllm_graph::OpId;
+use fusionllm_planner::{EdgeId, Placement, Stage, StageId};
+use fusionllm_protocol::{Channel, Pass, TopKBackward};
+
+use super::{TaskLoop, internal, slot};
+use crate::border::BorderTensor;
+use crate::exchange::Message;
+use crate::executor::MicroBatch;
+use crate::mailbox::Arrived;
+use crate::{CompNodeError, ExecutorError};
+
+impl TaskLoop {
+    /// Under [`TopKBackward::Mask`], where a sparsified activation was kept.
+    fn remember_kept(&mut self, edge: EdgeId, micro_batch: MicroBatch, arrived: &Arrived) {
+        let is_masked = self.plan.spec.compression.backward == TopKBackward::Mask && micro_batch.pass == Pass::Train;
+        if let (true, Codec::TopK { .. }, Some(values)) = (is_masked, arrived.codec, arrived.tensor.as_f32()) {
+            let kept = values.iter().map(|&x| x != 0.0).collect();
+            self.kept.insert((edge, micro_batch.index), kept);
+        }
+    }
+
+    /// The micro-batch's token ids and labels, for those placeholders that the stage holds.
+    pub(super) fn placeholders(
+        &self,
+        stage: &Stage,
+        micro_batch: MicroBatch,
+    ) -> Result<Vec<(OpId, BorderTensor)>, CompNodeError> {
+        let (input, label) = (self.plan.dag.input(), self.plan.dag.label());
+        let here = |op: Option<OpId>| op.filter(|op| stage.ops.contains(op));
+        if here(input).is_none() && here(label).is_none() {
+            return Ok(Vec::new());
+        }
+        let Some(batches) = &self.batches else {
+            let what = format!("{} holds placeholders but has no data", self.plan.node);
+            return Err(ExecutorError::Internal { what }.into());
+        };
+        let (inputs, labels) = match micro_batch.pass {
+            Pass::Train => batches.train(micro_batch.step, micro_batch.index)?,
+            Pass::Eval => batches.eval(micro_batch.index)?,
+        };
+        let held = [here(input).map(|op| (op, inputs.into())), here(label).map(|op| (op, labels.into()))];
+        Ok(held.into_iter().flatten().collect())
+    }
+
+    /// Takes a tensor that the stage `other` made, from here or from its CompNode.
+    pub(super) fn fetch(
+        &mut self,
+        placement: &Placement,
+        other: StageId,
+        channel: Channel,
+        micro_batch: MicroBatch,
+    ) -> Result<BorderTensor, CompNodeError> {
+        let slot = slot(channel, micro_batch);
+        if placement.compnode_of(other) == Some(self.plan.node) {
+            return self.local.remove(&slot).ok_or_else(|| {
+                ExecutorError::Internal { what: format!("{channel:?} of {other} is not there") }.into()
+            });
+        }
+        let arrived = self.receive(slot)?;
+        self.log.arrived(channel, micro_batch.index, arrived.at);
+        if let Channel::Activation(edge) = channel {
+            self.remember_kept(edge, micro_batch, &arrived);
+        }
+        Ok(arrived.tensor.into())
+    }
+
+    /// A tensor that goes to these stages, on the host if one of them is elsewhere. Devices may compute it only then, so
+    /// this counts as work.
+    pub(super) fn on_host_where_sent(
+        &self,
+        placement: &Placement,
+        mut stages: impl Iterator<Item = StageId>,
+        tensor: BorderTensor,
+    ) -> Result<BorderTensor, ExecutorError> {
+        let leaves = stages.any(|stage| placement.compnode_of(stage) != Some(self.plan.node));
+        if leaves { Ok(tensor.into_host()?.into()) } else { Ok(tensor) }
+    }
+
+    /// Hands a tensor to the stage `other`, here or on its CompNode.
+    pub(super) fn deliver(
+        &mut self,
+        placement: &Placement,
+        other: StageId,
+        channel: Channel,
+        micro_batch: MicroBatch,
+        tensor: BorderTensor,
+        codec: Codec,
+    ) -> Result<(), CompNodeError> {
+        let slot = slot(channel, micro_batch);
+        // An evaluation is about the model, which will be used without codecs; half precision costs it nothing.
+        let codec = match (micro_batch.pass, codec) {
+            (Pass::Train, codec) | (Pass::Eval, codec @ (Codec::Dense | Codec::Bf16 | Codec::F16)) => codec,
+            (Pass::Eval, _) => Codec::Bf16,
+        };
+        match placement.compnode_of(other) {
+            Some(to) if to == self.plan.node => {
+                self.local.insert(slot, tensor);
+                Ok(())
+            }
+            Some(to) => {
+                self.log.sent(channel, micro_batch.index);
+                let tensor = tensor.into_host()?;
+                Ok(self.exchange.send(Message { to, slot, tensor, codec })?)
+            }
+            None => Err(ExecutorError::Internal { what: format!("{other} is on no CompNode") }.into()),
+        }
+    }
+}
+
+/// The tensor with zeros where nothing was kept.
+pub(super) fn masked(tensor: HostTensor, kept: &[bool]) -> Result<HostTensor, ExecutorError> {
+    let (shape, values) = tensor.into_parts();
+    let values = match values {
+        Values::F32(mut values) => {
+            values.iter_mut().zip(kept).filter(|(_, kept)| !**kept).for_each(|(x, _)| *x = 0.0);
+            Values::F32(values)
+        }
+        integers @ Values::I32(_) => integers,
+    };
+    HostTensor::new(shape, values).map_err(internal)
+}
