@@ -47,6 +47,8 @@ const EVENT_QUEUE: usize = 64;
 pub(crate) enum NodeEvent {
     /// Something to tell the broker.
     Tell(Box<FromCompNode>),
+    /// Something to tell the broker of a job, unless it is not the job at hand any more.
+    Report(assignment::JobKey, Box<FromCompNode>),
     /// The broker begins to send weights.
     Weights(Box<blob::Incoming>),
     /// The assignment is built, or why it could not be.
@@ -411,6 +413,7 @@ impl Node {
     fn handle(&mut self, event: NodeEvent) -> Option<FromCompNode> {
         match event {
             NodeEvent::Tell(message) => Some(*message),
+            NodeEvent::Report(key, message) => self.job.as_ref().filter(|job| job.key == key).map(|_| *message),
             NodeEvent::Weights(weights) => {
                 match self.job.as_mut().filter(|job| job.key == weights.key()) {
                     Some(job) => job.receive(*weights),

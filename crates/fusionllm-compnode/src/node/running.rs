@@ -211,7 +211,7 @@ async fn tell_reading(reading: Weak<Reading>, every: Duration, key: JobKey, even
             before = progress;
             let message = FromCompNode::Reading { job: key.job, generation: key.generation };
             // If the loop is gone nobody needs to know.
-            let _ = events.send(NodeEvent::Tell(Box::new(message))).await;
+            let _ = events.send(NodeEvent::Report(key, Box::new(message))).await;
         }
     }
 }
@@ -228,7 +228,7 @@ struct NodeSink {
 
 impl NodeSink {
     fn tell(&self, message: FromCompNode) -> Result<(), CompNodeError> {
-        let sent = self.events.blocking_send(NodeEvent::Tell(Box::new(message)));
+        let sent = self.events.blocking_send(NodeEvent::Report(self.key, Box::new(message)));
         sent.map_err(|_| CompNodeError::Broker { reason: "the connection is gone".to_owned() })
     }
 }
@@ -289,7 +289,8 @@ mod tests {
         let telling = tokio::spawn(tell_reading(Arc::downgrade(&reading), every, key, events));
         for _ in 0..3 {
             reading.moved(1).unwrap();
-            let Some(NodeEvent::Tell(message)) = inbox.recv().await else { panic!("nothing is told") };
+            let Some(NodeEvent::Report(of, message)) = inbox.recv().await else { panic!("nothing is told") };
+            assert_eq!(of, key);
             assert_eq!(*message, FromCompNode::Reading { job: JobId(3), generation: Generation(2) });
         }
         // It stands still, and ends.
