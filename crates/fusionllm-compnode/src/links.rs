@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
-use fusionllm_planner::{NodeIndex, Placement, TIED_WINDOW};
+use fusionllm_planner::{NodeIndex, Placement, Route, TIED_WINDOW, Way};
 use fusionllm_protocol::{Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
@@ -218,7 +218,7 @@ impl JobLinks {
     /// the lost one is known to have ended.
     fn streams_from(&self, peer: usize) -> u32 {
         let edges = self.placement.edges.iter();
-        let edges = edges.flat_map(|edge| [Channel::Activation(edge.id), Channel::Gradient(edge.id)]);
+        let edges = edges.flat_map(|edge| edge.ways().map(|way| Channel::of_edge(edge.id, way)));
         let from = NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX));
         let tied = self.placement.tied.iter().map(|tied| Channel::Tied { param: tied.param, from });
         let norms = [Channel::NormPart { from }, Channel::NormTotal { to: self.node }];
@@ -229,24 +229,19 @@ impl JobLinks {
     /// Who sends over a channel that ends here; nothing if it does not end here.
     fn sender_of(&self, channel: Channel) -> Option<NodeIndex> {
         let edge = |id: fusionllm_planner::EdgeId| self.placement.edges.get(id.index());
-        let (from, to) = match channel {
-            Channel::Activation(id) => {
-                let edge = edge(id)?;
-                (self.placement.compnode_of(edge.from)?, self.placement.compnode_of(edge.to)?)
-            }
-            Channel::Gradient(id) => {
-                let edge = edge(id).filter(|edge| edge.gradient)?;
-                (self.placement.compnode_of(edge.to)?, self.placement.compnode_of(edge.from)?)
-            }
+        let route = match channel {
+            Channel::Activation(id) => self.placement.route(edge(id)?, Way::Activation)?,
+            Channel::Gradient(id) => self.placement.route(edge(id).filter(|edge| edge.gradient)?, Way::Gradient)?,
             Channel::Tied { param, from } => {
                 let tied = self.placement.tied.iter().find(|t| t.param == param)?;
-                (tied.holders.contains(&self.node) && tied.holders.contains(&from)).then_some((from, self.node))?
+                let hold = tied.holders.contains(&self.node) && tied.holders.contains(&from);
+                hold.then_some(Route { from, to: self.node })?
             }
             Channel::NormPart { .. } | Channel::NormTotal { .. } if !self.clips => return None,
-            Channel::NormPart { from } => (from, NodeIndex(0)),
-            Channel::NormTotal { to } => (NodeIndex(0), to),
+            Channel::NormPart { from } => Route { from, to: self.placement.norm_root() },
+            Channel::NormTotal { to } => Route { from: self.placement.norm_root(), to },
         };
-        (to == self.node).then_some(from)
+        (route.to == self.node).then_some(route.from)
     }
 }
 

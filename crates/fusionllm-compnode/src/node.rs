@@ -349,8 +349,8 @@ impl Node {
                 let events = self.events.clone();
                 self.job_of(job, generation)?.start(broker, events, clock)
             }
-            FromBroker::SetCodec { job, generation, edge, gradient, codec } => {
-                self.job_of(job, generation)?.set_codec(edge, gradient, codec);
+            FromBroker::SetCodec { job, generation, edge, way, codec } => {
+                self.job_of(job, generation)?.set_codec(edge, way, codec);
                 None
             }
             FromBroker::ShardSettled { job, generation, step } => {

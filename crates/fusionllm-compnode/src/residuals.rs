@@ -2,7 +2,7 @@
 
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_planner::{NodeIndex, Placement, Way};
 use fusionllm_protocol::Channel;
 
 use crate::ShardError;
@@ -56,10 +56,8 @@ pub(crate) fn take(
 ) -> Result<Vec<(Channel, HostTensor)>, ShardError> {
     let mut residuals = Vec::new();
     let of_edges = placement.edges.iter().filter(|e| placement.is_boundary(e)).flat_map(|edge| {
-        [
-            (Channel::Activation(edge.id), placement.compnode_of(edge.from)),
-            (Channel::Gradient(edge.id), placement.compnode_of(edge.to)),
-        ]
+        let sender = |way| placement.route(edge, way).map(|route| route.from);
+        Way::ALL.map(|way| (Channel::of_edge(edge.id, way), sender(way)))
     });
     let of_tied = placement.tied.iter().flat_map(|tied| {
         let param = tied.param;

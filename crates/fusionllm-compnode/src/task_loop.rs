@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpDag, OpId};
-use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, needs};
+use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, Way, needs};
 use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport};
 
 use crate::border::BorderTensor;
@@ -276,7 +276,7 @@ impl TaskLoop {
                 Channel::Activation(edge.id),
                 micro_batch,
                 tensor,
-                self.plan.codecs.activation(edge),
+                self.plan.codecs.codec(edge, Way::Activation),
             )?;
         }
         Ok(output.loss)
@@ -318,7 +318,7 @@ impl TaskLoop {
                 Channel::Gradient(edge.id),
                 micro_batch,
                 tensor,
-                self.plan.codecs.gradient(edge),
+                self.plan.codecs.codec(edge, Way::Gradient),
             )?;
         }
         Ok(())

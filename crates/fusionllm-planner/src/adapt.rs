@@ -11,7 +11,7 @@ use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_graph::OpDag;
 
 use crate::compression::{best_in_time, ratio_behind};
-use crate::{Compression, Direction, EdgeId, NodeIndex, Placement, topk_of_ratio};
+use crate::{Compression, Direction, EdgeId, NodeIndex, Placement, Route, Way, topk_of_ratio};
 
 /// Steps between two decisions.
 const PERIOD: u64 = 10;
@@ -69,8 +69,8 @@ pub struct StepObservation {
 pub struct CodecChange {
     /// The edge.
     pub edge: EdgeId,
-    /// Its gradient, or else its activation.
-    pub gradient: bool,
+    /// What of it.
+    pub way: Way,
     /// Who sends it.
     pub sender: NodeIndex,
     /// From now on.
@@ -89,7 +89,7 @@ pub struct Controller {
     compute_s: Average,
     loss: (Average, Average),
     fastest: f64,
-    links: BTreeMap<(NodeIndex, NodeIndex), Link>,
+    links: BTreeMap<Route, Link>,
 }
 
 /// An exponential moving average; nothing until something was seen.
@@ -104,7 +104,7 @@ impl Average {
 
 #[derive(Debug)]
 struct Link {
-    channels: Vec<Channel>,
+    carried: Vec<Carried>,
     /// In force.
     ratio: f64,
     /// The most that the error allows, as far as is known.
@@ -118,10 +118,9 @@ struct Link {
 
 /// One boundary tensor of a direction of a link, and the codec in force.
 #[derive(Debug)]
-struct Channel {
+struct Carried {
     edge: EdgeId,
-    /// Its gradient, or else its activation.
-    gradient: bool,
+    way: Way,
     shape: Vec<usize>,
     /// Of its dense message.
     dense_bytes: f64,
@@ -139,18 +138,15 @@ impl Controller {
         otherwise: Codec,
         error_budget: f64,
     ) -> Self {
-        let mut links: BTreeMap<(NodeIndex, NodeIndex), Link> = BTreeMap::new();
+        let mut links: BTreeMap<Route, Link> = BTreeMap::new();
         for edge in placement.edges.iter().filter(|e| e.gradient && placement.is_boundary(e)) {
-            let (Some(from), Some(to)) = (placement.compnode_of(edge.from), placement.compnode_of(edge.to)) else {
-                continue;
-            };
             let output = &dag.op(edge.op).output;
             let (shape, dense_bytes) = (output.shape.resolve(batch), output.bytes(batch) as f64);
-            let directions = [(from, to, false, edge.activation_codec), (to, from, true, edge.gradient_codec)];
-            for (from, to, gradient, codec) in directions {
-                let ratio = ratio_behind(codec, &shape, gradient);
-                let link = links.entry((from, to)).or_insert_with(|| Link::new(ratio));
-                link.channels.push(Channel { edge: edge.id, gradient, shape: shape.clone(), dense_bytes, codec });
+            for way in edge.ways() {
+                let Some(route) = placement.route(edge, way) else { continue };
+                let codec = edge.codec(way);
+                let link = links.entry(route).or_insert_with(|| Link::new(ratio_behind(codec, &shape, way)));
+                link.carried.push(Carried { edge: edge.id, way, shape: shape.clone(), dense_bytes, codec });
             }
         }
         Self {
@@ -172,7 +168,7 @@ impl Controller {
         self.loss.1.add(step.loss, LOSS_WEIGHTS.1);
         self.fastest = self.fastest.max(self.fall());
         for seen in &step.links {
-            let Some(link) = self.links.get_mut(&(seen.from, seen.to)) else { continue };
+            let Some(link) = self.links.get_mut(&Route { from: seen.from, to: seen.to }) else { continue };
             link.dense_bytes.add(seen.dense_bytes as f64, WEIGHT);
             if seen.received_bytes >= LEAST_BYTES && seen.busy_s > 0.0 {
                 link.bytes_per_s.add(seen.received_bytes as f64 / seen.busy_s, WEIGHT);
@@ -204,17 +200,17 @@ impl Controller {
         let Some(compute_s) = self.compute_s.0.filter(|s| *s > 0.0) else { return Vec::new() };
         let (policy, otherwise, most_ratio) = (self.policy, self.otherwise, self.most_ratio);
         let mut changes = Vec::new();
-        for (&(from, _), link) in &mut self.links {
+        for (&Route { from, .. }, link) in &mut self.links {
             let decision = link.decide(compute_s, budget, most_ratio);
             let (Some((ratio, reason)), Some(bytes_per_s)) = (decision, link.bytes_per_s.0) else { continue };
             link.ratio = ratio;
-            for channel in &mut link.channels {
-                let Channel { edge, gradient, ref shape, dense_bytes, .. } = *channel;
-                let direction = Direction { shape: shape.clone(), dense_s: dense_bytes / bytes_per_s, gradient };
+            for tensor in &mut link.carried {
+                let Carried { edge, way, ref shape, dense_bytes, .. } = *tensor;
+                let direction = Direction { shape: shape.clone(), dense_s: dense_bytes / bytes_per_s, way };
                 let codec = codec_of(policy, &direction, ratio, otherwise);
-                if codec != channel.codec {
-                    channel.codec = codec;
-                    changes.push(CodecChange { edge, gradient, sender: from, codec, reason: reason.clone() });
+                if codec != tensor.codec {
+                    tensor.codec = codec;
+                    changes.push(CodecChange { edge, way, sender: from, codec, reason: reason.clone() });
                 }
             }
         }
@@ -225,7 +221,7 @@ impl Controller {
 impl Link {
     fn new(ratio: f64) -> Self {
         Self {
-            channels: Vec::new(),
+            carried: Vec::new(),
             ratio,
             error_limit: f64::INFINITY,
             bytes_per_s: Average::default(),
@@ -340,7 +336,7 @@ mod tests {
                 let changes = self.controller.observe(&seen);
                 if !changes.is_empty() {
                     self.changes.push(step);
-                    self.ratio = self.controller.links[&(NodeIndex(0), NodeIndex(1))].ratio;
+                    self.ratio = self.controller.links[&Route { from: NodeIndex(0), to: NodeIndex(1) }].ratio;
                     assert!(changes.iter().all(|c| !c.reason.is_empty()));
                     self.codecs.extend(changes.iter().map(|c| c.codec.to_string()));
                 }

@@ -9,6 +9,8 @@
 use fusionllm_codec::{BitRate, Codec, Density, MOST_RANK, TopKValues};
 use serde::{Deserialize, Serialize};
 
+use crate::Way;
+
 /// Bytes of f32 per second that an encoder and a decoder work through together, one after the other, on one core.
 /// Conservative figures of `cargo bench -p fusionllm-codec`.
 const DENSE_BYTES_PER_S: f64 = 2e9;
@@ -96,8 +98,8 @@ pub struct Direction {
     pub shape: Vec<usize>,
     /// R: seconds for which its dense message occupies the link.
     pub dense_s: f64,
-    /// Whether it carries a gradient.
-    pub gradient: bool,
+    /// What it carries.
+    pub way: Way,
 }
 
 /// The codec of each direction. No link is made faster than `least_link_s`, the time of the slowest stage for one
@@ -117,7 +119,7 @@ pub fn compress(policy: Compression, directions: &[Direction], least_link_s: f64
             topk_of_ratio(&d.shape, ratio_of(d, ratio), values, otherwise)
         }
         Compression::Adaptive { ratio } => best_in_time(d, ratio_of(d, ratio), otherwise),
-        Compression::Fixed { activations, .. } if !d.gradient => activations,
+        Compression::Fixed { activations, .. } if d.way == Way::Activation => activations,
         Compression::Fixed { gradients, .. } => gradients,
     };
     directions.iter().map(of).collect()
@@ -176,7 +178,7 @@ pub fn topk_of_ratio(shape: &[usize], ratio: f64, values: TopKValues, otherwise:
 /// The codec that loses least of those whose message is `ratio` times smaller than dense f32: by what training lost in
 /// docs/compression.md, the coarsest number that fits as long as one does, and beyond that transform coding. Of its bits
 /// activations get more than gradients, so that the ratio is that of both together.
-pub fn best_of_ratio(shape: &[usize], ratio: f64, gradient: bool, otherwise: Codec) -> Codec {
+pub fn best_of_ratio(shape: &[usize], ratio: f64, way: Way, otherwise: Codec) -> Codec {
     if ratio <= 1.0 {
         return otherwise;
     }
@@ -184,37 +186,40 @@ pub fn best_of_ratio(shape: &[usize], ratio: f64, gradient: bool, otherwise: Cod
     let plain = [otherwise, Codec::Bf16, Codec::Int8, Codec::Int4].into_iter().find(wanted);
     plain.unwrap_or_else(|| {
         let ratio = ratio * BASES;
-        transform_of_ratio(shape, ratio / share_of_bits(gradient, F32_BITS / ratio))
+        transform_of_ratio(shape, ratio / share_of_bits(way, F32_BITS / ratio))
     })
 }
 
 /// The ratio for which [`best_of_ratio`] has picked a codec, nearly.
-pub(crate) fn ratio_behind(codec: Codec, shape: &[usize], gradient: bool) -> f64 {
+pub(crate) fn ratio_behind(codec: Codec, shape: &[usize], way: Way) -> f64 {
     let Codec::Transform { bits } = codec else { return codec.ratio_of(shape).unwrap_or(1.0) };
     let bits = f64::from(bits.thousandths()) / 1e3;
     // The mean of both directions of which this one has so many bits; where that is low, both have as many.
-    let skewed = bits / share_of_bits(gradient, f64::INFINITY);
+    let skewed = bits / share_of_bits(way, f64::INFINITY);
     let least = LEAST_GRADIENT_BITS / (2.0 - ACTIVATION_BITS);
     let mean = match () {
         () if skewed >= least => skewed,
         () if bits <= LEAST_GRADIENT_BITS => bits,
         // Between the two, gradients have the least and activations the rest.
-        () if gradient => LEAST_GRADIENT_BITS,
+        () if way == Way::Gradient => LEAST_GRADIENT_BITS,
         () => f64::midpoint(bits, LEAST_GRADIENT_BITS),
     };
     F32_BITS / mean / BASES
 }
 
 /// Bits of a direction over the mean of both, where that is `mean` bits.
-fn share_of_bits(gradient: bool, mean: f64) -> f64 {
+fn share_of_bits(way: Way, mean: f64) -> f64 {
     let of_gradient = (2.0 - ACTIVATION_BITS).max(LEAST_GRADIENT_BITS / mean).min(1.0);
-    if gradient { of_gradient } else { 2.0 - of_gradient }
+    match way {
+        Way::Activation => 2.0 - of_gradient,
+        Way::Gradient => of_gradient,
+    }
 }
 
 /// [`best_of_ratio`], or `int4` where transform coding would take longer than what it spares the link.
 pub(crate) fn best_in_time(direction: &Direction, ratio: f64, otherwise: Codec) -> Codec {
-    let Direction { shape, dense_s, gradient } = direction;
-    let codec = best_of_ratio(shape, ratio, *gradient, otherwise);
+    let Direction { shape, dense_s, way } = direction;
+    let codec = best_of_ratio(shape, ratio, *way, otherwise);
     let seconds = |codec: Codec| dense_s / codec.ratio_of(shape).unwrap_or(1.0) + codec_s(codec, shape);
     let is_slower = matches!(codec, Codec::Transform { .. }) && seconds(codec) > seconds(Codec::Int4);
     if is_slower { Codec::Int4 } else { codec }
@@ -254,7 +259,7 @@ mod tests {
     const ADA: Compression = Compression::AdaTopk { ratio: 100.0, values: VALUES, literal: false };
 
     fn directions(dense_s: &[f64]) -> Vec<Direction> {
-        dense_s.iter().map(|&dense_s| Direction { shape: SHAPE.to_vec(), dense_s, gradient: false }).collect()
+        dense_s.iter().map(|&dense_s| Direction { shape: SHAPE.to_vec(), dense_s, way: Way::Activation }).collect()
     }
 
     fn ratios(policy: Compression, dense_s: &[f64], slowest_stage_s: f64) -> Vec<f64> {
@@ -303,17 +308,17 @@ mod tests {
 
     #[test]
     fn the_adaptive_policy_climbs_from_exact_to_coarse() {
-        let codec = |ratio| best_of_ratio(&SHAPE, ratio, false, Codec::Dense);
+        let codec = |ratio| best_of_ratio(&SHAPE, ratio, Way::Activation, Codec::Dense);
         assert_eq!(
             [codec(0.5), codec(1.5), codec(3.0), codec(7.0)],
             [Codec::Dense, Codec::Bf16, Codec::Int8, Codec::Int4]
         );
         for ratio in [10.0, 30.0, 100.0] {
-            let both = [false, true].map(|gradient| best_of_ratio(&SHAPE, ratio, gradient, Codec::Dense));
+            let both = Way::ALL.map(|way| best_of_ratio(&SHAPE, ratio, way, Codec::Dense));
             let bytes = both.map(|codec| codec.steady_bytes(&SHAPE).unwrap() as f64);
             assert!(2.0 * 4.0 * (4 * 128 * 256) as f64 / (bytes[0] + bytes[1]) >= ratio, "{both:?}");
             assert_eq!(bytes[0] > bytes[1], ratio < 29.0, "{both:?}");
-            let behind = [false, true].map(|gradient| ratio_behind(both[usize::from(gradient)], &SHAPE, gradient));
+            let behind = Way::ALL.map(|way| ratio_behind(both[way as usize], &SHAPE, way));
             assert!(behind.iter().all(|behind| (behind / ratio - 1.0).abs() < 0.05), "{behind:?}");
         }
     }

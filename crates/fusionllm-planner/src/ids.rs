@@ -40,3 +40,39 @@ index_type!(
     NodeIndex,
     "CompNode"
 );
+
+impl NodeIndex {
+    /// The CompNode that has the data: every placement lists it first.
+    pub const DATA_OWNER: Self = Self(0);
+}
+
+/// What goes along an edge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Way {
+    /// The output of its op, from the stage that makes it.
+    Activation,
+    /// Its gradient, back to that stage.
+    Gradient,
+}
+
+impl Way {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Activation, Self::Gradient];
+}
+
+/// Who sends a message, and who gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Route {
+    /// The sender.
+    pub from: NodeIndex,
+    /// The receiver.
+    pub to: NodeIndex,
+}
+
+impl Route {
+    /// Whether it crosses from one CompNode to another.
+    pub fn crosses(self) -> bool {
+        self.from != self.to
+    }
+}

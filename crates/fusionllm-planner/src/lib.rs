@@ -35,7 +35,7 @@ pub use deferred::{Deferrable, may_defer};
 pub use draw::{format_bytes, format_seconds};
 pub use error::PlanError;
 pub use estimate::{CutBytes, Estimate, TRAINING_COPIES, pipeline_formula};
-pub use ids::{EdgeId, NodeIndex, StageId};
+pub use ids::{EdgeId, NodeIndex, Route, StageId, Way};
 pub use partition::{Segment, StageSpec, Strategy, clusters_by_bandwidth};
 pub use pipeline::{Pipeline, Task, in_flight_limit};
 pub use placement::{PassPlan, Placement, PlacementSpec, Stage, StageEdge, TiedParam};

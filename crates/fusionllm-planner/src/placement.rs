@@ -7,7 +7,7 @@ use fusionllm_graph::{OpDag, OpId, ParamId};
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::{Schedule, eval_orders, train_orders};
-use crate::{Cluster, EdgeId, NodeIndex, Pipeline, PlanError, Segment, StageId, StageSpec, Strategy, Task};
+use crate::{Cluster, EdgeId, NodeIndex, Pipeline, PlanError, Route, Segment, StageId, StageSpec, Strategy, Task, Way};
 
 /// One contiguous segment of a sub-DAG along the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,15 +110,60 @@ pub struct Placement {
     pub eval: PassPlan,
 }
 
+impl StageEdge {
+    /// How what goes this way is encoded.
+    pub fn codec(&self, way: Way) -> Codec {
+        match way {
+            Way::Activation => self.activation_codec,
+            Way::Gradient => self.gradient_codec,
+        }
+    }
+
+    /// The ways that are used: a gradient flows back only where one is needed.
+    pub fn ways(&self) -> impl Iterator<Item = Way> + use<> {
+        let gradient = self.gradient;
+        Way::ALL.into_iter().filter(move |&way| way == Way::Activation || gradient)
+    }
+
+    /// The stages that send and receive what goes this way.
+    pub fn ends(&self, way: Way) -> (StageId, StageId) {
+        match way {
+            Way::Activation => (self.from, self.to),
+            Way::Gradient => (self.to, self.from),
+        }
+    }
+}
+
 impl Placement {
+    /// Every CompNode.
+    pub fn nodes(&self) -> impl DoubleEndedIterator<Item = NodeIndex> + ExactSizeIterator + Clone + use<> {
+        (0..self.compnodes.len() as u32).map(NodeIndex)
+    }
+
+    /// The CompNode that adds up the gradient norm and tells it to all.
+    pub fn norm_root(&self) -> NodeIndex {
+        NodeIndex::DATA_OWNER
+    }
+
     /// The CompNode of a stage.
     pub fn compnode_of(&self, stage: StageId) -> Option<NodeIndex> {
         self.stages.get(stage.index()).map(|s| s.compnode)
     }
 
+    /// Whether a CompNode holds a stage.
+    pub fn holds(&self, node: NodeIndex, stage: StageId) -> bool {
+        self.compnode_of(stage) == Some(node)
+    }
+
+    /// From whom to whom goes what an edge carries this way; nothing if a stage of it is not in the placement.
+    pub fn route(&self, edge: &StageEdge, way: Way) -> Option<Route> {
+        let (from, to) = edge.ends(way);
+        Some(Route { from: self.compnode_of(from)?, to: self.compnode_of(to)? })
+    }
+
     /// Whether the edge crosses CompNodes.
     pub fn is_boundary(&self, edge: &StageEdge) -> bool {
-        self.compnode_of(edge.from) != self.compnode_of(edge.to)
+        self.route(edge, Way::Activation).is_none_or(Route::crosses)
     }
 
     /// The stages that a CompNode holds.
@@ -152,8 +197,7 @@ impl Placement {
 
     /// The largest number of messages of one edge and direction that can be on the way at once.
     pub fn window(&self) -> u32 {
-        let nodes = (0..self.compnodes.len() as u32).map(NodeIndex);
-        let train = nodes.flat_map(|node| self.live_bound(node).into_values()).max().unwrap_or(0);
+        let train = self.nodes().flat_map(|node| self.live_bound(node).into_values()).max().unwrap_or(0);
         train.max(self.stages.len() as u32) + 1
     }
 

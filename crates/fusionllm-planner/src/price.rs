@@ -11,7 +11,7 @@ use crate::estimate::update_seconds;
 use crate::placement::assemble;
 use crate::{
     Cluster, Compression, Deferrable, Direction, Estimate, NodeIndex, Pipeline, Placement, PlanError, PlanSpec,
-    Segment, Simulated, Stage, StageEdge, StepCosts, TiedParam, compress, simulate,
+    Segment, Simulated, Stage, StageEdge, StepCosts, TiedParam, Way, compress, simulate,
 };
 
 /// How many times faster than the slowest stage the adaptive policy may make links.
@@ -288,9 +288,9 @@ fn send(
     for edge in placement.edges.iter().filter(|e| is_sent(placement, e)) {
         let output = &dag.op(edge.op).output;
         let (a, b) = (node(placement, edge.from), node(placement, edge.to));
-        for (link, gradient) in [(cluster.link(a, b), false), (cluster.link(b, a), true)] {
+        for (link, way) in [(cluster.link(a, b), Way::Activation), (cluster.link(b, a), Way::Gradient)] {
             let dense_s = link.occupied_s(output.bytes(batch) as f64);
-            directions.push(Direction { shape: output.shape.resolve(batch), dense_s, gradient });
+            directions.push(Direction { shape: output.shape.resolve(batch), dense_s, way });
         }
     }
     let mut codecs =

@@ -6,7 +6,7 @@ mod numbered;
 use std::net::SocketAddr;
 
 use fusionllm_codec::Codec;
-use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement};
+use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
 use serde::{Deserialize, Serialize};
 
 use crate::{DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, StepTrace};
@@ -135,8 +135,8 @@ pub enum FromBroker {
         generation: Generation,
         /// The edge.
         edge: EdgeId,
-        /// Its gradient, or else its activation.
-        gradient: bool,
+        /// What of it.
+        way: Way,
         /// The codec.
         codec: Codec,
     },

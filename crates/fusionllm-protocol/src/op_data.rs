@@ -7,7 +7,7 @@
 
 use fusionllm_codec::{Codec, ElementType};
 use fusionllm_graph::ParamId;
-use fusionllm_planner::{EdgeId, NodeIndex};
+use fusionllm_planner::{EdgeId, NodeIndex, Way};
 use serde::{Deserialize, Serialize};
 
 use crate::{Generation, JobId};
@@ -35,16 +35,26 @@ pub enum Channel {
         /// The sender.
         from: NodeIndex,
     },
-    /// The sum of squares of the sender's gradients, on its way to CompNode 0.
+    /// The sum of squares of the sender's gradients, on its way to the root of the norm.
     NormPart {
         /// The sender.
         from: NodeIndex,
     },
-    /// The global norm, from CompNode 0 to a CompNode.
+    /// The global norm, from its root to a CompNode.
     NormTotal {
         /// The receiver.
         to: NodeIndex,
     },
+}
+
+impl Channel {
+    /// What goes this way along an edge.
+    pub fn of_edge(edge: EdgeId, way: Way) -> Self {
+        match way {
+            Way::Activation => Self::Activation(edge),
+            Way::Gradient => Self::Gradient(edge),
+        }
+    }
 }
 
 /// Everything a receiver must know of a payload.

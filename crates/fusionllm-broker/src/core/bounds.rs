@@ -30,7 +30,7 @@ fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSp
     let bytes = |elements: u64| elements.saturating_mul(4);
     let params = placement.params_of(dag, node);
     let values: u64 = params.iter().map(|&p| bytes(dag.param(p).elements()).saturating_mul(copies)).sum();
-    let touches = |stage| placement.compnode_of(stage) == Some(node);
+    let touches = |stage| placement.holds(node, stage);
     let edges = placement.edges.iter().filter(|e| placement.is_boundary(e) && (touches(e.from) || touches(e.to)));
     let batch = spec.micro_batch_size() as usize;
     let held_back: u64 = edges.clone().map(|e| 2 * dag.op(e.op).output.bytes(batch)).sum();

@@ -123,9 +123,9 @@ impl Core {
         let (mut actions, mut progress) = (Vec::new(), None);
         while let Some(MergedStep { metrics, traced, changes }) = run.next_step() {
             for (to, change) in changes {
-                let CodecChange { edge, gradient, codec, .. } = change;
+                let CodecChange { edge, way, codec, .. } = change;
                 let RunKey { job, generation } = key;
-                let message = FromBroker::SetCodec { job, generation, edge, gradient, codec };
+                let message = FromBroker::SetCodec { job, generation, edge, way, codec };
                 actions.push(Action::Send { to, message });
             }
             if let Some(measured) = traced {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation};
+use fusionllm_planner::{
+    CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation, Way,
+};
 use fusionllm_protocol::{
     CodecNote, CompressionPolicy, JobSpec, LinkBytes, StepMetrics, StepReport, StepTrace, measured_step,
 };
@@ -118,7 +120,7 @@ impl Run {
         };
         let is_ready = |node: NodeIndex| self.ready.contains(&node);
         let (limit, waiting, what) = if self.ready.len() < self.members.len() {
-            let limit = self.watchdog.until_ready(is_ready(NodeIndex(0)));
+            let limit = self.watchdog.until_ready(is_ready(NodeIndex::DATA_OWNER));
             (limit, missing(&is_ready), "not ready".to_owned())
         } else if self.merged < self.steps {
             let reports = self.reports.get(&(self.merged + 1));
@@ -253,14 +255,12 @@ impl Run {
             node.and_then(|n| self.placement.compnodes.get(n.index())).cloned().unwrap_or_default()
         };
         let edge = self.placement.edges.get(change.edge.index());
-        let ends = edge.map(|e| (self.placement.compnode_of(e.from), self.placement.compnode_of(e.to)));
-        let (producer, consumer) = ends.unwrap_or_default();
-        let receiver = if change.gradient { producer } else { consumer };
+        let receiver = edge.and_then(|e| self.placement.route(e, change.way)).map(|route| route.to);
         CodecNote {
             from: name(Some(change.sender)),
             to: name(receiver),
             op: edge.map(|e| self.dag.op(e.op).name.clone()).unwrap_or_default(),
-            gradient: change.gradient,
+            gradient: change.way == Way::Gradient,
             codec: change.codec.to_string(),
             reason: change.reason.clone(),
         }

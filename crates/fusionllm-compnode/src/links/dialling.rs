@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fusionllm_planner::{NodeIndex, StageEdge, TiedParam};
+use fusionllm_planner::{NodeIndex, Placement, Route, StageEdge, TiedParam, Way};
 use fusionllm_transport::Session;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -44,14 +44,14 @@ impl JobLinks {
 
     /// Whether a channel leads to this CompNode or from it.
     fn talks_to(&self, peer: usize) -> bool {
-        let (own, peer) = (Some(self.node), Some(NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX))));
-        let ends = |edge: &StageEdge| (self.placement.compnode_of(edge.from), self.placement.compnode_of(edge.to));
-        let is_ours = |(a, b)| (a, b) == (own, peer) || (a, b) == (peer, own);
-        let holds = |tied: &TiedParam| {
-            own.is_some_and(|n| tied.holders.contains(&n)) && peer.is_some_and(|n| tied.holders.contains(&n))
+        let (own, peer) = (self.node, NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX)));
+        let is_ours = |edge: &StageEdge| {
+            let route = self.placement.route(edge, Way::Activation);
+            route.is_some_and(|Route { from, to }| (from, to) == (own, peer) || (from, to) == (peer, own))
         };
-        let edges = self.placement.edges.iter().any(|edge| is_ours(ends(edge)));
-        edges || self.placement.tied.iter().any(holds) || (self.clips && own == Some(NodeIndex(0)))
+        let holds = |tied: &TiedParam| [own, peer].iter().all(|node| tied.holders.contains(node));
+        let Placement { edges, tied, .. } = &*self.placement;
+        edges.iter().any(is_ours) || tied.iter().any(holds) || (self.clips && own == self.placement.norm_root())
     }
 
     /// A live connection to a peer: the one there is, a new one if it is ours to dial, else the next that comes.

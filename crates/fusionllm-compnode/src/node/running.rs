@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use fusionllm_codec::Codec;
-use fusionllm_planner::{EdgeId, NodeIndex};
+use fusionllm_planner::{EdgeId, NodeIndex, Way};
 use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, StepReport, WeightSource};
 use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
@@ -65,9 +65,9 @@ impl RunningJob {
         &self.peers
     }
 
-    /// An edge is encoded by another codec from now on.
-    pub(super) fn set_codec(&self, edge: EdgeId, gradient: bool, codec: Codec) {
-        self.codecs.set(edge, gradient, codec);
+    /// What goes this way along an edge is encoded by another codec from now on.
+    pub(super) fn set_codec(&self, edge: EdgeId, way: Way, codec: Codec) {
+        self.codecs.set(edge, way, codec);
     }
 
     /// Opens the job's wires and begins to build its part once the memory is free; [`NodeEvent::Prepared`] tells when

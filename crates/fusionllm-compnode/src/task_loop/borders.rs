@@ -54,7 +54,7 @@ impl TaskLoop {
         micro_batch: MicroBatch,
     ) -> Result<BorderTensor, CompNodeError> {
         let slot = slot(channel, micro_batch);
-        if placement.compnode_of(other) == Some(self.plan.node) {
+        if placement.holds(self.plan.node, other) {
             return self.local.remove(&slot).ok_or_else(|| {
                 ExecutorError::Internal { what: format!("{channel:?} of {other} is not there") }.into()
             });
@@ -75,7 +75,7 @@ impl TaskLoop {
         mut stages: impl Iterator<Item = StageId>,
         tensor: BorderTensor,
     ) -> Result<BorderTensor, ExecutorError> {
-        let leaves = stages.any(|stage| placement.compnode_of(stage) != Some(self.plan.node));
+        let leaves = stages.any(|stage| !placement.holds(self.plan.node, stage));
         if leaves { Ok(tensor.into_host()?.into()) } else { Ok(tensor) }
     }
 

@@ -42,19 +42,20 @@ impl TaskLoop {
         let began = Instant::now();
         let mut total = self.executor.squared_norm(&params)?;
         self.busy += began.elapsed();
-        let others = (0..placement.compnodes.len() as u32).map(NodeIndex).filter(|&n| n != NodeIndex(0));
-        let norm = if node == NodeIndex(0) {
+        let root = placement.norm_root();
+        let others = placement.nodes().filter(|&n| n != root);
+        let norm = if node == root {
             for from in others.clone() {
                 total += scalar_of(&self.receive(step_slot(Channel::NormPart { from }, step))?.tensor);
             }
-            // Everybody clips by the same number, so CompNode 0 rounds it as the wire does.
+            // Everybody clips by the same number, so who adds it up rounds it as the wire does.
             let norm = f64::from(total.sqrt() as f32);
             for to in others {
                 self.send_scalar(to, Channel::NormTotal { to }, step, norm)?;
             }
             norm
         } else {
-            self.send_scalar(NodeIndex(0), Channel::NormPart { from: node }, step, total)?;
+            self.send_scalar(root, Channel::NormPart { from: node }, step, total)?;
             scalar_of(&self.receive(step_slot(Channel::NormTotal { to: node }, step))?.tensor)
         };
         if norm.is_finite() { Ok(norm) } else { Err(self.not_finite("the gradient norm", norm, step)) }

@@ -9,7 +9,7 @@ use crate::{NodeIndex, PlanError};
 pub(super) fn segments(weights: &[f64], speeds: &[f64], pins: &Pins) -> Result<Vec<Segment>, PlanError> {
     let nodes = speeds.len();
     if nodes == 1 {
-        return Ok(vec![Segment { compnode: NodeIndex(0), ops: 0..weights.len() }]);
+        return Ok(vec![Segment { compnode: NodeIndex::DATA_OWNER, ops: 0..weights.len() }]);
     }
     let (head, tail) = (pins.head.max(1), pins.tail);
     let free = tail.saturating_sub(head);
@@ -53,7 +53,7 @@ pub(super) fn segments(weights: &[f64], speeds: &[f64], pins: &Pins) -> Result<V
 
     let mut segments = Vec::new();
     if tail < weights.len() {
-        segments.push(Segment { compnode: NodeIndex(0), ops: tail..weights.len() });
+        segments.push(Segment { compnode: NodeIndex::DATA_OWNER, ops: tail..weights.len() });
     }
     let mut end = tail;
     for (node, cut) in cuts.iter().enumerate().rev() {
@@ -61,7 +61,7 @@ pub(super) fn segments(weights: &[f64], speeds: &[f64], pins: &Pins) -> Result<V
         segments.push(Segment { compnode: NodeIndex(node as u32 + 1), ops: start..end });
         end = start;
     }
-    segments.push(Segment { compnode: NodeIndex(0), ops: 0..end });
+    segments.push(Segment { compnode: NodeIndex::DATA_OWNER, ops: 0..end });
     segments.reverse();
     Ok(segments)
 }

@@ -31,7 +31,7 @@ impl Chain {
         let ops = pins.pinned.len();
         match segments.as_mut_slice() {
             [only] => only.ops.end = ops,
-            _ if pins.tail < ops => segments.push(Segment { compnode: NodeIndex(0), ops: pins.tail..ops }),
+            _ if pins.tail < ops => segments.push(Segment { compnode: NodeIndex::DATA_OWNER, ops: pins.tail..ops }),
             _ => {}
         }
         segments
