@@ -3,30 +3,28 @@
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement, Way};
-use fusionllm_protocol::Channel;
+use fusionllm_protocol::{Channel, TensorName};
 
 use crate::ShardError;
 use crate::executor::{NamedTensor, TensorSource};
 
-/// What the names begin with.
-const PREFIX: &str = "residual.";
-
-/// The name of a channel's residual: `residual.gradient.PRODUCER>FIRST_OP_OF_CONSUMING_STAGE`, and of a tied parameter
-/// `residual.tied.PARAMETER@FIRST_OP_OF_THE_SENDER_WITH_IT`.
+/// The name of what is held back for a channel; nothing if nothing is.
 fn name(dag: &OpDag, placement: &Placement, channel: Channel) -> Option<String> {
-    let (word, id) = match channel {
-        Channel::Activation(id) => ("activation", id),
-        Channel::Gradient(id) => ("gradient", id),
+    let (way, id) = match channel {
+        Channel::Activation(id) => (Way::Activation, id),
+        Channel::Gradient(id) => (Way::Gradient, id),
         Channel::Tied { param, from } => {
             let mut ops = placement.stages_of(from).flat_map(|stage| &stage.ops);
             let first = ops.find(|op| dag.op(**op).params.contains(&param))?;
-            return Some(format!("{PREFIX}tied.{}@{}", dag.param(param).name, dag.op(*first).name));
+            let name = TensorName::TiedResidual { param: &dag.param(param).name, op: &dag.op(*first).name };
+            return Some(name.to_string());
         }
         Channel::NormPart { .. } | Channel::NormTotal { .. } => return None,
     };
     let edge = placement.edges.get(id.index())?;
     let first = placement.stages.get(edge.to.index())?.ops.first()?;
-    Some(format!("{PREFIX}{word}.{}>{}", dag.op(edge.op).name, dag.op(*first).name))
+    let (producer, consumer) = (&dag.op(edge.op).name, &dag.op(*first).name);
+    Some(TensorName::Residual { way, producer, consumer }.to_string())
 }
 
 /// Residuals as tensors of a shard.

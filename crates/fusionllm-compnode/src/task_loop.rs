@@ -127,7 +127,7 @@ impl TaskLoop {
             let report = self.step(step)?;
             let done = report.step;
             sink.step(report)?;
-            if self.is_due(done, self.plan.spec.checkpoint.every) {
+            if self.plan.spec.checkpoints().is_due(done) {
                 let residuals = self.residuals()?;
                 let residuals = residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals);
                 let mut tensors = self.executor.export();
@@ -155,11 +155,6 @@ impl TaskLoop {
         Ok(residuals)
     }
 
-    /// Whether something that happens `every` so many steps, and at the end, happens after `done` updates.
-    fn is_due(&self, done: u64, every: u64) -> bool {
-        done == self.plan.spec.train.steps || (every > 0 && done.is_multiple_of(every))
-    }
-
     /// One training step and the evaluation after it, if one is due.
     fn step(&mut self, step: u64) -> Result<StepReport, CompNodeError> {
         let began = Instant::now();
@@ -173,7 +168,7 @@ impl TaskLoop {
         let busy_s = self.busy.as_secs_f64();
         let trace = self.log.end();
         let done = step + 1;
-        let eval_loss = if self.is_due(done, self.plan.spec.train.eval_every) {
+        let eval_loss = if self.plan.spec.evaluations().is_due(done) {
             self.pass(&placement.eval, Pass::Eval, step)?
         } else {
             None

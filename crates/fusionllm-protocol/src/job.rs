@@ -2,6 +2,7 @@
 //!
 //! `docs/job.md` documents each key.
 
+mod cadence;
 mod keys;
 mod names;
 mod overrides;
@@ -15,6 +16,7 @@ use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use serde::{Deserialize, Serialize};
 
+pub use cadence::Cadence;
 pub use keys::job_keys;
 
 /// A whole job.

@@ -13,6 +13,7 @@ mod job;
 mod manifest;
 mod op_data;
 mod tensor_header;
+mod tensor_name;
 mod text;
 mod trace;
 mod version;
@@ -30,12 +31,13 @@ pub use event::{CodecNote, JobEvent, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
-    CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
+    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
     OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys,
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};
+pub use tensor_name::{StateKind, TensorName};
 pub use text::{clean, clean_lines, clean_to, is_plain_name};
 pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
 pub use version::{Greeting, PROTOCOL_VERSION};

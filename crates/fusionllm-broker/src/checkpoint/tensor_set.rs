@@ -5,17 +5,11 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
-use fusionllm_protocol::TensorHeader;
+use fusionllm_protocol::{StateKind, TensorHeader, TensorName};
 use safetensors::tensor::Dtype;
 
 use super::tensor_file::{TensorFile, header_error, io};
 use crate::CheckpointError;
-
-/// Optimizer state of parameter P lies under `optimizer.KIND.P`.
-const OPTIMIZER_KINDS: [&str; 3] = ["exp_avg", "exp_avg_sq", "momentum"];
-
-/// Names of what error feedback holds back at an edge begin like this.
-const RESIDUALS: &str = "residual.";
 
 /// Hugging Face's names of a GPT-2 with a head begin like this, those of one without do not.
 const PREFIX: &str = "transformer.";
@@ -31,9 +25,9 @@ pub struct TensorSet {
     places: BTreeMap<String, (usize, String)>,
 }
 
-/// Name of a parameter's optimizer state.
+/// The names that a parameter's optimizer state may have.
 pub(crate) fn optimizer_names(param: &str) -> impl Iterator<Item = String> + '_ {
-    OPTIMIZER_KINDS.into_iter().map(move |kind| format!("optimizer.{kind}.{param}"))
+    StateKind::ALL.into_iter().map(move |kind| TensorName::State { kind, param }.to_string())
 }
 
 impl TensorSet {
@@ -156,7 +150,7 @@ impl TensorSet {
             std::iter::once(param.clone()).chain(state)
         });
         // What error feedback held back is for whoever sends over that edge in the new placement.
-        let residuals = self.places.keys().filter(|name| name.starts_with(RESIDUALS)).cloned();
+        let residuals = self.places.keys().filter(|name| TensorName::is_residual(name)).cloned();
         let mut names: Vec<String> = with_state.chain(residuals).collect();
         // Readers want tensors aligned: the widest elements first.
         let width = |name: &String| self.find(name).ok().and_then(|(f, s)| Some(f.info(s)?.dtype)).map(|t| t.bitsize());

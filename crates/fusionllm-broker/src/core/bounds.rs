@@ -2,7 +2,7 @@
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{JobSpec, OptimizerKind, StepReport};
+use fusionllm_protocol::{JobSpec, StepReport};
 
 use super::ConnectionId;
 use super::run::Run;
@@ -23,10 +23,7 @@ const SLACK: u64 = 2;
 
 /// Bytes that the shard of a CompNode has at most: parameters, optimizer state, and what codecs hold back.
 fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSpec) -> u64 {
-    let copies = match spec.train.optimizer {
-        OptimizerKind::Adamw => 3,
-        OptimizerKind::Sgd => 2,
-    };
+    let copies = 1 + spec.train.states().len() as u64;
     let bytes = |elements: u64| elements.saturating_mul(4);
     let params = placement.params_of(dag, node);
     let values: u64 = params.iter().map(|&p| bytes(dag.param(p).elements()).saturating_mul(copies)).sum();

@@ -9,7 +9,7 @@ use fusionllm_planner::{
     CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation, Way,
 };
 use fusionllm_protocol::{
-    CodecNote, CompressionPolicy, JobSpec, LinkBytes, StepMetrics, StepReport, StepTrace, measured_step,
+    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, StepMetrics, StepReport, StepTrace, measured_step,
 };
 
 use super::bounds::Bounds;
@@ -51,7 +51,7 @@ pub(super) struct Run {
     /// Steps that every CompNode has reported.
     merged: u64,
     /// After so many steps comes a checkpoint, and after the last one.
-    every: u64,
+    checkpoints: Cadence,
     /// Checkpoints of steps that are done, and the loss of their step, until they are whole.
     open: BTreeMap<u64, f64>,
     /// Steps still to be done whose checkpoints cannot be kept.
@@ -92,7 +92,7 @@ impl Run {
             members,
             dag: Arc::clone(&start.dag),
             origin: start.origin.clone(),
-            every: spec.checkpoint.every,
+            checkpoints: spec.checkpoints(),
             open: BTreeMap::new(),
             given_up: BTreeSet::new(),
             checkpoint: (start.step > 0).then_some(start.step),
@@ -215,7 +215,7 @@ impl Run {
             links: reports().flat_map(|r| r.links.iter().cloned()).collect(),
             codec_changes: changes.iter().map(|c| self.note(c)).collect(),
         };
-        if !self.given_up.remove(&step) && self.is_due(step) {
+        if !self.given_up.remove(&step) && self.checkpoints.is_due(step) {
             self.open.insert(step, metrics.loss);
         }
         self.watchdog.stepped(metrics.step_s);
@@ -280,13 +280,8 @@ impl Run {
 
     /// Whether a checkpoint of this step is still to come.
     fn expects(&self, step: u64) -> bool {
-        let is_ahead = step > self.merged && step <= self.steps && self.is_due(step);
+        let is_ahead = step > self.merged && step <= self.steps && self.checkpoints.is_due(step);
         self.open.contains_key(&step) || is_ahead && !self.given_up.contains(&step)
-    }
-
-    /// Whether a checkpoint belongs to a step.
-    fn is_due(&self, step: u64) -> bool {
-        step == self.steps || step.is_multiple_of(self.every)
     }
 
     /// Whether the shard is one that this CompNode owes.

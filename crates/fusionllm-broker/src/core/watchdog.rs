@@ -39,7 +39,7 @@ impl Watchdog {
             moved: now,
             slowest_s: sane(predicted_s),
             has_stepped: false,
-            state_bytes: 3 * dag.params().iter().map(fusionllm_graph::Param::bytes).sum::<u64>(),
+            state_bytes: dag.param_bytes().saturating_mul(1 + spec.train.states().len() as u64),
             eval_batches: spec.train.eval_batches.into(),
         }
     }

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use burn_tensor::{Device, Tensor, TensorData};
 use fusionllm_graph::{OpDag, OpId, Param, ParamId};
 use fusionllm_planner::StageId;
-use fusionllm_protocol::Pass;
+use fusionllm_protocol::{Pass, StateKind, TensorName};
 
 use crate::backend::{ExecutorSpec, FirstParams, StageOps};
 use crate::border::BorderTensor;
 use crate::burn::gradients::{Gradients, Write};
 use crate::burn::host::{self, to_scalar};
 use crate::burn::kernels::fused;
-use crate::burn::optimizer::{self, ParamState, STATE_KINDS};
+use crate::burn::optimizer::{self, ParamState};
 use crate::burn::owed::Owed;
 use crate::burn::segment::{Kept, Segment, Surroundings};
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
@@ -304,8 +304,9 @@ impl Executor for BurnExecutor {
             self.leaves.remove(&id);
             self.params.insert(id, self.checked(tensor, &shape)?);
             let mut state = ParamState::new();
-            for kind in STATE_KINDS {
-                if let Some(tensor) = tensors.take(&format!("optimizer.{kind}.{name}"))? {
+            for kind in StateKind::ALL {
+                let stored = TensorName::State { kind, param: &name }.to_string();
+                if let Some(tensor) = tensors.take(&stored)? {
                     state.insert(kind, self.checked(tensor, &shape)?);
                 }
             }
@@ -323,8 +324,8 @@ impl Executor for BurnExecutor {
                 let tensor = tensor.clone();
                 LazyTensor::new(name, shape.clone(), move |see| host::look(tensor, see))
             };
-            for (kind, tensor) in self.state.get(&id).into_iter().flatten() {
-                tensors.push(lazy(format!("optimizer.{kind}.{name}"), tensor));
+            for (&kind, tensor) in self.state.get(&id).into_iter().flatten() {
+                tensors.push(lazy(TensorName::State { kind, param: name }.to_string(), tensor));
             }
             tensors.push(lazy(name.clone(), param));
         }

@@ -6,14 +6,12 @@ mod sgd;
 use std::collections::BTreeMap;
 
 use burn_tensor::Tensor;
+use fusionllm_protocol::StateKind;
 
 use crate::{OptimizerSpec, UpdateSpec};
 
-/// The state of one parameter: flat tensors by kind (`exp_avg`, `exp_avg_sq`, `momentum`).
-pub(crate) type ParamState = BTreeMap<&'static str, Tensor<1>>;
-
-/// The kinds of state there are.
-pub(crate) const STATE_KINDS: [&str; 3] = [adamw::EXP_AVG, adamw::EXP_AVG_SQ, sgd::MOMENTUM];
+/// The state of one parameter: flat tensors by kind.
+pub(crate) type ParamState = BTreeMap<StateKind, Tensor<1>>;
 
 /// One update of one parameter. `decay` says whether weight decay applies to it.
 pub(crate) fn step(

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId};
+use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId, TrainSpec};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::backend::{Backend, ExecutorSpec, FirstParams};
@@ -94,7 +94,7 @@ pub(super) fn prepare(
     let spec = &assignment.spec;
     let optimizer = OptimizerSpec::of(&spec.train);
     let (placement, node) = (&assignment.placement, assignment.node);
-    let needed = least_bytes(&dag, placement, node, &optimizer);
+    let needed = least_bytes(&dag, placement, node, &spec.train);
     if let Some(room) = site.free_bytes.filter(|&room| needed > room) {
         return Err(CompNodeError::Memory {
             what: "parameters, gradients and optimizer state".to_owned(),
@@ -138,13 +138,9 @@ pub(super) fn prepare(
 }
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
-fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, optimizer: &OptimizerSpec) -> u64 {
-    let moments = match optimizer {
-        OptimizerSpec::AdamW { .. } => 2,
-        OptimizerSpec::Sgd { momentum, .. } => u64::from(*momentum > 0.0),
-    };
+fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
     let params: u64 = placement.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes()).sum();
-    params.saturating_mul(2 + moments)
+    params.saturating_mul(2 + train.states().len() as u64)
 }
 
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);

@@ -1,15 +1,13 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101), in PyTorch's form of the bias correction.
 
 use burn_tensor::Tensor;
+use fusionllm_protocol::StateKind;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::ParamState;
 use crate::UpdateSpec;
 use crate::burn::kernels::fused::{TASK, from_cpu, into_cpu, zeros};
-
-pub(super) const EXP_AVG: &str = "exp_avg";
-pub(super) const EXP_AVG_SQ: &str = "exp_avg_sq";
 
 /// The constants of one update.
 #[derive(Clone, Copy, Debug)]
@@ -50,18 +48,18 @@ pub(super) fn plain(
 ) -> Tensor<1> {
     let first = gradient.clone() * (1.0 - beta1);
     let second = gradient.clone() * gradient * (1.0 - beta2);
-    let exp_avg = match state.remove(EXP_AVG) {
+    let exp_avg = match state.remove(&StateKind::ExpAvg) {
         Some(old) => old * beta1 + first,
         None => first,
     };
-    let exp_avg_sq = match state.remove(EXP_AVG_SQ) {
+    let exp_avg_sq = match state.remove(&StateKind::ExpAvgSq) {
         Some(old) => old * beta2 + second,
         None => second,
     };
     let denominator = exp_avg_sq.clone().sqrt() * root + epsilon;
     let param = param - exp_avg.clone() / denominator * rate;
-    state.insert(EXP_AVG, exp_avg);
-    state.insert(EXP_AVG_SQ, exp_avg_sq);
+    state.insert(StateKind::ExpAvg, exp_avg);
+    state.insert(StateKind::ExpAvgSq, exp_avg_sq);
     param
 }
 
@@ -79,8 +77,8 @@ pub(super) fn in_place(
             return Err(Box::new((param, gradient)));
         }
     };
-    let mut moment = |kind| state.remove(kind).and_then(|old| into_cpu(old).ok()).unwrap_or_else(|| zeros(&param));
-    let (mut exp_avg, mut exp_avg_sq) = (moment(EXP_AVG), moment(EXP_AVG_SQ));
+    let mut moment = |kind| state.remove(&kind).and_then(|old| into_cpu(old).ok()).unwrap_or_else(|| zeros(&param));
+    let (mut exp_avg, mut exp_avg_sq) = (moment(StateKind::ExpAvg), moment(StateKind::ExpAvgSq));
     param
         .storage_mut::<f32>()
         .par_chunks_mut(TASK)
@@ -88,8 +86,8 @@ pub(super) fn in_place(
         .zip(exp_avg.storage_mut::<f32>().par_chunks_mut(TASK))
         .zip(exp_avg_sq.storage_mut::<f32>().par_chunks_mut(TASK))
         .for_each(|(((param, gradient), first), second)| update(param, gradient, first, second, constants));
-    state.insert(EXP_AVG, from_cpu(exp_avg));
-    state.insert(EXP_AVG_SQ, from_cpu(exp_avg_sq));
+    state.insert(StateKind::ExpAvg, from_cpu(exp_avg));
+    state.insert(StateKind::ExpAvgSq, from_cpu(exp_avg_sq));
     Ok(from_cpu(param))
 }
 

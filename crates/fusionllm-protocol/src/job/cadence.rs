@@ -1,0 +1,57 @@
+//! When something happens that happens again and again while a job trains.
+
+use super::{JobSpec, OptimizerKind, TrainSpec};
+use crate::StateKind;
+
+/// Every so many steps, and after the last one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cadence {
+    /// Steps between two times; 0: only at the end.
+    pub every: u64,
+    /// The last step.
+    pub last: u64,
+}
+
+impl Cadence {
+    /// Whether it happens after `done` updates.
+    pub fn is_due(self, done: u64) -> bool {
+        done > 0 && (done == self.last || done.is_multiple_of(self.every))
+    }
+}
+
+impl JobSpec {
+    /// When CompNodes hand in the shards of a checkpoint.
+    pub fn checkpoints(&self) -> Cadence {
+        Cadence { every: self.checkpoint.every, last: self.train.steps }
+    }
+
+    /// When the loss of the text that is held out is taken.
+    pub fn evaluations(&self) -> Cadence {
+        Cadence { every: self.train.eval_every, last: self.train.steps }
+    }
+}
+
+impl TrainSpec {
+    /// What the optimizer keeps of each parameter.
+    pub fn states(&self) -> &'static [StateKind] {
+        match self.optimizer {
+            OptimizerKind::Adamw => &[StateKind::ExpAvg, StateKind::ExpAvgSq],
+            OptimizerKind::Sgd if self.momentum > 0.0 => &[StateKind::Momentum],
+            OptimizerKind::Sgd => &[],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_happens_every_so_many_steps_and_at_the_end() {
+        let due = |every, last| (0..=last).filter(|&step| Cadence { every, last }.is_due(step)).collect::<Vec<_>>();
+        assert_eq!(due(3, 7), [3, 6, 7]);
+        assert_eq!(due(0, 7), [7]);
+        assert_eq!(due(1, 2), [1, 2]);
+        assert!(due(9, 0).is_empty());
+    }
+}
