@@ -292,19 +292,19 @@ pub(crate) struct Plan {
     /// All strategies and compressions side by side
     #[arg(long)]
     pub(crate) compare: bool,
-    /// Draw placement and timeline
+    /// Draw placement and timeline; replaces an earlier drawing and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
-    /// Write the simulated step as a trace for ui.perfetto.dev
+    /// Write the simulated step as a trace for ui.perfetto.dev; replaces an earlier trace and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
     /// Print the OP-DAG's table too
     #[arg(long)]
     pub(crate) graph: bool,
-    /// Write the OP-DAG as JSON; a job can name it as model.path
+    /// Write the OP-DAG as JSON, which a job can name as model.path; replaces an earlier one and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) write_graph: Option<PathBuf>,
-    /// Write the OP-DAG in Graphviz form
+    /// Write the OP-DAG in Graphviz form; replaces an earlier one and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) write_dot: Option<PathBuf>,
     /// One JSON document

@@ -6,6 +6,7 @@ mod commands;
 mod environment;
 mod exit;
 mod local;
+mod outputs;
 mod paths;
 mod progress;
 mod render;
