@@ -34,11 +34,11 @@ mod task_loop;
 
 pub use allocator::{Allocator, keep_freed_memory};
 pub use burn_executor::BurnExecutor;
-pub use checkpoint::{export_hugging_face, read_shard, write_shard, write_shard_to};
+pub use checkpoint::{ExportFolder, export_hugging_face, read_shard, write_shard, write_shard_to};
 pub use codec_table::CodecTable;
 pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokenizer, Tokens};
 pub use device::{DeviceChoice, PROBE_THREAD, open_device};
-pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ShardError};
+pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ExportError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};
 pub use executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec, by_name};
 pub use generate::{Generator, SamplingSpec};

@@ -257,3 +257,31 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
     assert!(checkpoints > 0 && steps == 3000, "{checkpoints} checkpoints, {steps} steps");
     assert_eq!(left, ["step-3000"]);
 }
+
+#[test]
+fn an_export_mixes_with_nothing() {
+    let bench = Bench::new();
+    train(&bench, "--out a");
+    train(&bench, "--out b --set train.seed=2");
+    bench.succeed("export a hf");
+    let first = std::fs::read(bench.path("hf/model.safetensors")).unwrap();
+    let out = bench.succeed("export a/checkpoints/step-8 hf");
+    assert!(out.contains("wrote hf, in place of an earlier export of the same"), "{out}");
+    fails(&bench, "export b hf", &["hf holds the export of run", "give another folder"]);
+    assert_eq!(std::fs::read(bench.path("hf/model.safetensors")).unwrap(), first);
+    // Another model's shards, a run, a checkpoint, the model itself, and what is no folder.
+    std::fs::create_dir(bench.path("other")).unwrap();
+    bench.write("other/model.safetensors.index.json", "{}");
+    fails(&bench, "export a other", &["other holds `model.safetensors.index.json`"]);
+    fails(&bench, "export a b", &["b holds `"]);
+    fails(&bench, "export a b/checkpoints/step-8", &["step-8 holds `"]);
+    fails(&bench, "export hf hf", &["would overwrite the model, hf"]);
+    fails(&bench, "export a hf --tokenizer hf/tokenizer.json", &["would overwrite --tokenizer, hf/tokenizer.json"]);
+    for path in ["/dev/null", "job.toml", "job.toml/below"] {
+        fails(&bench, &format!("export a {path}"), &["is no folder"]);
+    }
+    assert_eq!(names(&bench.path("other")), ["model.safetensors.index.json"]);
+    std::fs::create_dir(bench.path("empty")).unwrap();
+    bench.succeed("export hf empty");
+    assert!(!names(&bench.path("empty")).iter().any(|name| name.ends_with(".partial")));
+}
