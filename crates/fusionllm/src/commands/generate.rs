@@ -49,4 +49,11 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
     let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;
     let written = generator.generate(&ids, sampling)?;
     Ok(model.tokenizer.decode(&written))
+    if let Some(context) = model.dag.seq_len().filter(|&context| ids.len() > context) {
+        let (all, first) = (ids.len(), ids.len() - context);
+        tracing::warn!(
+            "the prompt has {all} tokens and the model reads {context} at once: the first {first} are passed over, the \
+             text goes on from the last {context}"
+        );
+    }
 }

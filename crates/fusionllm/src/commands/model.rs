@@ -107,7 +107,12 @@ fn given(file: &Path, then: Option<&TokenizerFingerprint>) -> anyhow::Result<Tok
 fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
     let model = load_model_dir(path).map_err(bad_input)?;
     for note in &model.notes {
-        tracing::info!("{note}");
+        // Where they come from is no surprise; what is passed over is.
+        if note.starts_with("weights: ") {
+            tracing::info!("{note}");
+        } else {
+            tracing::warn!("{note}");
+        }
     }
     let missing = || bad_input(format!("{}: there are no weights in it", path.display()));
     let weights = model.weights.ok_or_else(missing)?;
