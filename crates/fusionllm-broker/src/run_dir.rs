@@ -26,8 +26,8 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
-use fusionllm_protocol::{Generation, Notice};
-use fusionllm_transport::read_regular;
+use fusionllm_protocol::{Generation, JobSpec, Notice};
+use fusionllm_transport::{read_regular, without_temporary_name};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -225,7 +225,7 @@ pub(crate) fn temporary_for(path: &Path, mode: u32) -> std::io::Result<NamedTemp
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     #[cfg(not(unix))]
     let _ = mode;
-    builder.tempfile_in(folder_of(path))
+    builder.tempfile_in(folder_of(path)).map_err(without_temporary_name)
 }
 
 /// The folder in which a file lies.
@@ -238,7 +238,8 @@ fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Br
     // What is wrong with the folder is said of the file, and not of a temporary one that nobody has heard of.
     std::fs::metadata(folder).map_err(|e| io_error(path, e))?;
     let mut file = temporary_for(path, mode).map_err(|e| io_error(path, e))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
+    // The file itself, whose errors do not name it.
+    file.as_file_mut().write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
     file.persist(path).map_err(|e| io_error(path, e.error))?;
     sync_folder(folder).map_err(|e| io_error(folder, e))
 }

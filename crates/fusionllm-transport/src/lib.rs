@@ -30,7 +30,10 @@ pub use admission::{Admission, Admit, AdmitAll, AdmitOnTrial, Members};
 pub use closing::close_all;
 pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
-pub use files::{open_or_make_regular, open_regular, read_regular, read_regular_text};
+pub use files::{
+    open_or_make_regular, open_regular, read_regular, read_regular_text, read_regular_text_within,
+    without_temporary_name,
+};
 pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};
 pub use private::{check_private, make_private_dir, read_private};

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fusionllm_planner::Measured;
+use fusionllm_transport::without_temporary_name;
 use serde::{Deserialize, Serialize};
 
 use super::device::DeviceSpeed;
@@ -76,8 +77,8 @@ fn write_whole(path: &Path, content: &Content) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     // A broker on this machine keeps its secrets there.
     fusionllm_transport::make_private_dir(folder).map_err(std::io::Error::other)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(&serde_json::to_vec_pretty(content)?)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(without_temporary_name)?;
+    file.as_file_mut().write_all(&serde_json::to_vec_pretty(content)?)?;
     file.persist(path)?;
     Ok(())
 }
