@@ -25,6 +25,7 @@ use fusionllm_protocol::{
     FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, Notice, StatusReport,
 };
 
+use fusionllm_transport::shell_path;
 use crate::BrokerError;
 use crate::store::JobRecord;
 use durable::Durability;
@@ -376,7 +377,7 @@ impl Core {
                 format!("`fusionllm resume {}` begins anew, there is no checkpoint yet", job.0)
             }
             (ResumedBy::Train, Some(step)) => {
-                let dir = self.jobs.get(&job).map(|j| j.record.run_dir.display().to_string()).unwrap_or_default();
+                let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
                 format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
             }
             (ResumedBy::Train, None) => "there is no checkpoint yet to go on from".to_owned(),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use fusionllm_protocol::{ClientRequest, TicketRole, TicketState, TicketSummary, ToClient};
+use fusionllm_transport::{shell_path, shell_word};
 
 use crate::cli::{self, TicketCommand};
 use crate::client::Client;
@@ -71,7 +72,9 @@ fn handed_over(
         TicketRole::Operate => format!("fusionllm status --ticket-file {path}"),
     };
     render::line(&format!("on the machine it is for: {command}"))?;
-    render::line(&format!("`fusionllm ticket revoke {name:?}` makes it worthless"))
+    let (name, typed) = (shell_word(name), args.broker.typed());
+    render::line(&format!("`fusionllm ticket revoke {name}{typed}` makes it worthless"))
+    let path = shell_path(file);
 }
 
 async fn list(args: cli::TicketList) -> anyhow::Result<()> {

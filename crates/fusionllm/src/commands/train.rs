@@ -11,6 +11,7 @@ use fusionllm_broker::{
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
+use fusionllm_transport::shell_path;
 
 use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
@@ -226,7 +227,7 @@ fn unread(error: &anyhow::Error, checked: &Checked) -> anyhow::Error {
     let dir = checked.run_dir.display();
     let hint = match open_checkpoint(&checked.run_dir) {
         Ok(checkpoint) => {
-            let step = checkpoint.manifest().step;
+            let (dir, step) = (shell_path(&checked.run_dir), checkpoint.manifest().step);
             format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
         }
         Err(_) => "there is no checkpoint yet to go on from".to_owned(),
