@@ -222,6 +222,54 @@ fn a_brokers_job_goes_on_from_a_step_with_other_keys() {
 }
 
 /// Shards that the disk has no room for: training goes on, and later checkpoints fit again.
+/// A small disk, if the user of the tests may mount one.
+#[cfg(target_os = "linux")]
+struct Disk(PathBuf);
+
+#[cfg(target_os = "linux")]
+impl Disk {
+    fn mount(at: PathBuf) -> Option<Self> {
+        std::fs::create_dir(&at).unwrap();
+        let mount =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=700k", "tmpfs"]).arg(&at).output();
+        mount.is_ok_and(|output| output.status.success()).then(|| Self(at))
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// The last checkpoint cannot be left out: what is there, and how to go on from it, is said.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_disk_that_stays_full_is_told_once_and_ends_with_the_way_on() {
+    let bench = Bench::new();
+    let Some(disk) = Disk::mount(bench.path("disk")) else { return };
+    let mut run = bench.start(
+        "train job.toml --out disk/run --compnodes 1 --json --set train.steps=150 --set checkpoint.every=1 \
+         --set train.eval_every=0 --set checkpoint.keep=1",
+    );
+    run.wait_for("\"event\":\"checkpoint\"");
+    let filled = std::fs::write(disk.0.join("ballast"), vec![1; 1 << 20]);
+    assert!(filled.is_err());
+    let (code, out, err) = run.finish();
+    assert_eq!(code, Some(1), "{out}\n{err}");
+    let notices: Vec<&str> = out.lines().filter(|line| line.contains("\"event\":\"notice\"")).collect();
+    assert!(notices.len() <= 12, "{} notices:\n{}", notices.len(), notices.join("\n"));
+    assert!(err.trim_end().lines().count() <= 3, "{err}");
+    // But for the folder of the test.
+    let said = format!("{out}\n{err}").replace(bench.path("").to_str().unwrap(), "");
+    assert!(!said.contains(".tmp"), "{said}");
+    let newest = names(&disk.0.join("run/checkpoints")).into_iter().find(|name| !name.contains("partial")).unwrap();
+    let step = newest.trim_start_matches("step-");
+    let hint = format!("train --resume {}/run` goes on from the checkpoint of step {step}", disk.0.display());
+    assert!(err.contains("checkpoint of step 150: ") && err.contains(&hint), "{err}");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_costs_a_checkpoint_and_no_more() {
