@@ -67,7 +67,8 @@ impl Cli {
             Command::Join(join) if !join.child => "warn,fusionllm=info,fusionllm_compnode=info",
             // What the QUIC library calls an error, such as an endpoint that goes without a farewell, is none of a command's.
             _ => {
-                "error,iroh=off,fusionllm::commands=warn,fusionllm::secrets=warn,fusionllm_broker=warn,fusionllm_compnode=warn"
+                "error,iroh=off,fusionllm::commands=warn,fusionllm::secrets=warn,fusionllm_broker=warn,\
+                 fusionllm_broker::notices=off,fusionllm_compnode=warn"
             }
         }
     }
