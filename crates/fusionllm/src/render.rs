@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use anyhow::Context;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::Placement;
 use fusionllm_protocol::{JobState, StatusReport};
@@ -16,8 +17,7 @@ pub(crate) fn json<T: Serialize>(value: &T, pretty: bool) -> anyhow::Result<()> 
 /// Prints a line to standard output; a closed pipe is an error that the exit code forgives.
 pub(crate) fn line(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{text}")?;
-    Ok(out.flush()?)
+    writeln!(out, "{text}").and_then(|()| out.flush()).context("cannot write to standard output")
 }
 
 /// A job's state in a few words.

@@ -33,7 +33,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     };
     // Who serves others goes on when nobody reads what it says.
     if let Err(error) = shown {
-        tracing::warn!("standard output cannot be written: {error:#}");
+        tracing::warn!("{error:#}");
     }
     let has_failed = tokio::select! {
         () = interrupted => false,

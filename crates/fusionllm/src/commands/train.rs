@@ -183,6 +183,7 @@ async fn run_job(
     let mut cut_short: Option<anyhow::Error> = None;
     loop {
         let event = tokio::select! {
+    let mut step = 0;
             event = events.next() => event.context("the broker ended before the job")?,
             () = interrupts.next() => {
                 // The second of two finds it stopped.
@@ -198,6 +199,9 @@ async fn run_job(
         };
         if cut_short.is_none()
             && let Err(error) = progress.event(&event)
+        if let JobEvent::Step { metrics, .. } = &event {
+            step = metrics.step;
+        }
         {
             cut_short = Some(unread(&error, checked));
             stop_if_at_work(broker, job).await?;
@@ -209,6 +213,7 @@ async fn run_job(
                 Some(error) if *state == JobState::Stopped => return Err(error),
                 _ => super::follow::outcome(state)?,
             }
+                None if *state == JobState::Stopped => return Err(interrupted(step, checked)),
             return broker.report(job).await.map_err(broker_error);
         }
     }
@@ -224,8 +229,18 @@ async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
 
 /// Nobody reads the output, or it cannot be written: training ends as by Ctrl-C, and says so where it still can.
 fn unread(error: &anyhow::Error, checked: &Checked) -> anyhow::Error {
-    let dir = checked.run_dir.display();
-    let hint = match open_checkpoint(&checked.run_dir) {
+    anyhow::anyhow!("{error:#}; training was stopped: {}", way_on(checked))
+}
+
+/// Whoever ran it has stopped it.
+fn interrupted(step: u64, checked: &Checked) -> anyhow::Error {
+    let (hint, steps) = (way_on(checked), checked.spec.train.steps);
+    anyhow::anyhow!("interrupted, the job was stopped after step {step} of {steps}: {hint}")
+}
+
+/// How a run goes on that was stopped.
+fn way_on(checked: &Checked) -> String {
+    match open_checkpoint(&checked.run_dir) {
         Ok(checkpoint) => {
             let (dir, step) = (shell_path(&checked.run_dir), checkpoint.manifest().step);
             format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
