@@ -11,6 +11,7 @@ mod paths;
 mod progress;
 mod render;
 mod secrets;
+mod values;
 
 use std::process::ExitCode;
 

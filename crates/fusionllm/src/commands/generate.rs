@@ -20,8 +20,12 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
         return Err(bad_input(format!("--temperature is {temperature}, expected a number of at least 0")));
     }
     let model = super::model::open(&args.dir, args.tokenizer.as_deref())?;
-    let sampling =
-        SamplingSpec { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
+    let sampling = SamplingSpec {
+        tokens: args.tokens as usize,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        seed: args.seed,
+    };
     let text = write(model, &args.prompt, sampling, &args.device)?;
     if args.json {
         render::json(&serde_json::json!({ "prompt": args.prompt, "text": text }), true)
@@ -45,10 +49,6 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
             "the prompt has token id {id}, but the model's vocabulary ends at {vocab}: {hint}"
         )));
     }
-    let (device, _) = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
-    let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;
-    let written = generator.generate(&ids, sampling)?;
-    Ok(model.tokenizer.decode(&written))
     if let Some(context) = model.dag.seq_len().filter(|&context| ids.len() > context) {
         let (all, first) = (ids.len(), ids.len() - context);
         tracing::warn!(
@@ -56,4 +56,8 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
              text goes on from the last {context}"
         );
     }
+    let (device, _) = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
+    let mut generator = Generator::new(Arc::new(model.dag), model.tensors, device)?;
+    let written = generator.generate(&ids, sampling)?;
+    Ok(model.tokenizer.decode(&written))
 }
