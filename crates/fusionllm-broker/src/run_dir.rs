@@ -185,13 +185,27 @@ pub fn free_run_dir(path: &Path, taken: impl Fn(&Path) -> bool) -> PathBuf {
     std::iter::once(path.to_owned()).chain(numbered).find(is_free).unwrap_or_else(|| path.to_owned())
 }
 
-/// Who works in a run directory now, if anybody does.
-pub fn run_dir_holder(path: &Path) -> Option<String> {
-    FolderLock::holder_of(path)
+/// Whether a job could work in its folders now, before anything slow is done for it. A folder for checkpoints in which
+/// others are at work is none that stands in the way: a run gets one of its own in it.
+///
+/// # Errors
+/// [`BrokerError`] that names what is in the way.
+pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerError> {
+    for folder in [Some(run_dir), spec.checkpoint.to.as_deref()].into_iter().flatten() {
+        let above = folder.ancestors().find(|above| above.symlink_metadata().is_ok());
+        if let Some(above) = above.filter(|above| !above.is_dir()) {
+            return Err(BrokerError::NoFolder { path: above.to_owned() });
+        }
+        match FolderLock::check(folder) {
+            Err(BrokerError::InUse { .. }) if folder != run_dir => {}
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 /// Whether nothing would be overwritten there.
-pub(crate) fn is_free(path: &Path) -> bool {
+pub fn is_free(path: &Path) -> bool {
     std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.next().is_none())
 }
 

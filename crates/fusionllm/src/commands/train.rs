@@ -5,8 +5,8 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, default_run_dir, find_resumption,
-    free_run_dir, load_model, model_tokenizer, open_checkpoint, read_cluster, resumed_job, run_dir_holder,
+    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders, default_run_dir,
+    find_resumption, free_run_dir, is_free, load_model, model_tokenizer, open_checkpoint, read_cluster, resumed_job,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
@@ -18,6 +18,7 @@ use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
 use crate::exit::bad_input;
 use crate::local::{Death, LocalCompNodes, local_name};
+use crate::outputs::check_folder;
 use crate::progress::Progress;
 use crate::render;
 
@@ -56,6 +57,7 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
 fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
+    args.out.iter().try_for_each(|dir| check_folder("--out", dir))?;
     let (mut spec, dag, from, carried) = match (&args.job, &args.resume) {
         (_, Some(dir)) => {
             let (spec, from) = resumed(dir, args)?;
@@ -95,9 +97,9 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
         let hint = "give another --out, or go on with it by --resume";
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
-    if let Some(holder) = run_dir_holder(&run_dir) {
-        let hint = "wait until it has ended, or give another --out";
-        return Err(bad_input(format!("{} is in use by {holder}; {hint}", run_dir.display())));
+    check_run_folders(&run_dir, &spec).map_err(broker_error)?;
+    if from.is_none() && !is_free(&run_dir) {
+        return Err(broker_error(BrokerError::RunDirNotEmpty { path: run_dir }));
     }
     Ok((Checked { spec, run_dir: std::path::absolute(run_dir)?, compnodes }, from))
 }
@@ -181,9 +183,9 @@ async fn run_job(
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
     let mut cut_short: Option<anyhow::Error> = None;
+    let mut step = 0;
     loop {
         let event = tokio::select! {
-    let mut step = 0;
             event = events.next() => event.context("the broker ended before the job")?,
             () = interrupts.next() => {
                 // The second of two finds it stopped.
@@ -197,11 +199,11 @@ async fn run_job(
                 continue;
             }
         };
-        if cut_short.is_none()
-            && let Err(error) = progress.event(&event)
         if let JobEvent::Step { metrics, .. } = &event {
             step = metrics.step;
         }
+        if cut_short.is_none()
+            && let Err(error) = progress.event(&event)
         {
             cut_short = Some(unread(&error, checked));
             stop_if_at_work(broker, job).await?;
@@ -211,9 +213,9 @@ async fn run_job(
         {
             match cut_short {
                 Some(error) if *state == JobState::Stopped => return Err(error),
+                None if *state == JobState::Stopped => return Err(interrupted(step, checked)),
                 _ => super::follow::outcome(state)?,
             }
-                None if *state == JobState::Stopped => return Err(interrupted(step, checked)),
             return broker.report(job).await.map_err(broker_error);
         }
     }
@@ -245,9 +247,8 @@ fn way_on(checked: &Checked) -> String {
             let (dir, step) = (shell_path(&checked.run_dir), checkpoint.manifest().step);
             format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
         }
-        Err(_) => "there is no checkpoint yet to go on from".to_owned(),
-    };
-    anyhow::anyhow!("standard output cannot be written ({error:#}), so training was stopped: {hint}")
+        Err(_) => "nothing is kept of it, there was no checkpoint yet to go on from".to_owned(),
+    }
 }
 
 /// Says what came of it, and lets the model write a line unless that is interrupted.

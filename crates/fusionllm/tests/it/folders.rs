@@ -112,7 +112,8 @@ fn an_abandoned_future_is_not_taken_up_again() {
 fn a_directory_in_use_is_refused_by_name() {
     let bench = Bench::new();
     train(&bench, "--out run");
-    let mut first = bench.start("train --resume run --compnodes 1 --json --set train.steps=100000");
+    let mut first =
+        bench.start("train --resume run --compnodes 1 --json --set train.steps=100000 --set checkpoint.keep=0");
     first.wait_for("\"event\":\"step\"");
     let holder = format!("process {}", first.id());
     fails(&bench, "train --resume run --compnodes 1 --set train.steps=9", &["run", "is in use by run", &holder]);
@@ -221,7 +222,6 @@ fn a_brokers_job_goes_on_from_a_step_with_other_keys() {
     assert_eq!(broker.finish().0, Some(0));
 }
 
-/// Shards that the disk has no room for: training goes on, and later checkpoints fit again.
 /// A small disk, if the user of the tests may mount one.
 #[cfg(target_os = "linux")]
 struct Disk(PathBuf);
@@ -270,6 +270,7 @@ fn a_disk_that_stays_full_is_told_once_and_ends_with_the_way_on() {
     assert!(err.contains("checkpoint of step 150: ") && err.contains(&hint), "{err}");
 }
 
+/// Shards that the disk has no room for: training goes on, and later checkpoints fit again.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_costs_a_checkpoint_and_no_more() {
