@@ -247,7 +247,7 @@ fn way_on(checked: &Checked) -> String {
             let (dir, step) = (shell_path(&checked.run_dir), checkpoint.manifest().step);
             format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
         }
-        Err(_) => "nothing is kept of it, there was no checkpoint yet to go on from".to_owned(),
+        Err(_) => "there is no checkpoint yet to go on from, so nothing is kept of it".to_owned(),
     }
 }
 

@@ -170,6 +170,15 @@ fn plan_shows_graph_and_placement() {
     for words in ["h.0.attn", "compnode-1", "boundary edges", "tied: transformer.wte.weight"] {
         assert!(out.contains(words), "`{words}` is missing in\n{out}");
     }
+    // 7664 elements, of which the 4096 of the tied table lie on both.
+    let column = |out: &str| -> u64 {
+        let rows = out.lines().filter(|line| line.contains(" .. ") && !line.contains("from .. to"));
+        rows.map(|row| row.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap()).sum()
+    };
+    assert_eq!(column(&out), 7664 + 4096, "{out}");
+    assert!(out.contains("one parameter of 4096 elements, counted in each of compnode-0, compnode-1"), "{out}");
+    let out = bench.succeed("plan job.toml --compnodes 1");
+    assert_eq!(column(&out), 7664, "{out}");
     let json: Value = serde_json::from_str(&bench.succeed("plan job.toml --json --set train.batch=8")).unwrap();
     assert_eq!(json["placement"]["compnodes"].as_array().unwrap().len(), 3);
 }
@@ -214,7 +223,7 @@ fn whoever_stops_training_is_told_how_it_goes_on() {
     training.signal("TERM");
     let (code, _, err) = training.finish();
     assert_eq!(code, Some(1), "{err}");
-    assert!(err.contains("nothing is kept of it, there was no checkpoint yet to go on from"), "{err}");
+    assert!(err.contains("there is no checkpoint yet to go on from, so nothing is kept of it"), "{err}");
 }
 
 /// Who starts it by `nohup` wants it to outlive the terminal.
