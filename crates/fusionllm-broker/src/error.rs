@@ -82,6 +82,12 @@ pub enum BrokerError {
         /// What is in the way.
         path: PathBuf,
     },
+    /// A run would write where it reads.
+    #[error("{path} is the job's model.path too, give another folder to write to", path = path.display())]
+    NotItsOwn {
+        /// The folder.
+        path: PathBuf,
+    },
     /// Something that the run did not make is in the way.
     #[error("{path} is in the way: run {run} did not make it, and leaves it alone; move it away", path = path.display())]
     Foreign {
@@ -243,6 +249,7 @@ impl BrokerError {
             | Self::Foreign { .. }
             | Self::NotALock { .. }
             | Self::NoFolder { .. }
+            | Self::NotItsOwn { .. }
             | Self::OtherRun { .. }
             | Self::RunDirUnknown { .. }
             | Self::FixedKey { .. }

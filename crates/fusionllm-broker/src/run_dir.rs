@@ -196,6 +196,10 @@ pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerErr
         if let Some(above) = above.filter(|above| !above.is_dir()) {
             return Err(BrokerError::NoFolder { path: above.to_owned() });
         }
+        let model = spec.model.path.as_deref().and_then(|path| path.canonicalize().ok());
+        if model.is_some() && folder.canonicalize().ok() == model {
+            return Err(BrokerError::NotItsOwn { path: folder.to_owned() });
+        }
         match FolderLock::check(folder) {
             Err(BrokerError::InUse { .. }) if folder != run_dir => {}
             result => result?,

@@ -18,7 +18,7 @@ pub(crate) fn json<T: Serialize>(value: &T, pretty: bool) -> anyhow::Result<()> 
 /// Prints a line to standard output; a closed pipe is an error that the exit code forgives.
 pub(crate) fn line(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{text}").and_then(|()| out.flush()).context("cannot write to standard output")
+    writeln!(out, "{text}").and_then(|()| out.flush()).context("standard output cannot be written")
 }
 
 /// A job's state in a few words.

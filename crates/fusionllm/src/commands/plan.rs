@@ -195,10 +195,11 @@ fn tokens_per_step(job: &Job) -> u64 {
 }
 
 fn check_ratio(ratio: f64) -> anyhow::Result<()> {
-    if ratio.is_finite() && ratio >= 1.0 {
+    if CompressionSpec::RATIOS.contains(&ratio) {
         return Ok(());
     }
-    Err(bad_input(format!("--ratio is {ratio}, expected at least 1")))
+    let (least, most) = (CompressionSpec::RATIOS.start(), CompressionSpec::RATIOS.end());
+    Err(bad_input(format!("--ratio is {ratio}, expected at least {least} and at most {most}")))
 }
 
 /// The job's compression, with what the command line says instead.

@@ -18,7 +18,7 @@ use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
 use crate::exit::bad_input;
 use crate::local::{Death, LocalCompNodes, local_name};
-use crate::outputs::check_folder;
+use crate::outputs::{check_folder, is_same_file};
 use crate::progress::Progress;
 use crate::render;
 
@@ -98,6 +98,16 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
     check_run_folders(&run_dir, &spec).map_err(broker_error)?;
+    // The data lies on this machine, too: what a run writes must not be trained on when it goes on.
+    for (key, folder) in [("--out", Some(&run_dir)), ("checkpoint.to", spec.checkpoint.to.as_ref())] {
+        let is_data = |path: &&PathBuf| folder.is_some_and(|folder| is_same_file(folder, path));
+        if let Some(path) = spec.data.path.iter().find(is_data) {
+            return Err(bad_input(format!(
+                "{key} is the job's data.path too, {}: give another folder",
+                path.display()
+            )));
+        }
+    }
     if from.is_none() && !is_free(&run_dir) {
         return Err(broker_error(BrokerError::RunDirNotEmpty { path: run_dir }));
     }

@@ -195,6 +195,7 @@ const SETS: &[&str] = &[
     "compression.policy=zip",
     "compression.ratio=0.5",
     "compression.ratio=inf",
+    "compression.ratio=1e30",
     "compression.activations=int5",
     "compression.activations=topk:2:bf16",
     "checkpoint.every=-1",
@@ -337,6 +338,7 @@ fn cluster_files() {
     t.refuses("fusionllm plan job.toml --cluster good.toml --compnodes 3");
     t.refuses("fusionllm plan job.toml --cluster good.toml --ratio nan");
     t.refuses("fusionllm plan job.toml --cluster good.toml --ratio -1");
+    t.refuses("fusionllm plan job.toml --cluster good.toml --ratio 1e30");
     t.refuses("fusionllm plan job.toml --cluster good.toml --compression zip");
     t.refuses("fusionllm plan job.toml --cluster good.toml --set data.owner=office");
     t.refuses("fusionllm plan job.toml --svg plan.svg");
@@ -375,6 +377,14 @@ fn checkpoints() {
     t.refuses("fusionllm train job.toml --out held");
     t.refuses("fusionllm train job.toml --out x --set checkpoint.to=held");
     t.refuses("fusionllm train job.toml --out x --set checkpoint.to=text.txt");
+    std::fs::create_dir(t.bench.path("texts")).unwrap();
+    std::fs::copy(t.bench.path("text.txt"), t.bench.path("texts/a.txt")).unwrap();
+    t.refuses("fusionllm train job.toml --out x --set data.path=texts --set checkpoint.to=texts");
+    t.bench.succeed("export done hf");
+    let job = std::fs::read_to_string(t.bench.path("job.toml")).unwrap();
+    let model = "name = \"gpt2\"\nn_layer = 1\nn_embd = 16\nn_head = 2\n";
+    t.write("tune.toml", job.replace(model, "path = \"hf\"\n"));
+    t.refuses("fusionllm train tune.toml --out x --set checkpoint.to=hf/../hf");
     t.refuses("fusionllm export done /dev/null");
     t.refuses("fusionllm export done done");
     t.refuses("fusionllm export none hf");

@@ -264,7 +264,7 @@ fn output_that_cannot_be_written_is_named() {
         let output = bench.shell(&format!("fusionllm {line} > /dev/full")).output().unwrap();
         let err = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{err}");
-        assert!(err.contains("cannot write to standard output: No space left"), "{err}");
+        assert!(err.contains("standard output cannot be written: No space left"), "{err}");
     }
 }
 
