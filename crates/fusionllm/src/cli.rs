@@ -317,7 +317,7 @@ pub(crate) struct Plan {
 pub(crate) struct Export {
     /// A checkpoint, a run directory for its newest one, or a Hugging Face folder
     pub(crate) checkpoint: PathBuf,
-    /// Folder to write: config.json, model.safetensors, tokenizer.json
+    /// Folder to write config.json, model.safetensors and tokenizer.json to: new, empty, or an earlier export of the same
     pub(crate) dir: PathBuf,
     /// The tokenizer's tokenizer.json, where the checkpoint does not carry it
     #[arg(long, value_name = "FILE")]

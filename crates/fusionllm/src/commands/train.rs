@@ -81,6 +81,7 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(stood_for);
     spec.placement.compnodes = Some(compnodes);
     check_owner(&spec, compnodes)?;
+    let run_dir = run_dir_of(args, &spec, from.as_ref())?;
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
     place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
     let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(bad_input)?;
@@ -88,7 +89,12 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     if let Some(vocab) = dag.vocab() {
         corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(bad_input)?;
     }
-    let run_dir = match (&from, &args.out) {
+    Ok((Checked { spec, run_dir, compnodes }, from))
+}
+
+/// The run directory, if the run can begin or go on there. Reading the data comes later: it may take long.
+fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> anyhow::Result<PathBuf> {
+    let run_dir = match (from, &args.out) {
         (Some(from), _) => from.run_dir().to_owned(),
         (None, Some(out)) => out.clone(),
         (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false),
@@ -97,7 +103,7 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
         let hint = "give another --out, or go on with it by --resume";
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
-    check_run_folders(&run_dir, &spec).map_err(broker_error)?;
+    check_run_folders(&run_dir, spec).map_err(broker_error)?;
     // The data lies on this machine, too: what a run writes must not be trained on when it goes on.
     for (key, folder) in [("--out", Some(&run_dir)), ("checkpoint.to", spec.checkpoint.to.as_ref())] {
         let is_data = |path: &&PathBuf| folder.is_some_and(|folder| is_same_file(folder, path));
@@ -111,7 +117,7 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     if from.is_none() && !is_free(&run_dir) {
         return Err(broker_error(BrokerError::RunDirNotEmpty { path: run_dir }));
     }
-    Ok((Checked { spec, run_dir: std::path::absolute(run_dir)?, compnodes }, from))
+    Ok(std::path::absolute(run_dir)?)
 }
 
 /// The data's owner is one of the processes that will be started, or nobody would ever come to read it.

@@ -375,6 +375,8 @@ fn checkpoints() {
     t.refuses("fusionllm train job.toml --out text.txt/below");
     t.write("held/fusionllm.lock", "mine");
     t.refuses("fusionllm train job.toml --out held");
+    // Before the data is read, which may take long.
+    t.refuses("fusionllm train job.toml --out held --set data.path=none.txt");
     t.refuses("fusionllm train job.toml --out x --set checkpoint.to=held");
     t.refuses("fusionllm train job.toml --out x --set checkpoint.to=text.txt");
     std::fs::create_dir(t.bench.path("texts")).unwrap();
