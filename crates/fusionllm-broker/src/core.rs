@@ -9,6 +9,7 @@ mod data;
 mod durable;
 mod event;
 mod members;
+mod notices;
 mod progress;
 mod registry;
 mod run;
@@ -22,13 +23,15 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
-    FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, Notice, StatusReport,
+    FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, StatusReport,
 };
+use fusionllm_transport::shell_path;
 
 use crate::BrokerError;
 use crate::store::JobRecord;
 use durable::Durability;
 pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, RunKey, StartPoint};
+use notices::Told;
 use registry::Registry;
 use run::Run;
 use schedule::least_compnodes;
@@ -66,6 +69,8 @@ struct Job {
     barrier: u64,
     /// What is to be told of it, and the writing that it waits for.
     held: Vec<(u64, Action)>,
+    /// What its user was told, and how often.
+    told: Told,
 }
 
 impl Job {
@@ -83,6 +88,7 @@ impl Job {
             planning: None,
             barrier: 0,
             held: Vec::new(),
+            told: Told::default(),
         }
     }
 }
@@ -311,10 +317,13 @@ impl Core {
     }
 
     fn fail(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
-        if self.run_mut(key).is_none() {
-            return Vec::new();
-        }
-        let mut actions = self.end(key.job, JobState::Failed { reason: reason.clone(), bad_input }, &reason);
+        let Some(checkpoint) = self.run_mut(key).map(|run| run.checkpoint) else { return Vec::new() };
+        // With the same input it would only fail again.
+        let told = match bad_input {
+            true => reason.clone(),
+            false => format!("{reason}; {}", self.resume_hint(key.job, checkpoint)),
+        };
+        let mut actions = self.end(key.job, JobState::Failed { reason: told, bad_input }, &reason);
         actions.extend(self.schedule(now));
         actions
     }
@@ -323,6 +332,7 @@ impl Core {
     fn end(&mut self, job: JobId, state: JobState, reason: &str) -> Vec<Action> {
         let mut actions = self.measure_no_more(job);
         self.plan_no_more(job);
+        actions.extend(self.told_last(job));
         if let Some(known) = self.jobs.get_mut(&job) {
             // What was not sent yet is not needed any more.
             known.held.retain(|(_, action)| !matches!(action, Action::Send { .. } | Action::SendWeights { .. }));
@@ -349,16 +359,6 @@ impl Core {
         actions
     }
 
-    /// What the job's user must see: kept beside its metrics, and told to whoever follows.
-    fn notices(&self, job: JobId, texts: Vec<String>) -> Vec<Action> {
-        let Some(Job { record, .. }) = self.jobs.get(&job) else { return Vec::new() };
-        let kept = |text: String| {
-            let notice = Notice { step: record.step, text: text.clone() };
-            [Action::Notice { run_dir: record.run_dir.clone(), notice }, Action::Emit(JobEvent::Notice { job, text })]
-        };
-        texts.into_iter().flat_map(kept).collect()
-    }
-
     fn set_state(&mut self, job: JobId, state: JobState) -> Vec<Action> {
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         known.record.state = state.clone();
@@ -376,7 +376,7 @@ impl Core {
                 format!("`fusionllm resume {}` begins anew, there is no checkpoint yet", job.0)
             }
             (ResumedBy::Train, Some(step)) => {
-                let dir = self.jobs.get(&job).map(|j| j.record.run_dir.display().to_string()).unwrap_or_default();
+                let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
                 format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
             }
             (ResumedBy::Train, None) => "there is no checkpoint yet to go on from".to_owned(),

@@ -70,6 +70,24 @@ pub enum BrokerError {
         /// Who holds it.
         holder: String,
     },
+    /// What has the name of a lock is none of ours.
+    #[error("{path} is not a lock of FusionLLM: move it away, or give another folder", path = path.display())]
+    NotALock {
+        /// The file.
+        path: PathBuf,
+    },
+    /// What is to be a folder, or to hold one, is something else.
+    #[error("{path} is no folder, give another one", path = path.display())]
+    NoFolder {
+        /// What is in the way.
+        path: PathBuf,
+    },
+    /// A run would write where it reads.
+    #[error("{path} is the job's model.path too, give another folder to write to", path = path.display())]
+    NotItsOwn {
+        /// The folder.
+        path: PathBuf,
+    },
     /// Something that the run did not make is in the way.
     #[error("{path} is in the way: run {run} did not make it, and leaves it alone; move it away", path = path.display())]
     Foreign {
@@ -229,6 +247,9 @@ impl BrokerError {
             | Self::RunDirNotEmpty { .. }
             | Self::InUse { .. }
             | Self::Foreign { .. }
+            | Self::NotALock { .. }
+            | Self::NoFolder { .. }
+            | Self::NotItsOwn { .. }
             | Self::OtherRun { .. }
             | Self::RunDirUnknown { .. }
             | Self::FixedKey { .. }

@@ -26,8 +26,8 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
-use fusionllm_protocol::{Generation, Notice};
-use fusionllm_transport::read_regular;
+use fusionllm_protocol::{Generation, JobSpec, Notice};
+use fusionllm_transport::{read_regular, without_temporary_name};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -185,13 +185,31 @@ pub fn free_run_dir(path: &Path, taken: impl Fn(&Path) -> bool) -> PathBuf {
     std::iter::once(path.to_owned()).chain(numbered).find(is_free).unwrap_or_else(|| path.to_owned())
 }
 
-/// Who works in a run directory now, if anybody does.
-pub fn run_dir_holder(path: &Path) -> Option<String> {
-    FolderLock::holder_of(path)
+/// Whether a job could work in its folders now, before anything slow is done for it. A folder for checkpoints in which
+/// others are at work is none that stands in the way: a run gets one of its own in it.
+///
+/// # Errors
+/// [`BrokerError`] that names what is in the way.
+pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerError> {
+    for folder in [Some(run_dir), spec.checkpoint.to.as_deref()].into_iter().flatten() {
+        let above = folder.ancestors().find(|above| above.symlink_metadata().is_ok());
+        if let Some(above) = above.filter(|above| !above.is_dir()) {
+            return Err(BrokerError::NoFolder { path: above.to_owned() });
+        }
+        let model = spec.model.path.as_deref().and_then(|path| path.canonicalize().ok());
+        if model.is_some() && folder.canonicalize().ok() == model {
+            return Err(BrokerError::NotItsOwn { path: folder.to_owned() });
+        }
+        match FolderLock::check(folder) {
+            Err(BrokerError::InUse { .. }) if folder != run_dir => {}
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 /// Whether nothing would be overwritten there.
-pub(crate) fn is_free(path: &Path) -> bool {
+pub fn is_free(path: &Path) -> bool {
     std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.next().is_none())
 }
 
@@ -225,7 +243,7 @@ pub(crate) fn temporary_for(path: &Path, mode: u32) -> std::io::Result<NamedTemp
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     #[cfg(not(unix))]
     let _ = mode;
-    builder.tempfile_in(folder_of(path))
+    builder.tempfile_in(folder_of(path)).map_err(without_temporary_name)
 }
 
 /// The folder in which a file lies.
@@ -238,7 +256,8 @@ fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Br
     // What is wrong with the folder is said of the file, and not of a temporary one that nobody has heard of.
     std::fs::metadata(folder).map_err(|e| io_error(path, e))?;
     let mut file = temporary_for(path, mode).map_err(|e| io_error(path, e))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
+    // The file itself, whose errors do not name it.
+    file.as_file_mut().write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
     file.persist(path).map_err(|e| io_error(path, e.error))?;
     sync_folder(folder).map_err(|e| io_error(folder, e))
 }

@@ -37,7 +37,7 @@ use crate::core::{Core, Restored, ResumedBy, StartPoint, check_resumable};
 use crate::reach::Reach;
 use crate::report::RunReport;
 use crate::resume::{Resumption, resumed_job};
-use crate::run_dir::{default_run_dir, io_error, is_free};
+use crate::run_dir::{check_run_folders, default_run_dir, io_error, is_free};
 use crate::store::{JobRecord, Store};
 use actor::{Command, RunDirChoice};
 use gate::Gate;
@@ -286,7 +286,13 @@ impl Handle {
     }
 
     async fn submit_at(&self, spec: JobSpec, start: StartPoint, run_dir: RunDirChoice) -> Taken {
-        let (spec, start) = blocking(move || planned_by(spec, start)).await?;
+        let (RunDirChoice::Given(folder) | RunDirChoice::Free(folder)) = &run_dir;
+        let folder = folder.clone();
+        let prepared = blocking(move || {
+            check_run_folders(&folder, &spec)?;
+            planned_by(spec, start)
+        });
+        let (spec, start) = prepared.await?;
         let (spec, start) = (Box::new(spec), Box::new(start));
         self.ask(|reply| Command::Submit { spec, start, run_dir, reply }).await?
     }
@@ -306,6 +312,7 @@ impl Handle {
             let reads_the_same = (&spec.model.path, &spec.placement.cluster)
                 == (&record.spec.model.path, &record.spec.placement.cluster);
             reach.check(&spec, own || reads_the_same)?;
+            check_run_folders(&record.run_dir, &spec)?;
             let start = resumed_start(&record, &spec, step)?;
             planned_by(spec, start)
         });

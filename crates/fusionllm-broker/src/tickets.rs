@@ -114,8 +114,9 @@ impl Tickets {
         let numbered = (1..).map(|n: u32| format!("{role}-{n}"));
         let free = |name: &String| !self.0.contains_key(name);
         let name = name.or_else(|| numbered.into_iter().find(free)).unwrap_or_default();
-        if !is_plain_name(&name) || name.contains(['/', '\\']) || name.starts_with('.') {
-            return Err("a ticket's name has 1 to 100 letters, digits, spaces or punctuation, and no `/`".to_owned());
+        if !is_plain_name(&name) || name.contains(['/', '\\']) || name.starts_with(['.', '-']) {
+            let expected = "has 1 to 100 letters, digits, spaces or punctuation, no `/`, and no `.` or `-` in front";
+            return Err(format!("a ticket's name {expected}"));
         }
         let is_reserved = [TicketRole::Join, TicketRole::Operate].iter().any(|role| role.to_string() == name);
         if is_reserved && !own {
@@ -270,7 +271,7 @@ mod tests {
             |name: Option<&str>| tickets.create(name.map(str::to_owned), new(TicketRole::Join), &secret, NOW);
         assert_eq!(make(None).as_deref(), Ok("join-1"));
         assert_eq!(make(None).as_deref(), Ok("join-2"));
-        for name in ["", "a/b", "../x", ".x", "a\nb", "join", "operate", "join-1"] {
+        for name in ["", "a/b", "../x", ".x", "-x", "a\nb", "join", "operate", "join-1"] {
             assert!(make(Some(name)).is_err(), "{name:?}");
         }
     }

@@ -1,9 +1,11 @@
 //! Shards of a checkpoint, and the Hugging Face layout.
 
+mod export_folder;
 mod hugging_face;
 mod shard;
 mod shard_file;
 
+pub use export_folder::ExportFolder;
 pub use hugging_face::export_hugging_face;
 pub use shard::{read_shard, write_shard, write_shard_to};
 pub(crate) use shard_file::{CHUNK_BYTES, ShardFile};

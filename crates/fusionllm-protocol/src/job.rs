@@ -239,6 +239,11 @@ pub struct CompressionSpec {
     pub error_budget: f64,
 }
 
+impl CompressionSpec {
+    /// Ratios that make sense: with the largest a message of a gigabyte is a kilobyte.
+    pub const RATIOS: std::ops::RangeInclusive<f64> = 1.0..=1e6;
+}
+
 /// A codec in its text form, as the job file has it.
 mod codec_text {
     use fusionllm_codec::Codec;

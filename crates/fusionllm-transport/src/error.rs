@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use iroh::endpoint::{ConnectionError, ReadError, StoppedError, WriteError};
 
-use crate::PeerId;
+use crate::{PeerId, shell_path};
 
 /// Why an endpoint cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -230,7 +230,7 @@ pub enum PrivateError {
         source: std::io::Error,
     },
     /// Others may use it.
-    #[error("{path} can be used by others on this machine (mode {mode:o}): run `chmod {right} {path}`")]
+    #[error("{path} can be used by others on this machine (mode {mode:o}): run `chmod {right} {}`", shell_path(path))]
     Readable {
         /// Which.
         path: PathBuf,

@@ -38,6 +38,12 @@ pub fn open_or_make_regular(path: &Path) -> Result<File> {
     regular(options.open(path)?)
 }
 
+/// An error of a temporary file without the name of that, which nobody has heard of.
+pub fn without_temporary_name(error: Error) -> Error {
+    let inner = error.get_ref().and_then(std::error::Error::source).and_then(|e| e.downcast_ref::<Error>());
+    inner.and_then(Error::raw_os_error).map_or(error, Error::from_raw_os_error)
+}
+
 fn regular(file: File) -> Result<File> {
     let metadata = file.metadata()?;
     if metadata.is_dir() {
@@ -54,10 +60,14 @@ fn regular(file: File) -> Result<File> {
 /// # Errors
 /// As [`open_regular`], or that it is longer.
 pub fn read_regular(path: &Path) -> Result<Vec<u8>> {
+    read_within(path, MOST_BYTES)
+}
+
+fn read_within(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open_regular(path)?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MOST_BYTES {
-        return Err(Error::new(ErrorKind::FileTooLarge, format!("it is longer than {} MiB", MOST_BYTES >> 20)));
+    open_regular(path)?.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        return Err(Error::new(ErrorKind::FileTooLarge, format!("it is longer than {} MiB", most >> 20)));
     }
     Ok(bytes)
 }
@@ -67,8 +77,16 @@ pub fn read_regular(path: &Path) -> Result<Vec<u8>> {
 /// # Errors
 /// As [`read_regular`], or that it is not UTF-8.
 pub fn read_regular_text(path: &Path) -> Result<String> {
+    read_regular_text_within(path, MOST_BYTES)
+}
+
+/// The text of a regular file of at most so many bytes, which are whole MiB.
+///
+/// # Errors
+/// As [`read_regular`], or that it is not UTF-8.
+pub fn read_regular_text_within(path: &Path, most: u64) -> Result<String> {
     let not_text = |_| Error::new(ErrorKind::InvalidData, "it is not UTF-8");
-    String::from_utf8(read_regular(path)?).map_err(not_text)
+    String::from_utf8(read_within(path, most)?).map_err(not_text)
 }
 
 #[cfg(test)]

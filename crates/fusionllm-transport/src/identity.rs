@@ -8,7 +8,7 @@ use data_encoding::HEXLOWER_PERMISSIVE;
 use iroh::SecretKey;
 
 use crate::private::{make_private_dir, read_private};
-use crate::{IdentityError, PeerId, PrivateError};
+use crate::{IdentityError, PeerId, PrivateError, without_temporary_name};
 
 /// A secret key; whoever has it is this peer.
 #[derive(Clone)]
@@ -47,8 +47,8 @@ impl Identity {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
         make_private_dir(folder).map_err(std::io::Error::other)?;
         // A temporary file is the owner's alone from the start.
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        writeln!(file, "{}", HEXLOWER_PERMISSIVE.encode(&self.0.to_bytes()))?;
+        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(without_temporary_name)?;
+        writeln!(file.as_file_mut(), "{}", HEXLOWER_PERMISSIVE.encode(&self.0.to_bytes()))?;
         file.as_file().sync_all()?;
         file.persist(path)?;
         Ok(())

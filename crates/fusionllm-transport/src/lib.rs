@@ -22,6 +22,7 @@ mod private;
 mod probe;
 mod session;
 mod settings;
+mod shell;
 mod stream;
 mod throttle;
 mod ticket;
@@ -30,11 +31,15 @@ pub use admission::{Admission, Admit, AdmitAll, AdmitOnTrial, Members};
 pub use closing::close_all;
 pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
-pub use files::{open_or_make_regular, open_regular, read_regular, read_regular_text};
+pub use files::{
+    open_or_make_regular, open_regular, read_regular, read_regular_text, read_regular_text_within,
+    without_temporary_name,
+};
 pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};
 pub use private::{check_private, make_private_dir, read_private};
 pub use probe::{DirectionSpeed, PairSpeed, answer_probe, probe};
 pub use session::{CloseReason, Session, SessionStats};
+pub use shell::{shell_path, shell_word};
 pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES, StreamMeter};
 pub use ticket::{Secret, Ticket};

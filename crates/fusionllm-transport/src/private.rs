@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
-use crate::PrivateError;
+use crate::{PrivateError, open_regular};
 
 /// No secret of ours is nearly as long.
 const MOST_BYTES: u64 = 64 << 10;
@@ -11,18 +11,15 @@ const MOST_BYTES: u64 = 64 << 10;
 /// The text of a file with a secret; nothing if there is no file.
 ///
 /// # Errors
-/// [`PrivateError`] if others may read it, it is no text, it is longer than 64 KiB, or it cannot be read.
+/// [`PrivateError`] if others may read it, it is no regular file, it is no text, it is longer than 64 KiB, or it cannot be read.
 pub fn read_private(path: &Path) -> Result<Option<String>, PrivateError> {
     let io = |source| PrivateError::Io { path: path.to_owned(), source };
-    let file = match std::fs::File::open(path) {
+    let file = match open_regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io(error)),
     };
     let metadata = file.metadata().map_err(io)?;
-    if metadata.is_dir() {
-        return Err(io(std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a directory, expected a file")));
-    }
     check_mode(path, &metadata)?;
     let mut bytes = Vec::new();
     file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;

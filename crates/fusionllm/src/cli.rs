@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fusionllm_planner::MAX_COMPNODES;
 
+use crate::values;
+
 /// Train one large model on geo-distributed, mismatched GPUs.
 #[derive(Debug, Parser)]
 #[command(name = "fusionllm", version, about, max_term_width = 110)]
@@ -66,16 +68,13 @@ impl Cli {
             Command::Broker(_) => "warn,fusionllm=info,fusionllm_broker=info,fusionllm_transport=info",
             Command::Join(join) if !join.child => "warn,fusionllm=info,fusionllm_compnode=info",
             // What the QUIC library calls an error, such as an endpoint that goes without a farewell, is none of a command's.
+            // Notices of a job are printed as such.
             _ => {
-                "error,iroh=off,fusionllm::commands=warn,fusionllm::secrets=warn,fusionllm_broker=warn,fusionllm_compnode=warn"
+                "error,iroh=off,fusionllm::commands=warn,fusionllm::secrets=warn,fusionllm_broker=warn,\
+                 fusionllm_broker::notices=off,fusionllm_compnode=warn"
             }
         }
     }
-}
-
-/// An address with a port.
-fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| "expected an IP address and a port, such as 0.0.0.0:7710 or [::]:7710".to_owned())
 }
 
 /// A job file and changes to it.
@@ -119,10 +118,10 @@ pub(crate) struct Train {
 #[derive(Debug, Args)]
 pub(crate) struct Broker {
     /// Address to listen on; port 0 takes any
-    #[arg(long, default_value = "0.0.0.0:7710", value_parser = address)]
+    #[arg(long, default_value = "0.0.0.0:7710", value_parser = values::bind_address)]
     pub(crate) bind: SocketAddr,
     /// Further address under which CompNodes reach this broker, such as a forwarded port (repeatable)
-    #[arg(long, value_name = "ADDR", value_parser = address)]
+    #[arg(long, value_name = "ADDR", value_parser = values::outer_address)]
     pub(crate) advertise: Vec<SocketAddr>,
     /// Where key, tickets and job records are kept, for you alone [default: the user's state folder]
     #[arg(long, value_name = "DIR")]
@@ -158,16 +157,16 @@ pub(crate) struct Join {
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
     /// Address where other CompNodes connect; port 0 takes any
-    #[arg(long, default_value = "0.0.0.0:0", value_parser = address)]
+    #[arg(long, default_value = "0.0.0.0:0", value_parser = values::bind_address)]
     pub(crate) bind: SocketAddr,
     /// Further address under which other CompNodes reach this one (repeatable)
-    #[arg(long, value_name = "ADDR", value_parser = address)]
+    #[arg(long, value_name = "ADDR", value_parser = values::outer_address)]
     pub(crate) advertise: Vec<SocketAddr>,
     /// Threads of the CPU device [default: one for each core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=values::MOST_THREADS))]
     pub(crate) threads: Option<u32>,
     /// Memory that jobs may fill, in GB [default: what is free]
-    #[arg(long, value_name = "GB", allow_negative_numbers = true)]
+    #[arg(long, value_name = "GB", allow_negative_numbers = true, value_parser = values::memory_gb)]
     pub(crate) memory_gb: Option<f64>,
     /// Measure the device again, even if it was measured before
     #[arg(long)]
@@ -292,19 +291,19 @@ pub(crate) struct Plan {
     /// All strategies and compressions side by side
     #[arg(long)]
     pub(crate) compare: bool,
-    /// Draw placement and timeline
+    /// Draw placement and timeline; replaces an earlier drawing and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
-    /// Write the simulated step as a trace for ui.perfetto.dev
+    /// Write the simulated step as a trace for ui.perfetto.dev; replaces an earlier trace and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
     /// Print the OP-DAG's table too
     #[arg(long)]
     pub(crate) graph: bool,
-    /// Write the OP-DAG as JSON; a job can name it as model.path
+    /// Write the OP-DAG as JSON, which a job can name as model.path; replaces an earlier one and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) write_graph: Option<PathBuf>,
-    /// Write the OP-DAG in Graphviz form
+    /// Write the OP-DAG in Graphviz form; replaces an earlier one and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) write_dot: Option<PathBuf>,
     /// One JSON document
@@ -318,7 +317,7 @@ pub(crate) struct Plan {
 pub(crate) struct Export {
     /// A checkpoint, a run directory for its newest one, or a Hugging Face folder
     pub(crate) checkpoint: PathBuf,
-    /// Folder to write: config.json, model.safetensors, tokenizer.json
+    /// Folder to write config.json, model.safetensors and tokenizer.json to: new, empty, or an earlier export of the same
     pub(crate) dir: PathBuf,
     /// The tokenizer's tokenizer.json, where the checkpoint does not carry it
     #[arg(long, value_name = "FILE")]
@@ -336,8 +335,8 @@ pub(crate) struct Generate {
     #[arg(long)]
     pub(crate) prompt: String,
     /// Tokens to write
-    #[arg(long, default_value_t = 100)]
-    pub(crate) tokens: usize,
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=values::MOST_TOKENS))]
+    pub(crate) tokens: u64,
     /// Divides the logits; 0 takes the likeliest token every time
     #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub(crate) temperature: f64,

@@ -6,7 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use fusionllm_compnode::{Admitted, knock};
 use fusionllm_protocol::{ClientRequest, Hello, Role, ToClient, decode_clean, encode};
-use fusionllm_transport::{Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket};
+use fusionllm_transport::{
+    Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket, shell_path,
+};
 use tokio::time::timeout;
 
 use crate::cli::BrokerAddress;
@@ -18,6 +20,15 @@ use crate::secrets::{given_ticket, local_ticket};
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Largest answer: a status of many jobs.
 const ANSWER_BYTES: u64 = 64 << 20;
+
+impl BrokerAddress {
+    /// The options that name the broker as they are typed, after a blank each; never a ticket itself.
+    pub(crate) fn typed(&self) -> String {
+        let options = [("--ticket-file", &self.ticket_file), ("--state", &self.state)];
+        let typed = options.into_iter().filter_map(|(option, path)| Some((option, path.as_deref()?)));
+        typed.map(|(option, path)| format!(" {option} {}", shell_path(path))).collect()
+    }
+}
 
 /// An open connection.
 pub(crate) struct Client {

@@ -6,10 +6,12 @@ mod commands;
 mod environment;
 mod exit;
 mod local;
+mod outputs;
 mod paths;
 mod progress;
 mod render;
 mod secrets;
+mod values;
 
 use std::process::ExitCode;
 

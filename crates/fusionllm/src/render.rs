@@ -1,7 +1,9 @@
 //! Reports as text and as JSON, from the same types.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
+use anyhow::Context;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::Placement;
 use fusionllm_protocol::{JobState, StatusReport};
@@ -16,8 +18,7 @@ pub(crate) fn json<T: Serialize>(value: &T, pretty: bool) -> anyhow::Result<()> 
 /// Prints a line to standard output; a closed pipe is an error that the exit code forgives.
 pub(crate) fn line(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{text}")?;
-    Ok(out.flush()?)
+    writeln!(out, "{text}").and_then(|()| out.flush()).context("standard output cannot be written")
 }
 
 /// A job's state in a few words.
@@ -61,9 +62,13 @@ pub(crate) fn status(report: &StatusReport) -> String {
 /// A placement as a table: a line a stage, a line a boundary edge.
 pub(crate) fn placement(dag: &OpDag, placement: &Placement, micro_batch_size: usize) -> String {
     let mut text = format!("{:<6} {:<14} {:>5} {:>12}  {}\n", "stage", "CompNode", "ops", "parameters", "from .. to");
+    let mut counted = BTreeSet::new();
     for stage in &placement.stages {
         let name = placement.compnodes.get(stage.compnode.index()).map_or("?", String::as_str);
-        let params: u64 = stage.ops.iter().flat_map(|&op| &dag.op(op).params).map(|&p| dag.param(p).elements()).sum();
+        // A CompNode holds a parameter once, in however many of its stages it is used.
+        let all = stage.ops.iter().flat_map(|&op| dag.op(op).params.iter().copied());
+        let new = all.filter(|&param| counted.insert((stage.compnode, param)));
+        let params: u64 = new.map(|param| dag.param(param).elements()).sum();
         let end = |op: Option<&fusionllm_graph::OpId>| op.map_or("-", |&op| dag.op(op).name.as_str());
         text.push_str(&format!(
             "{:<6} {name:<14} {:>5} {params:>12}  {} .. {}\n",
@@ -93,9 +98,21 @@ pub(crate) fn placement(dag: &OpDag, placement: &Placement, micro_batch_size: us
             edge.activation_codec.name()
         ));
     }
-    for tied in &placement.tied {
-        let holders: Vec<_> = tied.holders.iter().filter_map(|n| placement.compnodes.get(n.index())).cloned().collect();
-        text.push_str(&format!("  tied: {} on {}\n", dag.param(tied.param).name, holders.join(", ")));
-    }
+    text.push_str(&tied(dag, placement));
     text.trim_end().to_owned()
+}
+
+/// Parameters of which several CompNodes hold a copy, a line each: tables that count what each holds have them more than
+/// once.
+pub(crate) fn tied(dag: &OpDag, placement: &Placement) -> String {
+    let line = |tied: &fusionllm_planner::TiedParam| {
+        let holders: Vec<_> = tied.holders.iter().filter_map(|n| placement.compnodes.get(n.index())).cloned().collect();
+        let (param, holders) = (dag.param(tied.param), holders.join(", "));
+        format!(
+            "  tied: {}, one parameter of {} elements, counted in each of {holders}\n",
+            param.name,
+            param.elements()
+        )
+    };
+    placement.tied.iter().map(line).collect()
 }

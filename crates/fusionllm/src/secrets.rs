@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 
 use anyhow::Context;
-use fusionllm_transport::{Ticket, read_private};
+use fusionllm_transport::{Ticket, read_private, without_temporary_name};
 
 use crate::environment;
 use crate::exit::bad_input;
@@ -68,8 +68,8 @@ pub(crate) fn write_ticket(path: &Path, ticket: &str) -> anyhow::Result<()> {
     let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = || path.display().to_string();
     // A temporary file is the owner's alone from the start.
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(name)?;
-    writeln!(file, "{ticket}").with_context(name)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(without_temporary_name).with_context(name)?;
+    writeln!(file.as_file_mut(), "{ticket}").with_context(name)?;
     file.persist_noclobber(path).map_err(|e| e.error).with_context(name)?;
     Ok(())
 }

@@ -93,12 +93,8 @@ impl Core {
         if self.plan_no_more(key.job) {
             return self.schedule(now);
         }
-        let (step, checkpoint) = self
-            .jobs
-            .get(&key.job)
-            .map_or((0, None), |job| (job.record.step, job.run.as_ref().and_then(|run| run.checkpoint)));
-        let hint = self.resume_hint(key.job, checkpoint);
-        let reason = format!("CompNode `{}` vanished after step {step}: {reason}; {hint}", gone.name);
+        let step = self.jobs.get(&key.job).map_or(0, |job| job.record.step);
+        let reason = format!("CompNode `{}` vanished after step {step}: {reason}", gone.name);
         self.fail(key, reason, false, now)
     }
 
@@ -109,12 +105,11 @@ impl Core {
             let is_whole = !run.members.iter().any(|&m| self.compnodes.is_away(m));
             if let Some((waiting, what)) = run.stalled(now).filter(|_| is_whole) {
                 let names: Vec<String> = waiting.iter().map(|&m| format!("`{}`", self.compnodes.name(m))).collect();
-                let hint = self.resume_hint(run.key.job, run.checkpoint);
                 let who = match names.is_empty() {
                     true => "the disk of the broker".to_owned(),
                     false => format!("CompNode {}", names.join(", ")),
                 };
-                let reason = format!("{what}: waited for {who}; {hint}");
+                let reason = format!("{what}: waited for {who}");
                 stalled.push((run.key, reason));
             }
         }

@@ -360,7 +360,8 @@ fn the_first_failure_is_the_jobs() {
     let actions = say(&mut core, 1, failed("out of memory", false));
     assert_eq!(sent(&actions).len(), 2, "{:?}", sent(&actions));
     assert!(say(&mut core, 2, failed("lost its peer", false)).is_empty());
-    assert_eq!(failure(&core), "CompNode `a`: out of memory");
+    let hint = "`fusionllm resume 1` begins anew, there is no checkpoint yet";
+    assert_eq!(failure(&core), format!("CompNode `a`: out of memory; {hint}"));
 
     let mut core = running();
     say(&mut core, 1, failed("/data: no such file", true));
@@ -1000,8 +1001,8 @@ fn a_compnode_cannot_make_the_broker_keep_more_than_its_part() {
     assert!(failure(&core).contains("more links than there are"));
 
     let mut core = running();
-    let note = || FromCompNode::Note { job: KEY.job, generation: KEY.generation, text: "hello".to_owned() };
-    let kept = (0..5000).filter(|_| !say(&mut core, 1, note()).is_empty()).count();
+    let note = |n| FromCompNode::Note { job: KEY.job, generation: KEY.generation, text: format!("hello {n}") };
+    let kept = (0..5000).filter(|&n| !say(&mut core, 1, note(n)).is_empty()).count();
     assert_eq!(kept, 1000);
 }
 
@@ -1114,7 +1115,8 @@ fn training_goes_on_without_a_checkpoint_but_not_without_the_last() {
     let actions = core.handle(shard(6, 1), NOW);
     assert!(actions.iter().any(|a| matches!(a, Action::FinishCheckpoint { .. })), "{actions:?}");
     core.handle(failed(6), NOW);
-    assert_eq!(failure(&core), "checkpoint of step 6: /c: No space left on device (os error 28)");
+    let hint = "`fusionllm resume 1` begins anew, there is no checkpoint yet";
+    assert_eq!(failure(&core), format!("checkpoint of step 6: /c: No space left on device (os error 28); {hint}"));
 }
 
 /// What must hold after every event, whatever happened.

@@ -35,6 +35,9 @@ impl FolderLock {
     pub(crate) fn take(folder: &Path, run: &RunId) -> Result<Self, BrokerError> {
         let path = folder.join(Self::FILE);
         let fail = |e| io_error(&path, e);
+        if is_foreign(&path) {
+            return Err(BrokerError::NotALock { path });
+        }
         let mut file = open_or_make_regular(&path).map_err(fail)?;
         match file.try_lock() {
             Ok(()) => {}
@@ -48,8 +51,7 @@ impl FolderLock {
             Err(TryLockError::Error(e)) => return Err(fail(e)),
         }
         if !is_ours(&mut file).map_err(fail)? {
-            let reason = "it is not a lock of FusionLLM: move it away, or give another folder";
-            return Err(fail(std::io::Error::other(reason)));
+            return Err(BrokerError::NotALock { path });
         }
         let now = OffsetDateTime::now_utc();
         let (date, time) = (now.date(), now.time());
@@ -67,11 +69,30 @@ impl FolderLock {
         Ok(Self { _file: file })
     }
 
-    /// Who works in a folder now, if anybody does.
-    pub(crate) fn holder_of(folder: &Path) -> Option<String> {
-        let mut file = open_regular(&folder.join(Self::FILE)).ok()?;
-        matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)).then(|| holder(&mut file))
+    /// Whether the lock of a folder could be taken now. Nothing is made or changed.
+    ///
+    /// # Errors
+    /// [`BrokerError::NotALock`], [`BrokerError::InUse`] with who holds it, or [`BrokerError::Io`].
+    pub(crate) fn check(folder: &Path) -> Result<(), BrokerError> {
+        let path = folder.join(Self::FILE);
+        if is_foreign(&path) {
+            return Err(BrokerError::NotALock { path });
+        }
+        let mut file = match open_regular(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(io_error(&path, e)),
+        };
+        if matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+            return Err(BrokerError::InUse { path: folder.to_owned(), holder: holder(&mut file) });
+        }
+        if is_ours(&mut file).map_err(|e| io_error(&path, e))? { Ok(()) } else { Err(BrokerError::NotALock { path }) }
     }
+}
+
+/// Whether something other than a regular file is there: a link leads to somebody else's.
+fn is_foreign(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|found| !found.is_file())
 }
 
 /// Whether the file is empty, or what a holder has written.
@@ -110,9 +131,9 @@ mod tests {
         assert!(error.is_bad_input());
         let (error, process) = (error.to_string(), format!("process {}", std::process::id()));
         assert!(error.contains("run 07070707") && error.contains(&process), "{error}");
-        assert!(FolderLock::holder_of(folder.path()).unwrap().contains(&process));
+        assert!(matches!(FolderLock::check(folder.path()), Err(BrokerError::InUse { .. })));
         drop(first);
-        assert_eq!(FolderLock::holder_of(folder.path()), None);
+        FolderLock::check(folder.path()).unwrap();
         FolderLock::take(folder.path(), &run).unwrap();
     }
 
@@ -125,11 +146,13 @@ mod tests {
         std::fs::write(&lock, "precious").unwrap();
         let error = FolderLock::take(folder.path(), &run).unwrap_err().to_string();
         assert!(error.contains("not a lock of FusionLLM"), "{error}");
+        assert!(FolderLock::check(folder.path()).unwrap_err().is_bad_input());
         assert_eq!(std::fs::read(&lock).unwrap(), b"precious");
         std::fs::remove_file(&lock).unwrap();
         std::fs::write(&other, "").unwrap();
         std::os::unix::fs::symlink(&other, &lock).unwrap();
         FolderLock::take(folder.path(), &run).unwrap_err();
+        FolderLock::check(folder.path()).unwrap_err();
         assert_eq!(std::fs::read(&other).unwrap(), b"");
     }
 }

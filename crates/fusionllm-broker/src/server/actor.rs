@@ -420,7 +420,8 @@ fn log(event: &JobEvent) {
     match event {
         JobEvent::State { job, state } => tracing::info!(%job, ?state, "job state"),
         JobEvent::Checkpoint { job, step, path } => tracing::info!(%job, step, path, "checkpoint"),
-        JobEvent::Notice { job, text } => tracing::warn!(%job, text, "notice"),
+        // Whoever follows the job in the same process is told anyway, and leaves this out of its log.
+        JobEvent::Notice { job, text } => tracing::warn!(target: "fusionllm_broker::notices", %job, text, "notice"),
         JobEvent::Step { job, metrics } => {
             tracing::debug!(%job, step = metrics.step, loss = metrics.loss, "step");
             for change in &metrics.codec_changes {

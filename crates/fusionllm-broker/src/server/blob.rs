@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
-use fusionllm_transport::{FrameSource, Session};
+use fusionllm_transport::{FrameSource, Session, without_temporary_name};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -126,7 +126,8 @@ pub(super) async fn send_weights(
     let state_dir = Arc::clone(&handle.state_dir);
     let gathered = blocking(move || {
         // Without a name it is gone however this process ends.
-        let mut file = tempfile::tempfile_in(&state_dir).map_err(|e| io_error(&state_dir, e))?;
+        let mut file =
+            tempfile::tempfile_in(&state_dir).map_err(without_temporary_name).map_err(|e| io_error(&state_dir, e))?;
         let bytes = from.write_part(&params, &mut file, &state_dir).map_err(BrokerError::from)?;
         file.rewind().map_err(|e| io_error(&state_dir, e))?;
         Ok((file, bytes))

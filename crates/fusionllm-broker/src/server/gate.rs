@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use data_encoding::HEXLOWER;
 use fusionllm_protocol::{TicketRole, TicketSummary};
-use fusionllm_transport::{PeerAddr, Secret, Session, Ticket, read_private};
+use fusionllm_transport::{PeerAddr, Secret, Session, Ticket, read_private, read_regular};
 
 use crate::BrokerError;
 use crate::core::ConnectionId;
@@ -188,7 +188,7 @@ fn now() -> u64 {
 }
 
 fn read_tickets(path: &Path) -> Result<Tickets, BrokerError> {
-    let Some(text) = std::fs::read(path).map(Some).or_else(not_found).map_err(|e| io_error(path, e))? else {
+    let Some(text) = read_regular(path).map(Some).or_else(not_found).map_err(|e| io_error(path, e))? else {
         return Ok(Tickets::default());
     };
     let damaged = |e: serde_json::Error| BrokerError::Tickets {

@@ -8,40 +8,42 @@ use std::path::Path;
 use fusionllm_graph::{Gpt2Config, OpDag};
 use serde_json::Value;
 
+use super::export_folder::{ExportFolder, PARTIAL};
 use super::shard::write_shard_to;
-use crate::ShardError;
 use crate::data::Tokenizer;
 use crate::executor::{LazyTensor, NamedTensor, by_name};
+use crate::{ExportError, ShardError};
 
 /// Tokens that end a text, and those that begin one, by the names they usually have.
 const END: [&str; 4] = ["<|endoftext|>", "</s>", "<eos>", "[EOS]"];
 const BEGIN: [&str; 4] = ["<|endoftext|>", "<s>", "<bos>", "[BOS]"];
 
-/// Writes the Hugging Face layout of a GPT-2 to `folder`, which is made if it is not there. What training did not change
-/// of the directory that the model came from is in `carried`, by file name, and stays as it was.
+/// Writes the Hugging Face layout of a GPT-2 to a folder, in place of an earlier export of the same there; `of` says of
+/// what. What training did not change of the directory that the model came from is in `carried`, by file name, and stays
+/// as it was.
 ///
 /// # Errors
-/// [`ShardError`] if a parameter of the graph is missing or a file cannot be written.
+/// [`ExportError`] if the folder holds something else, a parameter of the graph is missing or a file cannot be written.
 pub fn export_hugging_face(
-    folder: &Path,
+    (folder, of): (&ExportFolder, &str),
     dag: &OpDag,
     config: &Gpt2Config,
     tensors: Vec<NamedTensor>,
     tokenizer: &Tokenizer,
     carried: &BTreeMap<String, String>,
-) -> Result<(), ShardError> {
+) -> Result<(), ExportError> {
     let mut by_name = by_name(tensors);
     let mut params = Vec::new();
     for param in dag.params() {
         let fail = |reason: String| ShardError::Tensor { name: param.name.clone(), reason };
         let tensor = by_name.remove(&param.name).ok_or_else(|| fail("not in the checkpoint".to_owned()))?;
         if tensor.shape != param.shape {
-            return Err(fail(format!("shape {:?}, expected {:?}", tensor.shape, param.shape)));
+            return Err(fail(format!("shape {:?}, expected {:?}", tensor.shape, param.shape)).into());
         }
         params.push(tensor);
     }
-    let io = |source| ShardError::Io { path: folder.to_owned(), source };
-    std::fs::create_dir_all(folder).map_err(io)?;
+    folder.take(of)?;
+    let folder = folder.path();
     let weights = folder.join("model.safetensors");
     write_atomic(&weights, |out| {
         write_shard_to(out, &weights, params.into_iter().map(LazyTensor::from).collect()).map(|_| ())
@@ -59,7 +61,7 @@ pub fn export_hugging_face(
     }
     // config.json last: a folder without it is not taken for a model.
     let config = config_json(config, carried.get("config.json").map(String::as_str), tokenizer);
-    write_text(&folder.join("config.json"), &format!("{config:#}\n"))
+    Ok(write_text(&folder.join("config.json"), &format!("{config:#}\n"))?)
 }
 
 /// The config of the directory that the model came from, with what training may have changed; a new one if it came
@@ -107,7 +109,7 @@ fn new_config(config: &Gpt2Config, tokenizer: &Tokenizer) -> serde_json::Map<Str
     if let Value::Object(keys) = keys { keys } else { serde_json::Map::new() }
 }
 
-fn write_text(path: &Path, text: &str) -> Result<(), ShardError> {
+pub(super) fn write_text(path: &Path, text: &str) -> Result<(), ShardError> {
     let io = |source| ShardError::Io { path: path.to_owned(), source };
     write_atomic(path, |out| out.write_all(text.as_bytes()).map_err(io))
 }
@@ -119,7 +121,7 @@ fn write_atomic(
 ) -> Result<(), ShardError> {
     let io = |source| ShardError::Io { path: path.to_owned(), source };
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
+    name.push(PARTIAL);
     let temporary = path.with_file_name(name);
     let mut out = BufWriter::new(File::create(&temporary).map_err(io)?);
     write(&mut out)?;

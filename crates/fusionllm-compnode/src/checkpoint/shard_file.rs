@@ -5,6 +5,7 @@ use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::TensorHeader;
+use fusionllm_transport::without_temporary_name;
 
 use super::shard::{header_error, values, write_shard_to};
 use crate::ShardError;
@@ -42,7 +43,7 @@ impl ShardFile {
     /// # Errors
     /// [`ShardError::Io`] if none can be made there.
     pub(crate) fn empty(folder: &Path) -> Result<Self, ShardError> {
-        let file = tempfile::tempfile_in(folder);
+        let file = tempfile::tempfile_in(folder).map_err(without_temporary_name);
         let file = file.map_err(|source| ShardError::Io { path: folder.to_owned(), source })?;
         Ok(Self { folder: folder.to_owned(), file, bytes: 0 })
     }

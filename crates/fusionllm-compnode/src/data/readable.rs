@@ -34,10 +34,17 @@ impl ReadableData {
     /// Files, and folders with all that lies in them.
     ///
     /// # Errors
-    /// [`DataError::Unlisted`] for the first one that is not there.
+    /// [`DataError::Unlisted`] for the first one that is not there, or is neither.
     pub fn new(paths: impl IntoIterator<Item = PathBuf>) -> Result<Self, DataError> {
-        let real =
-            |path: PathBuf| path.canonicalize().map_err(|e| DataError::Unlisted { path: path.clone(), source: e });
+        let real = |path: PathBuf| {
+            let unlisted = |source| DataError::Unlisted { path: path.clone(), source };
+            let real = path.canonicalize().map_err(unlisted)?;
+            let metadata = real.metadata().map_err(unlisted)?;
+            if metadata.is_file() || metadata.is_dir() {
+                return Ok(real);
+            }
+            Err(unlisted(std::io::Error::other("it is neither a regular file nor a folder")))
+        };
         Ok(Self { allowed: Some(paths.into_iter().map(real).collect::<Result<_, _>>()?) })
     }
 

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fusionllm_planner::Measured;
+use fusionllm_transport::{read_regular, without_temporary_name};
 use serde::{Deserialize, Serialize};
 
 use crate::DeviceSpeed;
@@ -35,7 +36,7 @@ impl ProfileCache {
         let made_with = format!("{} {build}, {device}", env!("CARGO_PKG_VERSION"));
         let slug: String = device.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let path = folder.map(|folder| folder.join(format!("profile-{slug}.json")));
-        let text = path.as_ref().and_then(|path| std::fs::read(path).ok());
+        let text = path.as_ref().and_then(|path| read_regular(path).ok());
         let content: Option<Content> = text.and_then(|text| serde_json::from_slice(&text).ok());
         let content = content.filter(|c| c.made_with == made_with);
         Self { path, content: content.unwrap_or_else(|| Content { made_with, ..Content::default() }) }
@@ -76,8 +77,8 @@ fn write_whole(path: &Path, content: &Content) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     // A broker on this machine keeps its secrets there.
     fusionllm_transport::make_private_dir(folder).map_err(std::io::Error::other)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(&serde_json::to_vec_pretty(content)?)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(without_temporary_name)?;
+    file.as_file_mut().write_all(&serde_json::to_vec_pretty(content)?)?;
     file.persist(path)?;
     Ok(())
 }

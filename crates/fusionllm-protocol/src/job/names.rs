@@ -27,6 +27,9 @@ pub(super) fn check_name(key: &str, name: &str) -> Result<(), JobError> {
     if name.trim().is_empty() || name.starts_with('.') {
         return refuse("a name with a visible character, and no dot in front");
     }
+    if name.starts_with('-') {
+        return refuse("a name that no command takes for an option, so no `-` in front");
+    }
     if name.trim() != name {
         return refuse("a name without blanks at its ends");
     }

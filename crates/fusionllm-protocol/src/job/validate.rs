@@ -68,7 +68,9 @@ impl JobSpec {
         self.validate_train()?;
         self.validate_rates()?;
         let c = &self.compression;
-        in_range("compression.ratio", c.ratio, c.ratio >= 1.0, "at least 1")?;
+        let (least, most) = (CompressionSpec::RATIOS.start(), CompressionSpec::RATIOS.end());
+        let expected = format!("at least {least} and at most {most}");
+        in_range("compression.ratio", c.ratio, CompressionSpec::RATIOS.contains(&c.ratio), &expected)?;
         in_range("compression.error_budget", c.error_budget, c.error_budget > 0.0, "above 0")?;
         if let Some(count) = self.placement.compnodes {
             at_most("placement.compnodes", count.into(), MAX_COMPNODES as u64)?;

@@ -3,10 +3,15 @@
 use fusionllm_broker::{Broker, BrokerConfig, ResumedBy};
 
 use crate::cli;
+use crate::outputs::check_folder;
 use crate::paths::state_dir;
 use crate::{render, secrets};
 
 pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
+    args.state.iter().try_for_each(|dir| check_folder("--state", dir))?;
+    check_folder("--runs", &args.runs)?;
+    args.checkpoints.iter().try_for_each(|dir| check_folder("--checkpoints", dir))?;
+    args.models.iter().try_for_each(|dir| check_folder("--models", dir))?;
     let config = BrokerConfig {
         bind: args.bind,
         advertise: args.advertise,
@@ -33,7 +38,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     };
     // Who serves others goes on when nobody reads what it says.
     if let Err(error) = shown {
-        tracing::warn!("standard output cannot be written: {error:#}");
+        tracing::warn!("{error:#}");
     }
     let has_failed = tokio::select! {
         () = interrupted => false,

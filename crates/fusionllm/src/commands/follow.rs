@@ -6,16 +6,19 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::exit::bad_input;
 
-/// Resolves on Ctrl-C or a request to terminate.
+/// Resolves on Ctrl-C, a request to terminate, or the end of the terminal.
 pub(super) async fn interrupted() {
     Interrupts::new().next().await;
 }
 
-/// Ctrl-C and requests to terminate. One that comes while nobody waits is not missed.
+/// Ctrl-C, requests to terminate and, unless `nohup` or the like has it ignored, the end of the terminal. One that comes
+/// while nobody waits is not missed.
 #[derive(Debug)]
 pub(super) struct Interrupts {
     #[cfg(unix)]
     signals: Option<(Signal, Signal)>,
+    #[cfg(unix)]
+    hangup: Option<Signal>,
 }
 
 impl Interrupts {
@@ -24,6 +27,8 @@ impl Interrupts {
         Self {
             #[cfg(unix)]
             signals: signal(SignalKind::interrupt()).ok().zip(signal(SignalKind::terminate()).ok()),
+            #[cfg(unix)]
+            hangup: Some(SignalKind::hangup()).filter(|_| !hangup_is_ignored()).and_then(|kind| signal(kind).ok()),
         }
     }
 
@@ -31,9 +36,16 @@ impl Interrupts {
     pub(super) async fn next(&mut self) {
         #[cfg(unix)]
         if let Some((interrupt, terminate)) = &mut self.signals {
+            let hung_up = async {
+                match &mut self.hangup {
+                    Some(hangup) => hangup.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
+                _ = hung_up => {}
             }
             return;
         }
@@ -42,6 +54,20 @@ impl Interrupts {
             std::future::pending::<()>().await;
         }
     }
+}
+
+/// Whether the process was started to outlive its terminal. Where that cannot be found out it is left as it is.
+#[cfg(unix)]
+fn hangup_is_ignored() -> bool {
+    static IGNORED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    // Only before the first handler is in its place does the kernel still say so.
+    *IGNORED.get_or_init(|| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        // The hangup is signal 1, the lowest bit.
+        mask.is_none_or(|mask| mask & 1 == 1)
+    })
 }
 
 /// The final state of a job as the result of the command that ran it.

@@ -20,8 +20,12 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
         return Err(bad_input(format!("--temperature is {temperature}, expected a number of at least 0")));
     }
     let model = super::model::open(&args.dir, args.tokenizer.as_deref())?;
-    let sampling =
-        SamplingSpec { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
+    let sampling = SamplingSpec {
+        tokens: args.tokens as usize,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        seed: args.seed,
+    };
     let text = write(model, &args.prompt, sampling, &args.device)?;
     if args.json {
         render::json(&serde_json::json!({ "prompt": args.prompt, "text": text }), true)
@@ -44,6 +48,13 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
         return Err(bad_input(format!(
             "the prompt has token id {id}, but the model's vocabulary ends at {vocab}: {hint}"
         )));
+    }
+    if let Some(context) = model.dag.seq_len().filter(|&context| ids.len() > context) {
+        let (all, first) = (ids.len(), ids.len() - context);
+        tracing::warn!(
+            "the prompt has {all} tokens and the model reads {context} at once: the first {first} are passed over, the \
+             text goes on from the last {context}"
+        );
     }
     let backend = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
     let mut generator = Generator::new(Arc::new(model.dag), model.tensors, backend.as_ref())?;

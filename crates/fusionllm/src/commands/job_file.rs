@@ -5,14 +5,18 @@ use std::path::Path;
 use fusionllm_compnode::Tokenizer;
 use fusionllm_graph::Gpt2Config;
 use fusionllm_protocol::JobSpec;
+use fusionllm_transport::{read_regular_text, read_regular_text_within};
 
 use crate::exit::bad_input;
+
+/// No job file is nearly as long.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// Reads, overrides, resolves and checks a job. Relative paths in it are relative to its folder. The vocabulary is that of
 /// the tokenizer, where its file can be read here.
 pub(super) fn read(path: &Path, overrides: &[String]) -> anyhow::Result<JobSpec> {
     let fail = |reason: &dyn std::fmt::Display| bad_input(format!("{}: {reason}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
+    let text = read_regular_text_within(path, MOST_BYTES).map_err(|e| match e.kind() {
         std::io::ErrorKind::InvalidData => fail(&"not UTF-8 text, expected a job file in TOML"),
         std::io::ErrorKind::IsADirectory => fail(&"is a directory, expected a job file in TOML"),
         _ => fail(&e),
@@ -33,5 +37,5 @@ pub(super) fn read(path: &Path, overrides: &[String]) -> anyhow::Result<JobSpec>
 /// Content of the job's tokenizer file, if it can be read here. Private data's stays with its owner.
 pub(super) fn tokenizer_source(spec: &JobSpec) -> Option<String> {
     let file = spec.data.tokenizer_file().filter(|_| !spec.data.private)?;
-    std::fs::read_to_string(file).ok()
+    read_regular_text(file).ok()
 }

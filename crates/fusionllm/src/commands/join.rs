@@ -1,11 +1,13 @@
 //! `fusionllm join`
 
 use fusionllm_compnode::{JoinConfig, ReadableData, join};
+use fusionllm_protocol::is_plain_name;
 use fusionllm_transport::{Identity, make_private_dir};
 use tokio::io::AsyncReadExt;
 
 use crate::cli;
 use crate::exit::bad_input;
+use crate::outputs;
 use crate::paths::state_dir;
 use crate::secrets::given_ticket;
 
@@ -14,11 +16,11 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
     let ticket = ticket.ok_or_else(|| {
         bad_input("no ticket: give the file with the join ticket that `fusionllm broker` wrote by --ticket-file")
     })?;
-    if let Some(gb) = args.memory_gb
-        && !(gb.is_finite() && gb > 0.0)
-    {
-        return Err(bad_input(format!("--memory-gb is {gb}, expected a number above 0")));
+    if let Some(name) = args.name.as_deref().filter(|name| !is_plain_name(name) || name.starts_with('-')) {
+        let expected = "expected 1 to 100 letters, digits, spaces or punctuation, not beginning with `-`";
+        return Err(bad_input(format!("--name is {name:?}, {expected}")));
     }
+    args.state.iter().try_for_each(|dir| outputs::check_folder("--state", dir))?;
     // A machine without a home measures anew each time.
     let state = state_dir(args.state.as_deref()).ok();
     // It may be a broker's, too, which wants it to be its owner's alone.
@@ -44,7 +46,7 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
             () = input_ended(), if child => {}
         }
     };
-    Ok(join(config, shutdown).await?)
+    join(config, shutdown).await.map_err(|error| if error.is_bad_input() { bad_input(error) } else { error.into() })
 }
 
 /// A child lives as long as its parent holds the other end. Ctrl-C reaches the whole process group, but how a child

@@ -18,6 +18,8 @@ pub(super) struct TrainedModel {
     pub(super) config: Option<Gpt2Config>,
     pub(super) tensors: Vec<NamedTensor>,
     pub(super) tokenizer: Tokenizer,
+    /// Which run or folder it is of, in words.
+    pub(super) origin: String,
     /// What else lay in the Hugging Face folder that it came from.
     pub(super) carried: Arc<BTreeMap<String, String>>,
 }
@@ -37,7 +39,11 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
         None => trained_with(&checkpoint)?,
     };
     let carried = Arc::new(checkpoint.carried().clone());
-    Ok(TrainedModel { config: Gpt2Config::of(&dag), dag, tensors, tokenizer, carried })
+    let origin = match &checkpoint.manifest().run {
+        Some(run) => format!("run {run}"),
+        None => real(path),
+    };
+    Ok(TrainedModel { config: Gpt2Config::of(&dag), dag, tensors, tokenizer, origin, carried })
 }
 
 /// The tokenizer that a checkpoint carries, or whose file it names.
@@ -101,7 +107,12 @@ fn given(file: &Path, then: Option<&TokenizerFingerprint>) -> anyhow::Result<Tok
 fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
     let model = load_model_dir(path).map_err(bad_input)?;
     for note in &model.notes {
-        tracing::info!("{note}");
+        // Where they come from is no surprise; what is passed over is.
+        if note.starts_with("weights: ") {
+            tracing::info!("{note}");
+        } else {
+            tracing::warn!("{note}");
+        }
     }
     let missing = || bad_input(format!("{}: there are no weights in it", path.display()));
     let weights = model.weights.ok_or_else(missing)?;
@@ -117,7 +128,13 @@ fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Tr
             return Err(bad_input(format!("{path}: there is no tokenizer.json in it, give one with --tokenizer FILE")));
         }
     };
-    Ok(TrainedModel { dag: model.dag, config: model.config, tensors, tokenizer, carried: model.carried })
+    let origin = real(path);
+    Ok(TrainedModel { dag: model.dag, config: model.config, tensors, tokenizer, origin, carried: model.carried })
+}
+
+/// A path without links, for people.
+fn real(path: &Path) -> String {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
 /// The parameters; element types are widened.

@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::cli;
 use crate::exit::bad_input;
+use crate::outputs::{self, Inputs, Output};
 use crate::render;
 
 /// CompNodes when neither job nor command line says.
@@ -27,18 +28,14 @@ struct Job {
 }
 
 pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
-    for (flag, path) in [
-        ("--svg", &args.svg),
-        ("--trace", &args.trace),
-        ("--write-graph", &args.write_graph),
-        ("--write-dot", &args.write_dot),
-    ] {
-        if let Some(path) = path.as_deref().filter(|path| path.is_dir()) {
-            return Err(bad_input(format!("{flag} {} is a directory, expected a file's name", path.display())));
-        }
-    }
+    let outputs = outputs(args);
+    outputs::check(&outputs)?;
     let jobs = args.jobs.iter().map(|path| read_job(path, args)).collect::<anyhow::Result<Vec<_>>>()?;
+    outputs::check_against(&outputs, &inputs(args, &jobs))?;
     let [job] = jobs.as_slice() else {
+        if let Some(Output { option, .. }) = outputs.first() {
+            return Err(bad_input(format!("{option} is for one job, give one or leave it out")));
+        }
         if !args.compare {
             return Err(bad_input("several jobs can only be compared, add --compare"));
         }
@@ -59,6 +56,31 @@ pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
         [file] => on_cluster(args, job, file),
         _ => Err(bad_input("several clusters can only be compared, add --compare")),
     }
+}
+
+/// The files that are to be written.
+fn outputs(args: &cli::Plan) -> Vec<Output<'_>> {
+    let outputs = [
+        ("--svg", &args.svg, "a drawing of a plan", "<svg "),
+        ("--trace", &args.trace, "a trace", "{\"traceEvents\":"),
+        ("--write-graph", &args.write_graph, "an OP-DAG in JSON", "{\n  \"format\": "),
+        ("--write-dot", &args.write_dot, "a graph in Graphviz form", "digraph "),
+    ];
+    let mut named = Vec::new();
+    for (option, path, kind, begins) in outputs {
+        named.extend(path.as_deref().map(|path| Output { option, path, kind, begins }));
+    }
+    named
+}
+
+/// The files that are read.
+fn inputs(args: &cli::Plan, jobs: &[Job]) -> Inputs {
+    let mut inputs = Inputs::default();
+    for (path, job) in args.jobs.iter().zip(jobs) {
+        inputs.add_job(path, &job.spec);
+    }
+    args.cluster.iter().for_each(|path| inputs.add("--cluster", path));
+    inputs
 }
 
 fn read_job(path: &Path, args: &cli::Plan) -> anyhow::Result<Job> {
@@ -173,10 +195,11 @@ fn tokens_per_step(job: &Job) -> u64 {
 }
 
 fn check_ratio(ratio: f64) -> anyhow::Result<()> {
-    if ratio.is_finite() && ratio >= 1.0 {
+    if CompressionSpec::RATIOS.contains(&ratio) {
         return Ok(());
     }
-    Err(bad_input(format!("--ratio is {ratio}, expected at least 1")))
+    let (least, most) = (CompressionSpec::RATIOS.start(), CompressionSpec::RATIOS.end());
+    Err(bad_input(format!("--ratio is {ratio}, expected at least {least} and at most {most}")))
 }
 
 /// The job's compression, with what the command line says instead.

@@ -14,7 +14,7 @@ pub(super) async fn submit(args: cli::Submit) -> anyhow::Result<()> {
     let tokenizer = super::job_file::tokenizer_source(&spec);
     let request = ClientRequest::Submit { spec: Box::new(spec), follow: args.follow, tokenizer };
     accepted(&mut client, &request, args.json).await?;
-    finish(client, args.follow, args.json, steps).await
+    finish(client, args.follow, args.json, steps, &args.broker.typed()).await
 }
 
 pub(super) async fn resume(args: cli::ResumeJob) -> anyhow::Result<()> {
@@ -29,7 +29,7 @@ pub(super) async fn resume(args: cli::ResumeJob) -> anyhow::Result<()> {
         |given: &String| given.split_once('=').filter(|(key, _)| key.trim() == "train.steps")?.1.trim().parse().ok();
     let steps = overrides.iter().rev().find_map(asked).unwrap_or(known);
     accepted(&mut client, &ClientRequest::Resume { job, step, overrides, follow }, args.json).await?;
-    finish(client, args.follow, args.json, steps).await
+    finish(client, args.follow, args.json, steps, &args.broker.typed()).await
 }
 
 pub(super) async fn stop(args: cli::JobCommand) -> anyhow::Result<()> {
@@ -37,9 +37,11 @@ pub(super) async fn stop(args: cli::JobCommand) -> anyhow::Result<()> {
     let job = JobId(args.job);
     client.request(&ClientRequest::Stop { job }).await?;
     client.close().await;
-    render::line(&format!("{job} stopped; `fusionllm resume {}` goes on from its last checkpoint", args.job))
+    let (number, typed) = (args.job, args.broker.typed());
+    render::line(&format!("{job} stopped; `fusionllm resume {number}{typed}` goes on from its last checkpoint"))
 }
 
+/// Hands it in and says under which number.
 async fn accepted(client: &mut Client, request: &ClientRequest, json: bool) -> anyhow::Result<()> {
     if let ToClient::Submitted { job, run_dir } = client.request(request).await? {
         if json {
@@ -52,21 +54,25 @@ async fn accepted(client: &mut Client, request: &ClientRequest, json: bool) -> a
 }
 
 /// Follows the job to its end, if asked to. Ctrl-C ends the following, not the job.
-async fn finish(mut client: Client, follow: bool, json: bool, steps: u64) -> anyhow::Result<()> {
+async fn finish(mut client: Client, follow: bool, json: bool, steps: u64, typed: &str) -> anyhow::Result<()> {
     let mut result = Ok(());
     if follow {
         let mut progress = Progress::new(json, steps);
         loop {
             let message = tokio::select! {
                 message = client.next() => message?,
-                () = super::follow::interrupted() => None,
+                () = super::follow::interrupted() => {
+                    if !json {
+                        render::line(&format!("the job goes on at the broker, `fusionllm status{typed}` shows it"))?;
+                    }
+                    None
+                }
             };
             let Some(ToClient::Event(event)) = message else { break };
             if let Err(error) = progress.event(&event) {
                 let job = event.job();
-                result = Err(anyhow::anyhow!(
-                    "standard output cannot be written ({error:#}); {job} goes on at the broker, see `fusionllm status`"
-                ));
+                result =
+                    Err(anyhow::anyhow!("{error:#}; {job} goes on at the broker, `fusionllm status{typed}` shows it"));
                 break;
             }
             if let JobEvent::State { state, .. } = &event

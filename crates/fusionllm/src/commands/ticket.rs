@@ -4,11 +4,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use fusionllm_protocol::{ClientRequest, TicketRole, TicketState, TicketSummary, ToClient};
+use fusionllm_transport::{shell_path, shell_word};
 
 use crate::cli::{self, TicketCommand};
 use crate::client::Client;
 use crate::exit::bad_input;
-use crate::{render, secrets};
+use crate::{outputs, render, secrets};
+
+/// A hundred years: what is longer was not meant.
+const LONGEST_S: u64 = 100 * 31_557_600;
 
 pub(super) async fn run(args: cli::Ticket) -> anyhow::Result<()> {
     match args.command {
@@ -19,8 +23,11 @@ pub(super) async fn run(args: cli::Ticket) -> anyhow::Result<()> {
 }
 
 async fn new(args: cli::NewTicket) -> anyhow::Result<()> {
-    if let Some(out) = args.out.as_deref().filter(|out| out.exists()) {
-        return Err(bad_input(format!("{} exists already, give another --out", out.display())));
+    if let Some(out) = &args.out {
+        if out.symlink_metadata().is_ok() {
+            return Err(bad_input(format!("{} exists already, give another --out", out.display())));
+        }
+        outputs::check_folder_of("--out", out)?;
     }
     let role = match args.role {
         cli::RoleName::Join => TicketRole::Join,
@@ -61,17 +68,19 @@ fn handed_over(
 ) -> anyhow::Result<()> {
     let use_by = args.expires.as_deref().map_or_else(String::new, |e| format!(", to be used within {e}"));
     let once = if args.once { ", once" } else { "" };
-    let path = path.unwrap_or(Path::new("")).display();
-    render::line(&format!("ticket `{name}` ({role}{once}{use_by}) is in {path}, readable by you alone"))?;
+    let file = path.unwrap_or(Path::new(""));
+    render::line(&format!("ticket `{name}` ({role}{once}{use_by}) is in {}, readable by you alone", file.display()))?;
     if secrets::may_print(args.show_ticket) {
         render::line(&format!("\n    {ticket}\n"))?;
     }
+    let path = shell_path(file);
     let command = match role {
         TicketRole::Join => format!("fusionllm join --ticket-file {path}"),
         TicketRole::Operate => format!("fusionllm status --ticket-file {path}"),
     };
     render::line(&format!("on the machine it is for: {command}"))?;
-    render::line(&format!("`fusionllm ticket revoke {name:?}` makes it worthless"))
+    let (name, typed) = (shell_word(name), args.broker.typed());
+    render::line(&format!("`fusionllm ticket revoke {name}{typed}` makes it worthless"))
 }
 
 async fn list(args: cli::TicketList) -> anyhow::Result<()> {
@@ -101,8 +110,11 @@ async fn revoke(args: cli::RevokeTicket) -> anyhow::Result<()> {
 /// A duration such as `7d` or `12h 30m`.
 fn seconds(text: &str) -> anyhow::Result<u64> {
     match humantime::parse_duration(text) {
-        Ok(duration) if duration.as_secs() > 0 => Ok(duration.as_secs()),
-        _ => Err(bad_input(format!("--expires is {text:?}, expected a duration such as `7d`, `12h` or `30m`"))),
+        Ok(duration) if (1..=LONGEST_S).contains(&duration.as_secs()) => Ok(duration.as_secs()),
+        _ => Err(bad_input(format!(
+            "--expires is {text:?}, expected a duration such as `7d`, `12h` or `30m`, of a second to 100 years; without it \
+             the ticket lets in until it is revoked"
+        ))),
     }
 }
 
@@ -141,7 +153,7 @@ mod tests {
     fn durations_are_read_and_shown() {
         assert_eq!(seconds("7d").unwrap(), 7 * 86_400);
         assert_eq!(seconds("1h 30m").unwrap(), 5400);
-        for wrong in ["", "7", "soon", "0s", "-1h"] {
+        for wrong in ["", "7", "soon", "0s", "-1h", "101y", "99999999999999d", "99999999999999999999y"] {
             assert!(seconds(wrong).unwrap_err().to_string().contains("`7d`"), "{wrong:?}");
         }
         assert_eq!([coarse(7 * 86_400 - 5), coarse(59), coarse(0)], ["6 d", "59 s", "now"]);

@@ -5,18 +5,20 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, default_run_dir, find_resumption,
-    free_run_dir, load_model, model_tokenizer, open_checkpoint, read_cluster, resumed_job, run_dir_holder,
+    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders, default_run_dir,
+    find_resumption, free_run_dir, is_free, load_model, model_tokenizer, open_checkpoint, read_cluster, resumed_job,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
+use fusionllm_transport::shell_path;
 
 use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
 use crate::exit::bad_input;
 use crate::local::{Death, LocalCompNodes, local_name};
+use crate::outputs::{check_folder, is_same_file};
 use crate::progress::Progress;
 use crate::render;
 
@@ -55,6 +57,7 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
 fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
+    args.out.iter().try_for_each(|dir| check_folder("--out", dir))?;
     let (mut spec, dag, from, carried) = match (&args.job, &args.resume) {
         (_, Some(dir)) => {
             let (spec, from) = resumed(dir, args)?;
@@ -78,6 +81,7 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(stood_for);
     spec.placement.compnodes = Some(compnodes);
     check_owner(&spec, compnodes)?;
+    let run_dir = run_dir_of(args, &spec, from.as_ref())?;
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
     place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
     let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(bad_input)?;
@@ -85,7 +89,12 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     if let Some(vocab) = dag.vocab() {
         corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(bad_input)?;
     }
-    let run_dir = match (&from, &args.out) {
+    Ok((Checked { spec, run_dir, compnodes }, from))
+}
+
+/// The run directory, if the run can begin or go on there. Reading the data comes later: it may take long.
+fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> anyhow::Result<PathBuf> {
+    let run_dir = match (from, &args.out) {
         (Some(from), _) => from.run_dir().to_owned(),
         (None, Some(out)) => out.clone(),
         (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false),
@@ -94,11 +103,21 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
         let hint = "give another --out, or go on with it by --resume";
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
-    if let Some(holder) = run_dir_holder(&run_dir) {
-        let hint = "wait until it has ended, or give another --out";
-        return Err(bad_input(format!("{} is in use by {holder}; {hint}", run_dir.display())));
+    check_run_folders(&run_dir, spec).map_err(broker_error)?;
+    // The data lies on this machine, too: what a run writes must not be trained on when it goes on.
+    for (key, folder) in [("--out", Some(&run_dir)), ("checkpoint.to", spec.checkpoint.to.as_ref())] {
+        let is_data = |path: &&PathBuf| folder.is_some_and(|folder| is_same_file(folder, path));
+        if let Some(path) = spec.data.path.iter().find(is_data) {
+            return Err(bad_input(format!(
+                "{key} is the job's data.path too, {}: give another folder",
+                path.display()
+            )));
+        }
     }
-    Ok((Checked { spec, run_dir: std::path::absolute(run_dir)?, compnodes }, from))
+    if from.is_none() && !is_free(&run_dir) {
+        return Err(broker_error(BrokerError::RunDirNotEmpty { path: run_dir }));
+    }
+    Ok(std::path::absolute(run_dir)?)
 }
 
 /// The data's owner is one of the processes that will be started, or nobody would ever come to read it.
@@ -180,6 +199,7 @@ async fn run_job(
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
     let mut cut_short: Option<anyhow::Error> = None;
+    let mut step = 0;
     loop {
         let event = tokio::select! {
             event = events.next() => event.context("the broker ended before the job")?,
@@ -195,6 +215,9 @@ async fn run_job(
                 continue;
             }
         };
+        if let JobEvent::Step { metrics, .. } = &event {
+            step = metrics.step;
+        }
         if cut_short.is_none()
             && let Err(error) = progress.event(&event)
         {
@@ -206,6 +229,7 @@ async fn run_job(
         {
             match cut_short {
                 Some(error) if *state == JobState::Stopped => return Err(error),
+                None if *state == JobState::Stopped => return Err(interrupted(step, checked)),
                 _ => super::follow::outcome(state)?,
             }
             return broker.report(job).await.map_err(broker_error);
@@ -223,15 +247,24 @@ async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
 
 /// Nobody reads the output, or it cannot be written: training ends as by Ctrl-C, and says so where it still can.
 fn unread(error: &anyhow::Error, checked: &Checked) -> anyhow::Error {
-    let dir = checked.run_dir.display();
-    let hint = match open_checkpoint(&checked.run_dir) {
+    anyhow::anyhow!("{error:#}; training was stopped: {}", way_on(checked))
+}
+
+/// Whoever ran it has stopped it.
+fn interrupted(step: u64, checked: &Checked) -> anyhow::Error {
+    let (hint, steps) = (way_on(checked), checked.spec.train.steps);
+    anyhow::anyhow!("interrupted, the job was stopped after step {step} of {steps}: {hint}")
+}
+
+/// How a run goes on that was stopped.
+fn way_on(checked: &Checked) -> String {
+    match open_checkpoint(&checked.run_dir) {
         Ok(checkpoint) => {
-            let step = checkpoint.manifest().step;
+            let (dir, step) = (shell_path(&checked.run_dir), checkpoint.manifest().step);
             format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
         }
-        Err(_) => "there is no checkpoint yet to go on from".to_owned(),
-    };
-    anyhow::anyhow!("standard output cannot be written ({error:#}), so training was stopped: {hint}")
+        Err(_) => "there is no checkpoint yet to go on from, so nothing is kept of it".to_owned(),
+    }
 }
 
 /// Says what came of it, and lets the model write a line unless that is interrupted.

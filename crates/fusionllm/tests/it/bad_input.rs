@@ -115,3 +115,39 @@ fn commands_without_what_they_need() {
     let output = bench.run("--help");
     assert_eq!(output.status.code(), Some(0));
 }
+
+/// Whatever is read is not written to, by whichever name.
+#[test]
+fn an_output_is_never_an_input_nor_a_file_of_another_kind() {
+    let bench = Bench::new();
+    let link = "[[link]]\nfrom = \"*\"\nto = \"*\"\nlatency_ms = 10\nmbit_per_s = 8\n";
+    bench.write("c.toml", &format!("[[device]]\nname = \"gpu\"\ncount = 2\nflop_per_s = 1e12\n{link}"));
+    bench.succeed("plan job.toml --write-graph graph.json");
+    let job = std::fs::read_to_string(bench.path("job.toml")).unwrap();
+    let model = "name = \"gpt2\"\nn_layer = 1\nn_embd = 16\nn_head = 2\n";
+    bench.write("by-path.toml", &job.replace(model, "path = \"graph.json\"\n"));
+    bench.write("notes", "mine");
+    std::fs::hard_link(bench.path("graph.json"), bench.path("hard")).unwrap();
+    std::os::unix::fs::symlink("graph.json", bench.path("soft")).unwrap();
+    let inputs = ["job.toml", "by-path.toml", "c.toml", "text.txt", "graph.json", "notes"];
+    let before = inputs.map(|name| std::fs::read(bench.path(name)).unwrap());
+    for option in ["--svg", "--trace", "--write-graph", "--write-dot"] {
+        for input in inputs.iter().filter(|input| (**input, option) != ("graph.json", "--write-graph")) {
+            let words = [option, *input, "exists and is not"];
+            refuses(&bench, &format!("plan job.toml --cluster c.toml {option} {input}"), &words);
+        }
+        refuses(&bench, &format!("plan job.toml --cluster c.toml {option} /dev/null"), &[option, "no regular file"]);
+    }
+    for name in ["graph.json", "hard", "soft"] {
+        let words = [&format!("--write-graph {name}"), "would overwrite model.path", "graph.json"];
+        refuses(&bench, &format!("plan by-path.toml --write-graph {name}"), &words);
+    }
+    refuses(&bench, "plan job.toml --cluster c.toml --svg x --trace x", &["--svg and --trace both name x"]);
+    refuses(&bench, "plan job.toml job.toml --compare --cluster c.toml --write-dot x", &["--write-dot is for one job"]);
+    assert_eq!(inputs.map(|name| std::fs::read(bench.path(name)).unwrap()), before);
+    // Its own earlier work is replaced.
+    for _ in 0..2 {
+        let files = "--svg a.svg --trace a.json --write-graph g.json --write-dot g.dot";
+        bench.succeed(&format!("plan job.toml --cluster c.toml {files}"));
+    }
+}

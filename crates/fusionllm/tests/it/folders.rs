@@ -112,7 +112,8 @@ fn an_abandoned_future_is_not_taken_up_again() {
 fn a_directory_in_use_is_refused_by_name() {
     let bench = Bench::new();
     train(&bench, "--out run");
-    let mut first = bench.start("train --resume run --compnodes 1 --json --set train.steps=100000");
+    let mut first =
+        bench.start("train --resume run --compnodes 1 --json --set train.steps=100000 --set checkpoint.keep=0");
     first.wait_for("\"event\":\"step\"");
     let holder = format!("process {}", first.id());
     fails(&bench, "train --resume run --compnodes 1 --set train.steps=9", &["run", "is in use by run", &holder]);
@@ -221,6 +222,54 @@ fn a_brokers_job_goes_on_from_a_step_with_other_keys() {
     assert_eq!(broker.finish().0, Some(0));
 }
 
+/// A small disk, if the user of the tests may mount one.
+#[cfg(target_os = "linux")]
+struct Disk(PathBuf);
+
+#[cfg(target_os = "linux")]
+impl Disk {
+    fn mount(at: PathBuf) -> Option<Self> {
+        std::fs::create_dir(&at).unwrap();
+        let mount =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=700k", "tmpfs"]).arg(&at).output();
+        mount.is_ok_and(|output| output.status.success()).then(|| Self(at))
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// The last checkpoint cannot be left out: what is there, and how to go on from it, is said.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_disk_that_stays_full_is_told_once_and_ends_with_the_way_on() {
+    let bench = Bench::new();
+    let Some(disk) = Disk::mount(bench.path("disk")) else { return };
+    let mut run = bench.start(
+        "train job.toml --out disk/run --compnodes 1 --json --set train.steps=150 --set checkpoint.every=1 \
+         --set train.eval_every=0 --set checkpoint.keep=1",
+    );
+    run.wait_for("\"event\":\"checkpoint\"");
+    let filled = std::fs::write(disk.0.join("ballast"), vec![1; 1 << 20]);
+    assert!(filled.is_err());
+    let (code, out, err) = run.finish();
+    assert_eq!(code, Some(1), "{out}\n{err}");
+    let notices: Vec<&str> = out.lines().filter(|line| line.contains("\"event\":\"notice\"")).collect();
+    assert!(notices.len() <= 12, "{} notices:\n{}", notices.len(), notices.join("\n"));
+    assert!(err.trim_end().lines().count() <= 3, "{err}");
+    // But for the folder of the test.
+    let said = format!("{out}\n{err}").replace(bench.path("").to_str().unwrap(), "");
+    assert!(!said.contains(".tmp"), "{said}");
+    let newest = names(&disk.0.join("run/checkpoints")).into_iter().find(|name| !name.contains("partial")).unwrap();
+    let step = newest.trim_start_matches("step-");
+    let hint = format!("train --resume {}/run` goes on from the checkpoint of step {step}", disk.0.display());
+    assert!(err.contains("checkpoint of step 150: ") && err.contains(&hint), "{err}");
+}
+
 /// Shards that the disk has no room for: training goes on, and later checkpoints fit again.
 #[cfg(target_os = "linux")]
 #[test]
@@ -256,4 +305,32 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
     assert!(code == Some(0) && status.success(), "{err}");
     assert!(checkpoints > 0 && steps == 3000, "{checkpoints} checkpoints, {steps} steps");
     assert_eq!(left, ["step-3000"]);
+}
+
+#[test]
+fn an_export_mixes_with_nothing() {
+    let bench = Bench::new();
+    train(&bench, "--out a");
+    train(&bench, "--out b --set train.seed=2");
+    bench.succeed("export a hf");
+    let first = std::fs::read(bench.path("hf/model.safetensors")).unwrap();
+    let out = bench.succeed("export a/checkpoints/step-8 hf");
+    assert!(out.contains("wrote hf, in place of an earlier export of the same"), "{out}");
+    fails(&bench, "export b hf", &["hf holds the export of run", "give another folder"]);
+    assert_eq!(std::fs::read(bench.path("hf/model.safetensors")).unwrap(), first);
+    // Another model's shards, a run, a checkpoint, the model itself, and what is no folder.
+    std::fs::create_dir(bench.path("other")).unwrap();
+    bench.write("other/model.safetensors.index.json", "{}");
+    fails(&bench, "export a other", &["other holds `model.safetensors.index.json`"]);
+    fails(&bench, "export a b", &["b holds `"]);
+    fails(&bench, "export a b/checkpoints/step-8", &["step-8 holds `"]);
+    fails(&bench, "export hf hf", &["would overwrite the model, hf"]);
+    fails(&bench, "export a hf --tokenizer hf/tokenizer.json", &["would overwrite --tokenizer, hf/tokenizer.json"]);
+    for path in ["/dev/null", "job.toml", "job.toml/below"] {
+        fails(&bench, &format!("export a {path}"), &["is no folder"]);
+    }
+    assert_eq!(names(&bench.path("other")), ["model.safetensors.index.json"]);
+    std::fs::create_dir(bench.path("empty")).unwrap();
+    bench.succeed("export hf empty");
+    assert!(!names(&bench.path("empty")).iter().any(|name| name.ends_with(".partial")));
 }

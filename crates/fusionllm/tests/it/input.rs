@@ -251,3 +251,24 @@ fn a_private_jobs_tokenizer_stays_with_its_owner() {
     bench.write("tok.json", &character_tokenizer("abcdefghijklmnopqrstuvwxyz ").to_string());
     refuses(&bench, "generate run --prompt a", &["is not the one that the model was trained with"]);
 }
+
+#[test]
+fn what_a_model_that_writes_does_not_read_is_said() {
+    let bench = trained();
+    let path = bench.path("hf/model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let extra = 1f32.to_le_bytes();
+    let extra = TensorView::new(safetensors::Dtype::F32, vec![1], &extra).unwrap();
+    let all: BTreeMap<String, TensorView<'_>> =
+        file.iter().map(|(name, view)| (name.to_owned(), view)).chain([("extra".to_owned(), extra)]).collect();
+    std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
+    for command in ["generate hf --prompt abc --tokens 2", "export hf out"] {
+        let output = bench.run(command);
+        let err = text(&output.stderr);
+        assert!(output.status.success() && err.contains("the model does not use: `extra`"), "{command}\n{err}");
+    }
+    let output = bench.run(&format!("generate base --tokens 2 --prompt {}", "a".repeat(20)));
+    let err = text(&output.stderr);
+    assert!(err.contains("20 tokens") && err.contains("the first 4 are passed over"), "{err}");
+}

@@ -89,6 +89,8 @@ fn job_files() {
     t.write("json.toml", "{\"model\": {\"name\": \"gpt2\"}}\n");
     t.write("scalar.toml", "model = 3\n");
     t.write("nothing-to-train.toml", "[data]\npath = \"text.txt\"\n");
+    t.write("long.toml", "#".repeat((1 << 20) + 1));
+    make_pipe(&t, "pipe");
     t.write("nothing-to-read.toml", "[model]\nname = \"gpt2\"\n");
     for file in [
         "none.toml",
@@ -105,6 +107,9 @@ fn job_files() {
         "nothing-to-train.toml",
         "nothing-to-read.toml",
         "job.toml/x",
+        "/dev/zero",
+        "pipe",
+        "long.toml",
     ] {
         t.refuses(&format!("fusionllm train {file} --out run"));
     }
@@ -190,6 +195,7 @@ const SETS: &[&str] = &[
     "compression.policy=zip",
     "compression.ratio=0.5",
     "compression.ratio=inf",
+    "compression.ratio=1e30",
     "compression.activations=int5",
     "compression.activations=topk:2:bf16",
     "checkpoint.every=-1",
@@ -332,12 +338,13 @@ fn cluster_files() {
     t.refuses("fusionllm plan job.toml --cluster good.toml --compnodes 3");
     t.refuses("fusionllm plan job.toml --cluster good.toml --ratio nan");
     t.refuses("fusionllm plan job.toml --cluster good.toml --ratio -1");
+    t.refuses("fusionllm plan job.toml --cluster good.toml --ratio 1e30");
     t.refuses("fusionllm plan job.toml --cluster good.toml --compression zip");
     t.refuses("fusionllm plan job.toml --cluster good.toml --set data.owner=office");
     t.refuses("fusionllm plan job.toml --svg plan.svg");
     t.refuses("fusionllm plan job.toml --compare");
     t.refuses("fusionllm plan job.toml job.toml --cluster good.toml");
-    t.says("fusionllm plan job.toml --cluster good.toml --svg none/plan.svg", 1);
+    t.refuses("fusionllm plan job.toml --cluster good.toml --svg none/plan.svg");
     t.refuses("fusionllm plan job.toml --cluster good.toml --trace .");
     insta::assert_snapshot!(t.text);
 }
@@ -364,6 +371,24 @@ fn checkpoints() {
     t.refuses("fusionllm train --resume done --set train.steps=9 --set model.n_layer=2");
     t.refuses("fusionllm train --resume done --set train.steps=9 --set data.seq_len=8");
     t.refuses("fusionllm train job.toml --out done");
+    t.refuses("fusionllm train job.toml --out text.txt");
+    t.refuses("fusionllm train job.toml --out text.txt/below");
+    t.write("held/fusionllm.lock", "mine");
+    t.refuses("fusionllm train job.toml --out held");
+    // Before the data is read, which may take long.
+    t.refuses("fusionllm train job.toml --out held --set data.path=none.txt");
+    t.refuses("fusionllm train job.toml --out x --set checkpoint.to=held");
+    t.refuses("fusionllm train job.toml --out x --set checkpoint.to=text.txt");
+    std::fs::create_dir(t.bench.path("texts")).unwrap();
+    std::fs::copy(t.bench.path("text.txt"), t.bench.path("texts/a.txt")).unwrap();
+    t.refuses("fusionllm train job.toml --out x --set data.path=texts --set checkpoint.to=texts");
+    t.bench.succeed("export done hf");
+    let job = std::fs::read_to_string(t.bench.path("job.toml")).unwrap();
+    let model = "name = \"gpt2\"\nn_layer = 1\nn_embd = 16\nn_head = 2\n";
+    t.write("tune.toml", job.replace(model, "path = \"hf\"\n"));
+    t.refuses("fusionllm train tune.toml --out x --set checkpoint.to=hf/../hf");
+    t.refuses("fusionllm export done /dev/null");
+    t.refuses("fusionllm export done done");
     t.refuses("fusionllm export none hf");
     t.refuses("fusionllm generate none --prompt a");
     t.refuses("fusionllm generate done --prompt ''");
@@ -381,6 +406,7 @@ fn brokers_that_are_not_there() {
     t.write("open/operate.ticket", "hello\n");
     t.write("earlier/ticket", "hello\n");
     t.write("a-file", "");
+    make_pipe(&t, "pipe");
     for line in [
         "fusionllm status",
         "fusionllm status --state none",
@@ -391,6 +417,10 @@ fn brokers_that_are_not_there() {
         "fusionllm status --state earlier",
         "fusionllm status --ticket-file none.ticket",
         "fusionllm join --ticket-file none.ticket",
+        "fusionllm join --ticket-file pipe",
+        "fusionllm status --ticket-file /dev/zero",
+        "fusionllm join - < /dev/zero",
+        "fusionllm ticket new --role join --expires 99999999999999d",
         "fusionllm ticket new --role join --expires soon",
         "fusionllm join hello --data none",
         "fusionllm status --ticket ''",
@@ -423,6 +453,7 @@ fn brokers_that_refuse() {
     let mut broker: Running = t.bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
     broker.wait_for("ticket");
     t.write("a-file", "");
+    t.write("runs/job", "");
     t.write("empty-secret/secret", "");
     t.write("open-key/key", "0".repeat(64));
     std::fs::set_permissions(t.bench.path("open-key"), permissions(0o700)).unwrap();
@@ -442,8 +473,26 @@ fn brokers_that_refuse() {
     ] {
         t.refuses(line);
     }
-    t.says("fusionllm broker --bind 127.0.0.1:0 --state a-file", 1);
-    t.refuses("fusionllm broker --bind 127.0.0.1:0 --state open-key");
+    for line in [
+        "fusionllm broker --bind 127.0.0.1:0 --state a-file",
+        "fusionllm broker --bind 127.0.0.1:0 --state a-file/below",
+        "fusionllm broker --bind 127.0.0.1:0 --state other --runs a-file",
+        "fusionllm broker --bind 127.0.0.1:0 --state other --checkpoints a-file",
+        "fusionllm broker --bind 127.0.0.1:0 --state other --models a-file",
+        "fusionllm broker --bind 127.0.0.1:0 --state open-key",
+        "fusionllm join --ticket-file state/join.ticket --state a-file",
+        "fusionllm join --ticket-file state/join.ticket --data /dev/zero",
+        "fusionllm join --ticket-file state/join.ticket --name=-x",
+        "fusionllm join --ticket-file state/join.ticket --name \"$(printf 'a\\nb')\"",
+        "fusionllm join --ticket-file state/join.ticket --device quantum",
+        "fusionllm ticket new --role join --name=-x --state state",
+        "fusionllm ticket new --role join --out none/x --state state",
+        "fusionllm ticket new --role join --out a-file --state state",
+        "fusionllm submit job.toml --state state --set name=-x",
+        "fusionllm submit job.toml --state state --set checkpoint.to=runs/job",
+    ] {
+        t.refuses(line);
+    }
     let mut ticket: fusionllm::transport::Ticket =
         std::fs::read_to_string(t.bench.path("state/operate.ticket")).unwrap().trim().parse().unwrap();
     ticket.secret = fusionllm::transport::Secret::generate();
@@ -475,12 +524,25 @@ fn usage() {
         "fusionllm broker --bind here",
         "fusionllm broker --bind 127.0.0.1",
         "fusionllm join x --threads 0",
+        "fusionllm join x --threads 100000",
+        "fusionllm join x --memory-gb 1e30",
+        "fusionllm join x --memory-gb -1",
+        "fusionllm join x --memory-gb nan",
+        "fusionllm join x --advertise 0.0.0.0:7711",
+        "fusionllm broker --advertise 203.0.113.9:0",
+        "fusionllm broker --bind 224.0.0.1:7710",
+        "fusionllm generate done --prompt a --tokens 0",
         "fusionllm generate done",
         "fusionllm inventory --toml --json",
     ] {
         t.says(line, 2);
     }
     insta::assert_snapshot!(t.text);
+}
+
+/// A pipe that nobody writes to.
+fn make_pipe(t: &Transcript, name: &str) {
+    assert!(std::process::Command::new("mkfifo").arg(t.bench.path(name)).status().unwrap().success());
 }
 
 fn is_root() -> bool {

@@ -170,6 +170,15 @@ fn plan_shows_graph_and_placement() {
     for words in ["h.0.attn", "compnode-1", "boundary edges", "tied: transformer.wte.weight"] {
         assert!(out.contains(words), "`{words}` is missing in\n{out}");
     }
+    // 7664 elements, of which the 4096 of the tied table lie on both.
+    let column = |out: &str| -> u64 {
+        let rows = out.lines().filter(|line| line.contains(" .. ") && !line.contains("from .. to"));
+        rows.map(|row| row.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap()).sum()
+    };
+    assert_eq!(column(&out), 7664 + 4096, "{out}");
+    assert!(out.contains("one parameter of 4096 elements, counted in each of compnode-0, compnode-1"), "{out}");
+    let out = bench.succeed("plan job.toml --compnodes 1");
+    assert_eq!(column(&out), 7664, "{out}");
     let json: Value = serde_json::from_str(&bench.succeed("plan job.toml --json --set train.batch=8")).unwrap();
     assert_eq!(json["placement"]["compnodes"].as_array().unwrap().len(), 3);
 }
@@ -184,9 +193,79 @@ fn ctrl_c_stops_the_job_and_leaves_no_process() {
     training.signal("INT");
     let (code, out, err) = training.finish();
     assert_eq!(code, Some(1), "{out}\n{err}");
-    assert!(err.contains("the job was stopped"), "{err}");
+    assert!(err.contains("the job was stopped after step") && err.contains("of 100000: "), "{err}");
     assert_eq!(bench.processes(), 0, "orphans");
     assert!(std::fs::read_to_string(bench.path("run/report.md")).unwrap().contains("stopped"));
+}
+
+/// The way on is a command that a shell takes, whatever the folder is called; the end of the terminal does as Ctrl-C.
+#[cfg(target_os = "linux")]
+#[test]
+fn whoever_stops_training_is_told_how_it_goes_on() {
+    let bench = Bench::new();
+    let dir = "it's a run";
+    let mut command = bench.command("train job.toml --compnodes 1 --set train.steps=100000 --json --out");
+    command.arg(dir);
+    let mut training = crate::process::Running::spawn(command);
+    training.wait_for("\"event\":\"checkpoint\"");
+    training.signal("HUP");
+    let (code, _, err) = training.finish();
+    assert_eq!(code, Some(1), "{err}");
+    let shown = err.split('`').nth(1).unwrap_or_default().to_owned();
+    assert!(shown.starts_with("fusionllm train --resume "), "{err}");
+    let more = format!("{shown} --compnodes 1 --step 4 --set train.steps=5");
+    let output = bench.shell(&more).stdin(std::process::Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{more}\n{}", text(&output.stderr));
+
+    let mut training = bench
+        .start("train job.toml --compnodes 1 --set train.steps=100000 --set checkpoint.every=0 --json --out early");
+    training.wait_for("\"event\":\"step\"");
+    training.signal("TERM");
+    let (code, _, err) = training.finish();
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("there is no checkpoint yet to go on from, so nothing is kept of it"), "{err}");
+}
+
+/// Who starts it by `nohup` wants it to outlive the terminal.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_hangup_that_is_ignored_stays_so() {
+    let bench = Bench::new();
+    let line = "trap '' HUP; exec fusionllm train job.toml --compnodes 1 --set train.steps=300 --json --out run";
+    let mut training = crate::process::Running::spawn(bench.shell(line));
+    training.wait_for("\"event\":\"step\"");
+    training.signal("HUP");
+    let (code, out, err) = training.finish();
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains("\"event\":\"done\""), "{out}");
+}
+
+#[test]
+fn a_notice_is_printed_once() {
+    let bench = Bench::new();
+    std::fs::create_dir(bench.path("texts")).unwrap();
+    std::fs::copy(bench.path("text.txt"), bench.path("texts/good.txt")).unwrap();
+    std::fs::write(bench.path("texts/bad.txt"), [b'a', 0xe9]).unwrap();
+    for json in ["", "--json"] {
+        let line = format!("fusionllm train job.toml --out run{json} --compnodes 1 --set data.path=texts {json} 2>&1");
+        let output = bench.shell(&line).stdin(std::process::Stdio::null()).output().unwrap();
+        let out = text(&output.stdout);
+        // What was found in the data is part of other objects, too.
+        let notices = out.lines().filter(|line| line.contains("bad.txt") && !line.contains("\"notes\""));
+        assert_eq!(notices.count(), 1, "{out}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_cannot_be_written_is_named() {
+    let bench = Bench::new();
+    for line in ["train job.toml --out run --compnodes 1", "plan job.toml"] {
+        let output = bench.shell(&format!("fusionllm {line} > /dev/full")).output().unwrap();
+        let err = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{err}");
+        assert!(err.contains("standard output cannot be written: No space left"), "{err}");
+    }
 }
 
 #[cfg(target_os = "linux")]

@@ -1,0 +1,186 @@
+//! Files that a command writes: none may be one that it reads, nor one of another kind, which it would destroy.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use fusionllm_protocol::JobSpec;
+use fusionllm_transport::open_regular;
+
+use crate::exit::bad_input;
+
+/// A file that an option names for writing.
+#[derive(Debug)]
+pub(crate) struct Output<'a> {
+    /// The option.
+    pub(crate) option: &'static str,
+    /// The file.
+    pub(crate) path: &'a Path,
+    /// What is written, for people.
+    pub(crate) kind: &'static str,
+    /// How every such file begins. One that is there and begins so is replaced.
+    pub(crate) begins: &'static str,
+}
+
+/// The files that a command reads, each with what names it.
+#[derive(Debug, Default)]
+pub(crate) struct Inputs(Vec<(String, PathBuf)>);
+
+impl Inputs {
+    /// One more; `what` is the option or key that names it.
+    pub(crate) fn add(&mut self, what: impl Into<String>, path: &Path) {
+        self.0.push((what.into(), path.to_owned()));
+    }
+
+    /// A job file and what it names.
+    pub(crate) fn add_job(&mut self, file: &Path, spec: &JobSpec) {
+        self.add("the job file", file);
+        for (key, path) in [("model.path", &spec.model.path), ("placement.cluster", &spec.placement.cluster)] {
+            path.iter().for_each(|path| self.add(key, path));
+        }
+        spec.data.path.iter().for_each(|path| self.add("data.path", path));
+        spec.data.tokenizer_file().into_iter().for_each(|path| self.add("data.tokenizer", path));
+    }
+
+    /// The first that lies at `path` or, if that is a folder, anywhere in it.
+    pub(crate) fn at_or_in(&self, path: &Path) -> Option<&(String, PathBuf)> {
+        let folder = path.canonicalize().ok();
+        let lies_in = |input: &Path| {
+            let real = input.canonicalize().ok();
+            folder.as_ref().zip(real).is_some_and(|(folder, real)| real.starts_with(folder))
+        };
+        self.0.iter().find(|(_, input)| is_same_file(input, path) || lies_in(input))
+    }
+}
+
+/// Whether two paths lead to one file, also by links of either kind.
+#[cfg(unix)]
+pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let key = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    key(a).is_some_and(|a| Some(a) == key(b))
+}
+
+/// Whether two paths lead to one file.
+#[cfg(not(unix))]
+pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
+    a.canonicalize().ok().is_some_and(|a| Some(a) == b.canonicalize().ok())
+}
+
+/// Whether these files can be written without harm: each in a folder that is there, to a name of its own, and in place of
+/// nothing but an earlier one of its kind.
+pub(crate) fn check(outputs: &[Output<'_>]) -> anyhow::Result<()> {
+    for (index, output) in outputs.iter().enumerate() {
+        output.check()?;
+        let is_same = |other: &&Output<'_>| {
+            is_same_file(other.path, output.path) || absolute(other.path) == absolute(output.path)
+        };
+        if let Some(other) = outputs.iter().take(index).find(is_same) {
+            let (a, b, path) = (other.option, output.option, output.path.display());
+            return Err(bad_input(format!("{a} and {b} both name {path}, give each a file of its own")));
+        }
+    }
+    Ok(())
+}
+
+/// Whether none of them is a file that the same command reads.
+pub(crate) fn check_against(outputs: &[Output<'_>], inputs: &Inputs) -> anyhow::Result<()> {
+    for Output { option, path, .. } in outputs {
+        if let Some((what, input)) = inputs.0.iter().find(|(_, input)| is_same_file(input, path)) {
+            let (path, input) = (path.display(), input.display());
+            return Err(bad_input(format!("{option} {path} would overwrite {what}, {input}: give another file")));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file of this name has a folder to lie in.
+pub(crate) fn check_folder_of(option: &str, path: &Path) -> anyhow::Result<()> {
+    match absolute(path) {
+        Some(_) => Ok(()),
+        None => Err(bad_input(format!("{option} {} lies in no folder that is there, make it first", path.display()))),
+    }
+}
+
+/// Whether this is a folder, or one can be made there.
+pub(crate) fn check_folder(option: &str, path: &Path) -> anyhow::Result<()> {
+    let above = path.ancestors().find(|above| above.symlink_metadata().is_ok());
+    match above.filter(|above| !above.is_dir()) {
+        None => Ok(()),
+        Some(above) if above == path => Err(bad_input(format!("{option} {} is no folder, give one", path.display()))),
+        Some(above) => Err(bad_input(format!("{option} {}: {} is no folder", path.display(), above.display()))),
+    }
+}
+
+fn absolute(path: &Path) -> Option<PathBuf> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Some(folder.canonicalize().ok()?.join(path.file_name()?))
+}
+
+impl Output<'_> {
+    fn check(&self) -> anyhow::Result<()> {
+        let Self { option, path, kind, begins } = self;
+        let refuse = |reason: String| Err(bad_input(format!("{option} {} {reason}", path.display())));
+        if path.is_dir() {
+            return refuse("is a directory, expected a file's name".to_owned());
+        }
+        check_folder_of(option, path)?;
+        if !path.exists() {
+            return Ok(());
+        }
+        let mut first = Vec::new();
+        match open_regular(path) {
+            Ok(file) => file.take(begins.len() as u64).read_to_end(&mut first)?,
+            Err(error) => return refuse(format!("exists, and cannot be looked at: {error}; give another file")),
+        };
+        if first.is_empty() || first == begins.as_bytes() {
+            return Ok(());
+        }
+        refuse(format!("exists and is not {kind}: give another file, or move it away"))
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn output(path: &Path) -> Output<'_> {
+        Output { option: "--svg", path, kind: "a drawing", begins: "<svg " }
+    }
+
+    #[test]
+    fn only_an_earlier_file_of_its_kind_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| folder.path().join(name);
+        std::fs::write(file("drawing"), "<svg a>").unwrap();
+        std::fs::write(file("empty"), "").unwrap();
+        std::fs::write(file("text"), "precious").unwrap();
+        for (name, reason) in [("drawing", ""), ("empty", ""), ("new", ""), ("text", "is not a drawing")] {
+            let result = check(&[output(&file(name))]).map_err(|e| e.to_string());
+            assert_eq!(result.is_ok(), reason.is_empty(), "{name}: {result:?}");
+            assert!(result.err().unwrap_or_default().contains(reason));
+        }
+        for (path, reason) in [(Path::new("/dev/null"), "no regular file"), (&file("none/x"), "make it first")] {
+            let error = check(&[output(path)]).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        let twice = check(&[output(&file("new")), output(&file("../").join(file("new")))]);
+        assert!(twice.unwrap_err().to_string().contains("both name"));
+    }
+
+    #[test]
+    fn a_file_is_known_by_every_link_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| folder.path().join(name);
+        std::fs::write(file("job"), "<svg a>").unwrap();
+        std::fs::hard_link(file("job"), file("hard")).unwrap();
+        std::os::unix::fs::symlink("job", file("soft")).unwrap();
+        let mut inputs = Inputs::default();
+        inputs.add("the job file", &file("job"));
+        for name in ["job", "hard", "soft"] {
+            let error = check_against(&[output(&file(name))], &inputs).unwrap_err().to_string();
+            assert!(error.contains("would overwrite the job file") && error.contains(name), "{error}");
+        }
+        check_against(&[output(&file("other"))], &inputs).unwrap();
+        assert!(inputs.at_or_in(folder.path()).is_some() && inputs.at_or_in(&file("other")).is_none());
+    }
+}
