@@ -81,9 +81,10 @@ impl RunDir {
         // The lock is ours: nobody else puts these right at the same time.
         let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: Some(spec.clone()) };
         for place in home.places() {
-            let failures = [recover(&place, &file.run), remove_partial(&place, &file.run)].concat();
-            notices
-                .extend(failures.into_iter().map(|why| format!("what an earlier start left was not removed: {why}")));
+            let mut removal = recover(&place, &file.run);
+            removal.add(remove_partial(&place, &file.run));
+            let not_removed = |why| format!("what an earlier start left was not removed: {why}");
+            notices.extend(removal.failures.into_iter().map(not_removed).chain(removal.leftovers));
         }
         let abandoned = abandon(&home, start_step)?;
         if let Some((_, newest)) = abandoned.first() {
