@@ -8,6 +8,7 @@ mod broker_wire;
 mod config;
 mod patience;
 mod running;
+mod scratch;
 mod survey;
 
 use std::path::Path;
@@ -72,6 +73,7 @@ async fn join_with(
         // A process computes with one pool; if it has one already, that one stays.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
+    scratch::check_usable(&config.scratch_dir)?;
     let (device, device_name) = open_device(config.device)?;
     let surveyor = Surveyor {
         device,
@@ -269,6 +271,9 @@ impl Node {
     fn forget(&mut self, reason: &str) {
         self.clock.forget();
         self.drop_job(reason);
+        // Nobody waits for what comes of them, and another broker might take it for its own.
+        self.surveyor.cancel_all();
+        self.probes.end();
         (self.outbox, self.has_joined) = (Outbox::default(), false);
     }
 

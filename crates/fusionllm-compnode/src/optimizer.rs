@@ -40,6 +40,14 @@ impl OptimizerSpec {
             OptimizerKind::Sgd => Self::Sgd { momentum: train.momentum, weight_decay },
         }
     }
+
+    /// How many tensors of a parameter's size it keeps.
+    pub(crate) fn kinds(&self) -> u64 {
+        match self {
+            Self::AdamW { .. } => 2,
+            Self::Sgd { momentum, .. } => u64::from(*momentum > 0.0),
+        }
+    }
 }
 
 /// The state of one parameter: flat tensors by kind (`exp_avg`, `exp_avg_sq`, `momentum`).

@@ -1,5 +1,6 @@
 //! From an assignment to something that can run: graph, data, executor.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use burn_tensor::Device;
@@ -8,6 +9,7 @@ use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use super::scratch::{check_room, shard_bytes};
 use crate::burn_executor::BurnExecutor;
 use crate::checkpoint::ShardFile;
 use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
@@ -71,6 +73,8 @@ pub(super) struct BuildSite {
     pub(super) readable: Arc<ReadableData>,
     /// How far that is; others watch it.
     pub(super) reading: Arc<Reading>,
+    /// Where shards lie while they come and go.
+    pub(super) scratch: Arc<Path>,
     pub(super) permit: OwnedSemaphorePermit,
     /// Closed when the job is dropped.
     pub(super) mailbox: Arc<Mailbox>,
@@ -107,6 +111,7 @@ pub(super) fn prepare(
         let what = "parameters, their state, activations and messages, as planned,".to_owned();
         return Err(CompNodeError::Memory { what, needed: planned, room });
     }
+    check_room(&site.scratch, shard_bytes(&dag, placement, node, &optimizer))?;
     site.check()?;
     // On a CPU, all that and the tokens lie in the same memory.
     if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {
@@ -139,12 +144,8 @@ pub(super) fn prepare(
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
 fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, optimizer: &OptimizerSpec) -> u64 {
-    let moments = match optimizer {
-        OptimizerSpec::AdamW { .. } => 2,
-        OptimizerSpec::Sgd { momentum, .. } => u64::from(*momentum > 0.0),
-    };
     let params: u64 = placement.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes()).sum();
-    params.saturating_mul(2 + moments)
+    params.saturating_mul(2 + optimizer.kinds())
 }
 
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);
