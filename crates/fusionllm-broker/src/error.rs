@@ -1,5 +1,6 @@
 //! What can go wrong in a broker.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use fusionllm_graph::GraphError;
@@ -88,6 +89,18 @@ pub enum BrokerError {
         /// The run that was to go there.
         run: RunId,
     },
+    /// What says which run a directory is cannot be read.
+    #[error(
+        "{path} is damaged ({reason}): move it away, and the run goes on from the checkpoints in its directory under a new \
+         id; one that lies elsewhere goes on by its path, with --out DIR",
+        path = path.display()
+    )]
+    DamagedRun {
+        /// Its `run.json`.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The run directory of a checkpoint is not known.
     #[error("{path}: {reason}: say by --out DIR where the run goes on", path = path.display())]
     RunDirUnknown {
@@ -144,6 +157,41 @@ pub enum BrokerError {
     Ticket {
         /// Why not.
         reason: String,
+    },
+    /// A ticket was revoked, and that could not be written.
+    #[error(
+        "the ticket `{name}` is revoked and its connections are closed, but only as long as this broker runs, since that \
+         cannot be written ({reason}): make room there and revoke it again, or it admits again after a restart"
+    )]
+    RevokedUnwritten {
+        /// The ticket.
+        name: String,
+        /// Why it cannot be written.
+        reason: String,
+    },
+    /// There is no room for the state.
+    #[error(
+        "the disk of the state folder {path} is full ({reason}): make room on it, say of run directories that are not \
+         needed any more, or move the whole folder to another disk and give that by --state; what is in it is needed",
+        path = path.display()
+    )]
+    StateFull {
+        /// The state folder.
+        path: PathBuf,
+        /// What could not be written.
+        reason: String,
+    },
+    /// The state folder is used for other things, and by others.
+    #[error(
+        "{path} has other things in it, such as `{other}`, and can be used by others on this machine: give --state a folder \
+         of its own, such as {}", path.join("fusionllm").display(),
+        path = path.display()
+    )]
+    StateShared {
+        /// The folder.
+        path: PathBuf,
+        /// What is in it.
+        other: String,
     },
     /// A job names a file or folder that the broker does not touch for others.
     #[error(
@@ -216,6 +264,19 @@ pub enum BrokerError {
 }
 
 impl BrokerError {
+    /// Whether there was no room on a disk.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        let mut error: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(some) = error {
+            let kind = some.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            if matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded)) {
+                return true;
+            }
+            error = some.source();
+        }
+        false
+    }
+
     /// Whether the request is at fault rather than a machine.
     pub fn is_bad_input(&self) -> bool {
         match self {
@@ -234,6 +295,9 @@ impl BrokerError {
             | Self::FixedKey { .. }
             | Self::RelativePath { .. }
             | Self::Secret { .. }
+            | Self::CheckpointGone { .. }
+            | Self::DamagedRun { .. }
+            | Self::StateShared { .. }
             | Self::Tickets { .. }
             | Self::Ticket { .. }
             | Self::OutOfReach { .. }
@@ -244,14 +308,24 @@ impl BrokerError {
             | Self::Bind(_) => true,
             Self::Store(_)
             | Self::NotDurable { .. }
+            | Self::RevokedUnwritten { .. }
+            | Self::StateFull { .. }
             | Self::NotWritten { .. }
-            | Self::CheckpointGone { .. }
             | Self::Io { .. }
             | Self::Identity(_)
             | Self::Private(_)
             | Self::Protocol(_)
             | Self::Ended => false,
         }
+    }
+}
+
+/// The checkpoints that could be meant instead.
+fn those_there(steps: &[u64]) -> String {
+    let names: Vec<String> = steps.iter().map(|step| format!("step-{step}")).collect();
+    match names.is_empty() {
+        true => "nor of any other step: is a disk not mounted?".to_owned(),
+        false => format!("expected one of {}", names.join(", ")),
     }
 }
 
@@ -276,14 +350,14 @@ pub enum CheckpointError {
         newest: String,
     },
     /// There is no checkpoint of the step.
-    #[error("{path} has no checkpoint of step {step}, expected one of {there}", path = path.display())]
+    #[error("{path} has no checkpoint of step {step}, {}", those_there(there), path = path.display())]
     Step {
         /// The run directory or folder.
         path: PathBuf,
         /// The step that was asked for.
         step: u64,
-        /// Which there are.
-        there: String,
+        /// Of which steps there are some, newest first.
+        there: Vec<u64>,
     },
     /// The newest checkpoint is damaged, an older one is not.
     #[error("{source}; the newest whole one is that of step {step}: {path}", path = path.display())]
