@@ -22,7 +22,7 @@ use fusionllm_protocol::Manifest;
 use fusionllm_transport::read_regular;
 
 pub(crate) use find::{Meant, Newest, loss_of, meant, newest_of, open_newest};
-pub(crate) use finish::{Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
+pub(crate) use finish::{Abandoned, Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
 pub(crate) use hash::ShardHash;
 pub(crate) use origin::{Origin, TOKENIZER};
 pub(crate) use place::{

@@ -256,17 +256,29 @@ pub(crate) struct Pruned {
     pub(crate) removal: Removal,
 }
 
-/// Renames the checkpoints after `step`: the run goes on from there, and they are not its future any more. Gives their
-/// steps with the new paths, and what could not be renamed.
+/// What [`abandon`] did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Abandoned {
+    /// Steps with the new paths, newest first.
+    pub(crate) aside: Vec<(u64, PathBuf)>,
+    /// Those that may be another run's, and were left.
+    pub(crate) unsure: Vec<PathBuf>,
+}
+
+/// Renames the checkpoints after `step`: the run goes on from there, and they are not its future any more.
 ///
 /// # Errors
 /// [`BrokerError`] if one stays under its name: it would be taken for the newest later.
-pub(crate) fn abandon(home: &RunHome, step: u64) -> Result<Vec<(u64, PathBuf)>, BrokerError> {
-    let mut abandoned = Vec::new();
+pub(crate) fn abandon(home: &RunHome, step: u64) -> Result<Abandoned, BrokerError> {
+    let mut abandoned = Abandoned::default();
     for found in checkpoints_of(home)?.into_iter().filter(|f| f.step > step) {
+        if !found.is_certain {
+            abandoned.unsure.push(found.path);
+            continue;
+        }
         let to = free_name(&found.path, ABANDONED);
         std::fs::rename(&found.path, &to).map_err(|e| io_error(&found.path, e))?;
-        abandoned.push((found.step, to));
+        abandoned.aside.push((found.step, to));
     }
     Ok(abandoned)
 }

@@ -104,9 +104,11 @@ pub(crate) struct Found {
 /// [`CheckpointError::Io`] if a folder is there and cannot be listed.
 pub(crate) fn checkpoints_of(home: &RunHome) -> Result<Vec<Found>, CheckpointError> {
     let mut found = Vec::new();
+    let unnamed_up_to = home.file.as_ref().and_then(|file| file.unnamed_up_to).unwrap_or(u64::MAX);
     for place in home.places() {
         for (step, path) in steps_in(&place)? {
-            if let Some(is_certain) = home.owns(&place, &path) {
+            if let Some(is_certain) = home.owns(&place, &path).filter(|is_certain| *is_certain || step <= unnamed_up_to)
+            {
                 found.push(Found { step, path, is_certain });
             }
         }

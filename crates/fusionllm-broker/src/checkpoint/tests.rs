@@ -26,6 +26,7 @@ fn run_file(folder: &Path, id: u8) -> RunFile {
         copy_of: Vec::new(),
         from: None,
         checkpoints: Some(folder.to_owned()),
+        unnamed_up_to: None,
         manifests: std::collections::BTreeMap::new(),
     }
 }
@@ -321,11 +322,14 @@ fn an_abandoned_future_is_kept_aside_and_not_found() {
     for step in [5, 8, 10] {
         make(folder.path(), step);
     }
-    let aside = abandon(&home(folder.path(), 1), 5).unwrap();
+    let aside = abandon(&home(folder.path(), 1), 5).unwrap().aside;
     assert_eq!(aside.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [10, 8]);
     assert_eq!(open_newest(&home(folder.path(), 1), None).unwrap().checkpoint.manifest().step, 5);
     make(folder.path(), 10);
-    assert_eq!(abandon(&home(folder.path(), 1), 9).unwrap()[0].1, folder.path().join(format!("step-10{ABANDONED}-2")));
+    assert_eq!(
+        abandon(&home(folder.path(), 1), 9).unwrap().aside[0].1,
+        folder.path().join(format!("step-10{ABANDONED}-2"))
+    );
     // It can still be had by its path.
     assert_eq!(open_checkpoint(&folder.path().join(format!("step-10{ABANDONED}"))).unwrap().manifest().step, 10);
 }

@@ -13,7 +13,7 @@ use super::watched::Watched;
 use crate::BrokerError;
 use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun, RunKey};
-use crate::metrics::MetricsWriter;
+use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
 use crate::run_dir::{OpenedRun, RunDir, write_atomic};
@@ -192,7 +192,13 @@ impl Keeper {
         let dir = RunDir::new(&open.run_dir);
         let mut opened = dir.open(&open.run, &open.spec, &open.graph, &open.placement, open.start_step)?;
         let metrics = MetricsWriter::open(&dir.metrics(), open.start_step)?;
-        let notices = std::mem::take(&mut opened.notices);
+        let mut notices = std::mem::take(&mut opened.notices);
+        let began = opened.file.from.as_ref().map_or(0, |from| from.step);
+        if let Some(gaps) = gaps(&dir.metrics(), began, open.start_step)?
+            && !dir.read_notices()?.iter().any(|notice| notice.text == gaps)
+        {
+            notices.push(gaps);
+        }
         self.open_runs.set(open.key, Some(opened.place.clone()));
         let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
         let course = Course::at(open.start_step);
