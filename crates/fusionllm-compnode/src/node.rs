@@ -15,13 +15,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, Hello, JobId, Role};
+use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, JobId};
 use fusionllm_transport::{Endpoint, EndpointConfig, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::device::open_device;
-use crate::links::peer_record;
 use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
 use broker_wire::{Connected, Outbox, SessionEnd, dial};
@@ -306,17 +305,6 @@ impl Node {
         for message in messages {
             self.outbox.push(message);
         }
-    }
-
-    fn hello(&self) -> Hello {
-        let role = Role::CompNode {
-            name: self.name.clone(),
-            device: self.surveyor.device_name.clone(),
-            addr: peer_record(&self.endpoint.addr()),
-            profile: self.profile.clone(),
-            resume: self.has_joined.then(|| self.outbox.received()),
-        };
-        Hello { secret: *self.ticket.secret.as_bytes(), role }
     }
 
     fn accept_peer(&mut self, peer: Session) {
