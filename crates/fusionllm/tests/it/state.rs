@@ -1,5 +1,6 @@
 //! What a broker and CompNodes keep on disk: tickets that end, folders that are full or others', a broker that was killed.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -99,9 +100,26 @@ fn a_killed_broker_shows_the_step_and_the_loss_of_one_time() {
     let node = bench.start(&join_line(&ticket, "office"));
     wait_until("the CompNode", || is_there(&bench, "office"));
     let mut follow = bench.start("submit job.toml --state state --follow --json --set train.steps=100000");
-    follow.wait_for("\"step\":40,");
+    // What was told of each step.
+    let mut told: BTreeMap<u64, f64> = BTreeMap::new();
+    let mut hear = |line: &str| {
+        let event: Value = serde_json::from_str(line).unwrap();
+        let metrics = &event["metrics"];
+        if let Some((step, loss)) = metrics["step"].as_u64().zip(metrics["loss"].as_f64()) {
+            told.insert(step, loss);
+        }
+    };
+    loop {
+        let line = follow.line().unwrap();
+        hear(&line);
+        if line.contains("\"step\":40,") {
+            break;
+        }
+    }
     broker.signal("KILL");
-    drop((broker, node, follow));
+    let (_, rest, _) = follow.finish();
+    rest.lines().for_each(hear);
+    drop((broker, node));
     let run: PathBuf = std::fs::read_dir(bench.path("runs")).unwrap().next().unwrap().unwrap().path();
     let id: Value = serde_json::from_slice(&std::fs::read(run.join("run.json")).unwrap()).unwrap();
     let id = id["run"].as_str().unwrap();
@@ -112,8 +130,11 @@ fn a_killed_broker_shows_the_step_and_the_loss_of_one_time() {
 
     let (_broker, _) = start(&bench, "state");
     let job = status(&bench)["jobs"][0].clone();
-    let last = json_lines(&run.join("metrics.jsonl")).pop().unwrap();
-    assert_eq!((&job["step"], &job["loss"]), (&last["step"], &last["loss"]), "{job}");
+    for metrics in json_lines(&run.join("metrics.jsonl")) {
+        told.insert(metrics["step"].as_u64().unwrap(), metrics["loss"].as_f64().unwrap());
+    }
+    let loss = told.get(&job["step"].as_u64().unwrap()).copied();
+    assert!(loss.is_some() && job["loss"].as_f64() == loss, "{job}: {told:?}");
     assert!(!partial.exists(), "half a checkpoint is no use to anybody");
     let (code, err) = outcome(&bench, "resume 1 --state state --step 3");
     assert!(code == Some(2) && err.contains("no checkpoint of step 3, expected one of step-"), "{err}");
