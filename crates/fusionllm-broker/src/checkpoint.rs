@@ -9,6 +9,7 @@ mod finish;
 mod hash;
 mod origin;
 mod place;
+mod remove;
 mod tensor_file;
 mod tensor_set;
 
@@ -21,12 +22,13 @@ use fusionllm_protocol::Manifest;
 use fusionllm_transport::read_regular;
 
 pub(crate) use find::{Meant, Newest, loss_of, meant, newest_of, open_newest};
-pub(crate) use finish::{Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
+pub(crate) use finish::{Abandoned, Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
 pub(crate) use hash::ShardHash;
 pub(crate) use origin::{Origin, TOKENIZER};
 pub(crate) use place::{
-    Maker, checkpoints_of, free_name, make_partial, makers_in, remove_partial, step_name, steps_in,
+    Maker, checkpoints_of, drop_partial, free_name, make_partial, makers_in, remove_partial, step_name, steps_in,
 };
+pub(crate) use remove::Removal;
 pub use tensor_set::TensorSet;
 
 use crate::run_dir::io_error;

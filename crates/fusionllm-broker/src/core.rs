@@ -118,8 +118,14 @@ impl Core {
         for Restored { mut record, reached, checkpoint } in jobs {
             let id = record.job;
             let was_at_work = !record.state.is_final() && !matches!(record.state, JobState::Waiting { .. });
-            record.step = record.step.max(reached.unwrap_or(0));
-            let (step, steps, chosen) = (record.step, record.spec.train.steps, record.from_step);
+            let (steps, chosen) = (record.spec.train.steps, record.from_step);
+            // Where it waits, its metrics may go on after the step that it goes on from.
+            if let Some((step, loss)) =
+                reached.filter(|(step, _)| was_at_work && chosen.is_none() && *step >= record.step)
+            {
+                (record.step, record.loss) = (step, Some(loss));
+            }
+            let step = record.step;
             core.last_job = core.last_job.max(id.0);
             core.jobs.insert(id, Job { is_durable: true, ..Job::new(record, None, Duration::ZERO) });
             if was_at_work {
@@ -133,6 +139,11 @@ impl Core {
         }
         let actions = core.hold(actions);
         (core, actions)
+    }
+
+    /// What CompNodes are asked to measure is numbered from here on. An earlier broker must not have used these numbers.
+    pub(crate) fn number_from(&mut self, number: u64) {
+        self.survey.number_from(number);
     }
 
     /// A new job.
@@ -151,7 +162,7 @@ impl Core {
             spec,
             state: JobState::Waiting { reason: String::new() },
             step: start.step,
-            loss: None,
+            loss: start.loss,
             run_dir,
             generation: Generation(0),
             run: Some(start.run.run.clone()),
@@ -182,7 +193,7 @@ impl Core {
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.spec = spec;
             known.record.run = Some(start.run.run.clone());
-            known.record.step = start.step;
+            (known.record.step, known.record.loss) = (start.step, start.loss);
             known.record.from_step = step;
             // A later one is not its future any more.
             known.record.checkpoint.take_if(|(newest, _)| *newest > start.step);

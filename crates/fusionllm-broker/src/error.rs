@@ -1,11 +1,16 @@
 //! What can go wrong in a broker.
 
+mod checkpoint;
+
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use fusionllm_graph::GraphError;
 use fusionllm_planner::PlanError;
 use fusionllm_protocol::{JobError, JobId, ProtocolError, RunId};
 use fusionllm_transport::{BindError, IdentityError, PrivateError};
+
+pub use checkpoint::CheckpointError;
 
 /// Why a broker cannot start or do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +111,18 @@ pub enum BrokerError {
         /// The run that was to go there.
         run: RunId,
     },
+    /// What says which run a directory is cannot be read.
+    #[error(
+        "{path} is damaged ({reason}): move it away, and the run goes on from the checkpoints in its directory under a new \
+         id; one that lies elsewhere goes on by its path, with --out DIR",
+        path = path.display()
+    )]
+    DamagedRun {
+        /// Its `run.json`.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The run directory of a checkpoint is not known.
     #[error("{path}: {reason}: say by --out DIR where the run goes on", path = path.display())]
     RunDirUnknown {
@@ -162,6 +179,41 @@ pub enum BrokerError {
     Ticket {
         /// Why not.
         reason: String,
+    },
+    /// A ticket was revoked, and that could not be written.
+    #[error(
+        "the ticket `{name}` is revoked and its connections are closed, but only as long as this broker runs, since that \
+         cannot be written ({reason}): make room there and revoke it again, or it admits again after a restart"
+    )]
+    RevokedUnwritten {
+        /// The ticket.
+        name: String,
+        /// Why it cannot be written.
+        reason: String,
+    },
+    /// There is no room for the state.
+    #[error(
+        "the disk of the state folder {path} is full ({reason}): make room on it, say of run directories that are not \
+         needed any more, or move the whole folder to another disk and give that by --state; what is in it is needed",
+        path = path.display()
+    )]
+    StateFull {
+        /// The state folder.
+        path: PathBuf,
+        /// What could not be written.
+        reason: String,
+    },
+    /// The state folder is used for other things, and by others.
+    #[error(
+        "{path} has other things in it, such as `{other}`, and can be used by others on this machine: give --state a folder \
+         of its own, such as {}", path.join("fusionllm").display(),
+        path = path.display()
+    )]
+    StateShared {
+        /// The folder.
+        path: PathBuf,
+        /// What is in it.
+        other: String,
     },
     /// A job names a file or folder that the broker does not touch for others.
     #[error(
@@ -234,6 +286,19 @@ pub enum BrokerError {
 }
 
 impl BrokerError {
+    /// Whether there was no room on a disk.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        let mut error: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(some) = error {
+            let kind = some.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            if matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded)) {
+                return true;
+            }
+            error = some.source();
+        }
+        false
+    }
+
     /// Whether the request is at fault rather than a machine.
     pub fn is_bad_input(&self) -> bool {
         match self {
@@ -255,6 +320,9 @@ impl BrokerError {
             | Self::FixedKey { .. }
             | Self::RelativePath { .. }
             | Self::Secret { .. }
+            | Self::CheckpointGone { .. }
+            | Self::DamagedRun { .. }
+            | Self::StateShared { .. }
             | Self::Tickets { .. }
             | Self::Ticket { .. }
             | Self::OutOfReach { .. }
@@ -265,8 +333,9 @@ impl BrokerError {
             | Self::Bind(_) => true,
             Self::Store(_)
             | Self::NotDurable { .. }
+            | Self::RevokedUnwritten { .. }
+            | Self::StateFull { .. }
             | Self::NotWritten { .. }
-            | Self::CheckpointGone { .. }
             | Self::Io { .. }
             | Self::Identity(_)
             | Self::Private(_)
@@ -274,114 +343,6 @@ impl BrokerError {
             | Self::Ended => false,
         }
     }
-}
-
-/// Why a checkpoint cannot be used or written.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum CheckpointError {
-    /// The folder holds none.
-    #[error(
-        "{path} holds no checkpoint, expected a folder with manifest.json or a run directory with checkpoints/step-N"
-    )]
-    None {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// The folder has checkpoints of several runs.
-    #[error("{path} has checkpoints of several runs: give one of {newest}", path = path.display())]
-    Several {
-        /// The folder.
-        path: PathBuf,
-        /// The newest of each run.
-        newest: String,
-    },
-    /// There is no checkpoint of the step.
-    #[error("{path} has no checkpoint of step {step}, expected one of {there}", path = path.display())]
-    Step {
-        /// The run directory or folder.
-        path: PathBuf,
-        /// The step that was asked for.
-        step: u64,
-        /// Which there are.
-        there: String,
-    },
-    /// The newest checkpoint is damaged, an older one is not.
-    #[error("{source}; the newest whole one is that of step {step}: {path}", path = path.display())]
-    PassedOver {
-        /// What is wrong with the newest.
-        source: Box<CheckpointError>,
-        /// The newest that is whole.
-        path: PathBuf,
-        /// Its step.
-        step: u64,
-    },
-    /// A file could not be read or written.
-    #[error("checkpoint file {path}: {source}")]
-    Io {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The manifest is damaged.
-    #[error("{path}: {source}")]
-    Manifest {
-        /// The manifest.
-        path: PathBuf,
-        /// What is wrong.
-        source: ProtocolError,
-    },
-    /// The folder of a checkpoint is there, its manifest is not.
-    #[error("{path} is missing: without its manifest the folder is no whole checkpoint, use another one")]
-    NoManifest {
-        /// The manifest.
-        path: PathBuf,
-    },
-    /// A shard is not there.
-    #[error("shard {path} is missing: the checkpoint is incomplete, use another one")]
-    Missing {
-        /// Which.
-        path: PathBuf,
-    },
-    /// A shard has another size than when it was written.
-    #[error("shard {path} has {got} bytes, expected {expected}: it is damaged, use another checkpoint")]
-    Size {
-        /// Which.
-        path: PathBuf,
-        /// Bytes by the manifest.
-        expected: u64,
-        /// Bytes of the file.
-        got: u64,
-    },
-    /// The bytes of a shard or manifest are not those that were written.
-    #[error("{path} has hash {got}, expected {expected}: it is damaged, use another checkpoint")]
-    Hash {
-        /// Which.
-        path: PathBuf,
-        /// Hash by the manifest, or for the manifest by the run.
-        expected: String,
-        /// Hash of the file.
-        got: String,
-    },
-    /// The file is no safetensors file.
-    #[error("{path} is not a readable safetensors file: {reason}")]
-    Format {
-        /// Which.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A tensor is missing or does not fit the graph.
-    #[error("{path}: tensor `{name}` {reason}")]
-    Tensor {
-        /// The file or folder.
-        path: PathBuf,
-        /// Which tensor.
-        name: String,
-        /// What is wrong and what would be right.
-        reason: String,
-    },
 }
 
 /// Why the job store cannot be used.

@@ -129,8 +129,8 @@ pub(crate) fn copy_after(path: &Path, step: u64, to: &Path) -> Result<(), Broker
     Ok(())
 }
 
-/// Step of the last whole line; nothing if there is none.
-pub(crate) fn last_step(path: &Path) -> Option<u64> {
+/// Step and loss of the last whole line; nothing if there is none.
+pub(crate) fn last_step(path: &Path) -> Option<(u64, f64)> {
     // A line has the links and their codecs: many times as long as this it never is.
     const TAIL_BYTES: u64 = 1 << 20;
     let mut file = open_regular(path).ok()?;
@@ -138,27 +138,69 @@ pub(crate) fn last_step(path: &Path) -> Option<u64> {
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).ok()?;
     let mut tail = Vec::new();
     file.read_to_end(&mut tail).ok()?;
-    let step = |line: &[u8]| serde_json::from_slice::<StepMetrics>(line).ok().map(|m| m.step);
+    let step = |line: &[u8]| serde_json::from_slice::<StepMetrics>(line).ok().map(|m| (m.step, m.loss));
     tail.rsplit(|&byte| byte == b'\n').find_map(step)
 }
 
-/// Hands out the whole lines of a metrics file one by one; none if there is no file. Lines that are not readable, such as
-/// a torn last one from a crash, are passed over.
-pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<(), BrokerError> {
-    match open(path)? {
-        Some(file) => each_of(BufReader::new(file), take).map_err(|e| io_error(path, e)),
-        None => Ok(()),
+/// Of how many steps a metrics file has figures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Told {
+    last: u64,
+    steps: u64,
+    /// Whole lines that are not readable.
+    pub(crate) unreadable: u64,
+}
+
+impl Told {
+    fn step(&mut self, step: u64) {
+        if step > self.last {
+            self.last = step;
+            self.steps += 1;
+        }
+    }
+
+    /// Steps after `start` and up to `end` of which there are none.
+    pub(crate) fn missing(&self, start: u64, end: u64) -> u64 {
+        end.saturating_sub(start).saturating_sub(self.steps)
     }
 }
 
-fn each_of(reader: impl BufRead, mut take: impl FnMut(StepMetrics)) -> io::Result<()> {
+/// Hands out the whole lines of a metrics file one by one; none if there is no file. Lines that are not readable are
+/// counted, but for a torn last one from a crash.
+pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<Told, BrokerError> {
+    match open(path)? {
+        Some(file) => each_of(BufReader::new(file), take).map_err(|e| io_error(path, e)),
+        None => Ok(Told::default()),
+    }
+}
+
+fn each_of(reader: impl BufRead, mut take: impl FnMut(StepMetrics)) -> io::Result<Told> {
     let mut lines = Lines { reader, line: Vec::new() };
+    let mut told = Told::default();
     while let Some(line) = lines.next()? {
-        if let Ok(step) = serde_json::from_slice(line) {
-            take(step);
+        match serde_json::from_slice::<StepMetrics>(line) {
+            Ok(step) => {
+                told.step(step.step);
+                take(step);
+            }
+            Err(_) => told.unreadable += 1,
         }
     }
-    Ok(())
+    Ok(told)
+}
+
+/// What a metrics file does not tell of the steps after `start` and up to `end`, for its user; nothing if it tells all.
+pub(crate) fn gaps(path: &Path, start: u64, end: u64) -> Result<Option<String>, BrokerError> {
+    let told = each_step(path, |_| {})?;
+    let (missing, unreadable) = (told.missing(start, end), told.unreadable);
+    Ok((missing > 0 || unreadable > 0).then(|| {
+        // Without what changes from start to start, so that it is said once.
+        format!(
+            "{} has no figures of {missing} steps, and {unreadable} lines that are not readable: they were damaged or removed \
+             since, and the report goes without them",
+            path.display()
+        )
+    }))
 }
 
 /// Hands out the whole lines of a file one by one; none if there is no file.
@@ -251,9 +293,27 @@ mod tests {
         MetricsWriter::open(&path, 0).unwrap().append(&path, &testing::metrics(1, 2.0)).unwrap();
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":2,").unwrap();
         assert_eq!(steps(&path), [1]);
-        assert_eq!((last_step(&path), last_step(folder.path())), (Some(1), None));
+        assert_eq!((last_step(&path), last_step(folder.path())), (Some((1, 2.0)), None));
         MetricsWriter::open(&path, 9).unwrap().append(&path, &testing::metrics(2, 2.0)).unwrap();
         assert_eq!(steps(&path), [1, 2]);
+    }
+
+    #[test]
+    fn steps_without_figures_are_counted_however_they_were_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        assert!(gaps(&path, 0, 3).unwrap().unwrap().contains("no figures of 3 steps, and 0 lines"), "there is no file");
+        assert_eq!(gaps(&path, 3, 3).unwrap(), None);
+        five_steps(&path);
+        assert_eq!(gaps(&path, 0, 5).unwrap(), None);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        std::fs::write(&path, format!("{}\n{}\n{}{}\n", lines[0], lines[0], lines[2], lines[3])).unwrap();
+        let said = gaps(&path, 0, 5).unwrap().unwrap();
+        assert!(said.contains("no figures of 4 steps, and 1 lines"), "{said}");
+        // A run that began with a checkpoint of step 3.
+        std::fs::write(&path, format!("{}\n", lines[4])).unwrap();
+        assert!(gaps(&path, 3, 5).unwrap().unwrap().contains("no figures of 1 steps"));
     }
 
     #[test]
@@ -264,6 +324,8 @@ mod tests {
         let damaged = std::fs::read_to_string(&path).unwrap().replacen("\"step\":2", "\"step\":!", 1);
         std::fs::write(&path, damaged).unwrap();
         assert_eq!(steps(&path), [1, 3, 4, 5]);
+        let said = gaps(&path, 0, 5).unwrap().unwrap();
+        assert!(said.contains("no figures of 1 steps, and 1 lines"), "{said}");
         MetricsWriter::open(&path, 4).unwrap();
         assert_eq!(steps(&path), [1, 3, 4]);
     }

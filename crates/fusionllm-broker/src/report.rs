@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::BrokerError;
 use crate::metrics::{Thinned, each_step};
-use crate::run_dir::{PlacementFile, RunDir, StageSummary};
+use crate::run_dir::{PlacementFile, RunDir, RunFile, StageSummary};
 use crate::store::JobRecord;
 
 /// Training losses are averaged over this many last steps, since a single batch says little.
@@ -73,6 +73,8 @@ pub struct RunReport {
     pub stages: Vec<StageSummary>,
     /// What the links carried.
     pub links: Vec<LinkTotal>,
+    /// Updates of which `metrics.jsonl` has no figures any more.
+    pub missing_steps: u64,
     /// What its user must see.
     pub notices: Vec<Notice>,
 }
@@ -82,13 +84,14 @@ impl RunReport {
     pub(crate) fn read(record: &JobRecord, mut each: impl FnMut(&StepMetrics)) -> Result<Self, BrokerError> {
         let dir = RunDir::new(&record.run_dir);
         let mut totals = Totals::default();
-        each_step(&dir.metrics(), |step| {
+        let told = each_step(&dir.metrics(), |step| {
             totals.add(&step);
             each(&step);
         })?;
+        let missing_steps = told.missing(RunFile::first_step(&record.run_dir), record.step);
         let data: Option<DataReport> = dir.read_json(&dir.data())?;
         let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
-        Ok(Self { notices: dir.read_notices()?, ..Self::of(record, totals, data, placement) })
+        Ok(Self { missing_steps, notices: dir.read_notices()?, ..Self::of(record, totals, data, placement) })
     }
 
     fn of(record: &JobRecord, totals: Totals, data: Option<DataReport>, placement: Option<PlacementFile>) -> Self {
@@ -118,6 +121,7 @@ impl RunReport {
             data,
             stages: placement.map(|p| p.stages).unwrap_or_default(),
             links: totals.links(),
+            missing_steps: 0,
             notices: Vec::new(),
         }
     }
@@ -192,7 +196,14 @@ impl RunReport {
         if !self.links.is_empty() {
             text.push_str("\n![loss against bytes sent](loss-bytes.svg)\n");
         }
-        text.push_str("\nEvery step is in `metrics.jsonl`; losses are in nats per token.\n");
+        text.push_str(&match self.missing_steps {
+            0 => "\nEvery step is in `metrics.jsonl`; losses are in nats per token.\n".to_owned(),
+            missing => format!(
+                "\n`metrics.jsonl` has no figures of {missing} of {} steps, and this report goes without them; losses are in \
+                 nats per token.\n",
+                self.step
+            ),
+        });
         text
     }
 }
@@ -306,7 +317,10 @@ mod tests {
                 && text.contains("unigram model")
                 && text.contains("## Notices\n\n- step 4: a checkpoint could not be written\n")
                 && text.contains("| a | b | 0.002 | 0.004 | 50.0 % |")
+                && text.contains("Every step is in `metrics.jsonl`")
         );
+        let text = RunReport { missing_steps: 2, ..report.clone() }.markdown();
+        assert!(text.contains("no figures of 2 of 6 steps") && !text.contains("Every step"), "{text}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["state"], &json["step"]), (&"done".into(), &6.into()));
     }

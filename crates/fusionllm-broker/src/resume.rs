@@ -44,7 +44,7 @@ pub fn find_resumption(path: &Path, step: Option<u64>, out: Option<&Path>) -> Re
             let checkpoint = open_at(&folder, None)?;
             let there = checkpoint.manifest().step;
             if let Some(step) = step.filter(|&step| step != there) {
-                return Err(CheckpointError::Step { path: folder, step, there: step_name(there) }.into());
+                return Err(CheckpointError::Step { path: folder, step, there: vec![there] }.into());
             }
             let home = home_of(&checkpoint)?;
             (Newest { checkpoint, passed_over: Vec::new() }, home)
@@ -57,6 +57,8 @@ pub fn find_resumption(path: &Path, step: Option<u64>, out: Option<&Path>) -> Re
     };
     let mut notices = notices_of(&newest, home.as_ref().ok().filter(|_| step.is_none()));
     let checkpoint = newest.checkpoint;
+    let whose = format!("in the checkpoint of step {}", checkpoint.manifest().step);
+    notices.extend(home.as_ref().ok().and_then(|home| home.job_notice(&checkpoint.manifest().job, &whose)));
     let out = out.map(|out| std::path::absolute(out).map_err(|e| io_error(out, e))).transpose()?;
     let is_same = |a: &Path, b: &Path| a == b || (a.exists() && a.canonicalize().ok() == b.canonicalize().ok());
     match (out, home) {

@@ -16,6 +16,7 @@ mod open_runs;
 mod records;
 mod refusals;
 mod start;
+mod state;
 mod watched;
 mod work;
 
@@ -25,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fusionllm_protocol::{Inventory, JobId, JobSpec, StatusReport, TicketRole};
-use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Ticket, check_private, make_private_dir};
+use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Ticket, make_private_dir};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
@@ -89,12 +90,20 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`] if the address or the state directory cannot be had, or the store is damaged.
     pub async fn start(config: BrokerConfig) -> Result<Self, BrokerError> {
+        let path = config.state_dir.clone();
+        Self::start_on(config).await.map_err(|error| match error.is_disk_full() {
+            true => BrokerError::StateFull { path, reason: error.to_string() },
+            false => error,
+        })
+    }
+
+    async fn start_on(config: BrokerConfig) -> Result<Self, BrokerError> {
         let BrokerConfig { bind, advertise, state_dir, runs_dir, checkpoint_dirs, model_dirs, resumed_by } = config;
         make_private_dir(&state_dir)?;
-        check_state(&state_dir)?;
+        state::check(&state_dir)?;
         // The store's lock comes first: a second broker must not touch what the first one uses.
         let store_path = state_dir.join("broker.redb");
-        let store = open_store(&store_path)?;
+        let store = state::open_store(&store_path)?;
         let records: Vec<Restored> = store.jobs()?.into_iter().map(restored).collect();
         let identity = Identity::load_or_create(&state_dir.join("key"))?;
         let endpoint_config = EndpointConfig { advertise, ..EndpointConfig::new(identity, bind) };
@@ -105,6 +114,7 @@ impl Broker {
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
         let (mut core, actions) = Core::restore(records);
         core.resumed_by = resumed_by;
+        core.number_from(u64::from(rand::random::<u32>()) << 32);
         let open_runs = OpenRuns::new();
         let reopen = Box::new(move || Store::open(&store_path));
         let files = files::Files::start(commands.clone(), open_runs.clone());
@@ -332,31 +342,6 @@ async fn blocking<T: Send + 'static>(
 
 fn absolute(path: &Path) -> Result<PathBuf, BrokerError> {
     std::path::absolute(path).map_err(|e| io_error(path, e))
-}
-
-/// Whether the state folder and all in it that is secret are their owner's alone.
-fn check_state(state_dir: &Path) -> Result<(), BrokerError> {
-    check_private(state_dir)?;
-    let tickets = [TicketRole::Join, TicketRole::Operate].map(|role| gate::ticket_path(state_dir, role));
-    let files = ["key", "broker.redb", "secret", "ticket"].map(|name| state_dir.join(name));
-    for path in files.iter().chain(&tickets).chain([&gate::tickets_path(state_dir)]) {
-        check_private(path)?;
-    }
-    Ok(())
-}
-
-/// Opens the store; a new one is its owner's alone.
-fn open_store(path: &Path) -> Result<Store, BrokerError> {
-    #[cfg(unix)]
-    let is_new = !path.exists();
-    let store = Store::open(path)?;
-    #[cfg(unix)]
-    if is_new {
-        // Until here the folder, which is the owner's alone, has kept others out.
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-        std::fs::set_permissions(path, mode).map_err(|e| io_error(path, e))?;
-    }
-    Ok(store)
 }
 
 #[cfg(test)]

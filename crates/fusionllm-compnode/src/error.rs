@@ -357,6 +357,26 @@ pub enum CompNodeError {
         /// Bytes there are.
         room: u64,
     },
+    /// Weights and shards cannot pass.
+    #[error("{reason}: weights and checkpoint shards pass through this folder, give another one by `join --state DIR`")]
+    Scratch {
+        /// Which folder, and what the system says.
+        reason: String,
+    },
+    /// A shard of this CompNode's part would never fit.
+    #[error(
+        "a checkpoint shard of its part takes {}, there is room for {} in {path}, through which it passes: make room there, or \
+         give a folder on another disk by `join --state DIR`",
+        format_bytes(*.needed as f64), format_bytes(*.room as f64), path = path.display()
+    )]
+    ScratchRoom {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes of a shard.
+        needed: u64,
+        /// Bytes there are.
+        room: u64,
+    },
     /// The job before does not end.
     #[error("the job or measurement before still holds this CompNode's memory after {limit_s} s")]
     MemoryHeld {

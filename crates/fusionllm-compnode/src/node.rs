@@ -8,19 +8,19 @@ mod broker_wire;
 mod config;
 mod patience;
 mod running;
+mod scratch;
 mod survey;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, Hello, JobId, Role};
+use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, JobId};
 use fusionllm_transport::{Endpoint, EndpointConfig, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::backend::open_device;
-use crate::links::peer_record;
 use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
 use broker_wire::{Connected, Outbox, SessionEnd, dial};
@@ -74,6 +74,7 @@ async fn join_with(
         // A process computes with one pool; if it has one already, that one stays.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
+    scratch::check_usable(&config.scratch_dir)?;
     let surveyor = Surveyor {
         backend: open_device(config.device)?,
         folder: config.profile_dir,
@@ -268,6 +269,9 @@ impl Node {
     fn forget(&mut self, reason: &str) {
         self.clock.forget();
         self.drop_job(reason);
+        // Nobody waits for what comes of them, and another broker might take it for its own.
+        self.surveyor.cancel_all();
+        self.probes.end();
         (self.outbox, self.has_joined) = (Outbox::default(), false);
     }
 
@@ -300,17 +304,6 @@ impl Node {
         for message in messages {
             self.outbox.push(message);
         }
-    }
-
-    fn hello(&self) -> Hello {
-        let role = Role::CompNode {
-            name: self.name.clone(),
-            device: self.surveyor.backend.name().to_owned(),
-            addr: peer_record(&self.endpoint.addr()),
-            profile: self.profile.clone(),
-            resume: self.has_joined.then(|| self.outbox.received()),
-        };
-        Hello { secret: *self.ticket.secret.as_bytes(), role }
     }
 
     fn accept_peer(&mut self, peer: Session) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::place::{Brief, brief_of, checkpoints_of, maker, step_name, steps_in};
+use super::place::{Brief, brief_of, checkpoints_of, maker, steps_in};
 use super::{Checkpoint, MANIFEST, Maker, open_at};
 use crate::run_dir::RunHome;
 use crate::{BrokerError, CheckpointError};
@@ -100,10 +100,10 @@ pub(crate) fn newest_of(
     recorded: impl Fn(u64) -> Option<String>,
 ) -> Result<Newest, CheckpointError> {
     if let Some(step) = step {
-        let there: Vec<String> = candidates.iter().map(|(step, _)| step_name(*step)).collect();
+        let there = candidates.iter().map(|(step, _)| *step).collect();
         candidates.retain(|(s, _)| *s == step);
-        if candidates.is_empty() && !there.is_empty() {
-            return Err(CheckpointError::Step { path: path.to_owned(), step, there: there.join(", ") });
+        if candidates.is_empty() {
+            return Err(CheckpointError::Step { path: path.to_owned(), step, there });
         }
     }
     let mut passed_over = Vec::new();

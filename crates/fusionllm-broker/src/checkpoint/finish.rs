@@ -10,8 +10,9 @@ use safetensors::tensor::Dtype;
 use super::place::{
     ABANDONED, ASIDE, Found, Maker, brief_of, checkpoints_of, free_name, maker, partial_folder, step_name,
 };
+use super::remove::remove;
 use super::tensor_file::TensorFile;
-use super::{MANIFEST, Origin, StoredShard, io_error, shard_name, tensor_set};
+use super::{MANIFEST, Origin, Removal, StoredShard, io_error, shard_name, tensor_set};
 use crate::run_dir::{RunFile, RunHome, sync_folder, write_atomic};
 use crate::{BrokerError, CheckpointError};
 use fusionllm_planner::NodeIndex;
@@ -63,8 +64,8 @@ pub(crate) struct Finished {
     pub(crate) path: PathBuf,
     /// Its manifest's checksum.
     pub(crate) checksum: String,
-    /// What its user must know, if something was in the way.
-    pub(crate) notice: Option<String>,
+    /// What its user must know, such as that something was in the way.
+    pub(crate) notices: Vec<String>,
 }
 
 /// Checks the shards, writes the manifest, and shows the checkpoint under its name.
@@ -108,8 +109,9 @@ pub(crate) fn finish(spec: &FinishSpec, place: &ShardPlace, run_file: &RunFile) 
     };
     write_atomic(&path, manifest.seal()?.as_bytes())?;
     let (folder, notice) = destination(place, run_file, spec.step)?;
-    show(&partial, &folder, &place.run).map_err(|e| io_error(&folder, e))?;
-    Ok(Finished { path: folder, checksum: manifest.checksum, notice })
+    let left = show(&partial, &folder, &place.run).map_err(|e| io_error(&folder, e))?;
+    let notices = notice.into_iter().chain(left).collect();
+    Ok(Finished { path: folder, checksum: manifest.checksum, notices })
 }
 
 /// Where the checkpoint goes: to its name in the run's folder, or if something else has that name, to a folder that is
@@ -131,15 +133,16 @@ fn destination(place: &ShardPlace, run_file: &RunFile, step: u64) -> Result<(Pat
 }
 
 /// Gives a whole checkpoint its name. At every moment the old one of that name or the new one is whole under a name that
-/// readers look at.
-fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<()> {
+/// readers look at. Gives what its user must know of files that others put into the old one.
+fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<Vec<String>> {
     let mut name = folder.file_name().unwrap_or_default().to_owned();
     name.push(ASIDE);
     let aside = folder.with_file_name(name);
     let parent = folder.parent().unwrap_or(folder);
+    let mut left = Vec::new();
     if folder.symlink_metadata().is_ok() {
         if maker(&aside) == Maker::Run(run.clone()) {
-            std::fs::remove_dir_all(&aside)?;
+            left.extend(remove(&aside)?);
         }
         std::fs::rename(folder, &aside)?;
         sync_folder(parent)?;
@@ -147,14 +150,14 @@ fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<()> {
     std::fs::rename(partial, folder)?;
     sync_folder(parent)?;
     if maker(&aside) == Maker::Run(run.clone()) {
-        std::fs::remove_dir_all(&aside)?;
+        left.extend(remove(&aside)?);
     }
-    Ok(())
+    Ok(left)
 }
 
-/// Puts right what a crash left between two renames of [`show`]. Gives what could not be done.
-pub(crate) fn recover(folder: &Path, run: &RunId) -> Vec<String> {
-    let mut failures = Vec::new();
+/// Puts right what a crash left between two renames of [`show`].
+pub(crate) fn recover(folder: &Path, run: &RunId) -> Removal {
+    let mut removal = Removal::default();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let (name, aside) = (entry.file_name(), entry.path());
         let Some(whole) = name.to_str().and_then(|n| n.strip_suffix(ASIDE)) else { continue };
@@ -162,11 +165,13 @@ pub(crate) fn recover(folder: &Path, run: &RunId) -> Vec<String> {
             continue;
         }
         let whole = folder.join(whole);
-        let is_there = whole.symlink_metadata().is_ok();
-        let done = if is_there { std::fs::remove_dir_all(&aside) } else { std::fs::rename(&aside, &whole) };
-        failures.extend(done.err().map(|e| format!("{}: {e}", aside.display())));
+        if whole.symlink_metadata().is_ok() {
+            removal.remove(&aside);
+        } else if let Err(e) = std::fs::rename(&aside, &whole) {
+            removal.failures.push(format!("{}: {e}", aside.display()));
+        }
     }
-    failures
+    removal
 }
 
 pub(super) fn check_params(file: &TensorFile, dag: &OpDag, params: &[String]) -> Result<(), CheckpointError> {
@@ -214,7 +219,7 @@ impl Course {
 }
 
 /// Drops all but the newest `keep` checkpoints of a run; 0 keeps all. If none of these is known to be good, the newest
-/// that is stays too. Gives what could not be removed; the checkpoints in `dropped` are gone.
+/// that is stays too.
 pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
     let mut pruned = Pruned::default();
     if keep == 0 {
@@ -223,7 +228,7 @@ pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
     let found = match checkpoints_of(home) {
         Ok(found) => found,
         Err(error) => {
-            pruned.failures.push(error.to_string());
+            pruned.removal.failures.push(error.to_string());
             return pruned;
         }
     };
@@ -236,11 +241,8 @@ pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
     for old in older.iter().filter(|f| f.is_certain) {
         if !spared && is_good(old) {
             spared = true;
-            continue;
-        }
-        match remove(old) {
-            Ok(()) => pruned.dropped.push(old.step),
-            Err(e) => pruned.failures.push(format!("{}: {e}", old.path.display())),
+        } else if pruned.removal.remove(&old.path) {
+            pruned.dropped.push(old.step);
         }
     }
     pruned
@@ -249,29 +251,34 @@ pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
 /// What [`prune`] did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pruned {
+    /// Steps whose checkpoints are gone.
     pub(crate) dropped: Vec<u64>,
-    pub(crate) failures: Vec<String>,
+    pub(crate) removal: Removal,
 }
 
-/// Removes a checkpoint: its manifest first, so that half of one is never taken for a whole.
-fn remove(found: &Found) -> std::io::Result<()> {
-    match std::fs::remove_file(found.path.join(MANIFEST)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-        _ => std::fs::remove_dir_all(&found.path),
-    }
+/// What [`abandon`] did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Abandoned {
+    /// Steps with the new paths, newest first.
+    pub(crate) aside: Vec<(u64, PathBuf)>,
+    /// Those that may be another run's, and were left.
+    pub(crate) unsure: Vec<PathBuf>,
 }
 
-/// Renames the checkpoints after `step`: the run goes on from there, and they are not its future any more. Gives their
-/// steps with the new paths, and what could not be renamed.
+/// Renames the checkpoints after `step`: the run goes on from there, and they are not its future any more.
 ///
 /// # Errors
 /// [`BrokerError`] if one stays under its name: it would be taken for the newest later.
-pub(crate) fn abandon(home: &RunHome, step: u64) -> Result<Vec<(u64, PathBuf)>, BrokerError> {
-    let mut abandoned = Vec::new();
+pub(crate) fn abandon(home: &RunHome, step: u64) -> Result<Abandoned, BrokerError> {
+    let mut abandoned = Abandoned::default();
     for found in checkpoints_of(home)?.into_iter().filter(|f| f.step > step) {
+        if !found.is_certain {
+            abandoned.unsure.push(found.path);
+            continue;
+        }
         let to = free_name(&found.path, ABANDONED);
         std::fs::rename(&found.path, &to).map_err(|e| io_error(&found.path, e))?;
-        abandoned.push((found.step, to));
+        abandoned.aside.push((found.step, to));
     }
     Ok(abandoned)
 }

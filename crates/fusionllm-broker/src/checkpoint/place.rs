@@ -10,7 +10,7 @@ use fusionllm_transport::{open_regular, read_regular};
 use serde::Deserialize;
 
 use super::tensor_file::io;
-use super::{MANIFEST, io_error};
+use super::{MANIFEST, Removal, io_error};
 use crate::run_dir::RunHome;
 use crate::{BrokerError, CheckpointError};
 
@@ -104,9 +104,11 @@ pub(crate) struct Found {
 /// [`CheckpointError::Io`] if a folder is there and cannot be listed.
 pub(crate) fn checkpoints_of(home: &RunHome) -> Result<Vec<Found>, CheckpointError> {
     let mut found = Vec::new();
+    let unnamed_up_to = home.file.as_ref().and_then(|file| file.unnamed_up_to).unwrap_or(u64::MAX);
     for place in home.places() {
         for (step, path) in steps_in(&place)? {
-            if let Some(is_certain) = home.owns(&place, &path) {
+            if let Some(is_certain) = home.owns(&place, &path).filter(|is_certain| *is_certain || step <= unnamed_up_to)
+            {
                 found.push(Found { step, path, is_certain });
             }
         }
@@ -183,6 +185,9 @@ pub(crate) const ASIDE: &str = ".replaced";
 /// What marks a checkpoint that a run has turned its back on by resuming from an earlier one.
 pub(crate) const ABANDONED: &str = ".abandoned";
 
+/// What marks a folder that is no checkpoint any more, and has files in it that the run did not write.
+pub(crate) const LEFTOVER: &str = ".leftover";
+
 /// Where the shards of a step are gathered. The name says which run makes it.
 pub(crate) fn partial_folder(folder: &Path, run: &RunId, step: u64, generation: Generation) -> PathBuf {
     folder.join(format!("step-{step}.partial-{}-{}", run.short(), generation.0))
@@ -214,19 +219,31 @@ pub(crate) fn make_partial(path: &Path, run: &RunId) -> Result<(), BrokerError> 
     write_mark(path, run)
 }
 
-/// Removes what earlier placements of this run left unfinished, and nothing else. Gives what could not be removed.
-pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Vec<String> {
-    let mut failures = Vec::new();
+/// Removes what earlier placements of this run left unfinished, and nothing else.
+pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Removal {
+    let mut removal = Removal::default();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let (name, path) = (entry.file_name(), entry.path());
         let ours = format!(".partial-{}-", run.short());
-        if name.to_str().is_some_and(|n| n.starts_with("step-") && n.contains(&ours)) {
-            let is_ours = maker(&path) == Maker::Run(run.clone()) || is_just_begun(&path);
-            let removed = if is_ours { std::fs::remove_dir_all(&path) } else { std::fs::remove_dir(&path) };
-            failures.extend(removed.err().map(|e| format!("{}: {e}", path.display())));
+        if !name.to_str().is_some_and(|n| n.starts_with("step-") && n.contains(&ours)) {
+            continue;
+        }
+        if maker(&path) == Maker::Run(run.clone()) || is_just_begun(&path) {
+            removal.remove(&path);
+        } else if let Err(e) = std::fs::remove_dir(&path) {
+            removal.failures.push(format!("{}: {e}", path.display()));
         }
     }
-    failures
+    removal
+}
+
+/// Removes the shards of one checkpoint that will not be whole, if the folder is this run's.
+pub(crate) fn drop_partial(path: &Path, run: &RunId) -> Removal {
+    let mut removal = Removal::default();
+    if maker(path) == Maker::Run(run.clone()) {
+        removal.remove(path);
+    }
+    removal
 }
 
 /// A name beside `path` that is free: its own with `suffix`, and a number if that is taken.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fusionllm_protocol::{Generation, RunId};
 
 use super::find::meant;
-use super::finish::Course;
+use super::finish::{Course, Pruned};
 use super::place::{ABANDONED, ASIDE, MARK};
 use super::*;
 use crate::model::load_model;
@@ -26,6 +26,7 @@ fn run_file(folder: &Path, id: u8) -> RunFile {
         copy_of: Vec::new(),
         from: None,
         checkpoints: Some(folder.to_owned()),
+        unnamed_up_to: None,
         manifests: std::collections::BTreeMap::new(),
     }
 }
@@ -138,7 +139,7 @@ fn a_run_directory_means_its_newest_checkpoint() {
     }
     let (_, place) = gather(&checkpoints, 1, 11, 2.0);
     assert_eq!(open_checkpoint(folder.path()).unwrap().manifest().step, 10);
-    assert_eq!(remove_partial(&checkpoints, &place.run), [""; 0]);
+    assert_eq!(remove_partial(&checkpoints, &place.run), Removal::default());
     assert_eq!(std::fs::read_dir(&checkpoints).unwrap().count(), 3);
 }
 
@@ -147,7 +148,7 @@ fn only_the_newest_are_kept() {
     let folder = tempfile::tempdir().unwrap();
     for step in 1..=5 {
         make(folder.path(), step);
-        assert!(prune(&home(folder.path(), 1), 2, GOOD).failures.is_empty());
+        assert!(prune(&home(folder.path(), 1), 2, GOOD).removal == Removal::default());
     }
     assert_eq!(steps(folder.path()), [4, 5]);
     // The same step again.
@@ -192,7 +193,7 @@ fn two_runs_in_one_folder_leave_each_other_alone() {
     assert_eq!(prune(&home(folder.path(), 1), 1, GOOD).dropped, [4, 2]);
     assert_eq!(steps(folder.path()), [1, 3, 5, 6]);
     let (_, other) = gather(folder.path(), 2, 9, 2.0);
-    assert!(remove_partial(folder.path(), &RunId::from_bytes([1; 16])).is_empty());
+    assert_eq!(remove_partial(folder.path(), &RunId::from_bytes([1; 16])), Removal::default());
     assert!(other.partial(9, GENERATION).is_dir());
     let error = error(folder.path());
     assert!(error.contains("several runs") && error.contains("step-5 (run 02020202)"), "{error}");
@@ -219,13 +220,14 @@ fn what_others_made_is_neither_overwritten_nor_removed() {
         let finished = finish(&spec, &place, &file).unwrap();
         let is_taken = finished.path.parent() != Some(folder.path());
         assert_eq!(is_taken, [1, 2, 4, 5].contains(&step), "{finished:?}");
-        let named = finished.notice.is_some_and(|n| n.contains(&format!("step-{step}")) && n.contains("left alone"));
+        let named =
+            finished.notices.first().is_some_and(|n| n.contains(&format!("step-{step}")) && n.contains("left alone"));
         assert_eq!(named, is_taken);
         prune(&home(folder.path(), 1), 1, GOOD);
     }
-    assert!(recover(folder.path(), &file.run).is_empty());
+    assert_eq!(recover(folder.path(), &file.run), Removal::default());
     // What cannot be removed is said, and stays.
-    assert_eq!(remove_partial(folder.path(), &file.run).len(), 1);
+    assert_eq!(remove_partial(folder.path(), &file.run).failures.len(), 1);
     abandon(&home(folder.path(), 1), 0).unwrap();
     for name in ["step-1", "step-2", "step-7.partial-9", "step-8.partial-01010101-1", "step-3.replaced"] {
         assert_eq!(std::fs::read(keep(name)).unwrap(), b"mine", "{name}");
@@ -234,6 +236,62 @@ fn what_others_made_is_neither_overwritten_nor_removed() {
     let place = ShardPlace { run: file.run.clone(), folder: folder.path().to_owned() };
     let error = make_partial(&place.partial(8, GENERATION), &file.run).unwrap_err().to_string();
     assert!(error.contains("step-8.partial-01010101-1 is in the way"), "{error}");
+}
+
+/// Whoever keeps notes beside a checkpoint finds them again, wherever the run removes one.
+#[test]
+fn files_of_others_outlive_the_checkpoint_that_they_lie_in() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = run_file(folder.path(), 1);
+    let write = |path: PathBuf| {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "mine").unwrap();
+    };
+    let kept = |name: &str, inner: &str| {
+        assert_eq!(std::fs::read(folder.path().join(name).join(inner)).unwrap(), b"mine", "{name}");
+    };
+    // Pruned.
+    let old = make(folder.path(), 1);
+    write(old.join("notes.txt"));
+    write(old.join("plots/shard-0.safetensors"));
+    write(old.join("shard-9.safetensors"));
+    write(old.join("shard-0.safetensors.Ab12Cd.tmp"));
+    make(folder.path(), 2);
+    let pruned = prune(&home(folder.path(), 1), 1, GOOD);
+    assert_eq!((pruned.dropped, pruned.removal.failures.len()), (vec![1], 0));
+    let said = &pruned.removal.leftovers[0];
+    assert!(said.contains("`notes.txt`, `plots`, `shard-9.safetensors`") && said.contains("step-1.leftover"), "{said}");
+    let left = folder.path().join("step-1.leftover");
+    assert_eq!(std::fs::read_dir(&left).unwrap().count(), 3, "what the run wrote is gone");
+    for inner in ["notes.txt", "plots/shard-0.safetensors", "shard-9.safetensors"] {
+        kept("step-1.leftover", inner);
+    }
+    assert!(error(&left).contains("no whole checkpoint"), "{}", error(&left));
+    assert_eq!(prune(&home(folder.path(), 1), 1, GOOD), Pruned::default(), "it is said once");
+
+    // Replaced by another of its step.
+    write(folder.path().join("step-2/notes.txt"));
+    let (spec, place) = gather(folder.path(), 1, 2, 2.0);
+    let finished = finish(&spec, &place, &file).unwrap();
+    assert!(finished.notices[0].contains("step-2.leftover"), "{finished:?}");
+    kept("step-2.leftover", "notes.txt");
+    open_checkpoint(&folder.path().join("step-2")).unwrap();
+
+    // Never whole.
+    gather(folder.path(), 1, 3, 2.0);
+    write(place.partial(3, GENERATION).join("notes.txt"));
+    let removal = remove_partial(folder.path(), &file.run);
+    assert_eq!((removal.failures.len(), removal.leftovers.len()), (0, 1));
+    kept("step-3.leftover", "notes.txt");
+    assert_eq!(remove_partial(folder.path(), &file.run), Removal::default());
+    // What stands in the way of shards costs the checkpoint, and nothing of whoever put it there.
+    let (taken, gathered) = (place.partial(4, GENERATION), place.partial(5, GENERATION));
+    write(taken.join("notes.txt"));
+    assert_eq!(drop_partial(&taken, &file.run), Removal::default());
+    assert!(taken.join("notes.txt").is_file());
+    gather(folder.path(), 1, 5, 2.0);
+    assert_eq!(drop_partial(&gathered, &file.run), Removal::default());
+    assert!(!gathered.exists());
 }
 
 #[test]
@@ -254,7 +312,7 @@ fn shards_that_come_at_once_share_their_folder() {
     std::fs::write(partial.join(MARK), "0101").unwrap();
     make_partial(&partial, &place.run).unwrap();
     std::fs::write(partial.join(MARK), "").unwrap();
-    assert!(remove_partial(&place.folder, &place.run).is_empty());
+    assert_eq!(remove_partial(&place.folder, &place.run), Removal::default());
     assert_eq!(std::fs::read_dir(&place.folder).unwrap().count(), 0);
 }
 
@@ -264,11 +322,14 @@ fn an_abandoned_future_is_kept_aside_and_not_found() {
     for step in [5, 8, 10] {
         make(folder.path(), step);
     }
-    let aside = abandon(&home(folder.path(), 1), 5).unwrap();
+    let aside = abandon(&home(folder.path(), 1), 5).unwrap().aside;
     assert_eq!(aside.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [10, 8]);
     assert_eq!(open_newest(&home(folder.path(), 1), None).unwrap().checkpoint.manifest().step, 5);
     make(folder.path(), 10);
-    assert_eq!(abandon(&home(folder.path(), 1), 9).unwrap()[0].1, folder.path().join(format!("step-10{ABANDONED}-2")));
+    assert_eq!(
+        abandon(&home(folder.path(), 1), 9).unwrap().aside[0].1,
+        folder.path().join(format!("step-10{ABANDONED}-2"))
+    );
     // It can still be had by its path.
     assert_eq!(open_checkpoint(&folder.path().join(format!("step-10{ABANDONED}"))).unwrap().manifest().step, 10);
 }
@@ -282,7 +343,7 @@ fn a_crash_while_a_checkpoint_takes_anothers_place_loses_neither() {
     // After the first rename.
     std::fs::rename(&whole, &aside).unwrap();
     assert_eq!(open_newest(&home(folder.path(), 1), None).unwrap().checkpoint.manifest().step, 5);
-    assert!(recover(folder.path(), &run).is_empty());
+    assert_eq!(recover(folder.path(), &run), Removal::default());
     assert!(whole.is_dir() && !aside.exists());
     // After the second.
     std::fs::rename(&whole, &aside).unwrap();
@@ -290,7 +351,7 @@ fn a_crash_while_a_checkpoint_takes_anothers_place_loses_neither() {
     std::fs::create_dir_all(&aside).unwrap();
     std::fs::write(aside.join(MARK), run.as_str()).unwrap();
     assert_eq!(steps(folder.path()), [5], "it counts once");
-    assert!(recover(folder.path(), &run).is_empty());
+    assert_eq!(recover(folder.path(), &run), Removal::default());
     assert!(whole.is_dir() && !aside.exists());
 }
 
@@ -390,7 +451,7 @@ fn an_old_checkpoint_that_cannot_be_removed_is_no_failure() {
     std::fs::remove_file(old.join(MANIFEST)).unwrap();
     std::fs::create_dir(old.join(MANIFEST)).unwrap();
     let pruned = prune(&home(folder.path(), 1), 1, GOOD);
-    assert!(pruned.dropped.is_empty() && pruned.failures[0].contains("step-1"), "{pruned:?}");
+    assert!(pruned.dropped.is_empty() && pruned.removal.failures[0].contains("step-1"), "{pruned:?}");
 }
 
 #[test]

@@ -51,6 +51,8 @@ pub(crate) struct StartPoint {
     pub(crate) cluster: Option<Cluster>,
     /// Updates already done.
     pub(crate) step: u64,
+    /// Training loss of the last of them, if it is known.
+    pub(crate) loss: Option<f64>,
     /// What the job's user must know of it, a sentence each; said when the job is placed.
     pub(crate) notices: Vec<String>,
     /// Where the model came from: files that its checkpoints carry, and the data that it was trained on before.
@@ -136,8 +138,8 @@ pub(crate) enum Action {
 #[derive(Clone, Debug)]
 pub(crate) struct Restored {
     pub(crate) record: JobRecord,
-    /// The last step of its metrics.
-    pub(crate) reached: Option<u64>,
+    /// The last step of its metrics, with its loss.
+    pub(crate) reached: Option<(u64, f64)>,
     /// Step of its newest whole checkpoint.
     pub(crate) checkpoint: Option<u64>,
 }

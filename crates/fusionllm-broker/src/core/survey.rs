@@ -78,6 +78,12 @@ pub(super) struct Survey {
 }
 
 impl Survey {
+    /// Numbers go on after this one. An earlier broker process has asked under others, and what is answered to it may come
+    /// here.
+    pub(super) fn number_from(&mut self, number: u64) {
+        self.count = number;
+    }
+
     /// A CompNode has joined: its links to all others are due.
     pub(super) fn joined(&mut self, connection: ConnectionId, others: impl Iterator<Item = ConnectionId>) {
         self.due.extend(others.filter(|&o| o != connection).map(|o| (o.min(connection), o.max(connection))));
@@ -265,6 +271,12 @@ impl Survey {
             self.pairs.extend(pair.map(|pair| (pair, PairState { result: None, at: now })));
             self.ops.extend(ops.map(|ops| (ops, None)));
         }
+    }
+
+    /// Whether a measurement is under way.
+    #[cfg(test)]
+    pub(super) fn is_measuring(&self) -> bool {
+        !self.active.is_empty()
     }
 
     /// Measurements that are still to come.

@@ -25,6 +25,7 @@ fn start(spec: &JobSpec, step: u64) -> StartPoint {
         weights: None,
         cluster: None,
         step,
+        loss: None,
         origin: Origin::default(),
         notices: Vec::new(),
         run: RunStart::new(),
@@ -672,14 +673,15 @@ fn record(job: u64, state: JobState) -> JobRecord {
 fn a_restart_goes_by_what_the_run_directory_knows() {
     let at_work = |job, reached, checkpoint| {
         let state = JobState::Running;
-        Restored { record: record(job, state), reached: Some(reached), checkpoint: Some(checkpoint) }
+        Restored { record: record(job, state), reached: Some((reached, 1.5)), checkpoint: Some(checkpoint) }
     };
     let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)]);
     assert_eq!(
         failure(&core),
         "the broker restarted after step 5; `fusionllm resume 1` goes on from the checkpoint of step 3"
     );
-    assert_eq!(core.record(JobId(1)).unwrap().step, 5);
+    let (step, loss) = (core.record(JobId(1)).unwrap().step, core.record(JobId(1)).unwrap().loss);
+    assert_eq!((step, loss), (5, Some(1.5)), "those of one step");
     assert_eq!(state(&core, 2), JobState::Done, "all its steps and its last checkpoint are there");
 }
 
@@ -693,8 +695,14 @@ fn a_chosen_step_outlives_the_broker() {
     let actions = core.resume(JobId(1), spec.clone(), start(&spec, 3), Some(3), NOW).unwrap();
     let kept = core.record(JobId(1)).unwrap().clone();
     assert_eq!((kept.from_step, kept.checkpoint.clone()), (Some(3), None));
+    assert_eq!((kept.step, kept.loss), (3, None), "the loss of a later step is not told of this one");
+    // It waits, and has not put the later steps aside yet.
+    let waiting = JobRecord { state: JobState::Waiting { reason: String::new() }, ..kept.clone() };
+    let (waits, _) = Core::restore(vec![Restored { record: waiting, reached: Some((6, 1.5)), checkpoint: Some(6) }]);
+    assert_eq!((waits.record(JobId(1)).unwrap().step, waits.record(JobId(1)).unwrap().loss), (3, None));
     let at_work = JobRecord { state: JobState::Preparing, ..kept };
-    let (core_then, _) = Core::restore(vec![Restored { record: at_work, reached: Some(6), checkpoint: Some(6) }]);
+    let (core_then, _) =
+        Core::restore(vec![Restored { record: at_work, reached: Some((6, 1.5)), checkpoint: Some(6) }]);
     assert!(failure(&core_then).starts_with("the broker restarted"), "the checkpoint of step 6 is not its future");
     measure(&mut core, actions);
     let key = RunKey { generation: Generation(2), ..KEY };
@@ -702,6 +710,39 @@ fn a_chosen_step_outlives_the_broker() {
         say(&mut core, connection, ready(key));
     }
     assert_eq!(core.record(JobId(1)).unwrap().from_step, None);
+}
+
+/// A CompNode may answer to the next broker what the one before has asked.
+#[test]
+fn a_measurement_for_an_earlier_broker_is_not_believed() {
+    let requests = |epoch: u64| {
+        let mut core = Core::default();
+        core.number_from(epoch << 32);
+        join(&mut core, 1, "a");
+        let spec = testing::spec(&["placement.compnodes=1"]);
+        let (_, actions) = core.submit(spec.clone(), start(&spec, 0), PathBuf::from("/runs/x"), NOW).unwrap();
+        let mut all = Vec::new();
+        for action in actions {
+            match action {
+                Action::Persist { number, .. } => all.extend(core.handle(CoreEvent::Persisted { number }, NOW)),
+                action => all.push(action),
+            }
+        }
+        (core, all)
+    };
+    let asked = |actions: &[Action]| {
+        let mut answers = measurements(actions);
+        answers.retain(|(_, answer)| matches!(answer, FromCompNode::Measured { .. }));
+        answers.pop().unwrap().1
+    };
+    let (_, before) = requests(1);
+    let (mut core, now) = requests(2);
+    let tell = |core: &mut Core, message| {
+        core.handle(CoreEvent::Said { connection: ConnectionId(1), message, at: NOW }, NOW);
+        core.survey.is_measuring()
+    };
+    assert!(tell(&mut core, asked(&before)), "that is still to come");
+    assert!(!tell(&mut core, asked(&now)));
 }
 
 #[test]

@@ -89,7 +89,6 @@ fn the_directory_is_that_of_the_run_wherever_its_checkpoints_lie() {
     let start = RunStart::new();
     let first = open(&dir, &start, &spec, 0).unwrap();
     assert_eq!(first.place.folder, to, "the folder is its own so far");
-    save(&first, &from, 3);
     assert!(matches!(open(&dir, &start, &spec, 0), Err(BrokerError::InUse { .. })));
 
     // A second run, at the same time and later.
@@ -97,6 +96,7 @@ fn the_directory_is_that_of_the_run_wherever_its_checkpoints_lie() {
     let own = second.place.folder.clone();
     assert_eq!(own, second.file.subfolder(&to));
     assert!(second.notices[0].contains("in use by run"), "{:?}", second.notices);
+    save(&first, &from, 3);
     save(&second, &from, 7);
     drop((first, second));
     let third = open(&old.path("runs/c"), &RunStart::new(), &spec, 0).unwrap();
@@ -155,6 +155,88 @@ fn a_directory_without_its_run_file_keeps_its_checkpoints() {
     let opened = open(&dir, &found.start, &spec, 3).unwrap();
     assert!(dir.join("checkpoints/step-5.abandoned").is_dir());
     assert_eq!(open_newest(&opened.home(), None).unwrap().checkpoint.manifest().step, 3);
+}
+
+/// A folder that is the place of other things, such as that of all run directories, gets no checkpoints among them.
+#[test]
+fn checkpoints_have_a_folder_of_their_own_among_other_things() {
+    let old = OldRuns::new();
+    let from = open_checkpoint(&old.path("run")).unwrap();
+    let runs = old.path("runs");
+    let mut spec = from.manifest().job.clone();
+    spec.checkpoint.to = Some(runs.clone());
+    let start = RunStart::new();
+    let opened = open(&runs.join("a"), &start, &spec, 0).unwrap();
+    let own = opened.file.subfolder(&runs);
+    assert_eq!(opened.place.folder, own);
+    let said = &opened.notices[0];
+    assert!(said.contains("a is not of this run") && said.contains(&own.display().to_string()), "{said}");
+    save(&opened, &from, 3);
+    drop(opened);
+    let mut names: Vec<_> = std::fs::read_dir(&runs).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.sort();
+    assert_eq!(names, [runs.join("a"), own], "not even a lock");
+    assert_eq!(step(&runs.join("a"), None, None).0, 3);
+    // Its own directory is no better, and a new disk is not one that others use.
+    spec.checkpoint.to = Some(runs.join("b"));
+    let opened = open(&runs.join("b"), &RunStart::new(), &spec, 0).unwrap();
+    assert_eq!(opened.place.folder, opened.file.subfolder(&runs.join("b")));
+    let disk = old.path("disk");
+    std::fs::create_dir_all(disk.join("lost+found")).unwrap();
+    spec.checkpoint.to = Some(disk.clone());
+    let opened = open(&runs.join("c"), &RunStart::new(), &spec, 0).unwrap();
+    assert_eq!((&opened.place.folder, &opened.notices), (&disk, &Vec::new()));
+}
+
+/// Two runs of one job by version 0.1.0, in one folder, cannot be told apart: neither renames what may be the other's.
+#[test]
+fn what_may_be_another_runs_is_not_abandoned() {
+    let old = OldRuns::new();
+    let (dir, volume) = (old.path("elsewhere"), old.path("volume"));
+    let found = find_resumption(&dir, Some(2), None).unwrap();
+    let spec = found.checkpoint().manifest().job.clone();
+    let opened = open(&dir, &found.start, &spec, 2).unwrap();
+    assert!(volume.join("step-4/manifest.json").is_file(), "{:?}", std::fs::read_dir(&volume));
+    assert!(opened.notices.iter().any(|n| n.contains("may be another run's") && n.contains("step-4")), "{opened:?}");
+    drop(opened);
+    // It is not this run's future all the same.
+    assert_eq!(step(&dir, None, None).0, 2);
+    let error = find_resumption(&dir, Some(4), None).unwrap_err().to_string();
+    assert!(error.contains("no checkpoint of step 4, expected one of step-2"), "{error}");
+}
+
+#[test]
+fn an_edited_job_file_is_not_ignored_without_a_word() {
+    let old = OldRuns::new();
+    let dir = old.path("run");
+    let notices = || find_resumption(&dir, None, None).unwrap().start.notices;
+    assert_eq!(notices(), [""; 0]);
+    let text = std::fs::read_to_string(dir.join("job.json")).unwrap();
+    let edited = text.replace("\"lr\": 0.001", "\"lr\": 0.1").replace("\"warmup\": 1", "\"warmup\": 0");
+    std::fs::write(dir.join("job.json"), edited).unwrap();
+    let said = notices().join("\n");
+    assert!(
+        said.contains("job.json has another train.lr, train.warmup than the job in the checkpoint of step 4"),
+        "{said}"
+    );
+    assert!(said.contains("--set changes keys"), "{said}");
+    // Of this version the directory is known by run.json.
+    std::fs::write(dir.join("job.json"), &text).unwrap();
+    let found = find_resumption(&dir, None, None).unwrap();
+    let spec = found.checkpoint().manifest().job.clone();
+    drop(open(&dir, &found.start, &spec, 4).unwrap());
+    std::fs::write(dir.join("job.json"), "{").unwrap();
+    let said = notices().join("\n");
+    assert!(said.contains("job.json") && said.contains("passed over"), "{said}");
+    // Neither is a damaged run.json, which says what to do.
+    let run_json = std::fs::read(dir.join("run.json")).unwrap();
+    std::fs::write(dir.join("run.json"), &run_json[..run_json.len() / 2]).unwrap();
+    let error = find_resumption(&dir, None, None).unwrap_err();
+    assert!(error.is_bad_input() && error.to_string().contains("run.json is damaged"), "{error}");
+    assert!(error.to_string().contains("move it away"), "{error}");
+    std::fs::remove_file(dir.join("run.json")).unwrap();
+    std::fs::write(dir.join("job.json"), &text).unwrap();
+    assert_eq!(step(&dir, None, None), (4, dir.clone()), "what it says can be done");
 }
 
 #[test]

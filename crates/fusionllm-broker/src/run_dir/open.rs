@@ -7,8 +7,11 @@ use fusionllm_protocol::{JobSpec, Notice, RunId};
 use super::lock::RunLocks;
 use super::{FolderLock, Parent, PlacementFile, RunDir, RunFile, RunHome, io_error, write_atomic};
 use crate::BrokerError;
-use crate::checkpoint::{ShardPlace, abandon, free_name, recover, remove_partial, steps_in};
+use crate::checkpoint::{Abandoned, ShardPlace, abandon, free_name, recover, remove_partial, steps_in};
 use crate::metrics::{copy_after, each_line};
+
+/// What a folder may have in it that nobody uses: our lock, and what a new disk comes with.
+const EMPTY: [&str; 2] = [FolderLock::FILE, "lost+found"];
 
 /// Which run begins or goes on, and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,11 +84,21 @@ impl RunDir {
         // The lock is ours: nobody else puts these right at the same time.
         let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: Some(spec.clone()) };
         for place in home.places() {
-            let failures = [recover(&place, &file.run), remove_partial(&place, &file.run)].concat();
-            notices
-                .extend(failures.into_iter().map(|why| format!("what an earlier start left was not removed: {why}")));
+            let mut removal = recover(&place, &file.run);
+            removal.add(remove_partial(&place, &file.run));
+            let not_removed = |why| format!("what an earlier start left was not removed: {why}");
+            notices.extend(removal.failures.into_iter().map(not_removed).chain(removal.leftovers));
         }
-        let abandoned = abandon(&home, start_step)?;
+        let Abandoned { aside: abandoned, unsure } = abandon(&home, start_step)?;
+        if !unsure.is_empty() {
+            file.unnamed_up_to = Some(start_step);
+            let named: Vec<String> = unsure.iter().map(|path| path.display().to_string()).collect();
+            notices.push(format!(
+                "the run goes on from step {start_step}: checkpoints of later steps without a run's id may be another run's, \
+                 and stay as they are ({}); they are not its future",
+                named.join(", ")
+            ));
+        }
         if let Some((_, newest)) = abandoned.first() {
             let steps: Vec<String> = abandoned.iter().map(|(step, _)| step.to_string()).collect();
             notices.push(format!(
@@ -123,6 +136,7 @@ impl RunDir {
                 copy_of: Vec::new(),
                 from: start.from.clone(),
                 checkpoints: None,
+                unnamed_up_to: None,
                 manifests: std::collections::BTreeMap::new(),
             },
         };
@@ -152,15 +166,20 @@ impl RunDir {
         };
         make(shared)?;
         let own = file.subfolder(shared);
-        let others = match FolderLock::take(shared, &file.run) {
+        let is_other = |other: PathBuf| format!("{} is not of this run", other.display());
+        // A folder of others is left without a lock file, too.
+        let others = match self.other_in(file, spec, shared)? {
             // Where it was before, there it stays.
-            Ok(lock) if !own.is_dir() => match self.other_in(file, spec, shared)? {
-                None => return Ok((shared.clone(), Some(lock))),
-                Some(other) => format!("{} is not of this run", other.display()),
+            _ if own.is_dir() => String::new(),
+            Some(other) => is_other(other),
+            None => match FolderLock::take(shared, &file.run) {
+                Ok(lock) => match self.other_in(file, spec, shared)? {
+                    None => return Ok((shared.clone(), Some(lock))),
+                    Some(other) => is_other(other),
+                },
+                Err(BrokerError::InUse { holder, .. }) => format!("it is in use by {holder}"),
+                Err(error) => return Err(error),
             },
-            Ok(_) => String::new(),
-            Err(BrokerError::InUse { holder, .. }) => format!("it is in use by {holder}"),
-            Err(error) => return Err(error),
         };
         make(&own)?;
         let lock = FolderLock::take(&own, &file.run)?;
@@ -171,10 +190,21 @@ impl RunDir {
         Ok((own, Some(lock)))
     }
 
-    /// Something in the folder that has a checkpoint's name and is not of this run.
+    /// Something in the folder that is not of this run: what has a checkpoint's name, and unless the run has its
+    /// checkpoints there already, anything.
     fn other_in(&self, file: &RunFile, spec: &JobSpec, folder: &Path) -> Result<Option<PathBuf>, BrokerError> {
         let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: Some(spec.clone()) };
-        Ok(steps_in(folder)?.into_iter().map(|(_, path)| path).find(|path| home.owns(folder, path).is_none()))
+        let steps: Vec<PathBuf> = steps_in(folder)?.into_iter().map(|(_, path)| path).collect();
+        if let Some(other) = steps.iter().find(|path| home.owns(folder, path).is_none()) {
+            return Ok(Some(other.clone()));
+        }
+        if !steps.is_empty() || file.checkpoints.as_deref() == Some(folder) {
+            return Ok(None);
+        }
+        let entries = std::fs::read_dir(folder).map_err(|e| io_error(folder, e))?;
+        let mut others: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        others.retain(|path| !EMPTY.iter().any(|name| path.ends_with(name)) && home.owns(folder, path).is_none());
+        Ok(others.into_iter().min())
     }
 
     /// Keeps the metrics and notices after `step` in files of their own.

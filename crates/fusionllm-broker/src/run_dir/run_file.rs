@@ -1,10 +1,13 @@
 //! `run.json`: which run a directory is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{JobSpec, RunId};
+use fusionllm_transport::read_regular;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{RunDir, io_error};
 use crate::BrokerError;
@@ -39,6 +42,10 @@ pub(crate) struct RunFile {
     /// Where its checkpoints lie if not in `checkpoints`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) checkpoints: Option<PathBuf>,
+    /// The run went on from this step, and checkpoints of later ones without an id that lie where others put theirs, too,
+    /// are not its future.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) unnamed_up_to: Option<u64>,
     /// Of each checkpoint, by its step, the manifest's checksum.
     #[serde(default)]
     pub(crate) manifests: BTreeMap<u64, String>,
@@ -51,9 +58,21 @@ impl RunFile {
     /// Reads that of a directory; nothing if it is not there.
     ///
     /// # Errors
-    /// [`BrokerError::Io`] that names the file.
+    /// [`BrokerError::DamagedRun`] if it is not as it was written, [`BrokerError::Io`] if it cannot be read.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>, BrokerError> {
-        RunDir::new(dir).read_json(&dir.join(Self::FILE))
+        let path = dir.join(Self::FILE);
+        match read_regular(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|e| BrokerError::DamagedRun { path, reason: e.to_string() }),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error(&path, e)),
+        }
+    }
+
+    /// After which step the run in a directory began; 0 if that is not known.
+    pub(crate) fn first_step(dir: &Path) -> u64 {
+        Self::read(dir).ok().flatten().and_then(|file| file.from).map_or(0, |from| from.step)
     }
 
     /// Writes it to its directory.
@@ -64,6 +83,26 @@ impl RunFile {
     /// The folder of its own in a folder that others use too.
     pub(crate) fn subfolder(&self, folder: &Path) -> PathBuf {
         folder.join(format!("{}-{}", self.name, self.run.short()))
+    }
+}
+
+/// Keys that are named in a sentence.
+const NAMED: usize = 3;
+
+/// Collects the keys, such as `train.lr`, in which two JSON documents differ.
+fn differing(a: &Value, b: &Value, key: &str, into: &mut Vec<String>) {
+    match (a, b) {
+        (Value::Object(a), Value::Object(b)) => {
+            let names: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            for name in names {
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                let none = Value::Null;
+                differing(a.get(name).unwrap_or(&none), b.get(name).unwrap_or(&none), &key, into);
+            }
+        }
+        // A number that was written and read may have lost its last bit.
+        _ if a == b || a.as_f64().zip(b.as_f64()).is_some_and(|(a, b)| (a - b).abs() <= 1e-12 * a.abs()) => {}
+        _ => into.push(key.to_owned()),
     }
 }
 
@@ -86,7 +125,7 @@ impl RunHome {
         let dir = std::path::absolute(dir).map_err(|e| io_error(dir, e))?;
         let file = RunFile::read(&dir)?;
         let run_dir = RunDir::new(&dir);
-        // Only what an earlier version left depends on it.
+        // Only what an earlier version left depends on it; what is wrong with it, `job_notice` says.
         let spec: Option<JobSpec> = run_dir.read_json(&run_dir.job()).ok().flatten();
         Ok((file.is_some() || spec.is_some()).then_some(Self { dir, file, spec }))
     }
@@ -97,6 +136,29 @@ impl RunHome {
         let same = |a: &Path, b: &Path| std::fs::canonicalize(a).ok() == std::fs::canonicalize(b).ok();
         let there = RunFile::read(&file.dir).ok().flatten();
         there.is_some_and(|other| other.run == file.run) && !same(&file.dir, &self.dir)
+    }
+
+    /// What its user must know of `job.json`, which is written for people: that `counts`, the job that `whose` names, is
+    /// another one, or that it cannot be read.
+    pub(crate) fn job_notice(&self, counts: &JobSpec, whose: &str) -> Option<String> {
+        let run_dir = RunDir::new(&self.dir);
+        let path = run_dir.job();
+        let written: JobSpec = match run_dir.read_json(&path) {
+            Ok(written) => written?,
+            Err(error) => return Some(format!("{error}: passed over, the job {whose} counts")),
+        };
+        let keys = serde_json::to_value(&written).ok().zip(serde_json::to_value(counts).ok());
+        let mut differ = Vec::new();
+        keys.iter().for_each(|(a, b)| differing(a, b, "", &mut differ));
+        if differ.is_empty() {
+            return None;
+        }
+        let named = differ.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", ");
+        let more = if differ.len() > NAMED { format!(" and {} more", differ.len() - NAMED) } else { String::new() };
+        Some(format!(
+            "{} has another {named}{more} than the job {whose}, which counts: --set changes keys, editing the file does not",
+            path.display()
+        ))
     }
 
     /// Folders where its checkpoints may lie.

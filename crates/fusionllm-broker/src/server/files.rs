@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use fusionllm_planner::{Simulated, Trace};
-use fusionllm_protocol::StepMetrics;
+use fusionllm_protocol::{Notice, StepMetrics};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
@@ -11,9 +11,9 @@ use super::actor::Command;
 use super::open_runs::OpenRuns;
 use super::watched::Watched;
 use crate::BrokerError;
-use crate::checkpoint::{Course, FinishSpec, finish, prune, remove_partial};
+use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun, RunKey};
-use crate::metrics::MetricsWriter;
+use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
 use crate::run_dir::{OpenedRun, RunDir, write_atomic};
@@ -192,7 +192,13 @@ impl Keeper {
         let dir = RunDir::new(&open.run_dir);
         let mut opened = dir.open(&open.run, &open.spec, &open.graph, &open.placement, open.start_step)?;
         let metrics = MetricsWriter::open(&dir.metrics(), open.start_step)?;
-        let notices = std::mem::take(&mut opened.notices);
+        let mut notices = std::mem::take(&mut opened.notices);
+        let began = opened.file.from.as_ref().map_or(0, |from| from.step);
+        if let Some(gaps) = gaps(&dir.metrics(), began, open.start_step)?
+            && !dir.read_notices()?.iter().any(|notice| notice.text == gaps)
+        {
+            notices.push(gaps);
+        }
         self.open_runs.set(open.key, Some(opened.place.clone()));
         let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
         let course = Course::at(open.start_step);
@@ -212,8 +218,12 @@ impl Keeper {
             if let Err(error) = run.metrics.flush() {
                 tracing::error!(%error, path = %run.dir.metrics().display(), "the last steps are not written");
             }
-            for why in remove_partial(&run.opened.place.folder, &run.opened.file.run) {
+            let removal = remove_partial(&run.opened.place.folder, &run.opened.file.run);
+            for why in removal.failures {
                 tracing::warn!(why, "an unfinished checkpoint was not removed");
+            }
+            for text in removal.leftovers {
+                run.dir.append_notice(&Notice { step: record.step, text })?;
             }
         }
         if ended.is_empty() {
@@ -250,7 +260,7 @@ impl KeptRun {
             Ok(finished) => finished,
             Err(error) => return vec![CoreEvent::CheckpointFailed { key, step, reason: error.to_string() }],
         };
-        let mut notices: Vec<String> = finished.notice.into_iter().collect();
+        let mut notices = finished.notices;
         let recorded = self.opened.record(Some((step, finished.checksum.clone())), &[]);
         notices.extend(recorded.err().map(|error| error.to_string()));
         self.unpruned = Some(step);
@@ -266,8 +276,9 @@ impl KeptRun {
             self.unpruned = None;
         }
         let pruned = prune(&self.opened.home(), self.opened.spec.checkpoint.keep, self.course);
-        let mut notices: Vec<String> =
-            pruned.failures.into_iter().map(|why| format!("an old checkpoint was not removed: {why}")).collect();
+        let not_removed = |why| format!("an old checkpoint was not removed: {why}");
+        let mut notices = pruned.removal.leftovers;
+        notices.extend(pruned.removal.failures.into_iter().map(not_removed));
         if !pruned.dropped.is_empty() {
             notices.extend(self.opened.record(None, &pruned.dropped).err().map(|error| error.to_string()));
         }
@@ -275,13 +286,9 @@ impl KeptRun {
     }
 
     /// Removes the shards of a checkpoint that cannot be kept: on a full disk they take the room of the next one.
-    fn drop_partial(&self, key: RunKey, step: u64) -> Option<CoreEvent> {
-        let partial = self.opened.place.partial(step, key.generation);
-        match std::fs::remove_dir_all(&partial) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Some(CoreEvent::Noticed { key, text: format!("{}: {e}", partial.display()) })
-            }
-            _ => None,
-        }
+    fn drop_partial(&self, key: RunKey, step: u64) -> Vec<CoreEvent> {
+        let removal = drop_partial(&self.opened.place.partial(step, key.generation), &self.opened.place.run);
+        let texts = removal.failures.into_iter().chain(removal.leftovers);
+        texts.map(|text| CoreEvent::Noticed { key, text }).collect()
     }
 }

@@ -47,7 +47,8 @@ impl Gate {
     /// Reads the tickets of a state folder, and makes those that are always there: `join.ticket`, which is given, and
     /// `operate.ticket`. A folder of an earlier release is taken over: its ticket lets CompNodes join.
     pub(super) fn open(state_dir: &Path, broker: PeerAddr) -> Result<(Arc<Self>, Ticket), BrokerError> {
-        let mut tickets = read_tickets(&tickets_path(state_dir))?;
+        let before = read_tickets(&tickets_path(state_dir))?;
+        let mut tickets = before.clone();
         let old = take_over(state_dir, &mut tickets)?;
         let mut own = |role: TicketRole, old: Option<Secret>| {
             let path = ticket_path(state_dir, role);
@@ -65,9 +66,16 @@ impl Gate {
         };
         let (join_path, join) = own(TicketRole::Join, old)?;
         let (operate_path, operate) = own(TicketRole::Operate, None)?;
-        write_tickets(state_dir, &tickets)?;
-        write_private(&join_path, format!("{join}\n").as_bytes())?;
-        write_private(&operate_path, format!("{operate}\n").as_bytes())?;
+        // What is there already need not be written, which a full disk would not let us do.
+        if tickets != before {
+            write_tickets(state_dir, &tickets)?;
+        }
+        for (path, ticket) in [(&join_path, &join), (&operate_path, &operate)] {
+            let text = format!("{ticket}\n");
+            if read_private(path)?.is_none_or(|there| there != text) {
+                write_private(path, text.as_bytes())?;
+            }
+        }
         for name in OLD_FILES {
             remove(&state_dir.join(name))?;
         }
@@ -138,7 +146,8 @@ impl Gate {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
         let is_own = tickets.revoke(name).map_err(|reason| BrokerError::Ticket { reason })?;
-        write_tickets(&self.state_dir, &tickets)?;
+        // On a full disk, too, whoever came in by it has to go.
+        let written = write_tickets(&self.state_dir, &tickets);
         inner.tickets = tickets;
         let gone: Vec<_> = inner.open.extract_if(.., |_, (ticket, _)| ticket == name).collect();
         drop(inner);
@@ -150,6 +159,7 @@ impl Gate {
             remove(&self.state_dir.join(format!("{name}.ticket")))?;
         }
         tracing::info!(name, closed = gone.len(), "a ticket was revoked");
+        written.map_err(|error| BrokerError::RevokedUnwritten { name: name.to_owned(), reason: error.to_string() })?;
         Ok(gone.len() as u64)
     }
 }

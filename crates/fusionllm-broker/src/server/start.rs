@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use fusionllm_protocol::{DataSpec, JobSpec};
 
-use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_newest};
+use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_newest, remove_partial};
 use crate::cluster_file::read_cluster;
 use crate::core::{Restored, StartPoint, check};
 use crate::metrics::last_step;
 use crate::model::{load_model, model_tokenizer};
 use crate::resume::{goes_on, notices_of};
-use crate::run_dir::{RunDir, RunHome, RunStart};
+use crate::run_dir::{FolderLock, RunDir, RunHome, RunStart};
 use crate::store::JobRecord;
 use crate::{BrokerError, CheckpointError};
 
@@ -32,6 +32,7 @@ pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<Star
         weights: model.weights,
         cluster: None,
         step: 0,
+        loss: None,
         notices,
         origin,
         run: RunStart::new(),
@@ -47,10 +48,28 @@ pub(super) fn start_again(record: JobRecord) -> Result<StartPoint, BrokerError> 
 /// What a job's run directory knows of how far it came.
 pub(super) fn restored(record: JobRecord) -> Restored {
     let is_open = !record.state.is_final();
+    if is_open {
+        clear_partial(&record.run_dir);
+    }
     let reached = last_step(&RunDir::new(&record.run_dir).metrics()).filter(|_| is_open);
     let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
     let checkpoint = if is_open { newest() } else { None };
     Restored { record, reached, checkpoint }
+}
+
+/// Removes the shards of checkpoints that were not whole when the broker ended: until the job goes on, which may be never,
+/// they would look like something. What cannot be removed now the next start of the run removes, or names.
+fn clear_partial(run_dir: &Path) {
+    let Ok(Some(home)) = RunHome::read(run_dir) else { return };
+    let Some(file) = &home.file else { return };
+    // Another process may be at work there.
+    let Ok(_lock) = FolderLock::take(run_dir, &file.run) else { return };
+    for place in home.places() {
+        let removal = remove_partial(&place, &file.run);
+        for said in removal.failures.iter().chain(&removal.leftovers) {
+            tracing::warn!(said, "what an earlier start left");
+        }
+    }
 }
 
 /// The start with the cluster file that the job names, if it does.
@@ -68,9 +87,12 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
     let was_there = record.checkpoint.as_ref().filter(|_| step != Some(0)).map(|(step, _)| *step);
     let gone = |path: &Path| BrokerError::CheckpointGone { step: was_there.unwrap_or(0), path: path.to_owned() };
     let Some(mut home) = RunHome::read(&record.run_dir)? else {
-        return match was_there {
-            Some(_) => Err(gone(&record.run_dir)),
-            None => start_anew(spec),
+        return match (step.filter(|&step| step > 0), was_there) {
+            (Some(step), _) => {
+                Err(CheckpointError::Step { path: record.run_dir.clone(), step, there: Vec::new() }.into())
+            }
+            (None, Some(_)) => Err(gone(&record.run_dir)),
+            (None, None) => start_anew(spec),
         };
     };
     if let (Some(file), Some((step, checksum))) = (&mut home.file, record.checkpoint.clone()) {
@@ -78,9 +100,11 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
         file.manifests.insert(step, checksum);
     }
     let known = record.run.as_ref();
+    let job_notice = home.job_notice(&record.spec, "that the broker remembers");
     let from_the_beginning = || {
         let mut start = StartPoint { run: goes_on(&home, known, Vec::new())?, ..start_anew(spec)? };
         start.notices.append(&mut start.run.notices);
+        start.notices.extend(job_notice.clone());
         Ok(start)
     };
     if step == Some(0) {
@@ -88,7 +112,8 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
     }
     match open_newest(&home, step) {
         Ok(newest) => {
-            let notices = notices_of(&newest, Some(&home).filter(|_| step.is_none()));
+            let mut notices = notices_of(&newest, Some(&home).filter(|_| step.is_none()));
+            notices.extend(job_notice);
             start_at(newest.checkpoint, goes_on(&home, known, notices)?)
         }
         Err(CheckpointError::None { path }) if was_there.is_some() => Err(gone(&path)),
@@ -112,7 +137,7 @@ fn start_anew(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
 
 /// Where a run goes on with a checkpoint.
 pub(super) fn start_at(checkpoint: Checkpoint, mut run: RunStart) -> Result<StartPoint, BrokerError> {
-    let (dag, step) = (checkpoint.dag().clone(), checkpoint.manifest().step);
+    let (dag, step, loss) = (checkpoint.dag().clone(), checkpoint.manifest().step, checkpoint.manifest().loss);
     let mut notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
     notices.append(&mut run.notices);
     let mut origin = checkpoint.origin().clone();
@@ -122,7 +147,8 @@ pub(super) fn start_at(checkpoint: Checkpoint, mut run: RunStart) -> Result<Star
         origin.set_tokenizer(Some(tokenizer));
     }
     let weights = Some(Arc::new(checkpoint.into_tensors()));
-    Ok(StartPoint { graph: dag.to_json(), dag: Arc::new(dag), weights, cluster: None, step, notices, origin, run })
+    let (graph, dag) = (dag.to_json(), Arc::new(dag));
+    Ok(StartPoint { graph, dag, weights, cluster: None, step, loss, notices, origin, run })
 }
 
 #[cfg(test)]
@@ -131,6 +157,48 @@ mod tests {
 
     use super::*;
     use crate::testing;
+
+    /// A broker that was killed leaves the shards of a checkpoint that never became whole.
+    #[test]
+    fn half_a_checkpoint_is_gone_after_a_restart() {
+        let old = testing::OldRuns::new();
+        let run_dir = old.path("run");
+        let found = crate::resume::find_resumption(&run_dir, None, None).unwrap();
+        let file = crate::run_dir::RunFile {
+            run: found.start.run.clone(),
+            name: "run".to_owned(),
+            dir: run_dir.clone(),
+            copy_of: found.start.copy_of.clone(),
+            from: None,
+            checkpoints: None,
+            unnamed_up_to: None,
+            manifests: Default::default(),
+        };
+        file.write().unwrap();
+        let partial = run_dir.join(format!("checkpoints/step-6.partial-{}-1", file.run.short()));
+        crate::checkpoint::make_partial(&partial, &file.run).unwrap();
+        std::fs::write(partial.join("shard-0.safetensors"), "half").unwrap();
+        let record = |state| JobRecord {
+            job: JobId(1),
+            spec: found.checkpoint().manifest().job.clone(),
+            state,
+            step: 2,
+            loss: None,
+            run_dir: run_dir.clone(),
+            generation: Generation(1),
+            run: Some(file.run.clone()),
+            checkpoint: None,
+            from_step: None,
+            data: None,
+        };
+        let lock = FolderLock::take(&run_dir, &file.run).unwrap();
+        restored(record(JobState::Running));
+        assert!(partial.is_dir(), "somebody is at work there");
+        drop(lock);
+        let restored = restored(record(JobState::Running));
+        assert!(!partial.exists());
+        assert_eq!((restored.reached.map(|(step, _)| step), restored.checkpoint), (Some(4), Some(4)));
+    }
 
     /// A folder that is not mounted looks like one in which nothing was ever done.
     #[test]
@@ -155,10 +223,18 @@ mod tests {
                 std::fs::create_dir(&record.run_dir).unwrap();
                 std::fs::write(record.run_dir.join("job.json"), serde_json::to_vec(&record.spec).unwrap()).unwrap();
             }
-            for step in [None, Some(3)] {
-                let error = step_of(&record, step).unwrap_err().to_string();
-                assert!(error.contains("the checkpoint of step 3 is not there any more"), "{error}");
-                assert!(error.contains("`--step 0` begins anew"), "{error}");
+            let error = step_of(&record, None).unwrap_err();
+            assert!(error.is_bad_input() && error.to_string().contains("`--step 0` begins anew"), "{error}");
+            assert!(error.to_string().contains("the checkpoint of step 3 is not there any more"), "{error}");
+            // What was asked for is named, whatever the broker remembers.
+            for record in [&record, &JobRecord { checkpoint: None, ..record.clone() }] {
+                let error = step_of(record, Some(4)).unwrap_err();
+                assert!(error.is_bad_input(), "{error}");
+                let error = error.to_string();
+                assert!(
+                    error.contains("no checkpoint of step 4, nor of any other step: is a disk not mounted?"),
+                    "{error}"
+                );
             }
             assert_eq!(step_of(&record, Some(0)).unwrap(), 0);
         }

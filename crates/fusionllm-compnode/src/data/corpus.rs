@@ -187,6 +187,13 @@ impl Corpus {
                 "the tokenizer gives no token for {spaces} white space characters of {chars} characters"
             ));
         }
+        if self.coverage.changed() > 0 {
+            let (changed, named) = (self.coverage.changed(), self.coverage.named_changed());
+            notes.push(format!(
+                "the tokenizer's normalizer makes others of {changed} of {chars} characters ({named}): the model does not \
+                 learn which they were, and bits per byte count them all the same"
+            ));
+        }
         let unknown = self.unknown_tokens(tokenizer);
         if unknown > 0 {
             let tokens = self.train.len() + self.eval.len();

@@ -1,6 +1,8 @@
 //! Text as token ids: bytes, or a Hugging Face tokenizer.
 
 mod coverage;
+mod ids;
+mod normalizer;
 mod pieces;
 
 use std::io::Read;
@@ -97,6 +99,7 @@ impl Tokenizer {
         let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
         let text = source.trim_start_matches('\u{feff}');
         let keys: Value = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
+        ids::check(&keys).map_err(fail)?;
         let mut inner: tokenizers::Tokenizer = text.parse().map_err(|e| fail(format!("{e}")))?;
         let passed_over = for_a_corpus(&mut inner).map_err(|e| fail(e.to_string()))?;
         let keeps_everything = keeps_everything(&inner, &keys);

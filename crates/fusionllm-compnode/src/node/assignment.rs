@@ -1,5 +1,6 @@
 //! From an assignment to something that can run: graph, data, executor.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
@@ -7,6 +8,7 @@ use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId, TrainSpec};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use super::scratch::{check_room, shard_bytes};
 use crate::backend::{Backend, ExecutorSpec, FirstParams};
 use crate::checkpoint::ShardFile;
 use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
@@ -71,6 +73,8 @@ pub(super) struct BuildSite {
     pub(super) readable: Arc<ReadableData>,
     /// How far that is; others watch it.
     pub(super) reading: Arc<Reading>,
+    /// Where shards lie while they come and go.
+    pub(super) scratch: Arc<Path>,
     pub(super) permit: OwnedSemaphorePermit,
     /// Closed when the job is dropped.
     pub(super) mailbox: Arc<Mailbox>,
@@ -107,6 +111,7 @@ pub(super) fn prepare(
         let what = "parameters, their state, activations and messages, as planned,".to_owned();
         return Err(CompNodeError::Memory { what, needed: planned, room });
     }
+    check_room(&site.scratch, shard_bytes(&dag, placement, node, &spec.train))?;
     site.check()?;
     // On a CPU, all that and the tokens lie in the same memory.
     if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {

@@ -3,20 +3,35 @@
 use std::collections::VecDeque;
 
 use fusionllm_protocol::{
-    ControlStream, FromBroker, FromCompNode, Hello, MOST_UNCONFIRMED, Numbered, ProtocolError, decode, encode,
+    ControlStream, FromBroker, FromCompNode, Hello, MOST_UNCONFIRMED, Numbered, ProtocolError, Role, decode, encode,
 };
 use fusionllm_transport::{Endpoint, FrameSink, FrameSource, PeerAddr, Session, StreamMeter};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::CONTROL_MESSAGE_BYTES;
+use super::{CONTROL_MESSAGE_BYTES, Node};
 use crate::CompNodeError;
 use crate::knock::{Admitted, knock};
+use crate::links::peer_record;
 
 /// Messages that wait for the loop, or for the wire.
 const QUEUE: usize = 64;
 /// Messages that may wait for a broker that is away; jobs wait beyond that.
 const OUTBOX: usize = 4096;
+
+impl Node {
+    /// What it says of itself when it joins, or comes back.
+    pub(super) fn hello(&self) -> Hello {
+        let role = Role::CompNode {
+            name: self.name.clone(),
+            device: self.surveyor.backend.name().to_owned(),
+            addr: peer_record(&self.endpoint.addr()),
+            profile: self.profile.clone(),
+            resume: self.has_joined.then(|| self.outbox.received()),
+        };
+        Hello { secret: *self.ticket.secret.as_bytes(), role }
+    }
+}
 
 /// What the broker is told, kept until it has it; and what it has said.
 #[derive(Default)]

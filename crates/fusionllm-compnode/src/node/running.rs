@@ -91,6 +91,7 @@ impl RunningJob {
         };
         let peers = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
         let mailbox = Arc::clone(&links.mailbox);
+        let folder = Arc::clone(&scratch);
         let reading = Arc::new(Reading::new(mailbox.stop_flag()));
         links.spawn(tell_reading(Arc::downgrade(&reading), TELL_READING, key, events.clone()));
         tokio::spawn(async move {
@@ -99,7 +100,16 @@ impl RunningJob {
                     let built = spawn_blocking(move || {
                         let (free_bytes, host_bytes) = (surveyor.room(), surveyor.host_room());
                         let backend = surveyor.backend;
-                        let site = BuildSite { backend, free_bytes, host_bytes, readable, reading, permit, mailbox };
+                        let site = BuildSite {
+                            backend,
+                            free_bytes,
+                            host_bytes,
+                            readable,
+                            reading,
+                            scratch: folder,
+                            permit,
+                            mailbox,
+                        };
                         prepare(&assignment, site, receiver)
                     });
                     let built = built.await;

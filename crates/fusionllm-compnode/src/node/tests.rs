@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, place};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, Channel, ControlStream, Greeting, JobSpec, PeerFrame, PeerRecord, WeightSource, Welcome,
-    decode, encode,
+    BlobHeader, BlobKind, Channel, ControlStream, Greeting, Hello, JobSpec, PeerFrame, PeerRecord, Role, WeightSource,
+    Welcome, decode, encode,
 };
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
@@ -20,6 +20,7 @@ use crate::checkpoint::write_shard;
 use crate::device::DeviceChoice;
 use crate::executor::NamedTensor;
 use crate::links::peer_addr;
+use crate::links::peer_record;
 use crate::optimizer::OptimizerSpec;
 use crate::stop::StopFlag;
 
@@ -490,6 +491,21 @@ async fn the_learning_rate_is_blamed_only_after_an_update() {
     assert!(reason.contains(" of step 1 is ") && reason.contains("so train.lr is not why"), "{reason}");
     let reason = failure_of("steps = 9\nclip = 0.0\nlr = 1e30", 1.0).await;
     assert!(reason.contains(" of step 2 is ") && reason.ends_with("lower train.lr, or set train.clip"), "{reason}");
+}
+
+/// Without a place for its shard a part is not begun: its checkpoints would never come.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_whose_shard_has_no_place_fails_before_it_trains() {
+    let scratch = tempfile::tempdir().unwrap();
+    let house = House::with(None, Patience::default(), scratch.path().to_owned()).await;
+    let mut broker = house.admit().await;
+    let place = scratch.path().display().to_string();
+    drop(scratch);
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    broker.assign(job).await;
+    let FromCompNode::Failed { reason, bad_input, .. } = broker.hear().await else { panic!("it is ready") };
+    assert!(reason.contains(&place) && reason.contains("--state DIR") && !bad_input, "{reason}");
+    house.compnode.abort();
 }
 
 /// A disk that takes no shard costs the checkpoint, and training goes on.

@@ -9,6 +9,8 @@ mod folders;
 mod input;
 mod plan;
 mod process;
+mod state;
 mod texts;
 mod tidy;
 mod train;
+mod weights;

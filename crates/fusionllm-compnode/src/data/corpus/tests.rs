@@ -177,6 +177,29 @@ fn characters_without_a_token_are_counted_or_refused() {
 }
 
 #[test]
+fn what_a_normalizer_takes_away_is_counted_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.txt");
+    let read = |text: &str, normalizer: &str| {
+        std::fs::write(&file, text).unwrap();
+        let mut keys: serde_json::Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+        keys["normalizer"] = serde_json::from_str(normalizer).unwrap();
+        let tokenizer = Tokenizer::from_json(keys.to_string(), "tok.json").unwrap();
+        Corpus::read(&spec(&[&file], 4), &tokenizer)
+    };
+    let digits = "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"[0-9]\"},\"content\":\"\"}";
+    let error = read(&"ab 12 ".repeat(100), digits).unwrap_err().to_string();
+    assert!(error.contains("no token for 200 of 600 characters of the text ('1', '2')"), "{error}");
+    let report = read(&format!("{}7", "ab ".repeat(1000)), digits).unwrap().report(256);
+    assert!(report.notes.iter().any(|n| n.contains("no token for 1 of 3001 characters")), "{:?}", report.notes);
+    // Bits per byte are those of the bytes that became tokens.
+    assert!((report.bytes_per_token - 1.0).abs() < 1e-12, "{}", report.bytes_per_token);
+    let report = read(&"Ab ".repeat(1000), "{\"type\":\"Lowercase\"}").unwrap().report(256);
+    let said = "makes others of 1000 of 3000 characters ('A')";
+    assert!(report.notes.iter().any(|n| n.contains(said)), "{:?}", report.notes);
+}
+
+#[test]
 fn words_without_the_space_between_them_are_said() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("x.txt");

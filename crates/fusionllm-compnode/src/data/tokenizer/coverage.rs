@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::NormalizerWrapper;
-use tokenizers::{
-    Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
-};
+use tokenizers::{Model, NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+use super::normalizer::{Normalized, normalize};
 
 /// Text is looked at in pieces of about this many bytes, cut at line ends.
 const PIECE_BYTES: usize = 64 << 10;
@@ -21,12 +21,14 @@ pub(crate) struct Coverage {
     pub(crate) bytes: u64,
     /// About how many of them become tokens.
     pub(crate) covered_bytes: u64,
-    /// Its characters, as the tokenizer's normalizer leaves them.
+    /// Its characters, as the tokenizer's normalizer leaves them, and those that it takes away.
     pub(crate) chars: u64,
-    /// Of which white space is dropped between words.
+    /// Of which white space is dropped, such as between words.
     pub(crate) spaces: u64,
     /// How often each other character is dropped.
     pub(crate) dropped: BTreeMap<char, u64>,
+    /// How often the normalizer makes another one of a character.
+    pub(crate) changed: BTreeMap<char, u64>,
 }
 
 impl Coverage {
@@ -42,8 +44,10 @@ impl Coverage {
         self.covered_bytes += other.covered_bytes;
         self.chars += other.chars;
         self.spaces += other.spaces;
-        for (&c, count) in &other.dropped {
-            *self.dropped.entry(c).or_default() += count;
+        for (mine, others) in [(&mut self.dropped, &other.dropped), (&mut self.changed, &other.changed)] {
+            for (&c, count) in others {
+                *mine.entry(c).or_default() += count;
+            }
         }
     }
 
@@ -54,7 +58,21 @@ impl Coverage {
 
     /// The most frequent of them.
     pub(crate) fn named(&self) -> String {
-        let mut ranked: Vec<(char, u64)> = self.dropped.iter().map(|(&c, &count)| (c, count)).collect();
+        Self::most_frequent(&self.dropped)
+    }
+
+    /// Characters that are made others.
+    pub(crate) fn changed(&self) -> u64 {
+        self.changed.values().sum()
+    }
+
+    /// The most frequent of them.
+    pub(crate) fn named_changed(&self) -> String {
+        Self::most_frequent(&self.changed)
+    }
+
+    fn most_frequent(counts: &BTreeMap<char, u64>) -> String {
+        let mut ranked: Vec<(char, u64)> = counts.iter().map(|(&c, &count)| (c, count)).collect();
         ranked.sort_by_key(|&(c, count)| (std::cmp::Reverse(count), c));
         let mut names: Vec<String> = ranked.iter().take(NAMED).map(|(c, _)| format!("{c:?}")).collect();
         if ranked.len() > NAMED {
@@ -106,16 +124,24 @@ fn count_piece(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Re
 }
 
 fn count_words(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Result<Coverage> {
-    let mut normalized = NormalizedString::from(piece);
-    if let Some(normalizer) = tokenizer.get_normalizer() {
-        normalizer.normalize(&mut normalized)?;
-    }
-    let text = normalized.get().to_owned();
+    let Normalized { text, removed, changed } = match tokenizer.get_normalizer() {
+        Some(normalizer) => normalize(normalizer, piece)?,
+        None => Normalized { text: piece.to_owned(), ..Normalized::default() },
+    };
+    let chars = text.chars().count() as u64 + removed.values().sum::<u64>();
+    let removed_bytes: u64 = removed.iter().map(|(c, count)| c.len_utf8() as u64 * count).sum();
     let mut words = PreTokenizedString::from(NormalizedString::from(text.as_str()));
     if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
         pre_tokenizer.pre_tokenize(&mut words)?;
     }
-    let mut found = Coverage { bytes: piece.len() as u64, chars: text.chars().count() as u64, ..Coverage::default() };
+    let mut found = Coverage { bytes: piece.len() as u64, chars, changed, ..Coverage::default() };
+    for (c, count) in removed {
+        if c.is_whitespace() {
+            found.spaces += count;
+        } else {
+            found.dropped.insert(c, count);
+        }
+    }
     let mut covered = 0u64;
     let mut all = 0u64;
     let mut end = 0;
@@ -145,7 +171,8 @@ fn count_words(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Re
         *found.dropped.entry(c).or_default() += count;
     }
     let share = if all == 0 { 0.0 } else { covered as f64 / all as f64 };
-    found.covered_bytes = if covered == all && all > 0 { found.bytes } else { (found.bytes as f64 * share) as u64 };
+    let kept = found.bytes.saturating_sub(removed_bytes);
+    found.covered_bytes = if covered == all && all > 0 { kept } else { (kept as f64 * share) as u64 };
     Ok(found)
 }
 

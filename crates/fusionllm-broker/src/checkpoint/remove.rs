@@ -1,0 +1,157 @@
+//! Removing folders of checkpoints: what a run has written in them, and nothing else.
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use fusionllm_protocol::Manifest;
+use fusionllm_transport::read_regular_text;
+
+use super::MANIFEST;
+use super::place::{LEFTOVER, MARK, free_name, step_name, step_of};
+
+/// Names that are listed in a sentence.
+const NAMED: usize = 3;
+/// Letters and digits that tell temporary files apart.
+const RANDOM: usize = 6;
+
+/// What became of folders that were to be removed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Removal {
+    /// Why some could not be.
+    pub(crate) failures: Vec<String>,
+    /// Where files that the run did not write are kept, as sentences.
+    pub(crate) leftovers: Vec<String>,
+}
+
+impl Removal {
+    /// Removes a folder of a checkpoint that is not wanted any more, or was never whole. Whether it is gone.
+    pub(crate) fn remove(&mut self, folder: &Path) -> bool {
+        match remove(folder) {
+            Ok(leftover) => {
+                self.leftovers.extend(leftover);
+                true
+            }
+            Err(error) => {
+                self.failures.push(format!("{}: {error}", folder.display()));
+                false
+            }
+        }
+    }
+
+    /// Takes in what became of others.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.failures.extend(other.failures);
+        self.leftovers.extend(other.leftovers);
+    }
+}
+
+/// Removes what the run wrote in a folder, and the folder if nothing else is in it. Otherwise it stays under a name that
+/// is no checkpoint's, and what is given says so.
+pub(super) fn remove(folder: &Path) -> std::io::Result<Option<String>> {
+    let written = Written::of(folder);
+    // The manifest first, so that half of a checkpoint is never taken for a whole; the mark last, so that what a crash
+    // leaves can still be told to be ours.
+    remove_if_there(&folder.join(MANIFEST))?;
+    let mut others = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name == MARK {
+            continue;
+        }
+        if written.has(&name) && !entry.file_type()?.is_dir() {
+            std::fs::remove_file(entry.path())?;
+        } else {
+            others.push(name);
+        }
+    }
+    remove_if_there(&folder.join(MARK))?;
+    if others.is_empty() {
+        return std::fs::remove_dir(folder).map(|()| None);
+    }
+    others.sort();
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let step = name.split('.').next().and_then(step_of).map_or_else(|| name.clone().into_owned(), step_name);
+    let to = free_name(&folder.with_file_name(step), LEFTOVER);
+    std::fs::rename(folder, &to)?;
+    let (folder, to, named) = (folder.display(), to.display(), named(&others));
+    Ok(Some(format!(
+        "{folder} was removed, but for what the run did not write ({named}): that is kept in {to}, which is no checkpoint"
+    )))
+}
+
+fn remove_if_there(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+fn named(names: &[String]) -> String {
+    let mut listed: Vec<String> = names.iter().take(NAMED).map(|name| format!("`{name}`")).collect();
+    if names.len() > NAMED {
+        listed.push(format!("{} more", names.len() - NAMED));
+    }
+    listed.join(", ")
+}
+
+/// Which files of a folder a run has written.
+enum Written {
+    /// Those that its manifest lists.
+    Listed(Vec<String>),
+    /// Without a manifest, those with names of ours.
+    ByForm,
+}
+
+impl Written {
+    fn of(folder: &Path) -> Self {
+        let manifest = read_regular_text(&folder.join(MANIFEST)).ok().and_then(|t| Manifest::from_json(&t).ok());
+        manifest.map_or(Self::ByForm, |manifest| {
+            let shards = manifest.shards.into_iter().map(|shard| shard.file);
+            Self::Listed(shards.chain(manifest.carried.iter().map(|carried| carried.file())).collect())
+        })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        if let Some(of) = temporary_of(name) {
+            return of == MANIFEST || has_our_form(of);
+        }
+        match self {
+            Self::Listed(names) => names.iter().any(|listed| listed == name),
+            Self::ByForm => has_our_form(name),
+        }
+    }
+}
+
+/// Whether a shard or a carried file could have this name.
+fn has_our_form(name: &str) -> bool {
+    let shard = name.strip_prefix("shard-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    shard.is_some_and(is_number) || (name.starts_with("carried-") && name.ends_with(".json"))
+}
+
+/// The file for which a temporary one of this name is made.
+fn temporary_of(name: &str) -> Option<&str> {
+    let (of, random) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
+    (random.len() == RANDOM && random.bytes().all(|b| b.is_ascii_alphanumeric())).then_some(of)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run_dir::{FOR_ALL, temporary_for};
+
+    #[test]
+    fn temporary_names_are_told_by_what_they_are_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let temporary = temporary_for(&folder.path().join("shard-3.safetensors"), FOR_ALL).unwrap();
+        let name = temporary.path().file_name().unwrap().to_str().unwrap();
+        assert!(Written::ByForm.has(name), "{name}");
+        for name in
+            ["shard-.safetensors", "shard-x.safetensors", "notes.Ab12Cd.tmp", "shard-1.safetensors.tmp", "x.json"]
+        {
+            assert!(!Written::ByForm.has(name), "{name}");
+        }
+        assert!(!Written::Listed(vec!["shard-0.safetensors".to_owned()]).has("shard-1.safetensors"));
+    }
+}

@@ -1,0 +1,122 @@
+//! What can be wrong with a checkpoint.
+
+use std::path::PathBuf;
+
+use fusionllm_protocol::ProtocolError;
+
+/// The checkpoints that could be meant instead.
+fn those_there(steps: &[u64]) -> String {
+    let names: Vec<String> = steps.iter().map(|step| format!("step-{step}")).collect();
+    match names.is_empty() {
+        true => "nor of any other step: is a disk not mounted?".to_owned(),
+        false => format!("expected one of {}", names.join(", ")),
+    }
+}
+
+/// Why a checkpoint cannot be used or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The folder holds none.
+    #[error(
+        "{path} holds no checkpoint, expected a folder with manifest.json or a run directory with checkpoints/step-N"
+    )]
+    None {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The folder has checkpoints of several runs.
+    #[error("{path} has checkpoints of several runs: give one of {newest}", path = path.display())]
+    Several {
+        /// The folder.
+        path: PathBuf,
+        /// The newest of each run.
+        newest: String,
+    },
+    /// There is no checkpoint of the step.
+    #[error("{path} has no checkpoint of step {step}, {}", those_there(there), path = path.display())]
+    Step {
+        /// The run directory or folder.
+        path: PathBuf,
+        /// The step that was asked for.
+        step: u64,
+        /// Of which steps there are some, newest first.
+        there: Vec<u64>,
+    },
+    /// The newest checkpoint is damaged, an older one is not.
+    #[error("{source}; the newest whole one is that of step {step}: {path}", path = path.display())]
+    PassedOver {
+        /// What is wrong with the newest.
+        source: Box<CheckpointError>,
+        /// The newest that is whole.
+        path: PathBuf,
+        /// Its step.
+        step: u64,
+    },
+    /// A file could not be read or written.
+    #[error("checkpoint file {path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The manifest is damaged.
+    #[error("{path}: {source}")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong.
+        source: ProtocolError,
+    },
+    /// The folder of a checkpoint is there, its manifest is not.
+    #[error("{path} is missing: without its manifest the folder is no whole checkpoint, use another one")]
+    NoManifest {
+        /// The manifest.
+        path: PathBuf,
+    },
+    /// A shard is not there.
+    #[error("shard {path} is missing: the checkpoint is incomplete, use another one")]
+    Missing {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A shard has another size than when it was written.
+    #[error("shard {path} has {got} bytes, expected {expected}: it is damaged, use another checkpoint")]
+    Size {
+        /// Which.
+        path: PathBuf,
+        /// Bytes by the manifest.
+        expected: u64,
+        /// Bytes of the file.
+        got: u64,
+    },
+    /// The bytes of a shard or manifest are not those that were written.
+    #[error("{path} has hash {got}, expected {expected}: it is damaged, use another checkpoint")]
+    Hash {
+        /// Which.
+        path: PathBuf,
+        /// Hash by the manifest, or for the manifest by the run.
+        expected: String,
+        /// Hash of the file.
+        got: String,
+    },
+    /// The file is no safetensors file.
+    #[error("{path} is not a readable safetensors file: {reason}")]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A tensor is missing or does not fit the graph.
+    #[error("{path}: tensor `{name}` {reason}")]
+    Tensor {
+        /// The file or folder.
+        path: PathBuf,
+        /// Which tensor.
+        name: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+}

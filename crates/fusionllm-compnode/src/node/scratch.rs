@@ -1,0 +1,73 @@
+//! The folder through which weights and checkpoint shards pass, as files without a name.
+
+use std::path::Path;
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_protocol::TrainSpec;
+
+use crate::CompNodeError;
+use crate::checkpoint::ShardFile;
+
+/// What a folder must take so that it is worth joining: no shard of a model is smaller than a few pages.
+const LEAST_BYTES: usize = 64 << 10;
+
+/// Whether files can be made and filled there.
+///
+/// # Errors
+/// [`CompNodeError::Scratch`] with what the system says.
+pub(super) fn check_usable(folder: &Path) -> Result<(), CompNodeError> {
+    let filled = ShardFile::empty(folder).and_then(|mut file| file.append(&vec![0; LEAST_BYTES]));
+    filled.map_err(|error| CompNodeError::Scratch { reason: error.to_string() })
+}
+
+/// Whether there is room for a shard of this CompNode's part: without it no checkpoint would ever be whole.
+///
+/// # Errors
+/// [`CompNodeError::Scratch`], or [`CompNodeError::ScratchRoom`] with the numbers.
+pub(super) fn check_room(folder: &Path, needed: u64) -> Result<(), CompNodeError> {
+    check_usable(folder)?;
+    match room(folder).filter(|&room| needed > room) {
+        Some(room) => Err(CompNodeError::ScratchRoom { path: folder.to_owned(), needed, room }),
+        None => Ok(()),
+    }
+}
+
+/// Bytes of a shard: the parameters of a part, and what the optimizer keeps of them.
+pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
+    let params: u64 = placement.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes()).sum();
+    params.saturating_mul(1 + train.states().len() as u64)
+}
+
+/// Bytes that are free where a folder lies, if the system tells.
+#[cfg(unix)]
+fn room(folder: &Path) -> Option<u64> {
+    let found = rustix::fs::statvfs(folder).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+#[cfg(not(unix))]
+fn room(_folder: &Path) -> Option<u64> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_cannot_hold_a_shard_is_named_with_the_way_out() {
+        let folder = tempfile::tempdir().unwrap();
+        check_room(folder.path(), 1 << 10).unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        let place = folder.path().display().to_string();
+        #[cfg(unix)]
+        {
+            let error = check_room(folder.path(), u64::MAX).unwrap_err().to_string();
+            assert!(error.contains(&place) && error.contains("there is room for"), "{error}");
+        }
+        drop(folder);
+        let error = check_usable(Path::new(&place)).unwrap_err();
+        assert!(error.to_string().contains(&place) && error.to_string().contains("--state DIR"), "{error}");
+    }
+}
