@@ -26,10 +26,12 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let numbers = &numbers[..shape[0] * width];
     let (mut encoder, mut decoder) = (EdgeEncoder::new(options), EdgeDecoder::new(options));
     let mut into = Vec::new();
-    for turn in 0..2 {
+    for _ in 0..2 {
         let mut payload = Vec::new();
         let encoded = encoder.encode_and_measure(codec, &shape, numbers, &mut payload, form & 32 != 0).unwrap();
-        let most = if turn == 0 { codec.encoded_bytes(&shape) } else { codec.steady_bytes(&shape) }.unwrap();
+        // A small basis may come with every message.
+        let has_basis = payload.get(1) == Some(&1) && matches!(codec, Codec::Transform { .. });
+        let most = if has_basis { codec.encoded_bytes(&shape) } else { codec.steady_bytes(&shape) }.unwrap();
         assert_eq!(payload.len() as u64, encoded.bytes);
         assert!(encoded.bytes <= most);
         assert!(encoded.bytes == most || matches!(codec, Codec::Transform { .. }));
