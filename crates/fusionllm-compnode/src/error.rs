@@ -274,6 +274,12 @@ pub enum ExportError {
         /// Something in it.
         what: String,
     },
+    /// Another export writes to the folder.
+    #[error("another export writes to {path}: wait for it, or give another folder", path = path.display())]
+    Busy {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The folder has another model.
     #[error("{path} holds the export of {other}, not of {of}: give another folder, or remove it", path = path.display())]
     Other {
@@ -302,7 +308,7 @@ impl ExportError {
     pub fn is_bad_input(&self) -> bool {
         match self {
             Self::NoFolder { .. } | Self::Holds { .. } | Self::Other { .. } => true,
-            Self::Io { .. } | Self::Shard(_) => false,
+            Self::Busy { .. } | Self::Io { .. } | Self::Shard(_) => false,
         }
     }
 }
@@ -358,7 +364,9 @@ pub enum CompNodeError {
         room: u64,
     },
     /// Weights and shards cannot pass.
-    #[error("{reason}: weights and checkpoint shards pass through this folder, give another one by `join --state DIR`")]
+    #[error(
+        "{reason}: weights and checkpoint shards pass through this folder: make it writable, or give another one (`join --state DIR`, `train --out DIR`)"
+    )]
     Scratch {
         /// Which folder, and what the system says.
         reason: String,
@@ -366,7 +374,7 @@ pub enum CompNodeError {
     /// A shard of this CompNode's part would never fit.
     #[error(
         "a checkpoint shard of its part takes {}, there is room for {} in {path}, through which it passes: make room there, or \
-         give a folder on another disk by `join --state DIR`",
+         give a folder on another disk (`join --state DIR`, `train --out DIR`)",
         format_bytes(*.needed as f64), format_bytes(*.room as f64), path = path.display()
     )]
     ScratchRoom {

@@ -1,6 +1,7 @@
 //! CompNode processes on this machine; none outlives its parent.
 
 use std::ffi::OsStr;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -32,6 +33,14 @@ pub(crate) fn local_name(index: u32) -> String {
     format!("compnode-{index}")
 }
 
+/// What the files of a CompNode are for one job.
+pub(crate) struct Home<'a> {
+    /// What it may read.
+    pub(crate) data: &'a DataSpec,
+    /// An existing folder, for weights and shards while they come and go.
+    pub(crate) scratch: &'a Path,
+}
+
 /// Child processes that compute for a broker in this process.
 ///
 /// Each holds the read end of a pipe as its standard input and leaves when that closes, however we end.
@@ -41,12 +50,12 @@ pub(crate) struct LocalCompNodes {
 
 impl LocalCompNodes {
     /// Starts `count` of them one after another, so that names and joining order agree.
-    /// They share the cores, and let jobs read what `data` names. With `fresh_profile` they measure their device again.
+    /// They share the cores, and let jobs read the data of `home`. With `fresh_profile` they measure their device again.
     pub(crate) async fn start(
         broker: &Broker,
         count: u32,
         device: &str,
-        data: &DataSpec,
+        home: &Home<'_>,
         fresh_profile: bool,
     ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find the program's own path")?;
@@ -58,7 +67,9 @@ impl LocalCompNodes {
                 .args(["join", "--child", "--bind", "127.0.0.1:0", "--device", device])
                 .args(["--name", &local_name(index), "--threads", &threads])
                 .args(fresh_profile.then_some("--fresh-profile"))
-                .args(data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]))
+                .arg("--scratch")
+                .arg(home.scratch)
+                .args(home.data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]))
                 .env("FUSIONLLM_TICKET", broker.ticket().to_string())
                 .stdin(Stdio::piped())
                 .stdout(Stdio::null())

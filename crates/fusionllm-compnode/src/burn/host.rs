@@ -61,10 +61,10 @@ pub(crate) fn at_border(tensor: Tensor<2>, shape: &[usize]) -> BorderTensor {
 /// [`ExecutorError`] if it comes from another device, which fails.
 pub(crate) fn value_of(tensor: BorderTensor, device: &Device) -> Result<Value, ExecutorError> {
     match tensor.of_kind::<BurnTensor>() {
-        Some(BurnTensor { tensor, shape }) => {
+        Some(BurnTensor { tensor, shape }) if tensor.device() == *device => {
             Ok(Value::Real(RealValue { tensor: tensor.clone(), shape: shape.clone() }))
         }
-        None => Ok(upload(tensor.into_host()?, device)),
+        _ => Ok(upload(tensor.into_host()?, device)),
     }
 }
 

@@ -1,14 +1,16 @@
 //! The folder of an export: it holds one model, whole, and nothing else.
 
+use std::fs::{File, TryLockError};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_transport::read_regular_text;
+use fusionllm_transport::{open_or_make_regular, read_regular_text};
 
-use crate::ExportError;
+use crate::{ExportError, ShardError};
 
 /// Says whose export a folder holds. It is written first, so that what an interrupted export leaves is known too.
 const MARK: &str = "fusionllm-export.json";
-/// What an export may write besides; `config.json` makes it a model to others.
+/// What an export may write besides. The first one makes it a model to others.
 const FILES: [&str; 6] = [
     "config.json",
     "model.safetensors",
@@ -18,7 +20,7 @@ const FILES: [&str; 6] = [
     "generation_config.json",
 ];
 /// What a file is called until it is whole.
-pub(super) const PARTIAL: &str = ".partial";
+const PARTIAL: &str = ".partial";
 
 /// A folder that is new, empty, or holds an earlier export and nothing else.
 #[derive(Debug)]
@@ -26,6 +28,16 @@ pub struct ExportFolder {
     path: PathBuf,
     /// Whose export is there.
     holds: Option<String>,
+}
+
+/// A folder to which one export is written, and no other meanwhile.
+#[derive(Debug)]
+pub(super) struct TakenFolder {
+    path: PathBuf,
+    /// Locked until the export is whole.
+    _mark: File,
+    /// What is written, in that order.
+    written: Vec<&'static str>,
 }
 
 impl ExportFolder {
@@ -44,28 +56,27 @@ impl ExportFolder {
         if !path.exists() {
             return Ok(export);
         }
-        let mut first: Option<String> = None;
+        let mut beside_mark: Option<String> = None;
         for entry in std::fs::read_dir(path).map_err(io)? {
             let entry = entry.map_err(io)?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            let known = name.strip_suffix(PARTIAL).unwrap_or(&name);
-            let is_ours = known == MARK || FILES.contains(&known);
-            if !is_ours || entry.file_type().map_err(io)?.is_dir() {
+            let is_ours = name == MARK || FILES.contains(&name.strip_suffix(PARTIAL).unwrap_or(&name));
+            // A link may lead to a file of somebody else.
+            if !is_ours || !entry.file_type().map_err(io)?.is_file() {
                 return Err(ExportError::Holds { path: path.to_owned(), what: name });
             }
-            if first.as_ref().is_none_or(|first| name < *first) {
-                first = Some(name);
+            if name != MARK && beside_mark.as_ref().is_none_or(|first| name < *first) {
+                beside_mark = Some(name);
             }
         }
-        let Some(first) = first else { return Ok(export) };
         let mark = read_regular_text(&path.join(MARK)).ok();
         let mark = mark.and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok());
         export.holds = mark.and_then(|mark| Some(mark.get("of")?.as_str()?.to_owned()));
-        // A mark that was cut short has nothing but itself beside it.
-        if export.holds.is_none() && !first.starts_with(MARK) {
-            return Err(ExportError::Holds { path: path.to_owned(), what: first });
+        // The mark is written first, so one that was cut short has nothing beside it.
+        match beside_mark {
+            Some(what) if export.holds.is_none() => Err(ExportError::Holds { path: path.to_owned(), what }),
+            _ => Ok(export),
         }
-        Ok(export)
     }
 
     /// The folder.
@@ -73,32 +84,110 @@ impl ExportFolder {
         &self.path
     }
 
-    /// Takes the folder for an export of `of`, and whatever of an earlier one is there out of it.
+    /// Takes the folder for an export of `of`. What an earlier one left stays until the new one is whole.
     ///
     /// # Errors
-    /// [`ExportError`] if it holds the export of something else, or cannot be written.
-    pub(super) fn take(&self, of: &str) -> Result<(), ExportError> {
-        if let Some(other) = self.holds.as_ref().filter(|holds| *holds != of) {
-            return Err(ExportError::Other { path: self.path.clone(), other: other.clone(), of: of.to_owned() });
-        }
+    /// [`ExportError`] if it holds the export of something else by now, another export writes to it, or it cannot be
+    /// written.
+    pub(super) fn take(&self, of: &str) -> Result<TakenFolder, ExportError> {
         let io = |path: &Path, source| ExportError::Io { path: path.to_owned(), source };
+        // Before anything is made there, and again once nobody else writes.
+        Self::look(&self.path)?.check(of)?;
         std::fs::create_dir_all(&self.path).map_err(|e| io(&self.path, e))?;
-        let mark = format!("{:#}\n", serde_json::json!({ "of": of }));
-        super::hugging_face::write_text(&self.path.join(MARK), &mark)?;
-        // config.json goes first: without it the folder is not taken for a model.
-        for name in FILES.into_iter().flat_map(|name| [name.to_owned(), format!("{name}{PARTIAL}")]) {
-            let path = self.path.join(name);
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&path, e)),
-                _ => {}
-            }
+        let path = self.path.join(MARK);
+        let mut mark = open_or_make_regular(&path).map_err(|e| io(&path, e))?;
+        match mark.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(ExportError::Busy { path: self.path.clone() }),
+            Err(TryLockError::Error(e)) => return Err(io(&path, e)),
         }
-        Ok(())
+        let now = Self::look(&self.path)?;
+        now.check(of)?;
+        if now.holds.is_none() {
+            let text = format!("{:#}\n", serde_json::json!({ "of": of }));
+            let written = mark.set_len(0).and_then(|()| mark.write_all(text.as_bytes()));
+            written.and_then(|()| mark.sync_all()).map_err(|e| io(&path, e))?;
+        }
+        Ok(TakenFolder { path: self.path.clone(), _mark: mark, written: Vec::new() })
+    }
+
+    fn check(&self, of: &str) -> Result<(), ExportError> {
+        match self.holds.as_ref().filter(|holds| *holds != of) {
+            Some(other) => Err(ExportError::Other { path: self.path.clone(), other: other.clone(), of: of.to_owned() }),
+            None => Ok(()),
+        }
     }
 
     /// Whether an earlier export of `of` is there, which a new one replaces.
     pub fn holds_export_of(&self, of: &str) -> bool {
         self.holds.as_ref().is_some_and(|holds| holds == of)
+    }
+}
+
+impl TakenFolder {
+    /// Writes a file under a temporary name and syncs it.
+    ///
+    /// # Errors
+    /// [`ShardError`] with the name that the file will have.
+    pub(super) fn write(
+        &mut self,
+        name: &'static str,
+        write: impl FnOnce(&mut BufWriter<File>) -> Result<(), ShardError>,
+    ) -> Result<(), ShardError> {
+        let path = self.path.join(name);
+        let io = |source| ShardError::Io { path: path.clone(), source };
+        let temporary = self.temporary(name);
+        // What an interrupted export left, or whatever has come there since: it is never written through.
+        remove_if_there(&temporary).map_err(io)?;
+        let mut out = BufWriter::new(File::create_new(&temporary).map_err(io)?);
+        write(&mut out)?;
+        out.into_inner().map_err(|e| e.into_error()).and_then(|file| file.sync_all()).map_err(io)?;
+        self.written.push(name);
+        Ok(())
+    }
+
+    /// Gives all files that were written their names, in the place of those of an earlier export. Without
+    /// `config.json`, the first to go and the last to come, the folder is not taken for a model.
+    ///
+    /// # Errors
+    /// [`ShardError`] if the system refuses.
+    pub(super) fn finish(self) -> Result<(), ShardError> {
+        let io = |path: &Path, source| ShardError::Io { path: path.to_owned(), source };
+        for name in FILES {
+            let path = self.path.join(name);
+            remove_if_there(&path).map_err(|e| io(&path, e))?;
+            if !self.written.contains(&name) {
+                let temporary = self.temporary(name);
+                remove_if_there(&temporary).map_err(|e| io(&temporary, e))?;
+            }
+        }
+        let (config, others): (Vec<_>, Vec<_>) = self.written.iter().partition(|name| **name == FILES[0]);
+        for name in others.into_iter().chain(config) {
+            let path = self.path.join(name);
+            std::fs::rename(self.temporary(name), &path).map_err(|e| io(&path, e))?;
+        }
+        Ok(())
+    }
+
+    fn temporary(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}{PARTIAL}"))
+    }
+}
+
+impl Drop for TakenFolder {
+    /// What was not finished leaves nothing but an earlier export.
+    fn drop(&mut self) {
+        for name in FILES {
+            // What cannot be removed is known to be left over.
+            let _ = std::fs::remove_file(self.temporary(name));
+        }
+    }
+}
+
+fn remove_if_there(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 
@@ -111,22 +200,49 @@ mod tests {
         assert!(error.is_bad_input() && error.to_string().contains(word), "{error}");
     }
 
+    fn names(path: &Path) -> Vec<String> {
+        let names = std::fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = names.collect();
+        names.sort();
+        names
+    }
+
+    fn write(taken: &mut TakenFolder, name: &'static str, text: &str) {
+        let io = |source| ShardError::Io { path: PathBuf::new(), source };
+        taken.write(name, |out| out.write_all(text.as_bytes()).map_err(io)).unwrap();
+    }
+
     #[test]
-    fn a_folder_takes_one_export_and_again_the_same() {
+    fn an_export_replaces_an_earlier_one_of_the_same_once_it_is_whole() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/hf");
-        for again in [false, true] {
-            let export = ExportFolder::look(&path).unwrap();
-            assert_eq!(export.holds_export_of("run 1"), again);
-            export.take("run 1").unwrap();
-            assert_eq!(std::fs::read_dir(&path).unwrap().count(), 1, "nothing of an earlier one stays");
-            for name in ["config.json", "special_tokens_map.json", "model.safetensors.partial"] {
-                std::fs::write(path.join(name), "x").unwrap();
-            }
-        }
+        let read = |name: &str| std::fs::read_to_string(path.join(name)).unwrap();
+        let mut taken = ExportFolder::look(&path).unwrap().take("run 1").unwrap();
+        write(&mut taken, "config.json", "old");
+        write(&mut taken, "special_tokens_map.json", "old");
+        taken.finish().unwrap();
+        assert_eq!(names(&path), ["config.json", MARK, "special_tokens_map.json"]);
+
+        let export = ExportFolder::look(&path).unwrap();
+        assert!(export.holds_export_of("run 1"));
+        let mut taken = export.take("run 1").unwrap();
+        let busy = export.take("run 1").unwrap_err();
+        assert!(matches!(busy, ExportError::Busy { .. }), "{busy}");
+        write(&mut taken, "model.safetensors", "new");
+        assert_eq!((read("config.json"), names(&path).len()), ("old".to_owned(), 4));
+        // It fails on the way.
+        drop(taken);
+        assert_eq!((read("config.json"), names(&path).len()), ("old".to_owned(), 3));
+
+        let mut taken = export.take("run 1").unwrap();
+        write(&mut taken, "config.json", "new");
+        write(&mut taken, "model.safetensors", "new");
+        taken.finish().unwrap();
+        assert_eq!(names(&path), ["config.json", MARK, "model.safetensors"]);
+        assert_eq!(read("config.json"), "new");
+
         let error = ExportFolder::look(&path).unwrap().take("run 2").unwrap_err().to_string();
         assert!(error.contains("run 1") && error.contains("run 2"), "{error}");
-        assert!(path.join("config.json").exists());
         std::fs::write(path.join("model-00001-of-00002.safetensors"), "x").unwrap();
         fails(&path, "`model-00001-of-00002.safetensors`");
     }
@@ -139,8 +255,31 @@ mod tests {
         fails(folder.path(), "`config.json`");
         fails(&file, "is no folder");
         fails(&file.join("below"), "config.json is no folder");
-        std::fs::remove_file(&file).unwrap();
         std::fs::write(folder.path().join(MARK), "{").unwrap();
-        ExportFolder::look(folder.path()).unwrap().take("run 1").unwrap();
+        fails(folder.path(), "`config.json`");
+        std::fs::remove_file(&file).unwrap();
+        drop(ExportFolder::look(folder.path()).unwrap().take("run 1").unwrap());
+        assert!(ExportFolder::look(folder.path()).unwrap().holds_export_of("run 1"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn nothing_is_written_through_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let theirs = folder.path().join("theirs");
+        std::fs::write(&theirs, "theirs").unwrap();
+        let path = folder.path().join("hf");
+        std::fs::create_dir(&path).unwrap();
+        for name in [MARK, "config.json.partial"] {
+            std::os::unix::fs::symlink(&theirs, path.join(name)).unwrap();
+            fails(&path, name);
+            std::fs::remove_file(path.join(name)).unwrap();
+        }
+        let mut taken = ExportFolder::look(&path).unwrap().take("run 1").unwrap();
+        std::os::unix::fs::symlink(&theirs, path.join("config.json.partial")).unwrap();
+        write(&mut taken, "config.json", "ours");
+        taken.finish().unwrap();
+        assert_eq!(std::fs::read_to_string(&theirs).unwrap(), "theirs");
+        assert_eq!(std::fs::read_to_string(path.join("config.json")).unwrap(), "ours");
     }
 }

@@ -1,14 +1,12 @@
 //! Export as the files that `transformers` loads: config.json, model.safetensors, tokenizer.json.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::io::Write;
 
 use fusionllm_graph::{Gpt2Config, OpDag};
 use serde_json::Value;
 
-use super::export_folder::{ExportFolder, PARTIAL};
+use super::export_folder::ExportFolder;
 use super::shard::write_shard_to;
 use crate::data::Tokenizer;
 use crate::executor::{LazyTensor, NamedTensor, by_name};
@@ -42,26 +40,29 @@ pub fn export_hugging_face(
         }
         params.push(tensor);
     }
-    folder.take(of)?;
-    let folder = folder.path();
-    let weights = folder.join("model.safetensors");
-    write_atomic(&weights, |out| {
+    let mut out = folder.take(of)?;
+    let weights = folder.path().join("model.safetensors");
+    out.write("model.safetensors", |out| {
         write_shard_to(out, &weights, params.into_iter().map(LazyTensor::from).collect()).map(|_| ())
     })?;
-    write_text(&folder.join("tokenizer.json"), &tokenizer.to_json())?;
+    let mut write_text = |name: &'static str, text: &str| {
+        let io = |source| ShardError::Io { path: folder.path().join(name), source };
+        out.write(name, |out| out.write_all(text.as_bytes()).map_err(io))
+    };
+    write_text("tokenizer.json", &tokenizer.to_json())?;
     let tokenizer_config =
         serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions });
     let kept = |name: &str| carried.get(name).cloned();
     let tokenizer_config = kept("tokenizer_config.json").unwrap_or_else(|| format!("{tokenizer_config:#}\n"));
-    write_text(&folder.join("tokenizer_config.json"), &tokenizer_config)?;
+    write_text("tokenizer_config.json", &tokenizer_config)?;
     for name in ["special_tokens_map.json", "generation_config.json"] {
         if let Some(text) = kept(name) {
-            write_text(&folder.join(name), &text)?;
+            write_text(name, &text)?;
         }
     }
-    // config.json last: a folder without it is not taken for a model.
     let config = config_json(config, carried.get("config.json").map(String::as_str), tokenizer);
-    Ok(write_text(&folder.join("config.json"), &format!("{config:#}\n"))?)
+    write_text("config.json", &format!("{config:#}\n"))?;
+    Ok(out.finish()?)
 }
 
 /// The config of the directory that the model came from, with what training may have changed; a new one if it came
@@ -107,27 +108,6 @@ fn new_config(config: &Gpt2Config, tokenizer: &Tokenizer) -> serde_json::Map<Str
         "eos_token_id": id(&END)
     });
     if let Value::Object(keys) = keys { keys } else { serde_json::Map::new() }
-}
-
-pub(super) fn write_text(path: &Path, text: &str) -> Result<(), ShardError> {
-    let io = |source| ShardError::Io { path: path.to_owned(), source };
-    write_atomic(path, |out| out.write_all(text.as_bytes()).map_err(io))
-}
-
-/// Writes to a temporary name, syncs, renames.
-fn write_atomic(
-    path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> Result<(), ShardError>,
-) -> Result<(), ShardError> {
-    let io = |source| ShardError::Io { path: path.to_owned(), source };
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(PARTIAL);
-    let temporary = path.with_file_name(name);
-    let mut out = BufWriter::new(File::create(&temporary).map_err(io)?);
-    write(&mut out)?;
-    let file = out.into_inner().map_err(|e| io(e.into_error()))?;
-    file.sync_all().map_err(io)?;
-    std::fs::rename(&temporary, path).map_err(io)
 }
 
 #[cfg(test)]

@@ -51,7 +51,9 @@ impl JobLinks {
         };
         let holds = |tied: &TiedParam| [own, peer].iter().all(|node| tied.holders.contains(node));
         let Placement { edges, tied, .. } = &*self.placement;
-        edges.iter().any(is_ours) || tied.iter().any(holds) || (self.clips && own == self.placement.norm_root())
+        edges.iter().any(is_ours)
+            || tied.iter().any(holds)
+            || (self.clips && [own, peer].contains(&self.placement.norm_root()))
     }
 
     /// A live connection to a peer: the one there is, a new one if it is ours to dial, else the next that comes.

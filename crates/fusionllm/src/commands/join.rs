@@ -37,7 +37,7 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         memory_bytes: args.memory_gb.map(|gb| (gb * 1e9) as u64),
         profile_dir: state.filter(|_| !args.fresh_profile),
         // What was asked for and cannot be had is refused by name.
-        scratch_dir: usable.or(args.state).unwrap_or_else(std::env::temp_dir),
+        scratch_dir: args.scratch.or(usable).or(args.state).unwrap_or_else(std::env::temp_dir),
         readable: ReadableData::new(args.data).map_err(|e| bad_input(format!("--data: {e}")))?,
     };
     let child = args.child;

@@ -2,6 +2,7 @@
 
 use fusionllm_protocol::{ClientRequest, JobEvent, JobId, ToClient};
 
+use super::follow::Interrupts;
 use crate::cli;
 use crate::client::Client;
 use crate::progress::Progress;
@@ -58,10 +59,11 @@ async fn finish(mut client: Client, follow: bool, json: bool, steps: u64, typed:
     let mut result = Ok(());
     if follow {
         let mut progress = Progress::new(json, steps);
+        let mut interrupts = Interrupts::new();
         loop {
             let message = tokio::select! {
                 message = client.next() => message?,
-                () = super::follow::interrupted() => {
+                () = interrupts.next() => {
                     if !json {
                         render::line(&format!("the job goes on at the broker, `fusionllm status{typed}` shows it"))?;
                     }

@@ -5,8 +5,9 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders, default_run_dir,
-    find_resumption, free_run_dir, is_free, load_model, model_tokenizer, open_checkpoint, read_cluster, resumed_job,
+    Broker, BrokerConfig, BrokerError, CheckpointError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders,
+    default_run_dir, find_resumption, free_run_dir, is_free, load_model, model_tokenizer, open_checkpoint,
+    read_cluster, resumed_job,
 };
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
@@ -17,7 +18,7 @@ use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
 use crate::exit::bad_input;
-use crate::local::{Death, LocalCompNodes, local_name};
+use crate::local::{Death, Home, LocalCompNodes, local_name};
 use crate::outputs::{check_folder, is_same_file};
 use crate::progress::Progress;
 use crate::render;
@@ -35,6 +36,15 @@ struct Checked {
     spec: JobSpec,
     run_dir: PathBuf,
     compnodes: u32,
+}
+
+impl Checked {
+    /// What the CompNodes may read, and where their shards lie on the way: on the disk where they will stay.
+    fn home(&self) -> Home<'_> {
+        let stay = self.spec.checkpoint.to.as_deref().unwrap_or(&self.run_dir);
+        let scratch = stay.ancestors().find(|above| above.is_dir()).unwrap_or(Path::new("/"));
+        Home { data: &self.spec.data, scratch }
+    }
 }
 
 pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
@@ -155,8 +165,8 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
         }
         render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
     }
-    let starting =
-        LocalCompNodes::start(broker, checked.compnodes, &args.device, &checked.spec.data, args.fresh_profile);
+    let home = checked.home();
+    let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, &home, args.fresh_profile);
     let mut interrupts = Interrupts::new();
     let mut compnodes = tokio::select! {
         started = starting => started?,
@@ -183,6 +193,7 @@ async fn run_job(
     interrupts: &mut Interrupts,
 ) -> anyhow::Result<RunReport> {
     let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
+    let from_step = from.as_ref().map_or(0, |from| from.checkpoint().manifest().step);
     let submitting = async {
         match from {
             Some(from) => broker.resume_from(spec, from).await,
@@ -199,7 +210,7 @@ async fn run_job(
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
     let mut cut_short: Option<anyhow::Error> = None;
-    let mut step = 0;
+    let mut step = from_step;
     loop {
         let event = tokio::select! {
             event = events.next() => event.context("the broker ended before the job")?,
@@ -263,7 +274,10 @@ fn way_on(checked: &Checked) -> String {
             let (dir, step) = (shell_path(&checked.run_dir), checkpoint.manifest().step);
             format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
         }
-        Err(_) => "there is no checkpoint yet to go on from, so nothing is kept of it".to_owned(),
+        Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => {
+            "there is no checkpoint yet to go on from, so nothing is kept of it".to_owned()
+        }
+        Err(error) => format!("it cannot be said how it goes on: {error}"),
     }
 }
 
@@ -301,4 +315,26 @@ async fn finish(
 /// A broker's error with its exit code.
 pub(super) fn broker_error(error: BrokerError) -> anyhow::Error {
     if error.is_bad_input() { bad_input(error) } else { error.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_pass_over_the_disk_where_they_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = "[model]\nname = \"gpt2\"\n[data]\npath = \"text\"";
+        let mut spec = JobSpec::from_toml(job, &[]).unwrap();
+        let checked = |spec: &JobSpec| Checked {
+            spec: spec.clone(),
+            run_dir: folder.path().join("runs/one"),
+            compnodes: 1,
+        };
+        assert_eq!(checked(&spec).home().scratch, folder.path());
+        let volume = folder.path().join("volume");
+        std::fs::create_dir(&volume).unwrap();
+        spec.checkpoint.to = Some(volume.join("a/b"));
+        assert_eq!(checked(&spec).home().scratch, volume);
+    }
 }
