@@ -277,14 +277,14 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
     let disk = bench.path("disk");
     std::fs::create_dir(&disk).unwrap();
     let mount =
-        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=700k", "tmpfs"]).arg(&disk).output();
+        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=1000k", "tmpfs"]).arg(&disk).output();
     if !mount.is_ok_and(|output| output.status.success()) {
         // Only who may mount can have a small disk.
         return;
     }
     // What fills the disk goes away while the run lasts.
     let ballast = disk.join("ballast");
-    std::fs::write(&ballast, vec![1; 560 << 10]).unwrap();
+    std::fs::write(&ballast, vec![1; 860 << 10]).unwrap();
     let mut run = bench.start(
         "train job.toml --out disk/run --compnodes 1 --json --set train.steps=3000 --set checkpoint.every=200 \
          --set train.eval_every=0 --set checkpoint.keep=1",
