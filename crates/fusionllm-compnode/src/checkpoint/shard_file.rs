@@ -63,12 +63,12 @@ impl ShardFile {
         self.bytes
     }
 
-    /// The file's bytes from `start` on, so many as are read at a time; nothing at its end.
+    /// The file's bytes from `start` on, so many as are read at a time, in the memory of `bytes`; nothing at its end.
     ///
     /// # Errors
     /// [`ShardError::Io`] if they cannot be read.
-    pub(crate) fn chunk(&self, start: u64) -> Result<Vec<u8>, ShardError> {
-        let mut bytes = Vec::with_capacity(CHUNK_BYTES);
+    pub(crate) fn chunk(&self, start: u64, mut bytes: Vec<u8>) -> Result<Vec<u8>, ShardError> {
+        bytes.clear();
         let read = (&self.file).seek(SeekFrom::Start(start)).and_then(|_| {
             let mut part = (&self.file).take(CHUNK_BYTES as u64);
             part.read_to_end(&mut bytes)
@@ -127,7 +127,9 @@ mod tests {
         let lazy = tensors().into_iter().map(LazyTensor::from).collect();
         let file = ShardFile::write(folder.path(), lazy).unwrap();
         let mut all = Vec::new();
-        while let Some(chunk) = Some(file.chunk(all.len() as u64).unwrap()).filter(|chunk| !chunk.is_empty()) {
+        while let Some(chunk) =
+            Some(file.chunk(all.len() as u64, Vec::new()).unwrap()).filter(|chunk| !chunk.is_empty())
+        {
             all.extend(chunk);
         }
         assert_eq!(all.len() as u64, file.bytes());

@@ -179,10 +179,11 @@ async fn send(
     // Bulk gives way to heartbeats and OP-Data.
     sink.set_priority(-10);
     let mut sent = sink.send(&header).await;
-    let mut start = 0;
+    // The one buffer goes back and forth: one thread takes it and another would free it, which the allocator notices late.
+    let (mut start, mut chunk) = (0, Vec::with_capacity(CHUNK_BYTES));
     while sent.is_ok() && start < shard.bytes() {
         let file = Arc::clone(shard);
-        let chunk = with_file(move || file.chunk(start)).await?;
+        chunk = with_file(move || file.chunk(start, chunk)).await?;
         start += chunk.len() as u64;
         sent = sink.send(&chunk).await;
     }

@@ -326,11 +326,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let job = "[model]\nname = \"gpt2\"\n[data]\npath = \"text\"";
         let mut spec = JobSpec::from_toml(job, &[]).unwrap();
-        let checked = |spec: &JobSpec| Checked {
-            spec: spec.clone(),
-            run_dir: folder.path().join("runs/one"),
-            compnodes: 1,
-        };
+        let checked =
+            |spec: &JobSpec| Checked { spec: spec.clone(), run_dir: folder.path().join("runs/one"), compnodes: 1 };
         assert_eq!(checked(&spec).home().scratch, folder.path());
         let volume = folder.path().join("volume");
         std::fs::create_dir(&volume).unwrap();
