@@ -5,6 +5,7 @@ mod bad_input;
 mod cluster;
 mod docs;
 mod endurance;
+mod fixtures;
 mod folders;
 mod input;
 mod plan;
