@@ -208,9 +208,11 @@ pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerErr
     Ok(())
 }
 
-/// Whether nothing would be overwritten there.
+/// Whether nothing would be overwritten there; the lock of a run that did not begin is nothing.
 pub fn is_free(path: &Path) -> bool {
-    std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.next().is_none())
+    let is_lock =
+        |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == FolderLock::FILE);
+    std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.all(is_lock))
 }
 
 pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {

@@ -164,7 +164,10 @@ impl Node {
                     (joined_before, pause) = (true, BACK_OFF.0);
                     tracing::info!(name = %connected.name, device = self.surveyor.backend.name(), "joined the broker");
                     match self.session(connected, inbox).await {
-                        SessionEnd::Leave => return Ok(()),
+                        SessionEnd::Leave => {
+                            tracing::info!("the broker has ended, and this CompNode with it");
+                            return Ok(());
+                        }
                         SessionEnd::Lost(reason) => tracing::warn!(reason, "lost the broker"),
                     }
                 }

@@ -30,7 +30,7 @@ impl Plan {
         let rows = self.placement.compnodes.len();
         let (width, height) = (LABEL_WIDTH + TIME_WIDTH + 3.0 * MARGIN, HEADER + ROW * rows as f64 + FOOTER);
         let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
+            "<svg data-made-by=\"fusionllm plan\" xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
              height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\" fill=\"#222\">\n\
              <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
         );

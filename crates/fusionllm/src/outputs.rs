@@ -124,6 +124,9 @@ impl Output<'_> {
             return refuse("is a directory, expected a file's name".to_owned());
         }
         check_folder_of(option, path)?;
+        if path.parent().is_some_and(|folder| folder.join("run.json").is_file()) {
+            return refuse("would lie in a run directory, among the run's own files: give another folder".to_owned());
+        }
         if !path.exists() {
             return Ok(());
         }
@@ -159,7 +162,11 @@ mod tests {
             assert_eq!(result.is_ok(), reason.is_empty(), "{name}: {result:?}");
             assert!(result.err().unwrap_or_default().contains(reason));
         }
-        for (path, reason) in [(Path::new("/dev/null"), "no regular file"), (&file("none/x"), "make it first")] {
+        std::fs::create_dir(file("run")).unwrap();
+        std::fs::write(file("run/run.json"), "{}").unwrap();
+        let places = [("none/x", "make it first"), ("run/x", "lie in a run directory")];
+        for (path, reason) in [("/dev/null", "no regular file")].into_iter().chain(places) {
+            let path = &file(path);
             let error = check(&[output(path)]).unwrap_err().to_string();
             assert!(error.contains(reason), "{error}");
         }

@@ -95,7 +95,8 @@ impl Run {
             checkpoints: spec.checkpoints(),
             open: BTreeMap::new(),
             given_up: BTreeSet::new(),
-            checkpoint: (start.step > 0).then_some(start.step),
+            // One of another run is not where this one goes on.
+            checkpoint: (start.step > 0 && start.run.from.is_none()).then_some(start.step),
             finishing: BTreeSet::new(),
             bounds: Bounds::new(&start.dag, &placement, spec, start.step),
             placement,

@@ -11,6 +11,8 @@ use crate::DataError;
 
 /// Folders that hold no text worth learning, even where no ignore file says so.
 const SKIPPED_FOLDERS: [&str; 3] = ["target", "node_modules", "runs"];
+/// What a folder that a run writes to holds meanwhile.
+const LOCK: &str = "fusionllm.lock";
 /// Why a file or folder is left out that cannot be looked at.
 const UNREADABLE: &str = "unreadable";
 /// Left-out files that are named in a sentence.
@@ -180,8 +182,8 @@ fn note_rules(
         }
         let path = entry.path();
         let is_folder = entry.file_type().is_some_and(|t| t.is_dir());
-        // Ignore files are there to be heeded, not to be learnt.
-        let is_rule = path.file_name().is_some_and(|name| name == ".gitignore" || name == ".ignore");
+        // Ignore files are there to be heeded, and locks to be held, not to be learnt.
+        let is_rule = path.file_name().is_some_and(|name| [".gitignore", ".ignore", LOCK].iter().any(|n| name == *n));
         if entry.depth() == 0 || taken.contains(path) || named.iter().any(|n| n == path) || is_rule {
             continue;
         }
@@ -192,7 +194,7 @@ fn note_rules(
         let reason = if is_hidden(path) {
             "hidden"
         } else if whole && is_run(path) {
-            "run directories of fusionllm"
+            "run directories and checkpoints of fusionllm"
         } else if whole {
             "folders named target, node_modules or runs"
         } else {
@@ -203,8 +205,10 @@ fn note_rules(
 }
 
 fn is_wanted(entry: &ignore::DirEntry) -> bool {
+    let path = entry.path();
     let is_folder = entry.file_type().is_some_and(|t| t.is_dir());
-    !(entry.depth() > 0 && is_folder && (is_skipped(entry.path()) || is_run(entry.path())))
+    let is_left_out = if is_folder { is_skipped(path) || is_run(path) } else { entry.file_name() == LOCK };
+    entry.depth() == 0 || !is_left_out
 }
 
 fn is_hidden(path: &Path) -> bool {
@@ -215,9 +219,9 @@ fn is_skipped(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| SKIPPED_FOLDERS.contains(&name))
 }
 
-/// Whether a folder is a run directory: it grows while it is read.
+/// Whether a folder is a run directory or a checkpoint: those come and grow while they are read.
 fn is_run(path: &Path) -> bool {
-    path.join("job.json").is_file() && path.join("placement.json").is_file()
+    path.join("run.id").is_file() || path.join("job.json").is_file() && path.join("placement.json").is_file()
 }
 
 /// Leaves out files that are there already under another path.

@@ -45,7 +45,7 @@ pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
         write_atomic(path, job.dag.to_json().as_bytes())?;
     }
     if let Some(path) = &args.write_dot {
-        write_atomic(path, job.dag.to_dot().as_bytes())?;
+        write_atomic(path, [DOT_BEGINS, &job.dag.to_dot()].concat().as_bytes())?;
     }
     if args.compare {
         return compare_all(args, &jobs);
@@ -58,13 +58,17 @@ pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
     }
 }
 
+/// How files begin that say of themselves who made them.
+const TRACE_BEGINS: &str = "{\"otherData\":{\"made_by\":\"fusionllm plan\"},";
+const DOT_BEGINS: &str = "// made by fusionllm plan\n";
+
 /// The files that are to be written.
 fn outputs(args: &cli::Plan) -> Vec<Output<'_>> {
     let outputs = [
-        ("--svg", &args.svg, "a drawing of a plan", "<svg "),
-        ("--trace", &args.trace, "a trace", "{\"traceEvents\":"),
+        ("--svg", &args.svg, "a drawing by plan", "<svg data-made-by=\"fusionllm plan\""),
+        ("--trace", &args.trace, "a trace by plan", TRACE_BEGINS),
         ("--write-graph", &args.write_graph, "an OP-DAG in JSON", "{\n  \"format\": "),
-        ("--write-dot", &args.write_dot, "a graph in Graphviz form", "digraph "),
+        ("--write-dot", &args.write_dot, "a graph by plan in Graphviz form", DOT_BEGINS),
     ];
     let mut named = Vec::new();
     for (option, path, kind, begins) in outputs {
@@ -235,8 +239,9 @@ fn write_drawings(args: &cli::Plan, plan: &Plan, dag: &OpDag) -> anyhow::Result<
         write_atomic(path, plan.svg(dag).as_bytes())?;
     }
     if let Some(path) = &args.trace {
-        let trace = serde_json::to_vec(&plan.simulated.trace(&plan.placement.compnodes))?;
-        write_atomic(path, &trace)?;
+        let trace = serde_json::to_string(&plan.simulated.trace(&plan.placement.compnodes))?;
+        let events = trace.strip_prefix('{').unwrap_or(&trace);
+        write_atomic(path, [TRACE_BEGINS, events].concat().as_bytes())?;
     }
     Ok(())
 }

@@ -110,7 +110,12 @@ fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> a
         (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false),
     };
     if from.is_none() && run_dir.join("metrics.jsonl").exists() {
-        let hint = "give another --out, or go on with it by --resume";
+        let hint = match open_checkpoint(&run_dir) {
+            Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => {
+                "it has no checkpoint to go on from: give another --out, or remove it"
+            }
+            _ => "give another --out, or go on with it by --resume",
+        };
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
     check_run_folders(&run_dir, spec).map_err(broker_error)?;
@@ -275,7 +280,8 @@ fn way_on(checked: &Checked) -> String {
             format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
         }
         Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => {
-            "there is no checkpoint yet to go on from, so nothing is kept of it".to_owned()
+            let dir = shell_path(&checked.run_dir);
+            format!("there is no checkpoint yet to go on from; to train anew, remove {dir} or give another --out")
         }
         Err(error) => format!("it cannot be said how it goes on: {error}"),
     }

@@ -127,9 +127,13 @@ fn an_output_is_never_an_input_nor_a_file_of_another_kind() {
     let model = "name = \"gpt2\"\nn_layer = 1\nn_embd = 16\nn_head = 2\n";
     bench.write("by-path.toml", &job.replace(model, "path = \"graph.json\"\n"));
     bench.write("notes", "mine");
+    bench.write("mine.svg", "<svg xmlns=\"http://www.w3.org/2000/svg\"/>");
+    bench.write("mine.dot", "digraph mine { a -> b }");
+    bench.write("mine.json", "{\"traceEvents\":[]}");
     std::fs::hard_link(bench.path("graph.json"), bench.path("hard")).unwrap();
     std::os::unix::fs::symlink("graph.json", bench.path("soft")).unwrap();
-    let inputs = ["job.toml", "by-path.toml", "c.toml", "text.txt", "graph.json", "notes"];
+    let inputs =
+        ["job.toml", "by-path.toml", "c.toml", "text.txt", "graph.json", "notes", "mine.svg", "mine.dot", "mine.json"];
     let before = inputs.map(|name| std::fs::read(bench.path(name)).unwrap());
     for option in ["--svg", "--trace", "--write-graph", "--write-dot"] {
         for input in inputs.iter().filter(|input| (**input, option) != ("graph.json", "--write-graph")) {

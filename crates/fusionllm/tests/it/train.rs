@@ -223,7 +223,7 @@ fn whoever_stops_training_is_told_how_it_goes_on() {
     training.signal("TERM");
     let (code, _, err) = training.finish();
     assert_eq!(code, Some(1), "{err}");
-    assert!(err.contains("there is no checkpoint yet to go on from, so nothing is kept of it"), "{err}");
+    assert!(err.contains("there is no checkpoint yet to go on from; to train anew, remove "), "{err}");
 }
 
 /// Who starts it by `nohup` wants it to outlive the terminal.

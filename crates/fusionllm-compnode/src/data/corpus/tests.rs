@@ -72,6 +72,11 @@ fn what_is_left_out_of_a_folder_is_counted_and_named() {
     std::fs::create_dir(folder.path().join("old-run")).unwrap();
     write("old-run/job.json", b"{}");
     write("old-run/placement.json", b"{}");
+    // Where checkpoints go to a folder of the data.
+    std::fs::create_dir_all(folder.path().join("ck/step-2")).unwrap();
+    write("ck/step-2/run.id", b"0123456789abcdef0123456789abcdef\n");
+    write("ck/step-2/manifest.json", b"{}");
+    write("ck/fusionllm.lock", b"run 1");
     #[cfg(unix)]
     std::os::unix::fs::symlink(folder.path(), folder.path().join("loop")).unwrap();
     let corpus = Corpus::read(&spec(&[folder.path()], 1), &Tokenizer::Bytes).unwrap();
@@ -83,7 +88,8 @@ fn what_is_left_out_of_a_folder_is_counted_and_named() {
     assert_eq!(left_out(notes, "UTF-16, expected UTF-8"), "`wide.txt`");
     assert_eq!(left_out(notes, "empty"), "`empty.txt`");
     assert_eq!(left_out(notes, "hidden"), "`.hidden`");
-    assert_eq!(left_out(notes, "run directories of fusionllm"), "`old-run`");
+    let ours = left_out(notes, "run directories and checkpoints of fusionllm");
+    assert_eq!(ours, "`ck/step-2`, `old-run`");
     #[cfg(unix)]
     assert_eq!(left_out(notes, "symbolic links"), "`loop`");
     let notes = notes.join("\n");
