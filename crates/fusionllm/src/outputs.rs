@@ -120,7 +120,7 @@ impl Output<'_> {
     fn check(&self) -> anyhow::Result<()> {
         let Self { option, path, kind, begins } = self;
         let refuse = |reason: String| Err(bad_input(format!("{option} {} {reason}", path.display())));
-        if path.is_dir() {
+        if path.is_dir() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
             return refuse("is a directory, expected a file's name".to_owned());
         }
         check_folder_of(option, path)?;

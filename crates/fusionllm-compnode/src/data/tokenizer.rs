@@ -60,8 +60,11 @@ impl Tokenizer {
             return Ok(Self::Bytes);
         }
         let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
-        if !Path::new(name).is_file() {
-            return Err(fail("no such file".to_owned()));
+        match std::fs::metadata(name) {
+            Ok(found) if found.is_file() => {}
+            Ok(_) => return Err(fail("no regular file".to_owned())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(fail("no such file".to_owned())),
+            Err(e) => return Err(fail(e.to_string())),
         }
         let mut source = String::new();
         let mut file = readable.open(Path::new(name)).map_err(|e| fail(e.to_string()))?;

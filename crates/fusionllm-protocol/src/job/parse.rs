@@ -213,7 +213,11 @@ impl<'a> Section<'a> {
                 T::try_from(*number).map(Some).map_err(|_| self.wrong_type(key, value, too_large))
             }
             // TOML has no number as large, so that an override becomes text.
-            Some(Value::String(digits)) if !digits.is_empty() && digits.chars().all(|c| c.is_ascii_digit()) => {
+            Some(Value::String(digits))
+                if digits.chars().all(|c| c.is_ascii_digit())
+                    && !digits.is_empty()
+                    && digits.parse::<i64>().is_err() =>
+            {
                 Err(self.value(key, format!("is {digits}, expected a smaller number")))
             }
             Some(other) => Err(self.wrong_type(key, other, EXPECTED)),

@@ -28,7 +28,12 @@ pub(super) fn read(path: &Path, overrides: &[String]) -> anyhow::Result<JobSpec>
     }
     let takes_sizes = spec.model.name.as_deref().is_some_and(|name| Gpt2Config::named(name).is_some());
     if takes_sizes && spec.model.vocab_size.is_none() && spec.data.tokenizer_file().is_some_and(Path::is_file) {
-        spec.model.vocab_size = Some(Tokenizer::open(&spec.data.tokenizer).map_err(|e| fail(&e))?.entries());
+        let entries = Tokenizer::open(&spec.data.tokenizer).map_err(|e| fail(&e))?.entries();
+        if entries == 0 || i32::try_from(entries).is_err() {
+            let name = &spec.data.tokenizer;
+            return Err(fail(&format!("data.tokenizer {name} has {entries} entries, expected 1 to 2^31")));
+        }
+        spec.model.vocab_size = Some(entries);
     }
     spec.validate().map_err(|e| fail(&e))?;
     Ok(spec)

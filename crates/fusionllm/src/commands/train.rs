@@ -118,6 +118,9 @@ fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> a
         };
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
     }
+    if run_dir.to_str().is_none() {
+        return Err(bad_input(format!("--out {} is not UTF-8, give a folder whose name is", run_dir.display())));
+    }
     check_run_folders(&run_dir, spec).map_err(broker_error)?;
     // The data lies on this machine, too: what a run writes must not be trained on when it goes on.
     for (key, folder) in [("--out", Some(&run_dir)), ("checkpoint.to", spec.checkpoint.to.as_ref())] {

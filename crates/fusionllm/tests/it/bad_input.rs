@@ -155,3 +155,29 @@ fn an_output_is_never_an_input_nor_a_file_of_another_kind() {
         bench.succeed(&format!("plan job.toml --cluster c.toml {files}"));
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn what_is_wrong_is_named_by_what_it_is() {
+    use std::os::unix::ffi::OsStrExt;
+    let bench = Bench::new();
+    refuses(
+        &bench,
+        "train job.toml --set train.steps=\"9\"",
+        &["`train.steps`: is the string \"9\", expected a whole number"],
+    );
+    std::fs::create_dir(bench.path("folder")).unwrap();
+    refuses(&bench, "train job.toml --set data.tokenizer=folder", &["folder: no regular file"]);
+    bench.write("empty.json", r#"{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}"#);
+    let job = std::fs::read_to_string(bench.path("job.toml")).unwrap();
+    bench.write("sizes.toml", &job.replace("vocab_size = 256\n", ""));
+    refuses(
+        &bench,
+        "train sizes.toml --set data.tokenizer=empty.json",
+        &["empty.json has 0 entries, expected 1 to 2^31"],
+    );
+    refuses(&bench, "plan job.toml --write-graph none/", &["--write-graph none/ is a directory"]);
+    let output = bench.command("train job.toml --out").arg(std::ffi::OsStr::from_bytes(b"bad\xff")).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("is not UTF-8"));
+}
