@@ -40,6 +40,7 @@ STORMS = {
     "cut 5 s within loss 5 %": ({**FAIR, "loss_percent": 5.0}, CUT, {}, 5),
     "jitter 5 ms, reordering": ({**FAIR, "jitter_ms": 5.0, "reorder": True}, {}, {}, 1),
     "jitter 20 ms, reordering": ({**FAIR, "jitter_ms": 20.0, "reorder": True}, {}, {}, 1),
+    "jitter 20 ms, reordering, 20 Mbit/s": ({**FAIR, "mbit_per_s": 20.0, "jitter_ms": 20.0, "reorder": True}, {}, {}, 1),
     "jitter 20 ms, in order": ({**FAIR, "jitter_ms": 20.0}, {}, {}, 1),
     "jitter 20 ms, reordering, for 5 s": (FAIR, {"jitter_ms": 20.0, "reorder": True}, {}, 5),
 }

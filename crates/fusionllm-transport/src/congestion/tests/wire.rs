@@ -8,6 +8,7 @@ use noq_proto::congestion::Controller;
 
 use super::weather::{Dice, Weather};
 use super::*;
+use crate::settings::{LATE, OVERTAKEN_BY};
 
 pub(super) const PACKET: u64 = 1_250;
 const US: u64 = 1_000;
@@ -277,11 +278,11 @@ impl Sky {
         let (now, base) = (self.now, self.base);
         let f = &mut self.flows[flow];
         let Some(largest) = f.largest_confirmed else { return };
-        let delay = (f.smoothed.max(f.latest) * 1.5) as u64;
+        let delay = (f.smoothed.max(f.latest) * f64::from(LATE)) as u64;
         f.loss_due = None;
         let mut lost = Vec::new();
         for (&packet, &(sent, _)) in f.sent.range(..largest) {
-            if sent + delay <= now || largest >= packet + 256 {
+            if sent + delay <= now || largest >= packet + u64::from(OVERTAKEN_BY) {
                 lost.push((packet, sent));
             } else {
                 f.loss_due = Some(sent + delay);
