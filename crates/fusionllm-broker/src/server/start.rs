@@ -18,7 +18,7 @@ use crate::{BrokerError, CheckpointError};
 /// A job's beginning. `tokenizer` is the content of its tokenizer file, where whoever handed the job in could read it.
 pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;
-    let mut notices = model.notes;
+    let mut notices: Vec<String> = model.notes.iter().map(ToString::to_string).collect();
     let mut origin = Origin { carried: model.carried, data: None };
     if spec.data.tokenizer != DataSpec::MODEL {
         if origin.tokenizer().is_some_and(|own| tokenizer.as_ref().is_some_and(|given| own != given)) {
