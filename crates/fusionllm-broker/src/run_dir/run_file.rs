@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{JobSpec, RunId};
-use fusionllm_transport::read_regular;
+use fusionllm_transport::{is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
@@ -139,9 +139,8 @@ impl RunHome {
     /// Whether the directory was copied: the run goes on elsewhere, too.
     pub(crate) fn is_copy(&self) -> bool {
         let Some(file) = self.file.as_ref().filter(|file| file.dir != self.dir) else { return false };
-        let same = |a: &Path, b: &Path| std::fs::canonicalize(a).ok() == std::fs::canonicalize(b).ok();
         let there = RunFile::read(&file.dir).ok().flatten();
-        there.is_some_and(|other| other.run == file.run) && !same(&file.dir, &self.dir)
+        there.is_some_and(|other| other.run == file.run) && !is_same_file(&file.dir, &self.dir)
     }
 
     /// What its user must know of `job.json`, which is written for people: that `counts`, the job that `whose` names, is
