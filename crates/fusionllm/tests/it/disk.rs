@@ -1,8 +1,15 @@
 //! A small disk of a test's own.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
+
+/// Tells whoever runs the tests, also of a test that passes.
+fn say(text: &str) {
+    // Without a terminal nobody listens.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
 
 /// A disk that ends with the test.
 pub(crate) struct Disk(PathBuf);
@@ -17,7 +24,7 @@ impl Disk {
             Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             Err(error) => format!("mount: {error}"),
         };
-        eprintln!("skipped, for want of a small disk: {why}");
+        say(&format!("skipped, for want of a small disk: {why}"));
         None
     }
 
@@ -28,7 +35,6 @@ impl Disk {
 
     /// Fills it, until [`Self::make_room`].
     pub(crate) fn fill(&self) {
-        use std::io::Write;
         let mut file = std::fs::OpenOptions::new().create(true).append(true).open(self.ballast()).unwrap();
         for size in [1 << 16, 1 << 12, 1] {
             while file.write_all(&vec![1; size]).is_ok() {}
@@ -60,6 +66,6 @@ impl Drop for Disk {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        eprintln!("{} stays mounted", self.0.display());
+        say(&format!("{} stays mounted", self.0.display()));
     }
 }
