@@ -113,8 +113,8 @@ pub enum BrokerError {
     },
     /// What says which run a directory is cannot be read.
     #[error(
-        "{path} is damaged ({reason}): move it away, and the run goes on from the checkpoints in its directory under a new \
-         id; one that lies elsewhere goes on by its path, with --out DIR",
+        "{path} is damaged ({reason}): move it away, and the run goes on under a new id from the checkpoints in its \
+         directory; from one elsewhere, `fusionllm train --resume CHECKPOINT --out DIR` goes on",
         path = path.display()
     )]
     DamagedRun {
@@ -188,6 +188,20 @@ pub enum BrokerError {
     RevokedUnwritten {
         /// The ticket.
         name: String,
+        /// Why it cannot be written.
+        reason: String,
+    },
+    /// A ticket of the state folder was revoked, and only its file could be removed.
+    #[error(
+        "the ticket `{name}` is revoked and its connections are closed; that cannot be written ({reason}), but {path} is \
+         gone, and the next start of the broker makes a new one",
+        path = path.display()
+    )]
+    RevokedByFile {
+        /// The ticket.
+        name: String,
+        /// Its file.
+        path: PathBuf,
         /// Why it cannot be written.
         reason: String,
     },
@@ -334,6 +348,7 @@ impl BrokerError {
             Self::Store(_)
             | Self::NotDurable { .. }
             | Self::RevokedUnwritten { .. }
+            | Self::RevokedByFile { .. }
             | Self::StateFull { .. }
             | Self::NotWritten { .. }
             | Self::Io { .. }

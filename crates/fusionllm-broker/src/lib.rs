@@ -24,7 +24,7 @@ pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
 pub use cluster_file::read_cluster;
 pub use core::ResumedBy;
 pub use error::{BrokerError, CheckpointError, StoreError};
-pub use model::{LoadedModel, load_model, load_model_dir, model_tokenizer, read_model};
+pub use model::{LoadedModel, ModelNote, load_model, load_model_dir, model_tokenizer, read_model};
 pub use report::RunReport;
 pub use resume::{Resumption, find_resumption, resumed_job};
 pub use run_dir::{

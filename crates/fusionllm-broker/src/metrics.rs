@@ -144,14 +144,14 @@ pub(crate) fn last_step(path: &Path) -> Option<(u64, f64)> {
 
 /// Of how many steps a metrics file has figures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Told {
+pub(crate) struct Figures {
     last: u64,
     steps: u64,
     /// Whole lines that are not readable.
     pub(crate) unreadable: u64,
 }
 
-impl Told {
+impl Figures {
     fn step(&mut self, step: u64) {
         if step > self.last {
             self.last = step;
@@ -167,40 +167,49 @@ impl Told {
 
 /// Hands out the whole lines of a metrics file one by one; none if there is no file. Lines that are not readable are
 /// counted, but for a torn last one from a crash.
-pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<Told, BrokerError> {
+pub(crate) fn each_step(path: &Path, take: impl FnMut(StepMetrics)) -> Result<Figures, BrokerError> {
     match open(path)? {
         Some(file) => each_of(BufReader::new(file), take).map_err(|e| io_error(path, e)),
-        None => Ok(Told::default()),
+        None => Ok(Figures::default()),
     }
 }
 
-fn each_of(reader: impl BufRead, mut take: impl FnMut(StepMetrics)) -> io::Result<Told> {
+fn each_of(reader: impl BufRead, mut take: impl FnMut(StepMetrics)) -> io::Result<Figures> {
     let mut lines = Lines { reader, line: Vec::new() };
-    let mut told = Told::default();
+    let mut figures = Figures::default();
     while let Some(line) = lines.next()? {
         match serde_json::from_slice::<StepMetrics>(line) {
             Ok(step) => {
-                told.step(step.step);
+                figures.step(step.step);
                 take(step);
             }
-            Err(_) => told.unreadable += 1,
+            Err(_) => figures.unreadable += 1,
         }
     }
-    Ok(told)
+    Ok(figures)
 }
 
 /// What a metrics file does not tell of the steps after `start` and up to `end`, for its user; nothing if it tells all.
 pub(crate) fn gaps(path: &Path, start: u64, end: u64) -> Result<Option<String>, BrokerError> {
-    let told = each_step(path, |_| {})?;
-    let (missing, unreadable) = (told.missing(start, end), told.unreadable);
-    Ok((missing > 0 || unreadable > 0).then(|| {
-        // Without what changes from start to start, so that it is said once.
-        format!(
-            "{} has no figures of {missing} steps, and {unreadable} lines that are not readable: they were damaged or removed \
-             since, and the report goes without them",
-            path.display()
-        )
-    }))
+    let figures = each_step(path, |_| {})?;
+    // Without what changes from start to start, so that it is said once.
+    let missing = match figures.missing(start, end) {
+        0 => None,
+        1 => Some("no figures of 1 step".to_owned()),
+        missing => Some(format!("no figures of {missing} steps")),
+    };
+    let unreadable = match figures.unreadable {
+        0 => None,
+        1 => Some("1 line that is not readable".to_owned()),
+        unreadable => Some(format!("{unreadable} lines that are not readable")),
+    };
+    let found: Vec<String> = missing.into_iter().chain(unreadable).collect();
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let is_one = found.len() == 1 && figures.missing(start, end) + figures.unreadable == 1;
+    let them = if is_one { "it" } else { "them" };
+    Ok(Some(format!("{} has {}: the report goes without {them}", path.display(), found.join(" and "))))
 }
 
 /// Hands out the whole lines of a file one by one; none if there is no file.
@@ -302,18 +311,21 @@ mod tests {
     fn steps_without_figures_are_counted_however_they_were_lost() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        assert!(gaps(&path, 0, 3).unwrap().unwrap().contains("no figures of 3 steps, and 0 lines"), "there is no file");
+        let rest = |said: String| said.split_once("metrics.jsonl has ").unwrap().1.to_owned();
+        let told = |start, end| rest(gaps(&path, start, end).unwrap().unwrap());
+        assert_eq!(told(0, 3), "no figures of 3 steps: the report goes without them", "there is no file");
         assert_eq!(gaps(&path, 3, 3).unwrap(), None);
         five_steps(&path);
         assert_eq!(gaps(&path, 0, 5).unwrap(), None);
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         std::fs::write(&path, format!("{}\n{}\n{}{}\n", lines[0], lines[0], lines[2], lines[3])).unwrap();
-        let said = gaps(&path, 0, 5).unwrap().unwrap();
-        assert!(said.contains("no figures of 4 steps, and 1 lines"), "{said}");
+        assert_eq!(told(0, 5), "no figures of 4 steps and 1 line that is not readable: the report goes without them");
         // A run that began with a checkpoint of step 3.
         std::fs::write(&path, format!("{}\n", lines[4])).unwrap();
-        assert!(gaps(&path, 3, 5).unwrap().unwrap().contains("no figures of 1 steps"));
+        assert_eq!(told(3, 5), "no figures of 1 step: the report goes without it");
+        std::fs::write(&path, format!("{}\n!\n!\n", lines[4])).unwrap();
+        assert_eq!(told(4, 5), "2 lines that are not readable: the report goes without them");
     }
 
     #[test]
@@ -325,7 +337,7 @@ mod tests {
         std::fs::write(&path, damaged).unwrap();
         assert_eq!(steps(&path), [1, 3, 4, 5]);
         let said = gaps(&path, 0, 5).unwrap().unwrap();
-        assert!(said.contains("no figures of 1 steps, and 1 lines"), "{said}");
+        assert!(said.contains("no figures of 1 step and 1 line that is not readable: the report"), "{said}");
         MetricsWriter::open(&path, 4).unwrap();
         assert_eq!(steps(&path), [1, 3, 4]);
     }

@@ -26,8 +26,26 @@ pub struct LoadedModel {
     /// What else lies in its Hugging Face directory and training does not change, by file name: `tokenizer.json`,
     /// `config.json` and the like.
     pub carried: Arc<BTreeMap<String, String>>,
-    /// What the user must know of it: where its weights come from, and what of its files is passed over.
-    pub notes: Vec<String>,
+    /// What the user must know of it.
+    pub notes: Vec<ModelNote>,
+}
+
+/// What the user must know of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelNote {
+    /// Where its weights come from: there is one of these where there are weights.
+    Weights(String),
+    /// What is out of the ordinary, such as a file that is passed over.
+    Unusual(String),
+}
+
+impl std::fmt::Display for ModelNote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Weights(from) => write!(f, "weights: {from}"),
+            Self::Unusual(text) => f.write_str(text),
+        }
+    }
 }
 
 impl LoadedModel {
@@ -72,7 +90,7 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
         }
         if has_tokenizer && spec.data.tokenizer == DataSpec::BYTES {
             let note = "the model has a tokenizer.json, but data.tokenizer = \"bytes\" feeds bytes as token ids";
-            model.notes.push(note.to_owned());
+            model.notes.push(ModelNote::Unusual(note.to_owned()));
         }
     }
     Ok(model)
@@ -159,8 +177,8 @@ pub fn load_model_dir(folder: &Path) -> Result<LoadedModel, BrokerError> {
     folder::read(folder, 0.0, |config| config.n_positions, purpose)
 }
 
-fn new_weights(seed: u64) -> String {
-    format!("weights: new (seed {seed})")
+fn new_weights(seed: u64) -> ModelNote {
+    ModelNote::Weights(format!("new (seed {seed})"))
 }
 
 fn model_error(path: &Path, reason: String) -> BrokerError {

@@ -73,8 +73,8 @@ pub struct RunReport {
     pub stages: Vec<StageSummary>,
     /// What the links carried.
     pub links: Vec<LinkTotal>,
-    /// Updates of which `metrics.jsonl` has no figures any more.
-    pub missing_steps: u64,
+    /// Updates of which `metrics.jsonl` has no figures; nothing where it is not known after which step the run began.
+    pub missing_steps: Option<u64>,
     /// What its user must see.
     pub notices: Vec<Notice>,
 }
@@ -84,11 +84,11 @@ impl RunReport {
     pub(crate) fn read(record: &JobRecord, mut each: impl FnMut(&StepMetrics)) -> Result<Self, BrokerError> {
         let dir = RunDir::new(&record.run_dir);
         let mut totals = Totals::default();
-        let told = each_step(&dir.metrics(), |step| {
+        let figures = each_step(&dir.metrics(), |step| {
             totals.add(&step);
             each(&step);
         })?;
-        let missing_steps = told.missing(RunFile::first_step(&record.run_dir), record.step);
+        let missing_steps = RunFile::first_step(&record.run_dir).map(|first| figures.missing(first, record.step));
         let data: Option<DataReport> = dir.read_json(&dir.data())?;
         let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
         Ok(Self { missing_steps, notices: dir.read_notices()?, ..Self::of(record, totals, data, placement) })
@@ -121,7 +121,7 @@ impl RunReport {
             data,
             stages: placement.map(|p| p.stages).unwrap_or_default(),
             links: totals.links(),
-            missing_steps: 0,
+            missing_steps: None,
             notices: Vec::new(),
         }
     }
@@ -197,8 +197,11 @@ impl RunReport {
             text.push_str("\n![loss against bytes sent](loss-bytes.svg)\n");
         }
         text.push_str(&match self.missing_steps {
-            0 => "\nEvery step is in `metrics.jsonl`; losses are in nats per token.\n".to_owned(),
-            missing => format!(
+            Some(0) => "\nEvery step is in `metrics.jsonl`; losses are in nats per token.\n".to_owned(),
+            None => "\nThe steps are in `metrics.jsonl`; whether all are is not known, as `run.json` cannot be read. Losses are in \
+                     nats per token.\n"
+                .to_owned(),
+            Some(missing) => format!(
                 "\n`metrics.jsonl` has no figures of {missing} of {} steps, and this report goes without them; losses are in \
                  nats per token.\n",
                 self.step
@@ -306,7 +309,11 @@ mod tests {
             ..DataReport::default()
         };
         let notice = Notice { step: 4, text: "a checkpoint could not be written".to_owned() };
-        let report = RunReport { notices: vec![notice], ..RunReport::of(&record, totals(&metrics), Some(data), None) };
+        let report = RunReport {
+            notices: vec![notice],
+            missing_steps: Some(0),
+            ..RunReport::of(&record, totals(&metrics), Some(data), None)
+        };
         assert_eq!((report.tokens, report.tokens_per_s), (6 * 32, Some(32.0 / 2.0)));
         assert_eq!(report.eval_loss, Some(1.0));
         assert_eq!(report.unigram_bits_per_byte, Some(2.0));
@@ -319,8 +326,10 @@ mod tests {
                 && text.contains("| a | b | 0.002 | 0.004 | 50.0 % |")
                 && text.contains("Every step is in `metrics.jsonl`")
         );
-        let text = RunReport { missing_steps: 2, ..report.clone() }.markdown();
+        let text = RunReport { missing_steps: Some(2), ..report.clone() }.markdown();
         assert!(text.contains("no figures of 2 of 6 steps") && !text.contains("Every step"), "{text}");
+        let text = RunReport { missing_steps: None, ..report.clone() }.markdown();
+        assert!(text.contains("whether all are is not known") && !text.contains("Every step"), "{text}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["state"], &json["step"]), (&"done".into(), &6.into()));
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{JobSpec, RunId};
+use fusionllm_transport::is_same_file;
 
 use crate::checkpoint::{
     Checkpoint, Meant, Newest, checkpoints_of, has_exploded, loss_of, meant, newest_of, open_newest,
@@ -60,7 +61,7 @@ pub fn find_resumption(path: &Path, step: Option<u64>, out: Option<&Path>) -> Re
     let whose = format!("in the checkpoint of step {}", checkpoint.manifest().step);
     notices.extend(home.as_ref().ok().and_then(|home| home.job_notice(&checkpoint.manifest().job, &whose)));
     let out = out.map(|out| std::path::absolute(out).map_err(|e| io_error(out, e))).transpose()?;
-    let is_same = |a: &Path, b: &Path| a == b || (a.exists() && a.canonicalize().ok() == b.canonicalize().ok());
+    let is_same = |a: &Path, b: &Path| a == b || is_same_file(a, b);
     match (out, home) {
         (Some(out), Ok(home)) if is_same(&out, &home.dir) => {
             let start = goes_on(&home, None, notices)?;

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
 use fusionllm_protocol::{Generation, JobSpec, Notice};
-use fusionllm_transport::{read_regular, without_temporary_name};
+use fusionllm_transport::{is_same_file, no_folder_above, read_regular, without_temporary_name};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -192,12 +192,10 @@ pub fn free_run_dir(path: &Path, taken: impl Fn(&Path) -> bool) -> PathBuf {
 /// [`BrokerError`] that names what is in the way.
 pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerError> {
     for folder in [Some(run_dir), spec.checkpoint.to.as_deref()].into_iter().flatten() {
-        let above = folder.ancestors().find(|above| above.symlink_metadata().is_ok());
-        if let Some(above) = above.filter(|above| !above.is_dir()) {
+        if let Some(above) = no_folder_above(folder) {
             return Err(BrokerError::NoFolder { path: above.to_owned() });
         }
-        let model = spec.model.path.as_deref().and_then(|path| path.canonicalize().ok());
-        if model.is_some() && folder.canonicalize().ok() == model {
+        if spec.model.path.as_deref().is_some_and(|model| is_same_file(model, folder)) {
             return Err(BrokerError::NotItsOwn { path: folder.to_owned() });
         }
         match FolderLock::check(folder) {

@@ -38,7 +38,7 @@ use crate::core::{Core, Restored, ResumedBy, StartPoint, check_resumable};
 use crate::reach::Reach;
 use crate::report::RunReport;
 use crate::resume::{Resumption, resumed_job};
-use crate::run_dir::{check_run_folders, default_run_dir, io_error, is_free};
+use crate::run_dir::{check_run_folders, default_run_dir, free_run_dir, io_error, is_free};
 use crate::store::{JobRecord, Store};
 use actor::{Command, RunDirChoice};
 use gate::Gate;
@@ -296,8 +296,11 @@ impl Handle {
     }
 
     async fn submit_at(&self, spec: JobSpec, start: StartPoint, run_dir: RunDirChoice) -> Taken {
-        let (RunDirChoice::Given(folder) | RunDirChoice::Free(folder)) = &run_dir;
-        let folder = folder.clone();
+        let folder = match &run_dir {
+            RunDirChoice::Given(folder) => folder.clone(),
+            // In the one that another job has just begun nobody is to work.
+            RunDirChoice::Free(base) => free_run_dir(base, |_| false),
+        };
         let prepared = blocking(move || {
             check_run_folders(&folder, &spec)?;
             planned_by(spec, start)

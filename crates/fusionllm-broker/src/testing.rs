@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::{JobSpec, LinkBytes, StepMetrics};
+use fusionllm_protocol::{JobSpec, LinkBytes, RunId, StepMetrics};
 use safetensors::tensor::{Dtype, TensorView};
+
+use crate::run_dir::RunFile;
 
 /// A tiny GPT-2 on CompNodes as many as there are, with `section.key=value` overrides.
 pub(crate) fn spec(overrides: &[&str]) -> JobSpec {
@@ -18,6 +20,20 @@ pub(crate) fn spec(overrides: &[&str]) -> JobSpec {
     let spec = JobSpec::from_toml(text, &overrides).unwrap();
     spec.validate().unwrap();
     spec
+}
+
+/// `run.json` of a run that has begun in `dir`, and has no checkpoint yet.
+pub(crate) fn run_file(dir: &Path) -> RunFile {
+    RunFile {
+        run: RunId::from_bytes([1; 16]),
+        name: "run".to_owned(),
+        dir: dir.to_owned(),
+        copy_of: Vec::new(),
+        from: None,
+        checkpoints: None,
+        unnamed_up_to: None,
+        manifests: Default::default(),
+    }
 }
 
 pub(crate) fn metrics(step: u64, loss: f64) -> StepMetrics {

@@ -239,6 +239,12 @@ pub enum PrivateError {
         /// The bits that are right, in octal digits.
         right: u32,
     },
+    /// It is neither a file nor a folder.
+    #[error("{path} is no regular file", path = path.display())]
+    NotRegular {
+        /// Which.
+        path: PathBuf,
+    },
     /// It holds no text, or far more than a secret.
     #[error("{path} holds no secret: a short line of text was expected")]
     NotText {

@@ -38,6 +38,27 @@ pub fn open_or_make_regular(path: &Path) -> Result<File> {
     regular(options.open(path)?)
 }
 
+/// The nearest thing at a path or above it that exists, if it is no folder: nothing can be made there. A link to nowhere
+/// exists.
+pub fn no_folder_above(path: &Path) -> Option<&Path> {
+    let nearest = path.ancestors().find(|above| above.symlink_metadata().is_ok());
+    nearest.filter(|above| !above.is_dir())
+}
+
+/// Whether two paths lead to one file or folder that exists, also by links of either kind.
+#[cfg(unix)]
+pub fn is_same_file(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let key = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    key(a).is_some_and(|a| Some(a) == key(b))
+}
+
+/// Whether two paths lead to one file or folder that exists.
+#[cfg(not(unix))]
+pub fn is_same_file(a: &Path, b: &Path) -> bool {
+    a.canonicalize().ok().is_some_and(|a| Some(a) == b.canonicalize().ok())
+}
+
 /// An error of a temporary file without the name of that, which nobody has heard of.
 pub fn without_temporary_name(error: Error) -> Error {
     let inner = error.get_ref().and_then(std::error::Error::source).and_then(|e| e.downcast_ref::<Error>());
@@ -112,5 +133,22 @@ mod tests {
         let long = File::create(&file).unwrap();
         long.set_len(MOST_BYTES + 1).unwrap();
         assert_eq!(read_regular(&file).unwrap_err().kind(), ErrorKind::FileTooLarge);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn paths_are_held_against_what_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("file"), "").unwrap();
+        std::fs::hard_link(at("file"), at("hard")).unwrap();
+        std::os::unix::fs::symlink("file", at("soft")).unwrap();
+        std::os::unix::fs::symlink("nowhere", at("lost")).unwrap();
+        assert!(is_same_file(&at("file"), &at("hard")) && is_same_file(&at("soft"), &at("file")));
+        assert!(is_same_file(folder.path(), &at(".")) && !is_same_file(folder.path(), &at("file")));
+        assert!(!is_same_file(&at("none"), &at("none")), "there is no such file");
+        assert_eq!(no_folder_above(&at("a/b")), None);
+        assert_eq!(no_folder_above(&at("file/b")), Some(at("file").as_path()));
+        assert_eq!(no_folder_above(&at("lost")), Some(at("lost").as_path()));
     }
 }

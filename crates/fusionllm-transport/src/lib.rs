@@ -32,8 +32,8 @@ pub use closing::close_all;
 pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
 pub use files::{
-    open_or_make_regular, open_regular, read_regular, read_regular_text, read_regular_text_within,
-    without_temporary_name,
+    is_same_file, no_folder_above, open_or_make_regular, open_regular, read_regular, read_regular_text,
+    read_regular_text_within, without_temporary_name,
 };
 pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};

@@ -17,6 +17,10 @@ pub fn read_private(path: &Path) -> Result<Option<String>, PrivateError> {
     let file = match open_regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        // Such as a pipe from another command.
+        Err(_) if std::fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir()) => {
+            return Err(PrivateError::NotRegular { path: path.to_owned() });
+        }
         Err(error) => return Err(io(error)),
     };
     let metadata = file.metadata().map_err(io)?;
@@ -57,9 +61,7 @@ pub fn make_private_dir(path: &Path) -> Result<(), PrivateError> {
 fn check_mode(path: &Path, metadata: &std::fs::Metadata) -> Result<(), PrivateError> {
     use std::os::unix::fs::PermissionsExt;
     let mode = metadata.permissions().mode() & 0o777;
-    // What is neither file nor folder, such as a pipe from another command, keeps nothing.
-    let keeps = metadata.is_file() || metadata.is_dir();
-    if !keeps || mode & 0o077 == 0 {
+    if mode & 0o077 == 0 {
         return Ok(());
     }
     let right = if metadata.is_dir() { 700 } else { 600 };
@@ -100,6 +102,16 @@ mod tests {
         assert_eq!(read_private(&inner.join("none")).unwrap(), None);
         set_mode(&inner, 0o755);
         assert!(check_private(&inner).unwrap_err().to_string().contains("chmod 700"));
+    }
+
+    #[test]
+    fn a_pipe_is_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        for path in [pipe.as_path(), Path::new("/dev/zero")] {
+            assert!(matches!(read_private(path), Err(PrivateError::NotRegular { .. })));
+        }
     }
 
     #[test]

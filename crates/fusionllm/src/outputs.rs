@@ -4,7 +4,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::JobSpec;
-use fusionllm_transport::open_regular;
+pub(crate) use fusionllm_transport::is_same_file;
+use fusionllm_transport::{no_folder_above, open_regular};
 
 use crate::exit::bad_input;
 
@@ -52,20 +53,6 @@ impl Inputs {
     }
 }
 
-/// Whether two paths lead to one file, also by links of either kind.
-#[cfg(unix)]
-pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let key = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
-    key(a).is_some_and(|a| Some(a) == key(b))
-}
-
-/// Whether two paths lead to one file.
-#[cfg(not(unix))]
-pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
-    a.canonicalize().ok().is_some_and(|a| Some(a) == b.canonicalize().ok())
-}
-
 /// Whether these files can be written without harm: each in a folder that is there, to a name of its own, and in place of
 /// nothing but an earlier one of its kind.
 pub(crate) fn check(outputs: &[Output<'_>]) -> anyhow::Result<()> {
@@ -103,8 +90,7 @@ pub(crate) fn check_folder_of(option: &str, path: &Path) -> anyhow::Result<()> {
 
 /// Whether this is a folder, or one can be made there.
 pub(crate) fn check_folder(option: &str, path: &Path) -> anyhow::Result<()> {
-    let above = path.ancestors().find(|above| above.symlink_metadata().is_ok());
-    match above.filter(|above| !above.is_dir()) {
+    match no_folder_above(path) {
         None => Ok(()),
         Some(above) if above == path => Err(bad_input(format!("{option} {} is no folder, give one", path.display()))),
         Some(above) => Err(bad_input(format!("{option} {}: {} is no folder", path.display(), above.display()))),

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 
 use anyhow::Context;
-use fusionllm_transport::{Ticket, read_private, without_temporary_name};
+use fusionllm_transport::{PrivateError, Ticket, read_private, without_temporary_name};
 
 use crate::environment;
 use crate::exit::bad_input;
@@ -29,8 +29,13 @@ pub(crate) fn given_ticket(argument: Option<&str>, file: Option<&Path>) -> anyho
             Ok(Some(ticket))
         }
         (None, Some(path)) => {
-            let text = read_private(path).map_err(bad_input)?;
-            let text = text.ok_or_else(|| bad_input(format!("there is no ticket file {}", path.display())))?;
+            let text = read_private(path).map_err(|error| match error {
+                PrivateError::NotRegular { .. } => bad_input(format!(
+                    "{error}: what another command writes is read from standard input, where `-` is given as the ticket"
+                )),
+                error => bad_input(error),
+            });
+            let text = text?.ok_or_else(|| bad_input(format!("there is no ticket file {}", path.display())))?;
             parse(&text).map(Some)
         }
         (None, None) => environment::ticket()?.map(|text| parse(&text)).transpose(),

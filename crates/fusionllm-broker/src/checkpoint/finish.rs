@@ -133,7 +133,8 @@ fn destination(place: &ShardPlace, run_file: &RunFile, step: u64) -> Result<(Pat
 }
 
 /// Gives a whole checkpoint its name. At every moment the old one of that name or the new one is whole under a name that
-/// readers look at. Gives what its user must know of files that others put into the old one.
+/// readers look at. Gives what its user must know: of files that others put into the old one, and of what has failed since
+/// the new one has its name.
 fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<Vec<String>> {
     let mut name = folder.file_name().unwrap_or_default().to_owned();
     name.push(ASIDE);
@@ -148,9 +149,17 @@ fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<Vec<Strin
         sync_folder(parent)?;
     }
     std::fs::rename(partial, folder)?;
-    sync_folder(parent)?;
+    // The checkpoint has its name: whatever fails from here on takes nothing from it.
+    if let Err(error) = sync_folder(parent) {
+        left.push(format!("{}: {error}: a crash may take the name of {} back", parent.display(), folder.display()));
+    }
     if maker(&aside) == Maker::Run(run.clone()) {
-        left.extend(remove(&aside)?);
+        let removed = remove(&aside);
+        left.extend(
+            removed.unwrap_or_else(|error| {
+                Some(format!("an old checkpoint was not removed: {}: {error}", aside.display()))
+            }),
+        );
     }
     Ok(left)
 }

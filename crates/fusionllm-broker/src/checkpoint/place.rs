@@ -188,9 +188,15 @@ pub(crate) const ABANDONED: &str = ".abandoned";
 /// What marks a folder that is no checkpoint any more, and has files in it that the run did not write.
 pub(crate) const LEFTOVER: &str = ".leftover";
 
+/// What the name of a folder has in which the shards of a step are gathered.
+pub(crate) const PARTIAL: &str = ".partial-";
+
+/// What marks such a folder that is being removed: no shard comes to this name.
+pub(crate) const REMOVED: &str = ".removed";
+
 /// Where the shards of a step are gathered. The name says which run makes it.
 pub(crate) fn partial_folder(folder: &Path, run: &RunId, step: u64, generation: Generation) -> PathBuf {
-    folder.join(format!("step-{step}.partial-{}-{}", run.short(), generation.0))
+    folder.join(format!("step-{step}{PARTIAL}{}-{}", run.short(), generation.0))
 }
 
 /// Makes the folder in which shards are gathered, marked as the run's, if it is not there.
@@ -224,7 +230,7 @@ pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Removal {
     let mut removal = Removal::default();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let (name, path) = (entry.file_name(), entry.path());
-        let ours = format!(".partial-{}-", run.short());
+        let ours = format!("{PARTIAL}{}-", run.short());
         if !name.to_str().is_some_and(|n| n.starts_with("step-") && n.contains(&ours)) {
             continue;
         }
@@ -237,10 +243,11 @@ pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Removal {
     removal
 }
 
-/// Removes the shards of one checkpoint that will not be whole, if the folder is this run's.
+/// Removes the shards of one checkpoint that will not be whole, if the folder is this run's. For its mark there may have
+/// been no room.
 pub(crate) fn drop_partial(path: &Path, run: &RunId) -> Removal {
     let mut removal = Removal::default();
-    if maker(path) == Maker::Run(run.clone()) {
+    if maker(path) == Maker::Run(run.clone()) || is_just_begun(path) {
         removal.remove(path);
     }
     removal

@@ -1,18 +1,20 @@
 //! Removing folders of checkpoints: what a run has written in them, and nothing else.
 
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::Manifest;
 use fusionllm_transport::read_regular_text;
 
 use super::MANIFEST;
-use super::place::{LEFTOVER, MARK, free_name, step_name, step_of};
+use super::place::{LEFTOVER, MARK, PARTIAL, REMOVED, free_name, step_name, step_of};
 
 /// Names that are listed in a sentence.
 const NAMED: usize = 3;
 /// Letters and digits that tell temporary files apart.
 const RANDOM: usize = 6;
+/// How often a folder is looked through in which files still appear.
+const ATTEMPTS: usize = 10;
 
 /// What became of folders that were to be removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,13 +28,15 @@ pub(crate) struct Removal {
 impl Removal {
     /// Removes a folder of a checkpoint that is not wanted any more, or was never whole. Whether it is gone.
     pub(crate) fn remove(&mut self, folder: &Path) -> bool {
-        match remove(folder) {
+        let removed = out_of_reach(folder).map_err(|error| (folder.to_owned(), error));
+        let removed = removed.and_then(|place| empty(&place, folder).map_err(|error| (place, error)));
+        match removed {
             Ok(leftover) => {
                 self.leftovers.extend(leftover);
                 true
             }
-            Err(error) => {
-                self.failures.push(format!("{}: {error}", folder.display()));
+            Err((place, error)) => {
+                self.failures.push(format!("{}: {error}", place.display()));
                 false
             }
         }
@@ -45,13 +49,56 @@ impl Removal {
     }
 }
 
+/// Gives a folder in which shards are gathered a name under which none comes any more. By this name, too, it is known as
+/// the run's: what cannot be removed now the next start removes.
+fn out_of_reach(folder: &Path) -> std::io::Result<PathBuf> {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    if !name.contains(PARTIAL) || name.contains(REMOVED) {
+        return Ok(folder.to_owned());
+    }
+    let place = free_name(folder, REMOVED);
+    std::fs::rename(folder, &place)?;
+    Ok(place)
+}
+
 /// Removes what the run wrote in a folder, and the folder if nothing else is in it. Otherwise it stays under a name that
 /// is no checkpoint's, and what is given says so.
 pub(super) fn remove(folder: &Path) -> std::io::Result<Option<String>> {
+    empty(folder, folder)
+}
+
+/// The same for a folder that was called `before`.
+fn empty(folder: &Path, before: &Path) -> std::io::Result<Option<String>> {
     let written = Written::of(folder);
     // The manifest first, so that half of a checkpoint is never taken for a whole; the mark last, so that what a crash
     // leaves can still be told to be ours.
     remove_if_there(&folder.join(MANIFEST))?;
+    let mut attempts = 1..ATTEMPTS;
+    let mut others = loop {
+        let others = remove_written(folder, &written)?;
+        remove_if_there(&folder.join(MARK))?;
+        if !others.is_empty() {
+            break others;
+        }
+        match std::fs::remove_dir(folder) {
+            // Who had the folder at hand before it got its name has just made a file in it.
+            Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty && attempts.next().is_some() => {}
+            result => return result.map(|()| None),
+        }
+    };
+    others.sort();
+    let name = before.file_name().unwrap_or_default().to_string_lossy();
+    let step = name.split('.').next().and_then(step_of).map_or_else(|| name.clone().into_owned(), step_name);
+    let to = free_name(&folder.with_file_name(step), LEFTOVER);
+    std::fs::rename(folder, &to)?;
+    let (folder, to, named) = (before.display(), to.display(), named(&others));
+    Ok(Some(format!(
+        "{folder} was removed, but for what the run did not write ({named}): that is kept in {to}, which is no checkpoint"
+    )))
+}
+
+/// Removes the files in a folder that the run has written, but for the mark. Gives the names of all others.
+fn remove_written(folder: &Path, written: &Written) -> std::io::Result<Vec<String>> {
     let mut others = Vec::new();
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
@@ -65,19 +112,7 @@ pub(super) fn remove(folder: &Path) -> std::io::Result<Option<String>> {
             others.push(name);
         }
     }
-    remove_if_there(&folder.join(MARK))?;
-    if others.is_empty() {
-        return std::fs::remove_dir(folder).map(|()| None);
-    }
-    others.sort();
-    let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    let step = name.split('.').next().and_then(step_of).map_or_else(|| name.clone().into_owned(), step_name);
-    let to = free_name(&folder.with_file_name(step), LEFTOVER);
-    std::fs::rename(folder, &to)?;
-    let (folder, to, named) = (folder.display(), to.display(), named(&others));
-    Ok(Some(format!(
-        "{folder} was removed, but for what the run did not write ({named}): that is kept in {to}, which is no checkpoint"
-    )))
+    Ok(others)
 }
 
 fn remove_if_there(path: &Path) -> std::io::Result<()> {

@@ -316,6 +316,69 @@ fn shards_that_come_at_once_share_their_folder() {
     assert_eq!(std::fs::read_dir(&place.folder).unwrap().count(), 0);
 }
 
+/// Whatever comes in meanwhile, a folder of the run stays known as its own.
+#[test]
+fn a_shard_that_comes_while_its_folder_is_removed_leaves_none_without_a_mark() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    let folder = tempfile::tempdir().unwrap();
+    let place = ShardPlace { run: RunId::from_bytes([1; 16]), folder: folder.path().to_owned() };
+    let partial = place.partial(3, GENERATION);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for node in 0.. {
+                if is_over.load(Ordering::Relaxed) {
+                    break;
+                }
+                let _ = std::fs::write(partial.join(shard_name(NodeIndex(node))), "half");
+            }
+        });
+        let made = (0..300).try_for_each(|_| {
+            let made = make_partial(&partial, &place.run);
+            drop_partial(&partial, &place.run);
+            made
+        });
+        is_over.store(true, Ordering::Relaxed);
+        made.unwrap();
+    });
+    let left = remove_partial(folder.path(), &place.run);
+    assert_eq!((left, std::fs::read_dir(folder.path()).unwrap().count()), (Removal::default(), 0));
+}
+
+/// On a full disk the mark may not fit.
+#[test]
+fn shards_without_room_for_a_mark_are_dropped_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = ShardPlace { run: RunId::from_bytes([1; 16]), folder: folder.path().to_owned() };
+    let partial = place.partial(3, GENERATION);
+    for mark in [None, Some("")] {
+        std::fs::create_dir(&partial).unwrap();
+        mark.iter().for_each(|text| std::fs::write(partial.join(MARK), text).unwrap());
+        assert_eq!(drop_partial(&partial, &place.run), Removal::default());
+        assert!(!partial.exists());
+    }
+    std::fs::create_dir(&partial).unwrap();
+    std::fs::write(partial.join("precious"), "").unwrap();
+    drop_partial(&partial, &place.run);
+    assert!(partial.join("precious").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_old_checkpoint_that_stays_makes_its_successor_no_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = make(folder.path(), 5);
+    // A folder where the manifest was cannot be removed like a file.
+    std::fs::remove_file(old.join(MANIFEST)).unwrap();
+    std::fs::create_dir(old.join(MANIFEST)).unwrap();
+    let (spec, place) = gather(folder.path(), 1, 5, 2.0);
+    let finished = finish(&spec, &place, &run_file(folder.path(), 1)).unwrap();
+    assert_eq!((finished.path, finished.notices.len()), (old.clone(), 1));
+    assert!(finished.notices[0].contains(&format!("step-5{ASIDE}")), "{:?}", finished.notices);
+    assert!(old.join(MANIFEST).is_file());
+}
+
 #[test]
 fn an_abandoned_future_is_kept_aside_and_not_found() {
     let folder = tempfile::tempdir().unwrap();

@@ -70,10 +70,10 @@ impl Core {
         self.tell(job, due)
     }
 
-    /// What was only counted of a job that ends.
+    /// What was only counted of a job that ends. What the next start has to say is new again.
     pub(super) fn told_last(&mut self, job: JobId) -> Vec<Action> {
-        let rest = self.jobs.get_mut(&job).map(|known| known.told.rest()).unwrap_or_default();
-        self.tell(job, rest)
+        let counted = self.jobs.get_mut(&job).map(|known| std::mem::take(&mut known.told));
+        self.tell(job, counted.map(|mut told| told.rest()).unwrap_or_default())
     }
 
     fn tell(&self, job: JobId, texts: Vec<String>) -> Vec<Action> {

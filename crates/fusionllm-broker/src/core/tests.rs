@@ -413,6 +413,27 @@ fn what_a_user_must_see_is_kept_and_told() {
 }
 
 #[test]
+fn every_start_of_a_job_tells_its_notices() {
+    let mut core = core(2);
+    let spec = testing::spec(&[]);
+    let texts = |actions: &[Action]| -> Vec<String> {
+        let text = |action: &Action| match action {
+            Action::Notice { notice, .. } => Some(notice.text.clone()),
+            _ => None,
+        };
+        actions.iter().filter_map(text).collect()
+    };
+    let start = StartPoint { notices: vec!["weights: step-3".to_owned()], ..start(&spec, 3) };
+    let (job, actions) = core.submit(spec.clone(), start.clone(), PathBuf::from("/runs/x"), NOW).unwrap();
+    let first = texts(&measure(&mut core, actions));
+    let actions = core.stop(job, NOW).unwrap();
+    measure(&mut core, actions);
+    let actions = core.resume(job, spec, start, None, NOW).unwrap();
+    assert_eq!(texts(&measure(&mut core, actions)), first);
+    assert_eq!(first, ["weights: step-3"]);
+}
+
+#[test]
 fn data_and_tokenizer_are_held_against_those_of_the_checkpoint() {
     let tokenizer = |hash: &str| TokenizerFingerprint { name: "t.json".to_owned(), entries: 9, hash: hash.to_owned() };
     let data = |bytes: u64, hash: &str| DataFingerprint {

@@ -9,7 +9,7 @@ use fusionllm_protocol::WeightsChoice;
 use fusionllm_transport::read_regular_text;
 use serde_json::Value;
 
-use super::{LoadedModel, graph_error, model_error};
+use super::{LoadedModel, ModelNote, graph_error, model_error};
 use crate::BrokerError;
 use crate::checkpoint::{TOKENIZER, TensorSet};
 
@@ -52,7 +52,7 @@ pub(super) fn read(
         Purpose::Graph => None,
         Purpose::Weights { choice: WeightsChoice::New, seed } => {
             notes.push(super::new_weights(seed));
-            notes.extend(other_initial_values(&text));
+            notes.extend(other_initial_values(&text).map(ModelNote::Unusual));
             None
         }
         Purpose::Weights { choice: WeightsChoice::Model, .. } => {
@@ -61,7 +61,7 @@ pub(super) fn read(
             Some(Arc::new(weights))
         }
     };
-    notes.extend(other_dropout(&text, dropout));
+    notes.extend(other_dropout(&text, dropout).map(ModelNote::Unusual));
     let carried = Arc::new(carried(folder)?);
     Ok(LoadedModel { dag, config: Some(config), weights, carried, notes })
 }
@@ -107,9 +107,9 @@ fn other_initial_values(config: &str) -> Option<String> {
 }
 
 /// The weights, and what must be said of them.
-fn read_weights(folder: &Path, dag: &OpDag) -> Result<(TensorSet, Vec<String>), BrokerError> {
-    let mut notes = Vec::new();
-    let (files, index) = find_weights(folder, &mut notes)?;
+fn read_weights(folder: &Path, dag: &OpDag) -> Result<(TensorSet, Vec<ModelNote>), BrokerError> {
+    let mut unusual = Vec::new();
+    let (files, index) = find_weights(folder, &mut unusual)?;
     let (set, unused) = TensorSet::of_hugging_face(&files, dag)?;
     if let Some(index) = &index {
         index.check(&set, dag)?;
@@ -117,20 +117,21 @@ fn read_weights(folder: &Path, dag: &OpDag) -> Result<(TensorSet, Vec<String>), 
     let names: Vec<String> = files.iter().skip(1).filter_map(|f| Some(f.file_name()?.to_str()?.to_owned())).collect();
     let first = files.first().map(|f| f.display().to_string()).unwrap_or_default();
     let others = if names.is_empty() { String::new() } else { format!(", {}", listed(&names)) };
-    notes.insert(0, format!("weights: {first}{others}"));
     if !unused.is_empty() {
-        notes.push(format!("tensors of these files that the model does not use: {}", listed(&backticked(&unused))));
+        unusual.push(format!("tensors of these files that the model does not use: {}", listed(&backticked(&unused))));
     }
-    notes.extend(set.untied_head(dag)?);
+    unusual.extend(set.untied_head(dag)?);
+    let notes = std::iter::once(ModelNote::Weights(format!("{first}{others}")));
+    let notes = notes.chain(unusual.into_iter().map(ModelNote::Unusual)).collect();
     Ok((set, notes))
 }
 
 /// The files with the weights, and their index if there are several.
-fn find_weights(folder: &Path, notes: &mut Vec<String>) -> Result<(Vec<PathBuf>, Option<Index>), BrokerError> {
+fn find_weights(folder: &Path, unusual: &mut Vec<String>) -> Result<(Vec<PathBuf>, Option<Index>), BrokerError> {
     let (whole, index) = (folder.join(WEIGHTS), folder.join(INDEX));
     if whole.exists() {
         if index.exists() {
-            notes.push(format!("{INDEX} is passed over: {WEIGHTS} is there as a whole"));
+            unusual.push(format!("{INDEX} is passed over: {WEIGHTS} is there as a whole"));
         }
         return Ok((vec![whole], None));
     }

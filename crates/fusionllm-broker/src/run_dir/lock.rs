@@ -69,6 +69,11 @@ impl FolderLock {
         Ok(Self { _file: file })
     }
 
+    /// Whether somebody has ever taken the lock of a folder.
+    pub(crate) fn is_in(folder: &Path) -> bool {
+        folder.join(Self::FILE).symlink_metadata().is_ok()
+    }
+
     /// Whether the lock of a folder could be taken now. Nothing is made or changed.
     ///
     /// # Errors

@@ -5,9 +5,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{JobSpec, RunId};
-use fusionllm_transport::read_regular;
+use fusionllm_transport::{is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Number, Value};
 
 use super::{RunDir, io_error};
 use crate::BrokerError;
@@ -70,9 +70,10 @@ impl RunFile {
         }
     }
 
-    /// After which step the run in a directory began; 0 if that is not known.
-    pub(crate) fn first_step(dir: &Path) -> u64 {
-        Self::read(dir).ok().flatten().and_then(|file| file.from).map_or(0, |from| from.step)
+    /// After which step the run in a directory began; nothing if its file cannot be read.
+    pub(crate) fn first_step(dir: &Path) -> Option<u64> {
+        let file = Self::read(dir).ok()?;
+        Some(file.and_then(|file| file.from).map_or(0, |from| from.step))
     }
 
     /// Writes it to its directory.
@@ -84,6 +85,10 @@ impl RunFile {
     pub(crate) fn subfolder(&self, folder: &Path) -> PathBuf {
         folder.join(format!("{}-{}", self.name, self.run.short()))
     }
+}
+
+fn is_nearly(a: &Number, b: &Number) -> bool {
+    a.as_f64().zip(b.as_f64()).is_some_and(|(a, b)| (a - b).abs() <= 1e-12 * a.abs())
 }
 
 /// Keys that are named in a sentence.
@@ -100,8 +105,9 @@ fn differing(a: &Value, b: &Value, key: &str, into: &mut Vec<String>) {
                 differing(a.get(name).unwrap_or(&none), b.get(name).unwrap_or(&none), &key, into);
             }
         }
-        // A number that was written and read may have lost its last bit.
-        _ if a == b || a.as_f64().zip(b.as_f64()).is_some_and(|(a, b)| (a - b).abs() <= 1e-12 * a.abs()) => {}
+        _ if a == b => {}
+        // A fraction that was written and read may have lost its last bit; a whole number has not.
+        (Value::Number(a), Value::Number(b)) if (a.is_f64() || b.is_f64()) && is_nearly(a, b) => {}
         _ => into.push(key.to_owned()),
     }
 }
@@ -133,9 +139,8 @@ impl RunHome {
     /// Whether the directory was copied: the run goes on elsewhere, too.
     pub(crate) fn is_copy(&self) -> bool {
         let Some(file) = self.file.as_ref().filter(|file| file.dir != self.dir) else { return false };
-        let same = |a: &Path, b: &Path| std::fs::canonicalize(a).ok() == std::fs::canonicalize(b).ok();
         let there = RunFile::read(&file.dir).ok().flatten();
-        there.is_some_and(|other| other.run == file.run) && !same(&file.dir, &self.dir)
+        there.is_some_and(|other| other.run == file.run) && !is_same_file(&file.dir, &self.dir)
     }
 
     /// What its user must know of `job.json`, which is written for people: that `counts`, the job that `whose` names, is
@@ -174,5 +179,31 @@ impl RunHome {
         let mut seen = std::collections::BTreeSet::new();
         places.retain(|place| seen.insert(place.clone()));
         places
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn whole_numbers_are_compared_to_the_last_digit_and_others_almost() {
+        let a = serde_json::json!({ "train": { "seed": 12_345_678_901_234_u64, "lr": 0.1, "clip": 1 } });
+        let b = serde_json::json!({ "train": { "seed": 12_345_678_901_235_u64, "lr": 0.100_000_000_000_000_02, "clip": 1.0 } });
+        let mut keys = Vec::new();
+        differing(&a, &b, "", &mut keys);
+        assert_eq!(keys, ["train.seed"]);
+    }
+
+    #[test]
+    fn a_damaged_run_file_does_not_say_where_the_run_began() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(RunFile::first_step(folder.path()), Some(0), "version 0.1.0 left none");
+        let parent = Parent { run: None, path: PathBuf::from("/x/step-4"), step: 4 };
+        RunFile { from: Some(parent), ..testing::run_file(folder.path()) }.write().unwrap();
+        assert_eq!(RunFile::first_step(folder.path()), Some(4));
+        std::fs::write(folder.path().join(RunFile::FILE), "{").unwrap();
+        assert_eq!(RunFile::first_step(folder.path()), None);
     }
 }

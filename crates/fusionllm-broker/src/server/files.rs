@@ -223,7 +223,11 @@ impl Keeper {
                 tracing::warn!(why, "an unfinished checkpoint was not removed");
             }
             for text in removal.leftovers {
-                run.dir.append_notice(&Notice { step: record.step, text })?;
+                let notice = Notice { step: record.step, text };
+                if let Err(error) = run.dir.append_notice(&notice) {
+                    // The report matters more.
+                    tracing::warn!(%error, notice.text, "a notice is not written");
+                }
             }
         }
         if ended.is_empty() {

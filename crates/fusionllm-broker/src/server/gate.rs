@@ -154,12 +154,21 @@ impl Gate {
         for (_, (_, session)) in gone.iter().filter(|(connection, _)| *connection != asking) {
             session.close(REVOKED, "the ticket was revoked");
         }
-        if is_own {
-            // The file would only mislead.
-            remove(&self.state_dir.join(format!("{name}.ticket")))?;
+        let path = self.state_dir.join(format!("{name}.ticket"));
+        let removed = if is_own { remove(&path) } else { Ok(()) };
+        let is_file_gone = is_own && removed.is_ok();
+        if let Err(error) = removed {
+            // It would only mislead.
+            tracing::warn!(%error, "the file of the revoked ticket stays");
         }
         tracing::info!(name, closed = gone.len(), "a ticket was revoked");
-        written.map_err(|error| BrokerError::RevokedUnwritten { name: name.to_owned(), reason: error.to_string() })?;
+        written.map_err(|error| {
+            let (name, reason) = (name.to_owned(), error.to_string());
+            match is_file_gone {
+                true => BrokerError::RevokedByFile { name, path, reason },
+                false => BrokerError::RevokedUnwritten { name, reason },
+            }
+        })?;
         Ok(gone.len() as u64)
     }
 }
@@ -249,4 +258,44 @@ fn take_over(state_dir: &Path, tickets: &mut Tickets) -> Result<Option<Secret>, 
          machine use operate.ticket in the state folder, others need `fusionllm ticket new --role operate`"
     );
     Ok(Some(secret))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is said holds after a restart, whatever could be written before it.
+    #[test]
+    fn a_ticket_of_the_state_folder_is_revoked_where_nothing_can_be_written() {
+        let revoked = |is_file_kept: bool| {
+            let folder = tempfile::tempdir().unwrap();
+            let broker = PeerAddr { id: fusionllm_transport::PeerId::from_bytes([1; 32]), addrs: Vec::new() };
+            let (gate, ticket) = Gate::open(folder.path(), broker.clone()).unwrap();
+            let (tickets, file) = (tickets_path(folder.path()), ticket_path(folder.path(), TicketRole::Join));
+            let before = std::fs::read(&tickets).unwrap();
+            // Folders can be neither replaced nor removed like files.
+            std::fs::remove_file(&tickets).unwrap();
+            std::fs::create_dir(&tickets).unwrap();
+            let text = std::fs::read(&file).unwrap();
+            if is_file_kept {
+                std::fs::remove_file(&file).unwrap();
+                std::fs::create_dir(&file).unwrap();
+            }
+            let error = gate.revoke("join", ConnectionId(1)).unwrap_err().to_string();
+            std::fs::remove_dir(&tickets).unwrap();
+            std::fs::write(&tickets, before).unwrap();
+            if is_file_kept {
+                std::fs::remove_dir(&file).unwrap();
+                write_private(&file, &text).unwrap();
+            }
+            let (_, next) = Gate::open(folder.path(), broker).unwrap();
+            (error, next.secret.as_bytes() == ticket.secret.as_bytes())
+        };
+        let (error, admits_again) = revoked(false);
+        assert!(error.contains("`join` is revoked") && error.contains("makes a new one"), "{error}");
+        assert!(!admits_again);
+        let (error, admits_again) = revoked(true);
+        assert!(error.contains("`join` is revoked") && error.contains("only as long as this broker runs"), "{error}");
+        assert!(admits_again);
+    }
 }

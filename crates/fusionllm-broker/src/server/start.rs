@@ -18,7 +18,7 @@ use crate::{BrokerError, CheckpointError};
 /// A job's beginning. `tokenizer` is the content of its tokenizer file, where whoever handed the job in could read it.
 pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;
-    let mut notices = model.notes;
+    let mut notices: Vec<String> = model.notes.iter().map(ToString::to_string).collect();
     let mut origin = Origin { carried: model.carried, data: None };
     if spec.data.tokenizer != DataSpec::MODEL {
         if origin.tokenizer().is_some_and(|own| tokenizer.as_ref().is_some_and(|given| own != given)) {
@@ -62,9 +62,18 @@ pub(super) fn restored(record: JobRecord) -> Restored {
 fn clear_partial(run_dir: &Path) {
     let Ok(Some(home)) = RunHome::read(run_dir) else { return };
     let Some(file) = &home.file else { return };
-    // Another process may be at work there.
+    // Another process may be at work there; and what bears the id of a copy is the original's.
     let Ok(_lock) = FolderLock::take(run_dir, &file.run) else { return };
+    if home.is_copy() {
+        return;
+    }
     for place in home.places() {
+        // Whoever gathers shards elsewhere has a lock there; in a folder without one nothing is made.
+        let is_inside = place.starts_with(&home.dir);
+        let lock = (!is_inside && FolderLock::is_in(&place)).then(|| FolderLock::take(&place, &file.run));
+        if matches!(lock, Some(Err(_))) {
+            continue;
+        }
         let removal = remove_partial(&place, &file.run);
         for said in removal.failures.iter().chain(&removal.leftovers) {
             tracing::warn!(said, "what an earlier start left");
@@ -166,13 +175,8 @@ mod tests {
         let found = crate::resume::find_resumption(&run_dir, None, None).unwrap();
         let file = crate::run_dir::RunFile {
             run: found.start.run.clone(),
-            name: "run".to_owned(),
-            dir: run_dir.clone(),
             copy_of: found.start.copy_of.clone(),
-            from: None,
-            checkpoints: None,
-            unnamed_up_to: None,
-            manifests: Default::default(),
+            ..testing::run_file(&run_dir)
         };
         file.write().unwrap();
         let partial = run_dir.join(format!("checkpoints/step-6.partial-{}-1", file.run.short()));
@@ -198,6 +202,33 @@ mod tests {
         let restored = restored(record(JobState::Running));
         assert!(!partial.exists());
         assert_eq!((restored.reached.map(|(step, _)| step), restored.checkpoint), (Some(4), Some(4)));
+    }
+
+    /// Where checkpoints lie elsewhere, another run may be at work, and a copy's original may.
+    #[test]
+    fn half_a_checkpoint_elsewhere_is_left_to_whoever_works_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run_dir, shared) = (folder.path().join("run"), folder.path().join("ck"));
+        let mut file = testing::run_file(&run_dir);
+        file.checkpoints = Some(shared.clone());
+        let partial = shared.join(format!("step-6.partial-{}-1", file.run.short()));
+        let prepare = || {
+            std::fs::create_dir_all(&run_dir).unwrap();
+            file.write().unwrap();
+            crate::checkpoint::make_partial(&partial, &file.run).unwrap();
+        };
+        prepare();
+        let lock = FolderLock::take(&shared, &file.run).unwrap();
+        clear_partial(&run_dir);
+        assert!(partial.is_dir(), "somebody is at work there");
+        drop(lock);
+        let copy = folder.path().join("copy");
+        std::fs::create_dir(&copy).unwrap();
+        std::fs::copy(run_dir.join("run.json"), copy.join("run.json")).unwrap();
+        clear_partial(&copy);
+        assert!(partial.is_dir(), "it is the original's");
+        clear_partial(&run_dir);
+        assert!(!partial.exists());
     }
 
     /// A folder that is not mounted looks like one in which nothing was ever done.

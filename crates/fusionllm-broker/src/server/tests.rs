@@ -4,10 +4,11 @@ use fusionllm_protocol::{Greeting, PROTOCOL_VERSION, Welcome, decode};
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Session};
 
 use super::*;
+use crate::run_dir::{FolderLock, RunStart};
 
 /// A broker on loopback, and an endpoint to reach it from.
 struct Bench {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     broker: Broker,
     endpoint: Endpoint,
 }
@@ -27,7 +28,7 @@ impl Bench {
         let broker = Broker::start(config).await.unwrap();
         let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
         let endpoint = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
-        Self { _folder: folder, broker, endpoint }
+        Self { folder, broker, endpoint }
     }
 
     async fn connect(&self) -> (Session, FrameSink, FrameSource) {
@@ -61,4 +62,18 @@ async fn a_peer_of_another_version_hears_ours() {
         format!("you speak protocol version 6, this broker speaks {PROTOCOL_VERSION}: use the same release")
     );
     assert_eq!(bench.answer(b"GET / HTTP/1.1").await, None);
+}
+
+/// Of two jobs of one name in one second, the first may be at work already.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_directory_in_use_makes_the_next_job_take_another_name() {
+    let bench = Bench::new().await;
+    let base = bench.folder.path().join("runs/x-20260101-000000");
+    std::fs::create_dir_all(&base).unwrap();
+    let _first = FolderLock::take(&base, &RunStart::new().run).unwrap();
+    let spec = crate::testing::spec(&[]);
+    let start = start_of(&spec, None).unwrap();
+    let handle = &bench.broker.handle;
+    let submitted = handle.submit_at(spec, start, RunDirChoice::Free(base.clone())).await.unwrap();
+    assert_eq!(submitted.run_dir, base.with_file_name("x-20260101-000000-2"));
 }

@@ -7,6 +7,7 @@ mod pieces;
 
 use std::io::Read;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint, content_hash};
 use serde_json::Value;
@@ -17,6 +18,7 @@ use tokenizers::{Model, PostProcessor};
 use super::ReadableData;
 use crate::DataError;
 pub(crate) use coverage::{Coverage, pieces};
+use normalizer::Effects;
 
 /// Where the tokenizer of a model's directory is said to lie.
 const OF_MODEL: &str = "tokenizer.json of model.path";
@@ -44,6 +46,8 @@ pub struct FileTokenizer {
     unknown: Option<i32>,
     /// Whether every byte of any text becomes tokens.
     keeps_everything: bool,
+    /// What is known of what its normalizer does.
+    effects: Arc<Mutex<Effects>>,
 }
 
 impl Tokenizer {
@@ -108,7 +112,9 @@ impl Tokenizer {
         let keeps_everything = keeps_everything(&inner, &keys);
         let unknown = unknown_token(&inner, &keys);
         let name = name.to_owned();
-        Ok(Self::HuggingFace(Box::new(FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything })))
+        let effects = Arc::default();
+        let tokenizer = FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything, effects };
+        Ok(Self::HuggingFace(Box::new(tokenizer)))
     }
 
     /// Token ids of a text, all of it, without special tokens around it.
@@ -129,7 +135,7 @@ impl Tokenizer {
     pub(crate) fn coverage(&self, text: &str) -> Result<Coverage, DataError> {
         match self {
             Self::HuggingFace(tokenizer) if !tokenizer.keeps_everything => {
-                coverage::count(&tokenizer.inner, text).map_err(|e| tokenizer.fail(e.to_string()))
+                coverage::count(&tokenizer.inner, &tokenizer.effects, text).map_err(|e| tokenizer.fail(e.to_string()))
             }
             Self::Bytes | Self::HuggingFace(_) => Ok(Coverage::whole(text)),
         }

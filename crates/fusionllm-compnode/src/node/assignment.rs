@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId, TrainSpec};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::scratch::{check_room, shard_bytes};
+use super::scratch::{check_scratch_room, shard_bytes};
 use crate::backend::{Backend, ExecutorSpec, FirstParams};
 use crate::checkpoint::ShardFile;
 use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
@@ -75,6 +76,8 @@ pub(super) struct BuildSite {
     pub(super) reading: Arc<Reading>,
     /// Where shards lie while they come and go.
     pub(super) scratch: Arc<Path>,
+    /// Bytes of the weights that lie there already.
+    pub(super) arrived: Arc<AtomicU64>,
     pub(super) permit: OwnedSemaphorePermit,
     /// Closed when the job is dropped.
     pub(super) mailbox: Arc<Mailbox>,
@@ -111,7 +114,7 @@ pub(super) fn prepare(
         let what = "parameters, their state, activations and messages, as planned,".to_owned();
         return Err(CompNodeError::Memory { what, needed: planned, room });
     }
-    check_room(&site.scratch, shard_bytes(&dag, placement, node, &spec.train))?;
+    check_scratch_room(&site.scratch, shard_bytes(&dag, placement, node, &spec.train), &site.arrived)?;
     site.check()?;
     // On a CPU, all that and the tokens lie in the same memory.
     if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {

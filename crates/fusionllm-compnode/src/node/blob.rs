@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
@@ -74,9 +75,11 @@ impl Incoming {
     }
 
     /// All of them, in a file in `folder`; nothing if the connection was lost on the way.
-    async fn receive(self, folder: &Path) -> Result<Option<ShardFile>, CompNodeError> {
+    /// `arrived` is told how many bytes of them lie there.
+    async fn receive(self, folder: &Path, arrived: &AtomicU64) -> Result<Option<ShardFile>, CompNodeError> {
         let Self { header, mut stream } = self;
         let fail = |reason: String| CompNodeError::Broker { reason: format!("weights: {reason}") };
+        arrived.store(0, Ordering::Relaxed);
         let mut shard = ShardFile::empty(folder)?;
         loop {
             match stream.recv_limited(CHUNK_BYTES as u64).await {
@@ -88,6 +91,7 @@ impl Incoming {
                     return Ok(None);
                 }
             }
+            arrived.store(shard.bytes(), Ordering::Relaxed);
             if shard.bytes() > header.bytes {
                 return Err(fail(format!("more than the {} bytes announced", header.bytes)));
             }
@@ -110,24 +114,25 @@ async fn with_file<T: Send + 'static>(
 pub(super) async fn receive_first_whole(
     mut streams: mpsc::Receiver<Incoming>,
     folder: &Path,
+    arrived: &AtomicU64,
 ) -> Result<ShardFile, CompNodeError> {
     while let Some(incoming) = streams.recv().await {
-        if let Some(weights) = incoming.receive(folder).await? {
+        if let Some(weights) = incoming.receive(folder, arrived).await? {
             return Ok(weights);
         }
     }
     Err(CompNodeError::Broker { reason: "the weights did not come".to_owned() })
 }
 
-/// The way to the broker, over whatever connection there is.
+/// The line to the broker, over whatever connection there is.
 #[derive(Debug)]
-pub(super) struct Way {
+pub(super) struct BrokerLine {
     pub(super) broker: watch::Receiver<Option<Session>>,
     /// The step whose shard the broker has last settled.
     pub(super) settled: watch::Receiver<u64>,
 }
 
-impl Way {
+impl BrokerLine {
     /// Sends the shard of a step, again after a connection that was lost, until the broker says that it has it or does not
     /// want it.
     ///

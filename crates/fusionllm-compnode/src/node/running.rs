@@ -1,6 +1,7 @@
 //! A job on this CompNode, from assignment to end.
 
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -76,15 +77,16 @@ impl RunningJob {
         let key = JobKey::of(&assignment);
         let Place { endpoint, surveyor, memory, readable, scratch, events } = place;
         let links = JobLinks::new(endpoint, &assignment);
+        let arrived = Arc::new(AtomicU64::new(0));
         let (weights, receiver) = match assignment.weights {
             WeightSource::Seed(_) => (None, None),
             WeightSource::Broker => {
                 let (streams, incoming) = mpsc::channel(1);
                 let (received, receiver) = oneshot::channel();
-                let folder = Arc::clone(&scratch);
+                let (folder, arrived) = (Arc::clone(&scratch), Arc::clone(&arrived));
                 links.spawn(async move {
                     // The receiver is gone only if the job is.
-                    let _ = received.send(blob::receive_first_whole(incoming, &folder).await);
+                    let _ = received.send(blob::receive_first_whole(incoming, &folder, &arrived).await);
                 });
                 (Some(streams), Some(receiver))
             }
@@ -107,6 +109,7 @@ impl RunningJob {
                             readable,
                             reading,
                             scratch: folder,
+                            arrived,
                             permit,
                             mailbox,
                         };
@@ -169,8 +172,8 @@ impl RunningJob {
         links.dial_all();
         let (shards, shard_queue) = mpsc::channel(1);
         let (uploaded, all_uploaded) = oneshot::channel();
-        let way = blob::Way { broker, settled: self.settled.subscribe() };
-        let uploads = upload_shards(way, key, prepared.plan.node, shard_queue);
+        let line = blob::BrokerLine { broker, settled: self.settled.subscribe() };
+        let uploads = upload_shards(line, key, prepared.plan.node, shard_queue);
         links.spawn(async move {
             // If nobody waits for it the job has ended.
             let _ = uploaded.send(uploads.await);
@@ -271,7 +274,7 @@ impl JobSink for NodeSink {
 
 /// Sends shards while training goes on; a second one waits for the first.
 async fn upload_shards(
-    mut way: blob::Way,
+    mut line: blob::BrokerLine,
     key: JobKey,
     node: NodeIndex,
     mut queue: mpsc::Receiver<(u64, ShardFile)>,
@@ -279,7 +282,7 @@ async fn upload_shards(
     while let Some((step, shard)) = queue.recv().await {
         let kind = BlobKind::Shard { step, node };
         let header = BlobHeader { job: key.job, generation: key.generation, kind, bytes: shard.bytes() };
-        way.send_over(&header, step, &Arc::new(shard)).await?;
+        line.send_over(&header, step, &Arc::new(shard)).await?;
     }
     Ok(())
 }

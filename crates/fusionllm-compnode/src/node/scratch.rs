@@ -1,6 +1,7 @@
 //! The folder through which weights and checkpoint shards pass, as files without a name.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
@@ -21,13 +22,16 @@ pub(super) fn check_usable(folder: &Path) -> Result<(), CompNodeError> {
     filled.map_err(|error| CompNodeError::Scratch { reason: error.to_string() })
 }
 
-/// Whether there is room for a shard of this CompNode's part: without it no checkpoint would ever be whole.
+/// Whether there is room for a shard of this CompNode's part: without it no checkpoint would ever be whole. `arrived` are
+/// bytes of weights that lie there, and leave before the first shard comes.
 ///
 /// # Errors
 /// [`CompNodeError::Scratch`], or [`CompNodeError::ScratchRoom`] with the numbers.
-pub(super) fn check_room(folder: &Path, needed: u64) -> Result<(), CompNodeError> {
+pub(super) fn check_scratch_room(folder: &Path, needed: u64, arrived: &AtomicU64) -> Result<(), CompNodeError> {
     check_usable(folder)?;
-    match room(folder).filter(|&room| needed > room) {
+    // What arrives between the two counts twice, which is little; the other way round it would not count at all.
+    let room = room(folder).map(|free| free.saturating_add(arrived.load(Ordering::Relaxed)));
+    match room.filter(|&room| needed > room) {
         Some(room) => Err(CompNodeError::ScratchRoom { path: folder.to_owned(), needed, room }),
         None => Ok(()),
     }
@@ -58,16 +62,26 @@ mod tests {
     #[test]
     fn a_folder_that_cannot_hold_a_shard_is_named_with_the_way_out() {
         let folder = tempfile::tempdir().unwrap();
-        check_room(folder.path(), 1 << 10).unwrap();
+        check_scratch_room(folder.path(), 1 << 10, &AtomicU64::new(0)).unwrap();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         let place = folder.path().display().to_string();
         #[cfg(unix)]
         {
-            let error = check_room(folder.path(), u64::MAX).unwrap_err().to_string();
+            let error = check_scratch_room(folder.path(), u64::MAX, &AtomicU64::new(0)).unwrap_err().to_string();
             assert!(error.contains(&place) && error.contains("there is room for"), "{error}");
         }
         drop(folder);
         let error = check_usable(Path::new(&place)).unwrap_err();
         assert!(error.to_string().contains(&place) && error.to_string().contains("--state DIR"), "{error}");
+    }
+
+    /// They are imported and gone when the first shard is written.
+    #[cfg(unix)]
+    #[test]
+    fn weights_that_have_arrived_take_no_room_from_a_shard() {
+        let folder = tempfile::tempdir().unwrap();
+        let (weights, needed) = (1 << 50, room(folder.path()).unwrap() + (1 << 49));
+        check_scratch_room(folder.path(), needed, &AtomicU64::new(0)).unwrap_err();
+        check_scratch_room(folder.path(), needed, &AtomicU64::new(weights)).unwrap();
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use fusionllm_broker::{Checkpoint, TensorSet, load_model_dir, open_checkpoint};
+use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
 use fusionllm_graph::{Gpt2Config, OpDag};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
@@ -107,11 +107,9 @@ fn given(file: &Path, then: Option<&TokenizerFingerprint>) -> anyhow::Result<Tok
 fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
     let model = load_model_dir(path).map_err(bad_input)?;
     for note in &model.notes {
-        // Where they come from is no surprise; what is passed over is.
-        if note.starts_with("weights: ") {
-            tracing::info!("{note}");
-        } else {
-            tracing::warn!("{note}");
+        match note {
+            ModelNote::Weights(_) => tracing::info!("{note}"),
+            ModelNote::Unusual(_) => tracing::warn!("{note}"),
         }
     }
     let missing = || bad_input(format!("{}: there are no weights in it", path.display()));

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+#[cfg(target_os = "linux")]
+use crate::disk::Disk;
 use crate::process::{Bench, json_lines, losses, text};
 
 /// Names in a folder, in order.
@@ -222,33 +224,12 @@ fn a_brokers_job_goes_on_from_a_step_with_other_keys() {
     assert_eq!(broker.finish().0, Some(0));
 }
 
-/// A small disk, if the user of the tests may mount one.
-#[cfg(target_os = "linux")]
-struct Disk(PathBuf);
-
-#[cfg(target_os = "linux")]
-impl Disk {
-    fn mount(at: PathBuf) -> Option<Self> {
-        std::fs::create_dir(&at).unwrap();
-        let mount =
-            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=700k", "tmpfs"]).arg(&at).output();
-        mount.is_ok_and(|output| output.status.success()).then(|| Self(at))
-    }
-}
-
-#[cfg(target_os = "linux")]
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 /// The last checkpoint cannot be left out: what is there, and how to go on from it, is said.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_disk_that_stays_full_is_told_once_and_ends_with_the_way_on() {
     let bench = Bench::new();
-    let Some(disk) = Disk::mount(bench.path("disk")) else { return };
+    let Some(disk) = Disk::mount(bench.path("disk"), 700) else { return };
     // All are kept, so the disk is full of them after a few, and stays so.
     let run = bench.start(
         "train job.toml --out disk/run --compnodes 1 --json --set train.steps=150 --set checkpoint.every=1 \
@@ -262,10 +243,10 @@ fn a_disk_that_stays_full_is_told_once_and_ends_with_the_way_on() {
     // But for the folder of the test.
     let said = format!("{out}\n{err}").replace(bench.path("").to_str().unwrap(), "");
     assert!(!said.contains(".tmp"), "{said}");
-    let checkpoints = names(&disk.0.join("run/checkpoints"));
+    let checkpoints = names(&disk.path().join("run/checkpoints"));
     let whole = checkpoints.iter().filter_map(|name| name.strip_prefix("step-")?.parse::<u64>().ok());
     let step = whole.max().unwrap();
-    let hint = format!("train --resume {}/run` goes on from the checkpoint of step {step}", disk.0.display());
+    let hint = format!("train --resume {}/run` goes on from the checkpoint of step {step}", disk.path().display());
     assert!(err.contains("checkpoint of step 150: ") && err.contains(&hint), "{err}");
 }
 
@@ -274,34 +255,25 @@ fn a_disk_that_stays_full_is_told_once_and_ends_with_the_way_on() {
 #[test]
 fn a_full_disk_costs_a_checkpoint_and_no_more() {
     let bench = Bench::new();
-    let disk = bench.path("disk");
-    std::fs::create_dir(&disk).unwrap();
-    let mount =
-        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=1000k", "tmpfs"]).arg(&disk).output();
-    if !mount.is_ok_and(|output| output.status.success()) {
-        // Only who may mount can have a small disk.
-        return;
-    }
+    let Some(disk) = Disk::mount(bench.path("disk"), 1000) else { return };
     // What fills the disk goes away while the run lasts.
-    let ballast = disk.join("ballast");
-    std::fs::write(&ballast, vec![1; 860 << 10]).unwrap();
+    disk.fill_kib(860);
     let mut run = bench.start(
         "train job.toml --out disk/run --compnodes 1 --json --set train.steps=3000 --set checkpoint.every=200 \
          --set train.eval_every=0 --set checkpoint.keep=1",
     );
     let line = run.wait_for("there is no checkpoint of step");
     let told = line.contains("\"event\":\"notice\"") && line.contains("No space left on device");
-    std::fs::remove_file(&ballast).unwrap();
+    disk.make_room();
     let mut checkpoints = 0;
     while let Some(line) = run.line() {
         checkpoints += usize::from(line.contains("\"event\":\"checkpoint\""));
     }
     let (code, _, err) = run.finish();
-    let steps = json_lines(&disk.join("run/metrics.jsonl")).len();
-    let left = names(&disk.join("run/checkpoints"));
-    let status = std::process::Command::new("umount").arg(&disk).status().unwrap();
+    let steps = json_lines(&disk.path().join("run/metrics.jsonl")).len();
+    let left = names(&disk.path().join("run/checkpoints"));
     assert!(told, "{line}");
-    assert!(code == Some(0) && status.success(), "{err}");
+    assert_eq!(code, Some(0), "{err}");
     assert!(checkpoints > 0 && steps == 3000, "{checkpoints} checkpoints, {steps} steps");
     assert_eq!(left, ["step-3000"]);
 }

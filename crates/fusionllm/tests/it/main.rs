@@ -3,6 +3,8 @@
 
 mod bad_input;
 mod cluster;
+#[cfg(target_os = "linux")]
+mod disk;
 mod docs;
 mod endurance;
 mod fixtures;

@@ -60,21 +60,25 @@ impl Folder {
     }
 }
 
+fn texts(model: &LoadedModel) -> Vec<String> {
+    model.notes.iter().map(ToString::to_string).collect()
+}
+
 #[test]
 fn shards_are_one_set_of_weights() {
     let folder = Folder::new();
     let (first, second) = folder.tensors.split_at(5);
     folder.shard(&[first, second]);
     let model = folder.load();
-    let weights = model.weights.unwrap();
+    let weights = model.weights.clone().unwrap();
     for (name, shape) in &folder.tensors {
         assert_eq!(weights.tensor(name).unwrap(), (shape.clone(), testing::tensor_bytes(name, shape)));
     }
     let whole = folder.path("model-00001-of-00002.safetensors").display().to_string();
-    assert_eq!(model.notes, [format!("weights: {whole}, model-00002-of-00002.safetensors")]);
+    assert_eq!(texts(&model), [format!("weights: {whole}, model-00002-of-00002.safetensors")]);
     // One file goes before shards, as it does in transformers.
     testing::write_tensors(&folder.path(WEIGHTS), &folder.tensors);
-    let notes = folder.load().notes;
+    let notes = texts(&folder.load());
     assert_eq!(notes[0], format!("weights: {}", folder.path(WEIGHTS).display()));
     assert!(notes[1].contains("index.json is passed over"), "{notes:?}");
 }
@@ -133,9 +137,10 @@ fn without_weights_only_a_job_that_says_so_begins_anew() {
     folder.write("config.json", &format!("{{{SIZES},\"initializer_range\":0.5}}"));
     let model = folder.load();
     assert!(model.weights.is_none());
-    assert_eq!(model.notes[0], "weights: new (seed 0)");
-    assert!(model.notes[1].contains("initializer_range = 0.5 is passed over"), "{:?}", model.notes);
-    assert_eq!(load_model(&testing::spec(&["train.seed=7"])).unwrap().notes, ["weights: new (seed 7)"]);
+    assert_eq!(model.notes[0], ModelNote::Weights("new (seed 0)".to_owned()));
+    assert!(texts(&model)[1].contains("initializer_range = 0.5 is passed over"), "{:?}", model.notes);
+    assert!(matches!(model.notes[1], ModelNote::Unusual(_)));
+    assert_eq!(texts(&load_model(&testing::spec(&["train.seed=7"])).unwrap()), ["weights: new (seed 7)"]);
 }
 
 #[test]
@@ -147,7 +152,7 @@ fn what_a_file_has_besides_is_said() {
     folder.tensors.push(("lm_head.weight".to_owned(), embedding.1.clone()));
     testing::write_tensors(&folder.path(WEIGHTS), &folder.tensors);
     folder.write("config.json", &format!("{{{SIZES},\"resid_pdrop\":0.1,\"attn_pdrop\":0.1}}"));
-    let notes = folder.load().notes;
+    let notes = texts(&folder.load());
     assert!(notes[1].ends_with("does not use: `transformer.h.1.ln_1.bias`, `h.0.attn.bias`"), "{notes:?}");
     assert!(notes[2].contains("`lm_head.weight` is not the embedding"), "{notes:?}");
     assert!(notes[3].contains("(resid_pdrop = 0.1, attn_pdrop = 0.1) is passed over"), "{notes:?}");
@@ -187,7 +192,7 @@ fn the_tokenizer_of_the_folder_is_the_default() {
     testing::write_tensors(&folder.path(WEIGHTS), &folder.tensors);
     assert_eq!(folder.load().tokenizer(), Some("{}"));
     folder.spec.data.tokenizer = DataSpec::BYTES.to_owned();
-    assert!(folder.load().notes[1].contains("feeds bytes as token ids"));
+    assert!(texts(&folder.load())[1].contains("feeds bytes as token ids"));
     std::fs::remove_file(folder.path("tokenizer.json")).unwrap();
     assert_eq!((folder.load().notes.len(), folder.load().tokenizer()), (1, None));
     folder.spec.data.tokenizer = DataSpec::MODEL.to_owned();

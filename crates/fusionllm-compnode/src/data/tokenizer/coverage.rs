@@ -1,13 +1,14 @@
 //! How much of a text becomes tokens: some tokenizers drop what they do not know, without a word.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::{Model, NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
-use super::normalizer::{Normalized, normalize};
+use super::normalizer::{Effects, Normalized, normalize};
 
 /// Text is looked at in pieces of about this many bytes, cut at line ends.
 const PIECE_BYTES: usize = 64 << 10;
@@ -82,11 +83,15 @@ impl Coverage {
     }
 }
 
-/// Counts what `tokenizer` drops of a text.
-pub(super) fn count(tokenizer: &tokenizers::Tokenizer, text: &str) -> tokenizers::Result<Coverage> {
+/// Counts what `tokenizer` drops of a text; `effects` are its normalizer's.
+pub(super) fn count(
+    tokenizer: &tokenizers::Tokenizer,
+    effects: &Mutex<Effects>,
+    text: &str,
+) -> tokenizers::Result<Coverage> {
     let mut sum = Coverage::default();
     for piece in pieces(text) {
-        sum.add(&count_piece(tokenizer, piece)?);
+        sum.add(&count_piece(tokenizer, effects, piece)?);
     }
     Ok(sum)
 }
@@ -109,7 +114,11 @@ pub(crate) fn pieces(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Added tokens stand as they are; the rest goes through normalizer, words and model.
-fn count_piece(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Result<Coverage> {
+fn count_piece(
+    tokenizer: &tokenizers::Tokenizer,
+    effects: &Mutex<Effects>,
+    piece: &str,
+) -> tokenizers::Result<Coverage> {
     let mut sum = Coverage::default();
     let parts = tokenizer.get_added_vocabulary().extract_and_normalize(None::<&NormalizerWrapper>, piece);
     for (part, _, tokens) in parts.get_splits(OffsetReferential::Normalized, OffsetType::Byte) {
@@ -117,15 +126,19 @@ fn count_piece(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Re
             let chars = part.chars().count() as u64;
             sum.add(&Coverage { chars, ..Coverage::whole(part) });
         } else {
-            sum.add(&count_words(tokenizer, part)?);
+            sum.add(&count_words(tokenizer, effects, part)?);
         }
     }
     Ok(sum)
 }
 
-fn count_words(tokenizer: &tokenizers::Tokenizer, piece: &str) -> tokenizers::Result<Coverage> {
+fn count_words(
+    tokenizer: &tokenizers::Tokenizer,
+    effects: &Mutex<Effects>,
+    piece: &str,
+) -> tokenizers::Result<Coverage> {
     let Normalized { text, removed, changed } = match tokenizer.get_normalizer() {
-        Some(normalizer) => normalize(normalizer, piece)?,
+        Some(normalizer) => normalize(normalizer, &mut effects.lock().unwrap_or_else(PoisonError::into_inner), piece)?,
         None => Normalized { text: piece.to_owned(), ..Normalized::default() },
     };
     let chars = text.chars().count() as u64 + removed.values().sum::<u64>();

@@ -7,8 +7,13 @@ use serde_json::Value;
 /// Refuses a file in which two tokens have one id: text would not come back as it was, and training could not tell them
 /// apart.
 pub(super) fn check(keys: &Value) -> Result<(), String> {
-    let vocab = keys.pointer("/model/vocab").and_then(Value::as_object);
-    let of_model = vocab.into_iter().flatten().map(|(token, id)| (token.as_str(), id.as_u64()));
+    let vocab = keys.pointer("/model/vocab");
+    let named = vocab.and_then(Value::as_object).into_iter().flatten();
+    let named = named.map(|(token, id)| (token.as_str(), id.as_u64()));
+    // Of Unigram each entry is a token and its score, and its place is its id.
+    let listed = (0..).zip(vocab.and_then(Value::as_array).into_iter().flatten());
+    let listed = listed.filter_map(|(id, entry)| Some((entry.get(0)?.as_str()?, Some(id))));
+    let of_model = named.chain(listed);
     let added = keys.get("added_tokens").and_then(Value::as_array);
     let text = |token: &'_ Value| token.get("content").and_then(Value::as_str).map(str::to_owned);
     let added: Vec<(String, Option<u64>)> = added
@@ -56,5 +61,17 @@ mod tests {
         open(&keys).unwrap();
         keys["added_tokens"] = added("<end>", 256);
         open(&keys).unwrap();
+    }
+
+    #[test]
+    fn the_ids_of_a_list_are_its_places() {
+        let keys = |content: &str, id: u64| {
+            serde_json::json!({ "model": { "type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.0], ["b", -2.0]] },
+                                "added_tokens": [{ "id": id, "content": content }] })
+        };
+        let error = check(&keys("<end>", 2)).unwrap_err();
+        assert!(error.contains("\"b\" and \"<end>\" both have the id 2"), "{error}");
+        check(&keys("b", 2)).unwrap();
+        check(&keys("<end>", 3)).unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! What a tokenizer's normalizer does to a text before it becomes tokens: some take characters away, some make others of
 //! them.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use tokenizers::normalizers::NormalizerWrapper;
@@ -23,51 +24,83 @@ pub(super) struct Normalized {
     pub(super) changed: BTreeMap<char, u64>,
 }
 
+/// What a normalizer does to a character in the middle of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    /// It can be told from what is left of it, or that is not known.
+    Kept,
+    Removed,
+    /// It is another one, and nothing tells which it was.
+    Changed,
+}
+
+/// What is known of a normalizer. It is learnt from the texts, for each character once.
+#[derive(Debug, Default)]
+pub(super) struct Effects {
+    /// What it puts before and after any text; nothing if that cannot be told. Not looked at yet if empty.
+    around: OnceCell<Option<(String, String)>>,
+    of: BTreeMap<char, Effect>,
+}
+
+impl Effects {
+    fn learn(&mut self, normalizer: &NormalizerWrapper, c: char) -> tokenizers::Result<Effect> {
+        if let Some(effect) = self.of.get(&c) {
+            return Ok(*effect);
+        }
+        let effect = match self.between(normalizer, &c.to_string())? {
+            None => Effect::Kept,
+            Some(other) if other.is_empty() => Effect::Removed,
+            Some(other) if other == SPACE || is_char(&other, c) => Effect::Kept,
+            // What goes on changing can be told from what it was made of, as bytes written as letters.
+            Some(other) if self.between(normalizer, &other)?.as_ref() == Some(&other) => Effect::Changed,
+            Some(_) => Effect::Kept,
+        };
+        self.of.insert(c, effect);
+        Ok(effect)
+    }
+
+    /// What becomes of a text in the middle of another; nothing if that cannot be told.
+    fn between(&self, normalizer: &NormalizerWrapper, text: &str) -> tokenizers::Result<Option<String>> {
+        let normal = |text: String| {
+            let mut normalized = NormalizedString::from(text);
+            normalizer.normalize(&mut normalized).map(|()| normalized.get().to_owned())
+        };
+        let around = match self.around.get() {
+            Some(around) => around,
+            None => {
+                let around = normal(format!("{PLAIN}{PLAIN}"))?;
+                let around = around.split_once(&format!("{PLAIN}{PLAIN}"));
+                self.around.get_or_init(|| around.map(|(before, after)| (before.to_owned(), after.to_owned())))
+            }
+        };
+        let Some((before, after)) = around else { return Ok(None) };
+        let whole = normal(format!("{PLAIN}{text}{PLAIN}"))?;
+        let middle = whole.strip_prefix(before.as_str()).and_then(|rest| rest.strip_suffix(after.as_str()));
+        let middle = middle.and_then(|rest| rest.strip_prefix(PLAIN)).and_then(|rest| rest.strip_suffix(PLAIN));
+        Ok(middle.map(str::to_owned))
+    }
+}
+
 /// Normalizes a text.
-pub(super) fn normalize(normalizer: &NormalizerWrapper, text: &str) -> tokenizers::Result<Normalized> {
+pub(super) fn normalize(
+    normalizer: &NormalizerWrapper,
+    effects: &mut Effects,
+    text: &str,
+) -> tokenizers::Result<Normalized> {
     let mut normalized = NormalizedString::from(text);
     normalizer.normalize(&mut normalized)?;
     if normalized.get() == text {
         return Ok(Normalized { text: text.to_owned(), ..Normalized::default() });
     }
-    let mut alone: BTreeMap<char, Option<String>> = BTreeMap::new();
     let mut changed = BTreeMap::new();
     for c in text.chars() {
-        if let std::collections::btree_map::Entry::Vacant(entry) = alone.entry(c) {
-            entry.insert(between(normalizer, &c.to_string())?);
-        }
-        if let Some(Some(other)) = alone.get(&c)
-            && !other.is_empty()
-            && other != SPACE
-            && !is_char(other, c)
-        {
+        if effects.learn(normalizer, c)? == Effect::Changed {
             *changed.entry(c).or_default() += 1;
         }
     }
-    // What goes on changing can be told from what it was made of, as bytes written as letters.
-    for c in changed.keys().copied().collect::<Vec<char>>() {
-        let Some(Some(other)) = alone.get(&c) else { continue };
-        if between(normalizer, other)?.as_ref() != Some(other) {
-            changed.remove(&c);
-        }
-    }
-    let is_removed_anywhere = |c: char| alone.get(&c).is_some_and(|other| other.as_deref() == Some(""));
+    let is_removed_anywhere = |c: char| effects.of.get(&c) == Some(&Effect::Removed);
     let removed = removed(&normalized, is_removed_anywhere);
     Ok(Normalized { text: normalized.get().to_owned(), removed, changed })
-}
-
-/// What becomes of a text in the middle of another; nothing if that cannot be told.
-fn between(normalizer: &NormalizerWrapper, text: &str) -> tokenizers::Result<Option<String>> {
-    let normal = |text: String| {
-        let mut normalized = NormalizedString::from(text);
-        normalizer.normalize(&mut normalized).map(|()| normalized.get().to_owned())
-    };
-    let around = normal(format!("{PLAIN}{PLAIN}"))?;
-    let Some((before, after)) = around.split_once(&format!("{PLAIN}{PLAIN}")) else { return Ok(None) };
-    let whole = normal(format!("{PLAIN}{text}{PLAIN}"))?;
-    let middle = whole.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
-    let middle = middle.and_then(|rest| rest.strip_prefix(PLAIN)).and_then(|rest| rest.strip_suffix(PLAIN));
-    Ok(middle.map(str::to_owned))
 }
 
 fn is_char(text: &str, c: char) -> bool {
@@ -118,7 +151,11 @@ mod tests {
             removed: removed.iter().copied().collect(),
             changed: changed.iter().copied().collect(),
         };
-        assert_eq!(normalize(&normalizer, text).unwrap(), expected, "{text}");
+        let mut effects = Effects::default();
+        for known in [false, true] {
+            assert_eq!(!effects.of.is_empty(), known);
+            assert_eq!(normalize(&normalizer, &mut effects, text).unwrap(), expected, "{text}");
+        }
     }
 
     #[test]
