@@ -8,8 +8,10 @@ use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::tokenizer::normalizer::Range;
 use tokenizers::{NormalizedString, Normalizer};
 
-/// A character that no normalizer is known to touch; others are looked at between two of it.
-const PLAIN: char = 'x';
+/// Characters of which a normalizer leaves one alone, mostly; others are looked at between two of that.
+const PLAIN: [char; 6] = ['x', '7', '+', 'X', '\u{4e00}', '\u{e000}'];
+/// Bytes that may become of one character. No language needs as many, and a normalizer that makes more could fill memory.
+const MOST_BYTES: usize = 256;
 /// SentencePiece writes a space so, and reads it back.
 const SPACE: &str = "\u{2581}";
 
@@ -37,9 +39,29 @@ enum Effect {
 /// What is known of a normalizer. It is learnt from the texts, for each character once.
 #[derive(Debug, Default)]
 pub(super) struct Effects {
-    /// What it puts before and after any text; nothing if that cannot be told. Not looked at yet if empty.
-    around: OnceCell<Option<(String, String)>>,
+    /// What texts are looked at between; nothing if it leaves no character alone. Not looked at yet if empty.
+    around: OnceCell<Option<Around>>,
     of: BTreeMap<char, Effect>,
+}
+
+/// A character that a normalizer leaves alone, and what it puts before and after any text.
+#[derive(Debug)]
+struct Around {
+    plain: char,
+    before: String,
+    after: String,
+}
+
+impl Around {
+    fn of(normalizer: &NormalizerWrapper) -> tokenizers::Result<Option<Self>> {
+        for plain in PLAIN {
+            let two = format!("{plain}{plain}");
+            if let Some((before, after)) = normal(normalizer, two.clone())?.split_once(&two) {
+                return Ok(Some(Self { plain, before: before.to_owned(), after: after.to_owned() }));
+            }
+        }
+        Ok(None)
+    }
 }
 
 impl Effects {
@@ -61,24 +83,34 @@ impl Effects {
 
     /// What becomes of a text in the middle of another; nothing if that cannot be told.
     fn between(&self, normalizer: &NormalizerWrapper, text: &str) -> tokenizers::Result<Option<String>> {
-        let normal = |text: String| {
-            let mut normalized = NormalizedString::from(text);
-            normalizer.normalize(&mut normalized).map(|()| normalized.get().to_owned())
+        if self.around.get().is_none() {
+            // Another thread may have been faster, with the same result.
+            let _ = self.around.set(Around::of(normalizer)?);
+        }
+        let Some(Around { plain, before, after }) = self.around.get().and_then(Option::as_ref) else {
+            // It makes others of all characters, so nothing is around them.
+            return normal(normalizer, text.to_owned()).map(Some);
         };
-        let around = match self.around.get() {
-            Some(around) => around,
-            None => {
-                let around = normal(format!("{PLAIN}{PLAIN}"))?;
-                let around = around.split_once(&format!("{PLAIN}{PLAIN}"));
-                self.around.get_or_init(|| around.map(|(before, after)| (before.to_owned(), after.to_owned())))
-            }
-        };
-        let Some((before, after)) = around else { return Ok(None) };
-        let whole = normal(format!("{PLAIN}{text}{PLAIN}"))?;
+        let whole = normal(normalizer, format!("{plain}{text}{plain}"))?;
         let middle = whole.strip_prefix(before.as_str()).and_then(|rest| rest.strip_suffix(after.as_str()));
-        let middle = middle.and_then(|rest| rest.strip_prefix(PLAIN)).and_then(|rest| rest.strip_suffix(PLAIN));
+        let middle = middle.and_then(|rest| rest.strip_prefix(*plain)).and_then(|rest| rest.strip_suffix(*plain));
         Ok(middle.map(str::to_owned))
     }
+}
+
+/// What becomes of a short text.
+fn normal(normalizer: &NormalizerWrapper, text: String) -> tokenizers::Result<String> {
+    let most = MOST_BYTES * text.len();
+    let mut normalized = NormalizedString::from(text);
+    normalizer.normalize(&mut normalized)?;
+    let normalized = normalized.get();
+    if normalized.len() > most {
+        let got = normalized.len();
+        return Err(
+            format!("its normalizer makes {got} bytes of up to three characters, expected at most {most}").into()
+        );
+    }
+    Ok(normalized.to_owned())
 }
 
 /// Normalizes a text.
@@ -87,6 +119,10 @@ pub(super) fn normalize(
     effects: &mut Effects,
     text: &str,
 ) -> tokenizers::Result<Normalized> {
+    // First, since it is here that one which makes too much is refused.
+    for c in text.chars() {
+        effects.learn(normalizer, c)?;
+    }
     let mut normalized = NormalizedString::from(text);
     normalizer.normalize(&mut normalized)?;
     if normalized.get() == text {
@@ -171,6 +207,19 @@ mod tests {
         check(strip, " a b ", "a b", &[(' ', 2)], &[]);
         let accents = "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFD\"},{\"type\":\"StripAccents\"}]}";
         check(accents, "é e\u{301}", "e e", &[('\u{301}', 1)], &[('é', 1)]);
+    }
+
+    #[test]
+    fn a_normalizer_that_leaves_little_alone_is_seen_through() {
+        let letters = "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"[a-z]\"},\"content\":\"a\"}";
+        check(letters, "axb", "aaa", &[], &[('b', 1), ('x', 1)]);
+        let all = "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"[\\\\s\\\\S]\"},\"content\":\"a\"}";
+        check(all, "axb", "aaa", &[], &[('b', 1), ('x', 1)]);
+        let grows =
+            format!("{{\"type\":\"Replace\",\"pattern\":{{\"Regex\":\"b\"}},\"content\":\"{}\"}}", "a".repeat(5000));
+        let grows: NormalizerWrapper = serde_json::from_str(&grows).unwrap();
+        let error = normalize(&grows, &mut Effects::default(), &"ab".repeat(1000)).unwrap_err().to_string();
+        assert!(error.starts_with("its normalizer makes 5002 bytes of"), "{error}");
     }
 
     #[test]
