@@ -38,13 +38,21 @@ use schedule::least_compnodes;
 use survey::Survey;
 
 /// By what command a job goes on that has ended early.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ResumedBy {
     /// `fusionllm resume`, at this broker or the next one on its state.
-    #[default]
-    Broker,
+    Broker {
+        /// The state folder that was asked for, to be named in the command; nothing: the user's own.
+        state: Option<PathBuf>,
+    },
     /// `fusionllm train --resume`: the broker ends with its job.
     Train,
+}
+
+impl Default for ResumedBy {
+    fn default() -> Self {
+        Self::Broker { state: None }
+    }
 }
 
 /// A job that is known.
@@ -379,12 +387,14 @@ impl Core {
 
     /// How a job goes on, for whoever reads why it ended.
     fn resume_hint(&self, job: JobId, checkpoint: Option<u64>) -> String {
-        match (self.resumed_by, checkpoint) {
-            (ResumedBy::Broker, Some(step)) => {
-                format!("`fusionllm resume {}` goes on from the checkpoint of step {step}", job.0)
-            }
-            (ResumedBy::Broker, None) => {
-                format!("`fusionllm resume {}` begins anew, there is no checkpoint yet", job.0)
+        match (&self.resumed_by, checkpoint) {
+            (ResumedBy::Broker { state }, checkpoint) => {
+                let state = state.as_deref().map(|dir| format!(" --state {}", shell_path(dir))).unwrap_or_default();
+                let then = match checkpoint {
+                    Some(step) => format!("goes on from the checkpoint of step {step}"),
+                    None => "begins anew, there is no checkpoint yet".to_owned(),
+                };
+                format!("`fusionllm resume {}{state}` {then}", job.0)
             }
             (ResumedBy::Train, Some(step)) => {
                 let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();

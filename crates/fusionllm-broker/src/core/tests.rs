@@ -623,7 +623,11 @@ fn names_are_unique() {
 #[test]
 fn what_goes_on_from_where_is_named_when_a_job_ends() {
     for (resumed_by, hint) in [
-        (ResumedBy::Broker, "`fusionllm resume 1` goes on from the checkpoint of step 3"),
+        (ResumedBy::default(), "`fusionllm resume 1` goes on from the checkpoint of step 3"),
+        (
+            ResumedBy::Broker { state: Some(PathBuf::from("/my state")) },
+            "`fusionllm resume 1 --state '/my state'` goes on from the checkpoint of step 3",
+        ),
         (ResumedBy::Train, "`fusionllm train --resume /runs/x` goes on from the checkpoint of step 3"),
     ] {
         let mut core = running();

@@ -19,7 +19,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         runs_dir: args.runs,
         checkpoint_dirs: args.checkpoints,
         model_dirs: args.models,
-        resumed_by: ResumedBy::Broker,
+        resumed_by: ResumedBy::Broker { state: args.state.clone() },
     };
     let mut broker = Broker::start(config).await.map_err(super::train::broker_error)?;
     let mut interrupted = std::pin::pin!(super::follow::interrupted());
