@@ -210,7 +210,8 @@ pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerErr
 pub fn is_free(path: &Path) -> bool {
     let is_lock =
         |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == FolderLock::FILE);
-    std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.all(is_lock))
+    std::fs::read_dir(path)
+        .map_or(!path.exists(), |mut entries| entries.all(is_lock) && FolderLock::check(path).is_ok())
 }
 
 pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
