@@ -43,7 +43,11 @@ fn a_store_of_this_version_is_read() {
     let bench = fixture();
     let state = bench.path("state");
     fusionllm_transport::make_private_dir(&state).unwrap();
-    std::fs::rename(bench.path("broker.redb"), state.join("broker.redb")).unwrap();
+    let store = state.join("broker.redb");
+    std::fs::rename(bench.path("broker.redb"), &store).unwrap();
+    // A checkout does not know that it is the owner's alone.
+    #[cfg(unix)]
+    std::fs::set_permissions(&store, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
     broker.wait_for("ticket");
     let status: serde_json::Value = serde_json::from_str(&bench.succeed("status --state state --json")).unwrap();
