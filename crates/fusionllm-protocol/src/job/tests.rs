@@ -306,7 +306,7 @@ fn compression_is_read_and_becomes_what_the_planner_takes() {
     let text = toml::to_string(&spec).unwrap();
     assert_eq!(read(&text, &[]).unwrap(), spec);
     assert_eq!(crate::decode::<JobSpec>(&crate::encode(&spec).unwrap()).unwrap(), spec);
-    check_error(&["compression.ratio=0.5"], "`compression.ratio`: is 0.5, expected at least 1");
+    check_error(&["compression.ratio=0.5"], "`compression.ratio`: is 0.5, expected at least 1 and at most 1000000");
     let error = read(LEAST, &["compression.gradients=int5"]).unwrap_err().to_string();
     assert!(error.contains("`compression.gradients`") && error.contains("int8"), "{error}");
 }
