@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_transport::{open_or_make_regular, read_regular_text};
+use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text};
 
 use crate::{ExportError, ShardError};
 
@@ -47,9 +47,7 @@ impl ExportFolder {
     /// [`ExportError`] if it is none, cannot be looked at, or holds something else.
     pub fn look(path: &Path) -> Result<Self, ExportError> {
         let io = |source| ExportError::Io { path: path.to_owned(), source };
-        // Links to nowhere count: nothing can be made at their place.
-        let above = path.ancestors().find(|above| above.symlink_metadata().is_ok());
-        if let Some(above) = above.filter(|above| !above.is_dir()) {
+        if let Some(above) = no_folder_above(path) {
             return Err(ExportError::NoFolder { path: above.to_owned() });
         }
         let mut export = Self { path: path.to_owned(), holds: None };

@@ -120,19 +120,16 @@ pub(super) fn normalize(
     text: &str,
 ) -> tokenizers::Result<Normalized> {
     // First, since it is here that one which makes too much is refused.
-    for c in text.chars() {
-        effects.learn(normalizer, c)?;
-    }
-    let mut normalized = NormalizedString::from(text);
-    normalizer.normalize(&mut normalized)?;
-    if normalized.get() == text {
-        return Ok(Normalized { text: text.to_owned(), ..Normalized::default() });
-    }
     let mut changed = BTreeMap::new();
     for c in text.chars() {
         if effects.learn(normalizer, c)? == Effect::Changed {
             *changed.entry(c).or_default() += 1;
         }
+    }
+    let mut normalized = NormalizedString::from(text);
+    normalizer.normalize(&mut normalized)?;
+    if normalized.get() == text {
+        return Ok(Normalized { text: text.to_owned(), ..Normalized::default() });
     }
     let is_removed_anywhere = |c: char| effects.of.get(&c) == Some(&Effect::Removed);
     let removed = removed(&normalized, is_removed_anywhere);
