@@ -204,7 +204,8 @@ fn ctrl_c_stops_the_job_and_leaves_no_process() {
 fn whoever_stops_training_is_told_how_it_goes_on() {
     let bench = Bench::new();
     let dir = "it's a run";
-    let mut command = bench.command("train job.toml --compnodes 1 --set train.steps=100000 --json --out");
+    let line = "train job.toml --compnodes 1 --set train.steps=100000 --set checkpoint.keep=0 --json --out";
+    let mut command = bench.command(line);
     command.arg(dir);
     let mut training = crate::process::Running::spawn(command);
     training.wait_for("\"event\":\"checkpoint\"");
