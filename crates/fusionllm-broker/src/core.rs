@@ -23,14 +23,14 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
-    FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, StatusReport,
+    FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, RunKey, StatusReport,
 };
 use fusionllm_transport::shell_path;
 
 use crate::BrokerError;
 use crate::store::JobRecord;
 use durable::Durability;
-pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, RunKey, StartPoint};
+pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, StartPoint};
 use notices::Told;
 use registry::Registry;
 use run::Run;
@@ -357,7 +357,7 @@ impl Core {
             known.held.retain(|(_, action)| !matches!(action, Action::Send { .. } | Action::SendWeights { .. }));
         }
         if let Some(run) = self.jobs.get_mut(&job).and_then(|j| j.run.take()) {
-            let RunKey { job, generation } = run.key;
+            let key = run.key;
             for &to in &run.members {
                 let still_here = self.compnodes.release(to);
                 if !still_here {
@@ -365,7 +365,7 @@ impl Core {
                     actions.push(Action::Disconnect { to, reason: reason.to_owned() });
                 }
                 if still_here && state != JobState::Done {
-                    let message = FromBroker::Abort { job, generation, reason: reason.to_owned() };
+                    let message = FromBroker::Abort { key, reason: reason.to_owned() };
                     actions.push(Action::Send { to, message });
                 }
             }

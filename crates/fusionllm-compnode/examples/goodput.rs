@@ -21,7 +21,7 @@ use fusionllm_codec::{Codec, HostTensor, Values};
 use fusionllm_compnode::{Exchange, JobLinks, Message, NetworkExchange, Slot};
 use fusionllm_graph::OpId;
 use fusionllm_planner::{EdgeId, NodeIndex, PassPlan, Pipeline, Placement, Stage, StageEdge, StageId};
-use fusionllm_protocol::{Assignment, Channel, Generation, JobId, JobSpec, Pass, PeerRecord, WeightSource};
+use fusionllm_protocol::{Assignment, Channel, Generation, JobId, JobSpec, Pass, PeerRecord, RunKey, WeightSource};
 use fusionllm_transport::{CongestionControl, Endpoint, EndpointConfig, Identity, Members};
 use tokio::runtime::Handle;
 
@@ -131,8 +131,7 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
     };
     let pass = PassPlan { micro_batches: 4, orders: Vec::new() };
     Ok(Assignment {
-        job: JobId(1),
-        generation: Generation(1),
+        key: RunKey { job: JobId(1), generation: Generation(1) },
         node: NodeIndex(u32::from(!is_sender)),
         spec: JobSpec::from_toml("[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n[train]\nsteps = 1000000\n", &[])?,
         graph: String::new(),

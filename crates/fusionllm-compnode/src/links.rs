@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
 use fusionllm_planner::{NodeIndex, Placement, Route, TIED_WINDOW, Way};
-use fusionllm_protocol::{Assignment, Channel, Generation, JobId, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, encode};
+use fusionllm_protocol::{Assignment, Channel, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, RunKey, encode};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -50,8 +50,7 @@ const URGENT: i32 = 1;
 /// Everything that two tasks of a job's wires share.
 #[derive(Debug)]
 pub struct JobLinks {
-    pub(crate) job: JobId,
-    pub(crate) generation: Generation,
+    pub(crate) key: RunKey,
     pub(crate) node: NodeIndex,
     pub(crate) placement: Arc<Placement>,
     pub(crate) mailbox: Arc<Mailbox>,
@@ -84,8 +83,7 @@ impl JobLinks {
         let train = &assignment.spec.train;
         let mailbox = Arc::new(Mailbox::default());
         Arc::new(Self {
-            job: assignment.job,
-            generation: assignment.generation,
+            key: assignment.key,
             node: assignment.node,
             placement: Arc::new(assignment.placement.clone()),
             tasks: Tasks::new(Arc::clone(&mailbox)),

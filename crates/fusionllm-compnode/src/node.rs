@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, Generation, JobId};
+use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, RunKey};
 use fusionllm_transport::{Endpoint, EndpointConfig, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
@@ -48,13 +48,13 @@ pub(crate) enum NodeEvent {
     /// Something to tell the broker.
     Tell(Box<FromCompNode>),
     /// Something to tell the broker of a job, unless it is not the job at hand any more.
-    Report(assignment::JobKey, Box<FromCompNode>),
+    Report(RunKey, Box<FromCompNode>),
     /// The broker begins to send weights.
     Weights(Box<blob::Incoming>),
     /// The assignment is built, or why it could not be.
-    Prepared(Box<Result<assignment::Prepared, (assignment::JobKey, CompNodeError)>>),
+    Prepared(Box<Result<assignment::Prepared, (RunKey, CompNodeError)>>),
     /// The task loop has ended and everything it sent has arrived.
-    Ended(assignment::JobKey, Result<(), CompNodeError>),
+    Ended(RunKey, Result<(), CompNodeError>),
 }
 
 /// Joins the broker and works for it until `shutdown` resolves or the broker says so. A lost broker is redialled.
@@ -293,7 +293,7 @@ impl Node {
         let reason = format!("it is away for {} s", self.patience.alone.as_secs());
         tracing::warn!(job = %key.job, reason, "dropping the job, nobody is there to take what comes of it");
         self.drop_job("the broker stays away");
-        self.tell(Some(key.failed(&CompNodeError::Broker { reason })));
+        self.tell(Some(assignment::failed(key, &CompNodeError::Broker { reason })));
     }
 
     fn lose_broker(&mut self, code: u32) {
@@ -340,22 +340,22 @@ impl Node {
                 self.assign(*assignment);
                 None
             }
-            FromBroker::Start { job, generation } => {
+            FromBroker::Start { key } => {
                 let (broker, clock) = (self.broker.subscribe(), Arc::clone(&self.clock));
                 let events = self.events.clone();
-                self.job_of(job, generation)?.start(broker, events, clock)
+                self.job_of(key)?.start(broker, events, clock)
             }
-            FromBroker::SetCodec { job, generation, edge, way, codec } => {
-                self.job_of(job, generation)?.set_codec(edge, way, codec);
+            FromBroker::SetCodec { key, edge, way, codec } => {
+                self.job_of(key)?.set_codec(edge, way, codec);
                 None
             }
-            FromBroker::ShardSettled { job, generation, step } => {
-                self.job_of(job, generation)?.shard_settled(step);
+            FromBroker::ShardSettled { key, step } => {
+                self.job_of(key)?.shard_settled(step);
                 None
             }
-            FromBroker::Abort { job, generation, reason } => {
-                self.job_of(job, generation)?;
-                tracing::info!(%job, %reason, "job aborted");
+            FromBroker::Abort { key, reason } => {
+                self.job_of(key)?;
+                tracing::info!(job = %key.job, %reason, "job aborted");
                 self.drop_job(&reason);
                 None
             }
@@ -401,8 +401,8 @@ impl Node {
         self.job = Some(job);
     }
 
-    fn job_of(&mut self, job: JobId, generation: Generation) -> Option<&mut RunningJob> {
-        self.job.as_mut().filter(|j| j.key == assignment::JobKey { job, generation })
+    fn job_of(&mut self, key: RunKey) -> Option<&mut RunningJob> {
+        self.job.as_mut().filter(|j| j.key == key)
     }
 
     /// What follows from an event: something to tell the broker, perhaps.
@@ -425,14 +425,14 @@ impl Node {
         }
     }
 
-    fn ended(&mut self, key: assignment::JobKey, result: Result<(), CompNodeError>) -> Option<FromCompNode> {
+    fn ended(&mut self, key: RunKey, result: Result<(), CompNodeError>) -> Option<FromCompNode> {
         self.job.as_ref().filter(|job| job.key == key)?;
         match result {
             // The wires stay up until the next assignment: peers may still wait for confirmations.
-            Ok(()) => Some(FromCompNode::Finished { job: key.job, generation: key.generation }),
+            Ok(()) => Some(FromCompNode::Finished { key }),
             Err(error) => {
                 self.drop_job("failed on this CompNode");
-                Some(key.failed(&error))
+                Some(assignment::failed(key, &error))
             }
         }
     }

@@ -6,8 +6,11 @@
 use std::iter::Sum;
 use std::ops::Add;
 
+use serde::{Deserialize, Serialize};
+
 /// How a device computes ops of several steps, which decides what FP keeps for BP.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Kernels {
     /// Step by step, each with a tensor of its own: GPUs, and devices of which nothing is known.
     #[default]

@@ -27,6 +27,7 @@ fn model(ops: usize) -> OpDag {
 fn cluster(devices: usize) -> ClusterFile {
     let sites = devices.div_ceil(10);
     let entry = |site: usize, kind: &str, count: usize, flop_per_s: f64| DeviceEntry {
+        kernels: None,
         host: None,
         measured: None,
         name: format!("s{site}-{kind}"),

@@ -30,6 +30,8 @@ pub struct CompNodeProfile {
     pub memory_bytes_per_s: f64,
     /// Bytes that a job may fill.
     pub memory_bytes: u64,
+    /// How it computes ops of several steps, by which what FP keeps is counted.
+    pub kernels: Kernels,
     /// The CPU or GPU that it may share with others; nothing if it is its own.
     pub host: Option<Host>,
     /// What was measured; it goes before what follows from the speeds above.
@@ -45,15 +47,10 @@ impl CompNodeProfile {
             efficiency: 1.0,
             memory_bytes_per_s: f64::INFINITY,
             memory_bytes: u64::MAX,
+            kernels: Kernels::Plain,
             host: None,
             measured: None,
         }
-    }
-
-    /// How it computes ops of several steps.
-    pub fn kernels(&self) -> Kernels {
-        // Only on a CPU do messages take threads.
-        if self.host.as_ref().is_some_and(|host| host.threads > 0) { Kernels::Fused } else { Kernels::Plain }
     }
 
     /// Seconds of copying a tensor of this many bytes between host and device.

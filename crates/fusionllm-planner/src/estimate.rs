@@ -146,7 +146,7 @@ impl Estimate {
 
     /// Bytes that a CompNode keeps between FP and BP of one micro-batch.
     pub fn kept_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>) -> f64 {
-        let kept = match profile.kernels() {
+        let kept = match profile.kernels {
             Kernels::Plain => &self.kept,
             Kernels::Fused => &self.kept_fused,
         };

@@ -9,7 +9,7 @@ use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
 use serde::{Deserialize, Serialize};
 
-use crate::{DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, StepTrace};
+use crate::{DataReport, DeviceProfile, JobSpec, PairProfile, RunKey, StepTrace};
 
 pub use client::{
     ClientRequest, CompNodeSummary, JobSummary, StatusReport, TicketRole, TicketState, TicketSummary, ToClient,
@@ -91,10 +91,8 @@ pub enum WeightSource {
 /// Everything a CompNode needs to run its part of a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Assignment {
-    /// The job.
-    pub job: JobId,
-    /// Number of the placement.
-    pub generation: Generation,
+    /// Which placement of which job it belongs to.
+    pub key: RunKey,
     /// Which CompNode of the placement the receiver is.
     pub node: NodeIndex,
     /// The job as submitted, paths resolved.
@@ -122,17 +120,13 @@ pub enum FromBroker {
     Assign(Box<Assignment>),
     /// Every CompNode is ready: begin.
     Start {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
     },
     /// Encode one direction of a boundary edge by another codec from now on.
     SetCodec {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// The edge.
         edge: EdgeId,
         /// What of it.
@@ -142,19 +136,15 @@ pub enum FromBroker {
     },
     /// The CompNode's shard of a checkpoint need not be kept or sent again: it is stored, or not wanted.
     ShardSettled {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// The checkpoint's updates.
         step: u64,
     },
     /// Drop the job at once and be idle.
     Abort {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// Why, for the log.
         #[serde(deserialize_with = "crate::text::cleaned")]
         reason: String,
@@ -203,42 +193,32 @@ pub enum FromBroker {
 pub enum FromCompNode {
     /// The assignment is built; on the data owner the data is read.
     Ready {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// What the data owner found.
         data: Option<DataReport>,
     },
     /// The data is still being read, and that went on since the last time.
     Reading {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
     },
     /// A step is done on this CompNode.
     Step {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// What happened in it.
         report: StepReport,
     },
     /// All steps are done and all shards are sent.
     Finished {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
     },
     /// This CompNode cannot go on with the job.
     Failed {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// Why, in one line.
         reason: String,
         /// Whether the job's input is at fault (exit code 2) rather than a machine.
@@ -246,10 +226,8 @@ pub enum FromCompNode {
     },
     /// This CompNode's shard of a checkpoint will not come; training goes on.
     ShardFailed {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// The checkpoint's updates.
         step: u64,
         /// Why, in one line.
@@ -276,10 +254,8 @@ pub enum FromCompNode {
     },
     /// Something that the job's user must see.
     Note {
-        /// The job.
-        job: JobId,
-        /// Its placement.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// One sentence.
         text: String,
     },
@@ -403,10 +379,8 @@ pub enum BlobKind {
 /// First frame of a blob stream; frames of content follow until the stream ends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlobHeader {
-    /// The job.
-    pub job: JobId,
-    /// Its placement.
-    pub generation: Generation,
+    /// Which placement of which job it belongs to.
+    pub key: RunKey,
     /// What it is.
     pub kind: BlobKind,
     /// Bytes of content.

@@ -18,6 +18,15 @@ impl fmt::Display for JobId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Generation(pub u32);
 
+/// One placement of one job: what every message, stream and shard of it bears. What bears another is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RunKey {
+    /// The job.
+    pub job: JobId,
+    /// The number of its placement.
+    pub generation: Generation,
+}
+
 /// A run: one training from its beginning, through every stop and resume. Drawn at random when it begins, so that what
 /// it has written is known for its own wherever it lies.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use fusionllm_graph::Kernels;
 use fusionllm_planner::{Cluster, CompNodeProfile, Host, LinkProfile, Measured};
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,8 @@ pub struct DeviceProfile {
     pub host: String,
     /// How it computes on the machine's CPU; nothing if it computes on a GPU.
     pub cpu: Option<CpuShare>,
+    /// How it computes ops of several steps.
+    pub kernels: Kernels,
 }
 
 impl DeviceProfile {
@@ -134,6 +137,7 @@ impl Inventory {
             efficiency: machine.efficiency.unwrap_or(1.0),
             memory_bytes_per_s: machine.profile.memory_bytes_per_s,
             memory_bytes: machine.profile.memory_bytes.map_or(u64::MAX, |bytes| bytes / members(host)),
+            kernels: machine.profile.kernels,
             host: Some(host.clone()),
             measured: machine.measured.as_ref().map(&mut share),
         };
@@ -160,6 +164,7 @@ mod tests {
             memory_bytes: Some(8_000_000_000),
             host: host.to_owned(),
             cpu: lanes.map(|lanes| CpuShare { lanes, threads: 1 }),
+            kernels: if lanes.is_some() { Kernels::Fused } else { Kernels::Plain },
         };
         let measured = Some(Measured { copy_s_per_byte: 1e-9, ..Measured::default() });
         let device = if lanes.is_some() { "cpu" } else { "cuda:0" };
@@ -194,5 +199,7 @@ mod tests {
         let gpu = Host { name: "rack cuda:0".to_owned(), lanes: 1.0, threads: 0 };
         assert_eq!(cluster.compnodes[2].host, Some(gpu));
         assert_eq!(cluster.compnodes[2].host, cluster.compnodes[3].host);
+        let kernels: Vec<Kernels> = cluster.compnodes.iter().map(|c| c.kernels).collect();
+        assert_eq!(kernels, [Kernels::Fused, Kernels::Fused, Kernels::Plain, Kernels::Plain, Kernels::Plain]);
     }
 }

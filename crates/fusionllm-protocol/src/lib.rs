@@ -28,7 +28,7 @@ pub use control::{
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
 pub use event::{CodecNote, JobEvent, Notice, StepMetrics};
-pub use ids::{Generation, JobId, RunId};
+pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,

@@ -10,7 +10,7 @@ use fusionllm_graph::ParamId;
 use fusionllm_planner::{EdgeId, NodeIndex, Way};
 use serde::{Deserialize, Serialize};
 
-use crate::{Generation, JobId};
+use crate::RunKey;
 
 /// Which kind of pass a message belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -79,10 +79,8 @@ pub struct OpDataHeader {
 pub enum PeerFrame {
     /// First frame of a stream: what it carries. The receiver answers with [`PeerFrame::Resume`].
     Open {
-        /// The job.
-        job: JobId,
-        /// The placement's generation.
-        generation: Generation,
+        /// Which placement of which job it belongs to.
+        key: RunKey,
         /// What will flow.
         channel: Channel,
     },

@@ -3,15 +3,15 @@
 use std::path::Path;
 use std::time::Duration;
 
-use fusionllm_protocol::{BlobHeader, BlobKind, JobEvent};
+use fusionllm_protocol::{BlobHeader, BlobKind, JobEvent, RunKey};
 
-use super::{Action, ConnectionId, Core, RunKey};
+use super::{Action, ConnectionId, Core};
 
 impl Core {
     /// Whether a shard that a CompNode offers is due; why it cannot be one if it is too large for its part.
     pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> Result<bool, String> {
         let BlobKind::Shard { step, node } = header.kind else { return Ok(false) };
-        let key = RunKey { job: header.job, generation: header.generation };
+        let key = header.key;
         let run = self.jobs.get(&key.job).and_then(|job| job.run.as_ref()).filter(|run| run.key == key);
         run.map_or(Ok(false), |run| run.wants_shard(connection, node, step, header.bytes))
     }

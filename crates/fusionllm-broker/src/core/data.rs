@@ -1,8 +1,8 @@
 //! What the data owner found, held against what the job was trained on before.
 
-use fusionllm_protocol::{DataReport, JobEvent, content_hash};
+use fusionllm_protocol::{DataReport, JobEvent, RunKey, content_hash};
 
-use super::{Action, Core, RunKey};
+use super::{Action, Core};
 
 impl Core {
     /// The data owner has read its data: what follows, or why the job cannot go on.

@@ -6,9 +6,9 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{FromBroker, JobEvent, JobId};
+use fusionllm_protocol::{FromBroker, JobEvent, JobId, RunKey};
 
-use super::{Action, ConnectionId, Core, Job, RunKey};
+use super::{Action, ConnectionId, Core, Job};
 use crate::BrokerError;
 use crate::store::JobRecord;
 
@@ -106,10 +106,9 @@ impl Core {
 
     /// Who is told to let a placement go is told at once, and nothing of it after that.
     fn withdraw(&mut self, action: &Action) {
-        let Action::Send { to, message: FromBroker::Abort { job, generation, .. } } = action else { return };
-        if let Some(known) = self.jobs.get_mut(job) {
-            let key = RunKey { job: *job, generation: *generation };
-            known.held.retain(|(_, held)| told_to(held) != Some((*to, key)));
+        let Action::Send { to, message: FromBroker::Abort { key, .. } } = action else { return };
+        if let Some(known) = self.jobs.get_mut(&key.job) {
+            known.held.retain(|(_, held)| told_to(held) != Some((*to, *key)));
         }
     }
 
@@ -179,14 +178,12 @@ impl Core {
 fn told_to(action: &Action) -> Option<(ConnectionId, RunKey)> {
     match action {
         Action::Send { to, message } => {
-            let (job, generation) = match message {
-                FromBroker::Assign(assignment) => (assignment.job, assignment.generation),
-                FromBroker::Start { job, generation } | FromBroker::SetCodec { job, generation, .. } => {
-                    (*job, *generation)
-                }
+            let key = match message {
+                FromBroker::Assign(assignment) => assignment.key,
+                FromBroker::Start { key } | FromBroker::SetCodec { key, .. } => *key,
                 _ => return None,
             };
-            Some((*to, RunKey { job, generation }))
+            Some((*to, key))
         }
         Action::SendWeights { to, key, .. } => Some((*to, *key)),
         _ => None,

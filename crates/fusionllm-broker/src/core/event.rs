@@ -7,7 +7,7 @@ use std::time::Duration;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Cluster, NodeIndex, Plan, PlanError, PlanSpec, Simulated};
 use fusionllm_protocol::{
-    DataReport, DeviceProfile, FromBroker, FromCompNode, Generation, JobEvent, JobId, JobSpec, Notice, PeerRecord,
+    DataReport, DeviceProfile, FromBroker, FromCompNode, JobEvent, JobId, JobSpec, Notice, PeerRecord, RunKey,
     StepMetrics,
 };
 
@@ -19,13 +19,6 @@ use crate::store::JobRecord;
 /// A CompNode's time here: one connection, or several if it comes back after a break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ConnectionId(pub(crate) u64);
-
-/// A placement of a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct RunKey {
-    pub(crate) job: JobId,
-    pub(crate) generation: Generation,
-}
 
 /// A CompNode that wants to join.
 #[derive(Clone, Debug)]

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_planner::CodecChange;
-use fusionllm_protocol::{DataReport, FromBroker, FromCompNode, JobEvent, JobState};
+use fusionllm_protocol::{DataReport, FromBroker, FromCompNode, JobEvent, JobState, RunKey};
 
 use super::run::{MergedStep, Run};
-use super::{Action, ConnectionId, Core, RunKey};
+use super::{Action, ConnectionId, Core};
 use crate::checkpoint::FinishSpec;
 
 /// A job's progress is written to the store at most this often.
@@ -34,38 +34,33 @@ impl Core {
                 self.survey.probed(connection, probe, result, &self.compnodes, now);
                 self.schedule(now)
             }
-            FromCompNode::Ready { job, generation, data } => {
-                self.ready(RunKey { job, generation }, connection, data, now)
-            }
-            FromCompNode::Reading { job, generation } => {
-                if let Some(run) = self.run_mut(RunKey { job, generation }) {
+            FromCompNode::Ready { key, data } => self.ready(key, connection, data, now),
+            FromCompNode::Reading { key } => {
+                if let Some(run) = self.run_mut(key) {
                     run.reads_on(connection, now);
                 }
                 Vec::new()
             }
-            FromCompNode::Step { job, generation, report } => {
-                let key = RunKey { job, generation };
+            FromCompNode::Step { key, report } => {
                 let Some(run) = self.run_mut(key) else { return Vec::new() };
                 match run.step_reported(connection, report) {
                     Ok(()) => self.advance(key, now),
                     Err(reason) => self.fail(key, reason, false, now),
                 }
             }
-            FromCompNode::Finished { job, generation } => {
-                let key = RunKey { job, generation };
+            FromCompNode::Finished { key } => {
                 let Some(run) = self.run_mut(key) else { return Vec::new() };
                 run.finished(connection, now);
                 self.advance(key, now)
             }
-            FromCompNode::Note { job, generation, text } => {
-                let run = self.run_mut(RunKey { job, generation });
+            FromCompNode::Note { key, text } => {
+                let run = self.run_mut(key);
                 if !run.is_some_and(|run| run.note_comes(connection)) {
                     return Vec::new();
                 }
-                self.notices(job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
+                self.notices(key.job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
             }
-            FromCompNode::ShardFailed { job, generation, step, reason } => {
-                let key = RunKey { job, generation };
+            FromCompNode::ShardFailed { key, step, reason } => {
                 let owes = |run: &mut Run| run.node_of(connection).is_some_and(|n| run.owes_shard(connection, n, step));
                 if !self.run_mut(key).is_some_and(owes) {
                     return Vec::new();
@@ -73,8 +68,7 @@ impl Core {
                 let reason = format!("CompNode `{}`: {reason}", self.compnodes.name(connection));
                 self.checkpoint_failed(key, step, &reason, now)
             }
-            FromCompNode::Failed { job, generation, reason, bad_input } => {
-                let key = RunKey { job, generation };
+            FromCompNode::Failed { key, reason, bad_input } => {
                 if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
                     return Vec::new();
                 }
@@ -100,14 +94,13 @@ impl Core {
         }
         let Some(run) = self.run_mut(key) else { return actions };
         if run.ready(connection, now) {
-            let RunKey { job, generation } = key;
             let members = run.members.clone();
             if let Some(job) = self.jobs.get_mut(&key.job) {
                 // What lay after its start has been put aside.
                 job.record.from_step = None;
             }
             actions.extend(self.set_state(key.job, JobState::Running));
-            let start = |to| Action::Send { to, message: FromBroker::Start { job, generation } };
+            let start = |to| Action::Send { to, message: FromBroker::Start { key } };
             actions.extend(members.into_iter().map(start));
             if let Some(job) = self.jobs.get_mut(&key.job) {
                 job.persisted = now;
@@ -124,8 +117,7 @@ impl Core {
         while let Some(MergedStep { metrics, traced, changes }) = run.next_step() {
             for (to, change) in changes {
                 let CodecChange { edge, way, codec, .. } = change;
-                let RunKey { job, generation } = key;
-                let message = FromBroker::SetCodec { job, generation, edge, way, codec };
+                let message = FromBroker::SetCodec { key, edge, way, codec };
                 actions.push(Action::Send { to, message });
             }
             if let Some(measured) = traced {

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use fusionllm_protocol::{CompNodeSummary, DeviceProfile, MachineReport, PeerRecord};
+use fusionllm_protocol::{CompNodeSummary, DeviceProfile, MachineReport, PeerRecord, RunKey};
 
-use super::{ConnectionId, Joining, RunKey};
+use super::{ConnectionId, Joining};
 
 /// A CompNode that is connected.
 #[derive(Debug)]

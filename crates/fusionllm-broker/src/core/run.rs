@@ -9,12 +9,13 @@ use fusionllm_planner::{
     CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation, Way,
 };
 use fusionllm_protocol::{
-    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, StepMetrics, StepReport, StepTrace, measured_step,
+    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, RunKey, StepMetrics, StepReport, StepTrace,
+    measured_step,
 };
 
 use super::bounds::Bounds;
 use super::watchdog::Watchdog;
-use super::{ConnectionId, RunKey, StartPoint};
+use super::{ConnectionId, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};
 
 /// Names of the parameters that a CompNode holds.

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, WeightSource,
+    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RunKey, WeightSource,
 };
 
 use super::run::{Run, param_names};
 use super::survey::WorkKey;
-use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, RunKey, StartPoint};
+use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint};
 use crate::run_dir::PlacementFile;
 
 /// For so long a job that must wait holds back those behind it in any case.
@@ -272,8 +272,7 @@ impl Core {
             let holds = |op| placement.stages_of(node).any(|stage| stage.ops.contains(&op));
             let reads_data = [start.dag.input(), start.dag.label()].into_iter().flatten().any(holds);
             let assignment = Assignment {
-                job: key.job,
-                generation: key.generation,
+                key,
                 node,
                 spec: spec.clone(),
                 graph: start.graph.clone(),

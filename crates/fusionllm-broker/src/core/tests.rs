@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use fusionllm_graph::Kernels;
 use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
 use fusionllm_protocol::{
     BlobHeader, BlobKind, DataFingerprint, DataReport, DeviceProfile, FileFingerprint, FromCompNode, LinkBytes,
@@ -40,6 +41,7 @@ fn joining(name: &str) -> Joining {
         memory_bytes: None,
         host: name.to_owned(),
         cpu: None,
+        kernels: Kernels::Plain,
     };
     Joining { name: name.to_owned(), id: "0707".to_owned(), key: [7; 32], device: "cpu".to_owned(), addr, profile }
 }
@@ -154,11 +156,11 @@ fn say(core: &mut Core, connection: u64, message: FromCompNode) -> Vec<Action> {
 }
 
 fn ready(key: RunKey) -> FromCompNode {
-    FromCompNode::Ready { job: key.job, generation: key.generation, data: None }
+    FromCompNode::Ready { key, data: None }
 }
 
 fn step(key: RunKey, step: u64, loss: Option<f64>) -> FromCompNode {
-    FromCompNode::Step { job: key.job, generation: key.generation, report: report(step, loss) }
+    FromCompNode::Step { key, report: report(step, loss) }
 }
 
 fn sent(actions: &[Action]) -> Vec<(u64, &FromBroker)> {
@@ -211,7 +213,7 @@ fn a_job_is_assigned_started_and_done() {
 
     assert_eq!(sent(&say(&mut core, 1, ready(KEY))), []);
     let actions = say(&mut core, 2, ready(KEY));
-    let start = FromBroker::Start { job: KEY.job, generation: KEY.generation };
+    let start = FromBroker::Start { key: KEY };
     assert_eq!(sent(&actions), [(1, &start), (2, &start)]);
 
     for number in 1..=6 {
@@ -222,7 +224,7 @@ fn a_job_is_assigned_started_and_done() {
         assert_eq!(metrics.links.len(), 2);
     }
     for connection in [1, 2] {
-        let finished = FromCompNode::Finished { job: KEY.job, generation: KEY.generation };
+        let finished = FromCompNode::Finished { key: KEY };
         assert_eq!(states(&say(&mut core, connection, finished)), []);
     }
     // The two checkpoints, after steps 3 and 6, are still to come.
@@ -352,12 +354,7 @@ fn a_pause_of_the_broker_costs_nobody_the_lease() {
 #[test]
 fn the_first_failure_is_the_jobs() {
     let mut core = running();
-    let failed = |reason: &str, bad_input| FromCompNode::Failed {
-        job: KEY.job,
-        generation: KEY.generation,
-        reason: reason.to_owned(),
-        bad_input,
-    };
+    let failed = |reason: &str, bad_input| FromCompNode::Failed { key: KEY, reason: reason.to_owned(), bad_input };
     let actions = say(&mut core, 1, failed("out of memory", false));
     assert_eq!(sent(&actions).len(), 2, "{:?}", sent(&actions));
     assert!(say(&mut core, 2, failed("lost its peer", false)).is_empty());
@@ -402,9 +399,9 @@ fn what_a_user_must_see_is_kept_and_told() {
 
     let notes = vec!["1 file was left out".to_owned()];
     let data = DataReport { files: 1, notes, ..DataReport::default() };
-    let read = FromCompNode::Ready { job: KEY.job, generation: KEY.generation, data: Some(data) };
+    let read = FromCompNode::Ready { key: KEY, data: Some(data) };
     assert_eq!(noticed(&say(&mut core, 1, read)), both("1 file was left out"));
-    let note = |generation| FromCompNode::Note { job: KEY.job, generation, text: "it is hot".to_owned() };
+    let note = |generation| FromCompNode::Note { key: RunKey { generation, ..KEY }, text: "it is hot".to_owned() };
     assert_eq!(noticed(&say(&mut core, 2, note(KEY.generation))), both("CompNode `b`: it is hot"));
     assert!(say(&mut core, 2, note(Generation(9))).is_empty(), "another placement's");
     let text = "a checkpoint could not be written".to_owned();
@@ -444,8 +441,7 @@ fn data_and_tokenizer_are_held_against_those_of_the_checkpoint() {
         tokenizer: tokenizer(hash),
     };
     let read = |fingerprint: DataFingerprint| FromCompNode::Ready {
-        job: KEY.job,
-        generation: KEY.generation,
+        key: KEY,
         data: Some(DataReport { fingerprint: Some(fingerprint), ..DataReport::default() }),
     };
     let file = "{\"model\":1}";
@@ -502,8 +498,8 @@ fn messages_of_another_generation_are_dropped() {
     let old = [
         ready(KEY),
         step(KEY, 4, Some(1.0)),
-        FromCompNode::Finished { job: KEY.job, generation: KEY.generation },
-        FromCompNode::Failed { job: KEY.job, generation: KEY.generation, reason: String::new(), bad_input: false },
+        FromCompNode::Finished { key: KEY },
+        FromCompNode::Failed { key: KEY, reason: String::new(), bad_input: false },
     ];
     for message in old {
         assert!(say(&mut core, 1, message).is_empty());
@@ -900,7 +896,7 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
     // Data that is still being read is waited for as long as that goes on; who is ready reads nothing.
     let reading = |connection, second| CoreEvent::Said {
         connection: ConnectionId(connection),
-        message: FromCompNode::Reading { job: KEY.job, generation: KEY.generation },
+        message: FromCompNode::Reading { key: KEY },
         at: NOW + Duration::from_secs(second),
     };
     let mut core = super::tests::core(2);
@@ -1035,7 +1031,7 @@ fn only_a_shard_that_is_due_is_wanted() {
     let core = running();
     let wants = |connection, node, step, generation| {
         let kind = BlobKind::Shard { step, node: NodeIndex(node) };
-        let header = BlobHeader { job: KEY.job, generation: Generation(generation), kind, bytes: 1 };
+        let header = BlobHeader { key: RunKey { generation: Generation(generation), ..KEY }, kind, bytes: 1 };
         core.wants_shard(ConnectionId(connection), &header).unwrap()
     };
     assert!(wants(2, 1, 3, 1));
@@ -1049,7 +1045,7 @@ fn only_a_shard_that_is_due_is_wanted() {
 fn a_compnode_cannot_make_the_broker_keep_more_than_its_part() {
     let shard = |core: &mut Core, bytes| {
         let kind = BlobKind::Shard { step: 3, node: NodeIndex(1) };
-        let header = BlobHeader { job: KEY.job, generation: KEY.generation, kind, bytes };
+        let header = BlobHeader { key: KEY, kind, bytes };
         core.wants_shard(ConnectionId(2), &header)
     };
     let mut core = running();
@@ -1063,11 +1059,11 @@ fn a_compnode_cannot_make_the_broker_keep_more_than_its_part() {
     let mut core = running();
     let mut long = report(1, Some(1.0));
     long.links = vec![long.links[0].clone(); 1000];
-    say(&mut core, 1, FromCompNode::Step { job: KEY.job, generation: KEY.generation, report: long });
+    say(&mut core, 1, FromCompNode::Step { key: KEY, report: long });
     assert!(failure(&core).contains("more links than there are"));
 
     let mut core = running();
-    let note = |n| FromCompNode::Note { job: KEY.job, generation: KEY.generation, text: format!("hello {n}") };
+    let note = |n| FromCompNode::Note { key: KEY, text: format!("hello {n}") };
     let kept = (0..5000).filter(|&n| !say(&mut core, 1, note(n)).is_empty()).count();
     assert_eq!(kept, 1000);
 }
@@ -1075,12 +1071,7 @@ fn a_compnode_cannot_make_the_broker_keep_more_than_its_part() {
 #[test]
 fn a_shard_that_will_not_come_costs_the_checkpoint() {
     let mut core = running();
-    let failed = |step| FromCompNode::ShardFailed {
-        job: KEY.job,
-        generation: KEY.generation,
-        step,
-        reason: "its disk is full".to_owned(),
-    };
+    let failed = |step| FromCompNode::ShardFailed { key: KEY, step, reason: "its disk is full".to_owned() };
     for connection in [1, 2] {
         for number in 1..=3 {
             say(&mut core, connection, step(KEY, number, Some(1.0)));
@@ -1099,13 +1090,13 @@ fn absurd_times_in_reports_are_refused() {
     for step_s in [f64::NAN, f64::INFINITY, -1.0] {
         let mut core = running();
         let report = StepReport { step_s, ..report(1, Some(1.0)) };
-        say(&mut core, 1, FromCompNode::Step { job: KEY.job, generation: KEY.generation, report });
+        say(&mut core, 1, FromCompNode::Step { key: KEY, report });
         assert!(failure(&core).contains("times that are no numbers"), "{}", failure(&core));
     }
     let mut core = running();
     for connection in [1, 2] {
         let report = StepReport { step_s: 1e300, ..report(1, Some(1.0)) };
-        say(&mut core, connection, FromCompNode::Step { job: KEY.job, generation: KEY.generation, report });
+        say(&mut core, connection, FromCompNode::Step { key: KEY, report });
     }
     tell(&mut core, CoreEvent::Tick, NOW + Duration::from_secs(2));
     assert_eq!(state(&core, 1), JobState::Running);
@@ -1145,8 +1136,7 @@ fn a_compnode_cannot_run_away_with_its_reports() {
 fn only_the_data_owner_reports_data() {
     let mut core = core(2);
     submit(&mut core, &["placement.compnodes=2"]);
-    let with_data =
-        || FromCompNode::Ready { job: KEY.job, generation: KEY.generation, data: Some(DataReport::default()) };
+    let with_data = || FromCompNode::Ready { key: KEY, data: Some(DataReport::default()) };
     let told = |actions: Vec<Action>| actions.iter().any(|a| matches!(a, Action::Emit(JobEvent::Data { .. })));
     assert!(!told(say(&mut core, 2, with_data())));
     assert!(told(say(&mut core, 1, with_data())));
@@ -1257,11 +1247,14 @@ impl Watch {
                     self.queue.push_back(Action::Rewrite { number: *number, records: records.clone() });
                 }
                 Action::Send { message: FromBroker::Assign(assignment), .. } => {
-                    assert!(self.disk[&assignment.job].generation >= assignment.generation, "told before written");
+                    assert!(
+                        self.disk[&assignment.key.job].generation >= assignment.key.generation,
+                        "told before written"
+                    );
                 }
-                Action::Send { message: FromBroker::Start { job, generation }, .. } => {
-                    let key = RunKey { job: *job, generation: *generation };
-                    let run = self.core.jobs[job].run.as_ref().unwrap();
+                Action::Send { message: FromBroker::Start { key }, .. } => {
+                    let key = *key;
+                    let run = self.core.jobs[&key.job].run.as_ref().unwrap();
                     assert!(
                         run.members.iter().all(|m| self.ready.contains(&(key, m.0))),
                         "started before all are ready"

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::{
     BlobHeader, CodecNote, FromBroker, FromCompNode, Inventory, JobEvent, JobId, JobSpec, JobState, ProtocolError,
-    StatusReport,
+    RunKey, StatusReport,
 };
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -19,7 +19,7 @@ use super::files::Files;
 use super::records::Records;
 use super::work;
 use crate::BrokerError;
-use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, RunKey, StartPoint};
+use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, StartPoint};
 use crate::reach::Reach;
 use crate::report::RunReport;
 use crate::run_dir::free_run_dir;
@@ -301,8 +301,8 @@ impl Actor {
             Command::WantsShard { connection, header, reply } => {
                 let _ = reply.send(self.core.wants_shard(connection, &header));
             }
-            Command::ShardSettled { connection, key: RunKey { job, generation }, step } => {
-                self.send(connection, FromBroker::ShardSettled { job, generation, step });
+            Command::ShardSettled { connection, key, step } => {
+                self.send(connection, FromBroker::ShardSettled { key, step });
             }
             Command::Flush { reply } => self.files.flush(reply),
             Command::Shutdown { reply } => {

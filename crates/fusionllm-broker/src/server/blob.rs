@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
+use fusionllm_protocol::{BlobHeader, BlobKind, RunKey, decode, encode};
 use fusionllm_transport::{FrameSource, Session, without_temporary_name};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -14,7 +14,7 @@ use super::actor::Command;
 use super::{Handle, blocking};
 use crate::BrokerError;
 use crate::checkpoint::{ShardHash, ShardPlace, StoredShard, TensorSet, make_partial, shard_name};
-use crate::core::{ConnectionId, CoreEvent, RunKey};
+use crate::core::{ConnectionId, CoreEvent};
 use crate::run_dir::{FOR_ALL, io_error, temporary_for};
 
 /// Content frames: small beside memory, large beside a packet.
@@ -39,7 +39,7 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
     let header: BlobHeader = decode(&first.ok_or("it is empty")?).map_err(|e| e.to_string())?;
     let BlobKind::Shard { step, node } = header.kind else { return Err("it is no shard".to_owned()) };
     let asked = header.clone();
-    let key = RunKey { job: header.job, generation: header.generation };
+    let key = header.key;
     let comes = handle.ask(|reply| Command::WantsShard { connection, header: asked, reply }).await;
     let (event, result) = match comes.map_err(|e| e.to_string())? {
         Ok(true) => {
@@ -78,7 +78,7 @@ async fn store(
     node: NodeIndex,
     handle: &Handle,
 ) -> Result<StoredShard, Dropped> {
-    let folder = place.partial(step, header.generation);
+    let folder = place.partial(step, header.key.generation);
     let path = folder.join(shard_name(node));
     let run = place.run.clone();
     blocking(move || make_partial(&folder, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
@@ -99,7 +99,7 @@ async fn store(
         file.write_all(&chunk).await.map_err(io)?;
         if told.elapsed() > TELL_EVERY {
             told = Instant::now();
-            let key = RunKey { job: header.job, generation: header.generation };
+            let key = header.key;
             // If the actor is gone it needs no word.
             let _ = handle.commands.send(Command::Event(CoreEvent::ShardComing { key })).await;
         }
@@ -137,7 +137,7 @@ pub(super) async fn send_weights(
     let mut content = File::from_std(file);
     let mut sink = session.open_uni().await.map_err(|e| e.to_string())?;
     sink.set_priority(BULK_PRIORITY);
-    let header = BlobHeader { job: key.job, generation: key.generation, kind: BlobKind::Weights, bytes };
+    let header = BlobHeader { key, kind: BlobKind::Weights, bytes };
     sink.send(&encode(&header).map_err(|e| e.to_string())?).await.map_err(|e| e.to_string())?;
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fusionllm_protocol::{
-    ControlStream, FromBroker, FromCompNode, Numbered, ProtocolError, Welcome, clean, decode_clean, encode,
+    ControlStream, FromBroker, FromCompNode, Numbered, ProtocolError, RunKey, Welcome, clean, decode_clean, encode,
 };
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::mpsc;
@@ -16,7 +16,7 @@ use super::actor::Command;
 use super::gate::Pass;
 use super::{Handle, blob};
 use crate::checkpoint::TensorSet;
-use crate::core::{ConnectionId, CoreEvent, Joining, RunKey};
+use crate::core::{ConnectionId, CoreEvent, Joining};
 
 /// Messages that may wait for a slow CompNode.
 const OUTBOX: usize = 256;
@@ -131,8 +131,8 @@ async fn write(
         match next {
             Some(ToCompNode::Message(message)) => {
                 // A run that has ended needs no weights.
-                if let FromBroker::Abort { job, generation, .. } = message.message
-                    && let Some(sending) = by_run.remove(&RunKey { job, generation })
+                if let FromBroker::Abort { key, .. } = message.message
+                    && let Some(sending) = by_run.remove(&key)
                 {
                     sending.abort();
                 }

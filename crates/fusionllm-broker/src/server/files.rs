@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use fusionllm_planner::{Simulated, Trace};
-use fusionllm_protocol::{Notice, StepMetrics};
+use fusionllm_protocol::{Notice, RunKey, StepMetrics};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
@@ -12,7 +12,7 @@ use super::open_runs::OpenRuns;
 use super::watched::Watched;
 use crate::BrokerError;
 use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune, remove_partial};
-use crate::core::{Action, CoreEvent, OpenRun, RunKey};
+use crate::core::{Action, CoreEvent, OpenRun};
 use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use fusionllm_protocol::JobId;
+use fusionllm_protocol::{JobId, RunKey};
 use tokio::sync::watch;
 
 use crate::checkpoint::ShardPlace;
-use crate::core::RunKey;
 
 /// What the file thread has opened. Shards are written only where it says: it opens a run before their placement's first
 /// shard, however long its queue is.

@@ -153,14 +153,14 @@ pub(super) async fn serve(
         Ok(Err(error @ SessionError::TooLarge { .. })) => return line.opens_nothing(links, peer, &error.to_string()),
         Ok(Ok(None) | Err(_)) | Err(_) => return,
     };
-    let (job, generation, channel) = match decode(&frame) {
-        Ok(PeerFrame::Open { job, generation, channel }) => (job, generation, channel),
+    let (key, channel) = match decode(&frame) {
+        Ok(PeerFrame::Open { key, channel }) => (key, channel),
         Ok(_) => return line.opens_nothing(links, peer, "sent a frame that opens no channel"),
         Err(error) => return line.opens_nothing(links, peer, &error.to_string()),
     };
     line.has_opened.store(true, Ordering::Relaxed);
-    if (job, generation) != (links.job, links.generation) {
-        tracing::debug!(%job, "dropped a stream of another generation");
+    if key != links.key {
+        tracing::debug!(job = %key.job, "dropped a stream of another generation");
         return;
     }
     if links.sender_of(channel).map(|n| n.index()) != Some(peer) {

@@ -150,7 +150,7 @@ async fn open(
     sink: &mut FrameSink,
     source: &mut FrameSource,
 ) -> Result<u64, Broken> {
-    let frame = encode(&PeerFrame::Open { job: links.job, generation: links.generation, channel })?;
+    let frame = encode(&PeerFrame::Open { key: links.key, channel })?;
     sink.send(&frame).await?;
     let answer = source.recv_limited(CONTROL_FRAME_BYTES).await?;
     match decode(&answer.ok_or_else(|| Broken::Lost("it closed the stream".to_owned()))?)? {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use fusionllm_codec::{Codec, ElementType, Values};
 use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::{EdgeId, PassPlan, Pipeline, Stage, StageEdge, StageId, TiedParam};
-use fusionllm_protocol::{JobSpec, OpDataHeader, Pass, WeightSource, decode};
+use fusionllm_protocol::{Generation, JobId, JobSpec, OpDataHeader, Pass, RunKey, WeightSource, decode};
 use fusionllm_transport::{AdmitAll, EndpointConfig, FrameSink, FrameSource, Identity};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
@@ -41,8 +41,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
     let eval = PassPlan { micro_batches: 2, orders: Vec::new() };
     let text = "[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n[train]\nsteps = 10\neval_every = 4\nwarmup = 0\n";
     Assignment {
-        job: JobId(1),
-        generation: Generation(1),
+        key: RunKey { job: JobId(1), generation: Generation(1) },
         node: NodeIndex(node),
         spec: JobSpec::from_toml(text, &[]).unwrap(),
         graph: String::new(),
@@ -213,7 +212,7 @@ impl Rogue {
 
     async fn open(&self, channel: Channel) -> (FrameSink, FrameSource) {
         let (mut sink, source) = self.session.open_bi().await.unwrap();
-        let open = PeerFrame::Open { job: JobId(1), generation: Generation(1), channel };
+        let open = PeerFrame::Open { key: RunKey { job: JobId(1), generation: Generation(1) }, channel };
         sink.send(&encode(&open).unwrap()).await.unwrap();
         (sink, source)
     }

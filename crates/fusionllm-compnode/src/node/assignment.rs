@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{Assignment, DataReport, FromCompNode, Generation, JobId, TrainSpec};
+use fusionllm_protocol::{Assignment, DataReport, FromCompNode, RunKey, TrainSpec};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::scratch::{check_scratch_room, shard_bytes};
@@ -20,32 +20,14 @@ use crate::residuals;
 use crate::task_loop::TrainPlan;
 use crate::{CompNodeError, ExecutorError};
 
-/// Which job and which placement of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct JobKey {
-    pub(crate) job: JobId,
-    pub(crate) generation: Generation,
-}
-
-impl JobKey {
-    pub(super) fn of(assignment: &Assignment) -> Self {
-        Self { job: assignment.job, generation: assignment.generation }
-    }
-
-    /// The message that this CompNode cannot go on with the job.
-    pub(super) fn failed(self, error: &CompNodeError) -> FromCompNode {
-        FromCompNode::Failed {
-            job: self.job,
-            generation: self.generation,
-            reason: error.to_string(),
-            bad_input: error.is_bad_input(),
-        }
-    }
+/// The message that this CompNode cannot go on with the job.
+pub(super) fn failed(key: RunKey, error: &CompNodeError) -> FromCompNode {
+    FromCompNode::Failed { key, reason: error.to_string(), bad_input: error.is_bad_input() }
 }
 
 /// An assignment that is ready to start.
 pub(crate) struct Prepared {
-    pub(super) key: JobKey,
+    pub(super) key: RunKey,
     pub(super) plan: TrainPlan,
     pub(super) executor: Box<dyn Executor>,
     pub(super) batches: Option<Box<dyn Batches>>,
@@ -96,7 +78,7 @@ pub(super) fn prepare(
     site: BuildSite,
     weights: Option<WeightsReceiver>,
 ) -> Result<Prepared, CompNodeError> {
-    let key = JobKey::of(assignment);
+    let key = assignment.key;
     let dag = Arc::new(OpDag::from_json(&assignment.graph)?);
     let spec = &assignment.spec;
     let optimizer = OptimizerSpec::of(&spec.train);

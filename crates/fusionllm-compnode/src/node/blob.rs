@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use fusionllm_protocol::{BlobHeader, BlobKind, decode, encode};
+use fusionllm_protocol::{BlobHeader, BlobKind, RunKey, decode, encode};
 use fusionllm_transport::{FrameSource, Session, SessionError};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::NodeEvent;
-use super::assignment::JobKey;
 use crate::checkpoint::{CHUNK_BYTES, ShardFile};
 use crate::{CompNodeError, ShardError};
 
@@ -63,15 +62,15 @@ impl Unclaimed {
     }
 
     /// Those of this job. All others are of placements before it, and dropped.
-    pub(super) fn take(&mut self, key: JobKey) -> Option<Incoming> {
+    pub(super) fn take(&mut self, key: RunKey) -> Option<Incoming> {
         std::mem::take(&mut self.0).into_iter().find(|weights| weights.key() == key)
     }
 }
 
 impl Incoming {
     /// Whose weights these are.
-    pub(crate) fn key(&self) -> JobKey {
-        JobKey { job: self.header.job, generation: self.header.generation }
+    pub(crate) fn key(&self) -> RunKey {
+        self.header.key
     }
 
     /// All of them, in a file in `folder`; nothing if the connection was lost on the way.

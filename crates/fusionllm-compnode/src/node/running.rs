@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, NodeIndex, Way};
-use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, StepReport, WeightSource};
+use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, RunKey, StepReport, WeightSource};
 use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
-use super::assignment::{BuildSite, JobKey, Prepared, prepare};
+use super::assignment::{BuildSite, Prepared, failed, prepare};
 use super::survey::Surveyor;
 use super::{NodeEvent, blob};
 use crate::checkpoint::ShardFile;
@@ -48,7 +48,7 @@ pub(super) struct Place {
 
 /// The job at hand.
 pub(super) struct RunningJob {
-    pub(super) key: JobKey,
+    pub(super) key: RunKey,
     pub(super) links: Arc<JobLinks>,
     /// Where weights from the broker go, while they are waited for.
     weights: Option<mpsc::Sender<blob::Incoming>>,
@@ -74,7 +74,7 @@ impl RunningJob {
     /// Opens the job's wires and begins to build its part once the memory is free; [`NodeEvent::Prepared`] tells when
     /// that is done.
     pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
-        let key = JobKey::of(&assignment);
+        let key = assignment.key;
         let Place { endpoint, surveyor, memory, readable, scratch, events } = place;
         let links = JobLinks::new(endpoint, &assignment);
         let arrived = Arc::new(AtomicU64::new(0));
@@ -157,7 +157,7 @@ impl RunningJob {
         let batch = plan.spec.micro_batch_size() as usize;
         self.links.expect(EdgeTensors::of(&plan.dag, &plan.placement, batch));
         self.prepared = Some(prepared);
-        FromCompNode::Ready { job: self.key.job, generation: self.key.generation, data }
+        FromCompNode::Ready { key: self.key, data }
     }
 
     /// Starts the compute thread. Gives a message if that is not possible.
@@ -198,7 +198,7 @@ impl RunningJob {
             let _ = done.send(result);
         };
         if let Err(error) = std::thread::Builder::new().name("compute".to_owned()).spawn(compute) {
-            return Some(key.failed(&CompNodeError::ComputeThread { reason: error.to_string() }));
+            return Some(failed(key, &CompNodeError::ComputeThread { reason: error.to_string() }));
         }
         tokio::spawn(async move {
             let gone = |_| CompNodeError::ComputeThread { reason: "it is gone".to_owned() };
@@ -215,14 +215,14 @@ impl RunningJob {
 }
 
 /// Tells the broker that data is being read, after each `every` in which that went on, until it is over.
-async fn tell_reading(reading: Weak<Reading>, every: Duration, key: JobKey, events: mpsc::Sender<NodeEvent>) {
+async fn tell_reading(reading: Weak<Reading>, every: Duration, key: RunKey, events: mpsc::Sender<NodeEvent>) {
     let mut before = 0;
     loop {
         sleep(every).await;
         let Some(progress) = reading.upgrade().map(|reading| reading.progress()) else { return };
         if progress != before {
             before = progress;
-            let message = FromCompNode::Reading { job: key.job, generation: key.generation };
+            let message = FromCompNode::Reading { key };
             // If the loop is gone nobody needs to know.
             let _ = events.send(NodeEvent::Report(key, Box::new(message))).await;
         }
@@ -231,7 +231,7 @@ async fn tell_reading(reading: Weak<Reading>, every: Duration, key: JobKey, even
 
 /// The task loop's reports as events; its checkpoints as shards.
 struct NodeSink {
-    key: JobKey,
+    key: RunKey,
     events: mpsc::Sender<NodeEvent>,
     shards: mpsc::Sender<(u64, ShardFile)>,
     mailbox: Arc<Mailbox>,
@@ -253,7 +253,7 @@ impl JobSink for NodeSink {
         if let Some(error) = self.mailbox.closed() {
             return Err(error.into());
         }
-        self.tell(FromCompNode::Step { job: self.key.job, generation: self.key.generation, report })
+        self.tell(FromCompNode::Step { key: self.key, report })
     }
 
     fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
@@ -261,9 +261,8 @@ impl JobSink for NodeSink {
             Ok(shard) => shard,
             // A full disk costs the checkpoint, and no more.
             Err(error @ ShardError::Io { .. }) => {
-                let JobKey { job, generation } = self.key;
                 let reason = error.to_string();
-                return self.tell(FromCompNode::ShardFailed { job, generation, step, reason });
+                return self.tell(FromCompNode::ShardFailed { key: self.key, step, reason });
             }
             Err(error) => return Err(error.into()),
         };
@@ -275,13 +274,13 @@ impl JobSink for NodeSink {
 /// Sends shards while training goes on; a second one waits for the first.
 async fn upload_shards(
     mut line: blob::BrokerLine,
-    key: JobKey,
+    key: RunKey,
     node: NodeIndex,
     mut queue: mpsc::Receiver<(u64, ShardFile)>,
 ) -> Result<(), CompNodeError> {
     while let Some((step, shard)) = queue.recv().await {
         let kind = BlobKind::Shard { step, node };
-        let header = BlobHeader { job: key.job, generation: key.generation, kind, bytes: shard.bytes() };
+        let header = BlobHeader { key, kind, bytes: shard.bytes() };
         line.send_over(&header, step, &Arc::new(shard)).await?;
     }
     Ok(())
@@ -295,7 +294,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_broker_hears_of_reading_while_it_goes_on_and_only_then() {
-        let key = JobKey { job: JobId(3), generation: Generation(2) };
+        let key = RunKey { job: JobId(3), generation: Generation(2) };
         let every = Duration::from_millis(1);
         let (events, mut inbox) = mpsc::channel(64);
         let reading = Arc::new(Reading::default());
@@ -304,7 +303,7 @@ mod tests {
             reading.moved(1).unwrap();
             let Some(NodeEvent::Report(of, message)) = inbox.recv().await else { panic!("nothing is told") };
             assert_eq!(of, key);
-            assert_eq!(*message, FromCompNode::Reading { job: JobId(3), generation: Generation(2) });
+            assert_eq!(*message, FromCompNode::Reading { key: RunKey { job: JobId(3), generation: Generation(2) } });
         }
         // It stands still, and ends.
         sleep(20 * every).await;

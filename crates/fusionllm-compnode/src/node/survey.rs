@@ -61,6 +61,7 @@ impl Surveyor {
             memory_bytes: self.memory_bytes.or_else(|| self.backend.free_bytes()),
             host: host_name(),
             cpu: self.backend.is_cpu().then_some(share),
+            kernels: self.backend.kernels(),
         })
     }
 

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, place};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, Channel, ControlStream, Greeting, Hello, JobSpec, PeerFrame, PeerRecord, Role, WeightSource,
-    Welcome, decode, encode,
+    BlobHeader, BlobKind, Channel, ControlStream, Generation, Greeting, Hello, JobId, JobSpec, PeerFrame, PeerRecord,
+    Role, RunKey, WeightSource, Welcome, decode, encode,
 };
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
@@ -130,10 +130,10 @@ impl BrokerEnd {
 
     /// Assigns a job, and starts it once it is ready.
     async fn set_to_work(&mut self, job: Assignment) {
-        let (job_id, generation) = (job.job, job.generation);
+        let key = job.key;
         self.assign(job).await;
         assert!(matches!(self.hear().await, FromCompNode::Ready { .. }));
-        self.say(FromBroker::Start { job: job_id, generation }).await;
+        self.say(FromBroker::Start { key }).await;
     }
 
     /// The next message that is no heartbeat; those are answered.
@@ -146,10 +146,10 @@ impl BrokerEnd {
         }
     }
 
-    async fn send_weights(&self, job: JobId, generation: Generation, tensors: &[NamedTensor]) {
+    async fn send_weights(&self, key: RunKey, tensors: &[NamedTensor]) {
         let mut sink = self.session.open_uni().await.unwrap();
         let content = write_shard(tensors).unwrap();
-        let header = BlobHeader { job, generation, kind: BlobKind::Weights, bytes: content.len() as u64 };
+        let header = BlobHeader { key, kind: BlobKind::Weights, bytes: content.len() as u64 };
         sink.send(&encode(&header).unwrap()).await.unwrap();
         sink.send(&content).await.unwrap();
         let _ = timeout(Duration::from_secs(5), sink.finish()).await;
@@ -171,11 +171,15 @@ fn spec(folder: &Path, train: &str) -> JobSpec {
     JobSpec::from_toml(&text, &[]).unwrap()
 }
 
+/// A placement of the only job.
+fn key(generation: u32) -> RunKey {
+    RunKey { job: JobId(1), generation: Generation(generation) }
+}
+
 fn assignment(spec: JobSpec, dag: &OpDag, generation: u32, weights: WeightSource) -> Assignment {
     let placement = place(dag, &Cluster::uniform(1), &spec.placement_spec()).unwrap();
     Assignment {
-        job: JobId(1),
-        generation: Generation(generation),
+        key: key(generation),
         node: NodeIndex(0),
         spec,
         graph: dag.to_json(),
@@ -205,24 +209,23 @@ async fn weights_of_a_placement_that_was_taken_back_do_not_harm_the_next_one() {
     let dag = dag(256);
     let job = |generation| assignment(spec(house.folder.path(), "steps = 2"), &dag, generation, WeightSource::Broker);
     let all = weights(&job(1), &dag);
-    let aborted =
-        |generation| FromBroker::Abort { job: JobId(1), generation: Generation(generation), reason: "stop".to_owned() };
+    let aborted = |generation| FromBroker::Abort { key: key(generation), reason: "stop".to_owned() };
     // One that comes after its job has gone, and one that comes while the next job waits for its own.
     broker.assign(job(1)).await;
     broker.say(aborted(1)).await;
-    broker.send_weights(JobId(1), Generation(1), &all[..1]).await;
+    broker.send_weights(key(1), &all[..1]).await;
     broker.assign(job(2)).await;
-    broker.send_weights(JobId(1), Generation(1), &all[..1]).await;
-    broker.send_weights(JobId(7), Generation(1), &all[..1]).await;
-    broker.send_weights(JobId(1), Generation(2), &all).await;
+    broker.send_weights(key(1), &all[..1]).await;
+    broker.send_weights(RunKey { job: JobId(7), generation: Generation(1) }, &all[..1]).await;
+    broker.send_weights(key(2), &all).await;
     let ready = broker.hear().await;
-    assert!(matches!(ready, FromCompNode::Ready { generation: Generation(2), .. }), "{ready:?}");
+    assert!(matches!(ready, FromCompNode::Ready { key: RunKey { generation: Generation(2), .. }, .. }), "{ready:?}");
     // And one that comes before its assignment.
     broker.say(aborted(2)).await;
-    broker.send_weights(JobId(1), Generation(3), &all).await;
+    broker.send_weights(key(3), &all).await;
     broker.assign(job(3)).await;
     let ready = broker.hear().await;
-    assert!(matches!(ready, FromCompNode::Ready { generation: Generation(3), .. }), "{ready:?}");
+    assert!(matches!(ready, FromCompNode::Ready { key: RunKey { generation: Generation(3), .. }, .. }), "{ready:?}");
     house.compnode.abort();
 }
 
@@ -236,7 +239,7 @@ async fn weights_that_hold_no_numbers_are_blamed() {
     all[2].values[3] = f32::NAN;
     let name = all[2].name.clone();
     broker.assign(job).await;
-    broker.send_weights(JobId(1), Generation(1), &all).await;
+    broker.send_weights(key(1), &all).await;
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!("it is not refused") };
     assert_eq!(
         reason,
@@ -261,8 +264,8 @@ async fn a_job_waits_until_the_one_before_has_let_go_of_the_memory() {
         broker.assign(job(generation)).await;
         loop {
             match broker.hear().await {
-                FromCompNode::Step { generation: Generation(1), .. } => {}
-                FromCompNode::Ready { generation: ready, .. } => break assert_eq!(ready, Generation(generation)),
+                FromCompNode::Step { key: RunKey { generation: Generation(1), .. }, .. } => {}
+                FromCompNode::Ready { key, .. } => break assert_eq!(key.generation, Generation(generation)),
                 other => panic!("{other:?}"),
             }
         }
@@ -336,7 +339,7 @@ async fn a_job_runs_to_its_end() {
     let job = assignment(spec(house.folder.path(), "steps = 3"), &dag(256), 1, WeightSource::Seed(1));
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { data: Some(_), .. }));
-    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    broker.say(FromBroker::Start { key: key(1) }).await;
     let session = broker.session.clone();
     let shard = tokio::spawn(async move {
         let mut stream = session.accept_uni().await.unwrap();
@@ -349,7 +352,7 @@ async fn a_job_runs_to_its_end() {
         assert_eq!(report.step, step);
     }
     assert_eq!(shard.await.unwrap(), BlobKind::Shard { step: 3, node: NodeIndex(0) });
-    broker.say(FromBroker::ShardSettled { job: JobId(1), generation: Generation(1), step: 3 }).await;
+    broker.say(FromBroker::ShardSettled { key: key(1), step: 3 }).await;
     assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
     house.compnode.abort();
 }
@@ -381,7 +384,7 @@ async fn a_probe_that_comes_late_is_not_taken_for_the_jobs_connection() {
     assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
     let open = |session: Session| async move {
         let (mut sink, mut source) = session.open_bi().await.unwrap();
-        let open = PeerFrame::Open { job: JobId(1), generation: Generation(1), channel };
+        let open = PeerFrame::Open { key: key(1), channel };
         sink.send(&encode(&open).unwrap()).await.unwrap();
         let answer = decode(&timeout(SOON, source.recv()).await.unwrap().unwrap().unwrap()).unwrap();
         assert!(matches!(answer, PeerFrame::Resume { next: 0 }));
@@ -470,9 +473,9 @@ async fn failure_of(train: &str, factor: f32) -> String {
     let mut all = weights(&job, &dag);
     all.iter_mut().flat_map(|tensor| &mut tensor.values).for_each(|x| *x *= factor);
     broker.assign(job).await;
-    broker.send_weights(JobId(1), Generation(1), &all).await;
+    broker.send_weights(key(1), &all).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
-    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    broker.say(FromBroker::Start { key: key(1) }).await;
     let reason = loop {
         match broker.hear().await {
             FromCompNode::Step { .. } => {}
@@ -522,7 +525,7 @@ async fn a_shard_that_cannot_be_written_is_reported() {
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     let place = scratch.path().to_owned();
     drop(scratch);
-    broker.say(FromBroker::Start { job: JobId(1), generation: Generation(1) }).await;
+    broker.say(FromBroker::Start { key: key(1) }).await;
     let (mut steps, mut failed) = (0, Vec::new());
     while failed.len() < 2 {
         match broker.hear().await {

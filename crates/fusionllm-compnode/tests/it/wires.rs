@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fusionllm_compnode::{Exchange, JobLinks, NetworkExchange};
 use fusionllm_graph::{DagBuilder, OpDag};
 use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::{Assignment, Generation, JobId, PeerRecord, WeightSource};
+use fusionllm_protocol::{Assignment, Generation, JobId, PeerRecord, RunKey, WeightSource};
 use fusionllm_transport::{AdmitAll, Endpoint, EndpointConfig, Identity};
 use tokio::runtime::{Builder, Runtime};
 
@@ -54,8 +54,7 @@ async fn wires(run: &Run) -> Vec<Arc<JobLinks>> {
     let mut wires = Vec::new();
     for (node, endpoint) in (0..).zip(endpoints) {
         let assignment = Assignment {
-            job: JobId(1),
-            generation: Generation(1),
+            key: RunKey { job: JobId(1), generation: Generation(1) },
             node: NodeIndex(node),
             spec: run.spec.clone(),
             graph: String::new(),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use fusionllm_graph::Kernels;
 use serde::{Deserialize, Serialize};
 
 use super::{Cluster, CompNodeProfile, Host, LinkProfile, MAX_COMPNODES, Measured};
@@ -49,6 +50,9 @@ pub struct DeviceEntry {
     /// Memory that a job may fill, in GB; left out, it is boundless.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_gb: Option<f64>,
+    /// How it computes ops of several steps; left out, `fused` if `host` has threads, else `plain`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<Kernels>,
     /// The machine whose compute it shares with others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<Host>,
@@ -74,6 +78,15 @@ pub struct LinkEntry {
     pub one_way: bool,
 }
 
+impl DeviceEntry {
+    /// How it computes ops of several steps. Files that do not say come from builds whose CPUs alone had fused kernels,
+    /// and a host's threads.
+    fn kernels(&self) -> Kernels {
+        let is_cpu = self.host.as_ref().is_some_and(|host| host.threads > 0);
+        self.kernels.unwrap_or(if is_cpu { Kernels::Fused } else { Kernels::Plain })
+    }
+}
+
 fn one() -> usize {
     1
 }
@@ -93,6 +106,7 @@ impl ClusterFile {
             efficiency: node.efficiency,
             memory_gb_per_s: node.memory_bytes_per_s.is_finite().then_some(node.memory_bytes_per_s / GIGABYTE),
             memory_gb: (node.memory_bytes < u64::MAX).then_some(node.memory_bytes as f64 / GIGABYTE),
+            kernels: Some(node.kernels),
             host: node.host.clone(),
             measured: node.measured.as_deref().cloned(),
         };
@@ -136,6 +150,7 @@ impl ClusterFile {
                     efficiency: entry.efficiency,
                     memory_bytes_per_s: entry.memory_gb_per_s.map_or(f64::INFINITY, |gb| gb * GIGABYTE),
                     memory_bytes: entry.memory_gb.map_or(u64::MAX, |gb| (gb * GIGABYTE) as u64),
+                    kernels: entry.kernels(),
                     host: entry.host.clone(),
                     measured: measured.clone(),
                 });
@@ -208,6 +223,7 @@ mod tests {
             efficiency: 0.5,
             memory_gb_per_s: None,
             memory_gb: Some(11.0),
+            kernels: None,
             host: None,
             measured: None,
         }

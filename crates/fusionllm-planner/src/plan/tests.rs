@@ -275,6 +275,7 @@ fn ada_topk_speeds_up_what_slow_links_bound() {
         efficiency: 0.5,
         memory_gb_per_s: None,
         memory_gb: None,
+        kernels: None,
         host: None,
         measured: None,
     };

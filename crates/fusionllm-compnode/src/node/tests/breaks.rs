@@ -44,7 +44,7 @@ async fn a_shard_that_is_not_wanted_costs_nothing_else() {
             let mut stream = timeout(SOON, broker.session.accept_uni()).await.unwrap().unwrap();
             stream.recv().await.unwrap();
         }
-        broker.say(FromBroker::ShardSettled { job: JobId(1), generation: Generation(1), step }).await;
+        broker.say(FromBroker::ShardSettled { key: key(1), step }).await;
     }
     assert_eq!(steps_to(&mut broker, 3).await, [1, 2, 3]);
     assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
@@ -78,7 +78,7 @@ async fn training_goes_on_while_the_broker_is_away_and_nothing_is_lost_or_told_t
         let kind = whole_shard(&broker.session).await;
         assert_eq!(kind, BlobKind::Shard { step: last, node: NodeIndex(0) });
         if is_settled {
-            broker.say(FromBroker::ShardSettled { job: JobId(1), generation: Generation(1), step: last }).await;
+            broker.say(FromBroker::ShardSettled { key: key(1), step: last }).await;
         } else {
             broker.session.close(1, "and again");
         }
@@ -104,7 +104,7 @@ async fn a_broker_that_begins_anew_ends_the_job_and_may_give_another() {
     broker.assign(job(2)).await;
     let first = broker.hear().await;
     assert!(
-        matches!(first, FromCompNode::Ready { generation: Generation(2), .. }),
+        matches!(first, FromCompNode::Ready { key: RunKey { generation: Generation(2), .. }, .. }),
         "nothing of the old one: {first:?}"
     );
     house.compnode.abort();
@@ -141,13 +141,13 @@ async fn weights_that_broke_off_with_the_connection_are_taken_from_the_next_one(
     let mut sink = broker.session.open_uni().await.unwrap();
     let content = write_shard(&all).unwrap();
     let kind = BlobKind::Weights;
-    let header = BlobHeader { job: JobId(1), generation: Generation(1), kind, bytes: content.len() as u64 };
+    let header = BlobHeader { key: key(1), kind, bytes: content.len() as u64 };
     sink.send(&encode(&header).unwrap()).await.unwrap();
     sink.send(&content[..100]).await.unwrap();
     sleep(Duration::from_millis(200)).await;
     broker.session.close(1, "cut");
     let (mut broker, _) = house.admit_to(Some(broker.control)).await;
-    broker.send_weights(JobId(1), Generation(1), &all).await;
+    broker.send_weights(key(1), &all).await;
     let ready = broker.hear().await;
     assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
     house.compnode.abort();

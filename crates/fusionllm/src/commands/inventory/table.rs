@@ -92,6 +92,7 @@ fn short(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use fusionllm_graph::Kernels;
     use fusionllm_protocol::{CpuShare, DeviceProfile, LinkReport, MachineReport};
 
     use super::*;
@@ -108,6 +109,7 @@ mod tests {
                 memory_bytes: Some(8_000_000_000),
                 host: "office-12345678".to_owned(),
                 cpu: Some(CpuShare { lanes: 2.0, threads: 1 }),
+                kernels: Kernels::Fused,
             },
             measured: None,
             efficiency: Some(0.51),
