@@ -11,6 +11,7 @@ mod event;
 mod members;
 mod notices;
 mod progress;
+mod recovery;
 mod registry;
 mod run;
 mod schedule;
@@ -32,6 +33,7 @@ use crate::store::JobRecord;
 use durable::Durability;
 pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, StartPoint};
 use notices::Told;
+use recovery::{RETURN, Recoveries, goes_on};
 use registry::Registry;
 use run::Run;
 use schedule::least_compnodes;
@@ -79,6 +81,8 @@ struct Job {
     held: Vec<(u64, Action)>,
     /// What its user was told, and how often.
     told: Told,
+    /// What it has been through.
+    recoveries: Recoveries,
 }
 
 impl Job {
@@ -97,6 +101,7 @@ impl Job {
             barrier: 0,
             held: Vec::new(),
             told: Told::default(),
+            recoveries: Recoveries::default(),
         }
     }
 }
@@ -119,7 +124,8 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// The state after a start: jobs that waited go on waiting, jobs that were at work have failed. Gives what follows.
+    /// The state after a start: jobs that waited go on waiting, and those that were at work go on from their newest
+    /// checkpoint once their CompNodes are back. Gives what follows.
     pub(crate) fn restore(jobs: Vec<Restored>) -> (Self, Vec<Action>) {
         let mut core = Self::default();
         let mut actions = Vec::new();
@@ -133,20 +139,40 @@ impl Core {
             {
                 (record.step, record.loss) = (step, Some(loss));
             }
-            let step = record.step;
             core.last_job = core.last_job.max(id.0);
             core.jobs.insert(id, Job { is_durable: true, ..Job::new(record, None, Duration::ZERO) });
+            let is_done = chosen.is_none() && checkpoint.is_some_and(|step| step >= steps);
             if was_at_work {
-                let is_done = chosen.is_none() && checkpoint.is_some_and(|step| step >= steps);
-                let reason = format!("the broker restarted after step {step}; {}", core.resume_hint(id, checkpoint));
-                let state = if is_done { JobState::Done } else { JobState::Failed { reason, bad_input: false } };
-                actions.extend(core.end(id, state, "the broker restarted"));
-            } else if let Some(Job { record, .. }) = core.jobs.get(&id).filter(|j| !j.record.state.is_final()) {
+                actions.extend(core.was_at_work(id, is_done, chosen.or(checkpoint)));
+            } else if let Some(Job { record, recoveries, .. }) =
+                core.jobs.get_mut(&id).filter(|j| !j.record.state.is_final())
+            {
+                if let (JobState::Waiting { reason }, 1..) = (&record.state, record.members) {
+                    recoveries.go_on(record.members as usize, RETURN, reason.clone());
+                }
                 actions.push(Action::Load(Box::new(record.clone())));
             }
         }
         let actions = core.hold(actions);
         (core, actions)
+    }
+
+    /// A job that was at work when the broker ended.
+    fn was_at_work(&mut self, id: JobId, is_done: bool, from: Option<u64>) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&id) else { return Vec::new() };
+        let (step, restarted) = (known.record.step, "the broker restarted");
+        if is_done {
+            return self.end(id, JobState::Done, restarted);
+        }
+        if !known.record.spec.survive.enabled {
+            let reason = format!("{restarted} after step {step}; {}", self.resume_hint(id, from));
+            return self.end(id, JobState::Failed { reason, bad_input: false }, restarted);
+        }
+        let told = format!("{restarted} after step {step}; {}", goes_on(step, from));
+        known.recoveries.go_on(known.record.members as usize, RETURN, told.clone());
+        let mut actions = self.set_state(id, JobState::Waiting { reason: told });
+        actions.extend(self.load_anew(id));
+        actions
     }
 
     /// What CompNodes are asked to measure is numbered from here on. An earlier broker must not have used these numbers.
@@ -177,6 +203,7 @@ impl Core {
             checkpoint: None,
             from_step: None,
             data: None,
+            members: 0,
         };
         let mut actions = vec![self.persist(record.clone(), true)];
         let first_number = self.last_write();
@@ -203,6 +230,7 @@ impl Core {
             known.record.run = Some(start.run.run.clone());
             (known.record.step, known.record.loss) = (start.step, start.loss);
             known.record.from_step = step;
+            (known.record.members, known.recoveries) = (0, Recoveries::default());
             // A later one is not its future any more.
             known.record.checkpoint.take_if(|(newest, _)| *newest > start.step);
             known.record.state = JobState::Waiting { reason: String::new() };

@@ -298,6 +298,7 @@ mod tests {
             checkpoint: None,
             from_step: None,
             data: None,
+            members: 0,
         };
         let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
         let data = DataReport {
@@ -348,6 +349,7 @@ mod tests {
             checkpoint: None,
             from_step: None,
             data: None,
+            members: 0,
         };
         let report = RunReport::of(&record, Totals::default(), None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));

@@ -45,6 +45,9 @@ pub(crate) struct JobRecord {
     /// The data that it was last trained on.
     #[serde(default)]
     pub(crate) data: Option<DataFingerprint>,
+    /// How many CompNodes its last placement had.
+    #[serde(default)]
+    pub(crate) members: u32,
 }
 
 impl JobRecord {
@@ -186,6 +189,7 @@ mod tests {
             checkpoint: Some((3, "00".to_owned())),
             from_step: None,
             data: None,
+            members: 0,
         }
     }
 

@@ -36,6 +36,9 @@ pub struct JobSpec {
     pub compression: CompressionSpec,
     /// What is kept.
     pub checkpoint: CheckpointSpec,
+    /// What becomes of it when machines go.
+    #[serde(default)]
+    pub survive: SurviveSpec,
 }
 
 /// `[model]`: a GPT-2 by name and sizes, a Hugging Face directory, or an OP-DAG file.
@@ -322,6 +325,21 @@ pub struct CheckpointSpec {
     pub keep: u32,
     /// Folder for them instead of the run directory's `checkpoints`.
     pub to: Option<PathBuf>,
+}
+
+/// `[survive]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SurviveSpec {
+    /// Go on by itself, from the newest checkpoint, when a CompNode is lost or fails.
+    pub enabled: bool,
+    /// The least number of CompNodes to go on with.
+    pub min_compnodes: u32,
+}
+
+impl Default for SurviveSpec {
+    fn default() -> Self {
+        Self { enabled: true, min_compnodes: 1 }
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! CompNode processes on this machine; none outlives its parent.
 
-use std::ffi::OsStr;
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ const WATCH: Duration = Duration::from_millis(100);
 /// A CompNode process that has ended by itself.
 #[derive(Debug)]
 pub(crate) struct Death {
-    pub(crate) name: String,
+    pub(crate) index: u32,
     pub(crate) status: std::process::ExitStatus,
 }
 
@@ -45,7 +45,32 @@ pub(crate) struct Home<'a> {
 ///
 /// Each holds the read end of a pipe as its standard input and leaves when that closes, however we end.
 pub(crate) struct LocalCompNodes {
-    children: Vec<Child>,
+    starter: Starter,
+    /// By number; nothing where one has ended and is not started again.
+    children: Vec<Option<Child>>,
+    /// How those had ended that ended by themselves and were not started again.
+    deaths: Vec<(u32, String)>,
+}
+
+/// How a CompNode's process is started.
+struct Starter {
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    ticket: String,
+}
+
+impl Starter {
+    fn start(&self, index: u32) -> anyhow::Result<Child> {
+        Command::new(&self.program)
+            .args(["join", "--child", "--bind", "127.0.0.1:0", "--name", &local_name(index)])
+            .args(&self.arguments)
+            .env("FUSIONLLM_TICKET", &self.ticket)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.program.display()))
+    }
 }
 
 impl LocalCompNodes {
@@ -61,32 +86,49 @@ impl LocalCompNodes {
         let program = std::env::current_exe().context("cannot find the program's own path")?;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let threads = (cores / count.max(1) as usize).max(1).to_string();
-        let mut started = Self { children: Vec::new() };
+        let scratch = [OsStr::new("--scratch"), home.scratch.as_os_str()];
+        let data = home.data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]);
+        let plain = ["--device", device, "--threads", &threads].into_iter().map(OsStr::new);
+        let mut arguments: Vec<OsString> = plain.chain(scratch).chain(data).map(OsStr::to_owned).collect();
+        let ticket = broker.ticket().to_string();
+        let fresh = fresh_profile.then(|| OsString::from("--fresh-profile"));
+        let first: Vec<OsString> = arguments.iter().cloned().chain(fresh).collect();
+        let rest = std::mem::replace(&mut arguments, first);
+        let starter = Starter { program, arguments, ticket };
+        let mut started = Self { starter, children: Vec::new(), deaths: Vec::new() };
         for index in 0..count {
-            let child = Command::new(&program)
-                .args(["join", "--child", "--bind", "127.0.0.1:0", "--device", device])
-                .args(["--name", &local_name(index), "--threads", &threads])
-                .args(fresh_profile.then_some("--fresh-profile"))
-                .arg("--scratch")
-                .arg(home.scratch)
-                .args(home.data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]))
-                .env("FUSIONLLM_TICKET", broker.ticket().to_string())
-                .stdin(Stdio::piped())
-                .stdout(Stdio::null())
-                .kill_on_drop(true)
-                .spawn()
-                .with_context(|| format!("cannot start {}", program.display()))?;
-            started.children.push(child);
+            let child = started.starter.start(index)?;
+            started.children.push(Some(child));
             started.wait_for(broker, index as usize + 1).await?;
         }
+        // One that is started again need not measure again.
+        started.starter.arguments = rest;
         Ok(started)
+    }
+
+    /// Starts the process of a CompNode again that has ended. It joins by itself.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
+    pub(crate) fn restart(&mut self, index: u32) -> anyhow::Result<()> {
+        let child = self.starter.start(index)?;
+        if let Some(place) = self.children.get_mut(index as usize) {
+            *place = Some(child);
+            self.deaths.retain(|(other, _)| *other != index);
+        }
+        Ok(())
+    }
+
+    /// Whether all have ended and were not started again.
+    pub(crate) fn are_gone(&self) -> bool {
+        self.children.iter().all(Option::is_none)
     }
 
     async fn wait_for(&mut self, broker: &Broker, joined: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + JOIN_LIMIT;
         while broker.status().await?.compnodes.len() < joined {
-            if let Some(Death { name, status }) = self.dead()? {
-                bail!("the process of {name} ended before all had joined ({status})");
+            if let Some(Death { index, status }) = self.dead()? {
+                bail!("the process of {} ended before all had joined ({status})", local_name(index));
             }
             if Instant::now() > deadline {
                 bail!("CompNode {} did not join within {} s", joined - 1, JOIN_LIMIT.as_secs());
@@ -96,7 +138,7 @@ impl LocalCompNodes {
         Ok(())
     }
 
-    /// Waits until one of them has ended. May be dropped before it is done.
+    /// Waits until one of them has ended, and gives each end once. May be dropped before it is done.
     pub(crate) async fn death(&mut self) -> Death {
         loop {
             // One that cannot be asked is no reason to end.
@@ -108,9 +150,12 @@ impl LocalCompNodes {
     }
 
     fn dead(&mut self) -> std::io::Result<Option<Death>> {
-        for (index, child) in self.children.iter_mut().enumerate() {
+        for (index, place) in (0..).zip(&mut self.children) {
+            let Some(child) = place else { continue };
             if let Some(status) = child.try_wait()? {
-                return Ok(Some(Death { name: local_name(index as u32), status }));
+                *place = None;
+                self.deaths.push((index, format!("the process of {} had ended ({status})", local_name(index))));
+                return Ok(Some(Death { index, status }));
             }
         }
         Ok(None)
@@ -119,21 +164,17 @@ impl LocalCompNodes {
     /// Closes their input, waits until they are gone, and ends those that are not. Says which had ended by themselves,
     /// and how.
     pub(crate) async fn stop(mut self) -> Vec<String> {
-        let mut crashed = Vec::new();
-        for (index, child) in self.children.iter_mut().enumerate() {
-            if let Ok(Some(status)) = child.try_wait()
-                && !status.success()
-            {
-                crashed.push(format!("the process of {} had ended ({status})", local_name(index as u32)));
-            }
+        // Those that end just now, too.
+        while let Ok(Some(_)) = self.dead() {}
+        for child in self.children.iter_mut().flatten() {
             drop(child.stdin.take());
         }
-        for child in &mut self.children {
+        for child in self.children.iter_mut().flatten() {
             if timeout(LEAVE_LIMIT, child.wait()).await.is_err() {
                 // It may have gone in this very moment.
                 let _ = child.kill().await;
             }
         }
-        crashed
+        self.deaths.into_iter().map(|(_, how)| how).collect()
     }
 }

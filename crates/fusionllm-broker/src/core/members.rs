@@ -95,7 +95,7 @@ impl Core {
         }
         let step = self.jobs.get(&key.job).map_or(0, |job| job.record.step);
         let reason = format!("CompNode `{}` vanished after step {step}: {reason}", gone.name);
-        self.fail(key, reason, false, now)
+        self.recover(key, reason, now)
     }
 
     /// Jobs on which nothing goes on, though all their CompNodes are alive.
@@ -113,17 +113,18 @@ impl Core {
                 stalled.push((run.key, reason));
             }
         }
-        stalled.into_iter().flat_map(|(key, reason)| self.fail(key, reason, false, now)).collect()
+        stalled.into_iter().flat_map(|(key, reason)| self.recover(key, reason, now)).collect()
     }
 
-    /// What a job that waited when the broker ended starts from.
+    /// What a job starts from that waited when the broker ended, or goes on by itself.
     pub(super) fn loaded(&mut self, job: JobId, result: Result<StartPoint, BrokerError>, now: Duration) -> Vec<Action> {
         let Some(known) = self.jobs.get_mut(&job).filter(|j| !j.record.state.is_final() && j.start.is_none()) else {
             return Vec::new();
         };
         let mut actions = Vec::new();
         match result {
-            Ok(start) => {
+            Ok(mut start) => {
+                start.notices.splice(0..0, known.recoveries.take_told());
                 known.record.step = start.step;
                 known.record.run = Some(start.run.run.clone());
                 known.start = Some(start);

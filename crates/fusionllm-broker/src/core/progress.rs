@@ -75,7 +75,7 @@ impl Core {
                 let name = self.compnodes.name(connection);
                 // What is wrong with the input is wrong on every machine.
                 let reason = if bad_input { reason } else { format!("CompNode `{name}`: {reason}") };
-                self.fail(key, reason, bad_input, now)
+                if bad_input { self.fail(key, reason, true, now) } else { self.recover(key, reason, now) }
             }
         }
     }

@@ -30,13 +30,17 @@ impl Core {
         let waiting: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_waiting(job)).map(|(&id, _)| id).collect();
         let mut held_back_by = None;
         for job in waiting {
-            if let Some(reason) = self.too_large(job) {
+            let too_large = self.too_large(job);
+            let goes_on = self.jobs.get(&job).is_some_and(|job| job.recoveries.goes_on);
+            if let Some(reason) = too_large.clone().filter(|_| !goes_on) {
                 actions.extend(self.end(job, JobState::Failed { reason, bad_input: true }, "no device holds it"));
                 continue;
             }
-            let chosen = match held_back_by {
-                None => self.choose(job).and_then(|members| self.surveyed(job, members)),
-                Some(first) => Err(format!("{first} comes first")),
+            let chosen = match (held_back_by, too_large) {
+                // One that has been at work waits for a device that holds it.
+                (None, Some(reason)) => Err(reason),
+                (None, None) => self.choose(job).and_then(|members| self.surveyed(job, members)),
+                (Some(first), _) => Err(format!("{first} comes first")),
             };
             match chosen {
                 Ok(members) => actions.extend(self.plan(job, members, now)),
@@ -122,10 +126,10 @@ impl Core {
 
     /// The CompNodes for a job, data owner first, or what it waits for.
     fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
-        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
+        let Some(Job { record, start: Some(start), recoveries, .. }) = self.jobs.get(&job) else {
             return Err("what it starts from is being read".to_owned());
         };
-        let spec = &record.spec;
+        let (spec, now) = (&record.spec, self.ticked.unwrap_or_default());
         let mut idle = self.compnodes.idle();
         if let Some(owner) = &spec.data.owner {
             let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
@@ -133,14 +137,18 @@ impl Core {
             let owner = idle.remove(at);
             idle.insert(0, owner);
         }
-        let needed = least_compnodes(spec, start);
+        let most = least_compnodes(spec, start);
+        let needed = if recoveries.goes_on { after_a_loss(spec, start, most) } else { most };
+        if let Some(reason) = recoveries.waits(idle.len(), now) {
+            return Err(reason);
+        }
         if idle.len() < needed {
             return Err(format!("{} of {needed} CompNodes are idle", idle.len()));
         }
         if spec.placement.compnodes.is_some() || !spec.placement.stages.is_empty() || start.cluster.is_some() {
-            idle.truncate(needed);
+            idle.truncate(most);
         }
-        Ok(idle)
+        recoveries.no_plan_on(&idle).map_or(Ok(idle), Err)
     }
 
     fn without_owner(&self, owner: &str) -> String {
@@ -197,13 +205,24 @@ impl Core {
         self.plan_no_more(job);
         let mut actions = match result {
             Ok(plan) => self.assign(job, plan, members, now),
-            Err(error) => {
-                let state = JobState::Failed { reason: error.to_string(), bad_input: true };
-                self.end(job, state, "no placement")
-            }
+            Err(error) => self.not_placed(job, &error, members),
         };
         actions.extend(self.schedule(now));
         actions
+    }
+
+    /// There is no placement on these: the input is at fault, unless the job has been at work before on others.
+    fn not_placed(&mut self, job: JobId, error: &PlanError, members: Vec<ConnectionId>) -> Vec<Action> {
+        match self.jobs.get_mut(&job) {
+            Some(known) if known.recoveries.goes_on => {
+                known.recoveries.cannot_be_placed(members, format!("it waits for more CompNodes: {error}"));
+                Vec::new()
+            }
+            _ => {
+                let state = JobState::Failed { reason: error.to_string(), bad_input: true };
+                self.end(job, state, "no placement")
+            }
+        }
     }
 
     fn assign(&mut self, job: JobId, plan: Plan, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
@@ -217,6 +236,8 @@ impl Core {
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         known.record.generation = Generation(known.record.generation.0 + 1);
+        known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
+        known.recoveries.placed();
         let key = RunKey { job, generation: known.record.generation };
         let run_dir = known.record.run_dir.clone();
         for &member in &members {
@@ -291,6 +312,12 @@ impl Core {
         }
         actions
     }
+}
+
+/// How many CompNodes a job needs at least that has lost one: fewer than it asked for may do, unless it says what each holds.
+fn after_a_loss(spec: &JobSpec, start: &StartPoint, asked: usize) -> usize {
+    let is_fixed = !spec.placement.stages.is_empty() || start.cluster.is_some();
+    if is_fixed { asked } else { asked.min(spec.survive.min_compnodes as usize) }
 }
 
 /// How many CompNodes a job needs at least.

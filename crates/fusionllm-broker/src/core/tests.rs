@@ -10,6 +10,8 @@ use fusionllm_protocol::{
     PairProfile, PeerRecord, StepReport, TokenizerFingerprint, content_hash,
 };
 
+mod recovery;
+
 use super::members::LEASE;
 use super::*;
 use crate::checkpoint::{Origin, StoredShard, TensorSet};
@@ -191,9 +193,19 @@ fn failure(core: &Core) -> String {
 }
 
 /// A job of six steps that runs on two CompNodes.
+/// Two CompNodes train a job that goes on by itself.
 fn running() -> Core {
+    running_with(&[])
+}
+
+/// The same of a job that fails when it loses a CompNode.
+fn running_mortal() -> Core {
+    running_with(&["survive.enabled=false"])
+}
+
+fn running_with(overrides: &[&str]) -> Core {
     let mut core = core(2);
-    submit(&mut core, &[]);
+    submit(&mut core, overrides);
     say(&mut core, 1, ready(KEY));
     say(&mut core, 2, ready(KEY));
     assert_eq!(state(&core, 1), JobState::Running);
@@ -253,7 +265,7 @@ fn a_job_is_assigned_started_and_done() {
 
 #[test]
 fn a_compnode_that_vanishes_fails_the_job_and_frees_the_others() {
-    let mut core = running();
+    let mut core = running_mortal();
     for connection in [1, 2] {
         say(&mut core, connection, step(KEY, 1, Some(1.0)));
     }
@@ -271,7 +283,7 @@ fn a_compnode_that_vanishes_fails_the_job_and_frees_the_others() {
 
 #[test]
 fn a_silent_compnode_loses_its_lease() {
-    let mut core = running();
+    let mut core = running_mortal();
     let almost = NOW + LEASE;
     assert!(tell(&mut core, CoreEvent::Tick, almost).is_empty());
     let message = FromCompNode::Heartbeat { number: 7 };
@@ -287,7 +299,7 @@ fn a_silent_compnode_loses_its_lease() {
 
 #[test]
 fn a_compnode_that_comes_back_keeps_its_run() {
-    let mut core = running();
+    let mut core = running_mortal();
     let broken = |connection| CoreEvent::Broken {
         connection: ConnectionId(connection),
         reason: "the peer does not answer any more".to_owned(),
@@ -353,7 +365,7 @@ fn a_pause_of_the_broker_costs_nobody_the_lease() {
 
 #[test]
 fn the_first_failure_is_the_jobs() {
-    let mut core = running();
+    let mut core = running_mortal();
     let failed = |reason: &str, bad_input| FromCompNode::Failed { key: KEY, reason: reason.to_owned(), bad_input };
     let actions = say(&mut core, 1, failed("out of memory", false));
     assert_eq!(sent(&actions).len(), 2, "{:?}", sent(&actions));
@@ -361,7 +373,7 @@ fn the_first_failure_is_the_jobs() {
     let hint = "`fusionllm resume 1` begins anew, there is no checkpoint yet";
     assert_eq!(failure(&core), format!("CompNode `a`: out of memory; {hint}"));
 
-    let mut core = running();
+    let mut core = running_mortal();
     say(&mut core, 1, failed("/data: no such file", true));
     assert_eq!(state(&core, 1), JobState::Failed { reason: "/data: no such file".to_owned(), bad_input: true });
 }
@@ -626,14 +638,14 @@ fn what_goes_on_from_where_is_named_when_a_job_ends() {
         ),
         (ResumedBy::Train, "`fusionllm train --resume /runs/x` goes on from the checkpoint of step 3"),
     ] {
-        let mut core = running();
+        let mut core = running_mortal();
         core.resumed_by = resumed_by;
         let path = PathBuf::from("/runs/x/checkpoints/step-3");
         tell(&mut core, CoreEvent::CheckpointFinished { key: KEY, step: 3, path, checksum: String::new() }, NOW);
         assert!(!core.lost("b", "its process ended", NOW).is_empty());
         assert!(failure(&core).ends_with(hint), "{}", failure(&core));
     }
-    let mut core = running();
+    let mut core = running_mortal();
     core.resumed_by = ResumedBy::Train;
     core.lost("b", "its process ended", NOW);
     assert!(failure(&core).ends_with("its process ended; there is no checkpoint yet to go on from"));
@@ -661,7 +673,7 @@ fn what_cannot_be_run_is_refused() {
 #[test]
 fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
     let mut core = core(1);
-    submit(&mut core, &[]);
+    submit(&mut core, &["survive.enabled=false"]);
     let at_work = core.record(JobId(1)).unwrap().clone();
     let done = JobRecord { job: JobId(2), state: JobState::Done, ..at_work.clone() };
     let known = |record| Restored { record, reached: None, checkpoint: None };
@@ -677,7 +689,7 @@ fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
 fn record(job: u64, state: JobState) -> JobRecord {
     JobRecord {
         job: JobId(job),
-        spec: testing::spec(&["placement.compnodes=1"]),
+        spec: testing::spec(&["placement.compnodes=1", "survive.enabled=false"]),
         state,
         step: 1,
         loss: None,
@@ -687,6 +699,7 @@ fn record(job: u64, state: JobState) -> JobRecord {
         checkpoint: None,
         from_step: None,
         data: None,
+        members: 0,
     }
 }
 
@@ -709,7 +722,7 @@ fn a_restart_goes_by_what_the_run_directory_knows() {
 /// A step that was chosen counts until the job is at work there, over restarts too, and nothing later does.
 #[test]
 fn a_chosen_step_outlives_the_broker() {
-    let mut core = running();
+    let mut core = running_mortal();
     core.stop(JobId(1), NOW).unwrap();
     core.jobs.get_mut(&JobId(1)).unwrap().record.checkpoint = Some((6, "00".to_owned()));
     let spec = core.record(JobId(1)).unwrap().spec.clone();
@@ -867,7 +880,7 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
             tell(core, CoreEvent::Tick, now);
         }
     };
-    let mut core = running();
+    let mut core = running_mortal();
     for (connection, number) in [(1, 1), (2, 1), (1, 2)] {
         say(&mut core, connection, step(KEY, number, Some(1.0)));
     }
@@ -878,7 +891,7 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
     assert!(failure(&core).contains("waited for CompNode `b`;"), "{}", failure(&core));
 
     // A first step may take longer, and a shard that comes in is work.
-    let mut core = running();
+    let mut core = running_mortal();
     idle(&mut core, 290);
     assert_eq!(state(&core, 1), JobState::Running);
     tell(&mut core, CoreEvent::ShardComing { key: KEY }, NOW + Duration::from_secs(290));
@@ -888,7 +901,7 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
     assert!(failure(&core).contains("no step after step 0 for 30"), "{}", failure(&core));
 
     let mut core = super::tests::core(2);
-    submit(&mut core, &[]);
+    submit(&mut core, &["survive.enabled=false"]);
     say(&mut core, 1, ready(KEY));
     idle(&mut core, 70);
     assert!(failure(&core).contains("not ready for 6") && failure(&core).contains("waited for CompNode `b`;"));
@@ -900,7 +913,7 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
         at: NOW + Duration::from_secs(second),
     };
     let mut core = super::tests::core(2);
-    submit(&mut core, &[]);
+    submit(&mut core, &["survive.enabled=false"]);
     say(&mut core, 2, ready(KEY));
     for second in [500, 1000, 1500] {
         idle(&mut core, second);
@@ -1182,6 +1195,8 @@ struct Watch {
     disk: BTreeMap<JobId, JobRecord>,
     queue: std::collections::VecDeque<Action>,
     broken: bool,
+    /// How often what a job goes on from was read anew.
+    loads: usize,
     resumed: BTreeMap<JobId, u64>,
     last_step: BTreeMap<JobId, u64>,
     started: BTreeSet<RunKey>,
@@ -1197,6 +1212,11 @@ impl Watch {
                 Some(Action::Plan { job, input }) => {
                     let (number, result) = (input.number, Box::new(input.plan()));
                     Some(CoreEvent::Planned { job, number, result })
+                }
+                Some(Action::Load(record)) => {
+                    self.loads += 1;
+                    let result = Box::new(Ok(start(&record.spec, 0)));
+                    Some(CoreEvent::Loaded { job: record.job, result })
                 }
                 Some(Action::Persist { number, record, .. }) => {
                     self.broken |= draw(seed, 60) == 0;
@@ -1243,6 +1263,7 @@ impl Watch {
                 Action::Plan { job, input } => {
                     self.queue.push_back(Action::Plan { job: *job, input: input.clone() });
                 }
+                Action::Load(record) => self.queue.push_back(Action::Load(record.clone())),
                 Action::Rewrite { number, records } => {
                     self.queue.push_back(Action::Rewrite { number: *number, records: records.clone() });
                 }
@@ -1304,7 +1325,7 @@ fn draw(seed: &mut u64, below: u64) -> u64 {
 fn no_order_of_events_breaks_the_rules() {
     let spec = testing::spec(&["placement.compnodes=2"]);
     let fresh = start(&spec, 0);
-    let (mut starts, mut steps) = (0, 0);
+    let (mut starts, mut steps, mut loads) = (0, 0, 0);
     for run in 0..1500u64 {
         let mut seed = run;
         let mut watch = Watch {
@@ -1312,6 +1333,7 @@ fn no_order_of_events_breaks_the_rules() {
             disk: BTreeMap::new(),
             queue: std::collections::VecDeque::new(),
             broken: false,
+            loads: 0,
             resumed: BTreeMap::new(),
             last_step: BTreeMap::new(),
             started: BTreeSet::new(),
@@ -1331,7 +1353,7 @@ fn no_order_of_events_breaks_the_rules() {
                 && draw(&mut seed, 12) > 0
             {
                 key = run.key;
-                connection = run.members[draw(&mut seed, 2) as usize].0;
+                connection = run.members[draw(&mut seed, run.members.len() as u64) as usize].0;
             }
             let at = ConnectionId(connection);
             let said = |message| CoreEvent::Said { connection: at, message, at: now };
@@ -1381,7 +1403,9 @@ fn no_order_of_events_breaks_the_rules() {
             watch.write(&mut seed, now);
         }
         starts += watch.started.len();
+        loads += watch.loads;
         steps += watch.last_step.values().sum::<u64>();
     }
-    assert!(starts > 200 && steps > 50, "the runs reach training: {starts} starts, {steps} steps");
+    let reached = format!("the runs reach training: {starts} starts, {steps} steps, {loads} recoveries");
+    assert!(starts > 200 && steps > 50 && loads > 100, "{reached}");
 }

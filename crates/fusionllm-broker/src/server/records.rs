@@ -174,6 +174,7 @@ mod tests {
             checkpoint: None,
             from_step: None,
             data: None,
+            members: 0,
         }
     }
 

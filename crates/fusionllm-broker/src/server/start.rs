@@ -194,6 +194,7 @@ mod tests {
             checkpoint: None,
             from_step: None,
             data: None,
+            members: 0,
         };
         let lock = FolderLock::take(&run_dir, &file.run).unwrap();
         restored(record(JobState::Running));
@@ -247,6 +248,7 @@ mod tests {
             checkpoint: Some((3, "00".to_owned())),
             from_step: None,
             data: None,
+            members: 0,
         };
         let step_of = |record: &JobRecord, step| resumed_start(record, &record.spec, step).map(|start| start.step);
         for dir_is_there in [false, true] {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use fusionllm_protocol::JobId;
 use tokio::sync::mpsc::WeakSender;
+use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 
 use super::actor::Command;
@@ -21,10 +22,17 @@ pub(super) fn plan(commands: WeakSender<Command>, job: JobId, input: PlanInput) 
     });
 }
 
-/// Reads what a job starts from, which must still be what the broker touches for others.
-pub(super) fn load(commands: WeakSender<Command>, record: JobRecord, reach: Arc<Reach>) {
+/// Reads what a job starts from once the files are `written`. It must still be what the broker touches for others.
+pub(super) fn load(
+    commands: WeakSender<Command>,
+    record: JobRecord,
+    reach: Arc<Reach>,
+    written: oneshot::Receiver<()>,
+) {
     let job = record.job;
     work(commands, job, "reading what the job starts from", move || {
+        // An error means that the file thread is gone, and the broker ends.
+        let _ = written.blocking_recv();
         // What it may read was checked when it was handed in, and by whom is not known any more.
         let result = reach.check(&record.spec, true).and_then(|()| start_again(record));
         CoreEvent::Loaded { job, result: Box::new(result) }

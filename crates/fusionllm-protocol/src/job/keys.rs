@@ -58,6 +58,8 @@ const KEYS: &[(&str, &str)] = &[
     ("checkpoint", "every"),
     ("checkpoint", "keep"),
     ("checkpoint", "to"),
+    ("survive", "enabled"),
+    ("survive", "min_compnodes"),
 ];
 
 /// Below this similarity (0 to 1) a suggestion would rather mislead; found by trying common slips.

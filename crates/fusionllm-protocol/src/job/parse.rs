@@ -10,7 +10,8 @@ use super::keys::{check_keys, full_key};
 use super::refusal::describe;
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, overrides,
+    OptimizerKind, PlacementSection, Precision, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice,
+    overrides,
 };
 use crate::JobError;
 
@@ -37,6 +38,7 @@ impl JobSpec {
             placement: placement(&section("placement"))?,
             compression: compression(&section("compression"))?,
             checkpoint: checkpoint(&section("checkpoint"))?,
+            survive: survive(&section("survive"))?,
         })
     }
 }
@@ -154,6 +156,14 @@ fn checkpoint(s: &Section<'_>) -> Result<CheckpointSpec, JobError> {
     })
 }
 
+fn survive(s: &Section<'_>) -> Result<SurviveSpec, JobError> {
+    let SurviveSpec { enabled, min_compnodes } = SurviveSpec::default();
+    Ok(SurviveSpec {
+        enabled: s.flag_or("enabled", enabled)?,
+        min_compnodes: s.integer("min_compnodes")?.unwrap_or(min_compnodes),
+    })
+}
+
 /// One section of the file; all reads name the key in their errors.
 struct Section<'a> {
     name: &'static str,
@@ -197,8 +207,12 @@ impl<'a> Section<'a> {
     }
 
     fn flag(&self, key: &str) -> Result<bool, JobError> {
+        self.flag_or(key, false)
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> Result<bool, JobError> {
         match self.get(key) {
-            None => Ok(false),
+            None => Ok(default),
             Some(Value::Boolean(flag)) => Ok(*flag),
             Some(other) => Err(self.wrong_type(key, other, "true or false")),
         }

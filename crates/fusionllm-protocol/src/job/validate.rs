@@ -75,6 +75,7 @@ impl JobSpec {
         if let Some(count) = self.placement.compnodes {
             at_most("placement.compnodes", count.into(), MAX_COMPNODES as u64)?;
         }
+        at_most("survive.min_compnodes", self.survive.min_compnodes.into(), MAX_COMPNODES as u64)?;
         self.validate_texts()
     }
 

@@ -28,6 +28,9 @@ const PROMPT: &str = "The ";
 /// Tokens that it writes.
 const SAMPLE_TOKENS: usize = 80;
 
+/// So many processes may end without a step in between before none is started again.
+const MOST_DEATHS: u32 = 8;
+
 /// Why there is no run.
 const BEFORE_TRAINING: &str = "interrupted before training began";
 
@@ -219,6 +222,7 @@ async fn run_job(
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
     let mut cut_short: Option<anyhow::Error> = None;
     let mut step = from_step;
+    let mut deaths = 0;
     loop {
         let event = tokio::select! {
             event = events.next() => event.context("the broker ended before the job")?,
@@ -227,15 +231,21 @@ async fn run_job(
                 stop_if_at_work(broker, job).await?;
                 continue;
             }
-            Death { name, status } = compnodes.death(), if cut_short.is_none() => {
-                broker.lost(name.clone(), format!("its process ended ({status})")).await.map_err(broker_error)?;
-                cut_short = Some(anyhow::anyhow!("{name} ended before training began"));
-                stop_if_at_work(broker, job).await?;
+            Death { index, status } = compnodes.death(), if cut_short.is_none() => {
+                broker.lost(local_name(index), format!("its process ended ({status})")).await.map_err(broker_error)?;
+                deaths += 1;
+                if checked.spec.survive.enabled && deaths <= MOST_DEATHS {
+                    compnodes.restart(index)?;
+                }
+                if compnodes.are_gone() {
+                    cut_short = Some(anyhow::anyhow!("no CompNode is left"));
+                    stop_if_at_work(broker, job).await?;
+                }
                 continue;
             }
         };
         if let JobEvent::Step { metrics, .. } = &event {
-            step = metrics.step;
+            (step, deaths) = (metrics.step, 0);
         }
         if cut_short.is_none()
             && let Err(error) = progress.event(&event)

@@ -269,17 +269,53 @@ fn output_that_cannot_be_written_is_named() {
     }
 }
 
+/// Kills the second CompNode that a training has started.
 #[cfg(target_os = "linux")]
-#[test]
-fn a_compnode_process_that_crashes_is_named_with_its_signal() {
-    let bench = Bench::new();
-    let mut training = bench.start("train job.toml --out run --set train.steps=100000 --json");
-    training.wait_for("\"event\":\"step\"");
+fn kill_a_child(bench: &Bench, training: &crate::process::Running) {
     let parent = training.id().to_string();
     let mut children: Vec<u32> = bench.pids().iter().filter(|p| **p != parent).map(|p| p.parse().unwrap()).collect();
     children.sort_unstable();
     let crash = std::process::Command::new("kill").args(["-KILL", &children[1].to_string()]).status().unwrap();
     assert!(crash.success());
+}
+
+/// The process is started again, the job goes on from its newest checkpoint, and its losses are those of a run of which
+/// nothing was lost.
+#[cfg(target_os = "linux")]
+#[test]
+fn training_goes_on_after_its_compnodes_were_killed() {
+    let bench = Bench::new();
+    let job = "train job.toml --set train.steps=300 --set train.batch=32 --set checkpoint.every=5 --set checkpoint.keep=0 \
+               --set placement.strategy=equal-number --set compression.policy=dense --json";
+    bench.succeed(&format!("{job} --out calm"));
+    let mut training = bench.start(&format!("{job} --out run"));
+    for _ in 0..2 {
+        training.wait_for("\"event\":\"checkpoint\"");
+        kill_a_child(&bench, &training);
+        training.wait_for("goes on from the checkpoint of step");
+    }
+    let (code, out, err) = training.finish();
+    assert_eq!(code, Some(0), "{out}\n{err}");
+    let (got, calm) = (losses(&bench.path("run")), losses(&bench.path("calm")));
+    assert_eq!(got.len(), calm.len());
+    // The same bits over the same cut; a process that comes back late finds the model cut anew.
+    assert!(got.iter().zip(&calm).all(|(a, b)| (a - b).abs() < 1e-3 * b), "{got:?} against {calm:?}");
+    let report = std::fs::read_to_string(bench.path("run/report.md")).unwrap();
+    assert!(
+        report.contains("vanished after step") && report.contains("goes on from the checkpoint of step"),
+        "{report}"
+    );
+    assert_eq!(bench.processes(), 0, "orphans");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_compnode_process_that_crashes_is_named_with_its_signal() {
+    let bench = Bench::new();
+    let job = "train job.toml --out run --set train.steps=100000 --set survive.enabled=false --json";
+    let mut training = bench.start(job);
+    training.wait_for("\"event\":\"step\"");
+    kill_a_child(&bench, &training);
     let (code, out, err) = training.finish();
     assert_eq!(code, Some(1), "{out}\n{err}");
     assert!(err.contains("had ended (signal: 9") && err.contains("vanished after step"), "{err}");

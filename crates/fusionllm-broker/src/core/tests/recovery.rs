@@ -1,0 +1,202 @@
+//! A job goes on by itself.
+
+use super::*;
+use crate::core::recovery::RETURN;
+
+/// For so long a process that is started again is waited for, and a little more.
+const AFTER_RESTART: Duration = Duration::from_secs(6);
+
+fn left(connection: u64) -> CoreEvent {
+    CoreEvent::Left { connection: ConnectionId(connection), reason: "its process ended".to_owned() }
+}
+
+/// What is asked for is read: the job goes on after `step`.
+fn load(core: &mut Core, actions: &[Action], step: u64, now: Duration) -> Vec<Action> {
+    let record = actions.iter().find_map(|action| match action {
+        Action::Load(record) => Some(record),
+        _ => None,
+    });
+    let record = record.expect("nothing is to be read");
+    let result = Box::new(Ok(start(&record.spec, step)));
+    let actions = core.handle(CoreEvent::Loaded { job: record.job, result }, now);
+    measure_at(core, actions, now)
+}
+
+fn tick(core: &mut Core, now: Duration) -> Vec<Action> {
+    // One that gives no sign of life would be lost, too.
+    let all: Vec<ConnectionId> = core.compnodes.all().collect();
+    for connection in all {
+        core.compnodes.seen(connection, now);
+    }
+    let actions = core.handle(CoreEvent::Tick, now);
+    measure_at(core, actions, now)
+}
+
+fn assigned(actions: &[Action]) -> Vec<(u64, u64)> {
+    let start = |(to, message)| match message {
+        &FromBroker::Assign(ref assignment) => Some((to, assignment.start_step)),
+        _ => None,
+    };
+    sent(actions).into_iter().filter_map(start).collect()
+}
+
+fn waits_for(core: &Core) -> String {
+    match state(core, 1) {
+        JobState::Waiting { reason } => reason,
+        other => panic!("the job is {other:?}"),
+    }
+}
+
+fn notices(actions: &[Action]) -> Vec<String> {
+    let text = |action: &Action| match action {
+        Action::Notice { notice, .. } => Some(notice.text.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(text).collect()
+}
+
+/// Both CompNodes have done `steps` steps, and there is a checkpoint of step 3.
+fn at_step(steps: u64) -> Core {
+    let mut core = running();
+    for number in 1..=steps {
+        for connection in [1, 2] {
+            say(&mut core, connection, step(KEY, number, Some(1.0)));
+        }
+    }
+    let finished =
+        CoreEvent::CheckpointFinished { key: KEY, step: 3, path: PathBuf::from("/c"), checksum: "c3".to_owned() };
+    tell(&mut core, finished, NOW);
+    core
+}
+
+#[test]
+fn a_job_that_loses_a_compnode_goes_on_with_the_others() {
+    let mut core = at_step(5);
+    let actions = tell(&mut core, left(2), NOW);
+    let told = "CompNode `b` vanished after step 5: its process ended";
+    assert_eq!(states(&actions)[0], JobState::Waiting { reason: told.to_owned() });
+    assert!(matches!(sent(&actions)[..], [(1, FromBroker::Abort { .. })]), "{actions:?}");
+    assert_eq!(waits_for(&core), "what it starts from is being read");
+    let actions = load(&mut core, &actions, 3, NOW);
+    assert_eq!(assigned(&actions), []);
+    assert_eq!(waits_for(&core), "1 of 2 CompNodes are there, and the others may come back in a moment");
+    let actions = tick(&mut core, NOW + AFTER_RESTART);
+    assert_eq!(assigned(&actions), [(1, 3)]);
+    let notices = notices(&actions);
+    let expected = format!("{told}; the job goes on from the checkpoint of step 3, 2 steps are done again");
+    assert!(notices.contains(&expected), "{notices:?}");
+    let key = RunKey { generation: Generation(2), ..KEY };
+    say(&mut core, 1, ready(key));
+    say(&mut core, 1, step(KEY, 4, Some(9.0)));
+    assert_eq!(core.record(JobId(1)).unwrap().step, 3, "a report of the lost placement counts no more");
+    say(&mut core, 1, step(key, 4, Some(1.0)));
+    assert_eq!((state(&core, 1), core.record(JobId(1)).unwrap().step), (JobState::Running, 4));
+}
+
+#[test]
+fn a_process_that_is_started_again_is_waited_for() {
+    let mut core = at_step(3);
+    let actions = tell(&mut core, left(2), NOW);
+    load(&mut core, &actions, 3, NOW);
+    let actions = join(&mut core, 3, "b");
+    assert_eq!(assigned(&actions), [(1, 3), (3, 3)]);
+}
+
+/// An asked-for number of CompNodes is what a job would like; what it must have is said apart.
+#[test]
+fn a_job_goes_on_with_no_fewer_compnodes_than_it_must_have() {
+    for (least, expected) in [(1, vec![(1, 0)]), (2, vec![])] {
+        let mut core = running_with(&["placement.compnodes=2", &format!("survive.min_compnodes={least}")]);
+        let actions = tell(&mut core, left(2), NOW);
+        load(&mut core, &actions, 0, NOW);
+        let actions = tick(&mut core, NOW + AFTER_RESTART);
+        assert_eq!(assigned(&actions), expected);
+    }
+}
+
+#[test]
+fn what_always_fails_at_the_same_step_fails() {
+    let mut core = running();
+    let mut key = KEY;
+    for time in 1..=4 {
+        let failed = FromCompNode::Failed { key, reason: "no memory".to_owned(), bad_input: false };
+        let actions = say(&mut core, 2, failed);
+        if time == 4 {
+            break;
+        }
+        let actions = load(&mut core, &actions, 0, NOW);
+        assert_eq!(assigned(&actions), [(1, 0), (2, 0)], "all are still there");
+        key = RunKey { generation: Generation(key.generation.0 + 1), ..KEY };
+        for connection in [1, 2] {
+            say(&mut core, connection, ready(key));
+        }
+    }
+    let reason = failure(&core);
+    assert!(
+        reason.starts_with("CompNode `b`: no memory; so it was 4 times at this step; `fusionllm resume 1`"),
+        "{reason}"
+    );
+    // Whoever resumes it by hand starts counting anew.
+    let spec = core.record(JobId(1)).unwrap().spec.clone();
+    let actions = core.resume(JobId(1), spec.clone(), start(&spec, 0), None, NOW).unwrap();
+    measure(&mut core, actions);
+    let key = RunKey { generation: Generation(key.generation.0 + 1), ..KEY };
+    say(&mut core, 2, FromCompNode::Failed { key, reason: "no memory".to_owned(), bad_input: false });
+    assert!(matches!(state(&core, 1), JobState::Waiting { .. }));
+}
+
+/// What the rest cannot hold waits for another machine; it has been right before.
+#[test]
+fn a_job_that_does_not_fit_on_the_rest_waits() {
+    let by_memory = ["placement.strategy=op-fence"];
+    let (_, alone) = submit(&mut core(1), &by_memory);
+    let planned = |(_, message)| match message {
+        &FromBroker::Assign(ref assignment) => Some(assignment.planned_bytes),
+        _ => None,
+    };
+    let needed = sent(&alone).into_iter().find_map(planned).unwrap();
+    let mut core = core(2);
+    for connection in [1, 2] {
+        say(&mut core, connection, FromCompNode::Room { bytes: needed - 1 });
+    }
+    submit(&mut core, &by_memory);
+    for connection in [1, 2] {
+        say(&mut core, connection, ready(KEY));
+    }
+    assert_eq!(state(&core, 1), JobState::Running);
+    let actions = tell(&mut core, left(2), NOW);
+    load(&mut core, &actions, 3, NOW);
+    let actions = tick(&mut core, NOW + AFTER_RESTART);
+    assert_eq!(assigned(&actions), []);
+    let reason = waits_for(&core);
+    assert!(reason.starts_with("it waits for more CompNodes: ") || reason.contains("needs at least"), "{reason}");
+    let actions = tick(&mut core, NOW + AFTER_RESTART + Duration::from_secs(1));
+    assert!(actions.is_empty(), "it is not tried again and again: {actions:?}");
+    let actions = join(&mut core, 3, "c");
+    assert_eq!(assigned(&actions).len(), 2, "{} {actions:?}", waits_for(&core));
+}
+
+#[test]
+fn a_restarted_broker_takes_its_jobs_back() {
+    let record = JobRecord { step: 5, members: 2, ..at_step(5).record(JobId(1)).unwrap().clone() };
+    let (mut core, actions) = Core::restore(vec![Restored { record, reached: Some((5, 1.5)), checkpoint: Some(3) }]);
+    let actions = measure(&mut core, actions);
+    let told =
+        "the broker restarted after step 5; the job goes on from the checkpoint of step 3, 2 steps are done again";
+    assert_eq!(waits_for(&core), told);
+    load(&mut core, &actions, 3, NOW);
+    assert_eq!(assigned(&join(&mut core, 1, "a")), [], "the other one may be on its way");
+    let actions = join(&mut core, 2, "b");
+    assert_eq!(assigned(&actions), [(1, 3), (2, 3)]);
+    assert!(notices(&actions).contains(&told.to_owned()));
+}
+
+#[test]
+fn a_compnode_that_stays_away_from_a_restarted_broker_is_done_without() {
+    let state = JobState::Waiting { reason: "1 of 2 CompNodes are there".to_owned() };
+    let record = JobRecord { state, members: 2, ..at_step(5).record(JobId(1)).unwrap().clone() };
+    let (mut core, actions) = Core::restore(vec![Restored { record, reached: None, checkpoint: Some(3) }]);
+    load(&mut core, &actions, 3, NOW);
+    assert_eq!(assigned(&join(&mut core, 1, "a")), []);
+    assert_eq!(assigned(&tick(&mut core, RETURN + Duration::from_secs(1))), [(1, 3)]);
+}
