@@ -23,7 +23,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use crate::backend::open_device;
 use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
-use broker_wire::{Connected, Outbox, SessionEnd, dial};
+use broker_wire::{Connected, Outbox, dial};
 pub use config::JoinConfig;
 use patience::{Hearing, Patience};
 use running::{Place, RunningJob};
@@ -36,7 +36,7 @@ const ROOM_EVERY: u32 = 10;
 /// Largest control message: an assignment holds the graph and the task orders.
 pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 /// First and largest pause between attempts to get back to the broker.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
 /// Largest pause while a job is at work.
 const WITH_A_JOB: Duration = Duration::from_secs(3);
 /// Events that may wait for the loop; compute waits beyond that.
@@ -113,7 +113,7 @@ async fn join_with(
         weights: blob::Unclaimed::default(),
     };
     let result = tokio::select! {
-        result = node.run(&mut inbox) => result,
+        error = node.run(&mut inbox) => Err(error),
         () = shutdown => Ok(()),
     };
     node.lose_broker(0);
@@ -153,8 +153,8 @@ struct Node {
 }
 
 impl Node {
-    /// Joins the broker, and again whenever it is lost, until it says that all is over.
-    async fn run(&mut self, inbox: &mut mpsc::Receiver<NodeEvent>) -> Result<(), CompNodeError> {
+    /// Joins the broker, and again whenever it is lost. Gives why that is not possible any more.
+    async fn run(&mut self, inbox: &mut mpsc::Receiver<NodeEvent>) -> CompNodeError {
         let mut pause = BACK_OFF.0;
         let mut joined_before = false;
         loop {
@@ -163,20 +163,15 @@ impl Node {
                 Ok(connected) => {
                     (joined_before, pause) = (true, BACK_OFF.0);
                     tracing::info!(name = %connected.name, device = self.surveyor.backend.name(), "joined the broker");
-                    match self.session(connected, inbox).await {
-                        SessionEnd::Leave => {
-                            tracing::info!("the broker has ended, and this CompNode with it");
-                            return Ok(());
-                        }
-                        SessionEnd::Lost(reason) => tracing::warn!(reason, "lost the broker"),
-                    }
+                    let reason = self.session(connected, inbox).await;
+                    tracing::warn!(reason, "lost the broker, dialling until it is back");
                 }
                 // It would be refused again, however often it asks.
-                Err(error @ (CompNodeError::Refused { .. } | CompNodeError::Protocol(_))) => return Err(error),
+                Err(error @ (CompNodeError::Refused { .. } | CompNodeError::Protocol(_))) => return error,
                 Err(error) if joined_before => {
                     tracing::warn!(%error, "cannot get back to the broker, trying again in {:.1} s", pause.as_secs_f64());
                 }
-                Err(error) => return Err(error),
+                Err(error) => return error,
             }
             self.meanwhile(inbox, sleep(pause)).await;
             // A job at work has only as long as its lease.
@@ -201,8 +196,8 @@ impl Node {
         }
     }
 
-    /// One connection to the broker, to its end.
-    async fn session(&mut self, connected: Connected, inbox: &mut mpsc::Receiver<NodeEvent>) -> SessionEnd {
+    /// One connection to the broker, to its end. Gives why it ended.
+    async fn session(&mut self, connected: Connected, inbox: &mut mpsc::Receiver<NodeEvent>) -> String {
         let Connected { session, mut wire, resumed, .. } = connected;
         match resumed.map(|received| self.outbox.resume(received)) {
             Some(Ok(())) => {}
@@ -210,7 +205,7 @@ impl Node {
                 // It goes on with numbers that are not ours: messages numbered anew it would take for old ones.
                 self.forget("the broker has other numbers");
                 session.close(1, "its numbers are not ours");
-                return SessionEnd::Lost(error.to_string());
+                return error.to_string();
             }
             // Another broker process has another clock, and knows nothing of jobs.
             None => self.forget("the broker was lost"),
@@ -222,14 +217,14 @@ impl Node {
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
             if let Err(reason) = wire.flush(&mut self.outbox) {
-                break SessionEnd::Lost(reason);
+                break reason;
             }
             let room = wire.room();
             tokio::select! {
                 _ = heartbeat.tick() => {
                     let unanswered = hearing.heartbeat(wire.heard());
                     if unanswered >= self.patience.heartbeats {
-                        break SessionEnd::Lost(format!("it says nothing to {unanswered} heartbeats"));
+                        break format!("it says nothing to {unanswered} heartbeats");
                     }
                     let number = self.heartbeats.send();
                     self.tell_room();
@@ -239,14 +234,13 @@ impl Node {
                 Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
                 message = wire.receive() => match message {
                     Ok(frame) => match self.outbox.receive(frame) {
-                        Ok(Some(FromBroker::Shutdown)) => break SessionEnd::Leave,
                         Ok(message) => {
                             let answer = message.and_then(|message| self.obey(message));
                             self.tell(answer);
                         }
-                        Err(error) => break SessionEnd::Lost(error.to_string()),
+                        Err(error) => break error.to_string(),
                     },
-                    Err(reason) => break SessionEnd::Lost(reason),
+                    Err(reason) => break reason,
                 },
                 () = room => {}
                 Some(event) = inbox.recv(), if self.outbox.has_room() => {
@@ -255,11 +249,8 @@ impl Node {
                 }
             }
         };
-        // Code 0 says that it will not come back.
-        match end {
-            SessionEnd::Leave => self.lose_broker(0),
-            SessionEnd::Lost(_) => self.lose_broker(1),
-        }
+        // Code 0 would say that it will not come back.
+        self.lose_broker(1);
         self.alone_since = Instant::now();
         if self.outbox.check().is_err() {
             // What is missing would be missed later.
@@ -329,7 +320,6 @@ impl Node {
     /// Does what the broker says. Gives the answer, if there is one at once.
     fn obey(&mut self, message: FromBroker) -> Option<FromCompNode> {
         match message {
-            FromBroker::Shutdown => None,
             FromBroker::HeartbeatAck { number, now_s } => {
                 if let Some(sent) = self.heartbeats.answered(number) {
                     self.clock.learn(sent, now_s);

@@ -184,8 +184,6 @@ pub enum FromBroker {
         /// The broker's clock, in seconds since it started.
         now_s: f64,
     },
-    /// The broker ends: leave.
-    Shutdown,
 }
 
 /// From a CompNode to the broker.

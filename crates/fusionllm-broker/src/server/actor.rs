@@ -185,10 +185,6 @@ pub(super) async fn run(
         };
         match command {
             Some(Command::Shutdown { reply }) => {
-                let all: Vec<ConnectionId> = actor.lines.keys().copied().collect();
-                for to in all {
-                    actor.send(to, FromBroker::Shutdown);
-                }
                 // Nobody may be waiting for it any more.
                 let _ = reply.send(());
                 break;

@@ -94,14 +94,6 @@ pub(super) async fn dial(endpoint: Endpoint, broker: PeerAddr, hello: Hello) -> 
     Ok(Connected { name, resumed, session, wire: BrokerWire::new(sink, source) })
 }
 
-/// Why a session with the broker ended.
-pub(super) enum SessionEnd {
-    /// Asked to go by the broker.
-    Leave,
-    /// The connection broke, and why.
-    Lost(String),
-}
-
 /// Both directions of the control stream. Dropped, both tasks end.
 pub(super) struct BrokerWire {
     incoming: mpsc::Receiver<Result<Numbered<FromBroker>, String>>,

@@ -39,13 +39,75 @@ fn a_job_runs_on_joined_machines_and_gives_the_losses_of_train() {
     bench.succeed("train job.toml --out here --compnodes 2");
     assert_eq!(losses(std::path::Path::new(&run)), losses(&bench.path("here")));
 
-    // The broker goes, and with it the CompNodes.
+    // The CompNodes stay when the broker goes, and go when they are asked.
     broker.signal("INT");
     assert_eq!(broker.finish().0, Some(0));
     for node in nodes {
+        node.signal("INT");
         let (code, _, err) = node.finish();
         assert_eq!(code, Some(0), "{err}");
     }
+}
+
+/// A job that takes long enough for something to happen to it.
+const LONG: &str = "--set train.steps=300 --set train.batch=32 --set checkpoint.every=5 --set checkpoint.keep=0";
+
+/// Waits until the only job is done, whoever submitted it may be gone.
+fn wait_until_done(bench: &Bench) -> Value {
+    let deadline = std::time::Instant::now() + crate::process::LIMIT;
+    loop {
+        let status = status(bench);
+        if status["jobs"][0]["state"]["state"] == "done" {
+            return status["jobs"][0].clone();
+        }
+        assert!(std::time::Instant::now() < deadline, "{status}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}
+
+/// Every step is there once, with the loss that it has where nothing is lost. A machine that comes back late finds the
+/// model cut anew, which changes the order of sums.
+fn assert_undisturbed(bench: &Bench, job: &Value) {
+    bench.succeed(&format!("train job.toml --out calm --compnodes 2 {LONG}"));
+    let got = losses(std::path::Path::new(job["run_dir"].as_str().unwrap()));
+    let calm = losses(&bench.path("calm"));
+    assert!(got.len() == calm.len() && got.iter().zip(&calm).all(|(a, b)| (a - b).abs() < 1e-3 * b), "{got:?}");
+}
+
+#[test]
+fn a_killed_broker_that_is_started_again_takes_its_job_back() {
+    let bench = Bench::new();
+    let (first, ticket) = broker(&bench);
+    let _nodes = [join(&bench, &ticket, "office"), join(&bench, &ticket, "rack")];
+    let mut follow = bench.start(&format!("submit job.toml --state state --follow --json {LONG}"));
+    follow.wait_for("\"event\":\"checkpoint\"");
+    first.signal("KILL");
+    drop(first);
+    drop(follow);
+    let known: fusionllm::transport::Ticket = ticket.parse().unwrap();
+    let again = format!("broker --bind {} --state state --runs runs --json", known.broker.addrs[0]);
+    let mut again = bench.start(&again);
+    again.wait_for("ticket");
+    let job = wait_until_done(&bench);
+    assert_undisturbed(&bench, &job);
+    let report = std::path::Path::new(job["run_dir"].as_str().unwrap()).join("report.md");
+    let report = std::fs::read_to_string(report).unwrap();
+    assert!(report.contains("the broker restarted after step"), "{report}");
+}
+
+#[test]
+fn a_killed_compnode_that_is_started_again_takes_part_again() {
+    let bench = Bench::new();
+    let (_broker, ticket) = broker(&bench);
+    let (_office, rack) = (join(&bench, &ticket, "office"), join(&bench, &ticket, "rack"));
+    let mut follow = bench.start(&format!("submit job.toml --state state --follow {LONG}"));
+    follow.wait_for("checkpoint at step");
+    rack.signal("KILL");
+    drop(rack);
+    let _rack = bench.start(&format!("join {ticket} --name rack --bind 127.0.0.1:0 --device cpu --data ."));
+    let (code, out, err) = follow.finish();
+    assert!(code == Some(0) && out.contains("note: CompNode `rack` vanished after step"), "{out}\n{err}");
+    assert_undisturbed(&bench, &wait_until_done(&bench));
 }
 
 #[test]
