@@ -26,21 +26,22 @@ mod tied;
 
 pub use adapt::{CodecChange, Controller, LinkObservation, StepObservation};
 pub use cluster::{
-    Cluster, ClusterFile, CompNodeProfile, DeviceEntry, Host, LinkEntry, LinkProfile, MAX_COMPNODES, Measured,
-    OpSeconds,
+    Cluster, ClusterFile, CompNodeProfile, DeviceEntry, FpBp, Host, LinkEntry, LinkProfile, MAX_COMPNODES, Measured,
 };
 pub use compare::{Candidate, compare};
 pub use compression::{Compression, Direction, best_of_ratio, compress, topk_of_ratio};
 pub use deferred::{Deferrable, may_defer};
 pub use draw::{format_bytes, format_seconds};
 pub use error::PlanError;
-pub use estimate::{CutBytes, Estimate, TRAINING_COPIES, pipeline_formula};
-pub use ids::{EdgeId, NodeIndex, Route, StageId, Way};
+pub use estimate::{CutBytes, Estimate, Station, TRAINING_COPIES, pipeline_formula};
+pub use ids::{EdgeId, NodeIndex, Route, StageId, Way, Ways};
 pub use partition::{Segment, StageSpec, Strategy, clusters_by_bandwidth};
 pub use pipeline::{Pipeline, Task, in_flight_limit};
 pub use placement::{PassPlan, Placement, PlacementSpec, Stage, StageEdge, TiedParam};
 pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan};
 pub use plan_spec::{Owner, PlanSpec};
 pub use ready::{Need, is_ready, needs};
-pub use simulate::{Blame, Cargo, Cause, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate};
+pub use simulate::{
+    Blame, Cargo, Cause, LinkUse, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate,
+};
 pub use tied::{Pieces, TIED_WINDOW};

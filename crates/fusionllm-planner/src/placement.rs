@@ -195,6 +195,12 @@ impl Placement {
         params.into_iter().collect()
     }
 
+    /// Bytes of the parameters that a CompNode holds, as f32.
+    pub fn param_bytes_of(&self, dag: &OpDag, node: NodeIndex) -> u64 {
+        let bytes = self.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes());
+        bytes.fold(0, u64::saturating_add)
+    }
+
     /// The largest number of messages of one edge and direction that can be on the way at once.
     pub fn window(&self) -> u32 {
         let train = self.nodes().flat_map(|node| self.live_bound(node).into_values()).max().unwrap_or(0);

@@ -264,7 +264,7 @@ mod tests {
     fn a_cluster_written_to_a_file_reads_back_as_it_was() {
         let mut cluster = file().resolve().unwrap();
         cluster.compnodes[0].host = Some(Host { name: "office".to_owned(), lanes: 1.5, threads: 4 });
-        let ops = [("add 1 1 > 1".to_owned(), super::super::OpSeconds { fp_s: 1e-3, bp_s: 2e-3 })];
+        let ops = [("add 1 1 > 1".to_owned(), super::super::FpBp { fp_s: 1e-3, bp_s: 2e-3 })];
         let measured = Measured { ops: ops.into(), update_s_per_byte: 1e-9, copy_s_per_byte: 2e-9 };
         cluster.compnodes[0].measured = Some(Arc::new(measured));
         cluster.links[2][0].bytes_per_s = 3e5;
