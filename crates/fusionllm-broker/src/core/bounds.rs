@@ -16,27 +16,27 @@ const SHARDS_AHEAD: u64 = 16;
 const MOST_NOTES: u32 = 1000;
 /// Longest text of a codec, in bytes.
 const CODEC_BYTES: usize = 200;
-/// What a shard takes besides its values: for the file, and for each tensor with its name.
-const FORM_BYTES: (u64, u64) = (1 << 20, 4 << 10);
+/// What a shard takes for its file, besides the values.
+const FILE_FORM_BYTES: u64 = 1 << 20;
+/// What a shard takes for each tensor with its name, besides the values.
+const TENSOR_FORM_BYTES: u64 = 4 << 10;
 /// The limit of a shard is a bound against abuse: a codec may come to keep more than is reckoned here.
 const SLACK: u64 = 2;
 
 /// Bytes that the shard of a CompNode has at most: parameters, optimizer state, and what codecs hold back.
 fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSpec) -> u64 {
-    let copies = 1 + spec.train.states().len() as u64;
-    let bytes = |elements: u64| elements.saturating_mul(4);
-    let params = placement.params_of(dag, node);
-    let values: u64 = params.iter().map(|&p| bytes(dag.param(p).elements()).saturating_mul(copies)).sum();
+    let values = spec.train.state_bytes(placement.param_bytes_of(dag, node));
     let touches = |stage| placement.holds(node, stage);
     let edges = placement.edges.iter().filter(|e| placement.is_boundary(e) && (touches(e.from) || touches(e.to)));
     let batch = spec.micro_batch_size() as usize;
     let held_back: u64 = edges.clone().map(|e| 2 * dag.op(e.op).output.bytes(batch)).sum();
     let tied = placement.tied.iter().filter(|tied| tied.holders.contains(&node));
-    let tied: u64 = tied.map(|t| bytes(dag.param(t.param).elements()).saturating_mul(t.holders.len() as u64)).sum();
-    let tensors = params.len() as u64 * (copies + placement.compnodes.len() as u64) + 2 * edges.count() as u64;
-    let (file, tensor) = FORM_BYTES;
-    let sum = values.saturating_add(held_back).saturating_add(tied).saturating_add(tensors.saturating_mul(tensor));
-    sum.saturating_mul(SLACK).saturating_add(file)
+    let tied: u64 = tied.map(|t| dag.param(t.param).bytes().saturating_mul(t.holders.len() as u64)).sum();
+    let copies = (1 + spec.train.states().len() + placement.compnodes.len()) as u64;
+    let tensors = placement.params_of(dag, node).len() as u64 * copies + 2 * edges.count() as u64;
+    let form = tensors.saturating_mul(TENSOR_FORM_BYTES);
+    let sum = values.saturating_add(held_back).saturating_add(tied).saturating_add(form);
+    sum.saturating_mul(SLACK).saturating_add(FILE_FORM_BYTES)
 }
 
 /// What the CompNodes of one placement have sent, held against what they may.
