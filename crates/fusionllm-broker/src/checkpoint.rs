@@ -31,7 +31,7 @@ pub(crate) use place::{
 pub(crate) use remove::Removal;
 pub use tensor_set::TensorSet;
 
-use crate::run_dir::io_error;
+use crate::files::io_error;
 use crate::{BrokerError, CheckpointError};
 use finish::check_params;
 use tensor_file::{TensorFile, io};

@@ -35,10 +35,11 @@ pub use events::{JobEvents, Submitted};
 
 use crate::BrokerError;
 use crate::core::{Core, Restored, ResumedBy, StartPoint, check_resumable};
+use crate::files::io_error;
 use crate::reach::Reach;
 use crate::report::RunReport;
 use crate::resume::{Resumption, resumed_job};
-use crate::run_dir::{check_run_folders, default_run_dir, free_run_dir, io_error, is_free};
+use crate::run_dir::{check_run_folders, default_run_dir, free_run_dir, is_free};
 use crate::store::{JobRecord, Store};
 use actor::{Command, RunDirChoice};
 use gate::Gate;

@@ -12,8 +12,9 @@ use super::place::{
 };
 use super::remove::remove;
 use super::tensor_file::TensorFile;
-use super::{MANIFEST, Origin, Removal, StoredShard, io_error, shard_name, tensor_set};
-use crate::run_dir::{RunFile, RunHome, sync_folder, write_atomic};
+use super::{MANIFEST, Origin, Removal, StoredShard, shard_name, tensor_set};
+use crate::files::{io_error, write_atomic};
+use crate::run_dir::{RunFile, RunHome};
 use crate::{BrokerError, CheckpointError};
 use fusionllm_planner::NodeIndex;
 

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use fusionllm_protocol::{Generation, JobSpec, RunId};
-use fusionllm_transport::{open_regular, read_regular};
+use fusionllm_transport::{open_regular, read_regular, remove_if_there};
 use serde::Deserialize;
 
 use super::tensor_file::io;
-use super::{MANIFEST, Removal, io_error};
+use super::{MANIFEST, Removal};
+use crate::files::io_error;
 use crate::run_dir::RunHome;
 use crate::{BrokerError, CheckpointError};
 
@@ -75,10 +76,7 @@ fn write_mark(folder: &Path, run: &RunId) -> Result<(), BrokerError> {
     let text = format!("{}\n", run.as_str());
     let write = |mut file: File| file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     // A torn one of ours, or a link, through which the mark would be written elsewhere.
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => return Err(io_error(&path, e)),
-        _ => {}
-    }
+    remove_if_there(&path).map_err(|e| io_error(&path, e))?;
     File::create_new(&path).and_then(write).map_err(|e| io_error(&path, e))
 }
 

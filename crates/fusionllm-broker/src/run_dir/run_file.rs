@@ -9,8 +9,9 @@ use fusionllm_transport::{is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
-use super::{RunDir, io_error};
+use super::RunDir;
 use crate::BrokerError;
+use crate::files::io_error;
 
 /// Where a run went on from that began with another run's checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,10 +13,11 @@ use super::watched::Watched;
 use crate::BrokerError;
 use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun};
+use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
-use crate::run_dir::{OpenedRun, RunDir, write_atomic};
+use crate::run_dir::{OpenedRun, RunDir};
 use crate::store::JobRecord;
 
 /// The way to the thread.

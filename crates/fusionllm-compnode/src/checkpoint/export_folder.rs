@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text};
+use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text, remove_if_there, sync_folder};
 
 use crate::{ExportError, ShardError};
 
@@ -160,9 +160,13 @@ impl TakenFolder {
             }
         }
         let (config, others): (Vec<_>, Vec<_>) = self.written.iter().partition(|name| **name == FILES[0]);
-        for name in others.into_iter().chain(config) {
-            let path = self.path.join(name);
-            std::fs::rename(self.temporary(name), &path).map_err(|e| io(&path, e))?;
+        for names in [others, config] {
+            for name in names {
+                let path = self.path.join(name);
+                std::fs::rename(self.temporary(name), &path).map_err(|e| io(&path, e))?;
+            }
+            // The disk, too, has the others first.
+            sync_folder(&self.path).map_err(|e| io(&self.path, e))?;
         }
         Ok(())
     }
@@ -179,13 +183,6 @@ impl Drop for TakenFolder {
             // What cannot be removed is known to be left over.
             let _ = std::fs::remove_file(self.temporary(name));
         }
-    }
-}
-
-fn remove_if_there(path: &Path) -> std::io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
     }
 }
 
