@@ -50,7 +50,7 @@ pub enum CodecError {
         /// Name of the codec.
         codec: &'static str,
         /// What was given.
-        element: super::ElementType,
+        element: crate::ElementType,
     },
     /// No codec has this name.
     #[error(

@@ -139,15 +139,17 @@ pub enum PlanError {
     /// Too many possibilities to try them all.
     #[error(
         "strategy `optimal` tries every placement of up to {most_compnodes} CompNodes and {most_ops} ops, here are {compnodes} and \
-         {ops}: use `op-fence`",
-        most_compnodes = crate::partition::MOST_COMPNODES,
-        most_ops = crate::partition::MOST_OPS
+         {ops}: use `op-fence`"
     )]
     TooLargeForOptimal {
-        /// CompNodes.
+        /// CompNodes of the cluster.
         compnodes: usize,
-        /// Ops.
+        /// Ops of the graph.
         ops: usize,
+        /// Most CompNodes that the strategy takes.
+        most_compnodes: usize,
+        /// Most ops that it takes.
+        most_ops: usize,
     },
     /// A boundary tensor is too large for its codec.
     #[error(transparent)]

@@ -5,10 +5,10 @@ mod memory;
 use fusionllm_codec::Codec;
 use fusionllm_graph::{OpDag, OpId};
 
+use crate::assemble::assemble;
 use crate::compression::{codec_s, compress_tied};
 use crate::deferred::defer;
 use crate::estimate::update_seconds;
-use crate::placement::assemble;
 use crate::{
     Cluster, CompNodeProfile, Compression, Deferrable, Direction, Estimate, FpBp, NodeIndex, Pipeline, Placement,
     PlanError, PlanSpec, Segment, Simulated, Stage, StageEdge, StepCosts, TiedParam, Way, Ways, compress, simulate,

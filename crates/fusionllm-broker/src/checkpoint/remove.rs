@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use fusionllm_protocol::Manifest;
 use fusionllm_transport::{read_regular_text, remove_if_there};
 
-use super::MANIFEST;
-use super::place::{LEFTOVER, MARK, PARTIAL, REMOVED, free_name, step_name, step_of};
+use super::names::{LEFTOVER, MANIFEST, MARK, PARTIAL, REMOVED, free_name, step_name, step_of};
 
 /// Names that are listed in a sentence.
 const NAMED: usize = 3;

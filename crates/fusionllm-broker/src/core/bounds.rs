@@ -4,9 +4,6 @@ use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{JobSpec, StepReport};
 
-use super::ConnectionId;
-use super::run::Run;
-
 /// Steps that the reports of one CompNode may be ahead of those of the slowest: what tiny steps amount to while a
 /// connection is out for as long as a lease lasts.
 const MOST_AHEAD: u64 = 100_000;
@@ -67,13 +64,13 @@ impl Bounds {
     }
 
     /// Whether the CompNode can have come as far as this step, by what it reported.
-    fn is_near(&self, node: NodeIndex, step: u64) -> bool {
+    pub(super) fn is_near(&self, node: NodeIndex, step: u64) -> bool {
         let reported = self.reported.get(node.index()).copied().unwrap_or(0);
         step.saturating_sub(reported) <= self.every.max(1).saturating_mul(SHARDS_AHEAD)
     }
 
     /// Why a shard of so many bytes cannot be the CompNode's: it is too large.
-    fn check_shard(&self, node: NodeIndex, bytes: u64) -> Result<(), String> {
+    pub(super) fn check_shard(&self, node: NodeIndex, bytes: u64) -> Result<(), String> {
         let limit = self.shards.get(node.index()).copied().unwrap_or(0);
         if bytes > limit {
             return Err(format!(
@@ -109,27 +106,10 @@ impl Bounds {
         }
         Ok(())
     }
-}
-
-impl Run {
-    /// Whether the shard is one that this CompNode owes; why it cannot be one if it is too large.
-    pub(super) fn wants_shard(
-        &self,
-        connection: ConnectionId,
-        node: NodeIndex,
-        step: u64,
-        bytes: u64,
-    ) -> Result<bool, String> {
-        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step) {
-            return Ok(false);
-        }
-        self.bounds.check_shard(node, bytes).map(|()| true)
-    }
 
     /// Whether one more note of a CompNode is kept.
-    pub(super) fn note_comes(&mut self, connection: ConnectionId) -> bool {
-        let is_member = self.node_of(connection).is_some();
-        self.bounds.notes = self.bounds.notes.saturating_add(u32::from(is_member));
-        is_member && self.bounds.notes <= MOST_NOTES
+    pub(super) fn note_comes(&mut self) -> bool {
+        self.notes = self.notes.saturating_add(1);
+        self.notes <= MOST_NOTES
     }
 }

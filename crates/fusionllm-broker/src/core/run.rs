@@ -330,4 +330,23 @@ impl Run {
     pub(super) fn is_done(&self) -> bool {
         self.merged == self.steps && self.finished.len() == self.members.len() && self.open.is_empty()
     }
+
+    /// Whether the shard is one that this CompNode owes; why it cannot be one if it is too large.
+    pub(super) fn wants_shard(
+        &self,
+        connection: ConnectionId,
+        node: NodeIndex,
+        step: u64,
+        bytes: u64,
+    ) -> Result<bool, String> {
+        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step) {
+            return Ok(false);
+        }
+        self.bounds.check_shard(node, bytes).map(|()| true)
+    }
+
+    /// Whether one more note of a CompNode is kept.
+    pub(super) fn note_comes(&mut self, connection: ConnectionId) -> bool {
+        self.node_of(connection).is_some() && self.bounds.note_comes()
+    }
 }

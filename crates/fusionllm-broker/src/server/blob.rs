@@ -10,8 +10,8 @@ use fusionllm_transport::{FileMode, FrameSource, Session, temporary_for, without
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::actor::Command;
-use super::{Handle, blocking};
+use super::command::Command;
+use super::handle::{Handle, blocking};
 use crate::BrokerError;
 use crate::checkpoint::{ShardHash, ShardPlace, StoredShard, TensorSet, make_partial, shard_name};
 use crate::core::{ConnectionId, CoreEvent};

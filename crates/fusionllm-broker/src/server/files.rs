@@ -7,7 +7,7 @@ use fusionllm_protocol::{Notice, RunKey, StepMetrics};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
-use super::actor::Command;
+use super::command::Command;
 use super::open_runs::OpenRuns;
 use super::watched::Watched;
 use crate::BrokerError;

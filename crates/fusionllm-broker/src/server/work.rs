@@ -7,7 +7,7 @@ use fusionllm_protocol::JobId;
 use tokio::sync::mpsc::WeakSender;
 use tokio::task::spawn_blocking;
 
-use super::actor::Command;
+use super::command::Command;
 use super::start::start_again;
 use crate::core::{CoreEvent, PlanInput};
 use crate::reach::Reach;

@@ -22,7 +22,8 @@ pub(crate) fn optimal(
 ) -> Result<Chain, PlanError> {
     let (devices, ops) = (cluster.compnodes.len(), estimate.ops());
     if devices > MOST_COMPNODES || ops > MOST_OPS {
-        return Err(PlanError::TooLargeForOptimal { compnodes: devices, ops });
+        let (most_compnodes, most_ops) = (MOST_COMPNODES, MOST_OPS);
+        return Err(PlanError::TooLargeForOptimal { compnodes: devices, ops, most_compnodes, most_ops });
     }
     let micro_batches = f64::from(micro_batches);
     let mut search = Search { best, estimate, cluster, pins, micro_batches, seconds };

@@ -3,19 +3,19 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pipeline::{Schedule, eval_orders, train_orders};
+use crate::pipeline::{OrderSpec, eval_orders, train_orders};
 use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, Station, TiedParam, pipeline_formula};
 
 /// Textbook orders.
-fn schedule(pipeline: Pipeline, micro_batches: u32) -> Schedule {
-    Schedule { pipeline, run_ahead: 0, micro_batches, delays: Vec::new() }
+fn order_spec(pipeline: Pipeline, micro_batches: u32) -> OrderSpec {
+    OrderSpec { pipeline, run_ahead: 0, micro_batches, delays: Vec::new() }
 }
 
 /// A chain of stages, one on each CompNode, with links of one byte per second and this latency.
 fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) -> (Placement, Cluster) {
     let ids: Vec<u32> = (0..stages as u32).collect();
     let (list, edges) = crate::testing::chain(&ids);
-    let train = train_orders(&list, &edges, stages, &schedule(pipeline, micro_batches)).unwrap();
+    let train = train_orders(&list, &edges, stages, &order_spec(pipeline, micro_batches)).unwrap();
     let eval = eval_orders(&list, &edges, stages, 1).unwrap();
     let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();
     let link = LinkProfile { latency_s, bytes_per_s: 1.0 };
