@@ -49,7 +49,7 @@ pub enum CodecError {
     ElementType {
         /// Name of the codec.
         codec: &'static str,
-        /// What was given.
+        /// Element type of the tensor.
         element: crate::ElementType,
     },
     /// No codec has this name.

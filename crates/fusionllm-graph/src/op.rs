@@ -78,7 +78,7 @@ pub enum OpKind {
     },
     /// Elementwise non-linearity.
     Activation {
-        /// Which one.
+        /// The function.
         function: ActivationFunction,
     },
     /// Sum of two tensors of one shape.

@@ -43,9 +43,9 @@ const LEAST_BYTES: u64 = 64 << 10;
 /// What a step showed of one direction of a link.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinkObservation {
-    /// Sender.
+    /// The CompNode that sends.
     pub from: NodeIndex,
-    /// Receiver.
+    /// The CompNode that receives.
     pub to: NodeIndex,
     /// Bytes of its tensors as dense f32.
     pub dense_bytes: u64,
@@ -60,28 +60,28 @@ pub struct LinkObservation {
 /// What a step showed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepObservation {
-    /// Updates done.
+    /// Updates done, this one included.
     pub step: u64,
-    /// Training loss.
+    /// Training loss of the step, in nats per token.
     pub loss: f64,
     /// Seconds that the busiest CompNode computed.
     pub compute_s: f64,
-    /// By direction.
+    /// What each direction of a link showed.
     pub links: Vec<LinkObservation>,
 }
 
 /// A codec that changes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CodecChange {
-    /// The edge.
+    /// The edge whose codec changes.
     pub edge: EdgeId,
-    /// What of it.
+    /// Whether the codec of its activations or of its gradients changes.
     pub way: Way,
-    /// Who sends it.
+    /// The CompNode that encodes.
     pub sender: NodeIndex,
-    /// From now on.
+    /// The codec from now on.
     pub codec: Codec,
-    /// Why, in words.
+    /// Why it changes, as a sentence.
     pub reason: String,
 }
 

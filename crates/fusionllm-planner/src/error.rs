@@ -49,9 +49,9 @@ pub enum PlanError {
     /// A number of a CompNode's profile is out of range.
     #[error("CompNode `{name}` has {what} {got}, expected {expected}")]
     Profile {
-        /// Which CompNode.
+        /// Name of the CompNode.
         name: String,
-        /// Which number.
+        /// Which number of its profile, as in the cluster file.
         what: &'static str,
         /// Its value as text.
         got: String,
@@ -88,7 +88,7 @@ pub enum PlanError {
          `{compnode}` has {memory_gb:.2} GB: use smaller micro-batches (more train.micro_batches) or a larger device"
     )]
     OpTooLarge {
-        /// Which op.
+        /// Name of the op.
         op: String,
         /// What it needs, in GB.
         needed_gb: f64,
@@ -129,7 +129,7 @@ pub enum PlanError {
         "CompNode `{compnode}` would need {needed_gb:.2} GB and has {memory_gb:.2} GB; strategy `op-fence` heeds memory"
     )]
     OverMemory {
-        /// Which CompNode.
+        /// Name of the CompNode.
         compnode: String,
         /// What it would need, in GB.
         needed_gb: f64,

@@ -12,7 +12,7 @@ use crate::{EdgeId, NodeIndex, Pipeline, Route, StageId, Task, Way};
 /// A contiguous piece of the topological order on one CompNode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Who holds it.
+    /// The CompNode that holds it.
     pub compnode: NodeIndex,
     /// Indices of its ops.
     pub ops: Range<usize>,
@@ -23,7 +23,7 @@ pub struct Segment {
 pub struct Stage {
     /// Its place along the pipeline.
     pub id: StageId,
-    /// Who holds it.
+    /// The CompNode that holds it.
     pub compnode: NodeIndex,
     /// Its ops, in topological order.
     pub ops: Vec<OpId>,
@@ -33,7 +33,7 @@ pub struct Stage {
 /// receiving stage consume it. It is a boundary edge if the two stages live on different CompNodes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageEdge {
-    /// Its number.
+    /// Its number: its place in [`Placement::edges`].
     pub id: EdgeId,
     /// The op whose output flows.
     pub op: OpId,
@@ -58,7 +58,7 @@ pub struct TiedParam {
     pub param: ParamId,
     /// Who holds it, ascending. The first one counts it in the global norm.
     pub holders: Vec<NodeIndex>,
-    /// Its elements.
+    /// How many elements it has.
     pub elements: u64,
     /// How each holder's gradient is encoded: plain or quantized, without memory of earlier messages.
     pub codec: Codec,
@@ -69,7 +69,7 @@ pub struct TiedParam {
 pub struct PassPlan {
     /// Micro-batches in the pass.
     pub micro_batches: u32,
-    /// The order of every CompNode.
+    /// The task order of each CompNode, in the placement's order.
     pub orders: Vec<Vec<Task>>,
 }
 
@@ -84,11 +84,11 @@ pub struct Placement {
     pub edges: Vec<StageEdge>,
     /// Parameters held more than once.
     pub tied: Vec<TiedParam>,
-    /// Which pipeline.
+    /// How FP and BP alternate in a training step.
     pub pipeline: Pipeline,
-    /// The training step.
+    /// Task orders of a training step.
     pub train: PassPlan,
-    /// The evaluation pass.
+    /// Task orders of an evaluation pass.
     pub eval: PassPlan,
 }
 

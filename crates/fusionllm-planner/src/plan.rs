@@ -15,7 +15,7 @@ use crate::{
 /// What one CompNode is predicted to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CompNodePrediction {
-    /// Its name.
+    /// Name of the CompNode.
     pub name: String,
     /// How many ops it holds.
     pub ops: usize,
@@ -23,7 +23,7 @@ pub struct CompNodePrediction {
     pub parameters: u64,
     /// FP of a micro-batch through all its stages, in seconds.
     pub fp_s: f64,
-    /// BP likewise.
+    /// BP of a micro-batch through all its stages, in seconds.
     pub bp_s: f64,
     /// Weights, gradients, optimizer state, live activations and buffers, in bytes.
     pub memory_bytes: f64,
@@ -45,9 +45,9 @@ impl CompNodePrediction {
 /// What one direction of a link is predicted to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkPrediction {
-    /// Sender.
+    /// Name of the CompNode that sends.
     pub from: String,
-    /// Receiver.
+    /// Name of the CompNode that receives.
     pub to: String,
     /// Bytes in a step, as encoded.
     pub bytes: f64,
@@ -64,9 +64,9 @@ pub struct Prediction {
     pub formula_s: f64,
     /// Tokens per second.
     pub tokens_per_s: f64,
-    /// By CompNode.
+    /// What each CompNode does, in the placement's order.
     pub compnodes: Vec<CompNodePrediction>,
-    /// By direction of a link that carries something.
+    /// What each direction of a link carries, of those that carry something.
     pub links: Vec<LinkPrediction>,
     /// What the step waits for, in words, the largest share first.
     pub critical_path: Vec<String>,
@@ -75,7 +75,7 @@ pub struct Prediction {
 /// A placement with its prediction.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// Who holds what.
+    /// Which CompNode holds which ops, and in which order each works.
     pub placement: Placement,
     /// The CompNodes and links that it uses, in its order.
     pub cluster: Cluster,

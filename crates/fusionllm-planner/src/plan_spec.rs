@@ -59,11 +59,11 @@ pub struct StageSpec {
 /// What [`crate::place`] is asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlacementSpec {
-    /// How to cut.
+    /// How the OP-DAG is cut.
     pub strategy: Strategy,
     /// Explicit stages; empty to let the strategy cut.
     pub stages: Vec<StageSpec>,
-    /// Which pipeline.
+    /// How FP and BP alternate in a training step.
     pub pipeline: Pipeline,
     /// How many micro-batches further than 1F1B a stage may be ahead of its BP; if not given, as many as the step gains
     /// from and memory holds.

@@ -26,7 +26,7 @@ pub(crate) struct Priced {
     /// By edge: dense bytes over sent bytes.
     pub(crate) ratios: Vec<Ways<f64>>,
     pub(crate) costs: StepCosts,
-    /// By CompNode.
+    /// Memory that it takes, by CompNode in the placement's order.
     pub(crate) memory: Vec<Memory>,
 }
 

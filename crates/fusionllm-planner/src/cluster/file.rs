@@ -33,7 +33,7 @@ pub struct ClusterFile {
 pub struct DeviceEntry {
     /// Name; with `count`, numbers are appended: `gpu-0`, `gpu-1`, ...
     pub name: String,
-    /// How many.
+    /// How many such devices there are.
     #[serde(default = "one")]
     pub count: usize,
     /// Where they stand, for link rules.
@@ -56,7 +56,7 @@ pub struct DeviceEntry {
     /// The machine whose compute it shares with others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<Host>,
-    /// What was measured.
+    /// Seconds of ops, as measured; they go before what follows from the speeds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<Measured>,
 }
@@ -65,9 +65,9 @@ pub struct DeviceEntry {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinkEntry {
-    /// Name of a device or of a site, or `*`.
+    /// The sending end: name of a device or of a site, or `*`.
     pub from: String,
-    /// Likewise.
+    /// The receiving end: name of a device or of a site, or `*`.
     pub to: String,
     /// α, one way, in milliseconds.
     pub latency_ms: f64,

@@ -18,15 +18,15 @@ pub enum Cause {
 /// A task on its CompNode.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
-    /// Where.
+    /// The CompNode that does it.
     pub node: NodeIndex,
-    /// What.
+    /// What it does.
     pub task: Task,
-    /// From when, in seconds from the step's begin.
+    /// When it begins, in seconds from the step's begin.
     pub start_s: f64,
-    /// Until when.
+    /// When it ends, in seconds from the step's begin.
     pub end_s: f64,
-    /// Why not earlier.
+    /// Why it did not begin earlier.
     pub cause: Cause,
 }
 
@@ -46,21 +46,21 @@ pub enum Cargo {
 /// A message on its link.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Transfer {
-    /// Sender.
+    /// The CompNode that sends it.
     pub from: NodeIndex,
-    /// Receiver.
+    /// The CompNode that receives it.
     pub to: NodeIndex,
-    /// What it carries.
+    /// What the message carries.
     pub cargo: Cargo,
     /// Bytes as encoded.
     pub bytes: f64,
-    /// When it begins to occupy the link.
+    /// When it begins to occupy the link, in seconds from the step's begin.
     pub start_s: f64,
-    /// When the link is free again.
+    /// When the link is free again, in seconds from the step's begin.
     pub sent_s: f64,
-    /// When the receiver has it, decoded.
+    /// When the receiver has it, decoded, in seconds from the step's begin.
     pub end_s: f64,
-    /// Why it did not start earlier.
+    /// Why it did not begin earlier.
     pub cause: Cause,
 }
 
