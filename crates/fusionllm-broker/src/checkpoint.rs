@@ -30,7 +30,6 @@ pub(crate) use place::{Maker, checkpoints_of, drop_partial, make_partial, makers
 pub(crate) use remove::Removal;
 pub use tensor_set::TensorSet;
 
-use crate::files::io_error;
 use crate::{BrokerError, CheckpointError};
 use finish::check_params;
 use names::MANIFEST;

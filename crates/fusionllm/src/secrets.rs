@@ -1,6 +1,6 @@
 //! Tickets: where a command finds one, and how one is handed over.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::path::Path;
 
 use anyhow::Context;

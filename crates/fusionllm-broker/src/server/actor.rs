@@ -5,25 +5,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{
-    BlobHeader, CodecNote, FromBroker, FromCompNode, Inventory, JobEvent, JobId, JobSpec, JobState, ProtocolError,
-    RunKey, StatusReport,
-};
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use fusionllm_protocol::{CodecNote, FromBroker, JobEvent, JobId, JobState, ProtocolError};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::answers::Answers;
-use super::command::{Command, Control, Joined, Reply, RunDirChoice, ToCompNode, lock};
+use super::command::{Command, Control, Joined, RunDirChoice, ToCompNode, lock};
 use super::events::{JobEvents, Submitted};
 use super::files::Files;
 use super::records::Records;
 use super::work;
 use crate::BrokerError;
-use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, StartPoint};
+use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining};
 use crate::reach::Reach;
-use crate::report::RunReport;
 use crate::run_dir::free_run_dir;
-use crate::store::JobRecord;
 
 /// How often leases are looked at.
 const TICK: Duration = Duration::from_secs(1);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fusionllm_protocol::{
-    BlobHeader, ControlStream, FromBroker, FromCompNode, Inventory, JobId, JobSpec, Numbered, StatusReport,
+    BlobHeader, ControlStream, FromBroker, FromCompNode, Inventory, JobId, JobSpec, Numbered, RunKey, StatusReport,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::events::Submitted;
 use crate::BrokerError;
 use crate::checkpoint::TensorSet;
-use crate::core::{ConnectionId, CoreEvent, Joining, RunKey, StartPoint};
+use crate::core::{ConnectionId, CoreEvent, Joining, StartPoint};
 use crate::report::RunReport;
 use crate::store::JobRecord;
 

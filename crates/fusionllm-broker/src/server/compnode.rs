@@ -1,11 +1,10 @@
 //! One connection of a CompNode.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{
-    ControlStream, FromBroker, FromCompNode, Numbered, ProtocolError, RunKey, Welcome, clean, decode_clean, encode,
+    FromBroker, FromCompNode, Numbered, ProtocolError, RunKey, Welcome, clean, decode_clean, encode,
 };
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::mpsc;
@@ -16,7 +15,6 @@ use super::blob;
 use super::command::{Command, Control, Joined, ToCompNode, lock};
 use super::gate::Pass;
 use super::handle::Handle;
-use crate::checkpoint::TensorSet;
 use crate::core::{ConnectionId, CoreEvent, Joining};
 
 /// Messages that may wait for a slow CompNode.

@@ -101,11 +101,11 @@ impl Files {
 
 struct Keeper {
     open_runs: OpenRuns,
-    runs: BTreeMap<RunKey, KeptRun>,
+    runs: BTreeMap<RunKey, RunFiles>,
 }
 
 /// A run at work.
-struct KeptRun {
+struct RunFiles {
     opened: OpenedRun,
     dir: RunDir,
     metrics: MetricsWriter,
@@ -203,7 +203,7 @@ impl Keeper {
         self.open_runs.set(open.key, Some(opened.place.clone()));
         let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
         let course = Course::at(open.start_step);
-        self.runs.insert(open.key, KeptRun { opened, dir, metrics, predicted, course, unpruned: None });
+        self.runs.insert(open.key, RunFiles { opened, dir, metrics, predicted, course, unpruned: None });
         Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
     }
 
@@ -248,7 +248,7 @@ impl Keeper {
     }
 }
 
-impl KeptRun {
+impl RunFiles {
     /// Appends a step. Gives what its user must know.
     fn append(&mut self, metrics: &StepMetrics) -> Result<Vec<String>, BrokerError> {
         let mut notices: Vec<String> = self.metrics.append(&self.dir.metrics(), metrics)?.into_iter().collect();

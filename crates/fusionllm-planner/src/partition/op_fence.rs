@@ -151,10 +151,10 @@ fn orders(judge: &Judge<'_>) -> Vec<Vec<usize>> {
     // Half as many CompNodes, the faster ones, in the same line; and again.
     let mut keep = n / 2;
     while keep >= 1 {
-        let kept: Vec<usize> = by_speed.iter().copied().take(keep).collect();
+        let faster: Vec<usize> = by_speed.iter().copied().take(keep).collect();
         for base in orders.clone().into_iter().take(2) {
-            let is_kept = |d: &usize| kept.contains(d) || judge.owner == Some(*d);
-            orders.push(base.into_iter().filter(is_kept).collect());
+            let is_used = |d: &usize| faster.contains(d) || judge.owner == Some(*d);
+            orders.push(base.into_iter().filter(is_used).collect());
         }
         keep /= 2;
     }

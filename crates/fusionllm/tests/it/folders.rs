@@ -1,6 +1,6 @@
 //! A folder belongs to one run: shared folders, locks, abandoned futures, damage, full disks.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
