@@ -30,13 +30,13 @@ use crate::{CompNodeError, ExecutorError};
 /// What a task loop works by.
 #[derive(Clone, Debug)]
 pub struct TrainPlan {
-    /// The OP-DAG.
+    /// The whole OP-DAG, of which this CompNode has a part.
     pub dag: Arc<OpDag>,
     /// Who holds what, and the task orders.
     pub placement: Arc<Placement>,
-    /// Which CompNode this is.
+    /// This CompNode, by its place in the placement.
     pub node: NodeIndex,
-    /// The job.
+    /// The job, with every default filled in.
     pub spec: JobSpec,
     /// Updates already done.
     pub start_step: u64,

@@ -39,7 +39,7 @@ fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSp
 /// What the CompNodes of one placement have sent, held against what they may.
 #[derive(Debug, Default)]
 pub(super) struct Bounds {
-    /// By CompNode.
+    /// Most bytes of a shard, by CompNode.
     shards: Vec<u64>,
     /// Steps that each has reported.
     reported: Vec<u64>,

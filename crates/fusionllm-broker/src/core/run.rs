@@ -39,7 +39,7 @@ pub(super) struct MergedStep {
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) key: RunKey,
-    /// In the placement's order.
+    /// Connections of its CompNodes, in the placement's order.
     pub(super) members: Vec<ConnectionId>,
     pub(super) dag: Arc<OpDag>,
     /// Where the model came from, and its data once the owner has read it.

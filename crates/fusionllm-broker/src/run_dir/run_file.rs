@@ -19,9 +19,9 @@ pub(crate) struct Parent {
     /// The other run; those of version 0.1.0 have no id.
     #[serde(default)]
     pub(crate) run: Option<RunId>,
-    /// The checkpoint's folder.
+    /// Folder of the checkpoint.
     pub(crate) path: PathBuf,
-    /// Its step.
+    /// Updates done in the checkpoint.
     pub(crate) step: u64,
 }
 

@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text, remove_if_there, sync_folder};
+use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text, remove_if_there};
 
 use crate::{ExportError, ShardError};
 
@@ -160,13 +160,9 @@ impl TakenFolder {
             }
         }
         let (config, others): (Vec<_>, Vec<_>) = self.written.iter().partition(|name| **name == FILES[0]);
-        for names in [others, config] {
-            for name in names {
-                let path = self.path.join(name);
-                std::fs::rename(self.temporary(name), &path).map_err(|e| io(&path, e))?;
-            }
-            // The disk, too, has the others first.
-            sync_folder(&self.path).map_err(|e| io(&self.path, e))?;
+        for name in others.into_iter().chain(config) {
+            let path = self.path.join(name);
+            std::fs::rename(self.temporary(name), &path).map_err(|e| io(&path, e))?;
         }
         Ok(())
     }
