@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
+use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Generation, JobSpec, Manifest, RunId, ShardEntry};
+use fusionllm_transport::sync_folder;
 use safetensors::tensor::Dtype;
 
 use super::names::{ABANDONED, ASIDE, MANIFEST, free_name, partial_folder, shard_name, step_name, step_of};
@@ -15,7 +17,6 @@ use super::{Origin, Removal, StoredShard, tensor_set};
 use crate::files::{io_error, write_atomic};
 use crate::run_dir::{RunFile, RunHome};
 use crate::{BrokerError, CheckpointError};
-use fusionllm_planner::NodeIndex;
 
 /// A loss this many times the lowest one, and [`EXPLODED_BY`] above it, is no noise any more.
 const EXPLODED_TIMES: f64 = 1.5;
