@@ -7,6 +7,7 @@
 mod find;
 mod finish;
 mod hash;
+mod names;
 mod origin;
 mod place;
 mod remove;
@@ -17,26 +18,22 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::Manifest;
 use fusionllm_transport::read_regular;
 
 pub(crate) use find::{Meant, Newest, loss_of, meant, newest_of, open_newest};
 pub(crate) use finish::{Abandoned, Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
 pub(crate) use hash::ShardHash;
+pub(crate) use names::{free_name, shard_name, step_name};
 pub(crate) use origin::{Origin, TOKENIZER};
-pub(crate) use place::{
-    Maker, checkpoints_of, drop_partial, free_name, make_partial, makers_in, remove_partial, step_name, steps_in,
-};
+pub(crate) use place::{Maker, checkpoints_of, drop_partial, make_partial, makers_in, remove_partial, steps_in};
 pub(crate) use remove::Removal;
 pub use tensor_set::TensorSet;
 
-use crate::run_dir::io_error;
 use crate::{BrokerError, CheckpointError};
 use finish::check_params;
+use names::MANIFEST;
 use tensor_file::{TensorFile, io};
-
-const MANIFEST: &str = "manifest.json";
 
 /// A shard that lies in its partial folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,11 +44,6 @@ pub(crate) struct StoredShard {
     pub(crate) blake3: String,
     /// A tensor with values that are not finite, if there is one.
     pub(crate) not_finite: Option<String>,
-}
-
-/// File name of a CompNode's shard.
-pub(crate) fn shard_name(node: NodeIndex) -> String {
-    format!("shard-{}.safetensors", node.0)
 }
 
 /// A whole checkpoint.

@@ -112,9 +112,9 @@ pub(crate) struct Core {
     compnodes: Registry,
     survey: Survey,
     jobs: BTreeMap<JobId, Job>,
-    /// The last tick.
+    /// When the last tick was.
     ticked: Option<Duration>,
-    /// Placements asked for.
+    /// How many placements were asked for so far: each has a number.
     plans: u64,
     durable: Durability,
     /// How a job goes on that has ended early.

@@ -32,7 +32,7 @@ pub enum BrokerError {
     Graph {
         /// Name or path of the model.
         model: String,
-        /// What is wrong.
+        /// What is wrong with its graph.
         source: GraphError,
     },
     /// The model's files are wrong.
@@ -54,17 +54,17 @@ pub enum BrokerError {
         "{path} is at step {step} already, train.steps = {steps}: raise train.steps to go on, with --set train.steps=N"
     )]
     NothingLeft {
-        /// The checkpoint.
+        /// Folder of the checkpoint.
         path: PathBuf,
-        /// Its step.
+        /// Updates done in the checkpoint.
         step: u64,
-        /// What the job asks for.
+        /// Updates that the job asks for.
         steps: u64,
     },
     /// The run directory is in use.
     #[error("run directory {path} exists and is not empty, give another one or resume from it")]
     RunDirNotEmpty {
-        /// Which.
+        /// The run directory.
         path: PathBuf,
     },
     /// Another process works there.
@@ -72,7 +72,7 @@ pub enum BrokerError {
     InUse {
         /// The folder.
         path: PathBuf,
-        /// Who holds it.
+        /// Who works there, in words: a run and its process, or another process.
         holder: String,
     },
     /// What has the name of a lock is none of ours.
@@ -152,9 +152,9 @@ pub enum BrokerError {
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// What the operating system says.
         source: std::io::Error,
     },
     /// The socket cannot be bound.
@@ -177,7 +177,7 @@ pub enum BrokerError {
     /// A ticket cannot be made or revoked.
     #[error("{reason}")]
     Ticket {
-        /// Why not.
+        /// Why it cannot be made or revoked.
         reason: String,
     },
     /// A ticket was revoked, and that could not be written.
@@ -226,7 +226,7 @@ pub enum BrokerError {
     StateShared {
         /// The folder.
         path: PathBuf,
-        /// What is in it.
+        /// Name of something in it that is not of a broker.
         other: String,
     },
     /// A job names a file or folder that the broker does not touch for others.
@@ -237,7 +237,7 @@ pub enum BrokerError {
     OutOfReach {
         /// The job's key.
         key: &'static str,
-        /// What it names.
+        /// The file or folder that the key names.
         path: PathBuf,
         /// What the broker would do there.
         purpose: &'static str,
@@ -256,7 +256,7 @@ pub enum BrokerError {
     /// The store cannot be written, so that nothing is taken in.
     #[error("the broker cannot write its state, and takes no jobs until it can: {reason}")]
     NotDurable {
-        /// Why.
+        /// Why the store cannot be written.
         reason: String,
     },
     /// A job's checkpoints are not where they were.
@@ -265,7 +265,7 @@ pub enum BrokerError {
          `--step 0` begins anew"
     )]
     CheckpointGone {
-        /// Its step.
+        /// Updates done in the checkpoint that is gone.
         step: u64,
         /// Where it was looked for.
         path: PathBuf,
@@ -275,23 +275,23 @@ pub enum BrokerError {
         "it is done, but the broker cannot write its state yet, and would not know of it after a restart: {reason}"
     )]
     NotWritten {
-        /// Why.
+        /// Why the store cannot be written.
         reason: String,
     },
     /// No such job.
     #[error("there is no {job}")]
     UnknownJob {
-        /// Which.
+        /// The job that was asked for.
         job: JobId,
     },
     /// The job's state does not allow it.
     #[error("{job} {state}, expected {expected}")]
     JobState {
-        /// Which.
+        /// The job that was asked for.
         job: JobId,
-        /// What it is, as words.
+        /// Its state, as the predicate of a sentence.
         state: &'static str,
-        /// What it should be.
+        /// The states in which it could be done.
         expected: &'static str,
     },
     /// The broker has ended.
@@ -377,7 +377,7 @@ pub enum StoreError {
     Io {
         /// Its file.
         path: PathBuf,
-        /// Why.
+        /// What the operating system says.
         source: std::io::Error,
     },
     /// Another broker has it.
@@ -404,9 +404,9 @@ pub enum StoreError {
     Entry {
         /// Its file.
         path: PathBuf,
-        /// Which job.
+        /// Number of the job.
         job: u64,
-        /// What is wrong.
+        /// The parser's message.
         reason: String,
     },
 }

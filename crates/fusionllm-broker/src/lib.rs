@@ -7,6 +7,7 @@ mod checkpoint;
 mod cluster_file;
 mod core;
 mod error;
+mod files;
 mod metrics;
 mod model;
 mod plot;
@@ -24,10 +25,9 @@ pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
 pub use cluster_file::read_cluster;
 pub use core::ResumedBy;
 pub use error::{BrokerError, CheckpointError, StoreError};
+pub use files::write_atomic;
 pub use model::{LoadedModel, ModelNote, load_model, load_model_dir, model_tokenizer, read_model};
 pub use report::RunReport;
 pub use resume::{Resumption, find_resumption, resumed_job};
-pub use run_dir::{
-    PlacementFile, StageSummary, check_run_folders, default_run_dir, free_run_dir, is_free, write_atomic,
-};
+pub use run_dir::{PlacementFile, StageSummary, check_run_folders, default_run_dir, free_run_dir, is_free};
 pub use server::{Broker, BrokerConfig, JobEvents, Submitted};

@@ -9,7 +9,7 @@ use fusionllm_transport::open_regular;
 use serde::Deserialize;
 
 use crate::BrokerError;
-use crate::run_dir::io_error;
+use crate::files::io_error;
 
 /// A longer line is no line of ours.
 const MAX_LINE_BYTES: u64 = 16 << 20;

@@ -16,7 +16,7 @@ const POINTS: usize = 4096;
 /// Training loss, smoothed, and evaluation loss, against what all links have sent so far.
 #[derive(Clone, Debug)]
 pub(crate) struct LossPlot {
-    /// Megabytes.
+    /// Megabytes sent so far.
     sent: f64,
     smooth: Option<f64>,
     training: Thinned<(f64, f64)>,

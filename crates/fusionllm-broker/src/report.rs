@@ -19,24 +19,24 @@ const LAST_STEPS: usize = 20;
 /// What one link carried over the whole run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LinkTotal {
-    /// Sending CompNode.
+    /// Name of the CompNode that sent.
     pub from: String,
-    /// Receiving CompNode.
+    /// Name of the CompNode that received.
     pub to: String,
-    /// Bytes sent.
+    /// Bytes sent, as encoded, with headers.
     pub bytes: u64,
     /// Bytes of the same tensors as dense fp32.
     pub dense_bytes: u64,
-    /// Codec.
+    /// The codec, in the text form of job files.
     pub codec: String,
 }
 
 /// What came out of a run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunReport {
-    /// The job.
+    /// Number of the job.
     pub job: JobId,
-    /// Its name.
+    /// Name of the job.
     pub name: String,
     /// How it ended.
     #[serde(flatten)]
@@ -57,25 +57,25 @@ pub struct RunReport {
     pub unigram_loss: Option<f64>,
     /// The same per UTF-8 byte, in bits.
     pub unigram_bits_per_byte: Option<f64>,
-    /// Tokens trained on.
+    /// Tokens trained on, repeated ones too.
     pub tokens: u64,
     /// Sum of the steps' wall times, in seconds.
     pub train_s: f64,
-    /// By the median step.
+    /// Tokens in a second of the median step.
     pub tokens_per_s: Option<f64>,
     /// Seconds of the median step.
     pub step_s: Option<f64>,
     /// What the plan said that a step would take, in seconds.
     pub predicted_step_s: Option<f64>,
-    /// What the data owner found.
+    /// What the data owner found in its data.
     pub data: Option<DataReport>,
-    /// Who held what.
+    /// Which CompNode held which ops.
     pub stages: Vec<StageSummary>,
-    /// What the links carried.
+    /// What each direction of a link carried, by codec.
     pub links: Vec<LinkTotal>,
     /// Updates of which `metrics.jsonl` has no figures; nothing where it is not known after which step the run began.
     pub missing_steps: Option<u64>,
-    /// What its user must see.
+    /// What the user of the job must see, oldest first.
     pub notices: Vec<Notice>,
 }
 

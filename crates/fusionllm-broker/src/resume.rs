@@ -9,7 +9,8 @@ use crate::checkpoint::{
     Checkpoint, Meant, Newest, checkpoints_of, has_exploded, loss_of, meant, newest_of, open_newest,
 };
 use crate::checkpoint::{makers_in, open_at, step_name};
-use crate::run_dir::{Parent, RunHome, RunStart, io_error, is_free};
+use crate::files::io_error;
+use crate::run_dir::{Parent, RunHome, RunStart, is_free};
 use crate::{BrokerError, CheckpointError};
 
 /// A run that goes on.

@@ -1,4 +1,4 @@
-//! Layout of a run directory, and the one way in which whole files are written.
+//! Layout of a run directory.
 //!
 //! | file | what |
 //! |---|---|
@@ -20,18 +20,17 @@ mod open;
 mod run_file;
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
 use fusionllm_protocol::{Generation, JobSpec, Notice};
-use fusionllm_transport::{is_same_file, no_folder_above, read_regular, without_temporary_name};
+use fusionllm_transport::{is_same_file, no_folder_above, read_regular};
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use crate::BrokerError;
+use crate::files::{io_error, write_atomic};
 use crate::metrics::each_line;
 pub(crate) use lock::FolderLock;
 pub(crate) use open::{OpenedRun, RunStart};
@@ -214,98 +213,9 @@ pub fn is_free(path: &Path) -> bool {
         .map_or(!path.exists(), |mut entries| entries.all(is_lock) && FolderLock::check(path).is_ok())
 }
 
-pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
-    BrokerError::Io { path: path.to_owned(), source }
-}
-
-/// Writes a whole file or nothing: temporary name beside it, sync, rename, sync of the folder.
-///
-/// # Errors
-/// [`BrokerError::Io`] that names the file.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
-    write_atomic_with_mode(path, bytes, FOR_ALL)
-}
-
-/// The same, readable by the owner alone.
-pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
-    write_atomic_with_mode(path, bytes, 0o600)
-}
-
-/// What the process's mask leaves of it is what others may do.
-pub(crate) const FOR_ALL: u32 = 0o666;
-
-/// A file beside `path` that is to take its name, and is gone if it does not.
-pub(crate) fn temporary_for(path: &Path, mode: u32) -> std::io::Result<NamedTempFile> {
-    let mut prefix = path.file_name().unwrap_or_default().to_owned();
-    prefix.push(".");
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix).suffix(".tmp");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
-    #[cfg(not(unix))]
-    let _ = mode;
-    builder.tempfile_in(folder_of(path)).map_err(without_temporary_name)
-}
-
-/// The folder in which a file lies.
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-fn write_atomic_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), BrokerError> {
-    let folder = folder_of(path);
-    // What is wrong with the folder is said of the file, and not of a temporary one that nobody has heard of.
-    std::fs::metadata(folder).map_err(|e| io_error(path, e))?;
-    let mut file = temporary_for(path, mode).map_err(|e| io_error(path, e))?;
-    // The file itself, whose errors do not name it.
-    file.as_file_mut().write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(|e| io_error(path, e))?;
-    file.persist(path).map_err(|e| io_error(path, e.error))?;
-    sync_folder(folder).map_err(|e| io_error(folder, e))
-}
-
-/// Makes renames in the folder last. Only Unix lets a folder be opened.
-pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[cfg(unix)]
-    #[test]
-    fn what_is_no_secret_has_the_mode_of_any_file() {
-        use std::os::unix::fs::PermissionsExt;
-
-        let folder = tempfile::tempdir().unwrap();
-        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        let (plain, shard, secret) = (folder.path().join("a"), folder.path().join("b"), folder.path().join("c"));
-        File::create(&plain).unwrap();
-        temporary_for(&shard, FOR_ALL).unwrap().persist(&shard).unwrap();
-        write_private(&secret, b"").unwrap();
-        assert_eq!((mode(&shard), mode(&secret)), (mode(&plain), 0o600));
-    }
-
-    #[test]
-    fn an_atomic_write_leaves_one_file_and_no_temporary() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.json");
-        write_atomic(&path, b"one").unwrap();
-        write_atomic(&path, b"two").unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"two");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn a_private_file_is_readable_by_its_owner_alone() {
-        use std::os::unix::fs::PermissionsExt;
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("ticket");
-        write_private(&path, b"x").unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    }
 
     #[test]
     fn a_run_directory_has_name_and_time() {
@@ -324,13 +234,6 @@ mod tests {
         let mut file = std::fs::OpenOptions::new().append(true).open(dir.notices()).unwrap();
         file.write_all(b"{\"step\":7,").unwrap();
         assert_eq!(dir.read_notices().unwrap(), [notice(0, "weights: new"), notice(5, "line\nbreak")]);
-    }
-
-    #[test]
-    fn a_failed_write_names_the_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("none").join("x.json");
-        assert!(write_atomic(&path, b"one").unwrap_err().to_string().contains("x.json"));
     }
 
     #[test]

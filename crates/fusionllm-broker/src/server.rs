@@ -7,10 +7,12 @@ mod actor;
 mod answers;
 mod blob;
 mod client;
+mod command;
 mod compnode;
 mod events;
 mod files;
 mod gate;
+mod handle;
 mod listen;
 mod open_runs;
 mod records;
@@ -23,31 +25,29 @@ mod work;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use fusionllm_protocol::{Inventory, JobId, JobSpec, StatusReport, TicketRole};
 use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Ticket, make_private_dir};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use events::{JobEvents, Submitted};
 
 use crate::BrokerError;
-use crate::core::{Core, Restored, ResumedBy, StartPoint, check_resumable};
+use crate::core::{Core, Restored, ResumedBy};
+use crate::files::io_error;
 use crate::reach::Reach;
 use crate::report::RunReport;
-use crate::resume::{Resumption, resumed_job};
-use crate::run_dir::{check_run_folders, default_run_dir, free_run_dir, io_error, is_free};
-use crate::store::{JobRecord, Store};
-use actor::{Command, RunDirChoice};
+use crate::resume::Resumption;
+use crate::store::Store;
+use command::{Command, RunDirChoice};
 use gate::Gate;
+use handle::{Handle, Taken, blocking};
 use open_runs::OpenRuns;
-use start::{planned_by, restored, resumed_start, start_at, start_of};
+use start::{restored, start_at};
 use watched::Watched;
-
-/// A job that was taken in, or why not.
-type Taken = Result<Submitted, BrokerError>;
 
 /// How long connections may take to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
@@ -220,127 +220,6 @@ impl Broker {
         self.listener.abort();
         self.endpoint.close().await;
     }
-}
-
-/// The way to the actor.
-#[derive(Clone, Debug)]
-pub(crate) struct Handle {
-    commands: mpsc::Sender<Command>,
-    runs_dir: Arc<Path>,
-    state_dir: Arc<Path>,
-    reach: Arc<Reach>,
-    open_runs: OpenRuns,
-}
-
-impl Handle {
-    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, BrokerError> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.map_err(|_| BrokerError::Ended)?;
-        answer.await.map_err(|_| BrokerError::Ended)
-    }
-
-    async fn status(&self) -> Result<StatusReport, BrokerError> {
-        self.ask(|reply| Command::Status { reply }).await
-    }
-
-    async fn inventory(&self, max_age: Option<Duration>, job: Option<JobSpec>) -> Result<Inventory, BrokerError> {
-        let job = match job {
-            Some(spec) => {
-                spec.validate()?;
-                let loading = spec.clone();
-                Some(Box::new((spec, blocking(move || start_of(&loading, None)).await?)))
-            }
-            None => None,
-        };
-        self.ask(|reply| Command::Inventory { max_age, job, reply }).await
-    }
-
-    async fn stop(&self, job: JobId) -> Result<(), BrokerError> {
-        self.ask(|reply| Command::Stop { job, reply }).await?
-    }
-
-    /// Takes in a job of somebody else than this process.
-    async fn submit_for_client(&self, spec: JobSpec, tokenizer: Option<String>, own: bool) -> Taken {
-        self.check_reach(&spec, own).await?;
-        self.submit(spec, None, tokenizer).await
-    }
-
-    async fn inventory_for_client(
-        &self,
-        max_age: Option<Duration>,
-        job: Option<JobSpec>,
-        own: bool,
-    ) -> Result<Inventory, BrokerError> {
-        if let Some(spec) = &job {
-            self.check_reach(spec, own).await?;
-        }
-        self.inventory(max_age, job).await
-    }
-
-    /// Whether the job touches only what the broker touches for others, or for its `own` user.
-    async fn check_reach(&self, spec: &JobSpec, own: bool) -> Result<(), BrokerError> {
-        let (reach, spec) = (Arc::clone(&self.reach), spec.clone());
-        blocking(move || reach.check(&spec, own)).await
-    }
-
-    async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>, tokenizer: Option<String>) -> Taken {
-        spec.validate()?;
-        let choice = match run_dir {
-            Some(path) if is_free(&path) => RunDirChoice::Given(path),
-            Some(path) => return Err(BrokerError::RunDirNotEmpty { path }),
-            None => RunDirChoice::Free(default_run_dir(&self.runs_dir, &spec.name, SystemTime::now())),
-        };
-        let loading = spec.clone();
-        let start = blocking(move || start_of(&loading, tokenizer)).await?;
-        self.submit_at(spec, start, choice).await
-    }
-
-    async fn submit_at(&self, spec: JobSpec, start: StartPoint, run_dir: RunDirChoice) -> Taken {
-        let folder = match &run_dir {
-            RunDirChoice::Given(folder) => folder.clone(),
-            // In the one that another job has just begun nobody is to work.
-            RunDirChoice::Free(base) => free_run_dir(base, |_| false),
-        };
-        let prepared = blocking(move || {
-            check_run_folders(&folder, &spec)?;
-            planned_by(spec, start)
-        });
-        let (spec, start) = prepared.await?;
-        let (spec, start) = (Box::new(spec), Box::new(start));
-        self.ask(|reply| Command::Submit { spec, start, run_dir, reply }).await?
-    }
-
-    /// Goes on with a stopped or failed job from its newest whole checkpoint or that of `step`, or if it has none or
-    /// `step` is 0, from its beginning. `overrides` change keys of the job; the broker's `own` user may name any file.
-    async fn resume(&self, job: JobId, step: Option<u64>, overrides: Vec<String>, own: bool) -> Taken {
-        // A checkpoint that is being written counts.
-        self.ask(|reply| Command::Flush { reply }).await?;
-        let record: JobRecord = self.ask(|reply| Command::Record { job, reply }).await??;
-        // Before all of its checkpoint is read.
-        check_resumable(&record)?;
-        let reach = Arc::clone(&self.reach);
-        let prepared = blocking(move || {
-            let spec = resumed_job(&record.spec, &overrides, None)?;
-            // What it reads was allowed to whoever submitted it; where it may write can have changed since.
-            let reads_the_same = (&spec.model.path, &spec.placement.cluster)
-                == (&record.spec.model.path, &record.spec.placement.cluster);
-            reach.check(&spec, own || reads_the_same)?;
-            check_run_folders(&record.run_dir, &spec)?;
-            let start = resumed_start(&record, &spec, step)?;
-            planned_by(spec, start)
-        });
-        let (spec, start) = prepared.await?;
-        let (spec, start) = (Box::new(spec), Box::new(start));
-        self.ask(|reply| Command::Resume { job, spec, start, step, reply }).await?
-    }
-}
-
-/// Runs file work where it holds up nobody.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, BrokerError> + Send + 'static,
-) -> Result<T, BrokerError> {
-    // The work ends without a result only when the runtime does.
-    spawn_blocking(work).await.unwrap_or(Err(BrokerError::Ended))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, BrokerError> {

@@ -19,7 +19,7 @@ const SCHEMA_VERSION: u64 = 1;
 /// What the broker remembers of a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct JobRecord {
-    /// Its id.
+    /// Number of the job.
     pub(crate) job: JobId,
     /// The job, paths absolute.
     pub(crate) spec: JobSpec,
@@ -27,7 +27,7 @@ pub(crate) struct JobRecord {
     pub(crate) state: JobState,
     /// Updates done.
     pub(crate) step: u64,
-    /// Last training loss.
+    /// Last training loss, in nats per token.
     pub(crate) loss: Option<f64>,
     /// Its run directory; made when the job is placed.
     pub(crate) run_dir: PathBuf,

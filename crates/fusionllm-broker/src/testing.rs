@@ -7,6 +7,10 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use crate::run_dir::RunFile;
 
+#[path = "../../../tests/copy.rs"]
+mod copy;
+use copy::copy_fixture;
+
 /// A tiny GPT-2 on CompNodes as many as there are, with `section.key=value` overrides.
 pub(crate) fn spec(overrides: &[&str]) -> JobSpec {
     let text = "
@@ -82,27 +86,11 @@ pub(crate) struct OldRuns(tempfile::TempDir);
 impl OldRuns {
     pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/runs-v1");
-        copy(&runs, folder.path(), &folder.path().display().to_string());
+        copy_fixture("runs-v1", folder.path(), Some(&folder.path().display().to_string()));
         Self(folder)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
-    }
-}
-
-/// Copies a folder; `/fixture` in its texts becomes `here`.
-fn copy(from: &Path, to: &Path, here: &str) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().flatten() {
-        let (from, to) = (entry.path(), to.join(entry.file_name()));
-        if from.is_dir() {
-            copy(&from, &to, here);
-            continue;
-        }
-        let bytes = std::fs::read(&from).unwrap();
-        let text = String::from_utf8(bytes.clone()).map(|text| text.replace("/fixture", here).into_bytes());
-        std::fs::write(&to, text.unwrap_or(bytes)).unwrap();
     }
 }

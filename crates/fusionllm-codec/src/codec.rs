@@ -22,7 +22,7 @@ use crate::codecs::plain::{collect, collect_f16, extend, extend_f16, from_bf16, 
 use crate::codecs::quantize::{self, Width};
 use crate::codecs::{Scratch, take_version, topk, transform};
 use crate::tensor::element_count;
-use crate::{BitRate, CodecError, Density, ElementType, HostTensor, Real, Values};
+use crate::{BitRate, CodecError, Density, ElementType, HostTensor, Real, TopKValues, Values};
 
 /// How a boundary tensor is encoded.
 ///
@@ -56,19 +56,6 @@ pub enum Codec {
         /// Bits an element at the most, without the basis.
         bits: BitRate,
     },
-}
-
-/// How the values of kept entries are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum TopKValues {
-    /// 4 bytes, exactly.
-    F32,
-    /// 2 bytes.
-    #[default]
-    Bf16,
-    /// 1 byte, and 2 for each 64 kept values.
-    Int8,
 }
 
 /// The shape for which [`Codec::ratio`] speaks.

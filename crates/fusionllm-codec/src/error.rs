@@ -49,8 +49,8 @@ pub enum CodecError {
     ElementType {
         /// Name of the codec.
         codec: &'static str,
-        /// What was given.
-        element: super::ElementType,
+        /// Element type of the tensor.
+        element: crate::ElementType,
     },
     /// No codec has this name.
     #[error(

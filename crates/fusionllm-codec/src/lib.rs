@@ -13,17 +13,21 @@ mod codec;
 mod codecs;
 mod density;
 mod edge;
+mod element;
 mod error;
 mod real;
 mod tensor;
 #[cfg(test)]
 mod testing;
+mod topk_values;
 
 pub use bit_rate::BitRate;
-pub use codec::{Codec, TopKValues};
+pub use codec::Codec;
 pub use codecs::transform::MOST_RANK;
 pub use density::Density;
 pub use edge::{EdgeDecoder, EdgeEncoder, EdgeOptions, EdgeState, Encoded};
+pub use element::ElementType;
 pub use error::CodecError;
 pub use real::Real;
-pub use tensor::{ElementType, HostTensor, Values};
+pub use tensor::{HostTensor, Values};
+pub use topk_values::TopKValues;

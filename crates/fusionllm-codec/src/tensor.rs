@@ -1,17 +1,6 @@
 //! A tensor in host memory: what crosses from a CompNode's device to the wire.
 
-use serde::{Deserialize, Serialize};
-
-use crate::CodecError;
-
-/// Element type of a tensor in host memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum ElementType {
-    /// 32-bit float: activations and gradients.
-    F32,
-    /// 32-bit integer: token ids and labels.
-    I32,
-}
+use crate::{CodecError, ElementType};
 
 /// The elements of a [`HostTensor`], row-major.
 #[derive(Clone, Debug, PartialEq)]

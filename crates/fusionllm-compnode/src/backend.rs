@@ -10,12 +10,10 @@ use fusionllm_graph::{Kernels, OpDag, OpId, ParamId};
 use fusionllm_planner::{Measured, NodeIndex, Placement, StageId, may_defer};
 use serde::{Deserialize, Serialize};
 
-use crate::burn::BurnBackend;
-use crate::device::DeviceChoice;
+use crate::ExecutorError;
 use crate::executor::Executor;
 use crate::optimizer::OptimizerSpec;
 use crate::stop::StopFlag;
-use crate::{CompNodeError, ExecutorError};
 
 /// An open device, and what can be done with it.
 pub trait Backend: fmt::Debug + Send + Sync {
@@ -48,14 +46,6 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`ExecutorError::Param`] if a parameter cannot be initialised.
     fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError>;
-}
-
-/// Opens a device and has it compute something.
-///
-/// # Errors
-/// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
-pub fn open_device(choice: DeviceChoice) -> Result<Arc<dyn Backend>, CompNodeError> {
-    Ok(Arc::new(BurnBackend::open(choice)?))
 }
 
 /// What does not change while device, machine and program stay the same.

@@ -8,8 +8,8 @@ mod kernels;
 mod measure;
 mod optimizer;
 mod owed;
-mod segment;
 mod speed;
+mod stage;
 
 use std::sync::Arc;
 use std::time::Instant;

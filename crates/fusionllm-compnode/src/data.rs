@@ -40,9 +40,9 @@ pub trait Batches: Send {
 /// Batches out of a corpus.
 #[derive(Clone, Debug)]
 pub struct TextBatches {
-    /// The text.
+    /// The tokens of the text.
     pub corpus: Arc<Corpus>,
-    /// Seed of the draws.
+    /// Seed by which the starts of sequences are drawn.
     pub seed: u64,
     /// Sequences in the global batch.
     pub batch: usize,

@@ -32,9 +32,9 @@ pub enum ExecutorError {
     Element {
         /// The op.
         op: String,
-        /// What the graph says.
+        /// Element type in the graph.
         expected: DType,
-        /// What came.
+        /// Element type of the tensor that came.
         got: DType,
     },
     /// A tensor came in another shape than the OP-DAG says.
@@ -42,9 +42,9 @@ pub enum ExecutorError {
     Shape {
         /// The op.
         op: String,
-        /// What the graph says.
+        /// Shape in the graph.
         expected: Vec<usize>,
-        /// What came.
+        /// Shape of the tensor that came.
         got: Vec<usize>,
     },
     /// A state that the task order rules out.
@@ -65,7 +65,7 @@ pub enum ExecutorError {
     /// A parameter from a checkpoint does not fit.
     #[error("parameter `{name}`: {reason}")]
     Param {
-        /// Its name.
+        /// Name of the parameter.
         name: String,
         /// What is wrong and what would be right.
         reason: String,
@@ -73,9 +73,9 @@ pub enum ExecutorError {
     /// Loss or gradient is no longer a number.
     #[error("{what} of step {} is {value}; {advice}", .step + 1)]
     NotFinite {
-        /// What is not finite.
+        /// What is not finite: the loss or the gradient norm, as words.
         what: &'static str,
-        /// Its value.
+        /// The value: an infinity or NaN.
         value: f64,
         /// Updates done before it.
         step: u64,
@@ -91,17 +91,17 @@ pub enum DataError {
     /// A file or folder could not be read.
     #[error("data.path {path}: {reason}")]
     Path {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// Why it cannot be read.
         reason: String,
     },
     /// What jobs may read is not there.
     #[error("{path}: {source}")]
     Unlisted {
-        /// Which.
+        /// The file or folder that `--data` names.
         path: PathBuf,
-        /// Why.
+        /// What the operating system says.
         source: std::io::Error,
     },
     /// The machine's owner does not let jobs read it.
@@ -112,7 +112,7 @@ pub enum DataError {
     NotReadable {
         /// The job's key.
         key: &'static str,
-        /// What it names.
+        /// The file or folder that the key names.
         path: PathBuf,
     },
     /// There is no text.
@@ -126,7 +126,7 @@ pub enum DataError {
         "the {split} split has {tokens} tokens, but one sequence needs {needed}: give more text, or a smaller data.seq_len"
     )]
     TooShort {
-        /// Which split.
+        /// `training` or `evaluation`.
         split: &'static str,
         /// Tokens there are.
         tokens: usize,
@@ -136,9 +136,9 @@ pub enum DataError {
     /// The tokenizer file is unusable.
     #[error("data.tokenizer {path}: {reason}; expected `bytes` or the path of a tokenizer.json")]
     Tokenizer {
-        /// Which file.
+        /// The tokenizer file.
         path: String,
-        /// Why.
+        /// Why it cannot be used.
         reason: String,
     },
     /// The tokenizer drops much of the text.
@@ -185,7 +185,7 @@ pub enum DataError {
     Memory {
         /// Bytes that they need.
         needed: u64,
-        /// Bytes there are.
+        /// Bytes that may be filled.
         room: u64,
     },
     /// The data is not wanted any more.
@@ -200,15 +200,15 @@ pub enum ExchangeError {
     /// The job was stopped from outside.
     #[error("job aborted: {reason}")]
     Aborted {
-        /// Why.
+        /// Why it was stopped, in words.
         reason: String,
     },
     /// A peer cannot be reached any more.
     #[error("its peer `{peer}`: {reason}")]
     Peer {
-        /// Its name.
+        /// Name of the CompNode.
         peer: String,
-        /// Why.
+        /// Why it cannot be reached.
         reason: String,
     },
     /// This CompNode's own program is at fault.
@@ -235,7 +235,7 @@ pub enum ShardError {
     /// A tensor is not of the form expected.
     #[error("tensor `{name}`: {reason}")]
     Tensor {
-        /// Which.
+        /// Name of the tensor.
         name: String,
         /// What is wrong and what would be right.
         reason: String,
@@ -246,9 +246,9 @@ pub enum ShardError {
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// What the operating system says.
         source: std::io::Error,
     },
 }
@@ -293,9 +293,9 @@ pub enum ExportError {
     /// The folder cannot be read or written.
     #[error("{path}: {source}", path = path.display())]
     Io {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// What the operating system says.
         source: std::io::Error,
     },
     /// The model's files cannot be written.
@@ -350,7 +350,7 @@ pub enum CompNodeError {
     /// The broker cannot be reached, or the connection to it broke.
     #[error("broker: {reason}")]
     Broker {
-        /// Why.
+        /// What happened to the connection.
         reason: String,
     },
     /// The device's memory is too small, which is known before any of it is filled.
@@ -360,7 +360,7 @@ pub enum CompNodeError {
         what: String,
         /// Bytes it needs.
         needed: u64,
-        /// Bytes there are.
+        /// Bytes that may be filled.
         room: u64,
     },
     /// Weights and shards cannot pass.
@@ -382,7 +382,7 @@ pub enum CompNodeError {
         path: PathBuf,
         /// Bytes of a shard.
         needed: u64,
-        /// Bytes there are.
+        /// Bytes that are free there.
         room: u64,
     },
     /// The job before does not end.

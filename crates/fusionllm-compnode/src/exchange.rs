@@ -15,13 +15,13 @@ pub(crate) use tally::LinkTally;
 /// A message to another CompNode.
 #[derive(Clone, Debug)]
 pub struct Message {
-    /// Who gets it.
+    /// The CompNode that gets it.
     pub to: NodeIndex,
-    /// Where it belongs.
+    /// The channel, step and micro-batch that it belongs to.
     pub slot: Slot,
-    /// The tensor.
+    /// The tensor as the receiver is to have it, dense; it is encoded on its way.
     pub tensor: HostTensor,
-    /// How it is encoded.
+    /// The codec by which it is encoded.
     pub codec: Codec,
 }
 

@@ -17,7 +17,7 @@ pub struct MicroBatch {
     pub step: u64,
     /// Training keeps what BP needs and applies dropout; evaluation does neither.
     pub pass: Pass,
-    /// Its number within the pass.
+    /// Its number within the pass, from 0.
     pub index: u32,
 }
 
@@ -35,9 +35,9 @@ pub struct StageOutput {
 pub struct NamedTensor {
     /// Hugging Face name of a parameter, or `optimizer.KIND.NAME`.
     pub name: String,
-    /// Shape.
+    /// Dimensions, outermost first; a parameter has those that the graph gives it.
     pub shape: Vec<usize>,
-    /// Row-major values.
+    /// Row-major values, as many as fill the shape.
     pub values: Vec<f32>,
 }
 
@@ -48,7 +48,7 @@ type Values<'a> = Box<dyn FnOnce(&mut dyn FnMut(&[f32])) -> Result<(), ExecutorE
 pub struct LazyTensor<'a> {
     /// As of [`NamedTensor`].
     pub name: String,
-    /// Shape.
+    /// Dimensions, outermost first.
     pub shape: Vec<usize>,
     values: Values<'a>,
 }
@@ -122,7 +122,7 @@ impl TensorSource for BTreeMap<String, NamedTensor> {
 pub struct UpdateSpec {
     /// Updates done before this one.
     pub step: u64,
-    /// Learning rate.
+    /// Learning rate of this update.
     pub lr: f64,
     /// Factor on every gradient (clipping).
     pub gradient_scale: f64,

@@ -15,9 +15,9 @@ use crate::stop::StopFlag;
 pub struct Slot {
     /// The channel that it came over.
     pub channel: Channel,
-    /// Training or evaluation.
+    /// Whether it is of a training step or of an evaluation.
     pub pass: Pass,
-    /// Updates done before it.
+    /// Updates done before the step that it belongs to.
     pub step: u64,
     /// The micro-batch; 0 for what is sent once a step.
     pub micro_batch: u32,
@@ -34,7 +34,7 @@ pub struct Mailbox {
 /// A message that has arrived.
 #[derive(Clone, Debug)]
 pub struct Arrived {
-    /// The tensor.
+    /// The tensor, decoded.
     pub tensor: HostTensor,
     /// How it came. The sender may change codecs while training.
     pub codec: Codec,

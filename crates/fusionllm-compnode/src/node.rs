@@ -20,7 +20,7 @@ use fusionllm_transport::{Endpoint, EndpointConfig, Members, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
-use crate::backend::open_device;
+use crate::open_device::open_device;
 use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
 use broker_wire::{Connected, Outbox, dial};

@@ -30,13 +30,13 @@ use crate::{CompNodeError, ExecutorError};
 /// What a task loop works by.
 #[derive(Clone, Debug)]
 pub struct TrainPlan {
-    /// The OP-DAG.
+    /// The whole OP-DAG, of which this CompNode has a part.
     pub dag: Arc<OpDag>,
     /// Who holds what, and the task orders.
     pub placement: Arc<Placement>,
-    /// Which CompNode this is.
+    /// This CompNode, by its place in the placement.
     pub node: NodeIndex,
-    /// The job.
+    /// The job, with every default filled in.
     pub spec: JobSpec,
     /// Updates already done.
     pub start_step: u64,
@@ -71,8 +71,9 @@ pub struct TaskLoop {
     batches: Option<Box<dyn Batches>>,
     /// Tensors between two stages that are both here.
     local: BTreeMap<Slot, BorderTensor>,
-    /// Where the activation that came over an edge was kept, for gradients that go back only there.
-    kept: BTreeMap<(EdgeId, u32), Vec<bool>>,
+    /// Which elements of the activation that came over an edge are not 0, row-major, for gradients that go back only
+    /// there.
+    masks: BTreeMap<(EdgeId, u32), Vec<bool>>,
     busy: Duration,
     live_max: usize,
     log: StepLog,
@@ -99,7 +100,7 @@ impl TaskLoop {
             exchange,
             batches,
             local: BTreeMap::new(),
-            kept: BTreeMap::new(),
+            masks: BTreeMap::new(),
             busy: Duration::ZERO,
             live_max: 0,
             log: StepLog::default(),
@@ -304,8 +305,8 @@ impl TaskLoop {
             let mut tensor = inputs
                 .remove(&edge.op)
                 .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} gave no gradient for {}", edge.id) })?;
-            if let Some(kept) = self.kept.remove(&(edge.id, micro_batch.index)) {
-                tensor = borders::masked(tensor.into_host()?, &kept)?.into();
+            if let Some(mask) = self.masks.remove(&(edge.id, micro_batch.index)) {
+                tensor = borders::masked(tensor.into_host()?, &mask)?.into();
             }
             self.deliver(
                 &placement,

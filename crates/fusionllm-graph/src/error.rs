@@ -23,7 +23,7 @@ pub enum Misfit {
     /// An input has a shape or element type that the op does not take.
     #[error("{input} is {got}, expected {expected}")]
     Input {
-        /// Which input.
+        /// The input, by its role.
         input: &'static str,
         /// What would be right.
         expected: String,

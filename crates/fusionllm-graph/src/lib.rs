@@ -30,6 +30,7 @@ mod param;
 mod print;
 #[cfg(test)]
 mod properties;
+mod rule;
 mod shape;
 mod validate;
 

@@ -17,7 +17,7 @@ use crate::ops::loss::CrossEntropy;
 use crate::ops::norm::LayerNorm;
 use crate::ops::placeholder::Placeholder;
 use crate::ops::position::Position;
-use crate::ops::{Io, Rule};
+use crate::rule::{Io, Rule};
 use crate::shape::{Shape, TensorType};
 
 /// What an op does, with its attributes. In JSON `{"op": "linear", ...}`.
@@ -78,7 +78,7 @@ pub enum OpKind {
     },
     /// Elementwise non-linearity.
     Activation {
-        /// Which one.
+        /// The function.
         function: ActivationFunction,
     },
     /// Sum of two tensors of one shape.

@@ -17,10 +17,16 @@ use crate::{Compression, Direction, EdgeId, NodeIndex, Placement, Route, Way, to
 const PERIOD: u64 = 10;
 /// Weight of a step in the averages of speeds, bytes and errors.
 const WEIGHT: f64 = 0.2;
-/// Weights in the short and the long average of the loss.
-const LOSS_WEIGHTS: (f64, f64) = (0.1, 0.02);
-/// A ratio is raised when more than this many times it is needed, and lowered when less than that share is.
-const BAND: (f64, f64) = (1.25, 0.7);
+/// Weight of a step in the short average of the loss.
+const SHORT_LOSS_WEIGHT: f64 = 0.1;
+/// Weight of a step in the long average of the loss.
+const LONG_LOSS_WEIGHT: f64 = 0.02;
+/// Weight of a measured error in its average: errors are sampled, so each counts for more than a step does.
+const ERROR_WEIGHT: f64 = 0.5;
+/// A ratio is raised when more than this many times the ratio in force is needed.
+const RAISED_ABOVE: f64 = 1.25;
+/// A ratio is lowered when less than this share of the ratio in force is needed.
+const LOWERED_BELOW: f64 = 0.7;
 /// Decisions in a row that must agree before a ratio changes.
 const PATIENCE: u32 = 2;
 /// Least share of the error budget that is left when the loss is flat.
@@ -37,9 +43,9 @@ const LEAST_BYTES: u64 = 64 << 10;
 /// What a step showed of one direction of a link.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinkObservation {
-    /// Sender.
+    /// The CompNode that sends.
     pub from: NodeIndex,
-    /// Receiver.
+    /// The CompNode that receives.
     pub to: NodeIndex,
     /// Bytes of its tensors as dense f32.
     pub dense_bytes: u64,
@@ -54,28 +60,28 @@ pub struct LinkObservation {
 /// What a step showed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepObservation {
-    /// Updates done.
+    /// Updates done, this one included.
     pub step: u64,
-    /// Training loss.
+    /// Training loss of the step, in nats per token.
     pub loss: f64,
     /// Seconds that the busiest CompNode computed.
     pub compute_s: f64,
-    /// By direction.
+    /// What each direction of a link showed.
     pub links: Vec<LinkObservation>,
 }
 
 /// A codec that changes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CodecChange {
-    /// The edge.
+    /// The edge whose codec changes.
     pub edge: EdgeId,
-    /// What of it.
+    /// Whether the codec of its activations or of its gradients changes.
     pub way: Way,
-    /// Who sends it.
+    /// The CompNode that encodes.
     pub sender: NodeIndex,
-    /// From now on.
+    /// The codec from now on.
     pub codec: Codec,
-    /// Why, in words.
+    /// Why it changes, as a sentence.
     pub reason: String,
 }
 
@@ -87,7 +93,8 @@ pub struct Controller {
     error_budget: f64,
     otherwise: Codec,
     compute_s: Average,
-    loss: (Average, Average),
+    short_loss: Average,
+    long_loss: Average,
     fastest: f64,
     links: BTreeMap<Route, Link>,
 }
@@ -155,7 +162,8 @@ impl Controller {
             error_budget,
             otherwise,
             compute_s: Average::default(),
-            loss: (Average::default(), Average::default()),
+            short_loss: Average::default(),
+            long_loss: Average::default(),
             fastest: 0.0,
             links,
         }
@@ -164,8 +172,8 @@ impl Controller {
     /// Takes in what a step showed; gives what changes.
     pub fn observe(&mut self, step: &StepObservation) -> Vec<CodecChange> {
         self.compute_s.add(step.compute_s, WEIGHT);
-        self.loss.0.add(step.loss, LOSS_WEIGHTS.0);
-        self.loss.1.add(step.loss, LOSS_WEIGHTS.1);
+        self.short_loss.add(step.loss, SHORT_LOSS_WEIGHT);
+        self.long_loss.add(step.loss, LONG_LOSS_WEIGHT);
         self.fastest = self.fastest.max(self.fall());
         for seen in &step.links {
             let Some(link) = self.links.get_mut(&Route { from: seen.from, to: seen.to }) else { continue };
@@ -174,8 +182,7 @@ impl Controller {
                 link.bytes_per_s.add(seen.received_bytes as f64 / seen.busy_s, WEIGHT);
             }
             if let Some(error) = seen.error.filter(|e| e.is_finite()) {
-                // Errors are sampled, so each counts for more.
-                link.error.add(error, 0.5);
+                link.error.add(error, ERROR_WEIGHT);
             }
         }
         if step.step.is_multiple_of(PERIOD) { self.decide() } else { Vec::new() }
@@ -183,7 +190,7 @@ impl Controller {
 
     /// How much lower the short average of the loss is than the long one, as a share.
     fn fall(&self) -> f64 {
-        match (self.loss.0.0, self.loss.1.0) {
+        match (self.short_loss.0, self.long_loss.0) {
             (Some(short), Some(long)) if long > 0.0 => ((long - short) / long).max(0.0),
             _ => 0.0,
         }
@@ -243,7 +250,7 @@ impl Link {
             self.error_limit *= LOOSENING;
         }
         let target = needed.min(self.error_limit);
-        let vote = i32::from(target > self.ratio * BAND.0) - i32::from(target < self.ratio * BAND.1);
+        let vote = i32::from(target > self.ratio * RAISED_ABOVE) - i32::from(target < self.ratio * LOWERED_BELOW);
         self.votes = if vote == 0 || vote.signum() != self.votes.signum() { vote } else { self.votes + vote };
         if self.votes.unsigned_abs() < PATIENCE {
             return None;

@@ -9,7 +9,7 @@ use fusionllm_graph::Kernels;
 use serde::{Deserialize, Serialize};
 
 pub use file::{ClusterFile, DeviceEntry, LinkEntry};
-pub use measured::{Host, Measured, OpSeconds};
+pub use measured::{FpBp, Host, Measured};
 
 use crate::PlanError;
 

@@ -98,7 +98,7 @@ pub struct Direction {
     pub shape: Vec<usize>,
     /// R: seconds for which its dense message occupies the link.
     pub dense_s: f64,
-    /// What it carries.
+    /// Whether it carries activations or gradients.
     pub way: Way,
 }
 

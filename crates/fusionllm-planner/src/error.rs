@@ -49,9 +49,9 @@ pub enum PlanError {
     /// A number of a CompNode's profile is out of range.
     #[error("CompNode `{name}` has {what} {got}, expected {expected}")]
     Profile {
-        /// Which CompNode.
+        /// Name of the CompNode.
         name: String,
-        /// Which number.
+        /// Which number of its profile, as in the cluster file.
         what: &'static str,
         /// Its value as text.
         got: String,
@@ -88,7 +88,7 @@ pub enum PlanError {
          `{compnode}` has {memory_gb:.2} GB: use smaller micro-batches (more train.micro_batches) or a larger device"
     )]
     OpTooLarge {
-        /// Which op.
+        /// Name of the op.
         op: String,
         /// What it needs, in GB.
         needed_gb: f64,
@@ -129,7 +129,7 @@ pub enum PlanError {
         "CompNode `{compnode}` would need {needed_gb:.2} GB and has {memory_gb:.2} GB; strategy `op-fence` heeds memory"
     )]
     OverMemory {
-        /// Which CompNode.
+        /// Name of the CompNode.
         compnode: String,
         /// What it would need, in GB.
         needed_gb: f64,
@@ -139,15 +139,17 @@ pub enum PlanError {
     /// Too many possibilities to try them all.
     #[error(
         "strategy `optimal` tries every placement of up to {most_compnodes} CompNodes and {most_ops} ops, here are {compnodes} and \
-         {ops}: use `op-fence`",
-        most_compnodes = crate::partition::MOST_COMPNODES,
-        most_ops = crate::partition::MOST_OPS
+         {ops}: use `op-fence`"
     )]
     TooLargeForOptimal {
-        /// CompNodes.
+        /// CompNodes of the cluster.
         compnodes: usize,
-        /// Ops.
+        /// Ops of the graph.
         ops: usize,
+        /// Most CompNodes that the strategy takes.
+        most_compnodes: usize,
+        /// Most ops that it takes.
+        most_ops: usize,
     },
     /// A boundary tensor is too large for its codec.
     #[error(transparent)]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use fusionllm_graph::{Kernels, OpDag, OpId};
 
-use crate::{Cluster, CompNodeProfile};
+use crate::{Cluster, CompNodeProfile, FpBp};
 
 /// Weights, gradients, and AdamW's two moments, in multiples of the parameters' bytes.
 pub const TRAINING_COPIES: u64 = 4;
@@ -129,9 +129,11 @@ impl Estimate {
     }
 
     /// Seconds of FP and of BP of one micro-batch through a segment on a CompNode of the cluster.
-    pub fn seconds(&self, profile: &CompNodeProfile, segment: &Range<usize>) -> (f64, f64) {
-        let Some((fp, bp)) = self.classes.get(&Class::of(profile)) else { return (f64::INFINITY, f64::INFINITY) };
-        (fp[segment.end] - fp[segment.start], bp[segment.end] - bp[segment.start])
+    pub fn seconds(&self, profile: &CompNodeProfile, segment: &Range<usize>) -> FpBp {
+        let Some((fp, bp)) = self.classes.get(&Class::of(profile)) else {
+            return FpBp { fp_s: f64::INFINITY, bp_s: f64::INFINITY };
+        };
+        FpBp { fp_s: fp[segment.end] - fp[segment.start], bp_s: bp[segment.end] - bp[segment.start] }
     }
 
     /// Sums of FP and BP seconds over all ops before each position.
@@ -206,11 +208,19 @@ fn cuts(dag: &OpDag, batch: usize) -> Vec<CutBytes> {
     cuts
 }
 
+/// A stage as the paper's formula sees it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Station {
+    /// C: seconds of FP and BP of a micro-batch.
+    pub compute_s: f64,
+    /// R: seconds of the transfers between this stage and the one before it, of a micro-batch, both directions.
+    pub transfer_s: f64,
+}
+
 /// Seconds of a step by the paper's formula, Σ (C + R) + (n − 1)·max max(C, R): exact for a linear chain of stations.
-/// `stages` has each stage's compute C (FP and BP) and the transfer R into it (both directions), in seconds.
-pub fn pipeline_formula(stages: &[(f64, f64)], micro_batches: u32) -> f64 {
-    let fill: f64 = stages.iter().map(|(c, r)| c + r).sum();
-    let beat = stages.iter().map(|(c, r)| c.max(*r)).fold(0.0, f64::max);
+pub fn pipeline_formula(stations: &[Station], micro_batches: u32) -> f64 {
+    let fill: f64 = stations.iter().map(|s| s.compute_s + s.transfer_s).sum();
+    let beat = stations.iter().map(|s| s.compute_s.max(s.transfer_s)).fold(0.0, f64::max);
     fill + f64::from(micro_batches.saturating_sub(1)) * beat
 }
 
@@ -241,8 +251,8 @@ mod tests {
         let (n, node) = (dag.ops().len(), &cluster.compnodes[1]);
         let whole = estimate.seconds(node, &(0..n));
         let parts = [0..7, 7..n].map(|s| estimate.seconds(node, &s));
-        assert!((parts[0].0 + parts[1].0 - whole.0).abs() < 1e-6 * whole.0);
-        assert!((whole.0 - dag.total_cost(2).fp_flops as f64 / 4.0).abs() < 1e-6 * whole.0);
+        assert!((parts[0].fp_s + parts[1].fp_s - whole.fp_s).abs() < 1e-6 * whole.fp_s);
+        assert!((whole.fp_s - dag.total_cost(2).fp_flops as f64 / 4.0).abs() < 1e-6 * whole.fp_s);
         assert_eq!(estimate.param_bytes(&(0..n)), dag.param_bytes());
         assert!(estimate.memory_bytes(node, &(0..n), 2) > estimate.memory_bytes(node, &(0..n), 1));
     }
@@ -268,18 +278,18 @@ mod tests {
         let dag = small_gpt2(2);
         let mut cluster = Cluster::uniform(2);
         let linear = dag.find("h.0.attn.c_attn").unwrap();
-        let ops = [(dag.work(linear, 2), crate::OpSeconds { fp_s: 3.0, bp_s: 5.0 })].into();
+        let ops = [(dag.work(linear, 2), FpBp { fp_s: 3.0, bp_s: 5.0 })].into();
         let measured = crate::Measured { ops, update_s_per_byte: 2.0, ..Default::default() };
         cluster.compnodes[1].measured = Some(Arc::new(measured));
         let estimate = Estimate::new(&dag, 2, &cluster);
         let only = linear.index()..linear.index() + 1;
-        assert_eq!(estimate.seconds(&cluster.compnodes[1], &only), (3.0, 5.0));
-        assert!(estimate.seconds(&cluster.compnodes[0], &only).0 > 3.0);
+        assert_eq!(estimate.seconds(&cluster.compnodes[1], &only), FpBp { fp_s: 3.0, bp_s: 5.0 });
+        assert!(estimate.seconds(&cluster.compnodes[0], &only).fp_s > 3.0);
         // What was not measured follows from the speeds.
         let other = only.end..only.end + 1;
         assert_eq!(
-            estimate.seconds(&cluster.compnodes[0], &other).0,
-            estimate.seconds(&cluster.compnodes[1], &other).0
+            estimate.seconds(&cluster.compnodes[0], &other).fp_s,
+            estimate.seconds(&cluster.compnodes[1], &other).fp_s
         );
         assert_eq!(update_seconds(&cluster.compnodes[1], 4), 8.0);
     }
@@ -292,7 +302,9 @@ mod tests {
 
     #[test]
     fn the_formula_is_fill_plus_beats() {
-        assert_eq!(pipeline_formula(&[(2.0, 0.0), (1.0, 3.0)], 4), 6.0 + 9.0);
-        assert_eq!(pipeline_formula(&[(2.0, 0.0)], 1), 2.0);
+        let (first, second) =
+            (Station { compute_s: 2.0, transfer_s: 0.0 }, Station { compute_s: 1.0, transfer_s: 3.0 });
+        assert_eq!(pipeline_formula(&[first, second], 4), 6.0 + 9.0);
+        assert_eq!(pipeline_formula(&[first], 1), 2.0);
     }
 }

@@ -61,6 +61,38 @@ impl Way {
     pub const ALL: [Self; 2] = [Self::Activation, Self::Gradient];
 }
 
+/// One value for each way of an edge.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Ways<T> {
+    /// For the activation.
+    pub activation: T,
+    /// For the gradient.
+    pub gradient: T,
+}
+
+impl<T> Ways<T> {
+    /// The values that `f` gives, asked for the activation first.
+    pub fn from_fn(mut f: impl FnMut(Way) -> T) -> Self {
+        Self { activation: f(Way::Activation), gradient: f(Way::Gradient) }
+    }
+
+    /// What `f` makes of each value.
+    pub fn map<U>(self, mut f: impl FnMut(T) -> U) -> Ways<U> {
+        Ways { activation: f(self.activation), gradient: f(self.gradient) }
+    }
+}
+
+impl<T> std::ops::Index<Way> for Ways<T> {
+    type Output = T;
+
+    fn index(&self, way: Way) -> &T {
+        match way {
+            Way::Activation => &self.activation,
+            Way::Gradient => &self.gradient,
+        }
+    }
+}
+
 /// Who sends a message, and who gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Route {

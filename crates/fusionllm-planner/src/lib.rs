@@ -4,6 +4,7 @@
 //! clock: the same inputs give the same placement, bit for bit.
 
 mod adapt;
+mod assemble;
 mod cluster;
 mod compare;
 mod compression;
@@ -11,6 +12,7 @@ mod deferred;
 mod draw;
 mod error;
 mod estimate;
+mod format;
 mod ids;
 mod partition;
 mod pipeline;
@@ -20,27 +22,30 @@ mod plan_spec;
 mod price;
 mod ready;
 mod simulate;
+mod task;
 #[cfg(test)]
 mod testing;
 mod tied;
 
 pub use adapt::{CodecChange, Controller, LinkObservation, StepObservation};
 pub use cluster::{
-    Cluster, ClusterFile, CompNodeProfile, DeviceEntry, Host, LinkEntry, LinkProfile, MAX_COMPNODES, Measured,
-    OpSeconds,
+    Cluster, ClusterFile, CompNodeProfile, DeviceEntry, FpBp, Host, LinkEntry, LinkProfile, MAX_COMPNODES, Measured,
 };
 pub use compare::{Candidate, compare};
 pub use compression::{Compression, Direction, best_of_ratio, compress, topk_of_ratio};
 pub use deferred::{Deferrable, may_defer};
-pub use draw::{format_bytes, format_seconds};
 pub use error::PlanError;
-pub use estimate::{CutBytes, Estimate, TRAINING_COPIES, pipeline_formula};
-pub use ids::{EdgeId, NodeIndex, Route, StageId, Way};
-pub use partition::{Segment, StageSpec, Strategy, clusters_by_bandwidth};
-pub use pipeline::{Pipeline, Task, in_flight_limit};
-pub use placement::{PassPlan, Placement, PlacementSpec, Stage, StageEdge, TiedParam};
+pub use estimate::{CutBytes, Estimate, Station, TRAINING_COPIES, pipeline_formula};
+pub use format::{format_bytes, format_seconds};
+pub use ids::{EdgeId, NodeIndex, Route, StageId, Way, Ways};
+pub use partition::clusters_by_bandwidth;
+pub use pipeline::in_flight_limit;
+pub use placement::{PassPlan, Placement, Segment, Stage, StageEdge, TiedParam};
 pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan};
-pub use plan_spec::{Owner, PlanSpec};
+pub use plan_spec::{Owner, PlacementSpec, PlanSpec, StageSpec, Strategy};
 pub use ready::{Need, is_ready, needs};
-pub use simulate::{Blame, Cargo, Cause, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate};
+pub use simulate::{
+    Blame, Cargo, Cause, LinkUse, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate,
+};
+pub use task::{Pipeline, Task};
 pub use tied::{Pieces, TIED_WINDOW};

@@ -14,69 +14,15 @@ mod order;
 mod pins;
 mod search;
 
-use std::ops::Range;
-
 use fusionllm_graph::OpDag;
-use serde::{Deserialize, Serialize};
 
 pub(crate) use chain::Chain;
-pub use explicit::StageSpec;
 pub(crate) use op_fence::{Judge, best_of_all, op_fence};
 pub(crate) use optimal::{MOST_COMPNODES, MOST_OPS};
 pub use order::clusters_by_bandwidth;
 pub(crate) use pins::Pins;
 
-use crate::{Cluster, NodeIndex, PlanError};
-
-/// How the OP-DAG is cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Strategy {
-    /// The same number of ops on every CompNode: the paper's first baseline.
-    EqualNumber,
-    /// Compute in proportion to every CompNode's speed: the paper's second baseline.
-    EqualCompute,
-    /// By links, speeds and memories: the paper's OP-Fence, judged by simulation.
-    #[default]
-    OpFence,
-    /// The best of all placements: for small cases.
-    Optimal,
-}
-
-impl Strategy {
-    /// Every strategy.
-    pub const ALL: [Self; 4] = [Self::EqualNumber, Self::EqualCompute, Self::OpFence, Self::Optimal];
-
-    /// Its name in job files and tables.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::EqualNumber => "equal-number",
-            Self::EqualCompute => "equal-compute",
-            Self::OpFence => "op-fence",
-            Self::Optimal => "optimal",
-        }
-    }
-
-    /// The strategy of that name.
-    ///
-    /// # Errors
-    /// [`PlanError::Strategy`] with the names there are.
-    pub fn from_name(name: &str) -> Result<Self, PlanError> {
-        Self::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
-            let names = Self::ALL.map(|s| format!("`{}`", s.name())).join(", ");
-            PlanError::Strategy { reason: format!("unknown strategy `{name}`, expected one of {names}") }
-        })
-    }
-}
-
-/// A contiguous piece of the topological order on one CompNode.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// Who holds it.
-    pub compnode: NodeIndex,
-    /// Indices of its ops.
-    pub ops: Range<usize>,
-}
+use crate::{Cluster, PlanError, Segment, StageSpec};
 
 /// Cuts `dag` into as many segments as `cluster` has CompNodes, in their order: what the baselines do.
 ///

@@ -2,56 +2,12 @@
 //!
 //! The orders come out of a simulation in unit time (FP 1, BP 2, a message its link's latency) in which every CompNode
 //! takes, of the tasks that the readiness rule allows, the one its pipeline prefers. So an order exists only if it can
-//! be completed: it cannot deadlock. On a linear chain this gives the textbook GPipe and 1F1B schedules.
+//! be completed: it cannot deadlock. On a linear chain this gives the textbook orders of GPipe and 1F1B.
 
 use std::collections::BTreeSet;
 
-use serde::{Deserialize, Serialize};
-
 use crate::ready::{Need, needs, touching};
-use crate::{EdgeId, PlanError, Stage, StageEdge, StageId};
-
-/// Which pipeline the task orders follow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum Pipeline {
-    /// One forward, one backward (Narayanan et al., PipeDream-Flush): few live micro-batches.
-    #[default]
-    #[serde(rename = "1f1b")]
-    OneFOneB,
-    /// All forward, then all backward (Huang et al.): every micro-batch is live at once.
-    #[serde(rename = "gpipe")]
-    GPipe,
-}
-
-/// One piece of work of a CompNode within a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Task {
-    /// Forward pass of a micro-batch through a stage.
-    Fp {
-        /// The stage.
-        stage: StageId,
-        /// The micro-batch, counted from 0 within the pass.
-        micro_batch: u32,
-    },
-    /// Backward pass of a micro-batch through a stage.
-    Bp {
-        /// The stage.
-        stage: StageId,
-        /// The micro-batch.
-        micro_batch: u32,
-    },
-    /// Weight gradients that BP of a micro-batch put off. They may be made earlier, whenever the CompNode waits; this
-    /// place in the order is the latest.
-    Wg {
-        /// The stage.
-        stage: StageId,
-        /// The micro-batch.
-        micro_batch: u32,
-    },
-    /// Optimizer update of all parameters that the CompNode holds.
-    Update,
-}
+use crate::{EdgeId, Pipeline, PlanError, Stage, StageEdge, StageId, Task};
 
 /// How many micro-batches may be live (FP done or running, BP not done) in a stage at once. In 1F1B a stage may run so
 /// many micro-batches ahead of what it needs where links take no time.
@@ -64,9 +20,9 @@ pub fn in_flight_limit(pipeline: Pipeline, run_ahead: u32, stage: StageId, stage
     }
 }
 
-/// How the orders of a training step come about.
+/// What the task orders of a training step follow from, besides stages and edges.
 #[derive(Clone, Debug)]
-pub(crate) struct Schedule {
+pub(crate) struct OrderSpec {
     pub(crate) pipeline: Pipeline,
     /// Micro-batches that a stage may be further ahead than 1F1B.
     pub(crate) run_ahead: u32,
@@ -75,7 +31,7 @@ pub(crate) struct Schedule {
     pub(crate) delays: Vec<u64>,
 }
 
-impl Schedule {
+impl OrderSpec {
     /// The ticks of `latency_s` where FP and BP of a micro-batch take `stage_s` seconds.
     pub(crate) fn delay(&self, latency_s: f64, stage_s: f64) -> u64 {
         let tick_s = stage_s / (FP_TICKS + BP_TICKS) as f64;
@@ -90,9 +46,9 @@ pub(crate) fn train_orders(
     stages: &[Stage],
     edges: &[StageEdge],
     compnodes: usize,
-    schedule: &Schedule,
+    spec: &OrderSpec,
 ) -> Result<Vec<Vec<Task>>, PlanError> {
-    let Schedule { pipeline, run_ahead, micro_batches, ref delays } = *schedule;
+    let OrderSpec { pipeline, run_ahead, micro_batches, ref delays } = *spec;
     let limit = |stage: StageId| in_flight_limit(pipeline, run_ahead, stage, stages.len(), micro_batches);
     let backward_first = pipeline == Pipeline::OneFOneB;
     let mut simulation = Simulation::new(stages, edges, compnodes, micro_batches, true, backward_first);
@@ -136,7 +92,7 @@ impl Progress {
     }
 }
 
-/// Unit-time list scheduling.
+/// List scheduling in unit time: the state of all CompNodes at one tick.
 struct Simulation {
     /// Edges that touch a stage, so that a task need not look through all.
     touching: Vec<Vec<StageEdge>>,

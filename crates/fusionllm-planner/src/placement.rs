@@ -1,20 +1,29 @@
 //! The placement: who holds which ops, what flows between them, and in which order each CompNode works.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use fusionllm_codec::Codec;
 use fusionllm_graph::{OpDag, OpId, ParamId};
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::{Schedule, eval_orders, train_orders};
-use crate::{Cluster, EdgeId, NodeIndex, Pipeline, PlanError, Route, Segment, StageId, StageSpec, Strategy, Task, Way};
+use crate::{EdgeId, NodeIndex, Pipeline, Route, StageId, Task, Way};
+
+/// A contiguous piece of the topological order on one CompNode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The CompNode that holds it.
+    pub compnode: NodeIndex,
+    /// Indices of its ops.
+    pub ops: Range<usize>,
+}
 
 /// One contiguous segment of a sub-DAG along the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
     /// Its place along the pipeline.
     pub id: StageId,
-    /// Who holds it.
+    /// The CompNode that holds it.
     pub compnode: NodeIndex,
     /// Its ops, in topological order.
     pub ops: Vec<OpId>,
@@ -24,7 +33,7 @@ pub struct Stage {
 /// receiving stage consume it. It is a boundary edge if the two stages live on different CompNodes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageEdge {
-    /// Its number.
+    /// Its number: its place in [`Placement::edges`].
     pub id: EdgeId,
     /// The op whose output flows.
     pub op: OpId,
@@ -49,7 +58,7 @@ pub struct TiedParam {
     pub param: ParamId,
     /// Who holds it, ascending. The first one counts it in the global norm.
     pub holders: Vec<NodeIndex>,
-    /// Its elements.
+    /// How many elements it has.
     pub elements: u64,
     /// How each holder's gradient is encoded: plain or quantized, without memory of earlier messages.
     pub codec: Codec,
@@ -60,35 +69,8 @@ pub struct TiedParam {
 pub struct PassPlan {
     /// Micro-batches in the pass.
     pub micro_batches: u32,
-    /// The order of every CompNode.
+    /// The task order of each CompNode, in the placement's order.
     pub orders: Vec<Vec<Task>>,
-}
-
-/// What [`crate::place`] is asked for.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PlacementSpec {
-    /// How to cut.
-    pub strategy: Strategy,
-    /// Explicit stages; empty to let the strategy cut.
-    pub stages: Vec<StageSpec>,
-    /// Which pipeline.
-    pub pipeline: Pipeline,
-    /// How many micro-batches further than 1F1B a stage may be ahead of its BP; if not given, as many as the step gains
-    /// from and memory holds.
-    pub run_ahead: Option<u32>,
-    /// Of how many micro-batches the weight gradients may wait for a pause at once, where memory holds them; if not
-    /// given, of as many as the step gains from.
-    pub deferred: Option<u32>,
-    /// Micro-batches in a training step.
-    pub micro_batches: u32,
-    /// Samples in a micro-batch.
-    pub micro_batch_size: u32,
-    /// Micro-batches in an evaluation pass.
-    pub eval_micro_batches: u32,
-    /// Keep token ids and labels on CompNode 0.
-    pub private: bool,
-    /// Codec of F32 boundary tensors, both directions.
-    pub codec: Codec,
 }
 
 /// Op → CompNode, task orders, and the codec of each boundary edge.
@@ -102,11 +84,11 @@ pub struct Placement {
     pub edges: Vec<StageEdge>,
     /// Parameters held more than once.
     pub tied: Vec<TiedParam>,
-    /// Which pipeline.
+    /// How FP and BP alternate in a training step.
     pub pipeline: Pipeline,
-    /// The training step.
+    /// Task orders of a training step.
     pub train: PassPlan,
-    /// The evaluation pass.
+    /// Task orders of an evaluation pass.
     pub eval: PassPlan,
 }
 
@@ -195,6 +177,12 @@ impl Placement {
         params.into_iter().collect()
     }
 
+    /// Bytes of the parameters that a CompNode holds, as f32.
+    pub fn param_bytes_of(&self, dag: &OpDag, node: NodeIndex) -> u64 {
+        let bytes = self.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes());
+        bytes.fold(0, u64::saturating_add)
+    }
+
     /// The largest number of messages of one edge and direction that can be on the way at once.
     pub fn window(&self) -> u32 {
         let train = self.nodes().flat_map(|node| self.live_bound(node).into_values()).max().unwrap_or(0);
@@ -223,96 +211,4 @@ impl Placement {
         }
         bound
     }
-}
-
-/// The placement of given segments on the CompNodes of a cluster, with its edges and task orders. FP and BP of a
-/// micro-batch take `stage_s` seconds, which matters where links have latency.
-pub(crate) fn assemble(
-    dag: &OpDag,
-    cluster: &Cluster,
-    segments: Vec<Segment>,
-    spec: &PlacementSpec,
-    stage_s: f64,
-) -> Result<Placement, PlanError> {
-    let compnodes: Vec<String> = cluster.compnodes.iter().map(|c| c.name.clone()).collect();
-    let stages: Vec<Stage> = segments
-        .into_iter()
-        .enumerate()
-        .map(|(i, s)| Stage {
-            id: StageId(i as u32),
-            compnode: s.compnode,
-            ops: s.ops.map(|op| OpId(op as u32)).collect(),
-        })
-        .collect();
-    let edges = stage_edges(dag, &stages, spec.codec, spec.micro_batch_size as usize);
-    let count = compnodes.len();
-    let (run_ahead, delays) = (spec.run_ahead.unwrap_or(0), Vec::new());
-    let mut schedule = Schedule { pipeline: spec.pipeline, run_ahead, micro_batches: spec.micro_batches, delays };
-    if run_ahead > 0 {
-        let node = |stage: StageId| stages[stage.index()].compnode.index();
-        let latency_s = |a: usize, b: usize| cluster.link(a, b).latency_s.max(cluster.link(b, a).latency_s);
-        let delay = |e: &StageEdge| schedule.delay(latency_s(node(e.from), node(e.to)), stage_s);
-        schedule.delays = edges.iter().map(delay).collect();
-    }
-    let train = train_orders(&stages, &edges, count, &schedule)?;
-    let eval = eval_orders(&stages, &edges, count, spec.eval_micro_batches)?;
-    let tied = tied_params(dag, &stages);
-    Ok(Placement {
-        compnodes,
-        stages,
-        edges,
-        tied,
-        pipeline: spec.pipeline,
-        train: PassPlan { micro_batches: spec.micro_batches, orders: train },
-        eval: PassPlan { micro_batches: spec.eval_micro_batches, orders: eval },
-    })
-}
-
-fn stage_edges(dag: &OpDag, stages: &[Stage], codec: Codec, batch: usize) -> Vec<StageEdge> {
-    let stage_of: BTreeMap<OpId, StageId> =
-        stages.iter().flat_map(|s| s.ops.iter().map(move |&op| (op, s.id))).collect();
-    let mut edges = Vec::new();
-    for op in dag.op_ids() {
-        let from = stage_of[&op];
-        let to: BTreeSet<StageId> = dag.consumers(op).iter().map(|c| stage_of[c]).filter(|&s| s != from).collect();
-        let gradient = dag.carries_gradient(op);
-        let is_real = dag.op(op).output.dtype == fusionllm_graph::DType::F32;
-        let codec = if is_real { codec } else { Codec::Dense };
-        edges.extend(to.into_iter().map(|to| (op, from, to, gradient, codec)));
-    }
-    edges
-        .into_iter()
-        .enumerate()
-        .map(|(i, (op, from, to, gradient, codec))| StageEdge {
-            id: EdgeId(i as u32),
-            op,
-            from,
-            to,
-            gradient,
-            elements: dag.op(op).output.shape.elements(batch),
-            activation_codec: codec,
-            gradient_codec: codec,
-        })
-        .collect()
-}
-
-fn tied_params(dag: &OpDag, stages: &[Stage]) -> Vec<TiedParam> {
-    let mut holders: BTreeMap<ParamId, BTreeSet<NodeIndex>> = BTreeMap::new();
-    for stage in stages {
-        for &op in &stage.ops {
-            for &param in &dag.op(op).params {
-                holders.entry(param).or_default().insert(stage.compnode);
-            }
-        }
-    }
-    holders
-        .into_iter()
-        .filter(|(_, nodes)| nodes.len() > 1)
-        .map(|(param, nodes)| TiedParam {
-            param,
-            holders: nodes.into_iter().collect(),
-            elements: dag.param(param).elements(),
-            codec: Codec::Dense,
-        })
-        .collect()
 }

@@ -6,16 +6,16 @@ use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
-use crate::price::{Priced, settle};
+use crate::price::{Memory, Priced, Pricing};
 use crate::{
-    Blame, Cluster, Compression, Estimate, NodeIndex, Owner, Placement, PlacementSpec, PlanError, PlanSpec, Segment,
-    Simulated, StepCosts, Strategy, format_bytes, pipeline_formula,
+    Blame, Cluster, Compression, Estimate, FpBp, LinkUse, NodeIndex, Owner, Placement, PlacementSpec, PlanError,
+    PlanSpec, Route, Segment, Simulated, Station, StepCosts, Strategy, Ways, format_bytes, pipeline_formula,
 };
 
 /// What one CompNode is predicted to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CompNodePrediction {
-    /// Its name.
+    /// Name of the CompNode.
     pub name: String,
     /// How many ops it holds.
     pub ops: usize,
@@ -23,7 +23,7 @@ pub struct CompNodePrediction {
     pub parameters: u64,
     /// FP of a micro-batch through all its stages, in seconds.
     pub fp_s: f64,
-    /// BP likewise.
+    /// BP of a micro-batch through all its stages, in seconds.
     pub bp_s: f64,
     /// Weights, gradients, optimizer state, live activations and buffers, in bytes.
     pub memory_bytes: f64,
@@ -45,9 +45,9 @@ impl CompNodePrediction {
 /// What one direction of a link is predicted to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkPrediction {
-    /// Sender.
+    /// Name of the CompNode that sends.
     pub from: String,
-    /// Receiver.
+    /// Name of the CompNode that receives.
     pub to: String,
     /// Bytes in a step, as encoded.
     pub bytes: f64,
@@ -64,9 +64,9 @@ pub struct Prediction {
     pub formula_s: f64,
     /// Tokens per second.
     pub tokens_per_s: f64,
-    /// By CompNode.
+    /// What each CompNode does, in the placement's order.
     pub compnodes: Vec<CompNodePrediction>,
-    /// By direction of a link that carries something.
+    /// What each direction of a link carries, of those that carry something.
     pub links: Vec<LinkPrediction>,
     /// What the step waits for, in words, the largest share first.
     pub critical_path: Vec<String>,
@@ -75,12 +75,12 @@ pub struct Prediction {
 /// A placement with its prediction.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// Who holds what.
+    /// Which CompNode holds which ops, and in which order each works.
     pub placement: Placement,
     /// The CompNodes and links that it uses, in its order.
     pub cluster: Cluster,
-    /// By edge: dense bytes over sent bytes of its activation and of its gradient.
-    pub ratios: Vec<(f64, f64)>,
+    /// By edge: dense bytes over sent bytes.
+    pub ratios: Vec<Ways<f64>>,
     /// What a step takes.
     pub prediction: Prediction,
     /// Every task and message of the simulated step.
@@ -120,7 +120,7 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
     let is_baseline = matches!(placement.strategy, Strategy::EqualNumber | Strategy::EqualCompute);
     let finish = |order: &[usize], segments: Vec<Segment>| -> Result<(Cluster, Priced), PlanError> {
         let used = cluster.select(order);
-        let priced = settle(dag, &used, &estimate, &segments, spec)?;
+        let priced = Pricing::new(dag, &used, &estimate, spec).settle(&segments)?;
         match priced.over_memory() {
             Some(error) => Err(error),
             None => Ok((used, priced)),
@@ -188,20 +188,20 @@ impl Priced {
         let compnode = |(index, name): (usize, &String)| {
             let node = NodeIndex(index as u32);
             let stages = || placement.stages_of(node);
-            let seconds = |part: fn(&(f64, f64)) -> f64| stages().map(|s| part(&costs.stage_s[s.id.index()])).sum();
-            let (memory_bytes, limit) = memory[index];
+            let seconds = |part: fn(&FpBp) -> f64| stages().map(|s| part(&costs.stage_s[s.id.index()])).sum();
+            let Memory { needed, has } = memory[index];
             CompNodePrediction {
                 name: name.clone(),
                 ops: stages().map(|s| s.ops.len()).sum(),
                 parameters: placement.params_of(dag, node).iter().map(|&p| dag.param(p).elements()).sum(),
-                fp_s: seconds(|s| s.0),
-                bp_s: seconds(|s| s.1),
-                memory_bytes,
-                memory_limit_bytes: (limit < u64::MAX).then_some(limit),
+                fp_s: seconds(|s| s.fp_s),
+                bp_s: seconds(|s| s.bp_s),
+                memory_bytes: needed,
+                memory_limit_bytes: (has < u64::MAX).then_some(has),
                 busy: busy[index],
             }
         };
-        let link = |((from, to), (bytes, busy)): ((NodeIndex, NodeIndex), (f64, f64))| LinkPrediction {
+        let link = |(Route { from, to }, LinkUse { bytes, busy })| LinkPrediction {
             from: names[from.index()].clone(),
             to: names[to.index()].clone(),
             bytes,
@@ -213,7 +213,7 @@ impl Priced {
             formula_s: formula(&placement, &cluster, &costs),
             tokens_per_s: spec.tokens_per_step as f64 / step_s,
             compnodes: names.iter().enumerate().map(compnode).collect(),
-            links: simulated.links().into_iter().filter(|(_, (bytes, _))| *bytes > 0.0).map(link).collect(),
+            links: simulated.links().into_iter().filter(|(_, used)| used.bytes > 0.0).map(link).collect(),
             critical_path: simulated.critical_path(names).iter().map(Blame::to_string).collect(),
         };
         Plan { placement, cluster, ratios, prediction, simulated }
@@ -226,18 +226,17 @@ fn formula(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> f64 {
     for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
         let node = |stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
         let (a, b) = (node(edge.from), node(edge.to));
-        let (there, back) = costs.edge_bytes[edge.id.index()];
-        let seconds =
-            cluster.link(a, b).transfer_s(there) + if back > 0.0 { cluster.link(b, a).transfer_s(back) } else { 0.0 };
+        let Ways { activation, gradient } = costs.edge_bytes[edge.id.index()];
+        let back_s = if gradient > 0.0 { cluster.link(b, a).transfer_s(gradient) } else { 0.0 };
+        let seconds = cluster.link(a, b).transfer_s(activation) + back_s;
         *into.entry(edge.to.index()).or_default() += seconds;
     }
-    let stages: Vec<(f64, f64)> = costs
-        .stage_s
-        .iter()
-        .enumerate()
-        .map(|(index, (fp, bp))| (fp + bp, into.get(&index).copied().unwrap_or(0.0)))
-        .collect();
-    pipeline_formula(&stages, placement.train.micro_batches)
+    let station = |(index, seconds): (usize, &FpBp)| Station {
+        compute_s: seconds.both_s(),
+        transfer_s: into.get(&index).copied().unwrap_or(0.0),
+    };
+    let stations: Vec<Station> = costs.stage_s.iter().enumerate().map(station).collect();
+    pipeline_formula(&stations, placement.train.micro_batches)
 }
 
 #[cfg(test)]

@@ -1,6 +1,87 @@
 //! What a plan is asked for.
 
-use crate::{Compression, PlacementSpec};
+use fusionllm_codec::Codec;
+use serde::{Deserialize, Serialize};
+
+use crate::{Compression, Pipeline, PlanError};
+
+/// How the OP-DAG is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// The same number of ops on every CompNode: the paper's first baseline.
+    EqualNumber,
+    /// Compute in proportion to every CompNode's speed: the paper's second baseline.
+    EqualCompute,
+    /// By links, speeds and memories: the paper's OP-Fence, judged by simulation.
+    #[default]
+    OpFence,
+    /// The best of all placements: for small cases.
+    Optimal,
+}
+
+impl Strategy {
+    /// Every strategy.
+    pub const ALL: [Self; 4] = [Self::EqualNumber, Self::EqualCompute, Self::OpFence, Self::Optimal];
+
+    /// Its name in job files and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EqualNumber => "equal-number",
+            Self::EqualCompute => "equal-compute",
+            Self::OpFence => "op-fence",
+            Self::Optimal => "optimal",
+        }
+    }
+
+    /// The strategy of that name.
+    ///
+    /// # Errors
+    /// [`PlanError::Strategy`] with the names there are.
+    pub fn from_name(name: &str) -> Result<Self, PlanError> {
+        Self::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(|s| format!("`{}`", s.name())).join(", ");
+            PlanError::Strategy { reason: format!("unknown strategy `{name}`, expected one of {names}") }
+        })
+    }
+}
+
+/// One entry of `placement.stages`: all ops after the previous entry up to and with `last_op`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageSpec {
+    /// Index of the CompNode that holds the stage; 0 is the data owner.
+    pub compnode: u32,
+    /// Name of the stage's last op in topological order.
+    pub last_op: String,
+}
+
+/// What [`crate::place`] is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlacementSpec {
+    /// How the OP-DAG is cut.
+    pub strategy: Strategy,
+    /// Explicit stages; empty to let the strategy cut.
+    pub stages: Vec<StageSpec>,
+    /// How FP and BP alternate in a training step.
+    pub pipeline: Pipeline,
+    /// How many micro-batches further than 1F1B a stage may be ahead of its BP; if not given, as many as the step gains
+    /// from and memory holds.
+    pub run_ahead: Option<u32>,
+    /// Of how many micro-batches the weight gradients may wait for a pause at once, where memory holds them; if not
+    /// given, of as many as the step gains from.
+    pub deferred: Option<u32>,
+    /// Micro-batches in a training step.
+    pub micro_batches: u32,
+    /// Samples in a micro-batch.
+    pub micro_batch_size: u32,
+    /// Micro-batches in an evaluation pass.
+    pub eval_micro_batches: u32,
+    /// Keep token ids and labels on CompNode 0.
+    pub private: bool,
+    /// Codec of F32 boundary tensors, both directions.
+    pub codec: Codec,
+}
 
 /// Which CompNode owns the data and comes first in the pipeline.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,16 +7,18 @@
 mod critical;
 mod hosts;
 mod pauses;
+mod step;
 mod trace;
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::ready::{Need, needs, touching};
-use crate::{Cluster, Deferrable, EdgeId, NodeIndex, Placement, PlanError, StageEdge, StageId, Task};
+use crate::{Cluster, Deferrable, EdgeId, FpBp, NodeIndex, Placement, PlanError, StageEdge, StageId, Task, Way, Ways};
 
 use hosts::{Agenda, Hosts, Turn};
 
 pub use critical::{Blame, Resource};
+pub use step::{Cargo, Cause, LinkUse, Simulated, Span, Transfer};
 pub use trace::{Trace, TraceEvent};
 
 /// Bytes per second that one core encrypts and hands to the kernel, or takes from it and decrypts: 2.8 ns a byte were
@@ -27,113 +29,20 @@ const HANDLED_BYTES_PER_S: f64 = 3.5e8;
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepCosts {
     /// FP and BP of a micro-batch, by stage.
-    pub stage_s: Vec<(f64, f64)>,
+    pub stage_s: Vec<FpBp>,
     /// What BP of a micro-batch puts off where the order has WG tasks, by stage.
     pub deferrable: Vec<Deferrable>,
-    /// Activation and gradient of a micro-batch, by edge.
-    pub edge_bytes: Vec<(f64, f64)>,
-    /// Encoding and decoding of an activation and of a gradient, together, by edge. It delays a message, and the compute
-    /// of machines that have no core to spare.
-    pub codec_s: Vec<(f64, f64)>,
+    /// What a micro-batch sends, by edge.
+    pub edge_bytes: Vec<Ways<f64>>,
+    /// Encoding and decoding of one message, together, by edge. It delays a message, and the compute of machines that
+    /// have no core to spare.
+    pub codec_s: Vec<Ways<f64>>,
     /// UPDATE, by CompNode.
     pub update_s: Vec<f64>,
     /// Bytes that each holder of each tied parameter sends another, both in the placement's order.
     pub tied_bytes: Vec<Vec<f64>>,
     /// Whether the global norm is exchanged before UPDATE.
     pub clip: bool,
-}
-
-/// What made something start when it did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cause {
-    /// Nothing: it was the first.
-    Start,
-    /// The end of this span.
-    Span(usize),
-    /// The end of this transfer.
-    Transfer(usize),
-}
-
-/// A task on its CompNode.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Span {
-    /// Where.
-    pub node: NodeIndex,
-    /// What.
-    pub task: Task,
-    /// From when, in seconds from the step's begin.
-    pub start_s: f64,
-    /// Until when.
-    pub end_s: f64,
-    /// Why not earlier.
-    pub cause: Cause,
-}
-
-/// What a message carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cargo {
-    /// An activation of this edge and micro-batch.
-    Activation(EdgeId, u32),
-    /// A gradient of this edge and micro-batch.
-    Gradient(EdgeId, u32),
-    /// The gradient of a tied parameter, by its place in the placement.
-    Tied(usize),
-    /// A part or the total of the gradient norm.
-    Norm,
-}
-
-/// A message on its link.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Transfer {
-    /// Sender.
-    pub from: NodeIndex,
-    /// Receiver.
-    pub to: NodeIndex,
-    /// What it carries.
-    pub cargo: Cargo,
-    /// Bytes as encoded.
-    pub bytes: f64,
-    /// When it begins to occupy the link.
-    pub start_s: f64,
-    /// When the link is free again.
-    pub sent_s: f64,
-    /// When the receiver has it, decoded.
-    pub end_s: f64,
-    /// Why it did not start earlier.
-    pub cause: Cause,
-}
-
-/// A simulated step.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Simulated {
-    /// Seconds until the last UPDATE ends.
-    pub step_s: f64,
-    /// Every task.
-    pub spans: Vec<Span>,
-    /// Every message.
-    pub transfers: Vec<Transfer>,
-}
-
-impl Simulated {
-    /// The share of the step for which each CompNode computes.
-    pub fn busy(&self, nodes: usize) -> Vec<f64> {
-        let mut busy = vec![0.0; nodes];
-        for span in &self.spans {
-            busy[span.node.index()] += (span.end_s - span.start_s) / self.step_s;
-        }
-        busy
-    }
-
-    /// By direction: bytes, and the share of the step for which it is occupied.
-    pub fn links(&self) -> BTreeMap<(NodeIndex, NodeIndex), (f64, f64)> {
-        let mut links: BTreeMap<_, (f64, f64)> = BTreeMap::new();
-        for transfer in &self.transfers {
-            let link = links.entry((transfer.from, transfer.to)).or_default();
-            link.0 += transfer.bytes;
-            link.1 += (transfer.sent_s - transfer.start_s) / self.step_s;
-        }
-        links
-    }
 }
 
 /// Simulates one training step of `placement` on `cluster`, whose CompNodes are those of the placement, in its order.
@@ -170,8 +79,39 @@ pub fn simulate(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> 
     Ok(Simulated { step_s, spans: state.spans, transfers: state.transfers })
 }
 
-/// When something is there, and what brought it.
-type Arrival = Option<(f64, Cause)>;
+/// A time in the step, and what made it that time.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    /// Seconds from the step's begin.
+    at_s: f64,
+    cause: Cause,
+}
+
+impl Moment {
+    const BEGIN: Self = Self { at_s: 0.0, cause: Cause::Start };
+
+    /// The later of two; the first if they are at the same time.
+    fn or_later(self, other: Self) -> Self {
+        if other.at_s > self.at_s { other } else { self }
+    }
+}
+
+/// When something is there; nothing while that is not known.
+type Arrival = Option<Moment>;
+
+/// What a link carries at once.
+#[derive(Clone, Copy, Debug)]
+struct Message {
+    /// As encoded.
+    bytes: f64,
+    /// Seconds of encoding and decoding, together.
+    codec_s: f64,
+}
+
+impl Message {
+    /// A message so small that only latency counts.
+    const EMPTY: Self = Self { bytes: 0.0, codec_s: 0.0 };
+}
 
 /// What a CompNode does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -200,14 +140,14 @@ struct State<'a> {
     /// WG tasks that wait, and the products that are left of each.
     deferred: Vec<VecDeque<(Task, u32)>>,
     /// When a CompNode is free, and after which span.
-    free: Vec<(f64, Cause)>,
+    free: Vec<Moment>,
     /// When its last FP or BP ended: tied gradients are then complete.
-    passed: Vec<(f64, Cause)>,
+    passed: Vec<Moment>,
     kept: Vec<Vec<Arrival>>,
     activations: Vec<Vec<Arrival>>,
     gradients: Vec<Vec<Arrival>>,
     /// When a direction is free, and after which transfer.
-    links: BTreeMap<(usize, usize), (f64, Cause)>,
+    links: BTreeMap<(usize, usize), Moment>,
     spans: Vec<Span>,
     transfers: Vec<Transfer>,
 }
@@ -228,8 +168,8 @@ impl<'a> State<'a> {
             at_work: vec![Work::Idle; placement.compnodes.len()],
             defers: (0..placement.compnodes.len() as u32).map(|n| placement.defers(NodeIndex(n))).collect(),
             deferred: vec![VecDeque::new(); placement.compnodes.len()],
-            free: vec![(0.0, Cause::Start); placement.compnodes.len()],
-            passed: vec![(0.0, Cause::Start); placement.compnodes.len()],
+            free: vec![Moment::BEGIN; placement.compnodes.len()],
+            passed: vec![Moment::BEGIN; placement.compnodes.len()],
             kept: table(placement.stages.len()),
             activations: table(placement.edges.len()),
             gradients: table(placement.edges.len()),
@@ -247,13 +187,13 @@ impl<'a> State<'a> {
         }
         self.pass_over_done(node);
         let ready = self.next_task(node).and_then(|(task, stage, _)| self.ready(stage, task));
-        if ready.is_none_or(|(at_s, _)| at_s > now_s)
+        if ready.is_none_or(|ready| ready.at_s > now_s)
             && let Some(&(task, _)) = self.deferred[node].front()
         {
             return self.make_up(node, task, now_s);
         }
         let Some(ready) = ready else { return };
-        let (start_s, cause) = if ready.0 > self.free[node].0 { ready } else { self.free[node] };
+        let Moment { at_s: start_s, cause } = self.free[node].or_later(ready);
         self.at_work[node] = Work::Called(cause);
         self.agenda.add(start_s, Turn::Begin(node));
     }
@@ -263,11 +203,11 @@ impl<'a> State<'a> {
         let &task = self.placement.train.orders[node].get(self.next[node])?;
         let costs = |stage: StageId| self.costs.stage_s[stage.index()];
         match task {
-            Task::Fp { stage, .. } => Some((task, stage, costs(stage).0)),
+            Task::Fp { stage, .. } => Some((task, stage, costs(stage).fp_s)),
             Task::Bp { stage, .. } if self.defers[node] => {
-                Some((task, stage, (costs(stage).1 - self.costs.deferrable[stage.index()].seconds).max(0.0)))
+                Some((task, stage, (costs(stage).bp_s - self.costs.deferrable[stage.index()].seconds).max(0.0)))
             }
-            Task::Bp { stage, .. } => Some((task, stage, costs(stage).1)),
+            Task::Bp { stage, .. } => Some((task, stage, costs(stage).bp_s)),
             Task::Wg { .. } | Task::Update => None,
         }
     }
@@ -284,7 +224,7 @@ impl<'a> State<'a> {
     fn end(&mut self, node: usize, now_s: f64) {
         let Work::Busy(span) = std::mem::replace(&mut self.at_work[node], Work::Idle) else { return };
         self.spans[span].end_s = now_s;
-        self.free[node] = (now_s, Cause::Span(span));
+        self.free[node] = Moment { at_s: now_s, cause: Cause::Span(span) };
         let task = self.spans[span].task;
         if matches!(task, Task::Wg { .. }) {
             self.made_up(node);
@@ -299,23 +239,21 @@ impl<'a> State<'a> {
 
     /// When all that the task needs is there, and what came last; nothing if something is missing.
     fn ready(&self, stage: StageId, task: Task) -> Arrival {
-        let mut last = (0.0, Cause::Start);
+        let mut last = Moment::BEGIN;
         for need in needs(&self.touching[stage.index()], task) {
             let arrival = match need {
                 Need::Activation { edge, micro_batch } => self.activations[edge.index()][micro_batch as usize],
                 Need::Gradient { edge, micro_batch } => self.gradients[edge.index()][micro_batch as usize],
                 Need::Kept { stage, micro_batch } => self.kept[stage.index()][micro_batch as usize],
             }?;
-            if arrival.0 > last.0 {
-                last = arrival;
-            }
+            last = last.or_later(arrival);
         }
         Some(last)
     }
 
     /// What a task made goes to whoever needs it.
     fn deliver(&mut self, task: Task, end_s: f64, span: usize) {
-        let at = (end_s, Cause::Span(span));
+        let at = Moment { at_s: end_s, cause: Cause::Span(span) };
         match task {
             Task::Fp { stage, micro_batch } => {
                 self.kept[stage.index()][micro_batch as usize] = Some(at);
@@ -325,9 +263,9 @@ impl<'a> State<'a> {
                         continue;
                     }
                     let (id, to) = (edge.id, self.node_of[edge.to.index()]);
-                    let (bytes, delay) = (self.costs.edge_bytes[id.index()].0, self.costs.codec_s[id.index()].0);
+                    let message = self.message(id, Way::Activation);
                     let from = self.node_of[stage.index()];
-                    let arrival = self.send(from, to, Cargo::Activation(id, micro_batch), bytes, delay, at);
+                    let arrival = self.send(from, to, Cargo::Activation(id, micro_batch), message, at);
                     self.activations[id.index()][micro_batch as usize] = Some(arrival);
                     self.offer(to, end_s);
                 }
@@ -339,9 +277,9 @@ impl<'a> State<'a> {
                         continue;
                     }
                     let (id, to) = (edge.id, self.node_of[edge.from.index()]);
-                    let (bytes, delay) = (self.costs.edge_bytes[id.index()].1, self.costs.codec_s[id.index()].1);
+                    let message = self.message(id, Way::Gradient);
                     let from = self.node_of[stage.index()];
-                    let arrival = self.send(from, to, Cargo::Gradient(id, micro_batch), bytes, delay, at);
+                    let arrival = self.send(from, to, Cargo::Gradient(id, micro_batch), message, at);
                     self.gradients[id.index()][micro_batch as usize] = Some(arrival);
                     self.offer(to, end_s);
                 }
@@ -350,54 +288,60 @@ impl<'a> State<'a> {
         }
     }
 
+    /// What an edge sends this way for each micro-batch.
+    fn message(&self, edge: EdgeId, way: Way) -> Message {
+        Message { bytes: self.costs.edge_bytes[edge.index()][way], codec_s: self.costs.codec_s[edge.index()][way] }
+    }
+
     /// Puts a message on its link; within a CompNode it is there at once.
-    fn send(&mut self, from: usize, to: usize, cargo: Cargo, bytes: f64, delay: f64, at: (f64, Cause)) -> (f64, Cause) {
+    fn send(&mut self, from: usize, to: usize, cargo: Cargo, message: Message, at: Moment) -> Moment {
         if from == to {
             return at;
         }
         let link = self.cluster.link(from, to);
-        let free = self.links.get(&(from, to)).copied().unwrap_or((0.0, Cause::Start));
-        let (start_s, cause) = if free.0 > at.0 { free } else { at };
+        let Message { bytes, codec_s } = message;
+        let free = self.links.get(&(from, to)).copied().unwrap_or(Moment::BEGIN);
+        let Moment { at_s: start_s, cause } = at.or_later(free);
         let sent_s = start_s + link.occupied_s(bytes);
-        let end_s = sent_s + link.latency_s + delay;
+        let end_s = sent_s + link.latency_s + codec_s;
         let (from_node, to_node) = (NodeIndex(from as u32), NodeIndex(to as u32));
         let index = Cause::Transfer(self.transfers.len());
         self.transfers.push(Transfer { from: from_node, to: to_node, cargo, bytes, start_s, sent_s, end_s, cause });
-        let handled_s = bytes / HANDLED_BYTES_PER_S + delay / 2.0;
+        let handled_s = bytes / HANDLED_BYTES_PER_S + codec_s / 2.0;
         if handled_s > 0.0 {
             self.hosts.call_handler(from, handled_s, start_s, &mut self.agenda);
             self.hosts.call_handler(to, handled_s, sent_s + link.latency_s, &mut self.agenda);
         }
-        self.links.insert((from, to), (sent_s, index));
-        (end_s, index)
+        self.links.insert((from, to), Moment { at_s: sent_s, cause: index });
+        Moment { at_s: end_s, cause: index }
     }
 
     /// The step's end: tied gradients, the global norm, UPDATE.
     fn finish(&mut self) {
-        let later = |a: (f64, Cause), b: (f64, Cause)| if b.0 > a.0 { b } else { a };
         let nodes = self.free.len();
         let mut ready = self.free.clone();
         for (index, tied) in self.placement.tied.iter().enumerate() {
             let of_tied = self.costs.tied_bytes.get(index).map_or(&[][..], Vec::as_slice);
             for (place, a) in tied.holders.iter().map(|a| a.index()).enumerate() {
-                let (at, bytes) = (self.passed[a], of_tied.get(place).copied().unwrap_or(0.0));
+                let message = Message { bytes: of_tied.get(place).copied().unwrap_or(0.0), codec_s: 0.0 };
+                let at = self.passed[a];
                 for b in tied.holders.iter().map(|b| b.index()) {
-                    let arrival = self.send(a, b, Cargo::Tied(index), bytes, 0.0, at);
-                    ready[b] = later(ready[b], arrival);
+                    let arrival = self.send(a, b, Cargo::Tied(index), message, at);
+                    ready[b] = ready[b].or_later(arrival);
                 }
             }
         }
         if self.costs.clip && nodes > 1 {
             let mut total = ready[0];
             for (node, at) in ready.clone().into_iter().enumerate().skip(1) {
-                total = later(total, self.send(node, 0, Cargo::Norm, 0.0, 0.0, at));
+                total = total.or_later(self.send(node, 0, Cargo::Norm, Message::EMPTY, at));
             }
             ready[0] = total;
             for (node, at) in ready.iter_mut().enumerate().skip(1) {
-                *at = self.send(0, node, Cargo::Norm, 0.0, 0.0, total);
+                *at = self.send(0, node, Cargo::Norm, Message::EMPTY, total);
             }
         }
-        for (node, (start_s, cause)) in ready.into_iter().enumerate() {
+        for (node, Moment { at_s: start_s, cause }) in ready.into_iter().enumerate() {
             // All CompNodes update at about the same time.
             let seconds = self.costs.update_s.get(node).copied().unwrap_or(0.0) * self.hosts.slowdown(node);
             let end_s = start_s + seconds;

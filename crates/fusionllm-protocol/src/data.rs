@@ -42,7 +42,7 @@ pub struct DataReport {
 pub struct FileFingerprint {
     /// Its path below the folder that the job names, or its file name.
     pub name: String,
-    /// Its size.
+    /// Its size in bytes.
     pub bytes: u64,
     /// Its first bytes, which are trained on; the rest is held out.
     pub train_bytes: u64,

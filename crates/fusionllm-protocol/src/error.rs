@@ -29,7 +29,7 @@ pub enum JobError {
     /// An override is not of the form `section.key=value`.
     #[error("override `{given}` is not of the form section.key=value")]
     Override {
-        /// What was given.
+        /// The override as it was given.
         given: String,
     },
 }
@@ -41,7 +41,7 @@ pub enum ProtocolError {
     /// A message could not be written.
     #[error("message cannot be encoded: {reason}")]
     Encode {
-        /// Why.
+        /// The serializer's message.
         reason: String,
     },
     /// The bytes are not such a message.
@@ -49,25 +49,25 @@ pub enum ProtocolError {
     Decode {
         /// Type of the message expected.
         message: &'static str,
-        /// Why.
+        /// The parser's message, or what does not fit.
         reason: String,
     },
     /// The other end speaks another version.
     #[error("{peer} speaks protocol version {got}, this fusionllm speaks {expected}: use the same release on both")]
     Version {
-        /// Who it is, as in `the broker`.
+        /// The other end, as in `the broker`.
         peer: &'static str,
-        /// Ours.
+        /// Protocol version of this program.
         expected: u32,
-        /// Theirs.
+        /// Protocol version of the other end.
         got: u32,
     },
     /// The peer confirms a message that was never sent.
     #[error("peer acknowledges message {acknowledged}, but only {sent} were sent")]
     Acknowledged {
-        /// What it acknowledges.
+        /// Number of the message that it acknowledges.
         acknowledged: u64,
-        /// What was sent.
+        /// How many messages were sent.
         sent: u64,
     },
     /// The peer receives messages and confirms none.

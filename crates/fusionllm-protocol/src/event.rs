@@ -33,9 +33,9 @@ pub struct StepMetrics {
 /// A codec that changes while training.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CodecNote {
-    /// Sender.
+    /// Name of the CompNode that sends.
     pub from: String,
-    /// Receiver.
+    /// Name of the CompNode that receives.
     pub to: String,
     /// The op whose output, or its gradient, is sent.
     pub op: String,
@@ -43,7 +43,7 @@ pub struct CodecNote {
     pub gradient: bool,
     /// The codec from now on.
     pub codec: String,
-    /// Why.
+    /// Why, as a sentence for people.
     pub reason: String,
 }
 
@@ -63,28 +63,28 @@ pub struct Notice {
 pub enum JobEvent {
     /// The job changed its state.
     State {
-        /// Which job.
+        /// The job that it is about.
         job: JobId,
         /// The new state.
         state: JobState,
     },
     /// The data owner has read its data.
     Data {
-        /// Which job.
+        /// The job that it is about.
         job: JobId,
         /// What it found.
         data: DataReport,
     },
     /// A step ended on every CompNode.
     Step {
-        /// Which job.
+        /// The job that it is about.
         job: JobId,
         /// Its metrics.
         metrics: StepMetrics,
     },
     /// A checkpoint is complete.
     Checkpoint {
-        /// Which job.
+        /// The job that it is about.
         job: JobId,
         /// Updates done.
         step: u64,
@@ -93,7 +93,7 @@ pub enum JobEvent {
     },
     /// Something that the job's user must see, such as files that were left out or weights that were made anew.
     Notice {
-        /// Which job.
+        /// The job that it is about.
         job: JobId,
         /// One sentence.
         text: String,

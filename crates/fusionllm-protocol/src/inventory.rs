@@ -57,7 +57,7 @@ pub struct CpuShare {
 pub struct PairProfile {
     /// From the one that dialled to the other.
     pub there: LinkProfile,
-    /// The other way.
+    /// The direction back.
     pub back: LinkProfile,
 }
 

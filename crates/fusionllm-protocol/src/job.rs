@@ -26,15 +26,15 @@ pub struct JobSpec {
     pub name: String,
     /// What is trained.
     pub model: ModelSpec,
-    /// On what.
+    /// The text, the tokenizer, and how much is read at once.
     pub data: DataSpec,
-    /// How.
+    /// Steps, batches and the optimizer.
     pub train: TrainSpec,
-    /// Where.
+    /// On which machines it runs, and how it is cut.
     pub placement: PlacementSection,
-    /// What the links carry.
+    /// How tensors are encoded on their way.
     pub compression: CompressionSpec,
-    /// What is kept.
+    /// When checkpoints are made, and how many stay.
     pub checkpoint: CheckpointSpec,
     /// What becomes of it when machines go.
     #[serde(default)]
@@ -199,7 +199,7 @@ pub enum Precision {
 pub struct PlacementSection {
     /// CompNodes to use; if not given, `train` starts three and a broker takes all that are idle.
     pub compnodes: Option<u32>,
-    /// How to cut.
+    /// How the OP-DAG is cut.
     pub strategy: Strategy,
     /// Which task orders.
     pub pipeline: Pipeline,

@@ -31,7 +31,7 @@ pub struct ShardEntry {
 pub struct CarriedFile {
     /// Its name in a Hugging Face directory.
     pub name: String,
-    /// Its size.
+    /// Its size in bytes.
     pub bytes: u64,
     /// Its hash, see [`crate::content_hash`].
     pub hash: String,

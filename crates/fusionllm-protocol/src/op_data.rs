@@ -93,7 +93,7 @@ pub enum PeerFrame {
     Message {
         /// Its number in the channel, from 0.
         number: u64,
-        /// What it is.
+        /// What the payload is.
         header: OpDataHeader,
     },
     /// All messages before this number were taken by the receiver's task loop.

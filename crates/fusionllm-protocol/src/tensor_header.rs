@@ -25,7 +25,7 @@ pub enum TensorHeaderError {
     /// It is no header of such a file.
     #[error("{reason}")]
     Format {
-        /// What is wrong.
+        /// What is wrong with the header.
         reason: String,
     },
 }

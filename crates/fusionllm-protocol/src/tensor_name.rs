@@ -41,7 +41,7 @@ pub enum TensorName<'a> {
     Param(&'a str),
     /// What the optimizer keeps of a parameter: `optimizer.KIND.PARAMETER`.
     State {
-        /// What it is.
+        /// What the optimizer keeps there.
         kind: StateKind,
         /// Of which parameter.
         param: &'a str,

@@ -10,11 +10,11 @@ use crate::Channel;
 /// A task that was computed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TracedTask {
-    /// Which.
+    /// The task.
     pub task: Task,
     /// From when, in seconds.
     pub start_s: f64,
-    /// Until when.
+    /// When it ended, in seconds on the same clock.
     pub end_s: f64,
 }
 

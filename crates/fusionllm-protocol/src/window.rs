@@ -12,27 +12,27 @@ use crate::ProtocolError;
 #[derive(Debug)]
 pub struct SendWindow<T> {
     limit: usize,
-    /// Number of the first message in `kept`.
+    /// Number of the first message in `unconfirmed`.
     first: u64,
-    kept: VecDeque<T>,
-    /// How many of `kept` have gone over the present connection.
+    unconfirmed: VecDeque<T>,
+    /// How many of `unconfirmed` have gone over the present connection.
     sent: usize,
 }
 
 impl<T> SendWindow<T> {
     /// A window of at most `limit` outstanding messages (at least one).
     pub fn new(limit: usize) -> Self {
-        Self { limit: limit.max(1), first: 0, kept: VecDeque::new(), sent: 0 }
+        Self { limit: limit.max(1), first: 0, unconfirmed: VecDeque::new(), sent: 0 }
     }
 
     /// Whether another message may be pushed.
     pub fn has_room(&self) -> bool {
-        self.kept.len() < self.limit
+        self.unconfirmed.len() < self.limit
     }
 
     /// Whether every message was taken by the receiver.
     pub fn is_empty(&self) -> bool {
-        self.kept.is_empty()
+        self.unconfirmed.is_empty()
     }
 
     /// Appends a message. Gives it back if there is no room.
@@ -41,7 +41,7 @@ impl<T> SendWindow<T> {
     /// The message itself, when [`Self::has_room`] is false.
     pub fn push(&mut self, message: T) -> Result<(), T> {
         if self.has_room() {
-            self.kept.push_back(message);
+            self.unconfirmed.push_back(message);
             Ok(())
         } else {
             Err(message)
@@ -50,7 +50,7 @@ impl<T> SendWindow<T> {
 
     /// The next message to put on the wire, with its number. It counts as sent once asked for.
     pub fn next_to_send(&mut self) -> Option<(u64, &T)> {
-        let message = self.kept.get(self.sent)?;
+        let message = self.unconfirmed.get(self.sent)?;
         let number = self.first + self.sent as u64;
         self.sent += 1;
         Some((number, message))
@@ -61,13 +61,13 @@ impl<T> SendWindow<T> {
     /// # Errors
     /// [`ProtocolError::Acknowledged`] if it claims messages that were never sent.
     pub fn taken(&mut self, next: u64) -> Result<bool, ProtocolError> {
-        let sent = self.first + self.kept.len() as u64;
+        let sent = self.first + self.unconfirmed.len() as u64;
         if next > sent {
             return Err(ProtocolError::Acknowledged { acknowledged: next, sent });
         }
         let is_news = next > self.first;
         while self.first < next {
-            self.kept.pop_front();
+            self.unconfirmed.pop_front();
             self.first += 1;
             self.sent = self.sent.saturating_sub(1);
         }
@@ -80,7 +80,7 @@ impl<T> SendWindow<T> {
     /// # Errors
     /// [`ProtocolError::Acknowledged`] or [`ProtocolError::Gap`] if that cannot be.
     pub fn resume(&mut self, next: u64) -> Result<(), ProtocolError> {
-        let end = self.first + self.kept.len() as u64;
+        let end = self.first + self.unconfirmed.len() as u64;
         if next > end {
             return Err(ProtocolError::Acknowledged { acknowledged: next, sent: end });
         }

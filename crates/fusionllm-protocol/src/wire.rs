@@ -68,7 +68,7 @@ pub(crate) mod as_json {
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_planner::{Measured, OpSeconds};
+    use fusionllm_planner::{FpBp, Measured};
 
     use super::*;
     use crate::{
@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(state, job.state);
 
         let mut times = std::collections::BTreeMap::new();
-        times.insert(bad(), OpSeconds { fp_s: 1.0, bp_s: 2.0 });
+        times.insert(bad(), FpBp { fp_s: 1.0, bp_s: 2.0 });
         let measured = Measured { ops: times, ..Measured::default() };
         let message = FromCompNode::Measured { request: 1, result: Ok(measured) };
         let FromCompNode::Measured { result: Ok(measured), .. } = decode_clean(&encode(&message).unwrap()).unwrap()

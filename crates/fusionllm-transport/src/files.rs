@@ -1,8 +1,15 @@
-//! Opening files whose paths others may have named or whose folders others may write to.
+//! Files whose paths others may have named or whose folders others may write to: opening them, and writing whole ones.
+
+mod whole;
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::path::Path;
+
+pub use whole::{
+    FileMode, folder_of, remove_if_there, sync_folder, temporary_for, without_temporary_name, write_new_whole,
+    write_whole,
+};
 
 /// Most of a file that is read as a whole: many times the largest tokenizer.
 const MOST_BYTES: u64 = 256 << 20;
@@ -38,11 +45,19 @@ pub fn open_or_make_regular(path: &Path) -> Result<File> {
     regular(options.open(path)?)
 }
 
-/// The nearest thing at a path or above it that exists, if it is no folder: nothing can be made there. A link to nowhere
-/// exists.
+/// The nearest thing at a path or above it that exists. A link to nowhere exists.
+fn nearest(path: &Path) -> Option<&Path> {
+    path.ancestors().find(|above| above.symlink_metadata().is_ok())
+}
+
+/// The nearest thing at a path or above it that exists, if it is a folder: what is made at the path is made in it.
+pub fn folder_above(path: &Path) -> Option<&Path> {
+    nearest(path).filter(|above| above.is_dir())
+}
+
+/// The nearest thing at a path or above it that exists, if it is no folder: nothing can be made there.
 pub fn no_folder_above(path: &Path) -> Option<&Path> {
-    let nearest = path.ancestors().find(|above| above.symlink_metadata().is_ok());
-    nearest.filter(|above| !above.is_dir())
+    nearest(path).filter(|above| !above.is_dir())
 }
 
 /// Whether two paths lead to one file or folder that exists, also by links of either kind.
@@ -57,12 +72,6 @@ pub fn is_same_file(a: &Path, b: &Path) -> bool {
 #[cfg(not(unix))]
 pub fn is_same_file(a: &Path, b: &Path) -> bool {
     a.canonicalize().ok().is_some_and(|a| Some(a) == b.canonicalize().ok())
-}
-
-/// An error of a temporary file without the name of that, which nobody has heard of.
-pub fn without_temporary_name(error: Error) -> Error {
-    let inner = error.get_ref().and_then(std::error::Error::source).and_then(|e| e.downcast_ref::<Error>());
-    inner.and_then(Error::raw_os_error).map_or(error, Error::from_raw_os_error)
 }
 
 fn regular(file: File) -> Result<File> {
@@ -148,6 +157,8 @@ mod tests {
         assert!(is_same_file(folder.path(), &at(".")) && !is_same_file(folder.path(), &at("file")));
         assert!(!is_same_file(&at("none"), &at("none")), "there is no such file");
         assert_eq!(no_folder_above(&at("a/b")), None);
+        assert_eq!(folder_above(&at("a/b")), Some(folder.path()));
+        assert_eq!((folder_above(&at("file/b")), folder_above(&at("lost"))), (None, None));
         assert_eq!(no_folder_above(&at("file/b")), Some(at("file").as_path()));
         assert_eq!(no_folder_above(&at("lost")), Some(at("lost").as_path()));
     }

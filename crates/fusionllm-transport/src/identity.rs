@@ -1,14 +1,13 @@
 //! A peer's secret key.
 
 use std::fmt;
-use std::io::Write;
 use std::path::Path;
 
 use data_encoding::HEXLOWER_PERMISSIVE;
 use iroh::SecretKey;
 
 use crate::private::{make_private_dir, read_private};
-use crate::{IdentityError, PeerId, PrivateError, without_temporary_name};
+use crate::{FileMode, IdentityError, PeerId, PrivateError, folder_of, write_whole};
 
 /// A secret key; whoever has it is this peer.
 #[derive(Clone)]
@@ -44,14 +43,9 @@ impl Identity {
     }
 
     fn write(&self, path: &Path) -> std::io::Result<()> {
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-        make_private_dir(folder).map_err(std::io::Error::other)?;
-        // A temporary file is the owner's alone from the start.
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(without_temporary_name)?;
-        writeln!(file.as_file_mut(), "{}", HEXLOWER_PERMISSIVE.encode(&self.0.to_bytes()))?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
+        make_private_dir(folder_of(path)).map_err(std::io::Error::other)?;
+        let text = format!("{}\n", HEXLOWER_PERMISSIVE.encode(&self.0.to_bytes()));
+        write_whole(path, text.as_bytes(), FileMode::Private)
     }
 
     /// The public half.

@@ -32,8 +32,9 @@ pub use closing::close_all;
 pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
 pub use files::{
-    is_same_file, no_folder_above, open_or_make_regular, open_regular, read_regular, read_regular_text,
-    read_regular_text_within, without_temporary_name,
+    FileMode, folder_above, folder_of, is_same_file, no_folder_above, open_or_make_regular, open_regular, read_regular,
+    read_regular_text, read_regular_text_within, remove_if_there, sync_folder, temporary_for, without_temporary_name,
+    write_new_whole, write_whole,
 };
 pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::JobSpec;
 pub(crate) use fusionllm_transport::is_same_file;
-use fusionllm_transport::{no_folder_above, open_regular};
+use fusionllm_transport::{folder_of, no_folder_above, open_regular};
 
 use crate::exit::bad_input;
 
@@ -98,8 +98,7 @@ pub(crate) fn check_folder(option: &str, path: &Path) -> anyhow::Result<()> {
 }
 
 fn absolute(path: &Path) -> Option<PathBuf> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Some(folder.canonicalize().ok()?.join(path.file_name()?))
+    Some(folder_of(path).canonicalize().ok()?.join(path.file_name()?))
 }
 
 impl Output<'_> {

@@ -1,10 +1,10 @@
 //! Tickets: where a command finds one, and how one is handed over.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::path::Path;
 
 use anyhow::Context;
-use fusionllm_transport::{PrivateError, Ticket, read_private, without_temporary_name};
+use fusionllm_transport::{FileMode, PrivateError, Ticket, read_private, write_new_whole};
 
 use crate::environment;
 use crate::exit::bad_input;
@@ -70,11 +70,6 @@ pub(crate) fn may_print(asked: bool) -> bool {
 
 /// Writes a ticket to a new file that is its owner's alone.
 pub(crate) fn write_ticket(path: &Path, ticket: &str) -> anyhow::Result<()> {
-    let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = || path.display().to_string();
-    // A temporary file is the owner's alone from the start.
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(without_temporary_name).with_context(name)?;
-    writeln!(file.as_file_mut(), "{ticket}").with_context(name)?;
-    file.persist_noclobber(path).map_err(|e| e.error).with_context(name)?;
-    Ok(())
+    let text = format!("{ticket}\n");
+    write_new_whole(path, text.as_bytes(), FileMode::Private).with_context(|| path.display().to_string())
 }

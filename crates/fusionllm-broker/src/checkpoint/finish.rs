@@ -4,18 +4,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fusionllm_graph::OpDag;
+use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Generation, JobSpec, Manifest, RunId, ShardEntry};
+use fusionllm_transport::sync_folder;
 use safetensors::tensor::Dtype;
 
-use super::place::{
-    ABANDONED, ASIDE, Found, Maker, brief_of, checkpoints_of, free_name, maker, partial_folder, step_name,
-};
+use super::names::{ABANDONED, ASIDE, MANIFEST, free_name, partial_folder, shard_name, step_name, step_of};
+use super::place::{Found, Maker, brief_of, checkpoints_of, maker};
 use super::remove::remove;
 use super::tensor_file::TensorFile;
-use super::{MANIFEST, Origin, Removal, StoredShard, io_error, shard_name, tensor_set};
-use crate::run_dir::{RunFile, RunHome, sync_folder, write_atomic};
+use super::{Origin, Removal, StoredShard, tensor_set};
+use crate::files::{io_error, write_atomic};
+use crate::run_dir::{RunFile, RunHome};
 use crate::{BrokerError, CheckpointError};
-use fusionllm_planner::NodeIndex;
 
 /// A loss this many times the lowest one, and [`EXPLODED_BY`] above it, is no noise any more.
 const EXPLODED_TIMES: f64 = 1.5;
@@ -170,7 +171,7 @@ pub(crate) fn recover(folder: &Path, run: &RunId) -> Removal {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let (name, aside) = (entry.file_name(), entry.path());
         let Some(whole) = name.to_str().and_then(|n| n.strip_suffix(ASIDE)) else { continue };
-        if super::place::step_of(whole).is_none() || maker(&aside) != Maker::Run(run.clone()) {
+        if step_of(whole).is_none() || maker(&aside) != Maker::Run(run.clone()) {
             continue;
         }
         let whole = folder.join(whole);

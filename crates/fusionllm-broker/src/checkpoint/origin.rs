@@ -9,7 +9,7 @@ use fusionllm_protocol::{CarriedFile, DataFingerprint, content_hash};
 use fusionllm_transport::read_regular_text;
 
 use super::tensor_file::io;
-use crate::run_dir::write_atomic;
+use crate::files::write_atomic;
 use crate::{BrokerError, CheckpointError};
 
 /// The tokenizer among the files that are carried.

@@ -5,17 +5,17 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use fusionllm_protocol::{Generation, JobSpec, RunId};
-use fusionllm_transport::{open_regular, read_regular};
+use fusionllm_protocol::{JobSpec, RunId};
+use fusionllm_transport::{open_regular, read_regular, remove_if_there};
 use serde::Deserialize;
 
+use super::Removal;
+use super::names::{ASIDE, MANIFEST, MARK, PARTIAL, step_of};
 use super::tensor_file::io;
-use super::{MANIFEST, Removal, io_error};
+use crate::files::io_error;
 use crate::run_dir::RunHome;
 use crate::{BrokerError, CheckpointError};
 
-/// The mark of a folder: the id of the run that made it, there from the folder's first moment.
-pub(crate) const MARK: &str = "run.id";
 /// More than a mark has.
 const MARK_BYTES: u64 = 64;
 
@@ -75,10 +75,7 @@ fn write_mark(folder: &Path, run: &RunId) -> Result<(), BrokerError> {
     let text = format!("{}\n", run.as_str());
     let write = |mut file: File| file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     // A torn one of ours, or a link, through which the mark would be written elsewhere.
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => return Err(io_error(&path, e)),
-        _ => {}
-    }
+    remove_if_there(&path).map_err(|e| io_error(&path, e))?;
     File::create_new(&path).and_then(write).map_err(|e| io_error(&path, e))
 }
 
@@ -168,37 +165,6 @@ pub(crate) fn steps_in(folder: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointE
     Ok(steps)
 }
 
-/// The step in a folder's name, which must be as we write it.
-pub(crate) fn step_of(name: &str) -> Option<u64> {
-    let step = name.strip_prefix("step-")?.parse().ok()?;
-    (step_name(step) == name).then_some(step)
-}
-
-/// Name of a checkpoint's folder.
-pub(crate) fn step_name(step: u64) -> String {
-    format!("step-{step}")
-}
-
-/// What the name of a checkpoint ends with while another takes its place.
-pub(crate) const ASIDE: &str = ".replaced";
-
-/// What marks a checkpoint that a run has turned its back on by resuming from an earlier one.
-pub(crate) const ABANDONED: &str = ".abandoned";
-
-/// What marks a folder that is no checkpoint any more, and has files in it that the run did not write.
-pub(crate) const LEFTOVER: &str = ".leftover";
-
-/// What the name of a folder has in which the shards of a step are gathered.
-pub(crate) const PARTIAL: &str = ".partial-";
-
-/// What marks such a folder that is being removed: no shard comes to this name.
-pub(crate) const REMOVED: &str = ".removed";
-
-/// Where the shards of a step are gathered. The name says which run makes it.
-pub(crate) fn partial_folder(folder: &Path, run: &RunId, step: u64, generation: Generation) -> PathBuf {
-    folder.join(format!("step-{step}{PARTIAL}{}-{}", run.short(), generation.0))
-}
-
 /// Makes the folder in which shards are gathered, marked as the run's, if it is not there.
 ///
 /// # Errors
@@ -251,12 +217,4 @@ pub(crate) fn drop_partial(path: &Path, run: &RunId) -> Removal {
         removal.remove(path);
     }
     removal
-}
-
-/// A name beside `path` that is free: its own with `suffix`, and a number if that is taken.
-pub(crate) fn free_name(path: &Path, suffix: &str) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let numbered = (2u64..).map(|n| path.with_file_name(format!("{name}{suffix}-{n}")));
-    let first = path.with_file_name(format!("{name}{suffix}"));
-    std::iter::once(first.clone()).chain(numbered).find(|p| p.symlink_metadata().is_err()).unwrap_or(first)
 }

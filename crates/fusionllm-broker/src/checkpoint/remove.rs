@@ -4,10 +4,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::Manifest;
-use fusionllm_transport::read_regular_text;
+use fusionllm_transport::{read_regular_text, remove_if_there};
 
-use super::MANIFEST;
-use super::place::{LEFTOVER, MARK, PARTIAL, REMOVED, free_name, step_name, step_of};
+use super::names::{LEFTOVER, MANIFEST, MARK, PARTIAL, REMOVED, free_name, step_name, step_of};
 
 /// Names that are listed in a sentence.
 const NAMED: usize = 3;
@@ -115,13 +114,6 @@ fn remove_written(folder: &Path, written: &Written) -> std::io::Result<Vec<Strin
     Ok(others)
 }
 
-fn remove_if_there(path: &Path) -> std::io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
-}
-
 fn named(names: &[String]) -> String {
     let mut listed: Vec<String> = names.iter().take(NAMED).map(|name| format!("`{name}`")).collect();
     if names.len() > NAMED {
@@ -174,12 +166,12 @@ fn temporary_of(name: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run_dir::{FOR_ALL, temporary_for};
+    use fusionllm_transport::{FileMode, temporary_for};
 
     #[test]
     fn temporary_names_are_told_by_what_they_are_for() {
         let folder = tempfile::tempdir().unwrap();
-        let temporary = temporary_for(&folder.path().join("shard-3.safetensors"), FOR_ALL).unwrap();
+        let temporary = temporary_for(&folder.path().join("shard-3.safetensors"), FileMode::Shared).unwrap();
         let name = temporary.path().file_name().unwrap().to_str().unwrap();
         assert!(Written::ByForm.has(name), "{name}");
         for name in

@@ -6,7 +6,7 @@ use fusionllm_protocol::{Generation, RunId};
 
 use super::find::meant;
 use super::finish::{Course, Pruned};
-use super::place::{ABANDONED, ASIDE, MARK};
+use super::names::{ABANDONED, ASIDE, MARK};
 use super::*;
 use crate::model::load_model;
 use crate::run_dir::{RunFile, RunHome};

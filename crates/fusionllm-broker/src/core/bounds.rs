@@ -4,9 +4,6 @@ use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{JobSpec, StepReport};
 
-use super::ConnectionId;
-use super::run::Run;
-
 /// Steps that the reports of one CompNode may be ahead of those of the slowest: what tiny steps amount to while a
 /// connection is out for as long as a lease lasts.
 const MOST_AHEAD: u64 = 100_000;
@@ -16,33 +13,33 @@ const SHARDS_AHEAD: u64 = 16;
 const MOST_NOTES: u32 = 1000;
 /// Longest text of a codec, in bytes.
 const CODEC_BYTES: usize = 200;
-/// What a shard takes besides its values: for the file, and for each tensor with its name.
-const FORM_BYTES: (u64, u64) = (1 << 20, 4 << 10);
+/// What a shard takes for its file, besides the values.
+const FILE_FORM_BYTES: u64 = 1 << 20;
+/// What a shard takes for each tensor with its name, besides the values.
+const TENSOR_FORM_BYTES: u64 = 4 << 10;
 /// The limit of a shard is a bound against abuse: a codec may come to keep more than is reckoned here.
 const SLACK: u64 = 2;
 
 /// Bytes that the shard of a CompNode has at most: parameters, optimizer state, and what codecs hold back.
 fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSpec) -> u64 {
-    let copies = 1 + spec.train.states().len() as u64;
-    let bytes = |elements: u64| elements.saturating_mul(4);
-    let params = placement.params_of(dag, node);
-    let values: u64 = params.iter().map(|&p| bytes(dag.param(p).elements()).saturating_mul(copies)).sum();
+    let values = spec.train.state_bytes(placement.param_bytes_of(dag, node));
     let touches = |stage| placement.holds(node, stage);
     let edges = placement.edges.iter().filter(|e| placement.is_boundary(e) && (touches(e.from) || touches(e.to)));
     let batch = spec.micro_batch_size() as usize;
     let held_back: u64 = edges.clone().map(|e| 2 * dag.op(e.op).output.bytes(batch)).sum();
     let tied = placement.tied.iter().filter(|tied| tied.holders.contains(&node));
-    let tied: u64 = tied.map(|t| bytes(dag.param(t.param).elements()).saturating_mul(t.holders.len() as u64)).sum();
-    let tensors = params.len() as u64 * (copies + placement.compnodes.len() as u64) + 2 * edges.count() as u64;
-    let (file, tensor) = FORM_BYTES;
-    let sum = values.saturating_add(held_back).saturating_add(tied).saturating_add(tensors.saturating_mul(tensor));
-    sum.saturating_mul(SLACK).saturating_add(file)
+    let tied: u64 = tied.map(|t| dag.param(t.param).bytes().saturating_mul(t.holders.len() as u64)).sum();
+    let copies = (1 + spec.train.states().len() + placement.compnodes.len()) as u64;
+    let tensors = placement.params_of(dag, node).len() as u64 * copies + 2 * edges.count() as u64;
+    let form = tensors.saturating_mul(TENSOR_FORM_BYTES);
+    let sum = values.saturating_add(held_back).saturating_add(tied).saturating_add(form);
+    sum.saturating_mul(SLACK).saturating_add(FILE_FORM_BYTES)
 }
 
 /// What the CompNodes of one placement have sent, held against what they may.
 #[derive(Debug, Default)]
 pub(super) struct Bounds {
-    /// By CompNode.
+    /// Most bytes of a shard, by CompNode.
     shards: Vec<u64>,
     /// Steps that each has reported.
     reported: Vec<u64>,
@@ -67,13 +64,13 @@ impl Bounds {
     }
 
     /// Whether the CompNode can have come as far as this step, by what it reported.
-    fn is_near(&self, node: NodeIndex, step: u64) -> bool {
+    pub(super) fn is_near(&self, node: NodeIndex, step: u64) -> bool {
         let reported = self.reported.get(node.index()).copied().unwrap_or(0);
         step.saturating_sub(reported) <= self.every.max(1).saturating_mul(SHARDS_AHEAD)
     }
 
     /// Why a shard of so many bytes cannot be the CompNode's: it is too large.
-    fn check_shard(&self, node: NodeIndex, bytes: u64) -> Result<(), String> {
+    pub(super) fn check_shard(&self, node: NodeIndex, bytes: u64) -> Result<(), String> {
         let limit = self.shards.get(node.index()).copied().unwrap_or(0);
         if bytes > limit {
             return Err(format!(
@@ -109,27 +106,10 @@ impl Bounds {
         }
         Ok(())
     }
-}
-
-impl Run {
-    /// Whether the shard is one that this CompNode owes; why it cannot be one if it is too large.
-    pub(super) fn wants_shard(
-        &self,
-        connection: ConnectionId,
-        node: NodeIndex,
-        step: u64,
-        bytes: u64,
-    ) -> Result<bool, String> {
-        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step) {
-            return Ok(false);
-        }
-        self.bounds.check_shard(node, bytes).map(|()| true)
-    }
 
     /// Whether one more note of a CompNode is kept.
-    pub(super) fn note_comes(&mut self, connection: ConnectionId) -> bool {
-        let is_member = self.node_of(connection).is_some();
-        self.bounds.notes = self.bounds.notes.saturating_add(u32::from(is_member));
-        is_member && self.bounds.notes <= MOST_NOTES
+    pub(super) fn note_comes(&mut self) -> bool {
+        self.notes = self.notes.saturating_add(1);
+        self.notes <= MOST_NOTES
     }
 }

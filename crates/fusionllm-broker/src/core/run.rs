@@ -39,7 +39,7 @@ pub(super) struct MergedStep {
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) key: RunKey,
-    /// In the placement's order.
+    /// Connections of its CompNodes, in the placement's order.
     pub(super) members: Vec<ConnectionId>,
     pub(super) dag: Arc<OpDag>,
     /// Where the model came from, and its data once the owner has read it.
@@ -329,5 +329,24 @@ impl Run {
     /// Whether all is done and every checkpoint is whole.
     pub(super) fn is_done(&self) -> bool {
         self.merged == self.steps && self.finished.len() == self.members.len() && self.open.is_empty()
+    }
+
+    /// Whether the shard is one that this CompNode owes; why it cannot be one if it is too large.
+    pub(super) fn wants_shard(
+        &self,
+        connection: ConnectionId,
+        node: NodeIndex,
+        step: u64,
+        bytes: u64,
+    ) -> Result<bool, String> {
+        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step) {
+            return Ok(false);
+        }
+        self.bounds.check_shard(node, bytes).map(|()| true)
+    }
+
+    /// Whether one more note of a CompNode is kept.
+    pub(super) fn note_comes(&mut self, connection: ConnectionId) -> bool {
+        self.node_of(connection).is_some() && self.bounds.note_comes()
     }
 }

@@ -39,7 +39,7 @@ impl Watchdog {
             moved: now,
             slowest_s: sane(predicted_s),
             has_stepped: false,
-            state_bytes: dag.param_bytes().saturating_mul(1 + spec.train.states().len() as u64),
+            state_bytes: spec.train.state_bytes(dag.param_bytes()),
             eval_batches: spec.train.eval_batches.into(),
         }
     }

@@ -50,15 +50,15 @@ pub enum CheckpointError {
         source: Box<CheckpointError>,
         /// The newest that is whole.
         path: PathBuf,
-        /// Its step.
+        /// Updates done in the newest that is whole.
         step: u64,
     },
     /// A file could not be read or written.
     #[error("checkpoint file {path}: {source}")]
     Io {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// What the operating system says.
         source: std::io::Error,
     },
     /// The manifest is damaged.
@@ -66,7 +66,7 @@ pub enum CheckpointError {
     Manifest {
         /// The manifest.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong with the manifest.
         source: ProtocolError,
     },
     /// The folder of a checkpoint is there, its manifest is not.
@@ -78,13 +78,13 @@ pub enum CheckpointError {
     /// A shard is not there.
     #[error("shard {path} is missing: the checkpoint is incomplete, use another one")]
     Missing {
-        /// Which.
+        /// Where the shard should be.
         path: PathBuf,
     },
     /// A shard has another size than when it was written.
     #[error("shard {path} has {got} bytes, expected {expected}: it is damaged, use another checkpoint")]
     Size {
-        /// Which.
+        /// The shard.
         path: PathBuf,
         /// Bytes by the manifest.
         expected: u64,
@@ -94,7 +94,7 @@ pub enum CheckpointError {
     /// The bytes of a shard or manifest are not those that were written.
     #[error("{path} has hash {got}, expected {expected}: it is damaged, use another checkpoint")]
     Hash {
-        /// Which.
+        /// The shard or manifest.
         path: PathBuf,
         /// Hash by the manifest, or for the manifest by the run.
         expected: String,
@@ -104,9 +104,9 @@ pub enum CheckpointError {
     /// The file is no safetensors file.
     #[error("{path} is not a readable safetensors file: {reason}")]
     Format {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The parser's message.
         reason: String,
     },
     /// A tensor is missing or does not fit the graph.
@@ -114,7 +114,7 @@ pub enum CheckpointError {
     Tensor {
         /// The file or folder.
         path: PathBuf,
-        /// Which tensor.
+        /// Name of the tensor.
         name: String,
         /// What is wrong and what would be right.
         reason: String,

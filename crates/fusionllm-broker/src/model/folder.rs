@@ -175,7 +175,7 @@ fn other_weights(folder: &Path) -> Vec<String> {
 /// `model.safetensors.index.json`.
 struct Index {
     path: PathBuf,
-    /// By tensor.
+    /// Name of the file that has a tensor, by name of the tensor.
     shard_of: BTreeMap<String, String>,
 }
 

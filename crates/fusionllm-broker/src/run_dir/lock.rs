@@ -8,8 +8,8 @@ use fusionllm_protocol::RunId;
 use fusionllm_transport::{open_or_make_regular, open_regular};
 use time::OffsetDateTime;
 
-use super::io_error;
 use crate::BrokerError;
+use crate::files::io_error;
 
 /// Most of a lock file that is read: a line.
 const LINE_BYTES: u64 = 1024;

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use fusionllm_protocol::{JobSpec, Notice, RunId};
 
 use super::lock::RunLocks;
-use super::{FolderLock, Parent, PlacementFile, RunDir, RunFile, RunHome, io_error, write_atomic};
+use super::{FolderLock, Parent, PlacementFile, RunDir, RunFile, RunHome};
 use crate::BrokerError;
 use crate::checkpoint::{Abandoned, ShardPlace, abandon, free_name, recover, remove_partial, steps_in};
+use crate::files::{io_error, write_atomic};
 use crate::metrics::{copy_after, each_line};
 
 /// What a folder may have in it that nobody uses: our lock, and what a new disk comes with.

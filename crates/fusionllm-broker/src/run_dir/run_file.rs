@@ -9,8 +9,9 @@ use fusionllm_transport::{is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
-use super::{RunDir, io_error};
+use super::RunDir;
 use crate::BrokerError;
+use crate::files::io_error;
 
 /// Where a run went on from that began with another run's checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,9 +19,9 @@ pub(crate) struct Parent {
     /// The other run; those of version 0.1.0 have no id.
     #[serde(default)]
     pub(crate) run: Option<RunId>,
-    /// The checkpoint's folder.
+    /// Folder of the checkpoint.
     pub(crate) path: PathBuf,
-    /// Its step.
+    /// Updates done in the checkpoint.
     pub(crate) step: u64,
 }
 

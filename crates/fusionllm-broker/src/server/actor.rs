@@ -5,124 +5,25 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{
-    BlobHeader, CodecNote, FromBroker, FromCompNode, Inventory, JobEvent, JobId, JobSpec, JobState, ProtocolError,
-    RunKey, StatusReport,
-};
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use fusionllm_protocol::{CodecNote, FromBroker, JobEvent, JobId, JobState, ProtocolError};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::answers::Answers;
-use super::compnode::{Control, Joined, ToCompNode, lock};
+use super::command::{Command, Control, Joined, RunDirChoice, ToCompNode, lock};
 use super::events::{JobEvents, Submitted};
 use super::files::Files;
 use super::records::Records;
 use super::work;
 use crate::BrokerError;
-use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining, StartPoint};
+use crate::core::{Action, ConnectionId, Core, CoreEvent, Joining};
 use crate::reach::Reach;
-use crate::report::RunReport;
 use crate::run_dir::free_run_dir;
-use crate::store::JobRecord;
 
 /// How often leases are looked at.
 const TICK: Duration = Duration::from_secs(1);
 /// Events that a slow follower may be behind.
 const EVENT_QUEUE: usize = 1024;
-
-/// Where a job's run directory is to be.
-#[derive(Debug)]
-pub(super) enum RunDirChoice {
-    /// Exactly there.
-    Given(PathBuf),
-    /// There, or beside it under a number if that is taken.
-    Free(PathBuf),
-}
-
-type Reply<T> = oneshot::Sender<T>;
-
-/// What the actor is asked to do.
-#[derive(Debug)]
-pub(super) enum Command {
-    /// A CompNode has a connection. Without a past here it gets `line` for its number.
-    Join {
-        line: ConnectionId,
-        joining: Joining,
-        resume: Option<u64>,
-        outbox: mpsc::Sender<ToCompNode>,
-        reply: Reply<Joined>,
-    },
-    /// That connection has ended.
-    Ended {
-        line: ConnectionId,
-        connection: ConnectionId,
-        reason: String,
-        for_good: bool,
-    },
-    Said {
-        connection: ConnectionId,
-        message: FromCompNode,
-        at: Instant,
-    },
-    Event(CoreEvent),
-    Submit {
-        spec: Box<JobSpec>,
-        start: Box<StartPoint>,
-        run_dir: RunDirChoice,
-        reply: Reply<Result<Submitted, BrokerError>>,
-    },
-    Resume {
-        job: JobId,
-        spec: Box<JobSpec>,
-        start: Box<StartPoint>,
-        /// The step that was asked for.
-        step: Option<u64>,
-        reply: Reply<Result<Submitted, BrokerError>>,
-    },
-    Stop {
-        job: JobId,
-        reply: Reply<Result<(), BrokerError>>,
-    },
-    Lost {
-        name: String,
-        reason: String,
-        reply: Reply<()>,
-    },
-    Record {
-        job: JobId,
-        reply: Reply<Result<JobRecord, BrokerError>>,
-    },
-    Status {
-        reply: Reply<StatusReport>,
-    },
-    Inventory {
-        max_age: Option<Duration>,
-        job: Option<Box<(JobSpec, StartPoint)>>,
-        reply: Reply<Inventory>,
-    },
-    Report {
-        job: JobId,
-        reply: Reply<Result<RunReport, BrokerError>>,
-    },
-    /// The CompNode need not keep its shard any more: it is stored, or nobody wants it.
-    ShardSettled {
-        connection: ConnectionId,
-        key: RunKey,
-        step: u64,
-    },
-    /// Answers once everything is written that was to be written before.
-    Flush {
-        reply: Reply<()>,
-    },
-    WantsShard {
-        connection: ConnectionId,
-        header: BlobHeader,
-        reply: Reply<Result<bool, String>>,
-    },
-    Shutdown {
-        reply: Reply<()>,
-    },
-}
 
 /// The way to a CompNode.
 struct Line {

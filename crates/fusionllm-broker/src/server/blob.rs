@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{BlobHeader, BlobKind, RunKey, decode, encode};
-use fusionllm_transport::{FrameSource, Session, without_temporary_name};
+use fusionllm_transport::{FileMode, FrameSource, Session, temporary_for, without_temporary_name};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::actor::Command;
-use super::{Handle, blocking};
+use super::command::Command;
+use super::handle::{Handle, blocking};
 use crate::BrokerError;
 use crate::checkpoint::{ShardHash, ShardPlace, StoredShard, TensorSet, make_partial, shard_name};
 use crate::core::{ConnectionId, CoreEvent};
-use crate::run_dir::{FOR_ALL, io_error, temporary_for};
+use crate::files::io_error;
 
 /// Content frames: small beside memory, large beside a packet.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -84,7 +84,7 @@ async fn store(
     blocking(move || make_partial(&folder, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
     let io = |e: std::io::Error| Dropped::Unusable(io_error(&path, e).to_string());
     // A name of its own: a writer whose connection broke must not write into the shard that is sent again.
-    let temporary = temporary_for(&path, FOR_ALL).map_err(io)?;
+    let temporary = temporary_for(&path, FileMode::Shared).map_err(io)?;
     let (std_file, temporary) = temporary.into_parts();
     let mut file = File::from_std(std_file);
     let mut hash = ShardHash::default();

@@ -9,7 +9,7 @@ use tokio::time::{sleep, timeout};
 
 use super::events::{JobEvents, Submitted};
 use super::gate::Pass;
-use super::{Handle, blocking};
+use super::handle::{Handle, blocking};
 use crate::BrokerError;
 
 /// A client is told this often that its request is worked on; it gives up after 10 s without a word.

@@ -1,21 +1,20 @@
 //! One connection of a CompNode.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fusionllm_protocol::{
-    ControlStream, FromBroker, FromCompNode, Numbered, ProtocolError, RunKey, Welcome, clean, decode_clean, encode,
+    FromBroker, FromCompNode, Numbered, ProtocolError, RunKey, Welcome, clean, decode_clean, encode,
 };
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 
-use super::actor::Command;
+use super::blob;
+use super::command::{Command, Control, Joined, ToCompNode, lock};
 use super::gate::Pass;
-use super::{Handle, blob};
-use crate::checkpoint::TensorSet;
+use super::handle::Handle;
 use crate::core::{ConnectionId, CoreEvent, Joining};
 
 /// Messages that may wait for a slow CompNode.
@@ -24,33 +23,6 @@ const OUTBOX: usize = 256;
 const MESSAGE_BYTES: u64 = 1 << 20;
 /// How long a CompNode may take to confirm the last message.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
-
-/// What goes to a CompNode.
-#[derive(Debug)]
-pub(super) enum ToCompNode {
-    Message(Numbered<FromBroker>),
-    Weights { key: RunKey, params: Vec<String>, from: Arc<TensorSet> },
-    Disconnect(String),
-}
-
-/// A CompNode that was let in.
-#[derive(Debug)]
-pub(super) struct Joined {
-    /// What the core knows it by: after a break the same as before.
-    pub(super) connection: ConnectionId,
-    pub(super) name: String,
-    pub(super) control: Control,
-    /// If it goes on after a break: number of the last message that it sent before, and what to send it again.
-    pub(super) resumed: Option<(u64, Vec<Numbered<FromBroker>>)>,
-}
-
-/// What was sent and received, over all connections of one CompNode.
-pub(super) type Control = Arc<Mutex<ControlStream<FromBroker>>>;
-
-/// Whatever the thread was doing that panicked with it, numbers and messages are whole.
-pub(super) fn lock(control: &Control) -> MutexGuard<'_, ControlStream<FromBroker>> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Serves the connection until it ends, and tells the core. `resume` is what the CompNode has received before a break.
 pub(super) async fn serve(

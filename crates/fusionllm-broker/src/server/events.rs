@@ -10,7 +10,7 @@ use tokio::sync::{broadcast, watch};
 /// A job that was taken in.
 #[derive(Debug)]
 pub struct Submitted {
-    /// Its id.
+    /// Number of the job.
     pub job: JobId,
     /// Its run directory; made when the job is placed.
     pub run_dir: PathBuf,

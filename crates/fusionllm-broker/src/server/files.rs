@@ -7,16 +7,17 @@ use fusionllm_protocol::{Notice, RunKey, StepMetrics};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
-use super::actor::Command;
+use super::command::Command;
 use super::open_runs::OpenRuns;
 use super::watched::Watched;
 use crate::BrokerError;
 use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun};
+use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
-use crate::run_dir::{OpenedRun, RunDir, write_atomic};
+use crate::run_dir::{OpenedRun, RunDir};
 use crate::store::JobRecord;
 
 /// The way to the thread.
@@ -100,11 +101,11 @@ impl Files {
 
 struct Keeper {
     open_runs: OpenRuns,
-    runs: BTreeMap<RunKey, KeptRun>,
+    runs: BTreeMap<RunKey, RunFiles>,
 }
 
 /// A run at work.
-struct KeptRun {
+struct RunFiles {
     opened: OpenedRun,
     dir: RunDir,
     metrics: MetricsWriter,
@@ -202,7 +203,7 @@ impl Keeper {
         self.open_runs.set(open.key, Some(opened.place.clone()));
         let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
         let course = Course::at(open.start_step);
-        self.runs.insert(open.key, KeptRun { opened, dir, metrics, predicted, course, unpruned: None });
+        self.runs.insert(open.key, RunFiles { opened, dir, metrics, predicted, course, unpruned: None });
         Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
     }
 
@@ -247,7 +248,7 @@ impl Keeper {
     }
 }
 
-impl KeptRun {
+impl RunFiles {
     /// Appends a step. Gives what its user must know.
     fn append(&mut self, metrics: &StepMetrics) -> Result<Vec<String>, BrokerError> {
         let mut notices: Vec<String> = self.metrics.append(&self.dir.metrics(), metrics)?.into_iter().collect();

@@ -11,7 +11,7 @@ use fusionllm_transport::{PeerAddr, Secret, Session, Ticket, read_private, read_
 
 use crate::BrokerError;
 use crate::core::ConnectionId;
-use crate::run_dir::{io_error, write_private};
+use crate::files::{io_error, write_private};
 use crate::tickets::{Grant, NewTicket, Tickets};
 
 /// Close code of a connection whose ticket was revoked.

@@ -10,8 +10,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::gate::{Gate, Pass};
+use super::handle::{Handle, blocking};
 use super::refusals::Refusals;
-use super::{Handle, blocking, client, compnode};
+use super::{client, compnode};
 use crate::core::ConnectionId;
 
 /// Who says nothing for this long is sent away.

@@ -3,7 +3,7 @@
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::actor::Command;
+use super::command::Command;
 use super::watched::Watched;
 use crate::StoreError;
 use crate::core::{Action, CoreEvent};

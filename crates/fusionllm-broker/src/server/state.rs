@@ -8,7 +8,7 @@ use fusionllm_transport::{PrivateError, check_private};
 use super::gate::{ticket_path, tickets_path};
 use crate::BrokerError;
 #[cfg(unix)]
-use crate::run_dir::io_error;
+use crate::files::io_error;
 use crate::store::Store;
 
 /// Files of ours besides those of tickets; the last two are of earlier releases.

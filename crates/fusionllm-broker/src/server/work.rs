@@ -8,7 +8,7 @@ use tokio::sync::mpsc::WeakSender;
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 
-use super::actor::Command;
+use super::command::Command;
 use super::start::start_again;
 use crate::core::{CoreEvent, PlanInput};
 use crate::reach::Reach;

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Codec, TopKValues};
-use crate::CodecError;
+use super::Codec;
+use crate::{CodecError, TopKValues};
 
 impl fmt::Display for TopKValues {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

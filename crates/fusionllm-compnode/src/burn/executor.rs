@@ -16,7 +16,7 @@ use crate::burn::host::{self, to_scalar};
 use crate::burn::kernels::fused;
 use crate::burn::optimizer::{self, ParamState};
 use crate::burn::owed::Owed;
-use crate::burn::segment::{Kept, Segment, Surroundings};
+use crate::burn::stage::{BurnStage, Kept, StageContext};
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
 use crate::params::initial_values;
 use crate::stop::StopFlag;
@@ -30,7 +30,7 @@ pub(super) struct BurnExecutor {
     on_cpu: bool,
     seed: u64,
     optimizer: OptimizerSpec,
-    segments: BTreeMap<StageId, Segment>,
+    stages: BTreeMap<StageId, BurnStage>,
     /// Flat, without autodiff.
     params: BTreeMap<ParamId, Tensor<1>>,
     /// The same as leaves of the autodiff tape; made anew after each UPDATE.
@@ -51,11 +51,11 @@ impl BurnExecutor {
     pub(super) fn new(spec: ExecutorSpec, device: Device, stop: StopFlag) -> Result<Self, ExecutorError> {
         let ExecutorSpec { dag, stages, params: held, optimizer, seed, first } = spec;
         let on_cpu = fused::is_cpu(&device);
-        let segment = |stage: StageOps| {
-            let segment = Segment::new(&dag, stage.ops, stage.leaving).deferring(stage.deferring);
-            (stage.id, if on_cpu { segment.accumulating(&dag) } else { segment })
+        let build = |of: StageOps| {
+            let stage = BurnStage::new(&dag, of.ops, of.leaving).deferring(of.deferring);
+            (of.id, if on_cpu { stage.accumulating(&dag) } else { stage })
         };
-        let segments = stages.into_iter().map(segment).collect();
+        let stages = stages.into_iter().map(build).collect();
         let mut params = BTreeMap::new();
         for id in held {
             let values = match first {
@@ -70,7 +70,7 @@ impl BurnExecutor {
             device,
             seed,
             optimizer,
-            segments,
+            stages,
             params,
             leaves: BTreeMap::new(),
             gradients: Gradients::default(),
@@ -88,8 +88,8 @@ impl BurnExecutor {
     /// # Errors
     /// [`ExecutorError::Internal`] if the stage is not held here.
     pub(super) fn borders(&self, stage: StageId) -> Result<(Vec<OpId>, Vec<OpId>), ExecutorError> {
-        let segment = self.segment(stage)?;
-        Ok((segment.entering().iter().copied().collect(), segment.leaving().to_vec()))
+        let held = self.stage(stage)?;
+        Ok((held.entering().iter().copied().collect(), held.leaving().to_vec()))
     }
 
     fn checked(&self, tensor: NamedTensor, shape: &[usize]) -> Result<Tensor<1>, ExecutorError> {
@@ -110,12 +110,12 @@ impl BurnExecutor {
         self.leaves = self.params.iter().map(|(&id, p)| (id, p.clone().autodiff().require_grad())).collect();
     }
 
-    fn segment(&self, stage: StageId) -> Result<&Segment, ExecutorError> {
-        self.segments.get(&stage).ok_or_else(|| not_held(stage))
+    fn stage(&self, stage: StageId) -> Result<&BurnStage, ExecutorError> {
+        self.stages.get(&stage).ok_or_else(|| not_held(stage))
     }
 
-    fn surroundings<'a>(&'a self, params: &'a BTreeMap<ParamId, Tensor<1>>) -> Surroundings<'a> {
-        Surroundings { dag: &self.dag, device: &self.device, params, seed: self.seed, stop: &self.stop }
+    fn surroundings<'a>(&'a self, params: &'a BTreeMap<ParamId, Tensor<1>>) -> StageContext<'a> {
+        StageContext { dag: &self.dag, device: &self.device, params, seed: self.seed, stop: &self.stop }
     }
 
     /// Makes all gradients that were put off.
@@ -161,8 +161,8 @@ impl Executor for BurnExecutor {
         inputs: Vec<(OpId, BorderTensor)>,
     ) -> Result<StageOutput, ExecutorError> {
         let training = micro_batch.pass == Pass::Train;
-        let segment = self.segment(stage)?;
-        for &op in segment.entering() {
+        let held = self.stage(stage)?;
+        for &op in held.entering() {
             if !inputs.iter().any(|(id, _)| *id == op) {
                 let input = self.dag.op(op).name.clone();
                 return Err(ExecutorError::MissingInput { op: stage.to_string(), input });
@@ -170,7 +170,7 @@ impl Executor for BurnExecutor {
         }
         let params = if training { &self.leaves } else { &self.params };
         let around = self.surroundings(params);
-        let (output, kept) = on_pool(self.on_cpu, || segment.forward(around, micro_batch, inputs, training))?;
+        let (output, kept) = on_pool(self.on_cpu, || held.forward(around, micro_batch, inputs, training))?;
         if training {
             self.kept.insert((stage, micro_batch.index), kept);
         }
@@ -187,14 +187,14 @@ impl Executor for BurnExecutor {
         let kept = self.kept.remove(&(stage, micro_batch.index)).ok_or_else(|| ExecutorError::Internal {
             what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
         })?;
-        let Self { dag, device, on_cpu, seed, segments, leaves, gradients: sums, owed, stop, .. } = self;
-        let around = Surroundings { dag, device, params: leaves, seed: *seed, stop };
-        let segment = segments.get(&stage).ok_or_else(|| not_held(stage))?;
-        for (param, sum) in segment.sums() {
+        let Self { dag, device, on_cpu, seed, stages, leaves, gradients: sums, owed, stop, .. } = self;
+        let around = StageContext { dag, device, params: leaves, seed: *seed, stop };
+        let held = stages.get(&stage).ok_or_else(|| not_held(stage))?;
+        for (param, sum) in held.sums() {
             sum.put(sums.take_cpu(*param));
         }
-        let result = on_pool(*on_cpu, || segment.backward(around, kept, gradients, loss_scale))?;
-        for (param, sum) in segment.sums() {
+        let result = on_pool(*on_cpu, || held.backward(around, kept, gradients, loss_scale))?;
+        for (param, sum) in held.sums() {
             sums.put_cpu(*param, sum.take());
         }
         let elements = |param| dag.param(param).shape.iter().product();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use burn_tensor::{Device, Int, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{DType, OpClass, OpDag, OpId, OpKind, ParamId};
-use fusionllm_planner::{Measured, OpSeconds, StageId};
+use fusionllm_planner::{FpBp, Measured, StageId};
 use fusionllm_protocol::Pass;
 
 use super::timed;
@@ -44,7 +44,7 @@ pub(super) fn measure_ops(
     stop: &StopFlag,
 ) -> Result<Measured, ExecutorError> {
     let MeasureSpec { batch, ref optimizer, free_bytes } = *spec;
-    let mut ops: BTreeMap<String, OpSeconds> = BTreeMap::new();
+    let mut ops: BTreeMap<String, FpBp> = BTreeMap::new();
     for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
         if let Entry::Vacant(place) = ops.entry(dag.work(op, batch)) {
             place.insert(time_op(dag, op, batch, device, stop)?);
@@ -61,7 +61,7 @@ pub(super) fn measure_ops(
 }
 
 /// FP and BP of one op by itself.
-fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag) -> Result<OpSeconds, ExecutorError> {
+fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag) -> Result<FpBp, ExecutorError> {
     stop.check()?;
     let op = dag.op(id);
     let inputs: Vec<Value> = op.inputs.iter().map(|&input| input_value(dag, input, id, batch, device)).collect();
@@ -96,11 +96,11 @@ fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag
         let leaf = seed.clone().inner().autodiff().require_grad();
         Ok([if has_bp { time_backward(device, leaf, &seed)? } else { 0.0 }])
     })?;
-    Ok(OpSeconds { fp_s, bp_s: (bp_s - seeding_s).max(0.0) })
+    Ok(FpBp { fp_s, bp_s: (bp_s - seeding_s).max(0.0) })
 }
 
 /// FP and BP of an embedding, whose gradient has only the rows that were looked up.
-fn time_lookup(dag: &OpDag, id: OpId, arguments: Arguments<'_>, device: &Device) -> Result<OpSeconds, ExecutorError> {
+fn time_lookup(dag: &OpDag, id: OpId, arguments: Arguments<'_>, device: &Device) -> Result<FpBp, ExecutorError> {
     let count = arguments.integer(0)?.shape.iter().product();
     let elements = arguments.param(0)?.dims()[0];
     let [fp_s, bp_s] = median_of_runs(|| {
@@ -113,7 +113,7 @@ fn time_lookup(dag: &OpDag, id: OpId, arguments: Arguments<'_>, device: &Device)
         })?;
         Ok([fp_s, bp_s])
     })?;
-    Ok(OpSeconds { fp_s, bp_s })
+    Ok(FpBp { fp_s, bp_s })
 }
 
 fn time_backward(device: &Device, output: Tensor<2>, seed: &Tensor<2>) -> Result<f64, ExecutorError> {
@@ -252,7 +252,7 @@ fn correct(
     let (fp, bp) = (factor(fp_s, expected.0), factor(bp_s, expected.1));
     tracing::debug!(fp, bp, ops = ids.len(), "single ops corrected by a piece of the OP-DAG");
     for seconds in measured.ops.values_mut() {
-        *seconds = OpSeconds { fp_s: seconds.fp_s * fp, bp_s: seconds.bp_s * bp };
+        *seconds = FpBp { fp_s: seconds.fp_s * fp, bp_s: seconds.bp_s * bp };
     }
     Ok(())
 }
@@ -298,7 +298,7 @@ mod tests {
         let ops = dag.ops().len();
         let mut measured = Measured::default();
         assert_eq!(piece(&dag, 1, &measured, None), 0..ops);
-        measured.ops = dag.op_ids().map(|op| (dag.work(op, 1), OpSeconds { fp_s: 0.25, bp_s: 0.25 })).collect();
+        measured.ops = dag.op_ids().map(|op| (dag.work(op, 1), FpBp { fp_s: 0.25, bp_s: 0.25 })).collect();
         assert_eq!(piece(&dag, 1, &measured, None), ops / 2..ops / 2 + 3);
         assert!(piece(&dag, 1, &measured, Some(1)).len() < 3, "only what keeps nothing");
     }

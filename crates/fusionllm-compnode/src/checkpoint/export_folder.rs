@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text};
+use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text, remove_if_there};
 
 use crate::{ExportError, ShardError};
 
@@ -179,13 +179,6 @@ impl Drop for TakenFolder {
             // What cannot be removed is known to be left over.
             let _ = std::fs::remove_file(self.temporary(name));
         }
-    }
-}
-
-fn remove_if_there(path: &Path) -> std::io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
     }
 }
 

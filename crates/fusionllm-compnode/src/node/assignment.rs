@@ -129,8 +129,8 @@ pub(super) fn prepare(
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
 fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
-    let params: u64 = placement.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes()).sum();
-    params.saturating_mul(2 + train.states().len() as u64)
+    let params = placement.param_bytes_of(dag, node);
+    train.state_bytes(params).saturating_add(params)
 }
 
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);

@@ -39,8 +39,7 @@ pub(super) fn check_scratch_room(folder: &Path, needed: u64, arrived: &AtomicU64
 
 /// Bytes of a shard: the parameters of a part, and what the optimizer keeps of them.
 pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
-    let params: u64 = placement.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes()).sum();
-    params.saturating_mul(1 + train.states().len() as u64)
+    train.state_bytes(placement.param_bytes_of(dag, node))
 }
 
 /// Bytes that are free where a folder lies, if the system tells.

@@ -1,11 +1,10 @@
 //! What was measured before, in a file.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fusionllm_planner::Measured;
-use fusionllm_transport::{read_regular, without_temporary_name};
+use fusionllm_transport::{FileMode, folder_of, make_private_dir, read_regular, write_whole};
 use serde::{Deserialize, Serialize};
 
 use crate::DeviceSpeed;
@@ -74,13 +73,9 @@ impl ProfileCache {
 }
 
 fn write_whole(path: &Path, content: &Content) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
     // A broker on this machine keeps its secrets there.
-    fusionllm_transport::make_private_dir(folder).map_err(std::io::Error::other)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(without_temporary_name)?;
-    file.as_file_mut().write_all(&serde_json::to_vec_pretty(content)?)?;
-    file.persist(path)?;
-    Ok(())
+    make_private_dir(folder_of(path)).map_err(std::io::Error::other)?;
+    write_whole(path, &serde_json::to_vec_pretty(content)?, FileMode::Private)
 }
 
 /// Names the work of an OP-DAG: how often which work is done.

@@ -13,12 +13,12 @@ use crate::mailbox::Arrived;
 use crate::{CompNodeError, ExecutorError};
 
 impl TaskLoop {
-    /// Under [`TopKBackward::Mask`], where a sparsified activation was kept.
-    fn remember_kept(&mut self, edge: EdgeId, micro_batch: MicroBatch, arrived: &Arrived) {
+    /// Under [`TopKBackward::Mask`], which elements a sparsified activation has.
+    fn remember_mask(&mut self, edge: EdgeId, micro_batch: MicroBatch, arrived: &Arrived) {
         let is_masked = self.plan.spec.compression.backward == TopKBackward::Mask && micro_batch.pass == Pass::Train;
         if let (true, Codec::TopK { .. }, Some(values)) = (is_masked, arrived.codec, arrived.tensor.as_f32()) {
-            let kept = values.iter().map(|&x| x != 0.0).collect();
-            self.kept.insert((edge, micro_batch.index), kept);
+            let mask = values.iter().map(|&x| x != 0.0).collect();
+            self.masks.insert((edge, micro_batch.index), mask);
         }
     }
 
@@ -62,7 +62,7 @@ impl TaskLoop {
         let arrived = self.receive(slot)?;
         self.log.arrived(channel, micro_batch.index, arrived.at);
         if let Channel::Activation(edge) = channel {
-            self.remember_kept(edge, micro_batch, &arrived);
+            self.remember_mask(edge, micro_batch, &arrived);
         }
         Ok(arrived.tensor.into())
     }
@@ -110,12 +110,12 @@ impl TaskLoop {
     }
 }
 
-/// The tensor with zeros where nothing was kept.
-pub(super) fn masked(tensor: HostTensor, kept: &[bool]) -> Result<HostTensor, ExecutorError> {
+/// The tensor with zeros where the mask has none.
+pub(super) fn masked(tensor: HostTensor, mask: &[bool]) -> Result<HostTensor, ExecutorError> {
     let (shape, values) = tensor.into_parts();
     let values = match values {
         Values::F32(mut values) => {
-            values.iter_mut().zip(kept).filter(|(_, kept)| !**kept).for_each(|(x, _)| *x = 0.0);
+            values.iter_mut().zip(mask).filter(|(_, has)| !**has).for_each(|(x, _)| *x = 0.0);
             Values::F32(values)
         }
         integers @ Values::I32(_) => integers,

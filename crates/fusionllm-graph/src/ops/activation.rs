@@ -3,7 +3,7 @@
 use crate::cost::Cost;
 use crate::error::Misfit;
 use crate::kind::ActivationFunction;
-use crate::ops::{Io, Rule, one, real};
+use crate::rule::{Io, Rule, one, real};
 use crate::shape::TensorType;
 
 pub(crate) struct Activation {

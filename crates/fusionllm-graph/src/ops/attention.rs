@@ -3,7 +3,7 @@
 use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
-use crate::ops::{Io, Rule, one, positive, product, wrong_attribute, wrong_input};
+use crate::rule::{Io, Rule, one, positive, product, wrong_attribute, wrong_input};
 use crate::shape::{Dim, TensorType};
 
 /// Scale, row maximum, subtract, exponential, row sum, divide.

@@ -2,7 +2,7 @@
 
 use crate::cost::Cost;
 use crate::error::Misfit;
-use crate::ops::{Io, Rule, one, real, wrong_attribute};
+use crate::rule::{Io, Rule, one, real, wrong_attribute};
 use crate::shape::TensorType;
 
 pub(crate) struct Dropout {

@@ -2,7 +2,7 @@
 
 use crate::cost::Cost;
 use crate::error::Misfit;
-use crate::ops::{Io, Rule, real, two};
+use crate::rule::{Io, Rule, real, two};
 use crate::shape::TensorType;
 
 pub(crate) enum Elementwise {

@@ -4,7 +4,7 @@ use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::kind::{OpClass, ParamRole};
-use crate::ops::{Io, Rule, one, positive, role, wrong_input};
+use crate::rule::{Io, Rule, one, positive, role, wrong_input};
 use crate::shape::{Dim, Shape, TensorType};
 
 pub(crate) struct Embedding {

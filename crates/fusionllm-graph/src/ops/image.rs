@@ -5,7 +5,7 @@ use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::kind::{OpClass, ParamRole};
-use crate::ops::{Io, Rule, one, positive, positive_eps, product, role, wrong_attribute, wrong_input};
+use crate::rule::{Io, Rule, one, positive, positive_eps, product, role, wrong_attribute, wrong_input};
 use crate::shape::{Dim, Shape, TensorType};
 
 /// Mean and variance 4, normalisation 2, weight and bias 2.

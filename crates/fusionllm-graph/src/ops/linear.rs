@@ -3,7 +3,7 @@
 use crate::cost::Cost;
 use crate::error::Misfit;
 use crate::kind::{OpClass, ParamRole, WeightLayout};
-use crate::ops::{Io, Rule, last_dim, one, positive, product, role};
+use crate::rule::{Io, Rule, last_dim, one, positive, product, role};
 use crate::shape::TensorType;
 
 pub(crate) struct Linear {

@@ -4,7 +4,7 @@ use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::kind::OpClass;
-use crate::ops::{Io, Rule, product, two};
+use crate::rule::{Io, Rule, product, two};
 use crate::shape::{Dim, Shape, TensorType};
 
 /// Row maximum, subtract, exponential, row sum, subtract its logarithm.

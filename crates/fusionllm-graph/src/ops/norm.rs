@@ -4,7 +4,7 @@ use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::kind::{OpClass, ParamRole};
-use crate::ops::{Io, Rule, last_dim, one, positive, positive_eps, product, role};
+use crate::rule::{Io, Rule, last_dim, one, positive, positive_eps, product, role};
 use crate::shape::TensorType;
 
 /// Mean and its subtraction 2, square and sum 2, division 1, weight and bias 2.

@@ -4,7 +4,7 @@ use crate::cost::Cost;
 use crate::dtype::DType;
 use crate::error::Misfit;
 use crate::kind::OpClass;
-use crate::ops::{Io, Rule, wrong_attribute};
+use crate::rule::{Io, Rule, wrong_attribute};
 use crate::shape::{Dim, Shape, TensorType};
 
 pub(crate) struct Placeholder<'a> {

@@ -3,7 +3,7 @@
 use crate::cost::Cost;
 use crate::error::Misfit;
 use crate::kind::{OpClass, ParamRole};
-use crate::ops::{Io, Rule, last_dim, one, positive, role, wrong_input};
+use crate::rule::{Io, Rule, last_dim, one, positive, role, wrong_input};
 use crate::shape::{Dim, TensorType};
 
 pub(crate) struct Position {

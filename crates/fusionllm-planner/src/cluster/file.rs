@@ -33,7 +33,7 @@ pub struct ClusterFile {
 pub struct DeviceEntry {
     /// Name; with `count`, numbers are appended: `gpu-0`, `gpu-1`, ...
     pub name: String,
-    /// How many.
+    /// How many such devices there are.
     #[serde(default = "one")]
     pub count: usize,
     /// Where they stand, for link rules.
@@ -56,7 +56,7 @@ pub struct DeviceEntry {
     /// The machine whose compute it shares with others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<Host>,
-    /// What was measured.
+    /// Seconds of ops, as measured; they go before what follows from the speeds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<Measured>,
 }
@@ -65,9 +65,9 @@ pub struct DeviceEntry {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinkEntry {
-    /// Name of a device or of a site, or `*`.
+    /// The sending end: name of a device or of a site, or `*`.
     pub from: String,
-    /// Likewise.
+    /// The receiving end: name of a device or of a site, or `*`.
     pub to: String,
     /// α, one way, in milliseconds.
     pub latency_ms: f64,
@@ -264,7 +264,7 @@ mod tests {
     fn a_cluster_written_to_a_file_reads_back_as_it_was() {
         let mut cluster = file().resolve().unwrap();
         cluster.compnodes[0].host = Some(Host { name: "office".to_owned(), lanes: 1.5, threads: 4 });
-        let ops = [("add 1 1 > 1".to_owned(), super::super::OpSeconds { fp_s: 1e-3, bp_s: 2e-3 })];
+        let ops = [("add 1 1 > 1".to_owned(), super::super::FpBp { fp_s: 1e-3, bp_s: 2e-3 })];
         let measured = Measured { ops: ops.into(), update_s_per_byte: 1e-9, copy_s_per_byte: 2e-9 };
         cluster.compnodes[0].measured = Some(Arc::new(measured));
         cluster.links[2][0].bytes_per_s = 3e5;

@@ -8,20 +8,27 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// FP and BP of one micro-batch, in seconds, by [`fusionllm_graph::OpDag::work`].
-    pub ops: BTreeMap<String, OpSeconds>,
+    pub ops: BTreeMap<String, FpBp>,
     /// Seconds of UPDATE per byte of f32 parameters.
     pub update_s_per_byte: f64,
     /// Seconds per byte of a tensor that is copied between host and device, either way.
     pub copy_s_per_byte: f64,
 }
 
-/// FP and BP of one micro-batch through one op, in seconds.
+/// Seconds of FP and of BP of one micro-batch through an op or a stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct OpSeconds {
-    /// FP.
+pub struct FpBp {
+    /// Seconds of FP.
     pub fp_s: f64,
-    /// BP; 0 where no gradient flows.
+    /// Seconds of BP; 0 where no gradient flows.
     pub bp_s: f64,
+}
+
+impl FpBp {
+    /// Seconds of both.
+    pub fn both_s(self) -> f64 {
+        self.fp_s + self.bp_s
+    }
 }
 
 impl Measured {

@@ -1,8 +1,7 @@
 //! Contiguous segments whose slowest CompNode is as fast as can be.
 
-use super::Segment;
 use super::pins::Pins;
-use crate::{NodeIndex, PlanError};
+use crate::{NodeIndex, PlanError, Segment};
 
 /// Splits ops of the given weights over CompNodes of the given speeds, in order, minimising the largest
 /// weight / speed. CompNode 0 takes at least the pinned head, and the pinned tail on top of it.

@@ -94,8 +94,7 @@ impl Weights<'_> {
     }
 
     fn time(&self, device: usize, start: usize, end: usize) -> f64 {
-        let (fp, bp) = self.estimate.seconds(&self.cluster.compnodes[device], &(start..end));
-        fp + bp
+        self.estimate.seconds(&self.cluster.compnodes[device], &(start..end)).both_s()
     }
 
     /// Cuts with no stage and no crossing above `bottleneck`, on as few CompNodes of the line as reach the end.

@@ -1,21 +1,9 @@
 //! Stages that the job file lists itself.
 
 use fusionllm_graph::OpDag;
-use serde::{Deserialize, Serialize};
 
-use super::Segment;
 use super::pins::Pins;
-use crate::{NodeIndex, PlanError};
-
-/// One entry of `placement.stages`: all ops after the previous entry up to and with `last_op`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StageSpec {
-    /// Index of the CompNode that holds the stage; 0 is the data owner.
-    pub compnode: u32,
-    /// Name of the stage's last op in topological order.
-    pub last_op: String,
-}
+use crate::{NodeIndex, PlanError, Segment, StageSpec};
 
 pub(super) fn segments(
     dag: &OpDag,

@@ -9,8 +9,8 @@ use super::chain::{Chain, Weights};
 use super::order::line;
 use super::search::{improve, is_valid};
 use super::{Pins, optimal};
-use crate::price::{Priced, price};
-use crate::{Cluster, Estimate, PlanError, PlanSpec, pipeline_formula};
+use crate::price::{Priced, Pricing};
+use crate::{Cluster, Estimate, PlanError, PlanSpec, Station, pipeline_formula};
 
 /// Work that one plan may take, in simulated tasks and placed ops: about a second.
 const WORK_BUDGET: usize = 1_500_000;
@@ -47,7 +47,7 @@ impl Judge<'_> {
 
     pub(crate) fn price(&self, chain: &Chain) -> Result<Priced, PlanError> {
         let cluster = self.cluster.select(&chain.order);
-        price(self.dag, &cluster, self.estimate, chain.segments(self.pins), self.spec)
+        Pricing::new(self.dag, &cluster, self.estimate, self.spec).price(chain.segments(self.pins))
     }
 
     fn tasks(&self, chain: &Chain) -> usize {
@@ -68,19 +68,19 @@ impl Judge<'_> {
 
     fn by_formula(&self, chain: &Chain) -> f64 {
         let weights = self.weights();
-        let mut stages = Vec::with_capacity(chain.order.len());
+        let mut stations = Vec::with_capacity(chain.order.len());
         let mut start = 0;
         for (place, &end) in chain.ends.iter().enumerate() {
             let device = chain.order[place];
-            let (fp, bp) = self.estimate.seconds(&self.cluster.compnodes[device], &(start..end));
-            let crossing = match place.checked_sub(1).and_then(|before| chain.order.get(before)) {
+            let seconds = self.estimate.seconds(&self.cluster.compnodes[device], &(start..end));
+            let transfer_s = match place.checked_sub(1).and_then(|before| chain.order.get(before)) {
                 Some(&before) => weights.crossing(before, device, start),
                 None => 0.0,
             };
-            stages.push((fp + bp, crossing));
+            stations.push(Station { compute_s: seconds.both_s(), transfer_s });
             start = end;
         }
-        pipeline_formula(&stages, self.spec.placement.micro_batches)
+        pipeline_formula(&stations, self.spec.placement.micro_batches)
     }
 
     /// Bytes of a typical message: the median cut.
@@ -151,10 +151,10 @@ fn orders(judge: &Judge<'_>) -> Vec<Vec<usize>> {
     // Half as many CompNodes, the faster ones, in the same line; and again.
     let mut keep = n / 2;
     while keep >= 1 {
-        let kept: Vec<usize> = by_speed.iter().copied().take(keep).collect();
+        let faster: Vec<usize> = by_speed.iter().copied().take(keep).collect();
         for base in orders.clone().into_iter().take(2) {
-            let is_kept = |d: &usize| kept.contains(d) || judge.owner == Some(*d);
-            orders.push(base.into_iter().filter(is_kept).collect());
+            let is_used = |d: &usize| faster.contains(d) || judge.owner == Some(*d);
+            orders.push(base.into_iter().filter(is_used).collect());
         }
         keep /= 2;
     }

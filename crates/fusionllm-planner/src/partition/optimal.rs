@@ -22,7 +22,8 @@ pub(crate) fn optimal(
 ) -> Result<Chain, PlanError> {
     let (devices, ops) = (cluster.compnodes.len(), estimate.ops());
     if devices > MOST_COMPNODES || ops > MOST_OPS {
-        return Err(PlanError::TooLargeForOptimal { compnodes: devices, ops });
+        let (most_compnodes, most_ops) = (MOST_COMPNODES, MOST_OPS);
+        return Err(PlanError::TooLargeForOptimal { compnodes: devices, ops, most_compnodes, most_ops });
     }
     let micro_batches = f64::from(micro_batches);
     let mut search = Search { best, estimate, cluster, pins, micro_batches, seconds };
@@ -50,10 +51,10 @@ impl<F: Fn(&Chain) -> f64> Search<'_, F> {
         let least = if start == 0 { self.pins.head.max(1) } else { start + 1 };
         for end in least..=tail {
             let piece = if chain.order.len() == 1 && end == tail { start..ops } else { start..end };
-            let (fp, bp) = self.estimate.seconds(&self.cluster.compnodes[device], &piece);
+            let seconds = self.estimate.seconds(&self.cluster.compnodes[device], &piece);
             // The stage computes for every micro-batch; the first one must come here before, and the last one must
             // go back after.
-            if way + self.micro_batches * (fp + bp) >= self.best.1 {
+            if way + self.micro_batches * seconds.both_s() >= self.best.1 {
                 break;
             }
             chain.ends.push(end);
@@ -68,7 +69,7 @@ impl<F: Fn(&Chain) -> f64> Search<'_, F> {
                         continue;
                     }
                     chain.order.push(next);
-                    self.extend(chain, way + fp + bp, end);
+                    self.extend(chain, way + seconds.both_s(), end);
                     chain.order.pop();
                 }
             }

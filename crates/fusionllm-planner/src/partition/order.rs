@@ -86,28 +86,39 @@ fn path(crossing: &[Vec<f64>], first: Option<usize>) -> Vec<usize> {
     if n <= EXACT_COMMUNITIES { exact(crossing, first) } else { greedy(crossing, first) }
 }
 
-type Length = (f64, f64);
+/// The length of a line of communities.
+#[derive(Clone, Copy)]
+struct Length {
+    /// Seconds of its longest crossing.
+    worst: f64,
+    /// Seconds of all its crossings.
+    sum: f64,
+}
+
+impl Length {
+    const ZERO: Self = Self { worst: 0.0, sum: 0.0 };
+}
 
 fn longer(length: Length, hop: f64) -> Length {
-    (length.0.max(hop), length.1 + hop)
+    Length { worst: length.worst.max(hop), sum: length.sum + hop }
 }
 
 fn is_less(a: Length, b: Length) -> bool {
-    a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)).is_lt()
+    a.worst.total_cmp(&b.worst).then(a.sum.total_cmp(&b.sum)).is_lt()
 }
 
 /// By dynamic programming over sets (Held and Karp).
 fn exact(crossing: &[Vec<f64>], first: Option<usize>) -> Vec<usize> {
     let n = crossing.len();
-    let worst = (f64::INFINITY, f64::INFINITY);
+    let worst = Length { worst: f64::INFINITY, sum: f64::INFINITY };
     let mut best = vec![vec![(worst, usize::MAX); n]; 1 << n];
     for start in (0..n).filter(|s| first.is_none_or(|f| f == *s)) {
-        best[1 << start][start] = ((0.0, 0.0), usize::MAX);
+        best[1 << start][start] = (Length::ZERO, usize::MAX);
     }
     for set in 1usize..1 << n {
         for last in (0..n).filter(|l| set >> l & 1 == 1) {
             let (length, _) = best[set][last];
-            if length.0.is_infinite() {
+            if length.worst.is_infinite() {
                 continue;
             }
             for next in (0..n).filter(|x| set >> x & 1 == 0) {
@@ -139,7 +150,7 @@ fn exact(crossing: &[Vec<f64>], first: Option<usize>) -> Vec<usize> {
 fn greedy(crossing: &[Vec<f64>], first: Option<usize>) -> Vec<usize> {
     let n = crossing.len();
     let from = |start: usize| {
-        let (mut path, mut length) = (vec![start], (0.0, 0.0));
+        let (mut path, mut length) = (vec![start], Length::ZERO);
         let mut left: Vec<usize> = (0..n).filter(|x| *x != start).collect();
         while let Some(&last) = path.last() {
             let Some(next) = nearest(&left, |x| crossing[last][x]) else { break };

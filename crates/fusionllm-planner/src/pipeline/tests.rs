@@ -20,13 +20,13 @@ fn words(order: &[Task], with_stage: bool) -> String {
     order.iter().map(word).collect::<Vec<_>>().join(" ")
 }
 
-fn schedule(pipeline: Pipeline, run_ahead: u32, micro_batches: u32) -> Schedule {
-    Schedule { pipeline, run_ahead, micro_batches, delays: Vec::new() }
+fn order_spec(pipeline: Pipeline, run_ahead: u32, micro_batches: u32) -> OrderSpec {
+    OrderSpec { pipeline, run_ahead, micro_batches, delays: Vec::new() }
 }
 
 fn orders(pipeline: Pipeline, stages: u32, micro_batches: u32) -> Vec<String> {
     let (stages, edges) = chain(&(0..stages).collect::<Vec<_>>());
-    let orders = train_orders(&stages, &edges, stages.len(), &schedule(pipeline, 0, micro_batches)).unwrap();
+    let orders = train_orders(&stages, &edges, stages.len(), &order_spec(pipeline, 0, micro_batches)).unwrap();
     orders.iter().map(|o| words(o, false)).collect()
 }
 
@@ -57,8 +57,8 @@ fn gpipe_is_the_textbooks() {
 fn over_long_links_stages_run_ahead_as_far_as_they_may() {
     let (stages, edges) = chain(&[0, 1]);
     for (run_ahead, first) in [(0, "F0 F1 B0 F2 B1"), (2, "F0 F1 F2 F3 B0 F4 B1"), (9, "F0 F1 F2 F3 F4 F5 F6 F7 B0")] {
-        let schedule = Schedule { delays: vec![4], ..schedule(Pipeline::OneFOneB, run_ahead, 8) };
-        let orders = train_orders(&stages, &edges, 2, &schedule).unwrap();
+        let spec = OrderSpec { delays: vec![4], ..order_spec(Pipeline::OneFOneB, run_ahead, 8) };
+        let orders = train_orders(&stages, &edges, 2, &spec).unwrap();
         assert!(words(&orders[0], false).starts_with(first), "{run_ahead}: {}", words(&orders[0], false));
         assert!(words(&orders[1], false).starts_with("F0 B0 F1 B1"));
     }
@@ -80,7 +80,7 @@ fn evaluation_has_no_backward_pass_and_no_update() {
 #[test]
 fn a_u_shape_interleaves_its_ends() {
     let (stages, edges) = chain(&[0, 1, 0]);
-    let orders = train_orders(&stages, &edges, 2, &schedule(Pipeline::OneFOneB, 0, 2)).unwrap();
+    let orders = train_orders(&stages, &edges, 2, &order_spec(Pipeline::OneFOneB, 0, 2)).unwrap();
     assert_eq!(words(&orders[0], true), "F0.0 F0.1 F2.0 B2.0 F2.1 B2.1 B0.0 B0.1 U");
     assert_eq!(words(&orders[1], false), "F0 F1 B0 B1 U");
 }
@@ -89,7 +89,7 @@ fn a_u_shape_interleaves_its_ends() {
 fn stages_that_wait_for_each_other_are_a_deadlock() {
     let (stages, mut edges) = chain(&[0, 1]);
     edges.push(StageEdge { id: EdgeId(1), from: StageId(1), to: StageId(0), ..edges[0].clone() });
-    let error = train_orders(&stages, &edges, 2, &schedule(Pipeline::OneFOneB, 0, 2)).unwrap_err();
+    let error = train_orders(&stages, &edges, 2, &order_spec(Pipeline::OneFOneB, 0, 2)).unwrap_err();
     assert_eq!(error, PlanError::Deadlock);
 }
 
@@ -164,8 +164,8 @@ proptest! {
             }
         }
         let pipeline = if gpipe { Pipeline::GPipe } else { Pipeline::OneFOneB };
-        let schedule = Schedule { delays, ..schedule(pipeline, run_ahead, micro_batches) };
-        let orders = train_orders(&stages, &edges, 4, &schedule).unwrap();
+        let spec = OrderSpec { delays, ..order_spec(pipeline, run_ahead, micro_batches) };
+        let orders = train_orders(&stages, &edges, 4, &spec).unwrap();
         let tasks: usize = orders.iter().map(Vec::len).sum();
         prop_assert_eq!(tasks, stages.len() * micro_batches as usize * 2 + 4);
         let most = replay(&edges, &orders, stages.len()).expect("completes");

@@ -5,44 +5,40 @@ use std::ops::Range;
 
 use fusionllm_graph::OpDag;
 
-use crate::{Cluster, Estimate, NodeIndex, Pieces, Placement, PlanSpec, StageId, TRAINING_COPIES, TiedParam};
+use super::{Memory, Pricing};
+use crate::{NodeIndex, Pieces, Placement, StageId, TRAINING_COPIES, TiedParam};
 
-/// By CompNode: the bytes that it needs, and those that it has. `ranges` has the ops of each stage.
-pub(super) fn needed(
-    dag: &OpDag,
-    cluster: &Cluster,
-    estimate: &Estimate,
-    placement: &Placement,
-    ranges: &[Range<usize>],
-    spec: &PlanSpec,
-) -> Vec<(f64, u64)> {
-    let batch = spec.placement.micro_batch_size as usize;
-    let params = |node| placement.params_of(dag, node).into_iter().map(|p| dag.param(p).bytes()).sum::<u64>();
-    let nodes = (0..cluster.compnodes.len() as u32).map(NodeIndex);
-    let state = nodes.map(|n| ((params(n) * TRAINING_COPIES) as f64, cluster.compnodes[n.index()].memory_bytes));
-    let mut memory: Vec<(f64, u64)> = state.collect();
-    let by_node: Vec<_> = (0..cluster.compnodes.len() as u32).map(|n| placement.live_bound(NodeIndex(n))).collect();
-    for (node, memory) in (0..).map(NodeIndex).zip(&mut memory) {
+/// By CompNode: what a placement needs of its memory, and what it has. `ranges` has the ops of each stage.
+pub(super) fn needed(pricing: &Pricing<'_>, placement: &Placement, ranges: &[Range<usize>]) -> Vec<Memory> {
+    let Pricing { dag, estimate, spec, .. } = *pricing;
+    let batch = pricing.batch();
+    let state = |node: NodeIndex| Memory {
+        needed: (placement.param_bytes_of(dag, node) * TRAINING_COPIES) as f64,
+        has: pricing.profile(node).memory_bytes,
+    };
+    let mut memory: Vec<Memory> = placement.nodes().map(state).collect();
+    let by_node: Vec<_> = placement.nodes().map(|node| placement.live_bound(node)).collect();
+    for (node, memory) in placement.nodes().zip(&mut memory) {
         let live = &by_node[node.index()];
         let mut kept = 0.0;
         for (stage, range) in placement.stages.iter().zip(ranges).filter(|(s, _)| s.compnode == node) {
             let count = live.get(&stage.id).copied().unwrap_or(1);
-            kept += estimate.kept_bytes(&cluster.compnodes[node.index()], range) * f64::from(count);
+            kept += estimate.kept_bytes(pricing.profile(node), range) * f64::from(count);
         }
         // An evaluation keeps nothing for BP, but nothing holds its senders back except the windows.
         let held = held_messages(dag, placement, node, &by_node, batch);
-        memory.0 += (kept + held.train).max(held.eval);
+        memory.needed += (kept + held.train).max(held.eval);
     }
     for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
         let bytes = dag.op(edge.op).output.bytes(batch) as f64;
         let feeds_back = spec.error_feedback && edge.gradient && !edge.gradient_codec.is_lossless();
         if let (true, Some(sender)) = (feeds_back, placement.compnode_of(edge.to)) {
-            memory[sender.index()].0 += bytes;
+            memory[sender.index()].needed += bytes;
         }
     }
     for tied in &placement.tied {
         for &holder in &tied.holders {
-            memory[holder.index()].0 += exchanged(dag, placement, tied, holder, batch);
+            memory[holder.index()].needed += exchanged(dag, placement, tied, holder, batch);
         }
     }
     memory
@@ -104,7 +100,7 @@ mod tests {
     use super::*;
     use crate::ready::{Need, is_ready};
     use crate::testing::small_gpt2;
-    use crate::{Pipeline, PlacementSpec, Strategy, Task, plan};
+    use crate::{Cluster, Estimate, Pipeline, PlacementSpec, PlanSpec, Strategy, Task, plan};
 
     fn spec(pipeline: Pipeline, run_ahead: u32, eval_micro_batches: u32) -> PlanSpec {
         PlanSpec::dense(PlacementSpec {

@@ -18,7 +18,7 @@ pub enum Resource {
 /// How much of the critical path a resource takes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Blame {
-    /// Which.
+    /// The device, or the direction of a link.
     pub resource: Resource,
     /// In words, with the CompNodes' names.
     pub name: String,

@@ -16,7 +16,7 @@ impl State<'_> {
 
     /// Begins one product of a WG task.
     pub(super) fn make_up(&mut self, node: usize, task: Task, now_s: f64) {
-        let (Task::Wg { stage, .. }, cause) = (task, self.free[node].1) else { return };
+        let (Task::Wg { stage, .. }, cause) = (task, self.free[node].cause) else { return };
         let span = match cause {
             Cause::Span(last) if self.spans[last].task == task => last,
             _ => {

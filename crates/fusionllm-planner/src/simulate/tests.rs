@@ -3,19 +3,19 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pipeline::{Schedule, eval_orders, train_orders};
-use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, TiedParam, pipeline_formula};
+use crate::pipeline::{OrderSpec, eval_orders, train_orders};
+use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, Station, TiedParam, pipeline_formula};
 
 /// Textbook orders.
-fn schedule(pipeline: Pipeline, micro_batches: u32) -> Schedule {
-    Schedule { pipeline, run_ahead: 0, micro_batches, delays: Vec::new() }
+fn order_spec(pipeline: Pipeline, micro_batches: u32) -> OrderSpec {
+    OrderSpec { pipeline, run_ahead: 0, micro_batches, delays: Vec::new() }
 }
 
 /// A chain of stages, one on each CompNode, with links of one byte per second and this latency.
 fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) -> (Placement, Cluster) {
     let ids: Vec<u32> = (0..stages as u32).collect();
     let (list, edges) = crate::testing::chain(&ids);
-    let train = train_orders(&list, &edges, stages, &schedule(pipeline, micro_batches)).unwrap();
+    let train = train_orders(&list, &edges, stages, &order_spec(pipeline, micro_batches)).unwrap();
     let eval = eval_orders(&list, &edges, stages, 1).unwrap();
     let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();
     let link = LinkProfile { latency_s, bytes_per_s: 1.0 };
@@ -38,10 +38,10 @@ fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) 
 /// FP takes 1 s, BP 2 s, an activation and a gradient of `bytes` seconds each.
 fn costs(stages: usize, bytes: f64) -> StepCosts {
     StepCosts {
-        stage_s: vec![(1.0, 2.0); stages],
+        stage_s: vec![FpBp { fp_s: 1.0, bp_s: 2.0 }; stages],
         deferrable: vec![Deferrable::default(); stages],
-        edge_bytes: vec![(bytes, bytes); stages - 1],
-        codec_s: vec![(0.0, 0.0); stages - 1],
+        edge_bytes: vec![Ways { activation: bytes, gradient: bytes }; stages - 1],
+        codec_s: vec![Ways::default(); stages - 1],
         update_s: vec![0.0; stages],
         tied_bytes: Vec::new(),
         clip: false,
@@ -81,7 +81,7 @@ fn compnodes_of_one_machine_share_it() {
 fn messages_take_cores_that_compute() {
     let (placement, mut cluster) = chain(2, 4, Pipeline::OneFOneB, 0.0);
     let mut costs = costs(2, 1e-3);
-    costs.codec_s = vec![(2.0, 0.0)];
+    costs.codec_s = vec![Ways { activation: 2.0, gradient: 0.0 }];
     let mut step_s = |lanes: f64, threads: u32| {
         for node in &mut cluster.compnodes {
             node.host = Some(crate::Host { name: "office".to_owned(), lanes, threads });
@@ -158,7 +158,7 @@ fn codec_time_delays_a_message() {
     let (placement, cluster) = chain(2, 1, Pipeline::GPipe, 0.0);
     let mut costs = costs(2, 1.0);
     let without = simulate(&placement, &cluster, &costs).unwrap().step_s;
-    costs.codec_s = vec![(0.25, 0.5)];
+    costs.codec_s = vec![Ways { activation: 0.25, gradient: 0.5 }];
     assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, without + 0.75);
 }
 
@@ -224,35 +224,38 @@ proptest! {
         for order in &mut placement.train.orders {
             *order = crate::deferred::defer(order, deferred);
         }
-        let wait = |(_, bp): &(f64, f64)| Deferrable { seconds: 0.4 * bp, products: 3, bytes: 1.0 };
+        let times: Vec<FpBp> = times.into_iter().map(|(fp_s, bp_s)| FpBp { fp_s, bp_s }).collect();
+        let edge = |&(activation, gradient): &(f64, f64)| Ways { activation, gradient };
+        let wait = |s: &FpBp| Deferrable { seconds: 0.4 * s.bp_s, products: 3, bytes: 1.0 };
         let costs = StepCosts {
             stage_s: times.clone(),
             deferrable: times.iter().map(wait).collect(),
-            edge_bytes: bytes[..stages - 1].to_vec(),
-            codec_s: vec![(0.0, 0.0); stages - 1],
+            edge_bytes: bytes[..stages - 1].iter().map(edge).collect(),
+            codec_s: vec![Ways::default(); stages - 1],
             update_s: vec![0.0; stages],
             tied_bytes: Vec::new(),
             clip: false,
         };
         let simulated = simulate(&placement, &cluster, &costs).unwrap();
         let n = f64::from(micro_batches);
-        let compute = times.iter().map(|(f, b)| n * (f + b)).fold(0.0, f64::max);
-        let link = costs.edge_bytes.iter().map(|(a, b)| n * a.max(*b)).fold(0.0, f64::max);
+        let compute = times.iter().map(|s| n * (s.fp_s + s.bp_s)).fold(0.0, f64::max);
+        let link = costs.edge_bytes.iter().map(|e| n * e.activation.max(e.gradient)).fold(0.0, f64::max);
         let share = if deferred > 0 { 0.6 } else { 1.0 };
-        let way: f64 = times.iter().map(|(f, b)| f + share * b).sum::<f64>()
-            + costs.edge_bytes.iter().map(|(a, b)| a + b + 2.0 * latency_s).sum::<f64>();
+        let way: f64 = times.iter().map(|s| s.fp_s + share * s.bp_s).sum::<f64>()
+            + costs.edge_bytes.iter().map(|e| e.activation + e.gradient + 2.0 * latency_s).sum::<f64>();
         prop_assert!(simulated.step_s >= compute.max(link).max(way) - 1e-9);
-        for (node, (f, b)) in times.iter().enumerate() {
+        for (node, &FpBp { fp_s, bp_s }) in times.iter().enumerate() {
             let own = simulated.spans.iter().filter(|s| s.node.index() == node);
             let computed: f64 = own.map(|s| s.end_s - s.start_s).sum();
-            prop_assert!((computed - n * (f + b)).abs() < 1e-6, "{} of {}", computed, n * (f + b));
+            prop_assert!((computed - n * (fp_s + bp_s)).abs() < 1e-6, "{} of {}", computed, n * (fp_s + bp_s));
         }
         let shares: f64 = simulated.critical_path(&placement.compnodes).iter().map(|b| b.share).sum();
         prop_assert!((shares - 1.0).abs() < 1e-6, "{}", shares);
         prop_assert!(simulated.busy(stages).iter().all(|b| *b <= 1.0 + 1e-9));
-        prop_assert!(simulated.links().values().all(|(_, busy)| *busy <= 1.0 + 1e-9));
+        prop_assert!(simulated.links().values().all(|used| used.busy <= 1.0 + 1e-9));
         if stages == 1 {
-            prop_assert!((simulated.step_s - pipeline_formula(&[(times[0].0 + times[0].1, 0.0)], micro_batches)).abs() < 1e-9);
+            let station = Station { compute_s: times[0].fp_s + times[0].bp_s, transfer_s: 0.0 };
+            prop_assert!((simulated.step_s - pipeline_formula(&[station], micro_batches)).abs() < 1e-9);
         }
     }
 }

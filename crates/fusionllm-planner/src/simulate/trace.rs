@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Cargo, Simulated};
-use crate::Task;
+use crate::{Route, Task};
 
 /// A whole trace.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -89,7 +89,7 @@ impl Simulated {
             };
             events.push(TraceEvent::bar(name, span.node.0, 0, span.start_s, span.end_s));
         }
-        for (from, to) in self.links().keys() {
+        for Route { from, to } in self.links().keys() {
             let name = names.get(to.index()).cloned().unwrap_or_default();
             events.push(TraceEvent::label("thread_name", from.0, to.0 + 1, format!("to {name}")));
         }

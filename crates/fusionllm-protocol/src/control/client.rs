@@ -28,12 +28,12 @@ pub enum ClientRequest {
     },
     /// Stop a job; its last checkpoint stays.
     Stop {
-        /// Which.
+        /// The job.
         job: JobId,
     },
     /// Go on with a stopped or failed job.
     Resume {
-        /// Which.
+        /// The job.
         job: JobId,
         /// From the checkpoint of this step, 0 being the beginning; if not given, from the newest whole one.
         step: Option<u64>,
@@ -57,7 +57,7 @@ pub enum ClientRequest {
     TicketList,
     /// Make a ticket worthless, and close the connections that came by it.
     TicketRevoke {
-        /// Its name.
+        /// The ticket to revoke, by its name.
         name: String,
     },
 }
@@ -80,7 +80,7 @@ pub enum ToClient {
     Event(#[serde(with = "crate::wire::as_json")] JobEvent),
     /// Answer to [`ClientRequest::TicketNew`].
     Ticket {
-        /// Its name.
+        /// Name of the new ticket.
         name: String,
         /// The ticket: what admits its holder. The broker keeps only a hash of its secret.
         ticket: String,
@@ -122,7 +122,7 @@ pub struct StatusReport {
 pub struct JobSummary {
     /// Its id.
     pub job: JobId,
-    /// Its name.
+    /// Name of the job.
     pub name: String,
     /// Its state.
     #[serde(with = "crate::wire::as_json")]
@@ -140,7 +140,7 @@ pub struct JobSummary {
 /// One CompNode in a status report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CompNodeSummary {
-    /// Its name.
+    /// Name of the CompNode.
     pub name: String,
     /// Its public key in hexadecimal, shortened.
     pub id: String,
@@ -186,7 +186,7 @@ pub enum TicketState {
 /// A ticket in a list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TicketSummary {
-    /// Its name.
+    /// Name of the ticket.
     pub name: String,
     /// What its holders may do.
     pub role: TicketRole,

@@ -26,7 +26,7 @@ pub struct Numbered<M> {
 pub struct ControlStream<M> {
     sent: u64,
     /// Messages up to `sent` that the other end has not confirmed.
-    kept: VecDeque<M>,
+    unconfirmed: VecDeque<M>,
     received: u64,
     /// Whether a message could not be kept, so that nothing can go on from here.
     is_broken: bool,
@@ -34,7 +34,7 @@ pub struct ControlStream<M> {
 
 impl<M> Default for ControlStream<M> {
     fn default() -> Self {
-        Self { sent: 0, kept: VecDeque::new(), received: 0, is_broken: false }
+        Self { sent: 0, unconfirmed: VecDeque::new(), received: 0, is_broken: false }
     }
 }
 
@@ -45,10 +45,10 @@ impl<M: Clone> ControlStream<M> {
     /// [`ProtocolError::Unconfirmed`] if [`MOST_UNCONFIRMED`] are kept already. The stream has a gap then: it can be neither
     /// gone on with nor resumed.
     pub fn send(&mut self, message: M) -> Result<Numbered<M>, ProtocolError> {
-        self.is_broken |= self.kept.len() >= MOST_UNCONFIRMED;
+        self.is_broken |= self.unconfirmed.len() >= MOST_UNCONFIRMED;
         self.check()?;
         self.sent += 1;
-        self.kept.push_back(message.clone());
+        self.unconfirmed.push_back(message.clone());
         Ok(Numbered { number: self.sent, received: self.received, message })
     }
 
@@ -57,7 +57,7 @@ impl<M: Clone> ControlStream<M> {
     /// # Errors
     /// [`ProtocolError::Unconfirmed`] if a message could not be kept.
     pub fn check(&self) -> Result<(), ProtocolError> {
-        let unconfirmed = self.kept.len();
+        let unconfirmed = self.unconfirmed.len();
         if self.is_broken { Err(ProtocolError::Unconfirmed { unconfirmed }) } else { Ok(()) }
     }
 
@@ -92,7 +92,7 @@ impl<M: Clone> ControlStream<M> {
 
     /// How many messages the other end has not confirmed.
     pub fn unconfirmed(&self) -> usize {
-        self.kept.len()
+        self.unconfirmed.len()
     }
 
     /// After a break the other end has received `received`: what must be sent again, in this order.
@@ -105,16 +105,16 @@ impl<M: Clone> ControlStream<M> {
         self.confirm(received)?;
         let last = self.received;
         let frame = |(number, message): (u64, &M)| Numbered { number, received: last, message: message.clone() };
-        Ok((received + 1..).zip(&self.kept).map(frame).collect())
+        Ok((received + 1..).zip(&self.unconfirmed).map(frame).collect())
     }
 
     fn confirm(&mut self, received: u64) -> Result<(), ProtocolError> {
-        let first = self.sent - self.kept.len() as u64 + 1;
+        let first = self.sent - self.unconfirmed.len() as u64 + 1;
         if received > self.sent {
             return Err(ProtocolError::Acknowledged { acknowledged: received, sent: self.sent });
         }
         let confirmed = (received + 1).saturating_sub(first) as usize;
-        self.kept.drain(..confirmed.min(self.kept.len()));
+        self.unconfirmed.drain(..confirmed.min(self.unconfirmed.len()));
         Ok(())
     }
 }

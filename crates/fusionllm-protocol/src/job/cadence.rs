@@ -40,6 +40,12 @@ impl TrainSpec {
             OptimizerKind::Sgd => &[],
         }
     }
+
+    /// Bytes of parameters of `param_bytes` bytes together with what the optimizer keeps of them: what a checkpoint has
+    /// of them.
+    pub fn state_bytes(&self, param_bytes: u64) -> u64 {
+        param_bytes.saturating_mul(1 + self.states().len() as u64)
+    }
 }
 
 #[cfg(test)]

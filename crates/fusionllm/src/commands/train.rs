@@ -12,7 +12,7 @@ use fusionllm_broker::{
 use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
-use fusionllm_transport::shell_path;
+use fusionllm_transport::{folder_above, shell_path};
 
 use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
@@ -45,7 +45,7 @@ impl Checked {
     /// What the CompNodes may read, and where their shards lie on the way: on the disk where they will stay.
     fn home(&self) -> Home<'_> {
         let stay = self.spec.checkpoint.to.as_deref().unwrap_or(&self.run_dir);
-        let scratch = stay.ancestors().find(|above| above.is_dir()).unwrap_or(Path::new("/"));
+        let scratch = folder_above(stay).unwrap_or(Path::new("/"));
         Home { data: &self.spec.data, scratch }
     }
 }

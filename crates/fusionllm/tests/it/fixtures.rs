@@ -1,24 +1,12 @@
 //! Files of this version, which later ones must read.
 
-use std::path::Path;
-
+use crate::copy::copy_fixture;
 use crate::process::{Bench, losses};
 
 /// The fixture `tests/runs-v2`, copied to where the commands run.
 fn fixture() -> Bench {
-    fn copy(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap().flatten() {
-            let (from, to) = (entry.path(), to.join(entry.file_name()));
-            if from.is_dir() {
-                copy(&from, &to);
-            } else {
-                std::fs::copy(&from, &to).unwrap();
-            }
-        }
-    }
     let bench = Bench::new();
-    copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/runs-v2"), &bench.path(""));
+    copy_fixture("runs-v2", &bench.path(""), None);
     bench
 }
 

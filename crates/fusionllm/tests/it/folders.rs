@@ -1,9 +1,10 @@
 //! A folder belongs to one run: shared folders, locks, abandoned futures, damage, full disks.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
+use crate::copy::copy_fixture;
 #[cfg(target_os = "linux")]
 use crate::disk::Disk;
 use crate::process::{Bench, json_lines, losses, text};
@@ -157,21 +158,8 @@ fn a_run_goes_on_past_a_damaged_checkpoint() {
 
 /// Written by version 0.1.0; `/fixture` stands for the folder.
 fn old_runs(bench: &Bench) {
-    fn copy(from: &Path, to: &Path, here: &str) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap().flatten() {
-            let (from, to) = (entry.path(), to.join(entry.file_name()));
-            if from.is_dir() {
-                copy(&from, &to, here);
-                continue;
-            }
-            let bytes = std::fs::read(&from).unwrap();
-            let text = String::from_utf8(bytes.clone()).map(|text| text.replace("/fixture", here).into_bytes());
-            std::fs::write(&to, text.unwrap_or(bytes)).unwrap();
-        }
-    }
-    let runs: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/runs-v1");
-    copy(&runs, &bench.path(""), bench.path("").to_str().unwrap().trim_end_matches('/'));
+    let folder = bench.path("");
+    copy_fixture("runs-v1", &folder, Some(folder.to_str().unwrap().trim_end_matches('/')));
 }
 
 #[test]

@@ -3,6 +3,8 @@
 
 mod bad_input;
 mod cluster;
+#[path = "../../../../tests/copy.rs"]
+mod copy;
 #[cfg(target_os = "linux")]
 mod disk;
 mod docs;

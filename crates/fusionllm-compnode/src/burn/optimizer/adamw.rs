@@ -19,8 +19,8 @@ pub(super) struct Constants {
     rate: f64,
     /// One over the root of the second moment's.
     root: f64,
-    /// What decay leaves of a parameter.
-    kept: f64,
+    /// What weight decay leaves of a parameter, as a factor.
+    param_factor: f64,
     gradient_scale: f64,
 }
 
@@ -33,7 +33,7 @@ impl Constants {
             epsilon,
             rate: update.lr / (1.0 - beta1.powf(count)),
             root: 1.0 / (1.0 - beta2.powf(count)).sqrt(),
-            kept: 1.0 - update.lr * weight_decay,
+            param_factor: 1.0 - update.lr * weight_decay,
             gradient_scale: update.gradient_scale,
         }
     }
@@ -96,13 +96,14 @@ fn update(param: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [
     let [beta1, rest1] = [constants.beta1, 1.0 - constants.beta1].map(|c| c as f32);
     let [beta2, rest2] = [constants.beta2, 1.0 - constants.beta2].map(|c| c as f32);
     let [epsilon, rate] = [constants.epsilon, constants.rate].map(|c| c as f32);
-    let [root, kept, scale] = [constants.root, constants.kept, constants.gradient_scale].map(|c| c as f32);
+    let [root, param_factor, scale] =
+        [constants.root, constants.param_factor, constants.gradient_scale].map(|c| c as f32);
     let moments = first.iter_mut().zip(second);
     for ((param, &gradient), (first, second)) in param.iter_mut().zip(gradient).zip(moments) {
         let gradient = gradient * scale;
         *first = *first * beta1 + gradient * rest1;
         *second = *second * beta2 + gradient * gradient * rest2;
-        *param = *param * kept - *first / (second.sqrt() * root + epsilon) * rate;
+        *param = *param * param_factor - *first / (second.sqrt() * root + epsilon) * rate;
     }
 }
 

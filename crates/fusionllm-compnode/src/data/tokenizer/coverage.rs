@@ -18,7 +18,7 @@ const NAMED: usize = 5;
 /// What of a text gives no token.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Coverage {
-    /// Its size.
+    /// Its size in bytes.
     pub(crate) bytes: u64,
     /// About how many of them become tokens.
     pub(crate) covered_bytes: u64,

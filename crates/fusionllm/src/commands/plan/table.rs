@@ -67,12 +67,12 @@ fn ratio(plan: &Plan, from: &str, to: &str) -> f64 {
         let node = placement.compnode_of(stage).and_then(|n| placement.compnodes.get(n.index()));
         node.map_or("", String::as_str)
     };
-    let ratios = placement.edges.iter().zip(&plan.ratios).filter_map(|(edge, (there, back))| {
+    let ratios = placement.edges.iter().zip(&plan.ratios).filter_map(|(edge, ratio)| {
         let ends = (name(edge.from), name(edge.to));
         if ends == (from, to) {
-            Some(*there)
+            Some(ratio.activation)
         } else if ends == (to, from) && edge.gradient {
-            Some(*back)
+            Some(ratio.gradient)
         } else {
             None
         }

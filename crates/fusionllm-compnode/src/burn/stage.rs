@@ -20,9 +20,9 @@ use crate::executor::{MicroBatch, StageOutput};
 use crate::params::seed_for;
 use crate::stop::StopFlag;
 
-/// The fixed part of a stage.
+/// A stage that Burn computes: its ops, and what does not change from one micro-batch to the next.
 #[derive(Debug, Default)]
-pub(crate) struct Segment {
+pub(crate) struct BurnStage {
     ops: Vec<OpId>,
     /// Ops outside whose output an op inside consumes, and placeholders inside.
     entering: BTreeSet<OpId>,
@@ -77,7 +77,7 @@ impl Aside {
 
 /// Gradients that BP gives.
 #[derive(Debug, Default)]
-pub(crate) struct SegmentGradients {
+pub(crate) struct StageGradients {
     pub(crate) inputs: Vec<(OpId, BorderTensor)>,
     pub(crate) params: Vec<(ParamId, Tensor<1>)>,
     /// Gradients of tables by row.
@@ -88,9 +88,9 @@ pub(crate) struct SegmentGradients {
     pub(crate) owed: Vec<(OpId, WeightGradient)>,
 }
 
-/// What a segment computes with.
+/// What a stage computes with.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Surroundings<'a> {
+pub(crate) struct StageContext<'a> {
     pub(crate) dag: &'a OpDag,
     pub(crate) device: &'a Device,
     /// Parameters by id: autodiff leaves in training, plain in evaluation.
@@ -100,7 +100,7 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) stop: &'a StopFlag,
 }
 
-impl Segment {
+impl BurnStage {
     pub(crate) fn new(dag: &OpDag, ops: Vec<OpId>, leaving: BTreeSet<OpId>) -> Self {
         let inside: BTreeSet<OpId> = ops.iter().copied().collect();
         let mut entering: BTreeSet<OpId> = BTreeSet::new();
@@ -147,7 +147,7 @@ impl Segment {
     /// FP. With `training`, also what BP needs.
     pub(crate) fn forward(
         &self,
-        around: Surroundings<'_>,
+        around: StageContext<'_>,
         micro_batch: MicroBatch,
         inputs: Vec<(OpId, BorderTensor)>,
         training: bool,
@@ -187,7 +187,7 @@ impl Segment {
 
     fn run(
         &self,
-        around: Surroundings<'_>,
+        around: StageContext<'_>,
         micro_batch: MicroBatch,
         training: bool,
         ids: &BTreeMap<OpId, Vec<i32>>,
@@ -288,11 +288,11 @@ impl Segment {
     /// BP of what `forward` kept.
     pub(crate) fn backward(
         &self,
-        around: Surroundings<'_>,
+        around: StageContext<'_>,
         kept: Kept,
         gradients: Vec<(OpId, BorderTensor)>,
         loss_scale: f64,
-    ) -> Result<SegmentGradients, ExecutorError> {
+    ) -> Result<StageGradients, ExecutorError> {
         let mut root: Option<Tensor<1>> = kept.loss.map(|loss| loss.reshape([1]) * loss_scale);
         for (op, seed) in sum_over_consumers(around.dag, around.device, gradients)? {
             let Some(output) = kept.outputs.get(&op) else {
@@ -308,7 +308,7 @@ impl Segment {
             });
         }
         let Some(root) = root.filter(Tensor::is_tracked) else {
-            return Ok(SegmentGradients::default());
+            return Ok(StageGradients::default());
         };
         let mut tape = root.backward();
         let mut inputs = Vec::new();
@@ -331,7 +331,7 @@ impl Segment {
         let lookups = kept.lookups.into_iter().filter_map(lookup).collect();
         let owed =
             kept.deferred.into_iter().filter_map(|(op, deferred)| Some((op, deferred.after(&mut tape)?))).collect();
-        Ok(SegmentGradients { inputs, params, lookups, asides: kept.asides, owed })
+        Ok(StageGradients { inputs, params, lookups, asides: kept.asides, owed })
     }
 }
 
