@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use fusionllm_graph::OpDag;
 
-use crate::{NodeIndex, Plan, Task, format_seconds};
+use crate::{NodeIndex, Plan, Task, format_bytes, format_seconds};
 
 /// Widths and heights in pixels.
 const LABEL_WIDTH: f64 = 390.0;

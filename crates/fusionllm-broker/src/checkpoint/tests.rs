@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Generation, RunId};
 
 use super::find::meant;

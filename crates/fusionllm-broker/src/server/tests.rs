@@ -3,6 +3,7 @@
 use fusionllm_protocol::{Greeting, PROTOCOL_VERSION, Welcome, decode};
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Session};
 
+use super::start::start_of;
 use super::*;
 use crate::run_dir::{FolderLock, RunStart};
 
