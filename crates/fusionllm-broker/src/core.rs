@@ -6,6 +6,7 @@
 mod bounds;
 mod checkpoints;
 mod data;
+mod detector;
 mod durable;
 mod event;
 mod members;

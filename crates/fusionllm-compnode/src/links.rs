@@ -7,6 +7,7 @@
 mod attempts;
 mod bounds;
 mod dialling;
+mod hearing;
 mod incoming;
 mod meter;
 mod outgoing;
@@ -30,6 +31,7 @@ use crate::channel_codec::{ChannelEncoder, ChannelOptions, Found};
 use crate::exchange::{Exchange, LinkTally, Message};
 use crate::mailbox::{Arrived, Mailbox, Slot};
 pub(crate) use bounds::EdgeTensors;
+use hearing::Heard;
 use incoming::{Incoming, Line};
 use meter::Meter;
 use outgoing::Outgoing;
@@ -66,6 +68,8 @@ pub struct JobLinks {
     found: Mutex<Vec<(NodeIndex, Found)>>,
     /// By peer, what is coming in.
     meters: Vec<Meter>,
+    /// By peer, when something last came.
+    heard: Vec<Heard>,
     options: ChannelOptions,
     /// The steps that are to be done, from 0, and after how many an evaluation follows.
     steps: Range<u64>,
@@ -96,6 +100,7 @@ impl JobLinks {
             open_channels: Arc::new(watch::Sender::new(0)),
             found: Mutex::default(),
             meters: peers.iter().map(|_| Meter::default()).collect(),
+            heard: peers.iter().map(|_| Heard::default()).collect(),
             options: ChannelOptions::of(&assignment.spec.compression),
             steps: assignment.start_step..train.steps,
             eval_every: train.eval_every,
@@ -140,6 +145,11 @@ impl JobLinks {
         self.placement.compnodes.get(node).cloned().unwrap_or_else(|| format!("CompNode {node}"))
     }
 
+    /// How long ago a packet last came from a peer; nothing if there was no connection to it yet.
+    pub(crate) fn heard(&self, peer: NodeIndex) -> Option<Duration> {
+        self.heard.get(peer.index())?.ago()
+    }
+
     /// Runs a task that ends with the job.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.tasks.spawn(task);
@@ -170,7 +180,16 @@ impl JobLinks {
         });
         let links = Arc::clone(self);
         self.spawn(async move {
-            let reason = session.closed().await;
+            let heard = async {
+                match links.heard.get(peer) {
+                    Some(heard) => heard.watch(&session).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let reason = tokio::select! {
+                reason = session.closed() => reason,
+                () = heard => return,
+            };
             tracing::debug!(peer = links.name_of(peer), reason = %reason.reason, "connection closed");
             if let Some(slot) = links.sessions.get(peer) {
                 // Only if no newer one took its place.

@@ -30,9 +30,9 @@ use running::{Place, RunningJob};
 use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.
-const HEARTBEAT: Duration = Duration::from_secs(3);
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// After so many of them the broker is told again how much memory is free.
-const ROOM_EVERY: u32 = 10;
+const ROOM_EVERY: u32 = 30;
 /// Largest control message: an assignment holds the graph and the task orders.
 pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 /// First and largest pause between attempts to get back to the broker.
@@ -342,6 +342,10 @@ impl Node {
             FromBroker::ShardSettled { key, step } => {
                 self.job_of(key)?.shard_settled(step);
                 None
+            }
+            FromBroker::CheckPeer { key, peer } => {
+                let ago_s = self.job_of(key)?.links.heard(peer)?.as_secs_f64();
+                Some(FromCompNode::PeerHeard { key, peer, ago_s })
             }
             FromBroker::Abort { key, reason } => {
                 self.job_of(key)?;

@@ -125,7 +125,6 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::testing::small_gpt2;
     use crate::{Cluster, Pipeline, PlacementSpec, PlanSpec, Strategy, plan};
 

@@ -141,6 +141,13 @@ pub enum FromBroker {
         /// The checkpoint's updates.
         step: u64,
     },
+    /// Somebody is silent: answer [`FromCompNode::PeerHeard`].
+    CheckPeer {
+        /// Which placement of which job both belong to.
+        key: RunKey,
+        /// Who is silent.
+        peer: NodeIndex,
+    },
     /// Drop the job at once and be idle.
     Abort {
         /// Which placement of which job it belongs to.
@@ -230,6 +237,15 @@ pub enum FromCompNode {
         step: u64,
         /// Why, in one line.
         reason: String,
+    },
+    /// Answer to [`FromBroker::CheckPeer`], of one to which there is, or was, a connection.
+    PeerHeard {
+        /// Which placement of which job both belong to.
+        key: RunKey,
+        /// Who is silent.
+        peer: NodeIndex,
+        /// Seconds since any packet last came from it.
+        ago_s: f64,
     },
     /// What the ops of a job take here, or why that cannot be measured.
     Measured {

@@ -11,8 +11,9 @@ use crate::congestion::LinkRateConfig;
 
 /// A silent peer is lost after this long.
 const IDLE_LIMIT: Duration = Duration::from_secs(10);
-/// Well within [`IDLE_LIMIT`] even when one or two are lost.
-const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Well within [`IDLE_LIMIT`] even when several are lost. Whoever is asked whether a silent peer is still there goes by
+/// this, too.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// A stream's receive window. noq 1.4 ends a connection on which a stream buffers more than 2048 packets unread,
 /// so this must stay below 2048 packets of 1150 bytes.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;

@@ -73,8 +73,12 @@ impl Core {
             }
         }
         let mut actions = Vec::new();
-        for (connection, why) in self.compnodes.silent_since(now.saturating_sub(LEASE)) {
-            let reason = why.unwrap_or_else(|| format!("no heartbeat for {} s", LEASE.as_secs()));
+        let (questions, mut lost) = self.detect(now);
+        actions.extend(questions);
+        for (connection, why) in self.compnodes.silent_for(LEASE, now) {
+            lost.push((connection, why.unwrap_or_else(|| format!("no heartbeat for {} s", LEASE.as_secs()))));
+        }
+        for (connection, reason) in lost {
             actions.push(Action::Disconnect { to: connection, reason: reason.clone() });
             actions.extend(self.left(connection, &reason, now));
         }

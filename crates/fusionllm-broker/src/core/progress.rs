@@ -18,8 +18,13 @@ impl Core {
     pub(super) fn said(&mut self, connection: ConnectionId, message: FromCompNode, now: Duration) -> Vec<Action> {
         match message {
             FromCompNode::Heartbeat { number } => {
+                self.compnodes.beat(connection, now);
                 let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64() };
                 vec![Action::Send { to: connection, message }]
+            }
+            FromCompNode::PeerHeard { key, peer, ago_s } => {
+                self.peer_heard(key, connection, peer, ago_s, now);
+                Vec::new()
             }
             FromCompNode::Room { bytes } => {
                 self.compnodes.has_room(connection, bytes);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::{CompNodeSummary, DeviceProfile, MachineReport, PeerRecord, RunKey};
 
+use super::detector::Rhythm;
 use super::{ConnectionId, Joining};
 
 /// A CompNode that is connected.
@@ -16,7 +17,7 @@ pub(super) struct Member {
     device: String,
     addr: PeerRecord,
     profile: DeviceProfile,
-    last_seen: Duration,
+    rhythm: Rhythm,
     key: [u8; 32],
     /// Why its connection broke, until it has another.
     away: Option<String>,
@@ -34,7 +35,8 @@ impl Registry {
         let numbered = (2..).map(|n| format!("{wanted}-{n}"));
         let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or(wanted);
         let run = None;
-        let member = Member { name: name.clone(), run, id, device, addr, profile, last_seen: now, key, away: None };
+        let member =
+            Member { name: name.clone(), run, id, device, addr, profile, rhythm: Rhythm::new(now), key, away: None };
         self.0.insert(connection, member);
         name
     }
@@ -45,18 +47,35 @@ impl Registry {
 
     /// A sign of life. Whether the CompNode is known.
     pub(super) fn seen(&mut self, connection: ConnectionId, at: Duration) -> bool {
-        self.0.get_mut(&connection).map(|m| m.last_seen = m.last_seen.max(at)).is_some()
+        self.0.get_mut(&connection).map(|m| m.rhythm.seen(at)).is_some()
     }
 
-    /// Who has given no sign of life since `then`, and why, if that is known.
-    pub(super) fn silent_since(&self, then: Duration) -> Vec<(ConnectionId, Option<String>)> {
-        self.0.iter().filter(|(_, m)| m.last_seen < then).map(|(&c, m)| (c, m.away.clone())).collect()
+    /// A heartbeat.
+    pub(super) fn beat(&mut self, connection: ConnectionId, at: Duration) {
+        if let Some(member) = self.0.get_mut(&connection) {
+            member.rhythm.beat(at);
+        }
+    }
+
+    /// How unlike a CompNode its present silence is, see [`Rhythm::phi`]; 0 for one that is not here.
+    pub(super) fn phi(&self, connection: ConnectionId, now: Duration) -> f64 {
+        self.0.get(&connection).map_or(0.0, |m| m.rhythm.phi(now))
+    }
+
+    /// For how long a CompNode has given no sign of life.
+    pub(super) fn silence(&self, connection: ConnectionId, now: Duration) -> Duration {
+        self.0.get(&connection).map_or(Duration::ZERO, |m| m.rhythm.silence(now))
+    }
+
+    /// Who has given no sign of life for longer than that, and why, if that is known.
+    pub(super) fn silent_for(&self, limit: Duration, now: Duration) -> Vec<(ConnectionId, Option<String>)> {
+        self.0.iter().filter(|(_, m)| m.rhythm.silence(now) > limit).map(|(&c, m)| (c, m.away.clone())).collect()
     }
 
     /// Nobody could give a sign of life for so long.
     pub(super) fn forgive(&mut self, pause: Duration) {
         for member in self.0.values_mut() {
-            member.last_seen += pause;
+            member.rhythm.forgive(pause);
         }
     }
 
@@ -76,7 +95,8 @@ impl Registry {
     /// It has a connection again.
     pub(super) fn is_back(&mut self, connection: ConnectionId, addr: PeerRecord, now: Duration) -> Option<String> {
         let member = self.0.get_mut(&connection)?;
-        (member.away, member.addr, member.last_seen) = (None, addr, now);
+        (member.away, member.addr) = (None, addr);
+        member.rhythm.resume(now);
         Some(member.name.clone())
     }
 

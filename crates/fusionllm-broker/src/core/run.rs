@@ -14,6 +14,7 @@ use fusionllm_protocol::{
 };
 
 use super::bounds::Bounds;
+use super::detector::Hearsay;
 use super::watchdog::Watchdog;
 use super::{ConnectionId, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};
@@ -66,6 +67,11 @@ pub(super) struct Run {
     /// Where codecs adapt while training.
     controller: Option<Controller>,
     pub(super) watchdog: Watchdog,
+    /// Of members that are silent: what the others hear of them.
+    pub(super) hearsay: BTreeMap<ConnectionId, Hearsay>,
+    /// When it was placed, and how long it took to get ready.
+    placed: Duration,
+    prepared: Duration,
     pub(super) bounds: Bounds,
 }
 
@@ -110,6 +116,9 @@ impl Run {
             shards: BTreeMap::new(),
             controller,
             watchdog: Watchdog::new(&start.dag, spec, predicted_s, now),
+            hearsay: BTreeMap::new(),
+            placed: now,
+            prepared: Duration::ZERO,
         }
     }
 
@@ -157,7 +166,28 @@ impl Run {
         if is_new {
             self.watchdog.moved = now;
         }
-        is_new && self.ready.len() == self.members.len()
+        let all = is_new && self.ready.len() == self.members.len();
+        if all {
+            self.prepared = now.saturating_sub(self.placed);
+        }
+        all
+    }
+
+    /// How long it would take to be here again from the newest checkpoint on, as far as is known.
+    pub(super) fn restart_cost(&self) -> Duration {
+        let again = self.merged.saturating_sub(self.checkpoint.unwrap_or(0));
+        self.prepared.saturating_add(self.watchdog.time_of(again))
+    }
+
+    /// A member tells when it last heard of another.
+    pub(super) fn peer_heard(&mut self, witness: ConnectionId, peer: NodeIndex, ago_s: f64, now: Duration) {
+        let is_member = self.node_of(witness).is_some_and(|node| node != peer);
+        let Some(&about) = self.members.get(peer.index()).filter(|_| is_member) else { return };
+        // What is no number says nothing.
+        let ago = Duration::try_from_secs_f64(ago_s).unwrap_or(Duration::ZERO);
+        if let Some(hearsay) = self.hearsay.get_mut(&about) {
+            hearsay.says(witness, now.saturating_sub(ago));
+        }
     }
 
     /// A CompNode that is not ready yet has got further with the data.

@@ -293,7 +293,7 @@ fn a_silent_compnode_loses_its_lease() {
         [(1, &FromBroker::HeartbeatAck { number: 7, now_s: almost.as_secs_f64() })]
     );
     let actions = tell(&mut core, CoreEvent::Tick, almost + Duration::from_secs(1));
-    assert!(matches!(actions[0], Action::Disconnect { to: ConnectionId(2), .. }));
+    assert!(actions.iter().any(|a| matches!(a, Action::Disconnect { to: ConnectionId(2), .. })));
     assert!(failure(&core).contains("CompNode `b` vanished after step 0: no heartbeat for 45 s"));
 }
 
@@ -312,7 +312,8 @@ fn a_compnode_that_comes_back_keeps_its_run() {
         let alive =
             CoreEvent::Said { connection: ConnectionId(1), message: FromCompNode::Heartbeat { number: 0 }, at: now };
         tell(&mut core, alive, now);
-        assert!(tell(&mut core, CoreEvent::Tick, now).is_empty());
+        let asked = |action: &Action| matches!(action, Action::Send { message: FromBroker::CheckPeer { .. }, .. });
+        assert!(tell(&mut core, CoreEvent::Tick, now).iter().all(asked));
     }
     let (name, actions) = core.rejoin(ConnectionId(2), joining("b"), later).unwrap();
     assert_eq!((name.as_str(), actions.len(), core.is_away(ConnectionId(2))), ("b", 0, false));

@@ -50,6 +50,12 @@ impl Watchdog {
         self.has_stepped = true;
     }
 
+    /// How long so many steps take, at most.
+    pub(super) fn time_of(&self, steps: u64) -> Duration {
+        let step = Duration::from_secs_f64(self.slowest_s);
+        step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
+    }
+
     /// How long until all are ready. The data owner comes first and has its data to read, the others only their
     /// parameters to make.
     pub(super) fn until_ready(&self, owner_is_ready: bool) -> Duration {

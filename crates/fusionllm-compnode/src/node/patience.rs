@@ -15,7 +15,7 @@ pub(super) struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { heartbeats: 10, alone: Duration::from_secs(600) }
+        Self { heartbeats: 30, alone: Duration::from_secs(600) }
     }
 }
 

@@ -66,13 +66,13 @@ impl ProfileCache {
 
     fn write(&self) {
         let Some(path) = &self.path else { return };
-        if let Err(error) = write_whole(path, &self.content) {
+        if let Err(error) = write_content(path, &self.content) {
             tracing::warn!(path = %path.display(), %error, "the device's profile cannot be kept");
         }
     }
 }
 
-fn write_whole(path: &Path, content: &Content) -> std::io::Result<()> {
+fn write_content(path: &Path, content: &Content) -> std::io::Result<()> {
     // A broker on this machine keeps its secrets there.
     make_private_dir(folder_of(path)).map_err(std::io::Error::other)?;
     write_whole(path, &serde_json::to_vec_pretty(content)?, FileMode::Private)

@@ -200,3 +200,73 @@ fn a_compnode_that_stays_away_from_a_restarted_broker_is_done_without() {
     assert_eq!(assigned(&join(&mut core, 1, "a")), []);
     assert_eq!(assigned(&tick(&mut core, RETURN + Duration::from_secs(1))), [(1, 3)]);
 }
+
+fn hears_of(core: &mut Core, peer: u32, ago_s: f64, now: Duration) {
+    let message = FromCompNode::PeerHeard { key: KEY, peer: NodeIndex(peer), ago_s };
+    tell(core, CoreEvent::Said { connection: ConnectionId(1), message, at: now }, now);
+}
+
+/// Seconds pass, in which CompNode `a` alone gives signs of life. Gives what `a` was asked in them.
+fn only_a_speaks(core: &mut Core, seconds: std::ops::Range<u64>) -> Vec<Action> {
+    let mut actions = Vec::new();
+    for second in seconds {
+        let now = NOW + Duration::from_secs(second);
+        let message = FromCompNode::Heartbeat { number: second };
+        tell(core, CoreEvent::Said { connection: ConnectionId(1), message, at: now }, now);
+        actions.extend(tell(core, CoreEvent::Tick, now));
+    }
+    actions
+}
+
+fn asks_about_b(actions: &[Action]) -> usize {
+    let question = FromBroker::CheckPeer { key: KEY, peer: NodeIndex(1) };
+    sent(actions).iter().filter(|(to, message)| *to == 1 && **message == question).count()
+}
+
+#[test]
+fn a_compnode_of_which_nobody_hears_is_lost_soon() {
+    let mut core = at_step(3);
+    assert_eq!(asks_about_b(&only_a_speaks(&mut core, 0..3)), 0);
+    assert_eq!(asks_about_b(&only_a_speaks(&mut core, 3..4)), 1);
+    assert_eq!(state(&core, 1), JobState::Running);
+    hears_of(&mut core, 1, 3.2, NOW + Duration::from_secs(3));
+    let actions = only_a_speaks(&mut core, 4..5);
+    let JobState::Waiting { reason } = &states(&actions)[0] else { panic!("{actions:?}") };
+    assert!(reason.contains("no sign of life for 4.0 s, nor do its peers hear of it"), "{reason}");
+}
+
+/// Its connection to the broker is what is broken.
+#[test]
+fn a_compnode_of_which_others_hear_has_its_lease() {
+    let mut core = at_step(3);
+    for second in 0..LEASE.as_secs() {
+        only_a_speaks(&mut core, second..second + 1);
+        hears_of(&mut core, 1, 0.4, NOW + Duration::from_secs(second));
+        assert_eq!(state(&core, 1), JobState::Running, "after {second} s");
+    }
+    // Nobody who could be asked: it might be the broker that is cut off.
+    let mut core = at_step(3);
+    for second in 0..LEASE.as_secs() {
+        let actions = tell(&mut core, CoreEvent::Tick, NOW + Duration::from_secs(second));
+        assert_eq!((sent(&actions), state(&core, 1)), (vec![], JobState::Running), "after {second} s");
+    }
+}
+
+/// To wait is cheaper than to do many steps again.
+#[test]
+fn a_silent_compnode_is_waited_for_as_long_as_its_loss_would_cost() {
+    let mut core = running();
+    for number in 1..=2 {
+        for connection in [1, 2] {
+            let report = StepReport { step_s: 6.0, ..report(number, Some(1.0)) };
+            say(&mut core, connection, FromCompNode::Step { key: KEY, report });
+        }
+    }
+    for second in 0..12 {
+        only_a_speaks(&mut core, second..second + 1);
+        hears_of(&mut core, 1, second as f64, NOW + Duration::from_secs(second));
+        assert_eq!(state(&core, 1), JobState::Running, "after {second} s");
+    }
+    only_a_speaks(&mut core, 12..14);
+    assert!(matches!(state(&core, 1), JobState::Waiting { .. }));
+}
