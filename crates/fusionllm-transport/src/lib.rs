@@ -4,31 +4,22 @@
 //! relay, no address lookup, no third party: peers are dialled at the addresses that they gave. What the bytes mean
 //! is not known here.
 
-mod accept;
-mod addresses;
 mod admission;
-mod closing;
-mod congestion;
-mod dial;
-mod doorway;
 mod endpoint;
 mod error;
 mod files;
-mod handshakes;
 mod identity;
-mod nudge;
 mod peer;
 mod private;
 mod probe;
+mod quic;
 mod session;
-mod settings;
 mod shell;
 mod stream;
-mod throttle;
 mod ticket;
+mod wire;
 
 pub use admission::{Admission, Admit, AdmitAll, AdmitOnTrial, Members};
-pub use closing::close_all;
 pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
 pub use files::{
@@ -39,6 +30,7 @@ pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};
 pub use private::{check_private, make_private_dir, read_private};
 pub use probe::{DirectionSpeed, PairSpeed, answer_probe, probe};
+pub use quic::closing::close_all;
 pub use session::{CloseReason, Session, SessionStats};
 pub use shell::{shell_path, shell_word};
 pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES, StreamMeter};
