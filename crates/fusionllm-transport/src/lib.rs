@@ -2,13 +2,14 @@
 //!
 //! QUIC by [iroh](https://docs.rs/iroh) between public-key identities, encrypted and authenticated both ways. No
 //! relay, no address lookup, no third party: peers are dialled at the addresses that they gave. What the bytes mean
-//! is not known here.
+//! is not known here. Tests may have a network in memory instead ([`memory`]), which misbehaves from a seed.
 
 mod admission;
 mod endpoint;
 mod error;
 mod files;
 mod identity;
+pub mod memory;
 mod peer;
 mod private;
 mod probe;
