@@ -190,6 +190,7 @@ impl Node {
         let given_up = self.alone_since + self.patience.alone;
         loop {
             tokio::select! {
+                biased;
                 result = &mut awaited => return result,
                 () = sleep_until(given_up), if self.job.is_some() => self.give_job_up(),
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
@@ -226,6 +227,8 @@ impl Node {
             }
             let room = wire.room();
             tokio::select! {
+                // Who is heard of rarely goes before who speaks often, and the broker before the job.
+                biased;
                 _ = heartbeat.tick() => {
                     let unanswered = hearing.heartbeat(wire.heard());
                     if unanswered >= self.patience.heartbeats {
@@ -235,8 +238,6 @@ impl Node {
                     self.tell_room();
                     self.tell(Some(FromCompNode::Heartbeat { number }));
                 }
-                Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
-                Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
                 message = wire.receive() => match message {
                     Ok(frame) => match self.outbox.receive(frame) {
                         Ok(Some(FromBroker::Shutdown)) => break SessionEnd::Leave,
@@ -248,6 +249,8 @@ impl Node {
                     },
                     Err(reason) => break SessionEnd::Lost(reason),
                 },
+                Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
+                Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
                 () = room => {}
                 Some(event) = inbox.recv(), if self.outbox.has_room() => {
                     let messages = self.handle(event);
