@@ -437,3 +437,6 @@ fn log(event: &JobEvent) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod storms;
