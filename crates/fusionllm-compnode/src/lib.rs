@@ -29,6 +29,8 @@ mod residuals;
 mod step_log;
 mod stop;
 mod task_loop;
+#[cfg(test)]
+mod testing;
 
 pub use allocator::{Allocator, keep_freed_memory};
 pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, MeasureSpec, StageOps};

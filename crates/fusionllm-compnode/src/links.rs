@@ -12,6 +12,7 @@ mod incoming;
 mod meter;
 mod outgoing;
 mod tasks;
+mod workers;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -36,6 +37,7 @@ use incoming::{Incoming, Line};
 use meter::Meter;
 use outgoing::Outgoing;
 use tasks::{OpenChannel, Tasks};
+use workers::Workers;
 
 /// A peer that cannot be reached for this long is lost: longer than a home router's restart of its uplink.
 const REDIAL_LIMIT: Duration = Duration::from_secs(45);
@@ -62,6 +64,7 @@ pub struct JobLinks {
     dialling: Vec<tokio::sync::Mutex<()>>,
     incoming: Mutex<BTreeMap<Channel, Arc<Incoming>>>,
     tasks: Tasks,
+    workers: Workers,
     /// Outgoing channels that still hold messages.
     open_channels: Arc<watch::Sender<usize>>,
     /// What the encoders found, until the next step report.
@@ -83,6 +86,10 @@ pub struct JobLinks {
 impl JobLinks {
     /// The wires of an assigned job, from `endpoint`; nothing is dialled yet.
     pub fn new(endpoint: Endpoint, assignment: &Assignment) -> Arc<Self> {
+        Self::with_workers(endpoint, assignment, Workers::default())
+    }
+
+    fn with_workers(endpoint: Endpoint, assignment: &Assignment, workers: Workers) -> Arc<Self> {
         let peers = &assignment.peers;
         let train = &assignment.spec.train;
         let mailbox = Arc::new(Mailbox::default());
@@ -91,6 +98,7 @@ impl JobLinks {
             node: assignment.node,
             placement: Arc::new(assignment.placement.clone()),
             tasks: Tasks::new(Arc::clone(&mailbox)),
+            workers,
             mailbox,
             endpoint,
             peers: peers.iter().map(peer_addr).collect(),
@@ -298,6 +306,14 @@ impl NetworkExchange {
         self.links.mailbox.closed().unwrap_or_else(stopped)
     }
 
+    /// Counts a message, and gives the queue that it goes into.
+    fn queue_for(&mut self, message: &Message) -> Result<&mpsc::Sender<Outgoing>, ExchangeError> {
+        let header = PeerFrame::Message { number: 0, header: outgoing::header_of(message) };
+        let header_bytes = encode(&header).map_or(0, |h| h.len() as u64) + FRAME_LENGTH_BYTES;
+        self.tally.add(message, header_bytes)?;
+        Ok(self.queue(message.to, message.slot.channel))
+    }
+
     /// The queue of a channel to a receiver; the first message opens it.
     fn queue(&mut self, to: NodeIndex, channel: Channel) -> &mpsc::Sender<Outgoing> {
         self.queues.entry((to, channel)).or_insert_with(|| {
@@ -323,11 +339,7 @@ impl NetworkExchange {
 
 impl Exchange for NetworkExchange {
     fn send(&mut self, message: Message) -> Result<(), ExchangeError> {
-        let header = PeerFrame::Message { number: 0, header: outgoing::header_of(&message) };
-        let header_bytes = encode(&header).map_or(0, |h| h.len() as u64) + FRAME_LENGTH_BYTES;
-        self.tally.add(&message, header_bytes)?;
-        let (to, channel) = (message.to, message.slot.channel);
-        let sent = self.queue(to, channel).blocking_send(Outgoing::Message(message));
+        let sent = self.queue_for(&message)?.blocking_send(Outgoing::Message(message));
         sent.map_err(|_| self.closed())
     }
 

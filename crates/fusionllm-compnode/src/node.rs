@@ -185,6 +185,7 @@ impl Node {
         let given_up = self.alone_since + self.patience.alone;
         loop {
             tokio::select! {
+                biased;
                 result = &mut awaited => return result,
                 () = sleep_until(given_up), if self.job.is_some() => self.give_job_up(),
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
@@ -221,6 +222,8 @@ impl Node {
             }
             let room = wire.room();
             tokio::select! {
+                // Who is heard of rarely goes before who speaks often, and the broker before the job.
+                biased;
                 _ = heartbeat.tick() => {
                     let unanswered = hearing.heartbeat(wire.heard());
                     if unanswered >= self.patience.heartbeats {
@@ -230,8 +233,6 @@ impl Node {
                     self.tell_room();
                     self.tell(Some(FromCompNode::Heartbeat { number }));
                 }
-                Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
-                Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
                 message = wire.receive() => match message {
                     Ok(frame) => match self.outbox.receive(frame) {
                         Ok(message) => {
@@ -242,6 +243,8 @@ impl Node {
                     },
                     Err(reason) => break reason,
                 },
+                Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
+                Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
                 () = room => {}
                 Some(event) = inbox.recv(), if self.outbox.has_room() => {
                     let messages = self.handle(event);

@@ -3,8 +3,6 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use iroh::endpoint::{ConnectionError, ReadError, StoppedError, WriteError};
-
 use crate::{PeerId, shell_path};
 
 /// Why an endpoint cannot be had.
@@ -126,51 +124,6 @@ pub enum SessionError {
         /// The limit.
         limit: u64,
     },
-}
-
-impl From<ConnectionError> for SessionError {
-    fn from(error: ConnectionError) -> Self {
-        match error {
-            ConnectionError::ApplicationClosed(close) => Self::Closed {
-                code: close.error_code.into_inner(),
-                reason: String::from_utf8_lossy(&close.reason).into_owned(),
-            },
-            ConnectionError::LocallyClosed => Self::ClosedHere,
-            ConnectionError::TimedOut => Self::TimedOut,
-            other => Self::Lost { reason: other.to_string() },
-        }
-    }
-}
-
-impl From<WriteError> for SessionError {
-    fn from(error: WriteError) -> Self {
-        match error {
-            WriteError::ConnectionLost(error) => error.into(),
-            WriteError::Stopped(code) => Self::StreamEnded { code: code.into_inner() },
-            other @ (WriteError::ClosedStream | WriteError::ZeroRttRejected) => {
-                Self::Lost { reason: other.to_string() }
-            }
-        }
-    }
-}
-
-impl From<ReadError> for SessionError {
-    fn from(error: ReadError) -> Self {
-        match error {
-            ReadError::ConnectionLost(error) => error.into(),
-            ReadError::Reset(code) => Self::StreamEnded { code: code.into_inner() },
-            other @ (ReadError::ClosedStream | ReadError::ZeroRttRejected) => Self::Lost { reason: other.to_string() },
-        }
-    }
-}
-
-impl From<StoppedError> for SessionError {
-    fn from(error: StoppedError) -> Self {
-        match error {
-            StoppedError::ConnectionLost(error) => error.into(),
-            other @ StoppedError::ZeroRttRejected => Self::Lost { reason: other.to_string() },
-        }
-    }
 }
 
 /// Why a text is no ticket.

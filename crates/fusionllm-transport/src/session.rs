@@ -3,21 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use iroh::endpoint::{Connection, ConnectionError};
-
-use crate::doorway::Stay;
-use crate::endpoint::PROBE_ALPN;
 use crate::stream::{FrameSink, FrameSource};
-use crate::{PeerId, SessionError, nudge, settings};
+use crate::wire::Connection;
+use crate::{PeerId, SessionError};
 
 /// An open connection. Clones are the same one; it closes when the last one goes.
 #[derive(Clone, Debug)]
-pub struct Session {
-    connection: Connection,
-    peer: PeerId,
-    /// Until the peer is admitted, or all clones are gone.
-    stay: Option<Arc<Stay>>,
-}
+pub struct Session(Arc<dyn Connection>);
 
 /// Why a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,39 +36,34 @@ pub struct SessionStats {
 }
 
 impl Session {
-    pub(crate) fn new(connection: Connection, stay: Option<Stay>) -> Self {
-        let peer = PeerId::from_bytes(*connection.remote_id().as_bytes());
-        tokio::spawn(nudge::run(connection.weak_handle()));
-        Self { connection, peer, stay: stay.map(Arc::new) }
+    pub(crate) fn new(connection: impl Connection + 'static) -> Self {
+        Self(Arc::new(connection))
     }
 
     /// Gives the peer the room of a member: some streams, and 64 MiB that are not read yet. Before that, one that was accepted
     /// [`OnTrial`](crate::Admit::OnTrial) has one two-way stream and 64 KiB.
     pub fn admitted(&self) {
-        settings::give_room(&self.connection);
-        if let Some(stay) = &self.stay {
-            stay.end();
-        }
+        self.0.admit();
     }
 
     /// Lets the peer have so many two-way streams open at once, if that is more than any member has.
     pub fn allow_streams(&self, streams: u32) {
-        settings::allow_streams(&self.connection, streams);
+        self.0.allow_streams(streams);
     }
 
     /// Who is at the other end.
     pub fn peer(&self) -> PeerId {
-        self.peer
+        self.0.peer()
     }
 
     /// Whether it was opened to be measured ([`Endpoint::connect_to_probe`](crate::Endpoint::connect_to_probe)).
     pub fn is_probe(&self) -> bool {
-        self.connection.alpn() == PROBE_ALPN
+        self.0.is_probe()
     }
 
     /// Whether both are the same connection.
     pub fn is_same(&self, other: &Self) -> bool {
-        self.peer == other.peer && self.connection.stable_id() == other.connection.stable_id()
+        self.peer() == other.peer() && self.0.number() == other.0.number()
     }
 
     /// Opens a stream to the peer, who sees it once something is sent.
@@ -84,7 +71,7 @@ impl Session {
     /// # Errors
     /// [`SessionError`] if the connection is gone.
     pub async fn open_uni(&self) -> Result<FrameSink, SessionError> {
-        Ok(FrameSink::new(self.connection.open_uni().await?))
+        Ok(FrameSink::new(self.0.open_uni().await?))
     }
 
     /// The next one-way stream that the peer has opened. May be dropped before it is done without losing a stream.
@@ -92,7 +79,7 @@ impl Session {
     /// # Errors
     /// [`SessionError`] if the connection is gone.
     pub async fn accept_uni(&self) -> Result<FrameSource, SessionError> {
-        Ok(FrameSource::new(self.connection.accept_uni().await?))
+        Ok(FrameSource::new(self.0.accept_uni().await?))
     }
 
     /// Opens a two-way stream to the peer, who sees it once something is sent.
@@ -100,7 +87,7 @@ impl Session {
     /// # Errors
     /// [`SessionError`] if the connection is gone.
     pub async fn open_bi(&self) -> Result<(FrameSink, FrameSource), SessionError> {
-        let (send, receive) = self.connection.open_bi().await?;
+        let (send, receive) = self.0.open_bi().await?;
         Ok((FrameSink::new(send), FrameSource::new(receive)))
     }
 
@@ -109,37 +96,26 @@ impl Session {
     /// # Errors
     /// [`SessionError`] if the connection is gone.
     pub async fn accept_bi(&self) -> Result<(FrameSink, FrameSource), SessionError> {
-        let (send, receive) = self.connection.accept_bi().await?;
+        let (send, receive) = self.0.accept_bi().await?;
         Ok((FrameSink::new(send), FrameSource::new(receive)))
     }
 
     /// Closes the connection at once; what is still on its way may be lost. Call [`FrameSink::finish`] before to be
     /// sure that it came.
     pub fn close(&self, code: u32, reason: &str) {
-        self.connection.close(code.into(), reason.as_bytes());
+        self.0.close(code, reason);
     }
 
     /// Waits for the connection's end.
     pub async fn closed(&self) -> CloseReason {
-        match self.connection.closed().await {
-            ConnectionError::ApplicationClosed(close) => CloseReason {
-                code: Some(close.error_code.into_inner()),
-                reason: String::from_utf8_lossy(&close.reason).into_owned(),
-            },
-            other => CloseReason { code: None, reason: SessionError::from(other).to_string() },
+        match self.0.closed().await {
+            SessionError::Closed { code, reason } => CloseReason { code: Some(code), reason },
+            other => CloseReason { code: None, reason: other.to_string() },
         }
     }
 
     /// What it has carried so far.
     pub fn stats(&self) -> SessionStats {
-        let stats = self.connection.stats();
-        let rtt = self.connection.paths().iter().find(|p| p.is_selected()).map(|p| p.stats().rtt);
-        SessionStats {
-            rtt,
-            bytes_sent: stats.udp_tx.bytes,
-            bytes_received: stats.udp_rx.bytes,
-            sent_packets: stats.sent_packets,
-            lost_packets: stats.lost_packets,
-        }
+        self.0.stats()
     }
 }

@@ -1,11 +1,13 @@
-//! Streams of frames: eight bytes of length (little-endian), then that many bytes.
+//! Streams of frames over streams of bytes: eight bytes of length (little-endian), then that many bytes.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use iroh::endpoint::{RecvStream, SendStream};
+use bytes::Bytes;
 
 use crate::SessionError;
+use crate::wire::{ReceiveHalf, SendHalf};
 
 /// Largest frame that [`FrameSource::recv`] takes.
 pub const MAX_FRAME_BYTES: u64 = 4 << 30;
@@ -17,10 +19,10 @@ const SKIP_BYTES: usize = 64 << 10;
 
 /// The sending end of a stream.
 #[derive(Debug)]
-pub struct FrameSink(SendStream);
+pub struct FrameSink(Box<dyn SendHalf>);
 
 impl FrameSink {
-    pub(crate) fn new(stream: SendStream) -> Self {
+    pub(crate) fn new(stream: Box<dyn SendHalf>) -> Self {
         Self(stream)
     }
 
@@ -29,19 +31,22 @@ impl FrameSink {
     /// # Errors
     /// [`SessionError`] if the peer or the connection is gone.
     pub async fn send(&mut self, frame: &[u8]) -> Result<(), SessionError> {
-        self.0.write_all(&(frame.len() as u64).to_le_bytes()).await?;
-        Ok(self.0.write_all(frame).await?)
+        self.send_raw(&(frame.len() as u64).to_le_bytes()).await?;
+        self.send_raw(frame).await
     }
 
     /// Sends bytes without a frame around them; for a reader that only counts.
-    pub(crate) async fn send_raw(&mut self, bytes: &[u8]) -> Result<(), SessionError> {
-        Ok(self.0.write_all(bytes).await?)
+    pub(crate) async fn send_raw(&mut self, mut bytes: &[u8]) -> Result<(), SessionError> {
+        while !bytes.is_empty() {
+            let written = poll_fn(|cx| self.0.poll_write(cx, bytes)).await?;
+            bytes = bytes.get(written..).unwrap_or_default();
+        }
+        Ok(())
     }
 
     /// Streams of higher priority go first; the default is 0.
     pub fn set_priority(&mut self, priority: i32) {
-        // A stream that has ended needs no priority.
-        let _ = self.0.set_priority(priority);
+        self.0.set_priority(priority);
     }
 
     /// Ends the stream and waits until the peer has received all of it.
@@ -49,19 +54,14 @@ impl FrameSink {
     /// # Errors
     /// [`SessionError`] if the peer did not take it all.
     pub async fn finish(mut self) -> Result<(), SessionError> {
-        // Only a stream that was reset before cannot be finished, and then the peer has not received all.
-        self.0.finish().map_err(|e| SessionError::Lost { reason: e.to_string() })?;
-        match self.0.stopped().await? {
-            None => Ok(()),
-            Some(code) => Err(SessionError::StreamEnded { code: code.into_inner() }),
-        }
+        self.0.finish().await
     }
 }
 
 /// The receiving end of a stream.
 #[derive(Debug)]
 pub struct FrameSource {
-    stream: RecvStream,
+    stream: Box<dyn ReceiveHalf>,
     meter: StreamMeter,
 }
 
@@ -77,7 +77,7 @@ impl StreamMeter {
 }
 
 impl FrameSource {
-    pub(crate) fn new(stream: RecvStream) -> Self {
+    pub(crate) fn new(stream: Box<dyn ReceiveHalf>) -> Self {
         Self { stream, meter: StreamMeter::default() }
     }
 
@@ -117,7 +117,11 @@ impl FrameSource {
 
     /// Throws away what has come and says how many bytes that was; nothing at the stream's end.
     pub(crate) async fn skip_some(&mut self) -> Result<Option<u64>, SessionError> {
-        Ok(self.stream.read_chunk(SKIP_BYTES).await?.map(|chunk| chunk.len() as u64))
+        Ok(self.chunk(SKIP_BYTES).await?.map(|chunk| chunk.len() as u64))
+    }
+
+    async fn chunk(&mut self, most: usize) -> Result<Option<Bytes>, SessionError> {
+        poll_fn(|cx| self.stream.poll_chunk(cx, most)).await
     }
 
     /// `count` bytes, or fewer if the stream ends.
@@ -125,7 +129,7 @@ impl FrameSource {
         let mut left = usize::try_from(count).unwrap_or(usize::MAX);
         let mut bytes = Vec::new();
         while left > 0 {
-            let Some(chunk) = self.stream.read_chunk(left).await? else { break };
+            let Some(chunk) = self.chunk(left).await? else { break };
             self.meter.0.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             if bytes.capacity() - bytes.len() < chunk.len() {
                 // Doubling, but never far ahead of what has come.

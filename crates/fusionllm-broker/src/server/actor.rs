@@ -334,3 +334,6 @@ fn log(event: &JobEvent) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod storms;

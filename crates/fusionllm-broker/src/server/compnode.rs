@@ -44,6 +44,7 @@ pub(super) async fn serve(
         && sink.send(&frame).await.is_ok()
     {
         end = tokio::select! {
+            biased;
             end = write(connection, &session, sink, again, queue, &handle) => end,
             end = read(connection, source, &control, &handle) => end,
             () = blob::receive_all(connection, &session, &handle) => End::broken("its connection is lost"),

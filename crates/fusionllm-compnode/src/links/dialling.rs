@@ -65,13 +65,14 @@ impl JobLinks {
             return Err(lost("not of this job".to_owned()));
         };
         let deadline = Instant::now() + REDIAL_LIMIT;
+        // One at a time: others find what comes of it.
+        let _one_at_a_time = dialling.lock().await;
         if peer < self.node.index() {
             let mut current = slot.subscribe();
             let waited = timeout_at(deadline, current.wait_for(Option::is_some)).await;
             let session = waited.ok().and_then(Result::ok).and_then(|s| s.clone());
             return session.ok_or_else(|| lost(format!("did not connect within {} s", REDIAL_LIMIT.as_secs())));
         }
-        let _one_at_a_time = dialling.lock().await;
         let mut pause = BACK_OFF.0;
         loop {
             // A job that has ended is not dialled for.

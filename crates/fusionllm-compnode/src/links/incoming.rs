@@ -7,7 +7,6 @@ use std::time::Duration;
 use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ReceiveWindow, Received, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::bounds::{Place, shape_of};
@@ -176,6 +175,7 @@ pub(super) async fn serve(
         return;
     }
     tokio::select! {
+        biased;
         () = read(links, peer, channel, &incoming, source) => {}
         () = confirm(&incoming, &mut sink) => {}
         () = incoming.superseded(own) => {}
@@ -209,7 +209,8 @@ async fn read(links: &Arc<JobLinks>, peer: usize, channel: Channel, incoming: &A
             coming.end(payload.len() as u64);
         }
         let (at, job) = (Arc::clone(incoming), Arc::clone(links));
-        let delivered = spawn_blocking(move || at.deliver(&job.mailbox, channel, number, header, &payload)).await;
+        let deliver = move || at.deliver(&job.mailbox, channel, number, header, &payload);
+        let delivered = links.workers.run(deliver).await;
         match delivered {
             Ok(Ok(())) => {}
             Ok(Err(reason)) => return links.fail(peer, &reason),

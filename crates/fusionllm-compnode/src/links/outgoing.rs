@@ -6,10 +6,10 @@ use fusionllm_codec::HostTensor;
 use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ProtocolError, SendWindow, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource, SessionError};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::attempts::Attempts;
+use super::workers::Workers;
 use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
 use crate::ExchangeError;
 use crate::channel_codec::{ChannelEncoder, Found};
@@ -75,22 +75,8 @@ pub(super) async fn run(
                 return Ok(());
             }
             tokio::select! {
-                message = queue.recv(), if queue_open && window.has_room() => match message {
-                    Some(Outgoing::Residual(reply)) => {
-                        // If nobody waits any more, nobody needs it.
-                        let _ = reply.send(encoder.residual());
-                    }
-                    Some(Outgoing::Message(message)) => {
-                        let (encoded, found);
-                        (encoder, encoded, found) = encode_message(encoder, message, buffers.free()).await?;
-                        buffers.lend(&encoded.payload);
-                        links.found(peer, found);
-                        if window.push(encoded).is_err() {
-                            return Err(refused(links, peer, &"the window overflowed (internal error)"));
-                        }
-                    }
-                    None => queue_open = false,
-                },
+                // What was taken makes room, and a lost stream is known before a message is encoded for it.
+                biased;
                 next = taken.recv() => match next {
                     Some(Ok(next)) => {
                         if window.taken(next).map_err(|e| refused(links, peer, &e))? {
@@ -100,6 +86,22 @@ pub(super) async fn run(
                     Some(Err(Broken::Lost(reason))) => break reason,
                     Some(Err(Broken::Wrong(reason))) => return Err(refused(links, peer, &reason)),
                     None => break "the stream has ended".to_owned(),
+                },
+                message = queue.recv(), if queue_open && window.has_room() => match message {
+                    Some(Outgoing::Residual(reply)) => {
+                        // If nobody waits any more, nobody needs it.
+                        let _ = reply.send(encoder.residual());
+                    }
+                    Some(Outgoing::Message(message)) => {
+                        let (encoded, found);
+                        (encoder, encoded, found) = encode_message(&links.workers, encoder, message, buffers.free()).await?;
+                        buffers.lend(&encoded.payload);
+                        links.found(peer, found);
+                        if window.push(encoded).is_err() {
+                            return Err(refused(links, peer, &"the window overflowed (internal error)"));
+                        }
+                    }
+                    None => queue_open = false,
                 },
             }
         };
@@ -222,11 +224,12 @@ impl Buffers {
 }
 
 async fn encode_message(
+    workers: &Workers,
     mut encoder: ChannelEncoder,
     message: Message,
     mut payload: Vec<u8>,
 ) -> Result<(ChannelEncoder, Encoded, Found), ExchangeError> {
-    let encoded = spawn_blocking(move || {
+    let encoded = workers.run(move || {
         let header = header_of(&message);
         let found = encoder.encode(&message.slot, message.codec, &message.tensor, &mut payload)?;
         Ok((encoder, Encoded { header, payload: Arc::new(payload) }, found))

@@ -1,5 +1,7 @@
 //! A job's wires over connections of this machine: two honest ends, and one that keeps to nothing.
 
+mod storms;
+
 use std::time::Duration;
 
 use fusionllm_codec::{Codec, ElementType, Values};

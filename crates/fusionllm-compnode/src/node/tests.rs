@@ -1,6 +1,7 @@
 //! A CompNode at a broker that the tests play.
 
 mod breaks;
+mod storms;
 
 use std::path::{Path, PathBuf};
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::doorway::network;
+use super::doorway::network;
 
 /// Handshakes that run at once.
 const MOST: usize = 256;

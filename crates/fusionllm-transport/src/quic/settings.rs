@@ -6,8 +6,8 @@ use std::time::Duration;
 use iroh::endpoint::{Connection, IdleTimeout, QuicTransportConfig, VarInt};
 use noq_proto::congestion::{Bbr3Config, CubicConfig};
 
+use super::congestion::LinkRateConfig;
 use crate::CongestionControl;
-use crate::congestion::LinkRateConfig;
 
 /// A silent peer is lost after this long.
 const IDLE_LIMIT: Duration = Duration::from_secs(10);

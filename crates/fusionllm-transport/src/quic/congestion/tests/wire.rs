@@ -8,7 +8,7 @@ use noq_proto::congestion::Controller;
 
 use super::weather::{Dice, Weather};
 use super::*;
-use crate::settings::{LATE, OVERTAKEN_BY};
+use crate::quic::settings::{LATE, OVERTAKEN_BY};
 
 pub(super) const PACKET: u64 = 1_250;
 const US: u64 = 1_000;

@@ -8,8 +8,8 @@ use iroh::{EndpointAddr, PublicKey, TransportAddr};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::closing;
-use crate::endpoint::Socket;
+use super::closing;
+use super::endpoint::Socket;
 
 /// How long each attempt lasts. A handshake that gets no answer asks again ever more rarely, by the end only every few
 /// seconds; a new attempt asks at once, so that a link that is back is found. The later ones give a very long way time.
@@ -142,7 +142,7 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
-    use crate::endpoint::{ALPN, tests::socket};
+    use crate::quic::endpoint::{ALPN, tests::socket};
 
     async fn all_close(spares: &[iroh::Endpoint]) {
         for spare in spares {

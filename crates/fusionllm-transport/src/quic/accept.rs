@@ -7,11 +7,12 @@ use iroh::endpoint::{ConnectingError, Connection, Incoming, IncomingAddr};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::dial::CONNECT_LIMIT;
-use crate::doorway::Doorway;
-use crate::endpoint::REFUSED;
+use super::connection::QuicConnection;
+use super::dial::CONNECT_LIMIT;
+use super::doorway::Doorway;
+use super::endpoint::REFUSED;
+use super::handshakes::Handshakes;
 use crate::error::chain;
-use crate::handshakes::Handshakes;
 use crate::{Admission, Admit, PeerId, Session};
 
 /// Handshakes run side by side, so that a slow or hostile one delays nobody.
@@ -68,13 +69,13 @@ fn address(incoming: &Incoming) -> IpAddr {
 fn enter(connection: Connection, from: IpAddr, admission: &dyn Admission, doorway: &Doorway) -> Option<Session> {
     match admission.admit(PeerId::from_bytes(*connection.remote_id().as_bytes())) {
         Admit::Accept => {
-            let session = Session::new(connection, None);
+            let session = Session::new(QuicConnection::new(connection, None));
             session.admitted();
             Some(session)
         }
         Admit::OnTrial => {
             let stay = doorway.enter(from, &connection);
-            Some(Session::new(connection, Some(stay)))
+            Some(Session::new(QuicConnection::new(connection, Some(stay))))
         }
         Admit::Refuse { reason } => {
             // It was removed since the handshake.
