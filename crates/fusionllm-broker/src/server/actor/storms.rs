@@ -5,7 +5,10 @@
 
 use std::sync::Mutex;
 
-use fusionllm_protocol::{ControlStream, Generation, Greeting, Hello, Numbered, Role, RunKey, TicketRole, Welcome};
+use fusionllm_graph::Kernels;
+use fusionllm_protocol::{
+    ControlStream, FromCompNode, Generation, Greeting, Hello, Numbered, Role, RunKey, TicketRole, Welcome,
+};
 use fusionllm_protocol::{DeviceProfile, PeerRecord, decode, encode};
 use fusionllm_transport::memory::{Network, Weather};
 use fusionllm_transport::{AdmitAll, AdmitOnTrial, Endpoint, PeerAddr, Session};
@@ -159,6 +162,7 @@ async fn compnode(
         memory_bytes: Some(1 << 30),
         host: "h".to_owned(),
         cpu: None,
+        kernels: Kernels::Plain,
     };
     let mut member = Member::default();
     loop {
@@ -171,7 +175,10 @@ async fn compnode(
                 let mut heard = heard.lock().unwrap();
                 let heard = heard.entry(number).or_default();
                 // One that begins anew has heard nothing.
-                step.map_or_else(|| heard.clear(), |step| heard.push(step));
+                match step {
+                    Some(step) => heard.push(step),
+                    None => heard.clear(),
+                }
             };
             member.connection(&session, &hello, hear, &mut dice).await;
             session.close(1, "broken");

@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 
+use fusionllm_graph::Kernels;
 use fusionllm_protocol::Numbered;
 use fusionllm_transport::memory::{Network, Weather};
 use rand::{RngExt, SeedableRng};
@@ -135,6 +136,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
         memory_bytes: Some(1 << 30),
         host: "h".to_owned(),
         cpu: None,
+        kernels: Kernels::Plain,
     };
     Node {
         endpoint,
@@ -173,11 +175,9 @@ async fn history(seed: u64) -> String {
     let mut node = node(endpoint, members, listening.addr(), events.clone());
     let joining = async move {
         loop {
-            match node.run(&mut inbox).await {
-                Ok(()) => return,
-                // The first time is not tried again by itself.
-                Err(error) => assert!(!node.has_joined, "seed {seed}: {error}"),
-            }
+            let error = node.run(&mut inbox).await;
+            // The first time is not tried again by itself.
+            assert!(!node.has_joined, "seed {seed}: {error}");
         }
     };
     let at_the_door = broker.clone();
@@ -205,8 +205,6 @@ async fn history(seed: u64) -> String {
         while !is_over() {
             sleep(Duration::from_millis(50)).await;
         }
-        broker.say(FromBroker::Shutdown);
-        std::future::pending::<()>().await;
     };
     let ended = async {
         tokio::select! {
