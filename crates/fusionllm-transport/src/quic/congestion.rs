@@ -22,6 +22,7 @@ mod lean;
 mod losses;
 mod round;
 mod sampler;
+mod sounding;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ use lean::Lean;
 use losses::Losses;
 use round::{Round, ShortestRoundTrip};
 use sampler::{Sample, Sampler};
+use sounding::Sounding;
 
 /// Packets that may be on their way before anything is known, as browsers and content networks do.
 const INITIAL_PACKETS: u64 = 32;
@@ -97,6 +99,8 @@ enum Phase {
     Probe,
     /// Sees in the round after what came of it, against the speed before.
     Probed(f64),
+    /// Sees with next to nothing on its way how long that is.
+    Sound,
 }
 
 /// A congestion controller by the link's speed; see the module.
@@ -107,6 +111,7 @@ struct LinkRate {
     sampler: Sampler,
     losses: Losses,
     lean: Lean,
+    sounding: Sounding,
     round_trip: ShortestRoundTrip,
     /// A longer round trip that counts for the shortest until then, since yielding does not shorten it.
     standing: Option<(Duration, Instant)>,
@@ -149,6 +154,7 @@ impl LinkRate {
             sampler: Sampler::new(now, packet_bytes),
             losses: Losses::default(),
             lean: Lean::default(),
+            sounding: Sounding::default(),
             round_trip: ShortestRoundTrip { since: now, before: None, now: None },
             standing: None,
             crowded_rounds: 0,
@@ -208,6 +214,7 @@ impl LinkRate {
             Phase::Startup => self.startup_window,
             Phase::Growth => self.trips_worth(GROWTH_WINDOW),
             Phase::Drain => self.trips_worth(1.0),
+            Phase::Sound => self.sounding.window(),
             Phase::Cruise(_) => self.trips_worth(WINDOW_GAIN),
             // Where the window and not the link is what bounds, only a larger one shows it.
             Phase::Probe | Phase::Probed(_) => (PROBE_GAIN * self.trips_worth(WINDOW_GAIN) as f64) as u64,
@@ -231,7 +238,7 @@ impl LinkRate {
             Phase::Drain | Phase::Cruise(_) | Phase::Probed(_) if self.sampler.is_fresh() => rate * PROBE_GAIN,
             // Nothing for what is lost: if sending that is why, it shows.
             Phase::Drain => self.bytes_per_s(),
-            Phase::Cruise(_) | Phase::Probed(_) => rate,
+            Phase::Cruise(_) | Phase::Probed(_) | Phase::Sound => rate,
         };
         // In each round trip as it is now, enough for a sample.
         let least = (sampler::LEAST_PACKETS as f64) * packet_bytes / self.latest.as_secs_f64().max(round_trip);
@@ -303,6 +310,12 @@ impl LinkRate {
         if self.standing.is_some_and(|(standing, until)| now > until || sample.round_trip < standing / 2) {
             self.standing = None;
         }
+        if self.phase == Phase::Sound {
+            if !was_silent && sample.delivered_before >= self.round_end {
+                self.end_sounding(now, sample.round_trip);
+            }
+            return;
+        }
         if !was_silent && sample.delivered_before >= self.round.began_at {
             self.watch_queue(now, sample.round_trip);
         }
@@ -343,6 +356,7 @@ impl LinkRate {
     /// until it shows otherwise, which is looked for soon.
     fn resume(&mut self) {
         self.long_since = None;
+        self.sounding.forget();
         self.forgiven = self.last_packet;
         self.lean = Lean::default();
         self.round = Round { began_at: self.sampler.delivered(), ..Round::default() };
@@ -363,7 +377,20 @@ impl LinkRate {
         }
     }
 
+    /// The first packet that was sent while sounding is back.
+    fn end_sounding(&mut self, now: Instant, round_trip: Duration) {
+        let believed = self.base_round_trip().unwrap_or_default();
+        self.round = Round { began_at: self.sampler.delivered(), ..Round::default() };
+        self.round_end = self.sampler.delivered();
+        if round_trip > believed {
+            self.standing = None;
+            self.round_trip = ShortestRoundTrip { since: now, before: None, now: Some(round_trip) };
+        }
+        self.phase = Phase::Probe;
+    }
+
     fn end_round(&mut self, now: Instant) {
+        let is_short = self.is_window_short();
         let began_at = self.sampler.delivered();
         let round = std::mem::replace(&mut self.round, Round { began_at, ..Round::default() });
         self.was_window_full_before = round.was_window_full;
@@ -385,6 +412,34 @@ impl LinkRate {
             self.rates.push_back(round.bytes_per_s);
         }
         self.phase = self.next_phase(&round, before);
+        if is_short {
+            self.sound(now, round.shortest_of_all);
+        }
+    }
+
+    /// Whether round after round takes longer than what is on its way explains.
+    fn is_window_short(&mut self) -> bool {
+        let rate = self.sending_rate();
+        if rate <= 0.0 || self.phase == Phase::Startup {
+            return false;
+        }
+        let time = |bytes: u64| Duration::from_secs_f64(bytes as f64 / rate);
+        // A window for less than so many round trips shows no growth.
+        let part = if self.phase == Phase::Growth { GROWTH } else { 1.0 };
+        let (explained, settled) = (time(self.window_bytes()).div_f64(part), time(self.trips_worth(WINDOW_GAIN)));
+        let is_full = self.round.was_window_full && self.was_window_full_before;
+        self.sounding.end_round(explained, settled, self.round.shortest_of_all.filter(|_| is_full))
+    }
+
+    /// Lets next to nothing on its way, to see how long that is, unless that was seen not long ago.
+    fn sound(&mut self, now: Instant, round_trip: Option<Duration>) -> bool {
+        let (Some(believed), Some(round_trip)) = (self.base_round_trip(), round_trip) else { return false };
+        let in_flight = self.sampler.in_flight();
+        let begins = !self.rates.is_empty() && self.sounding.begin(now, in_flight, believed, round_trip);
+        if begins {
+            self.phase = Phase::Sound;
+        }
+        begins
     }
 
     fn yield_to_queue(&mut self, round: &Round, now: Instant) {
@@ -393,6 +448,9 @@ impl LinkRate {
         if round.bytes_per_s > 0.0 && self.crowded_rounds == 1 {
             self.rates.clear();
             self.rates.push_back(round.bytes_per_s);
+        }
+        if self.crowded_rounds == 2 && self.sound(now, round.shortest) {
+            return;
         }
         if self.crowded_rounds > PATIENCE {
             self.standing = round.shortest.map(|shortest| (shortest, now + STANDING));
@@ -421,6 +479,7 @@ impl LinkRate {
             Phase::Cruise(rounds) => Phase::Cruise(rounds - 1),
             Phase::Probe => Phase::Probed(before),
             Phase::Probed(_) => Phase::Drain,
+            Phase::Sound => Phase::Probe,
         }
     }
 

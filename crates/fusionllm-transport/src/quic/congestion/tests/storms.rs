@@ -110,6 +110,31 @@ fn under_jitter_and_reordering() {
     });
 }
 
+/// Jitter of both ways, so that some packets and what confirms them take a fifth of the round trip, to a receiver that drops
+/// what comes after 128 later packets, as noq's does.
+#[test]
+fn after_jitter_that_hides_the_round_trip() {
+    for (mbit, trip) in LINKS.into_iter().chain([(100.0, 50.0)]) {
+        for (seed, lasts) in [(0, 5.0), (1, 5.0), (2, 5.0), (0, 1.0), (2, 15.0)] {
+            let fair = Weather { remembers_packets: 128, ..Weather::fair(mbit, trip) };
+            let jitter_ms = 0.4 * trip;
+            let storm = Weather { jitter_ms, back_jitter_ms: jitter_ms, reorders: true, ..fair };
+            let ends = 4.0 + lasts;
+            let mut sky = Sky::new(seed, &[(0.0, fair), (4.0, storm), (ends, fair)]);
+            let flow = sky.flow(0.0, None);
+            let (from, until) = (ends + bound(&fair), ends + bound(&fair) + 15.0);
+            sky.run(until);
+            let back = sky.back_after(flow, ends, until, WINDOW, 0.9);
+            let (settled, at_last) = (sky.share(flow, from, until), sky.share(flow, until - 5.0, until));
+            assert!(
+                back <= bound(&fair) && settled > 0.93 && at_last > 0.95,
+                "{mbit} Mbit/s, {trip} ms, {lasts} s, seed {seed}: back after {back:.1} s, then {settled:.2} of the rate, \
+                 {at_last:.2} at last"
+            );
+        }
+    }
+}
+
 #[test]
 fn on_a_longer_and_a_shorter_way() {
     on_all_links(|fair| {

@@ -35,6 +35,10 @@ pub(super) struct Weather {
     pub(super) jitter_ms: f64,
     /// Whether they may overtake each other by it.
     pub(super) reorders: bool,
+    /// The same of what is confirmed, which may overtake.
+    pub(super) back_jitter_ms: f64,
+    /// The receiver drops packets that come after so many later ones.
+    pub(super) remembers_packets: u64,
     /// One of ten packets comes so many packets later than it should.
     pub(super) detour_packets: f64,
     pub(super) is_cut: bool,
@@ -51,6 +55,8 @@ impl Weather {
             loss: 0.0,
             jitter_ms: 0.0,
             reorders: false,
+            back_jitter_ms: 0.0,
+            remembers_packets: u64::MAX,
             detour_packets: 0.0,
             is_cut: false,
             is_back_cut: false,

@@ -38,6 +38,7 @@ struct Flow {
     again: VecDeque<u64>,
     largest_confirmed: Option<u64>,
     arrived: Vec<u64>,
+    newest_arrived: u64,
     confirmed: usize,
     pieces: HashSet<u64>,
     piece_of: Vec<u64>,
@@ -112,6 +113,7 @@ impl Sky {
             again: VecDeque::new(),
             largest_confirmed: None,
             arrived: Vec::new(),
+            newest_arrived: 0,
             confirmed: 0,
             pieces: HashSet::new(),
             piece_of: Vec::new(),
@@ -214,6 +216,10 @@ impl Sky {
     fn arrives(&mut self, flow: usize, packet: u64) {
         let (now, weather) = (self.now, self.weather());
         let f = &mut self.flows[flow];
+        if f.newest_arrived.saturating_sub(packet) >= weather.remembers_packets {
+            return;
+        }
+        f.newest_arrived = f.newest_arrived.max(packet);
         f.arrived.push(packet);
         let count = f.arrived.len();
         if f.pieces.insert(f.piece_of[packet as usize]) {
@@ -224,7 +230,10 @@ impl Sky {
             f.came[bin] += PACKET;
         }
         if !weather.is_cut && !weather.is_back_cut {
-            self.at(now + (weather.round_trip_ms * 5e5) as u64, flow, What::Confirms(count));
+            // The dice are left alone where nothing is drawn, as the other storms were.
+            let draw = if weather.back_jitter_ms > 0.0 { self.dice.between(-1.0, 1.0) } else { 0.0 };
+            let takes_ms = (weather.round_trip_ms / 2.0 + weather.back_jitter_ms * draw).max(0.0);
+            self.at(now + (takes_ms * 1e6) as u64, flow, What::Confirms(count));
         }
     }
 
