@@ -207,8 +207,12 @@ fn note_rules(
 fn is_wanted(entry: &ignore::DirEntry) -> bool {
     let path = entry.path();
     let is_folder = entry.file_type().is_some_and(|t| t.is_dir());
-    let is_left_out = if is_folder { is_skipped(path) || is_run(path) } else { entry.file_name() == LOCK };
-    entry.depth() == 0 || !is_left_out
+    if is_folder {
+        return entry.depth() == 0 || !(is_skipped(path) || is_run(path));
+    }
+    // A run directory may have come up since its folder was looked at: its lock comes before all that is written in it.
+    let is_of_run = entry.depth() > 1 && path.parent().is_some_and(is_run);
+    entry.depth() == 0 || !(entry.file_name() == LOCK || is_of_run)
 }
 
 fn is_hidden(path: &Path) -> bool {
@@ -219,9 +223,11 @@ fn is_skipped(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| SKIPPED_FOLDERS.contains(&name))
 }
 
-/// Whether a folder is a run directory or a checkpoint: those come and grow while they are read.
+/// Whether a folder is a run directory or a checkpoint, or becomes one: those come and grow while they are read.
 fn is_run(path: &Path) -> bool {
-    path.join("run.id").is_file() || path.join("job.json").is_file() && path.join("placement.json").is_file()
+    path.join(LOCK).is_file()
+        || path.join("run.id").is_file()
+        || path.join("job.json").is_file() && path.join("placement.json").is_file()
 }
 
 /// Leaves out files that are there already under another path.
