@@ -33,7 +33,7 @@ pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
 pub use files::{
     is_same_file, no_folder_above, open_or_make_regular, open_regular, read_regular, read_regular_text,
-    read_regular_text_within, without_temporary_name,
+    read_regular_text_within, read_text, without_temporary_name,
 };
 pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};
