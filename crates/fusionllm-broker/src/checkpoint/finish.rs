@@ -8,7 +8,7 @@ use fusionllm_protocol::{Generation, JobSpec, Manifest, RunId, ShardEntry};
 use safetensors::tensor::Dtype;
 
 use super::place::{
-    ABANDONED, ASIDE, Found, Maker, brief_of, checkpoints_of, free_name, maker, partial_folder, step_name,
+    ABANDONED, ASIDE, Found, LEFTOVER, Maker, brief_of, checkpoints_of, free_name, maker, partial_folder, step_name,
 };
 use super::remove::remove;
 use super::tensor_file::TensorFile;
@@ -143,7 +143,16 @@ fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<Vec<Strin
     let mut left = Vec::new();
     if folder.symlink_metadata().is_ok() {
         if maker(&aside) == Maker::Run(run.clone()) {
-            left.extend(remove(&aside)?);
+            left.extend(match remove(&aside) {
+                Ok(said) => said,
+                // It must not stand in the way of a whole checkpoint.
+                Err(error) => {
+                    let to = free_name(folder, LEFTOVER);
+                    std::fs::rename(&aside, &to)?;
+                    let (aside, to) = (aside.display(), to.display());
+                    Some(format!("{aside} cannot be removed: {error}: this old checkpoint is {to} now"))
+                }
+            });
         }
         std::fs::rename(folder, &aside)?;
         sync_folder(parent)?;
