@@ -26,7 +26,7 @@ pub use core::ResumedBy;
 pub use error::{BrokerError, CheckpointError, StoreError};
 pub use model::{LoadedModel, ModelNote, load_model, load_model_dir, model_tokenizer, read_model};
 pub use report::RunReport;
-pub use resume::{Resumption, find_resumption, resumed_job};
+pub use resume::{Resumption, find_resumption, newest_checkpoint, resumed_job};
 pub use run_dir::{
     PlacementFile, StageSummary, check_run_folders, default_run_dir, free_run_dir, is_free, write_atomic,
 };
