@@ -84,9 +84,8 @@ pub(crate) fn open_at(folder: &Path, recorded: Option<&str>) -> Result<Checkpoin
         _ => io(&manifest_path, e),
     })?;
     let damaged = |source| CheckpointError::Manifest { path: manifest_path.clone(), source };
-    let text = String::from_utf8(bytes)
-        .map_err(|_| CheckpointError::Format { path: manifest_path.clone(), reason: "it is not UTF-8".to_owned() })?;
-    let manifest = Manifest::from_json(&text).map_err(damaged)?;
+    // What is no text is no manifest either, and one that was changed does not have its checksum.
+    let manifest = Manifest::from_json(&String::from_utf8_lossy(&bytes)).map_err(damaged)?;
     if let Some(expected) = recorded.filter(|recorded| **recorded != manifest.checksum) {
         let (expected, got) = (expected.to_owned(), manifest.checksum);
         return Err(CheckpointError::Hash { path: manifest_path, expected, got });

@@ -30,6 +30,7 @@ use fusionllm_protocol::{
 use fusionllm_transport::shell_path;
 
 use crate::BrokerError;
+use crate::run_dir::Parent;
 use crate::store::JobRecord;
 use durable::Durability;
 pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, StartPoint};
@@ -126,9 +127,9 @@ pub(crate) struct Core {
 
 impl Core {
     /// The state after a start: jobs that waited go on waiting, and those that were at work go on from their newest
-    /// checkpoint once their CompNodes are back. Gives what follows.
-    pub(crate) fn restore(jobs: Vec<Restored>) -> (Self, Vec<Action>) {
-        let mut core = Self::default();
+    /// checkpoint once their CompNodes are back. `resumed_by` is how a job goes on that has ended early. Gives what follows.
+    pub(crate) fn restore(jobs: Vec<Restored>, resumed_by: ResumedBy) -> (Self, Vec<Action>) {
+        let mut core = Self { resumed_by, ..Self::default() };
         let mut actions = Vec::new();
         for Restored { mut record, reached, checkpoint } in jobs {
             let id = record.job;
@@ -419,17 +420,31 @@ impl Core {
         match (&self.resumed_by, checkpoint) {
             (ResumedBy::Broker { state }, checkpoint) => {
                 let state = state.as_deref().map(|dir| format!(" --state {}", shell_path(dir))).unwrap_or_default();
-                let then = match checkpoint {
+                // Until the job does a step after the one that was asked for, a newer checkpoint may be there.
+                let chosen = self.jobs.get(&job).and_then(|j| j.record.from_step);
+                let option = chosen.map(|step| format!(" --step {step}")).unwrap_or_default();
+                let then = match chosen.or(checkpoint) {
+                    Some(0) => "begins anew".to_owned(),
                     Some(step) => format!("goes on from the checkpoint of step {step}"),
                     None => "begins anew, there is no checkpoint yet".to_owned(),
                 };
-                format!("`fusionllm resume {}{state}` {then}", job.0)
+                format!("`fusionllm resume {}{state}{option}` {then}", job.0)
             }
             (ResumedBy::Train, Some(step)) => {
                 let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
                 format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
             }
-            (ResumedBy::Train, None) => "there is no checkpoint yet to go on from".to_owned(),
+            (ResumedBy::Train, None) => {
+                let start = self.jobs.get(&job).and_then(|j| j.start.as_ref());
+                match start.and_then(|start| start.run.from.as_ref()) {
+                    Some(Parent { path, step, .. }) => format!(
+                        "there is no checkpoint yet; `fusionllm train --resume {} --out DIR` begins again with the one of \
+                         step {step}",
+                        shell_path(path)
+                    ),
+                    None => "there is no checkpoint yet to go on from".to_owned(),
+                }
+            }
         }
     }
 

@@ -20,12 +20,44 @@ const MAX_WAITING_BYTES: usize = 64 << 20;
 /// room.
 #[derive(Debug)]
 pub(crate) struct MetricsWriter {
+    lines: LineWriter,
+    waiting: Vec<u8>,
+}
+
+/// Appends whole lines to a file, or nothing.
+#[derive(Debug)]
+pub(crate) struct LineWriter {
     file: File,
     /// Bytes of whole lines in the file.
     length: u64,
-    waiting: Vec<u8>,
     /// Whether the file may end with half a line.
     is_torn: bool,
+}
+
+impl LineWriter {
+    /// Goes on after the first `length` bytes, and drops what lies behind them before it writes.
+    pub(crate) fn new(file: File, length: u64) -> Self {
+        Self { file, length, is_torn: true }
+    }
+
+    /// Writes and takes what waits: one write, so that a reader never sees half a line but at a crash.
+    pub(crate) fn write(&mut self, waiting: &mut Vec<u8>) -> io::Result<()> {
+        if self.is_torn && self.file.metadata()?.len() > self.length {
+            self.file.set_len(self.length)?;
+        }
+        // Half a line would end the file for every reader: it is cut off before the next attempt.
+        self.is_torn = true;
+        self.file.write_all(waiting)?;
+        self.is_torn = false;
+        self.length += waiting.len() as u64;
+        waiting.clear();
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_file(&mut self, file: File) {
+        self.file = file;
+    }
 }
 
 impl MetricsWriter {
@@ -37,7 +69,7 @@ impl MetricsWriter {
         if file.metadata().map_err(fail)?.len() != length {
             file.set_len(length).and_then(|()| file.sync_all()).map_err(fail)?;
         }
-        Ok(Self { file, length, waiting: Vec::new(), is_torn: false })
+        Ok(Self { lines: LineWriter::new(file, length), waiting: Vec::new() })
     }
 
     /// Appends one step. Gives why it has to wait, if this is the first one that does.
@@ -54,21 +86,9 @@ impl MetricsWriter {
         }
     }
 
-    /// Writes what waits: one write, so that a reader never sees half a line but at a crash.
+    /// Writes what waits.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
-        if self.waiting.is_empty() {
-            return Ok(());
-        }
-        if self.is_torn {
-            self.file.set_len(self.length)?;
-        }
-        // Half a line would end the file for every reader: it is cut off before the next attempt.
-        self.is_torn = true;
-        self.file.write_all(&self.waiting)?;
-        self.is_torn = false;
-        self.length += self.waiting.len() as u64;
-        self.waiting.clear();
-        Ok(())
+        if self.waiting.is_empty() { Ok(()) } else { self.lines.write(&mut self.waiting) }
     }
 }
 
@@ -403,11 +423,11 @@ mod tests {
         let file = OpenOptions::new().write(true).open(path).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let real = folder.path().join("metrics.jsonl");
-        let mut writer = MetricsWriter { file, length: 0, waiting: Vec::new(), is_torn: false };
+        let mut writer = MetricsWriter { lines: LineWriter::new(file, 0), waiting: Vec::new() };
         let notice = writer.append(path, &testing::metrics(1, 2.0)).unwrap().unwrap();
         assert!(notice.contains("No space left on device"), "{notice}");
         assert_eq!(writer.append(path, &testing::metrics(2, 2.0)).unwrap(), None, "it is said once");
-        writer.file = OpenOptions::new().create(true).append(true).open(&real).unwrap();
+        writer.lines.file = OpenOptions::new().create(true).append(true).open(&real).unwrap();
         assert_eq!(writer.append(&real, &testing::metrics(3, 2.0)).unwrap(), None);
         assert_eq!(steps(&real), [1, 2, 3]);
     }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::BrokerError;
 use crate::metrics::{Thinned, each_step};
-use crate::run_dir::{PlacementFile, RunDir, RunFile, StageSummary};
+use crate::run_dir::{PlacementFile, RunDir, RunFile, StageSummary, read_notices};
 use crate::store::JobRecord;
 
 /// Training losses are averaged over this many last steps, since a single batch says little.
@@ -90,8 +90,9 @@ impl RunReport {
         })?;
         let missing_steps = RunFile::first_step(&record.run_dir).map(|first| figures.missing(first, record.step));
         let data: Option<DataReport> = dir.read_json(&dir.data())?;
+        let notices = read_notices(&dir.notices(), record.step);
         let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
-        Ok(Self { missing_steps, notices: dir.read_notices()?, ..Self::of(record, totals, data, placement) })
+        Ok(Self { missing_steps, notices, ..Self::of(record, totals, data, placement) })
     }
 
     fn of(record: &JobRecord, totals: Totals, data: Option<DataReport>, placement: Option<PlacementFile>) -> Self {

@@ -31,6 +31,20 @@ impl Resumption {
     pub fn run_dir(&self) -> &Path {
         &self.run_dir
     }
+
+    /// Whether a new run begins with the checkpoint of another one.
+    pub fn begins_anew(&self) -> bool {
+        self.start.from.is_some()
+    }
+}
+
+/// The step of the newest whole checkpoint of the run in a directory; nothing if it has none. Shards are not read.
+///
+/// # Errors
+/// [`BrokerError`] if the directory or the folder of its checkpoints cannot be read.
+pub fn newest_checkpoint(run_dir: &Path) -> Result<Option<u64>, BrokerError> {
+    let Some(home) = RunHome::read(run_dir)? else { return Ok(None) };
+    Ok(checkpoints_of(&home)?.first().map(|found| found.step))
 }
 
 /// Finds where a run goes on. `path` is its directory, a checkpoint, or a folder of checkpoints; without `step` its newest
@@ -95,6 +109,10 @@ pub(crate) fn goes_on(
     let Some(file) = &home.file else {
         // Made by version 0.1.0, or run.json was removed: it has an id from now on.
         let copy_of = makers_in(&home.dir.join("checkpoints"));
+        if known.is_none() && !copy_of.is_empty() {
+            let dir = home.dir.display();
+            notices.push(format!("{dir} has no run.json that says which run it is: it goes on as a run of its own"));
+        }
         let start = RunStart { notices, copy_of, ..RunStart::new() };
         return Ok(RunStart { run: known.cloned().unwrap_or(start.run), ..start });
     };

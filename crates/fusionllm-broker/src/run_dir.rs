@@ -16,28 +16,24 @@
 //! | `report.md` | what came out |
 
 mod lock;
+mod notices;
 mod open;
 mod run_file;
 
-use std::collections::VecDeque;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Placement, Prediction};
-use fusionllm_protocol::{Generation, JobSpec, Notice};
+use fusionllm_protocol::{Generation, JobSpec};
 use fusionllm_transport::{is_same_file, no_folder_above, read_regular};
 use serde::{Deserialize, Serialize};
 
 use crate::BrokerError;
 use crate::files::{io_error, write_atomic};
-use crate::metrics::each_line;
 pub(crate) use lock::FolderLock;
+pub(crate) use notices::{NoticesWriter, read_notices};
 pub(crate) use open::{OpenedRun, RunStart};
 pub(crate) use run_file::{Parent, RunFile, RunHome};
-
-/// Notices that a report shows, the last ones.
-const NOTICES_SHOWN: usize = 1000;
 
 /// One stage, for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,29 +123,6 @@ impl RunDir {
         self.path.join("report.md")
     }
 
-    /// Appends a line to the notices.
-    pub(crate) fn append_notice(&self, notice: &Notice) -> Result<(), BrokerError> {
-        let path = self.notices();
-        let mut line = serde_json::to_vec(notice).map_err(|e| io_error(&path, e.into()))?;
-        line.push(b'\n');
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
-        file.and_then(|mut file| file.write_all(&line)).map_err(|e| io_error(&path, e))
-    }
-
-    /// The last notices, oldest first; none if there is no file. Lines that a crash has torn are passed over.
-    pub(crate) fn read_notices(&self) -> Result<Vec<Notice>, BrokerError> {
-        let mut notices = VecDeque::new();
-        each_line(&self.notices(), |line| {
-            if let Ok(notice) = serde_json::from_slice(line) {
-                notices.push_back(notice);
-            }
-            if notices.len() > NOTICES_SHOWN {
-                notices.pop_front();
-            }
-        })?;
-        Ok(notices.into())
-    }
-
     /// Writes a value as pretty JSON.
     pub(crate) fn write_json<T: Serialize>(&self, path: &Path, value: &T) -> Result<(), BrokerError> {
         let mut text = serde_json::to_vec_pretty(value).map_err(|e| io_error(path, e.into()))?;
@@ -224,16 +197,10 @@ mod tests {
     }
 
     #[test]
-    fn notices_are_kept_and_a_torn_one_is_passed_over() {
+    fn a_failed_write_names_the_file() {
         let folder = tempfile::tempdir().unwrap();
-        let dir = RunDir::new(folder.path());
-        assert_eq!(dir.read_notices().unwrap(), []);
-        let notice = |step, text: &str| Notice { step, text: text.to_owned() };
-        dir.append_notice(&notice(0, "weights: new")).unwrap();
-        dir.append_notice(&notice(5, "line\nbreak")).unwrap();
-        let mut file = std::fs::OpenOptions::new().append(true).open(dir.notices()).unwrap();
-        file.write_all(b"{\"step\":7,").unwrap();
-        assert_eq!(dir.read_notices().unwrap(), [notice(0, "weights: new"), notice(5, "line\nbreak")]);
+        let path = folder.path().join("none").join("x.json");
+        assert!(write_atomic(&path, b"one").unwrap_err().to_string().contains("x.json"));
     }
 
     #[test]

@@ -69,6 +69,8 @@ pub struct BrokerConfig {
     pub checkpoint_dirs: Vec<PathBuf>,
     /// Where models and cluster files may lie that others than the broker's own user name.
     pub model_dirs: Vec<PathBuf>,
+    /// An existing folder for weights on their way to CompNodes; nothing: `state_dir`.
+    pub scratch: Option<PathBuf>,
     /// What to name where a job ends early.
     pub resumed_by: ResumedBy,
 }
@@ -98,7 +100,8 @@ impl Broker {
     }
 
     async fn start_on(config: BrokerConfig) -> Result<Self, BrokerError> {
-        let BrokerConfig { bind, advertise, state_dir, runs_dir, checkpoint_dirs, model_dirs, resumed_by } = config;
+        let BrokerConfig { bind, advertise, state_dir, runs_dir, checkpoint_dirs, model_dirs, scratch, resumed_by } =
+            config;
         make_private_dir(&state_dir)?;
         state::check(&state_dir)?;
         // The store's lock comes first: a second broker must not touch what the first one uses.
@@ -112,8 +115,7 @@ impl Broker {
         let ticket_path = gate::ticket_path(&state_dir, TicketRole::Join);
 
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
-        let (mut core, actions) = Core::restore(records);
-        core.resumed_by = resumed_by;
+        let (mut core, actions) = Core::restore(records, resumed_by);
         core.number_from(u64::from(rand::random::<u32>()) << 32);
         let open_runs = OpenRuns::new();
         let reopen = Box::new(move || Store::open(&store_path));
@@ -127,11 +129,12 @@ impl Broker {
         for folder in model_dirs {
             reach.models.push(absolute(&folder)?);
         }
-        let (runs_dir, state_dir, reach) = (runs_dir.into(), state_dir.into(), Arc::new(reach));
+        let scratch = scratch.unwrap_or(state_dir);
+        let (runs_dir, scratch, reach) = (runs_dir.into(), scratch.into(), Arc::new(reach));
         let to_self = commands.downgrade();
         let actor = actor::run(core, actions, to_self, inbox, files, records, Arc::clone(&reach));
         let actor = Watched::new("the broker's task", tokio::spawn(actor));
-        let handle = Handle { commands, runs_dir, state_dir, reach, open_runs };
+        let handle = Handle { commands, runs_dir, scratch, reach, open_runs };
         let listener = tokio::spawn(listen::run(endpoint.clone(), gate, handle.clone()));
         tracing::info!(addrs = ?ticket.broker.addrs, "the broker listens");
         Ok(Self { ticket, ticket_path, handle, endpoint, listener, actor })
@@ -179,7 +182,8 @@ impl Broker {
     /// [`BrokerError`] if the job cannot be run.
     pub async fn resume_from(&self, spec: JobSpec, from: Resumption) -> Taken {
         let Resumption { checkpoint, run_dir, start } = from;
-        let start = blocking(move || start_at(checkpoint, start)).await?;
+        let train = spec.train.clone();
+        let start = blocking(move || start_at(checkpoint, start, &train)).await?;
         self.handle.submit_at(spec, start, RunDirChoice::Given(run_dir)).await
     }
 

@@ -123,7 +123,8 @@ pub enum DataError {
     },
     /// The text is shorter than one sequence.
     #[error(
-        "the {split} split has {tokens} tokens, but one sequence needs {needed}: give more text, or a smaller data.seq_len"
+        "the {split} split has {tokens} tokens, but one sequence needs {needed}: give more text, or a smaller data.seq_len\
+         {left_out}"
     )]
     TooShort {
         /// `training` or `evaluation`.
@@ -132,6 +133,8 @@ pub enum DataError {
         tokens: usize,
         /// Tokens needed: the sequence and one more for the last label.
         needed: usize,
+        /// What was left out of the data, as `; left out …`; empty if nothing was.
+        left_out: String,
     },
     /// The tokenizer file is unusable.
     #[error("data.tokenizer {path}: {reason}; expected `bytes` or the path of a tokenizer.json")]
@@ -383,6 +386,20 @@ pub enum CompNodeError {
         /// Bytes of a shard.
         needed: u64,
         /// Bytes that are free there.
+        room: u64,
+    },
+    /// A checkpoint of a run whose CompNodes share a disk would never fit.
+    #[error(
+        "a checkpoint takes {} and its shards as much again on their way, there is room for {} in {path}: make room there, or \
+         give a folder on another disk (`train --out DIR`, checkpoint.to)",
+        format_bytes(*.bytes as f64), format_bytes(*.room as f64), path = path.display()
+    )]
+    RunRoom {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes of a checkpoint.
+        bytes: u64,
+        /// Bytes there are.
         room: u64,
     },
     /// The job before does not end.

@@ -47,7 +47,7 @@ pub use generate::{Generator, SamplingSpec};
 pub use knock::{Admitted, knock};
 pub use links::{JobLinks, NetworkExchange};
 pub use mailbox::{Arrived, Mailbox, Slot};
-pub use node::{JoinConfig, join};
+pub use node::{JoinConfig, check_run_room, join};
 pub use open_device::open_device;
 pub use optimizer::OptimizerSpec;
 pub use stop::StopFlag;

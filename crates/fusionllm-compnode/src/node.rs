@@ -27,6 +27,7 @@ use broker_wire::{Connected, Outbox, dial};
 pub use config::JoinConfig;
 use patience::{Hearing, Patience};
 use running::{Place, RunningJob};
+pub use scratch::check_run_room;
 use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.

@@ -1,6 +1,6 @@
 //! Which optimizer a job trains with.
 
-use fusionllm_protocol::{OptimizerKind, TrainSpec};
+use fusionllm_protocol::{OptimizerKind, StateKind, TrainSpec};
 
 /// An optimizer with its constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,6 +24,15 @@ pub enum OptimizerSpec {
 }
 
 impl OptimizerSpec {
+    /// What it keeps of each parameter, as [`TrainSpec::states`] has it.
+    pub fn states(&self) -> &'static [StateKind] {
+        match *self {
+            Self::AdamW { .. } => &[StateKind::ExpAvg, StateKind::ExpAvgSq],
+            Self::Sgd { momentum, .. } if momentum > 0.0 => &[StateKind::Momentum],
+            Self::Sgd { .. } => &[],
+        }
+    }
+
     /// The optimizer that a job asks for.
     pub fn of(train: &TrainSpec) -> Self {
         let weight_decay = train.weight_decay;

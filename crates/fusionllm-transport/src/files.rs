@@ -94,8 +94,12 @@ pub fn read_regular(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn read_within(path: &Path, most: u64) -> Result<Vec<u8>> {
+    content(open_regular(path)?, most)
+}
+
+fn content(file: File, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open_regular(path)?.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most {
         return Err(Error::new(ErrorKind::FileTooLarge, format!("it is longer than {} MiB", most >> 20)));
     }
@@ -115,8 +119,19 @@ pub fn read_regular_text(path: &Path) -> Result<String> {
 /// # Errors
 /// As [`read_regular`], or that it is not UTF-8.
 pub fn read_regular_text_within(path: &Path, most: u64) -> Result<String> {
-    let not_text = |_| Error::new(ErrorKind::InvalidData, "it is not UTF-8");
-    String::from_utf8(read_within(path, most)?).map_err(not_text)
+    text(read_within(path, most)?)
+}
+
+/// The text of a file that is open already, of at most 256 MiB.
+///
+/// # Errors
+/// What the system says, that it is longer, or that it is not UTF-8.
+pub fn read_text(file: File) -> Result<String> {
+    text(content(file, MOST_BYTES)?)
+}
+
+fn text(bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|_| Error::new(ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
 #[cfg(test)]

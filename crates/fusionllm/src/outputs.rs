@@ -9,6 +9,9 @@ use fusionllm_transport::{folder_of, no_folder_above, open_regular};
 
 use crate::exit::bad_input;
 
+/// The job's key for what it trains on.
+const DATA_PATH: &str = "data.path";
+
 /// A file that an option names for writing.
 #[derive(Debug)]
 pub(crate) struct Output<'a> {
@@ -38,7 +41,7 @@ impl Inputs {
         for (key, path) in [("model.path", &spec.model.path), ("placement.cluster", &spec.placement.cluster)] {
             path.iter().for_each(|path| self.add(key, path));
         }
-        spec.data.path.iter().for_each(|path| self.add("data.path", path));
+        spec.data.path.iter().for_each(|path| self.add(DATA_PATH, path));
         spec.data.tokenizer_file().into_iter().for_each(|path| self.add("data.tokenizer", path));
     }
 
@@ -69,12 +72,22 @@ pub(crate) fn check(outputs: &[Output<'_>]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether none of them is a file that the same command reads.
+/// Whether none of them is a file that the same command reads, nor would be one of the next job on the same data.
 pub(crate) fn check_against(outputs: &[Output<'_>], inputs: &Inputs) -> anyhow::Result<()> {
     for Output { option, path, .. } in outputs {
         if let Some((what, input)) = inputs.0.iter().find(|(_, input)| is_same_file(input, path)) {
             let (path, input) = (path.display(), input.display());
             return Err(bad_input(format!("{option} {path} would overwrite {what}, {input}: give another file")));
+        }
+        let place = absolute(path);
+        let is_above = |(what, folder): &&(String, PathBuf)| {
+            let folder = folder.canonicalize().ok().filter(|folder| what == DATA_PATH && folder.is_dir());
+            folder.zip(place.as_ref()).is_some_and(|(folder, place)| place.starts_with(folder))
+        };
+        if let Some((what, folder)) = inputs.0.iter().find(is_above) {
+            let (path, folder) = (path.display(), folder.display());
+            let reason = format!("would lie in {what}, {folder}, and be trained on: give another folder");
+            return Err(bad_input(format!("{option} {path} {reason}")));
         }
     }
     Ok(())
@@ -97,8 +110,21 @@ pub(crate) fn check_folder(option: &str, path: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn absolute(path: &Path) -> Option<PathBuf> {
+/// Where a file comes to lie: of a link that leads somewhere, there. Nothing if there is no folder for it.
+pub(crate) fn absolute(path: &Path) -> Option<PathBuf> {
+    if let Ok(there) = path.canonicalize() {
+        return Some(there);
+    }
     Some(folder_of(path).canonicalize().ok()?.join(path.file_name()?))
+}
+
+/// Whether a file would lie in a run directory, a checkpoint, or anywhere below one.
+fn is_among_a_runs(path: &Path) -> bool {
+    let has = |folder: &Path, name: &str| folder.join(name).is_file();
+    let is_runs = |folder: &Path| has(folder, "run.id") || has(folder, "run.json") && has(folder, "job.json");
+    // Those of version 0.1.0, and run directories that have just begun, are told by one file alone.
+    let looks_so = |folder: &Path| has(folder, "run.json") || has(folder, "manifest.json");
+    path.parent().is_some_and(looks_so) || path.ancestors().skip(1).any(is_runs)
 }
 
 impl Output<'_> {
@@ -109,11 +135,14 @@ impl Output<'_> {
             return refuse("is a directory, expected a file's name".to_owned());
         }
         check_folder_of(option, path)?;
-        if path.parent().is_some_and(|folder| folder.join("run.json").is_file()) {
-            return refuse("would lie in a run directory, among the run's own files: give another folder".to_owned());
+        if absolute(path).is_some_and(|place| is_among_a_runs(&place)) {
+            return refuse("would lie among a run's own files: give another folder".to_owned());
         }
         if !path.exists() {
-            return Ok(());
+            return match path.symlink_metadata() {
+                Ok(_) => refuse("is a link to nothing: give another file, or remove it".to_owned()),
+                Err(_) => Ok(()),
+            };
         }
         let mut first = Vec::new();
         match open_regular(path) {
@@ -147,9 +176,22 @@ mod tests {
             assert_eq!(result.is_ok(), reason.is_empty(), "{name}: {result:?}");
             assert!(result.err().unwrap_or_default().contains(reason));
         }
-        std::fs::create_dir(file("run")).unwrap();
-        std::fs::write(file("run/run.json"), "{}").unwrap();
-        let places = [("none/x", "make it first"), ("run/x", "lie in a run directory")];
+        std::fs::create_dir_all(file("run/deep")).unwrap();
+        std::fs::create_dir_all(file("step-4/deep")).unwrap();
+        for name in ["run/run.json", "run/job.json", "step-4/run.id"] {
+            std::fs::write(file(name), "{}").unwrap();
+        }
+        std::os::unix::fs::symlink("nowhere", file("lost")).unwrap();
+        std::os::unix::fs::symlink("step-4", file("soft")).unwrap();
+        let places = [
+            ("none/x", "make it first"),
+            ("lost", "is a link to nothing"),
+            ("run/x", "among a run's own files"),
+            ("run/deep/x", "among a run's own files"),
+            ("step-4/x", "among a run's own files"),
+            ("step-4/deep/x", "among a run's own files"),
+            ("soft/x", "among a run's own files"),
+        ];
         for (path, reason) in [("/dev/null", "no regular file")].into_iter().chain(places) {
             let path = &file(path);
             let error = check(&[output(path)]).unwrap_err().to_string();
@@ -173,6 +215,13 @@ mod tests {
             assert!(error.contains("would overwrite the job file") && error.contains(name), "{error}");
         }
         check_against(&[output(&file("other"))], &inputs).unwrap();
+        std::fs::create_dir_all(file("data/deep")).unwrap();
+        std::os::unix::fs::symlink("data/deep", file("into")).unwrap();
+        inputs.add(DATA_PATH, &file("data"));
+        for name in ["data/x", "data/deep/x", "into/x"] {
+            let error = check_against(&[output(&file(name))], &inputs).unwrap_err().to_string();
+            assert!(error.contains("would lie in data.path") && error.contains("be trained on"), "{error}");
+        }
         assert!(inputs.at_or_in(folder.path()).is_some() && inputs.at_or_in(&file("other")).is_none());
     }
 }

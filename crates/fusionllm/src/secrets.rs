@@ -54,6 +54,11 @@ pub(crate) fn local_ticket(state_dir: &Path) -> anyhow::Result<Ticket> {
         format!(
             "{old_path} is a ticket of an earlier release: start its broker again with this one, which makes {path}"
         )
+    } else if state_dir.join("tickets.json").exists() {
+        format!(
+            "{path} is gone, as after `ticket revoke operate`: the next start of the broker makes a new one; or give \
+             --ticket-file FILE"
+        )
     } else {
         format!("no broker's ticket at {path}; start one on this machine, or give --ticket-file FILE")
     }))

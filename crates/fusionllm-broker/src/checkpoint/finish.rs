@@ -9,7 +9,7 @@ use fusionllm_protocol::{Generation, JobSpec, Manifest, RunId, ShardEntry};
 use fusionllm_transport::sync_folder;
 use safetensors::tensor::Dtype;
 
-use super::names::{ABANDONED, ASIDE, MANIFEST, free_name, partial_folder, shard_name, step_name, step_of};
+use super::names::{ABANDONED, ASIDE, LEFTOVER, MANIFEST, free_name, partial_folder, shard_name, step_name, step_of};
 use super::place::{Found, Maker, brief_of, checkpoints_of, maker};
 use super::remove::remove;
 use super::tensor_file::TensorFile;
@@ -144,7 +144,16 @@ fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<Vec<Strin
     let mut left = Vec::new();
     if folder.symlink_metadata().is_ok() {
         if maker(&aside) == Maker::Run(run.clone()) {
-            left.extend(remove(&aside)?);
+            left.extend(match remove(&aside) {
+                Ok(said) => said,
+                // It must not stand in the way of a whole checkpoint.
+                Err(error) => {
+                    let to = free_name(folder, LEFTOVER);
+                    std::fs::rename(&aside, &to)?;
+                    let (aside, to) = (aside.display(), to.display());
+                    Some(format!("{aside} cannot be removed: {error}: this old checkpoint is {to} now"))
+                }
+            });
         }
         std::fs::rename(folder, &aside)?;
         sync_folder(parent)?;

@@ -420,6 +420,28 @@ fn a_crash_while_a_checkpoint_takes_anothers_place_loses_neither() {
 }
 
 #[test]
+fn what_cannot_be_removed_does_not_stand_in_the_way_of_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path(), 5);
+    let aside = folder.path().join(format!("step-5{ASIDE}"));
+    // No file, so it is not removed as one.
+    std::fs::create_dir_all(aside.join(MANIFEST)).unwrap();
+    std::fs::write(aside.join(MARK), RunId::from_bytes([1; 16]).as_str()).unwrap();
+    make(folder.path(), 5);
+    assert!(!aside.exists() && folder.path().join("step-5.leftover").join(MANIFEST).is_dir());
+    assert_eq!(open_checkpoint(&folder.path().join("step-5")).unwrap().manifest().step, 5);
+}
+
+#[test]
+fn a_manifest_that_is_no_text_is_called_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = make(folder.path(), 4);
+    std::fs::write(checkpoint.join(MANIFEST), [0xff, 0xfe, 0]).unwrap();
+    let error = error(folder.path());
+    assert!(error.contains("manifest.json") && !error.contains("safetensors"), "{error}");
+}
+
+#[test]
 fn a_damaged_newest_is_passed_over_when_a_run_goes_on_and_refused_otherwise() {
     let folder = tempfile::tempdir().unwrap();
     make(folder.path(), 4);

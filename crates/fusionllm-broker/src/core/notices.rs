@@ -9,6 +9,10 @@ use super::{Action, Core};
 /// Kinds of which a job's notices are counted. It has far fewer.
 const MOST_KINDS: usize = 1000;
 
+/// How notices begin of which only steps tell one from the next. Of others no word is left out: they may say where a
+/// file of the user's has gone.
+const FOLDED: [&str; 2] = ["there is no checkpoint of step ", "an old checkpoint was not removed: "];
+
 /// How often each kind of notice has come.
 #[derive(Debug, Default)]
 pub(super) struct Told(BTreeMap<String, Count>);
@@ -23,7 +27,8 @@ struct Count {
 impl Told {
     /// One more notice: the text to tell now, if any is.
     fn take(&mut self, text: String) -> Option<String> {
-        let kind = without_steps(&text);
+        let is_folded = FOLDED.iter().any(|begins| text.starts_with(begins));
+        let kind = if is_folded { without_steps(&text) } else { text.clone() };
         if !self.0.contains_key(&kind) && self.0.len() >= MOST_KINDS {
             return Some(text);
         }
@@ -104,5 +109,15 @@ mod tests {
         let names = [1, 2].map(|n| format!("CompNode `{n}`: slow"));
         assert_eq!(shown, [of(1), names[0].clone(), names[1].clone(), times(10), times(100), times(250)]);
         assert!(told.rest().is_empty());
+    }
+
+    #[test]
+    fn where_files_have_gone_is_told_of_each() {
+        let mut told = Told::default();
+        let moved =
+            |step: u64| format!("/ck/step-{step} holds files that are not of this run: it is step-{step}.leftover now");
+        for step in [1, 2, 1] {
+            assert_eq!(told.take(moved(step)).is_some(), told.0[&moved(step)].times == 1);
+        }
     }
 }

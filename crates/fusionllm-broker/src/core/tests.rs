@@ -678,7 +678,7 @@ fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
     let at_work = core.record(JobId(1)).unwrap().clone();
     let done = JobRecord { job: JobId(2), state: JobState::Done, ..at_work.clone() };
     let known = |record| Restored { record, reached: None, checkpoint: None };
-    let (mut core, actions) = Core::restore(vec![known(at_work), known(done)]);
+    let (mut core, actions) = Core::restore(vec![known(at_work), known(done)], ResumedBy::default());
     assert!(matches!(&actions[..], [Action::Persist { .. }, Action::WriteReport { .. }]), "{actions:?}");
     assert!(failure(&core).starts_with("the broker restarted after step 0; `fusionllm resume 1` begins anew"));
     assert_eq!(state(&core, 2), JobState::Done);
@@ -710,10 +710,11 @@ fn a_restart_goes_by_what_the_run_directory_knows() {
         let state = JobState::Running;
         Restored { record: record(job, state), reached: Some((reached, 1.5)), checkpoint: Some(checkpoint) }
     };
-    let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)]);
+    let by = ResumedBy::Broker { state: Some(PathBuf::from("/state")) };
+    let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)], by);
     assert_eq!(
         failure(&core),
-        "the broker restarted after step 5; `fusionllm resume 1` goes on from the checkpoint of step 3"
+        "the broker restarted after step 5; `fusionllm resume 1 --state /state` goes on from the checkpoint of step 3"
     );
     let (step, loss) = (core.record(JobId(1)).unwrap().step, core.record(JobId(1)).unwrap().loss);
     assert_eq!((step, loss), (5, Some(1.5)), "those of one step");
@@ -733,12 +734,19 @@ fn a_chosen_step_outlives_the_broker() {
     assert_eq!((kept.step, kept.loss), (3, None), "the loss of a later step is not told of this one");
     // It waits, and has not put the later steps aside yet.
     let waiting = JobRecord { state: JobState::Waiting { reason: String::new() }, ..kept.clone() };
-    let (waits, _) = Core::restore(vec![Restored { record: waiting, reached: Some((6, 1.5)), checkpoint: Some(6) }]);
+    let (waits, _) = Core::restore(
+        vec![Restored { record: waiting, reached: Some((6, 1.5)), checkpoint: Some(6) }],
+        ResumedBy::default(),
+    );
     assert_eq!((waits.record(JobId(1)).unwrap().step, waits.record(JobId(1)).unwrap().loss), (3, None));
     let at_work = JobRecord { state: JobState::Preparing, ..kept };
-    let (core_then, _) =
-        Core::restore(vec![Restored { record: at_work, reached: Some((6, 1.5)), checkpoint: Some(6) }]);
+    let (core_then, _) = Core::restore(
+        vec![Restored { record: at_work, reached: Some((6, 1.5)), checkpoint: Some(6) }],
+        ResumedBy::default(),
+    );
     assert!(failure(&core_then).starts_with("the broker restarted"), "the checkpoint of step 6 is not its future");
+    let hint = "`fusionllm resume 1 --step 3` goes on from the checkpoint of step 3";
+    assert!(failure(&core_then).ends_with(hint), "{}", failure(&core_then));
     measure(&mut core, actions);
     let key = RunKey { generation: Generation(2), ..KEY };
     for connection in [1, 2] {
@@ -786,7 +794,7 @@ fn what_waited_goes_on_waiting_after_a_restart() {
         let record = record(job, JobState::Waiting { reason: "job 1 comes first".to_owned() });
         Restored { record, reached: None, checkpoint: None }
     };
-    let (mut core, actions) = Core::restore(vec![waiting(1), waiting(2)]);
+    let (mut core, actions) = Core::restore(vec![waiting(1), waiting(2)], ResumedBy::default());
     assert!(matches!(&actions[..], [Action::Load(_), Action::Load(_)]), "{actions:?}");
     join(&mut core, 1, "a");
     assert!(matches!(state(&core, 1), JobState::Waiting { .. }));

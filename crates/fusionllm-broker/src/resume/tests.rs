@@ -152,6 +152,8 @@ fn a_directory_without_its_run_file_keeps_its_checkpoints() {
     drop(opened);
     std::fs::remove_file(dir.join("run.json")).unwrap();
     let found = find_resumption(&dir, Some(3), None).unwrap();
+    let said = found.start.notices.join("\n");
+    assert!(said.contains("has no run.json") && said.contains("as a run of its own"), "{said}");
     let opened = open(&dir, &found.start, &spec, 3).unwrap();
     assert!(dir.join("checkpoints/step-5.abandoned").is_dir());
     assert_eq!(open_newest(&opened.home(), None).unwrap().checkpoint.manifest().step, 3);

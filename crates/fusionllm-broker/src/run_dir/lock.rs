@@ -3,6 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use fusionllm_protocol::RunId;
 use fusionllm_transport::{open_or_make_regular, open_regular};
@@ -13,6 +14,10 @@ use crate::files::io_error;
 
 /// Most of a lock file that is read: a line.
 const LINE_BYTES: u64 = 1024;
+/// For longer nobody holds a lock who only looks at it.
+const LOOKED_AT: Duration = Duration::from_millis(200);
+/// Between two tries to take a lock.
+const BETWEEN_TRIES: Duration = Duration::from_millis(5);
 /// What that line begins with.
 const BEGINS: &str = "run ";
 
@@ -39,7 +44,7 @@ impl FolderLock {
             return Err(BrokerError::NotALock { path });
         }
         let mut file = open_or_make_regular(&path).map_err(fail)?;
-        match file.try_lock() {
+        match try_for_a_while(&file) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 return Err(BrokerError::InUse { path: folder.to_owned(), holder: holder(&mut file) });
@@ -95,6 +100,17 @@ impl FolderLock {
     }
 }
 
+/// Takes a lock. Whoever only looks whether it is free holds it for a moment.
+fn try_for_a_while(file: &File) -> Result<(), TryLockError> {
+    let deadline = Instant::now() + LOOKED_AT;
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(BETWEEN_TRIES),
+            result => return result,
+        }
+    }
+}
+
 /// Whether something other than a regular file is there: a link leads to somebody else's.
 fn is_foreign(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|found| !found.is_file())
@@ -140,6 +156,21 @@ mod tests {
         drop(first);
         FolderLock::check(folder.path()).unwrap();
         FolderLock::take(folder.path(), &run).unwrap();
+    }
+
+    #[test]
+    fn whoever_looks_keeps_nobody_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunId::from_bytes([7; 16]);
+        drop(FolderLock::take(folder.path(), &run).unwrap());
+        let looking = open_regular(&folder.path().join(FolderLock::FILE)).unwrap();
+        looking.lock_shared().unwrap();
+        std::thread::scope(|scope| {
+            let taking = scope.spawn(|| FolderLock::take(folder.path(), &run).map(drop));
+            std::thread::sleep(LOOKED_AT / 4);
+            drop(looking);
+            taking.join().unwrap().unwrap();
+        });
     }
 
     #[cfg(unix)]

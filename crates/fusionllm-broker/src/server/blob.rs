@@ -26,9 +26,16 @@ const BULK_PRIORITY: i32 = -10;
 
 /// Receives every shard that a CompNode sends, one after the other, until its connection ends.
 pub(super) async fn receive_all(connection: ConnectionId, session: &Session, handle: &Handle) {
+    let mut last = None;
     while let Ok(stream) = session.accept_uni().await {
-        if let Err(reason) = receive(connection, stream, handle).await {
-            tracing::warn!(?connection, reason, "dropped a checkpoint shard");
+        match receive(connection, stream, handle).await {
+            Ok(()) => last = None,
+            // On a full disk this goes on for every checkpoint, of which the job's notices tell.
+            Err(reason) if last.as_ref() == Some(&reason) => tracing::debug!(?connection, reason, "dropped a shard"),
+            Err(reason) => {
+                tracing::warn!(?connection, reason, "dropped a checkpoint shard");
+                last = Some(reason);
+            }
         }
     }
 }
@@ -123,17 +130,17 @@ pub(super) async fn send_weights(
     from: Arc<TensorSet>,
     handle: &Handle,
 ) -> Result<(), String> {
-    let state_dir = Arc::clone(&handle.state_dir);
+    let scratch = Arc::clone(&handle.scratch);
     let gathered = blocking(move || {
         // Without a name it is gone however this process ends.
         let mut file =
-            tempfile::tempfile_in(&state_dir).map_err(without_temporary_name).map_err(|e| io_error(&state_dir, e))?;
-        let bytes = from.write_part(&params, &mut file, &state_dir).map_err(BrokerError::from)?;
-        file.rewind().map_err(|e| io_error(&state_dir, e))?;
+            tempfile::tempfile_in(&scratch).map_err(without_temporary_name).map_err(|e| io_error(&scratch, e))?;
+        let bytes = from.write_part(&params, &mut file, &scratch).map_err(BrokerError::from)?;
+        file.rewind().map_err(|e| io_error(&scratch, e))?;
         Ok((file, bytes))
     });
     let (file, bytes) = gathered.await.map_err(|e| e.to_string())?;
-    let io = |e: std::io::Error| io_error(&handle.state_dir, e).to_string();
+    let io = |e: std::io::Error| io_error(&handle.scratch, e).to_string();
     let mut content = File::from_std(file);
     let mut sink = session.open_uni().await.map_err(|e| e.to_string())?;
     sink.set_priority(BULK_PRIORITY);

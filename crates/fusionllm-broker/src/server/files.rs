@@ -17,7 +17,7 @@ use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
-use crate::run_dir::{OpenedRun, RunDir};
+use crate::run_dir::{NoticesWriter, OpenedRun, RunDir, read_notices};
 use crate::store::JobRecord;
 
 /// The way to the thread.
@@ -109,6 +109,7 @@ struct RunFiles {
     opened: OpenedRun,
     dir: RunDir,
     metrics: MetricsWriter,
+    notices: NoticesWriter,
     /// CompNodes and predicted step, until the measured one is there.
     predicted: Option<(Vec<String>, Simulated)>,
     course: Course,
@@ -170,8 +171,9 @@ impl Keeper {
             }
             Action::Notice { run_dir, notice } => {
                 // Where no run of ours is open, the directory may be another's.
-                if let Some(run) = self.runs.values().find(|run| run.dir == RunDir::new(&run_dir)) {
-                    run.dir.append_notice(&notice)?;
+                let dir = RunDir::new(&run_dir);
+                if let Some((&key, run)) = self.runs.iter_mut().find(|(_, run)| run.dir == dir) {
+                    events.extend(run.notices.append(&notice).map(|text| CoreEvent::Noticed { key, text }));
                 }
             }
             Action::WriteReport { record } => self.close(&record)?,
@@ -196,14 +198,16 @@ impl Keeper {
         let mut notices = std::mem::take(&mut opened.notices);
         let began = opened.file.from.as_ref().map_or(0, |from| from.step);
         if let Some(gaps) = gaps(&dir.metrics(), began, open.start_step)?
-            && !dir.read_notices()?.iter().any(|notice| notice.text == gaps)
+            && !read_notices(&dir.notices(), open.start_step).iter().any(|notice| notice.text == gaps)
         {
             notices.push(gaps);
         }
         self.open_runs.set(open.key, Some(opened.place.clone()));
         let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
         let course = Course::at(open.start_step);
-        self.runs.insert(open.key, RunFiles { opened, dir, metrics, predicted, course, unpruned: None });
+        let writer = NoticesWriter::new(dir.notices());
+        let run = RunFiles { opened, dir, metrics, notices: writer, predicted, course, unpruned: None };
+        self.runs.insert(open.key, run);
         Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
     }
 
@@ -225,10 +229,11 @@ impl Keeper {
             }
             for text in removal.leftovers {
                 let notice = Notice { step: record.step, text };
-                if let Err(error) = run.dir.append_notice(&notice) {
-                    // The report matters more.
-                    tracing::warn!(%error, notice.text, "a notice is not written");
-                }
+                // The report matters more than why it cannot be written.
+                let _ = run.notices.append(&notice);
+            }
+            if let Err(error) = run.notices.flush() {
+                tracing::error!(%error, path = %run.dir.notices().display(), "the last notices are not written");
             }
         }
         if ended.is_empty() {
@@ -252,6 +257,8 @@ impl RunFiles {
     /// Appends a step. Gives what its user must know.
     fn append(&mut self, metrics: &StepMetrics) -> Result<Vec<String>, BrokerError> {
         let mut notices: Vec<String> = self.metrics.append(&self.dir.metrics(), metrics)?.into_iter().collect();
+        // Why they wait was said.
+        let _ = self.notices.flush();
         self.course.step(metrics.step, metrics.loss, metrics.eval_loss);
         if self.unpruned.is_some_and(|newest| newest <= self.course.vouched) {
             notices.extend(self.prune());

@@ -27,7 +27,7 @@ pub(super) type Taken = Result<Submitted, BrokerError>;
 pub(super) struct Handle {
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) runs_dir: Arc<Path>,
-    pub(super) state_dir: Arc<Path>,
+    pub(super) scratch: Arc<Path>,
     pub(super) reach: Arc<Reach>,
     pub(super) open_runs: OpenRuns,
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use fusionllm_protocol::{DataSpec, JobSpec};
+use fusionllm_protocol::{DataSpec, JobSpec, TrainSpec};
 
 use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_newest, remove_partial};
 use crate::cluster_file::read_cluster;
@@ -123,7 +123,7 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
         Ok(newest) => {
             let mut notices = notices_of(&newest, Some(&home).filter(|_| step.is_none()));
             notices.extend(job_notice);
-            start_at(newest.checkpoint, goes_on(&home, known, notices)?)
+            start_at(newest.checkpoint, goes_on(&home, known, notices)?, &spec.train)
         }
         Err(CheckpointError::None { path }) if was_there.is_some() => Err(gone(&path)),
         Err(CheckpointError::None { .. }) if step.is_none() => from_the_beginning(),
@@ -144,11 +144,22 @@ fn start_anew(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
     Ok(start)
 }
 
-/// Where a run goes on with a checkpoint.
-pub(super) fn start_at(checkpoint: Checkpoint, mut run: RunStart) -> Result<StartPoint, BrokerError> {
+/// Where a run goes on with a checkpoint, and is trained as `train` says.
+pub(super) fn start_at(
+    checkpoint: Checkpoint,
+    mut run: RunStart,
+    train: &TrainSpec,
+) -> Result<StartPoint, BrokerError> {
     let (dag, step, loss) = (checkpoint.dag().clone(), checkpoint.manifest().step, checkpoint.manifest().loss);
     let mut notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
     notices.append(&mut run.notices);
+    let before = checkpoint.manifest().job.train.states();
+    let unused = before.iter().filter(|kind| !train.states().contains(kind));
+    let unused: Vec<&str> = unused.map(|kind| kind.name()).collect();
+    if !unused.is_empty() {
+        let kinds = unused.join(", ");
+        notices.push(format!("the checkpoint's {kinds} is left out: the job as it is now has no use for it"));
+    }
     let mut origin = checkpoint.origin().clone();
     if origin.tokenizer().is_none()
         && let Some(tokenizer) = model_tokenizer(&checkpoint.manifest().job)?

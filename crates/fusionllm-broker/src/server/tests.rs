@@ -21,6 +21,7 @@ impl Bench {
             bind: "127.0.0.1:0".parse().unwrap(),
             advertise: Vec::new(),
             state_dir: folder.path().join("state"),
+            scratch: None,
             resumed_by: crate::ResumedBy::default(),
             runs_dir: folder.path().join("runs"),
             checkpoint_dirs: Vec::new(),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn_tensor::{Device, Tensor, TensorData};
 use fusionllm_graph::{OpDag, OpId, Param, ParamId};
 use fusionllm_planner::StageId;
-use fusionllm_protocol::{Pass, StateKind, TensorName};
+use fusionllm_protocol::{Pass, TensorName};
 
 use crate::backend::{ExecutorSpec, FirstParams, StageOps};
 use crate::border::BorderTensor;
@@ -304,7 +304,8 @@ impl Executor for BurnExecutor {
             self.leaves.remove(&id);
             self.params.insert(id, self.checked(tensor, &shape)?);
             let mut state = ParamState::new();
-            for kind in StateKind::ALL {
+            // What it does not use would be stored on and on.
+            for &kind in self.optimizer.states() {
                 let stored = TensorName::State { kind, param: &name }.to_string();
                 if let Some(tensor) = tensors.take(&stored)? {
                     state.insert(kind, self.checked(tensor, &shape)?);

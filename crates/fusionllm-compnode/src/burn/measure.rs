@@ -274,8 +274,8 @@ mod tests {
         let measured = measure_ops(&dag, &spec, &Device::flex(), &StopFlag::default()).unwrap();
         for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
             let seconds = measured.ops[&dag.work(op, 2)];
-            assert!(seconds.fp_s > 0.0 && seconds.fp_s < 1.0, "{} {seconds:?}", dag.op(op).name);
-            assert!(seconds.bp_s >= 0.0 && seconds.bp_s < 1.0, "{} {seconds:?}", dag.op(op).name);
+            assert!(seconds.fp_s > 0.0 && seconds.fp_s < 60.0, "{} {seconds:?}", dag.op(op).name);
+            assert!(seconds.bp_s >= 0.0 && seconds.bp_s < 60.0, "{} {seconds:?}", dag.op(op).name);
         }
         assert!(measured.update_s_per_byte > 0.0 && measured.copy_s_per_byte > 0.0);
     }
@@ -289,7 +289,7 @@ mod tests {
         let began = std::time::Instant::now();
         let error = measure_ops(&dag, &spec, &Device::flex(), &stop).unwrap_err();
         assert!(matches!(error, ExecutorError::Stopped), "{error}");
-        assert!(began.elapsed().as_secs_f64() < 1.0);
+        assert!(began.elapsed().as_secs_f64() < 10.0);
     }
 
     #[test]

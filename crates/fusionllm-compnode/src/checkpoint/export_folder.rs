@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text, remove_if_there};
+use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text, remove_if_there, sync_folder};
 
 use crate::{ExportError, ShardError};
 
@@ -38,6 +38,8 @@ pub(super) struct TakenFolder {
     _mark: File,
     /// What is written, in that order.
     written: Vec<&'static str>,
+    /// Whether files of an earlier export may have gone.
+    is_replacing: bool,
 }
 
 impl ExportFolder {
@@ -106,7 +108,7 @@ impl ExportFolder {
             let written = mark.set_len(0).and_then(|()| mark.write_all(text.as_bytes()));
             written.and_then(|()| mark.sync_all()).map_err(|e| io(&path, e))?;
         }
-        Ok(TakenFolder { path: self.path.clone(), _mark: mark, written: Vec::new() })
+        Ok(TakenFolder { path: self.path.clone(), _mark: mark, written: Vec::new(), is_replacing: false })
     }
 
     fn check(&self, of: &str) -> Result<(), ExportError> {
@@ -145,26 +147,36 @@ impl TakenFolder {
     }
 
     /// Gives all files that were written their names, in the place of those of an earlier export. Without
-    /// `config.json`, the first to go and the last to come, the folder is not taken for a model.
+    /// `config.json`, the first to go and the last to come, the folder is not taken for a model: whatever happens
+    /// meanwhile, it holds the earlier export, this one, or none, and never a mixture.
     ///
     /// # Errors
-    /// [`ShardError`] if the system refuses.
-    pub(super) fn finish(self) -> Result<(), ShardError> {
+    /// [`ShardError`] if the system refuses. What was written stays under its temporary names then.
+    pub(super) fn finish(mut self) -> Result<(), ShardError> {
         let io = |path: &Path, source| ShardError::Io { path: path.to_owned(), source };
-        for name in FILES {
-            let path = self.path.join(name);
-            remove_if_there(&path).map_err(|e| io(&path, e))?;
-            if !self.written.contains(&name) {
-                let temporary = self.temporary(name);
-                remove_if_there(&temporary).map_err(|e| io(&temporary, e))?;
+        let remove = |path: &Path| remove_if_there(path).map_err(|e| io(path, e));
+        let sync = |path: &Path| sync_folder(path).map_err(|e| io(path, e));
+        let [config, others @ ..] = FILES;
+        self.is_replacing = true;
+        remove(&self.path.join(config))?;
+        // On the disk, too, nothing may come before this.
+        sync(&self.path)?;
+        for name in others {
+            let (path, temporary) = (self.path.join(name), self.temporary(name));
+            if self.written.contains(&name) {
+                std::fs::rename(temporary, &path).map_err(|e| io(&path, e))?;
+            } else {
+                remove(&path)?;
+                remove(&temporary)?;
             }
         }
-        let (config, others): (Vec<_>, Vec<_>) = self.written.iter().partition(|name| **name == FILES[0]);
-        for name in others.into_iter().chain(config) {
-            let path = self.path.join(name);
-            std::fs::rename(self.temporary(name), &path).map_err(|e| io(&path, e))?;
+        sync(&self.path)?;
+        let (path, temporary) = (self.path.join(config), self.temporary(config));
+        if self.written.contains(&config) {
+            std::fs::rename(temporary, &path).map_err(|e| io(&path, e))?;
+            return sync(&self.path);
         }
-        Ok(())
+        remove(&temporary)
     }
 
     fn temporary(&self, name: &str) -> PathBuf {
@@ -173,8 +185,12 @@ impl TakenFolder {
 }
 
 impl Drop for TakenFolder {
-    /// What was not finished leaves nothing but an earlier export.
+    /// What was not finished leaves nothing but an earlier export; once that has begun to go, what was written is all there
+    /// is, and stays.
     fn drop(&mut self) {
+        if self.is_replacing {
+            return;
+        }
         for name in FILES {
             // What cannot be removed is known to be left over.
             let _ = std::fs::remove_file(self.temporary(name));
@@ -236,6 +252,29 @@ mod tests {
         assert!(error.contains("run 1") && error.contains("run 2"), "{error}");
         std::fs::write(path.join("model-00001-of-00002.safetensors"), "x").unwrap();
         fails(&path, "`model-00001-of-00002.safetensors`");
+    }
+
+    /// A disk error in the middle leaves no model, and what was written.
+    #[test]
+    fn an_export_that_cannot_be_finished_is_no_mixture_and_is_not_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("hf");
+        let export = ExportFolder::look(&path).unwrap();
+        let mut taken = export.take("run 1").unwrap();
+        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+            write(&mut taken, name, "new");
+        }
+        // A folder that holds something is not replaced by a file.
+        std::fs::create_dir_all(path.join("tokenizer.json/in the way")).unwrap();
+        taken.finish().unwrap_err();
+        let left = names(&path);
+        let expected = ["config.json.partial", MARK, "model.safetensors", "tokenizer.json", "tokenizer.json.partial"];
+        assert_eq!(left, expected);
+        std::fs::remove_dir_all(path.join("tokenizer.json")).unwrap();
+        let mut taken = ExportFolder::look(&path).unwrap().take("run 1").unwrap();
+        write(&mut taken, "config.json", "new");
+        taken.finish().unwrap();
+        assert_eq!(names(&path), ["config.json", MARK]);
     }
 
     #[test]

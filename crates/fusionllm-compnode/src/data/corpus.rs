@@ -95,7 +95,8 @@ impl Corpus {
         let needed = spec.seq_len + 1;
         for (split, tokens) in [("training", corpus.train.len()), ("evaluation", corpus.eval.len())] {
             if tokens < needed {
-                return Err(DataError::TooShort { split, tokens, needed });
+                let left_out = left_out.iter().map(|note| format!("; {note}")).collect();
+                return Err(DataError::TooShort { split, tokens, needed, left_out });
             }
         }
         corpus.notes = corpus.notes(tokenizer, left_out, marks);

@@ -1,21 +1,22 @@
 //! Text as token ids: bytes, or a Hugging Face tokenizer.
 
 mod coverage;
+mod growth;
 mod ids;
 mod normalizer;
 mod pieces;
 
-use std::io::Read;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint, content_hash};
+use fusionllm_transport::read_text;
 use serde_json::Value;
 use tokenizers::models::ModelWrapper;
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{Model, PostProcessor};
 
-use super::ReadableData;
+use super::{ReadableData, Reading};
 use crate::DataError;
 pub(crate) use coverage::{Coverage, pieces};
 use normalizer::Effects;
@@ -46,6 +47,8 @@ pub struct FileTokenizer {
     unknown: Option<i32>,
     /// Whether every byte of any text becomes tokens.
     keeps_everything: bool,
+    /// By how much a text may grow in its normalizer.
+    growth: u64,
     /// What is known of what its normalizer does.
     effects: Arc<Mutex<Effects>>,
 }
@@ -70,10 +73,8 @@ impl Tokenizer {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(fail("no such file".to_owned())),
             Err(e) => return Err(fail(e.to_string())),
         }
-        let mut source = String::new();
-        let mut file = readable.open(Path::new(name)).map_err(|e| fail(e.to_string()))?;
-        file.read_to_string(&mut source).map_err(|e| fail(e.to_string()))?;
-        Self::from_json(source, name)
+        let file = readable.open(Path::new(name)).map_err(|e| fail(e.to_string()))?;
+        Self::from_json(read_text(file).map_err(|e| fail(e.to_string()))?, name)
     }
 
     /// The tokenizer of a job. `of_model` is the content of the tokenizer.json in the model's directory, if it has one;
@@ -112,8 +113,9 @@ impl Tokenizer {
         let keeps_everything = keeps_everything(&inner, &keys);
         let unknown = unknown_token(&inner, &keys);
         let name = name.to_owned();
+        let growth = growth::of(inner.get_normalizer()).map_err(fail)?;
         let effects = Arc::default();
-        let tokenizer = FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything, effects };
+        let tokenizer = FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything, growth, effects };
         Ok(Self::HuggingFace(Box::new(tokenizer)))
     }
 
@@ -125,6 +127,7 @@ impl Tokenizer {
         match self {
             Self::Bytes => Ok(text.bytes().map(i32::from).collect()),
             Self::HuggingFace(tokenizer) => {
+                tokenizer.check_growth(text, &Reading::default())?;
                 let encoding = tokenizer.inner.encode_fast(text, false).map_err(|e| tokenizer.fail(e.to_string()))?;
                 encoding.get_ids().iter().map(|&id| tokenizer.id(id)).collect()
             }
@@ -135,6 +138,7 @@ impl Tokenizer {
     pub(crate) fn coverage(&self, text: &str) -> Result<Coverage, DataError> {
         match self {
             Self::HuggingFace(tokenizer) if !tokenizer.keeps_everything => {
+                tokenizer.check_growth(text, &Reading::default())?;
                 coverage::count(&tokenizer.inner, &tokenizer.effects, text).map_err(|e| tokenizer.fail(e.to_string()))
             }
             Self::Bytes | Self::HuggingFace(_) => Ok(Coverage::whole(text)),
@@ -406,6 +410,14 @@ mod tests {
         spec.tokenizer = "bytes".to_owned();
         assert_eq!(Tokenizer::of_job(spec, Some(&source)).unwrap().name(), "bytes");
         assert_ne!(tokenizer.fingerprint().hash, Tokenizer::Bytes.fingerprint().hash);
+    }
+
+    #[test]
+    fn a_file_that_no_tokenizer_fills_is_not_read_whole() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 30).unwrap();
+        let error = Tokenizer::open(file.path().to_str().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("it is longer than 256 MiB"), "{error}");
     }
 
     #[test]

@@ -37,6 +37,25 @@ pub(super) fn check_scratch_room(folder: &Path, needed: u64, arrived: &AtomicU64
     }
 }
 
+/// Whether a checkpoint fits where all CompNodes of a run, and the run itself, use one disk. A shard lies there twice until
+/// the checkpoint has it. What each CompNode looks at by itself says nothing of the others.
+///
+/// # Errors
+/// [`CompNodeError::RunRoom`] with the numbers.
+pub fn check_run_room(
+    folder: &Path,
+    dag: &OpDag,
+    placement: &Placement,
+    train: &TrainSpec,
+) -> Result<(), CompNodeError> {
+    let nodes = (0..).map(NodeIndex).take(placement.compnodes.len());
+    let bytes = nodes.fold(0u64, |sum, node| sum.saturating_add(shard_bytes(dag, placement, node, train)));
+    match room(folder).filter(|&room| bytes.saturating_mul(2) > room) {
+        Some(room) => Err(CompNodeError::RunRoom { path: folder.to_owned(), bytes, room }),
+        None => Ok(()),
+    }
+}
+
 /// Bytes of a shard: the parameters of a part, and what the optimizer keeps of them.
 pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
     train.state_bytes(placement.param_bytes_of(dag, node))

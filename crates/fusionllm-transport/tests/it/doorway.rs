@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use crate::endpoint;
 
 /// Long enough for everything that is going to come over loopback.
-const A_WHILE: Duration = Duration::from_millis(400);
+const A_WHILE: Duration = Duration::from_secs(1);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn before_admission_there_is_one_stream_of_64_kib() {
@@ -36,7 +36,7 @@ async fn before_admission_there_is_one_stream_of_64_kib() {
     flood.await.unwrap().unwrap();
     let mut streams = Vec::new();
     for n in 0..16u16 {
-        let mut sink = timeout(A_WHILE * 10, from.open_uni()).await.unwrap().unwrap();
+        let mut sink = timeout(A_WHILE * 60, from.open_uni()).await.unwrap().unwrap();
         sink.send(&n.to_le_bytes()).await.unwrap();
         streams.push((sink, to.accept_uni().await.unwrap()));
     }
@@ -130,10 +130,10 @@ async fn many_that_say_nothing_keep_nobody_out() {
     let (_honest, honest) = guests(&broker, 1).await;
     let (mut sink, mut source) = honest[0].open_bi().await.unwrap();
     sink.send(b"hello").await.unwrap();
-    assert_eq!(timeout(A_WHILE * 5, source.recv()).await.unwrap().unwrap().unwrap(), b"hello");
+    assert_eq!(timeout(A_WHILE * 60, source.recv()).await.unwrap().unwrap().unwrap(), b"hello");
     let mut sent_away = 0;
     for session in &sessions {
-        if let Ok(reason) = timeout(Duration::from_millis(5), session.closed()).await {
+        if let Ok(reason) = timeout(Duration::from_millis(20), session.closed()).await {
             assert_eq!((reason.code, reason.reason.contains("too many")), (Some(503), true), "{reason:?}");
             sent_away += 1;
         }

@@ -20,7 +20,7 @@ async fn probed() -> Result<PairSpeed, SessionError> {
 async fn a_probe_measures_both_directions() {
     let pair = probed().await.unwrap();
     for direction in [pair.there, pair.back] {
-        assert!(direction.latency < Duration::from_millis(500), "{pair:?}");
+        assert!(direction.latency < Duration::from_secs(5), "{pair:?}");
         assert!(direction.bytes_per_s > 1e5 && direction.bytes_per_s < 1e12, "{pair:?}");
     }
 }

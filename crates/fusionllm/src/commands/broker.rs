@@ -12,6 +12,8 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     check_folder("--runs", &args.runs)?;
     args.checkpoints.iter().try_for_each(|dir| check_folder("--checkpoints", dir))?;
     args.models.iter().try_for_each(|dir| check_folder("--models", dir))?;
+    // Whoever reads it may be in another folder.
+    let state = args.state.as_deref().map(std::path::absolute).transpose()?;
     let config = BrokerConfig {
         bind: args.bind,
         advertise: args.advertise,
@@ -19,7 +21,8 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         runs_dir: args.runs,
         checkpoint_dirs: args.checkpoints,
         model_dirs: args.models,
-        resumed_by: ResumedBy::Broker { state: args.state.clone() },
+        scratch: None,
+        resumed_by: ResumedBy::Broker { state },
     };
     let mut broker = Broker::start(config).await.map_err(super::train::broker_error)?;
     let mut interrupted = std::pin::pin!(super::follow::interrupted());

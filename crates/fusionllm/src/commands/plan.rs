@@ -42,10 +42,10 @@ pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
         return compare_all(args, &jobs);
     };
     if let Some(path) = &args.write_graph {
-        write_atomic(path, job.dag.to_json().as_bytes())?;
+        write(path, job.dag.to_json().as_bytes())?;
     }
     if let Some(path) = &args.write_dot {
-        write_atomic(path, [DOT_BEGINS, &job.dag.to_dot()].concat().as_bytes())?;
+        write(path, [DOT_BEGINS, &job.dag.to_dot()].concat().as_bytes())?;
     }
     if args.compare {
         return compare_all(args, &jobs);
@@ -58,8 +58,15 @@ pub(super) fn run(args: &cli::Plan) -> anyhow::Result<()> {
     }
 }
 
+/// Writes a file where it comes to lie: a link stays one.
+fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let place = outputs::absolute(path);
+    Ok(write_atomic(place.as_deref().unwrap_or(path), bytes)?)
+}
+
 /// How files begin that say of themselves who made them.
 const TRACE_BEGINS: &str = "{\"otherData\":{\"made_by\":\"fusionllm plan\"},";
+const GRAPH_BEGINS: &str = "{\n  \"format\": \"fusionllm-op-dag\",";
 const DOT_BEGINS: &str = "// made by fusionllm plan\n";
 
 /// The files that are to be written.
@@ -67,7 +74,7 @@ fn outputs(args: &cli::Plan) -> Vec<Output<'_>> {
     let outputs = [
         ("--svg", &args.svg, "a drawing by plan", "<svg data-made-by=\"fusionllm plan\""),
         ("--trace", &args.trace, "a trace by plan", TRACE_BEGINS),
-        ("--write-graph", &args.write_graph, "an OP-DAG in JSON", "{\n  \"format\": "),
+        ("--write-graph", &args.write_graph, "an OP-DAG in JSON", GRAPH_BEGINS),
         ("--write-dot", &args.write_dot, "a graph by plan in Graphviz form", DOT_BEGINS),
     ];
     let mut named = Vec::new();
@@ -236,12 +243,12 @@ fn owner_first(cluster: Cluster, job: &Job, file: &Path) -> anyhow::Result<Clust
 
 fn write_drawings(args: &cli::Plan, plan: &Plan, dag: &OpDag) -> anyhow::Result<()> {
     if let Some(path) = &args.svg {
-        write_atomic(path, plan.svg(dag).as_bytes())?;
+        write(path, plan.svg(dag).as_bytes())?;
     }
     if let Some(path) = &args.trace {
         let trace = serde_json::to_string(&plan.simulated.trace(&plan.placement.compnodes))?;
         let events = trace.strip_prefix('{').unwrap_or(&trace);
-        write_atomic(path, [TRACE_BEGINS, events].concat().as_bytes())?;
+        write(path, [TRACE_BEGINS, events].concat().as_bytes())?;
     }
     Ok(())
 }

@@ -5,14 +5,13 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, CheckpointError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders,
-    default_run_dir, find_resumption, free_run_dir, is_free, load_model, model_tokenizer, open_checkpoint,
-    read_cluster, resumed_job,
+    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders, default_run_dir,
+    find_resumption, free_run_dir, is_free, load_model, model_tokenizer, newest_checkpoint, read_cluster, resumed_job,
 };
-use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, open_device};
+use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, check_run_room, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
-use fusionllm_transport::{folder_above, shell_path};
+use fusionllm_transport::{folder_above, shell_path, without_temporary_name};
 
 use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
@@ -42,17 +41,31 @@ struct Checked {
 }
 
 impl Checked {
-    /// What the CompNodes may read, and where their shards lie on the way: on the disk where they will stay.
-    fn home(&self) -> Home<'_> {
-        let stay = self.spec.checkpoint.to.as_deref().unwrap_or(&self.run_dir);
-        let scratch = folder_above(stay).unwrap_or(Path::new("/"));
-        Home { data: &self.spec.data, scratch }
+    /// Where weights and shards lie on the way: on the disk where they will stay.
+    fn scratch(&self) -> &Path {
+        scratch(&self.spec, &self.run_dir)
     }
+
+    /// What the CompNodes may read, and where their files lie.
+    fn home(&self) -> Home<'_> {
+        Home { data: &self.spec.data, scratch: self.scratch() }
+    }
+}
+
+/// The nearest existing folder above the checkpoints of a run.
+fn scratch<'a>(spec: &'a JobSpec, run_dir: &'a Path) -> &'a Path {
+    let stay = spec.checkpoint.to.as_deref().unwrap_or(run_dir);
+    folder_above(stay).unwrap_or(Path::new("/"))
 }
 
 pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
     let (checked, from) = check(&args)?;
-    let state = tempfile::tempdir().context("cannot make a temporary folder for the broker's state")?;
+    let temporary = std::env::temp_dir();
+    let no_folder = || {
+        let folder = temporary.display();
+        format!("no folder for the broker's state can be made in {folder}: make room there, or name another by TMPDIR")
+    };
+    let state = tempfile::tempdir().map_err(without_temporary_name).with_context(no_folder)?;
     let config = BrokerConfig {
         bind: "127.0.0.1:0".parse().context("loopback address")?,
         advertise: Vec::new(),
@@ -60,12 +73,24 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
         runs_dir: PathBuf::from("runs"),
         checkpoint_dirs: Vec::new(),
         model_dirs: Vec::new(),
+        scratch: Some(checked.scratch().to_owned()),
         resumed_by: ResumedBy::Train,
     };
-    let broker = Broker::start(config).await.map_err(broker_error)?;
+    let broker = Broker::start(config).await.map_err(|error| match error {
+        BrokerError::StateFull { reason, .. } => state_full(&temporary, &reason),
+        other => broker_error(other),
+    })?;
     let result = train(&args, &checked, from, &broker).await;
     broker.shutdown().await;
     result
+}
+
+/// The state of this command's broker is in a temporary folder, which no option moves.
+fn state_full(temporary: &Path, reason: &str) -> anyhow::Error {
+    let folder = temporary.display();
+    anyhow::anyhow!(
+        "{folder} has no room for the broker's state ({reason}): make room there, or name another by TMPDIR"
+    )
 }
 
 /// Everything that can be wrong with the input is found here, before anything is started or written.
@@ -96,7 +121,8 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     check_owner(&spec, compnodes)?;
     let run_dir = run_dir_of(args, &spec, from.as_ref())?;
     open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
-    place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
+    let placement = place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
+    check_run_room(scratch(&spec, &run_dir), &dag, &placement, &spec.train)?;
     let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(bad_input)?;
     let corpus = Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
     if let Some(vocab) = dag.vocab() {
@@ -113,10 +139,8 @@ fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> a
         (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false),
     };
     if from.is_none() && run_dir.join("metrics.jsonl").exists() {
-        let hint = match open_checkpoint(&run_dir) {
-            Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => {
-                "it has no checkpoint to go on from: give another --out, or remove it"
-            }
+        let hint = match newest_checkpoint(&run_dir) {
+            Ok(None) => "it has no checkpoint to go on from: give another --out, or remove it",
             _ => "give another --out, or go on with it by --resume",
         };
         return Err(bad_input(format!("{} holds a run already; {hint}", run_dir.display())));
@@ -204,7 +228,7 @@ async fn run_job(
     interrupts: &mut Interrupts,
 ) -> anyhow::Result<RunReport> {
     let (spec, run_dir) = (checked.spec.clone(), checked.run_dir.clone());
-    let from_step = from.as_ref().map_or(0, |from| from.checkpoint().manifest().step);
+    let mut way = WayOn::new(args, &run_dir, from.as_ref());
     let submitting = async {
         match from {
             Some(from) => broker.resume_from(spec, from).await,
@@ -220,8 +244,8 @@ async fn run_job(
     };
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
-    let mut cut_short: Option<anyhow::Error> = None;
-    let mut step = from_step;
+    let mut cut_short: Option<CutShort> = None;
+    let mut step = way.from.as_ref().map_or(0, |from| from.step);
     let mut deaths = 0;
     loop {
         let event = tokio::select! {
@@ -238,28 +262,38 @@ async fn run_job(
                     compnodes.restart(index)?;
                 }
                 if compnodes.are_gone() {
-                    cut_short = Some(anyhow::anyhow!("no CompNode is left"));
+                    cut_short = Some(CutShort::Died(local_name(index)));
                     stop_if_at_work(broker, job).await?;
                 }
                 continue;
             }
         };
-        if let JobEvent::Step { metrics, .. } = &event {
-            (step, deaths) = (metrics.step, 0);
+        match &event {
+            JobEvent::Step { metrics, .. } => (step, deaths) = (metrics.step, 0),
+            JobEvent::Checkpoint { step, .. } => way.checkpoint = Some(*step),
+            _ => {}
         }
         if cut_short.is_none()
             && let Err(error) = progress.event(&event)
         {
-            cut_short = Some(unread(&error, checked));
+            cut_short = Some(CutShort::Unread(error));
             stop_if_at_work(broker, job).await?;
         }
         if let JobEvent::State { state, .. } = &event
             && state.is_final()
         {
-            match cut_short {
-                Some(error) if *state == JobState::Stopped => return Err(error),
-                None if *state == JobState::Stopped => return Err(interrupted(step, checked)),
-                _ => super::follow::outcome(state)?,
+            if *state != JobState::Stopped {
+                super::follow::outcome(state)?;
+            } else {
+                return Err(match cut_short {
+                    Some(CutShort::Died(name)) => anyhow::anyhow!("{name} ended, and no CompNode is left; {way}"),
+                    // It is said where it still can.
+                    Some(CutShort::Unread(error)) => anyhow::anyhow!("{error:#}; training was stopped: {way}"),
+                    None => {
+                        let steps = checked.spec.train.steps;
+                        anyhow::anyhow!("interrupted, the job was stopped after step {step} of {steps}: {way}")
+                    }
+                });
             }
             return broker.report(job).await.map_err(broker_error);
         }
@@ -274,29 +308,75 @@ async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
     }
 }
 
-/// Nobody reads the output, or it cannot be written: training ends as by Ctrl-C, and says so where it still can.
-fn unread(error: &anyhow::Error, checked: &Checked) -> anyhow::Error {
-    anyhow::anyhow!("{error:#}; training was stopped: {}", way_on(checked))
+/// Why a job is stopped that its user did not stop.
+enum CutShort {
+    /// The process of this CompNode ended.
+    Died(String),
+    /// Nobody reads the output, or it cannot be written.
+    Unread(anyhow::Error),
 }
 
-/// Whoever ran it has stopped it.
-fn interrupted(step: u64, checked: &Checked) -> anyhow::Error {
-    let (hint, steps) = (way_on(checked), checked.spec.train.steps);
-    anyhow::anyhow!("interrupted, the job was stopped after step {step} of {steps}: {hint}")
+/// How a run goes on that was stopped. Nothing is read for it before it is asked for, and no checkpoint as a whole:
+/// whoever stops a run waits for that.
+struct WayOn {
+    run_dir: PathBuf,
+    /// The checkpoint that it began with.
+    from: Option<Began>,
+    /// The last checkpoint that this command saw.
+    checkpoint: Option<u64>,
 }
 
-/// How a run goes on that was stopped.
-fn way_on(checked: &Checked) -> String {
-    match open_checkpoint(&checked.run_dir) {
-        Ok(checkpoint) => {
-            let (dir, step) = (shell_path(&checked.run_dir), checkpoint.manifest().step);
-            format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
+/// A checkpoint with which a run began or went on.
+struct Began {
+    path: PathBuf,
+    step: u64,
+    /// Whether it is another run's.
+    is_anothers: bool,
+    /// Whether it was asked for; else it is the newest.
+    is_chosen: bool,
+}
+
+impl WayOn {
+    fn new(args: &cli::Train, run_dir: &Path, from: Option<&Resumption>) -> Self {
+        let began = |from: &Resumption| {
+            let (path, step) = (from.checkpoint().path(), from.checkpoint().manifest().step);
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            let is_named = args.resume.as_deref().is_some_and(|named| is_same_file(named, &path));
+            Began { path, step, is_anothers: from.begins_anew(), is_chosen: args.step.is_some() || is_named }
+        };
+        Self { run_dir: run_dir.to_owned(), from: from.map(began), checkpoint: None }
+    }
+}
+
+impl std::fmt::Display for WayOn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let dir = shell_path(&self.run_dir);
+        let own = self.from.as_ref().filter(|from| !from.is_anothers);
+        // Until the run has put them aside, later ones than the chosen one are there.
+        if let Some(Began { step, .. }) = own.filter(|from| from.is_chosen && self.checkpoint.is_none()) {
+            return write!(
+                f,
+                "`fusionllm train --resume {dir} --step {step}` goes on from the checkpoint of step {step}"
+            );
         }
-        Err(BrokerError::Checkpoint(CheckpointError::None { .. })) => {
-            let dir = shell_path(&checked.run_dir);
-            format!("there is no checkpoint yet to go on from; to train anew, remove {dir} or give another --out")
+        let known = self.checkpoint.or(own.map(|from| from.step));
+        match (known.map_or_else(|| newest_checkpoint(&self.run_dir), |step| Ok(Some(step))), &self.from) {
+            (Ok(Some(step)), _) => {
+                write!(f, "`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
+            }
+            (Ok(None), Some(Began { path, step, .. })) => {
+                let path = shell_path(path);
+                write!(
+                    f,
+                    "there is no checkpoint in {dir} yet; `fusionllm train --resume {path} --out DIR` begins again with the \
+                     one of step {step}, in another folder or in the same once that is removed"
+                )
+            }
+            (Ok(None), None) => {
+                write!(f, "there is no checkpoint yet to go on from; to train anew, remove {dir} or give another --out")
+            }
+            (Err(error), _) => write!(f, "it cannot be said how it goes on: {error}"),
         }
-        Err(error) => format!("it cannot be said how it goes on: {error}"),
     }
 }
 

@@ -130,6 +130,17 @@ fn an_output_is_never_an_input_nor_a_file_of_another_kind() {
     bench.write("mine.svg", "<svg xmlns=\"http://www.w3.org/2000/svg\"/>");
     bench.write("mine.dot", "digraph mine { a -> b }");
     bench.write("mine.json", "{\"traceEvents\":[]}");
+    bench.succeed("train job.toml --out trained --compnodes 1 --set train.steps=4");
+    let checkpoint = bench.path("trained/checkpoints/step-4/manifest.json");
+    let manifest = std::fs::read(&checkpoint).unwrap();
+    std::fs::copy(&checkpoint, bench.path("manifest-copy")).unwrap();
+    for name in
+        ["run/checkpoints/step-4/manifest.json", "run/checkpoints/step-4/x", "run/checkpoints/x", "run/graph.json"]
+    {
+        refuses(&bench, &format!("plan job.toml --write-graph {name}"), &[name, "among a run's own files"]);
+    }
+    refuses(&bench, "plan job.toml --write-graph manifest-copy", &["exists and is not an OP-DAG"]);
+    assert_eq!(std::fs::read(&checkpoint).unwrap(), manifest);
     std::fs::hard_link(bench.path("graph.json"), bench.path("hard")).unwrap();
     std::os::unix::fs::symlink("graph.json", bench.path("soft")).unwrap();
     let inputs =
@@ -149,11 +160,16 @@ fn an_output_is_never_an_input_nor_a_file_of_another_kind() {
     refuses(&bench, "plan job.toml --cluster c.toml --svg x --trace x", &["--svg and --trace both name x"]);
     refuses(&bench, "plan job.toml job.toml --compare --cluster c.toml --write-dot x", &["--write-dot is for one job"]);
     assert_eq!(inputs.map(|name| std::fs::read(bench.path(name)).unwrap()), before);
-    // Its own earlier work is replaced.
+    // Its own earlier work is replaced, where a link leads, too.
+    std::os::unix::fs::symlink("g.json", bench.path("link")).unwrap();
     for _ in 0..2 {
         let files = "--svg a.svg --trace a.json --write-graph g.json --write-dot g.dot";
         bench.succeed(&format!("plan job.toml --cluster c.toml {files}"));
     }
+    bench.write("g.json", "");
+    bench.succeed("plan job.toml --write-graph link");
+    assert!(bench.path("link").is_symlink());
+    assert_eq!(std::fs::read(bench.path("g.json")).unwrap(), std::fs::read(bench.path("graph.json")).unwrap());
 }
 
 #[cfg(unix)]

@@ -41,11 +41,6 @@ impl Disk {
         }
     }
 
-    /// Fills so many KiB of it, until [`Self::make_room`].
-    pub(crate) fn fill_kib(&self, kib: usize) {
-        std::fs::write(self.ballast(), vec![1; kib << 10]).unwrap();
-    }
-
     /// Takes away what fills it.
     pub(crate) fn make_room(&self) {
         std::fs::remove_file(self.ballast()).unwrap();

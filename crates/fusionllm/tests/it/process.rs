@@ -2,7 +2,8 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -135,36 +136,65 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// Looks again and again until it is so.
+pub(crate) fn wait_until(is_so: impl Fn() -> bool, what: &str) {
+    let deadline = Instant::now() + LIMIT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it did not come to this: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// A process in the background; it is killed if the test ends before it.
 pub(crate) struct Running {
     child: Child,
-    lines: BufReader<ChildStdout>,
+    lines: Receiver<String>,
 }
 
 impl Running {
     pub(crate) fn spawn(mut command: Command) -> Self {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        // On a thread of its own, so that whoever waits for a line can give up.
+        std::thread::spawn(move || {
+            for line in stdout.lines() {
+                let Ok(line) = line else { return };
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
         Self { child, lines }
     }
 
     /// The next line of standard output.
     pub(crate) fn line(&mut self) -> Option<String> {
-        let mut line = String::new();
-        let count = self.lines.read_line(&mut line).unwrap();
-        (count > 0).then(|| line.trim_end().to_owned())
+        match self.lines.recv_timeout(LIMIT) {
+            Ok(line) => Some(line.trim_end().to_owned()),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => self.give_up("another line, or its end", &[]),
+        }
     }
 
     /// Reads lines up to one that contains `wanted`.
     pub(crate) fn wait_for(&mut self, wanted: &str) -> String {
+        let deadline = Instant::now() + LIMIT;
         let mut seen = Vec::new();
-        while let Some(line) = self.line() {
-            if line.contains(wanted) {
-                return line;
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains(wanted) => return line.trim_end().to_owned(),
+                Ok(line) => seen.push(line),
+                Err(_) => self.give_up(wanted, &seen),
             }
-            seen.push(line);
         }
-        panic!("`{wanted}` did not come; seen:\n{}\n{}", seen.join("\n"), self.errors());
+    }
+
+    /// Ends the process, and says what it said.
+    fn give_up(&mut self, wanted: &str, seen: &[String]) -> ! {
+        let _ = self.child.kill();
+        let last = seen.len().saturating_sub(100);
+        panic!("`{wanted}` did not come; seen last:\n{}\n{}", seen[last..].join("\n"), self.errors());
     }
 
     fn errors(&mut self) -> String {

@@ -232,13 +232,89 @@ fn whoever_stops_training_is_told_how_it_goes_on() {
 #[test]
 fn a_hangup_that_is_ignored_stays_so() {
     let bench = Bench::new();
-    let line = "trap '' HUP; exec fusionllm train job.toml --compnodes 1 --set train.steps=300 --json --out run";
+    let line = "trap '' HUP; exec fusionllm train job.toml --compnodes 1 --set train.steps=100000 --json --out run";
     let mut training = crate::process::Running::spawn(bench.shell(line));
-    training.wait_for("\"event\":\"step\"");
+    let step =
+        |line: String| serde_json::from_str::<serde_json::Value>(&line).unwrap()["metrics"]["step"].as_u64().unwrap();
+    let before = step(training.wait_for("\"event\":\"step\""));
     training.signal("HUP");
-    let (code, out, err) = training.finish();
-    assert_eq!(code, Some(0), "{err}");
-    assert!(out.contains("\"event\":\"done\""), "{out}");
+    // Far more than what may have been on its way.
+    while step(training.wait_for("\"event\":\"step\"")) < before + 500 {}
+    // Ctrl-C still ends it.
+    training.signal("INT");
+    let (code, _, err) = training.finish();
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("interrupted, the job was stopped after step"), "{err}");
+}
+
+/// What begins with another run's checkpoint and ends before its own first one begins again with that.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_new_run_without_a_checkpoint_names_the_one_that_it_began_with() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --compnodes 1 --out first --set checkpoint.keep=0");
+    let line = "train --resume first --step 4 --compnodes 1 --set train.steps=100000 --set checkpoint.every=0 --json";
+    for (out, words) in [
+        ("--out second", "begins again with the one of step 4"),
+        ("", "train --resume FOLDER/first --step 4` goes on from the checkpoint of step 4"),
+    ] {
+        let mut training = bench.start(&format!("{line} {out}"));
+        training.wait_for("\"event\":\"step\"");
+        training.signal("INT");
+        let (code, _, err) = training.finish();
+        let words = words.replace("FOLDER", bench.path("").to_str().unwrap().trim_end_matches('/'));
+        assert!(code == Some(1) && err.contains(&words), "{err}");
+        if !out.is_empty() {
+            let shown = err.split('`').nth(1).unwrap().replace("--out DIR", "--out third --set train.steps=5");
+            let output = bench.shell(&shown).stdin(std::process::Stdio::null()).output().unwrap();
+            assert!(output.status.success(), "{shown}\n{}", text(&output.stderr));
+        }
+    }
+}
+
+#[test]
+fn momentum_that_is_switched_off_is_left_out_and_that_is_said() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --compnodes 1 --out run --set train.optimizer=sgd --set train.momentum=0.9");
+    let names = |step: u64| {
+        let bytes = std::fs::read(bench.path(&format!("run/checkpoints/step-{step}/shard-0.safetensors"))).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        file.names().into_iter().filter(|name| name.contains("momentum")).count()
+    };
+    assert!(names(8) > 0);
+    let out = bench.succeed("train --resume run --compnodes 1 --set train.steps=10 --set train.momentum=0");
+    assert!(out.contains("note: the checkpoint's momentum is left out"), "{out}");
+    assert_eq!(names(10), 0);
+}
+
+/// Weights of a run that goes on do not pass over the disk of temporary files.
+#[cfg(target_os = "linux")]
+#[test]
+fn weights_of_a_run_that_goes_on_stay_on_its_disk() {
+    let bench = Bench::new();
+    let Some(disk) = crate::disk::Disk::mount(bench.path("tmp"), 4 << 10) else { return };
+    bench.succeed("train job.toml --compnodes 1 --out run --set model.n_embd=256 --set train.steps=1");
+    let mut command = bench.command("train --resume run --compnodes 1 --set train.steps=2");
+    let output = command.env("TMPDIR", disk.path()).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    disk.fill();
+    let mut command = bench.command("train --resume run --compnodes 1 --set train.steps=3");
+    let err = text(&command.env("TMPDIR", disk.path()).output().unwrap().stderr);
+    assert!(err.contains(disk.path().to_str().unwrap()) && err.contains("by TMPDIR"), "{err}");
+    assert!(!err.contains("--state"), "{err}");
+}
+
+/// Four shards and the checkpoint come to one disk, on which each of them would fit.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_disk_that_takes_each_shard_and_not_the_checkpoint_is_refused_before_training() {
+    let bench = Bench::new();
+    let Some(disk) = crate::disk::Disk::mount(bench.path("disk"), 200) else { return };
+    let output = bench.run("train job.toml --compnodes 4 --out disk/run --set model.n_layer=2");
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("a checkpoint takes ") && err.contains("there is room for "), "{err}");
+    assert!(!disk.path().join("run").exists());
 }
 
 #[test]

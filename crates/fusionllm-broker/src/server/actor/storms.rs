@@ -224,7 +224,7 @@ async fn history(seed: u64, bench: &Bench) -> String {
     let handle = Handle {
         commands,
         runs_dir: bench.folder.path().into(),
-        state_dir: bench.folder.path().into(),
+        scratch: bench.folder.path().into(),
         reach: Arc::clone(&actor.reach),
         open_runs,
     };

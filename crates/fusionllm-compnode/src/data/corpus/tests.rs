@@ -257,6 +257,41 @@ fn too_little_text_says_how_much_is_needed() {
 }
 
 #[test]
+fn too_little_text_says_what_was_left_out_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a.txt"), "a").unwrap();
+    std::fs::write(folder.path().join("b.txt"), [0xe9, b'x']).unwrap();
+    let error = Corpus::read(&spec(&[folder.path()], 64), &Tokenizer::Bytes).unwrap_err().to_string();
+    assert!(
+        error.ends_with("data.seq_len; left out of the data: 1 file or folder, not UTF-8 text: `b.txt`"),
+        "{error}"
+    );
+}
+
+/// Some would make gigabytes of a small text, of single characters, of words, or step by step.
+#[test]
+fn a_normalizer_that_makes_too_much_is_refused_before_memory_is_filled() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("text.txt");
+    std::fs::write(&file, "a bc ".repeat(400_000)).unwrap();
+    let replace = |pattern: &str, content: &str| serde_json::json!({ "type": "Replace", "pattern": { "String": pattern }, "content": content });
+    let doublings: Vec<serde_json::Value> = (0..40).map(|_| replace("a", "aa")).collect();
+    for normalizer in [
+        replace("b", &"a".repeat(5000)),
+        replace("bc", &"a".repeat(5000)),
+        serde_json::json!({ "type": "Sequence", "normalizers": doublings }),
+    ] {
+        let mut keys: serde_json::Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+        keys["normalizer"] = normalizer;
+        let tokenizer = Tokenizer::from_json(keys.to_string(), "tok.json").unwrap();
+        let began = std::time::Instant::now();
+        let error = Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap_err().to_string();
+        assert!(error.contains("its normalizer makes") && error.contains("expected at most"), "{error}");
+        assert!(began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
+    }
+}
+
+#[test]
 fn a_missing_path_is_named() {
     let error = Corpus::read(&spec(&[Path::new("/nowhere/x")], 4), &Tokenizer::Bytes).unwrap_err().to_string();
     assert!(error.starts_with("data.path /nowhere/x: "), "{error}");

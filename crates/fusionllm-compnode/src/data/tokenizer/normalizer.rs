@@ -8,6 +8,8 @@ use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::tokenizer::normalizer::Range;
 use tokenizers::{NormalizedString, Normalizer};
 
+use super::growth::normalize_within;
+
 /// Characters of which a normalizer leaves one alone, mostly; others are looked at between two of that.
 const PLAIN: [char; 6] = ['x', '7', '+', 'X', '\u{4e00}', '\u{e000}'];
 /// Bytes that may become of one character. No language needs as many, and a normalizer that makes more could fill memory.
@@ -102,15 +104,8 @@ impl Effects {
 fn normal(normalizer: &NormalizerWrapper, text: String) -> tokenizers::Result<String> {
     let most = MOST_BYTES * text.len();
     let mut normalized = NormalizedString::from(text);
-    normalizer.normalize(&mut normalized)?;
-    let normalized = normalized.get();
-    if normalized.len() > most {
-        let got = normalized.len();
-        return Err(
-            format!("its normalizer makes {got} bytes of up to three characters, expected at most {most}").into()
-        );
-    }
-    Ok(normalized.to_owned())
+    normalize_within(normalizer, &mut normalized, most)?;
+    Ok(normalized.get().to_owned())
 }
 
 /// Normalizes a text.
@@ -119,7 +114,6 @@ pub(super) fn normalize(
     effects: &mut Effects,
     text: &str,
 ) -> tokenizers::Result<Normalized> {
-    // First, since it is here that one which makes too much is refused.
     let mut changed = BTreeMap::new();
     for c in text.chars() {
         if effects.learn(normalizer, c)? == Effect::Changed {

@@ -14,7 +14,7 @@ const AROUND_BYTES: usize = 1 << 10;
 /// Line ends that are tried before the piece grows.
 const TRIES: usize = 32;
 /// Bytes of memory for a byte of text that is encoded: where each came from, twice, and what describes its word.
-const WORD_BYTES: u64 = 64;
+pub(super) const WORD_BYTES: u64 = 64;
 
 impl Tokenizer {
     /// Gives `take` the tokens of a text piece by piece: together what [`Self::encode`] gives.
@@ -75,6 +75,7 @@ impl FileTokenizer {
             Ok(()) => self.fail(error.to_string()),
             Err(stopped) => stopped,
         };
+        self.check_growth(text, reading)?;
         let tokenizer = &self.inner;
         let mut words = tokenizer.get_added_vocabulary().extract_and_normalize(tokenizer.get_normalizer(), text);
         if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {

@@ -1,0 +1,175 @@
+//! `notices.jsonl`: a line for each thing that the user must see.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use fusionllm_protocol::Notice;
+
+use crate::metrics::{LineWriter, each_line};
+
+/// Notices that a report shows, the last ones.
+const NOTICES_SHOWN: usize = 1000;
+/// Lines that wait for room on the disk are at most this much; later ones are left out.
+const MAX_WAITING_BYTES: usize = 1 << 20;
+
+/// Appends notices. What cannot be written waits until it can: it is no reason for a job to fail.
+#[derive(Debug)]
+pub(crate) struct NoticesWriter {
+    path: PathBuf,
+    lines: Option<LineWriter>,
+    waiting: Vec<u8>,
+}
+
+impl NoticesWriter {
+    /// Nothing is opened before there is something to write.
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path, lines: None, waiting: Vec::new() }
+    }
+
+    /// Appends a notice. Gives why it has to wait, if this is the first one that does.
+    pub(crate) fn append(&mut self, notice: &Notice) -> Option<String> {
+        let is_first = self.waiting.is_empty();
+        let line = match serde_json::to_vec(notice) {
+            Ok(line) => line,
+            Err(error) => return Some(format!("{}: {error}", self.path.display())),
+        };
+        if self.waiting.len() + line.len() < MAX_WAITING_BYTES {
+            self.waiting.extend(line);
+            self.waiting.push(b'\n');
+        }
+        let error = self.flush().err().filter(|_| is_first)?;
+        Some(format!("{}: {error}: notices wait until they can be written", self.path.display()))
+    }
+
+    /// Writes what waits.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let lines = match &mut self.lines {
+            Some(lines) => lines,
+            None => self.lines.insert(open(&self.path)?),
+        };
+        lines.write(&mut self.waiting)
+    }
+}
+
+/// Opens the file after its last whole line.
+fn open(path: &Path) -> io::Result<LineWriter> {
+    let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
+    let length = whole_lines(&mut file)?;
+    Ok(LineWriter::new(file, length))
+}
+
+/// Bytes up to the last line end.
+fn whole_lines(file: &mut File) -> io::Result<u64> {
+    const PART_BYTES: u64 = 64 << 10;
+    let mut end = file.metadata()?.len();
+    while end > 0 {
+        let start = end.saturating_sub(PART_BYTES);
+        let mut part = Vec::new();
+        file.seek(SeekFrom::Start(start))?;
+        file.take(end - start).read_to_end(&mut part)?;
+        if let Some(at) = part.iter().rposition(|&byte| byte == b'\n') {
+            return Ok(start + at as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
+}
+
+/// The last notices, oldest first; none if there is no file. The last of them says what could not be read, at `step`.
+pub(crate) fn read_notices(path: &Path, step: u64) -> Vec<Notice> {
+    let (mut notices, mut unreadable) = (VecDeque::new(), 0u64);
+    let read = each_line(path, |line| {
+        match serde_json::from_slice::<Notice>(line) {
+            Ok(notice) => notices.push_back(notice),
+            Err(_) => unreadable += 1,
+        }
+        if notices.len() > NOTICES_SHOWN {
+            notices.pop_front();
+        }
+    });
+    let trouble = match (read, unreadable) {
+        (Err(error), _) => Some(format!("earlier notices cannot be read: {error}")),
+        (Ok(()), 0) => None,
+        (Ok(()), 1) => Some(format!("{} has 1 line that is not readable: it is left out", path.display())),
+        (Ok(()), count) => {
+            Some(format!("{} has {count} lines that are not readable: they are left out", path.display()))
+        }
+    };
+    notices.extend(trouble.map(|text| Notice { step, text }));
+    notices.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn notice(step: u64, text: &str) -> Notice {
+        Notice { step, text: text.to_owned() }
+    }
+
+    #[test]
+    fn notices_are_kept_and_damaged_ones_are_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notices.jsonl");
+        assert_eq!(read_notices(&path, 0), []);
+        let mut writer = NoticesWriter::new(path.clone());
+        let (first, second) = (notice(0, "weights: new"), notice(5, "line\nbreak"));
+        assert_eq!((writer.append(&first), writer.append(&second)), (None, None));
+        // A crash has torn the last one.
+        let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+        file.write_all(b"{\"step\":7,").unwrap();
+        assert_eq!(read_notices(&path, 9), [first.clone(), second.clone()]);
+        let third = notice(8, "after it");
+        NoticesWriter::new(path.clone()).append(&third);
+        assert_eq!(read_notices(&path, 9), [first.clone(), second, third.clone()]);
+        let damaged = std::fs::read_to_string(&path).unwrap().replacen("\"step\":5", "\"step\":!", 1);
+        std::fs::write(&path, damaged).unwrap();
+        let read = read_notices(&path, 9);
+        assert_eq!((&read[..2], read[2].step), (&[first, third][..], 9));
+        assert!(read[2].text.ends_with("notices.jsonl has 1 line that is not readable: it is left out"), "{read:?}");
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_said_and_fails_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notices.jsonl");
+        std::fs::create_dir(&path).unwrap();
+        let mut writer = NoticesWriter::new(path.clone());
+        let said = writer.append(&notice(1, "one")).unwrap();
+        assert!(said.contains("notices.jsonl") && said.contains("wait until they can be written"), "{said}");
+        assert_eq!(writer.append(&notice(2, "two")), None, "it is said once");
+        assert!(read_notices(&path, 3)[0].text.starts_with("earlier notices cannot be read: "));
+        std::fs::remove_dir(&path).unwrap();
+        assert_eq!(writer.append(&notice(3, "three")), None);
+        assert_eq!(read_notices(&path, 3), [notice(1, "one"), notice(2, "two"), notice(3, "three")]);
+    }
+
+    /// Room for a part of a line is the worst: it must not spoil the next one.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn half_a_line_on_a_full_disk_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notices.jsonl");
+        let mut writer = NoticesWriter::new(path.clone());
+        assert_eq!(writer.append(&notice(1, "one")), None);
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let length = std::fs::metadata(&path).unwrap().len();
+        writer.lines = Some(LineWriter::new(full, length));
+        assert!(writer.append(&notice(2, "two")).unwrap().contains("No space left on device"));
+        // What the disk took of it.
+        let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+        file.write_all(b"{\"step\":2,").unwrap();
+        if let Some(lines) = &mut writer.lines {
+            lines.set_file(file);
+        }
+        assert_eq!(writer.append(&notice(3, "three")), None);
+        assert_eq!(read_notices(&path, 3), [notice(1, "one"), notice(2, "two"), notice(3, "three")]);
+    }
+}

@@ -1,0 +1,184 @@
+//! How much a tokenizer's normalizer makes of a text: one that makes too much could fill memory, and is refused before.
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::Value;
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::{NormalizedString, Normalizer};
+
+use super::FileTokenizer;
+use super::pieces::WORD_BYTES;
+use crate::DataError;
+use crate::data::reading::Reading;
+
+/// Bytes that a normalizer may write in the place of one match. No language needs nearly as many.
+const MOST_WRITTEN: usize = 8 << 10;
+/// Bytes that may become of one byte of a text. NFKC makes eleven, and some write each of them as two.
+const MOST_GROWTH: u64 = 40;
+/// A text is looked at in slices of so many bytes, of which little can become at a time.
+const SLICE_BYTES: usize = 1 << 10;
+
+/// By how much a text may grow at the most, by the kind of its normalizer.
+///
+/// # Errors
+/// That it writes too much in the place of a match.
+pub(super) fn of(normalizer: Option<&NormalizerWrapper>) -> Result<u64, String> {
+    match serde_json::to_value(normalizer) {
+        Ok(Value::Null) => Ok(1),
+        Ok(keys) => factor(&keys),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn factor(normalizer: &Value) -> Result<u64, String> {
+    let text = |key: &str| normalizer.get(key).and_then(Value::as_str).unwrap_or_default();
+    Ok(match text("type") {
+        "Strip" | "StripAccents" | "Nmt" => 1,
+        "ByteLevel" => 2,
+        "Lowercase" => 3,
+        "NFC" | "NFD" => 4,
+        "BertNormalizer" => 6,
+        "NFKC" | "NFKD" => 12,
+        // Once, whatever the text.
+        "Prepend" => written(text("prepend").len()).map(|_| 1)?,
+        "Replace" => {
+            let content = written(text("content").len())?;
+            match normalizer.pointer("/pattern/String").and_then(Value::as_str) {
+                Some(pattern) if !pattern.is_empty() => content.div_ceil(pattern.len() as u64).max(1),
+                // What matches nothing at all writes between any two characters.
+                _ => content.saturating_add(1),
+            }
+        }
+        "Precompiled" => written(longest_of_map(text("precompiled_charsmap")))?.max(1),
+        "Sequence" => {
+            let all = normalizer.get("normalizers").and_then(Value::as_array);
+            let mut factors = all.into_iter().flatten().map(factor);
+            factors.try_fold(1u64, |product, factor| Ok::<u64, String>(product.saturating_mul(factor?)))?
+        }
+        _ => u64::MAX,
+    })
+}
+
+fn written(bytes: usize) -> Result<u64, String> {
+    if bytes > MOST_WRITTEN {
+        return Err(format!("its normalizer writes {bytes} bytes in one place, expected at most {MOST_WRITTEN}"));
+    }
+    Ok(bytes as u64)
+}
+
+/// The longest text that a map of SentencePiece writes: the size of a trie, the trie, and texts that end with a NUL.
+fn longest_of_map(map: &str) -> usize {
+    let map = BASE64_STANDARD.decode(map).unwrap_or_default();
+    let Some((size, rest)) = map.split_first_chunk::<4>() else { return 0 };
+    let texts = rest.get(u32::from_le_bytes(*size) as usize..).unwrap_or_default();
+    texts.split(|&byte| byte == 0).map(<[u8]>::len).max().unwrap_or(0)
+}
+
+/// Normalizes a short text step by step.
+///
+/// # Errors
+/// What the normalizer says, or that a step makes more than `most` bytes.
+pub(super) fn normalize_within(
+    normalizer: &NormalizerWrapper,
+    normalized: &mut NormalizedString,
+    most: usize,
+) -> tokenizers::Result<()> {
+    if let NormalizerWrapper::Sequence(all) = normalizer {
+        return all.as_ref().iter().try_for_each(|one| normalize_within(one, normalized, most));
+    }
+    normalizer.normalize(normalized)?;
+    let (got, of) = (normalized.get().len(), normalized.get_original().len());
+    if got > most {
+        return Err(format!("its normalizer makes {got} bytes of {of}, expected at most {most}").into());
+    }
+    Ok(())
+}
+
+impl FileTokenizer {
+    /// Before a text is normalized as a whole: whether too much would become of it, or more than there is memory for.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`], [`DataError::Memory`], or [`DataError::Stopped`].
+    pub(super) fn check_growth(&self, text: &str, reading: &Reading) -> Result<(), DataError> {
+        let Some(normalizer) = self.inner.get_normalizer() else { return Ok(()) };
+        let most = WORD_BYTES.saturating_mul(self.growth).saturating_mul(text.len() as u64);
+        if self.growth <= MOST_GROWTH && reading.fits(most).is_ok() {
+            return Ok(());
+        }
+        self.measure(normalizer, text, reading)
+    }
+
+    fn measure(&self, normalizer: &NormalizerWrapper, text: &str, reading: &Reading) -> Result<(), DataError> {
+        let (mut rest, mut grown) = (text, 0u64);
+        while !rest.is_empty() {
+            reading.check()?;
+            let (slice, after) = rest.split_at(rest.ceil_char_boundary(SLICE_BYTES));
+            let mut normalized = NormalizedString::from(slice);
+            let most = MOST_GROWTH as usize * SLICE_BYTES;
+            normalize_within(normalizer, &mut normalized, most).map_err(|e| self.fail(e.to_string()))?;
+            grown = grown.saturating_add(normalized.get().len() as u64);
+            reading.fits(WORD_BYTES.saturating_mul(grown))?;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tokenizer;
+
+    fn with(normalizer: Value) -> Result<Tokenizer, DataError> {
+        let mut keys: Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+        keys["normalizer"] = normalizer;
+        Tokenizer::from_json(keys.to_string(), "tok.json")
+    }
+
+    fn replace(pattern: &str, content: &str) -> Value {
+        serde_json::json!({ "type": "Replace", "pattern": { "String": pattern }, "content": content })
+    }
+
+    #[test]
+    fn a_normalizer_says_by_how_much_a_text_may_grow() {
+        let spaces =
+            serde_json::json!({ "type": "Sequence", "normalizers": [replace(" ", "\u{2581}"), { "type": "NFC" }] });
+        let regex = serde_json::json!({ "type": "Replace", "pattern": { "Regex": "\\s*" }, "content": "ab" });
+        for (keys, growth) in [(Value::Null, 1), (spaces, 12), (regex, 3), (replace("abc", "0123"), 2)] {
+            let Tokenizer::HuggingFace(tokenizer) = with(keys).unwrap() else { panic!() };
+            assert_eq!(tokenizer.growth, growth);
+        }
+        let error = with(replace("x", &"a".repeat(MOST_WRITTEN + 1))).unwrap_err().to_string();
+        assert!(error.contains("writes 8193 bytes in one place"), "{error}");
+        // A trie of four bytes, and two texts.
+        let map = BASE64_STANDARD.encode([&[4u8, 0, 0, 0, 9, 9, 9, 9][..], b"abc\0de\0"].concat());
+        assert_eq!((longest_of_map(&map), longest_of_map("AAAA"), longest_of_map("!")), (3, 0, 0));
+    }
+
+    #[test]
+    fn what_becomes_of_a_text_is_bounded_before_it_is_made() {
+        let doublings: Vec<Value> = (0..40).map(|_| replace("a", "aa")).collect();
+        let doublings = serde_json::json!({ "type": "Sequence", "normalizers": doublings });
+        for keys in [replace("bc", &"a".repeat(5000)), replace("b", &"a".repeat(5000)), doublings] {
+            let tokenizer = with(keys).unwrap();
+            let text = "a bc".repeat(100);
+            for result in [
+                tokenizer.encode_pieces(&text, &Reading::default(), |_| Ok(())),
+                tokenizer.encode(&text).map(drop),
+                tokenizer.coverage(&text).map(drop),
+            ] {
+                let error = result.unwrap_err().to_string();
+                assert!(error.contains("its normalizer makes"), "{error}");
+            }
+        }
+        // Here and there it may write much.
+        let rare = with(replace("rare", &"a".repeat(5000))).unwrap();
+        assert_eq!(rare.encode(&format!("rare {}", "b".repeat(4000))).unwrap().len(), 9001);
+        let reading = Reading::default();
+        reading.limit(WORD_BYTES * 20_000);
+        let grows = with(replace("b", &"a".repeat(30))).unwrap();
+        grows.encode_pieces("cb", &reading, |_| Ok(())).unwrap();
+        let result = grows.encode_pieces(&"b".repeat(1000), &reading, |_| Ok(()));
+        assert!(matches!(result, Err(DataError::Memory { .. })), "{result:?}");
+    }
+}
