@@ -179,7 +179,8 @@ fn a_killed_compnode_fails_the_job_with_a_clear_message() {
     let (code, _, err) = follow.finish();
     assert_eq!(code, Some(1), "{err}");
     assert!(err.contains("CompNode `rack` vanished after step"), "{err}");
-    assert!(err.contains("`fusionllm resume 1 --state state`"), "{err}");
+    let hint = format!("`fusionllm resume 1 --state {}`", bench.path("state").display());
+    assert!(err.contains(&hint), "{err}");
     let status = status(&bench);
     assert_eq!(status["compnodes"].as_array().unwrap().len(), 1);
     assert_eq!(status["compnodes"][0]["job"], Value::Null, "the other one is free again");
