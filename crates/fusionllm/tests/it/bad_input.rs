@@ -134,9 +134,12 @@ fn an_output_is_never_an_input_nor_a_file_of_another_kind() {
     let checkpoint = bench.path("trained/checkpoints/step-4/manifest.json");
     let manifest = std::fs::read(&checkpoint).unwrap();
     std::fs::copy(&checkpoint, bench.path("manifest-copy")).unwrap();
-    for name in
-        ["run/checkpoints/step-4/manifest.json", "run/checkpoints/step-4/x", "run/checkpoints/x", "run/graph.json"]
-    {
+    for name in [
+        "trained/checkpoints/step-4/manifest.json",
+        "trained/checkpoints/step-4/x",
+        "trained/checkpoints/x",
+        "trained/graph.json",
+    ] {
         refuses(&bench, &format!("plan job.toml --write-graph {name}"), &[name, "among a run's own files"]);
     }
     refuses(&bench, "plan job.toml --write-graph manifest-copy", &["exists and is not an OP-DAG"]);

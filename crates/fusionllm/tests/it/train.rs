@@ -293,12 +293,12 @@ fn momentum_that_is_switched_off_is_left_out_and_that_is_said() {
 fn weights_of_a_run_that_goes_on_stay_on_its_disk() {
     let bench = Bench::new();
     let Some(disk) = crate::disk::Disk::mount(bench.path("tmp"), 4 << 10) else { return };
-    bench.succeed("train job.toml --compnodes 1 --out run --set model.n_embd=256 --set train.steps=1");
-    let mut command = bench.command("train --resume run --compnodes 1 --set train.steps=2");
+    bench.succeed("train job.toml --compnodes 1 --out run --set model.n_embd=256 --set train.steps=2");
+    let mut command = bench.command("train --resume run --compnodes 1 --set train.steps=3");
     let output = command.env("TMPDIR", disk.path()).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     disk.fill();
-    let mut command = bench.command("train --resume run --compnodes 1 --set train.steps=3");
+    let mut command = bench.command("train --resume run --compnodes 1 --set train.steps=4");
     let err = text(&command.env("TMPDIR", disk.path()).output().unwrap().stderr);
     assert!(err.contains(disk.path().to_str().unwrap()) && err.contains("by TMPDIR"), "{err}");
     assert!(!err.contains("--state"), "{err}");
