@@ -33,6 +33,7 @@ pub use tensor_set::TensorSet;
 use crate::{BrokerError, CheckpointError};
 use finish::check_params;
 use names::MANIFEST;
+use place::read_mark;
 use tensor_file::{TensorFile, io};
 
 /// A shard that lies in its partial folder.
@@ -89,6 +90,12 @@ pub(crate) fn open_at(folder: &Path, recorded: Option<&str>) -> Result<Checkpoin
     if let Some(expected) = recorded.filter(|recorded| **recorded != manifest.checksum) {
         let (expected, got) = (expected.to_owned(), manifest.checksum);
         return Err(CheckpointError::Hash { path: manifest_path, expected, got });
+    }
+    if let (Some(run), Some(marked)) = (&manifest.run, read_mark(folder))
+        && *run != marked
+    {
+        let reason = format!("its manifest is of run {run}, its mark of run {marked}");
+        return Err(CheckpointError::Misplaced { path: folder.to_owned(), reason });
     }
     let dag = manifest.dag().map_err(damaged)?;
     let mut tensors = TensorSet::default();

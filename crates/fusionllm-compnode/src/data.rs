@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 pub use corpus::Corpus;
 pub use readable::ReadableData;
 pub(crate) use reading::Reading;
-pub use tokenizer::{FileTokenizer, Tokenizer};
+pub use tokenizer::{FileTokenizer, Tokenizer, is_guarded};
 pub use tokens::Tokens;
 
 use crate::params::seed_for;

@@ -54,7 +54,8 @@ fn main() -> ExitCode {
 
 /// A panic is a defect of ours: one line to report, and no backtrace. Whatever waits for the thread fails by itself.
 fn report_panic(panic: &std::panic::PanicHookInfo<'_>) {
-    if std::thread::current().name() != Some(fusionllm_compnode::PROBE_THREAD) {
+    let is_probe = std::thread::current().name() == Some(fusionllm_compnode::PROBE_THREAD);
+    if !is_probe && !fusionllm_compnode::is_guarded() {
         let place = panic.location().map_or_else(String::new, ToString::to_string);
         tracing::error!(place, message = panic.payload_as_str(), "internal error, please report it");
     }

@@ -109,6 +109,11 @@ pub(crate) fn newest_of(
     let mut passed_over = Vec::new();
     for (step, folder) in candidates {
         match open_at(&folder, recorded(step).as_deref()) {
+            // Whoever goes on from it puts later steps aside, by the names of their folders.
+            Ok(checkpoint) if checkpoint.manifest.step != step => {
+                let reason = format!("its manifest is of step {}", checkpoint.manifest.step);
+                passed_over.push(CheckpointError::Misplaced { path: folder, reason });
+            }
             Ok(checkpoint) => return Ok(Newest { checkpoint, passed_over }),
             Err(error) => passed_over.push(error),
         }

@@ -64,7 +64,8 @@ fn is_real_folder(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
-fn read_mark(path: &Path) -> Option<RunId> {
+/// The run that a folder's mark names.
+pub(crate) fn read_mark(path: &Path) -> Option<RunId> {
     let mut text = String::new();
     open_regular(&path.join(MARK)).ok()?.take(MARK_BYTES).read_to_string(&mut text).ok()?;
     RunId::try_from(text.trim_end().to_owned()).ok()

@@ -455,6 +455,24 @@ fn a_damaged_newest_is_passed_over_when_a_run_goes_on_and_refused_otherwise() {
     assert!(open_newest(&home(folder.path(), 1), Some(8)).is_err(), "the one that was asked for");
 }
 
+/// A folder that was renamed or copied would be put aside as later than itself; one of another run has other weights.
+#[test]
+fn a_folder_whose_name_or_mark_is_not_its_own_is_passed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path(), 4);
+    let renamed = make(folder.path(), 8);
+    std::fs::rename(&renamed, folder.path().join("step-100")).unwrap();
+    let found = open_newest(&home(folder.path(), 1), None).unwrap();
+    assert_eq!(found.checkpoint.manifest().step, 4);
+    let why = found.passed_over[0].to_string();
+    assert!(why.contains("step-100 is no") && why.contains("its manifest is of step 8"), "{why}");
+
+    let foreign = make(folder.path(), 6);
+    std::fs::write(foreign.join(MARK), RunId::from_bytes([9; 16]).as_str()).unwrap();
+    let error = error(&foreign);
+    assert!(error.contains("its mark of run 09090909"), "{error}");
+}
+
 #[test]
 fn every_damage_is_named() {
     let folder = tempfile::tempdir().unwrap();

@@ -75,6 +75,14 @@ pub enum CheckpointError {
         /// The manifest.
         path: PathBuf,
     },
+    /// The folder is not the checkpoint's own.
+    #[error("{path} is no checkpoint's own folder: {reason}; use another one, or give it its own name again", path = path.display())]
+    Misplaced {
+        /// The folder.
+        path: PathBuf,
+        /// How its name or its mark differs from its manifest.
+        reason: String,
+    },
     /// A shard is not there.
     #[error("shard {path} is missing: the checkpoint is incomplete, use another one")]
     Missing {

@@ -2,6 +2,7 @@
 
 mod coverage;
 mod growth;
+mod guard;
 mod ids;
 mod normalizer;
 mod pieces;
@@ -19,6 +20,8 @@ use tokenizers::{Model, PostProcessor};
 use super::{ReadableData, Reading};
 use crate::DataError;
 pub(crate) use coverage::{Coverage, pieces};
+use guard::guarded;
+pub use guard::is_guarded;
 use normalizer::Effects;
 
 /// Where the tokenizer of a model's directory is said to lie.
@@ -108,15 +111,16 @@ impl Tokenizer {
         let text = source.trim_start_matches('\u{feff}');
         let keys: Value = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
         ids::check(&keys).map_err(fail)?;
-        let mut inner: tokenizers::Tokenizer = text.parse().map_err(|e| fail(format!("{e}")))?;
-        let passed_over = for_a_corpus(&mut inner).map_err(|e| fail(e.to_string()))?;
-        let keeps_everything = keeps_everything(&inner, &keys);
-        let unknown = unknown_token(&inner, &keys);
-        let name = name.to_owned();
-        let growth = growth::of(inner.get_normalizer()).map_err(fail)?;
-        let effects = Arc::default();
-        let tokenizer = FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything, growth, effects };
-        Ok(Self::HuggingFace(Box::new(tokenizer)))
+        let tokenizer = guarded(|| {
+            let mut inner: tokenizers::Tokenizer = text.parse().map_err(|e| format!("{e}"))?;
+            let passed_over = for_a_corpus(&mut inner).map_err(|e| e.to_string())?;
+            let keeps_everything = keeps_everything(&inner, &keys);
+            let unknown = unknown_token(&inner, &keys);
+            let growth = growth::of(inner.get_normalizer())?;
+            let (name, source, effects) = (name.to_owned(), source.clone(), Arc::default());
+            Ok(FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything, growth, effects })
+        });
+        Ok(Self::HuggingFace(Box::new(tokenizer.map_err(fail)?)))
     }
 
     /// Token ids of a text, all of it, without special tokens around it.
@@ -126,21 +130,21 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<i32>, DataError> {
         match self {
             Self::Bytes => Ok(text.bytes().map(i32::from).collect()),
-            Self::HuggingFace(tokenizer) => {
+            Self::HuggingFace(tokenizer) => tokenizer.guarded(|| {
                 tokenizer.check_growth(text, &Reading::default())?;
                 let encoding = tokenizer.inner.encode_fast(text, false).map_err(|e| tokenizer.fail(e.to_string()))?;
                 encoding.get_ids().iter().map(|&id| tokenizer.id(id)).collect()
-            }
+            }),
         }
     }
 
     /// What of a text gives no token.
     pub(crate) fn coverage(&self, text: &str) -> Result<Coverage, DataError> {
         match self {
-            Self::HuggingFace(tokenizer) if !tokenizer.keeps_everything => {
+            Self::HuggingFace(tokenizer) if !tokenizer.keeps_everything => tokenizer.guarded(|| {
                 tokenizer.check_growth(text, &Reading::default())?;
                 coverage::count(&tokenizer.inner, &tokenizer.effects, text).map_err(|e| tokenizer.fail(e.to_string()))
-            }
+            }),
             Self::Bytes | Self::HuggingFace(_) => Ok(Coverage::whole(text)),
         }
     }
@@ -155,15 +159,19 @@ impl Tokenizer {
     }
 
     /// The text of token ids; what is not valid UTF-8 becomes U+FFFD.
-    pub fn decode(&self, ids: &[i32]) -> String {
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[i32]) -> Result<String, DataError> {
         match self {
             Self::Bytes => {
                 let bytes: Vec<u8> = ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
-                String::from_utf8_lossy(&bytes).into_owned()
+                Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
             Self::HuggingFace(tokenizer) => {
                 let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
-                tokenizer.inner.decode(&ids, false).unwrap_or_default()
+                let decode = || tokenizer.inner.decode(&ids, false).map_err(|e| tokenizer.fail(e.to_string()));
+                tokenizer.guarded(decode)
             }
         }
     }
@@ -355,7 +363,7 @@ mod tests {
     fn bytes_round_trip() {
         let ids = Tokenizer::Bytes.encode(TEXT).unwrap();
         assert_eq!(ids.len(), TEXT.len());
-        assert_eq!(Tokenizer::Bytes.decode(&ids), TEXT);
+        assert_eq!(Tokenizer::Bytes.decode(&ids).unwrap(), TEXT);
     }
 
     #[test]
@@ -365,7 +373,7 @@ mod tests {
         std::fs::write(&path, Tokenizer::Bytes.to_json()).unwrap();
         let exported = Tokenizer::open(path.to_str().unwrap()).unwrap();
         assert_eq!(exported.encode(TEXT).unwrap(), Tokenizer::Bytes.encode(TEXT).unwrap());
-        assert_eq!(exported.decode(&exported.encode(TEXT).unwrap()), TEXT);
+        assert_eq!(exported.decode(&exported.encode(TEXT).unwrap()).unwrap(), TEXT);
     }
 
     #[test]

@@ -59,5 +59,5 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
     let backend = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
     let mut generator = Generator::new(Arc::new(model.dag), model.tensors, backend.as_ref())?;
     let written = generator.generate(&ids, sampling)?;
-    Ok(model.tokenizer.decode(&written))
+    model.tokenizer.decode(&written).map_err(bad_input)
 }

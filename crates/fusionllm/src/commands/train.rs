@@ -398,7 +398,16 @@ async fn finish(
         anyhow::Ok(format!("{PROMPT}{text}"))
     });
     let sample = tokio::select! {
-        written = writing => Some(written.context("the thread that lets the model write")??),
+        // Training is done, whatever becomes of this.
+        written = writing => match written.context("the thread that lets the model write").flatten() {
+            Ok(text) => Some(text),
+            Err(error) => {
+                if !args.json {
+                    render::line(&format!("note: the model writes nothing: {error:#}"))?;
+                }
+                None
+            }
+        },
         () = interrupts.next() => None,
     };
     if args.json {

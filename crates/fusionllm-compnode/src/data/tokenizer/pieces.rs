@@ -71,6 +71,10 @@ impl Tokenizer {
 impl FileTokenizer {
     /// As the library encodes a text, and can be stopped after each word.
     fn encode_watched(&self, text: &str, reading: &Reading) -> Result<Vec<i32>, DataError> {
+        self.guarded(|| self.encode_words(text, reading))
+    }
+
+    fn encode_words(&self, text: &str, reading: &Reading) -> Result<Vec<i32>, DataError> {
         let fail = |error: tokenizers::Error| match reading.check() {
             Ok(()) => self.fail(error.to_string()),
             Err(stopped) => stopped,
