@@ -323,6 +323,9 @@ pub enum CompNodeError {
     /// Compute failed.
     #[error(transparent)]
     Executor(#[from] ExecutorError),
+    /// Its own address cannot be had.
+    #[error(transparent)]
+    Bind(#[from] fusionllm_transport::BindError),
     /// Data is unusable.
     #[error(transparent)]
     Data(DataError),
@@ -421,7 +424,7 @@ impl CompNodeError {
     pub fn is_bad_input(&self) -> bool {
         matches!(
             self,
-            Self::Data(_) | Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. })
+            Self::Bind(_) | Self::Data(_) | Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. })
         )
     }
 }

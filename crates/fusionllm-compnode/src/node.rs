@@ -88,7 +88,7 @@ async fn join_with(
     let mut endpoint_config = EndpointConfig::new(config.identity, config.bind);
     endpoint_config.advertise = config.advertise;
     let bind = Endpoint::bind(endpoint_config, members.clone()).await;
-    let endpoint = bind.map_err(|e| CompNodeError::Broker { reason: e.to_string() })?;
+    let endpoint = bind?;
     let (events, mut inbox) = mpsc::channel(EVENT_QUEUE);
     let mut node = Node {
         endpoint: endpoint.clone(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::{BlobHeader, BlobKind, JobEvent, RunKey};
 
+use super::run::Failed;
 use super::{Action, ConnectionId, Core};
 
 impl Core {
@@ -43,8 +44,10 @@ impl Core {
     /// Training goes on without a checkpoint, but for the last one.
     pub(super) fn checkpoint_failed(&mut self, key: RunKey, step: u64, reason: &str, now: Duration) -> Vec<Action> {
         let Some(run) = self.run_mut(key) else { return Vec::new() };
-        if !run.checkpoint_failed(step) {
-            return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now);
+        match run.checkpoint_failed(step) {
+            Failed::Last => return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now),
+            Failed::Known => return Vec::new(),
+            Failed::New => {}
         }
         let mut actions = vec![Action::DropCheckpoint { key, step }];
         actions.extend(self.notices(key.job, vec![format!("there is no checkpoint of step {step}: {reason}")]));

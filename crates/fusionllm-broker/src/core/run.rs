@@ -36,6 +36,16 @@ pub(super) struct MergedStep {
     pub(super) changes: Vec<(ConnectionId, CodecChange)>,
 }
 
+/// What it means that a checkpoint cannot be kept.
+pub(super) enum Failed {
+    /// Training goes on without it.
+    New,
+    /// That was so before: what else fails of it follows from that.
+    Known,
+    /// It is the last one, without which the job has no result.
+    Last,
+}
+
 /// The state of one placement.
 #[derive(Debug)]
 pub(super) struct Run {
@@ -322,14 +332,16 @@ impl Run {
         self.node_of(connection) == Some(node) && self.expects(step) && !self.finishing.contains(&step) && !is_known
     }
 
-    /// A checkpoint cannot be kept. Whether that can be borne: the job's last one must be.
-    pub(super) fn checkpoint_failed(&mut self, step: u64) -> bool {
+    /// A checkpoint cannot be kept. What that means.
+    pub(super) fn checkpoint_failed(&mut self, step: u64) -> Failed {
         self.finishing.remove(&step);
         self.shards.remove(&step);
-        if self.open.remove(&step).is_none() {
-            self.given_up.insert(step);
+        let is_new = self.open.remove(&step).is_some() || step > self.merged && self.given_up.insert(step);
+        match step == self.steps {
+            true => Failed::Last,
+            false if is_new => Failed::New,
+            false => Failed::Known,
         }
-        step != self.steps
     }
 
     pub(super) fn shard_stored(&mut self, step: u64, node: NodeIndex, shard: StoredShard) {

@@ -57,7 +57,8 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
         );
     }
     let backend = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
-    let mut generator = Generator::new(Arc::new(model.dag), model.tensors, backend.as_ref())?;
+    let generator = Generator::new(Arc::new(model.dag), model.tensors, backend.as_ref());
+    let mut generator = generator.map_err(|e| if e.is_bad_input() { bad_input(e) } else { e.into() })?;
     let written = generator.generate(&ids, sampling)?;
     model.tokenizer.decode(&written).map_err(bad_input)
 }

@@ -162,7 +162,7 @@ fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> a
     if from.is_none() && !is_free(&run_dir) {
         return Err(broker_error(BrokerError::RunDirNotEmpty { path: run_dir }));
     }
-    Ok(std::path::absolute(run_dir)?)
+    std::path::absolute(run_dir).context("the current folder")
 }
 
 /// The data's owner is one of the processes that will be started, or nobody would ever come to read it.
