@@ -9,6 +9,7 @@ mod data;
 mod detector;
 mod durable;
 mod event;
+mod hint;
 mod members;
 mod notices;
 mod progress;
@@ -27,10 +28,8 @@ use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
     FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, RunKey, StatusReport,
 };
-use fusionllm_transport::shell_path;
 
 use crate::BrokerError;
-use crate::run_dir::Parent;
 use crate::store::JobRecord;
 use durable::Durability;
 pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, StartPoint};
@@ -413,39 +412,6 @@ impl Core {
         known.record.state = state.clone();
         let record = known.record.clone();
         vec![self.persist(record, true), Action::Emit(JobEvent::State { job, state })]
-    }
-
-    /// How a job goes on, for whoever reads why it ended.
-    fn resume_hint(&self, job: JobId, checkpoint: Option<u64>) -> String {
-        match (&self.resumed_by, checkpoint) {
-            (ResumedBy::Broker { state }, checkpoint) => {
-                let state = state.as_deref().map(|dir| format!(" --state {}", shell_path(dir))).unwrap_or_default();
-                // Until the job does a step after the one that was asked for, a newer checkpoint may be there.
-                let chosen = self.jobs.get(&job).and_then(|j| j.record.from_step);
-                let option = chosen.map(|step| format!(" --step {step}")).unwrap_or_default();
-                let then = match chosen.or(checkpoint) {
-                    Some(0) => "begins anew".to_owned(),
-                    Some(step) => format!("goes on from the checkpoint of step {step}"),
-                    None => "begins anew, there is no checkpoint yet".to_owned(),
-                };
-                format!("`fusionllm resume {}{state}{option}` {then}", job.0)
-            }
-            (ResumedBy::Train, Some(step)) => {
-                let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
-                format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
-            }
-            (ResumedBy::Train, None) => {
-                let start = self.jobs.get(&job).and_then(|j| j.start.as_ref());
-                match start.and_then(|start| start.run.from.as_ref()) {
-                    Some(Parent { path, step, .. }) => format!(
-                        "there is no checkpoint yet; `fusionllm train --resume {} --out DIR` begins again with the one of \
-                         step {step}",
-                        shell_path(path)
-                    ),
-                    None => "there is no checkpoint yet to go on from".to_owned(),
-                }
-            }
-        }
     }
 
     fn run_mut(&mut self, key: RunKey) -> Option<&mut Run> {

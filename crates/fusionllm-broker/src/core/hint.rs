@@ -1,0 +1,42 @@
+//! What a user is told of how a job goes on that has ended early.
+
+use fusionllm_protocol::JobId;
+use fusionllm_transport::shell_path;
+
+use super::{Core, ResumedBy};
+use crate::run_dir::Parent;
+
+impl Core {
+    /// How a job goes on, for whoever reads why it ended.
+    pub(super) fn resume_hint(&self, job: JobId, checkpoint: Option<u64>) -> String {
+        match (&self.resumed_by, checkpoint) {
+            (ResumedBy::Broker { state }, checkpoint) => {
+                let state = state.as_deref().map(|dir| format!(" --state {}", shell_path(dir))).unwrap_or_default();
+                // Until the job does a step after the one that was asked for, a newer checkpoint may be there.
+                let chosen = self.jobs.get(&job).and_then(|j| j.record.from_step);
+                let option = chosen.map(|step| format!(" --step {step}")).unwrap_or_default();
+                let then = match chosen.or(checkpoint) {
+                    Some(0) => "begins anew".to_owned(),
+                    Some(step) => format!("goes on from the checkpoint of step {step}"),
+                    None => "begins anew, there is no checkpoint yet".to_owned(),
+                };
+                format!("`fusionllm resume {}{state}{option}` {then}", job.0)
+            }
+            (ResumedBy::Train, Some(step)) => {
+                let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
+                format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
+            }
+            (ResumedBy::Train, None) => {
+                let start = self.jobs.get(&job).and_then(|j| j.start.as_ref());
+                match start.and_then(|start| start.run.from.as_ref()) {
+                    Some(Parent { path, step, .. }) => format!(
+                        "there is no checkpoint yet; `fusionllm train --resume {} --out DIR` begins again with the one of \
+                         step {step}",
+                        shell_path(path)
+                    ),
+                    None => "there is no checkpoint yet to go on from".to_owned(),
+                }
+            }
+        }
+    }
+}
