@@ -424,7 +424,11 @@ impl CompNodeError {
     pub fn is_bad_input(&self) -> bool {
         matches!(
             self,
-            Self::Bind(_) | Self::Data(_) | Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. })
+            Self::Bind(_)
+                | Self::Data(_)
+                | Self::Graph(_)
+                | Self::DeviceChoice { .. }
+                | Self::Executor(ExecutorError::Param { .. })
         )
     }
 }
