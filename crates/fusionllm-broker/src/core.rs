@@ -9,7 +9,9 @@ mod data;
 mod detector;
 mod durable;
 mod event;
+mod hearsay;
 mod hint;
+mod job;
 mod members;
 mod notices;
 mod progress;
@@ -33,7 +35,7 @@ use crate::BrokerError;
 use crate::store::JobRecord;
 use durable::Durability;
 pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, StartPoint};
-use notices::Told;
+use job::Job;
 use recovery::{RETURN, Recoveries, goes_on};
 use registry::Registry;
 use run::Run;
@@ -55,55 +57,6 @@ pub enum ResumedBy {
 impl Default for ResumedBy {
     fn default() -> Self {
         Self::Broker { state: None }
-    }
-}
-
-/// A job that is known.
-#[derive(Debug)]
-struct Job {
-    record: JobRecord,
-    /// Not known after a restart; a resume brings it.
-    start: Option<StartPoint>,
-    run: Option<Run>,
-    persisted: Duration,
-    /// The state that was last told.
-    shown: JobState,
-    /// Whether the store has it.
-    is_durable: bool,
-    /// Number of its first writing.
-    first_number: u64,
-    /// Since when it cannot be placed.
-    waits_since: Option<Duration>,
-    /// The placement that is being worked out: its number, and who is kept for it.
-    planning: Option<(u64, Vec<ConnectionId>)>,
-    /// What is told of it waits for this writing.
-    barrier: u64,
-    /// What is to be told of it, and the writing that it waits for.
-    held: Vec<(u64, Action)>,
-    /// What its user was told, and how often.
-    told: Told,
-    /// What it has been through.
-    recoveries: Recoveries,
-}
-
-impl Job {
-    fn new(record: JobRecord, start: Option<StartPoint>, now: Duration) -> Self {
-        let shown = record.state.clone();
-        Self {
-            record,
-            start,
-            run: None,
-            persisted: now,
-            shown,
-            is_durable: false,
-            first_number: 0,
-            waits_since: None,
-            planning: None,
-            barrier: 0,
-            held: Vec::new(),
-            told: Told::default(),
-            recoveries: Recoveries::default(),
-        }
     }
 }
 

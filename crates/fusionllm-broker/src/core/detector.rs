@@ -19,10 +19,6 @@ use super::{Action, ConnectionId, Core};
 const SUSPECT: f64 = 3.0;
 /// From this φ on, it may count as lost: one silence in a hundred million is longer.
 const LOST: f64 = 8.0;
-/// Peers that have heard nothing for so long agree.
-const UNHEARD: Duration = Duration::from_secs(3);
-/// Peers are asked again so often.
-const ASK_EACH: Duration = Duration::from_secs(1);
 /// Heartbeats whose distances count.
 const REMEMBERED: usize = 64;
 /// Seconds between heartbeats before there are any to learn from.
@@ -89,36 +85,6 @@ impl Rhythm {
         // The tail of the normal distribution, by the logistic approximation that Akka uses.
         let exponent = deviations * (1.5976 + 0.070_566 * deviations * deviations);
         if deviations > 0.0 { (exponent + (-exponent).exp().ln_1p()) / std::f64::consts::LN_10 } else { 0.0 }
-    }
-}
-
-/// What those that train with a CompNode hear of it.
-#[derive(Debug, Default)]
-pub(super) struct Hearsay {
-    asked: Option<Duration>,
-    /// By who says so: when that one last heard of it.
-    heard: Vec<(ConnectionId, Duration)>,
-}
-
-impl Hearsay {
-    /// Somebody has heard of it at that time.
-    pub(super) fn says(&mut self, witness: ConnectionId, at: Duration) {
-        self.heard.retain(|(other, _)| *other != witness);
-        self.heard.push((witness, at));
-    }
-
-    /// Whether it is time to ask.
-    fn asks(&mut self, now: Duration) -> bool {
-        let is_due = self.asked.is_none_or(|asked| now.saturating_sub(asked) >= ASK_EACH);
-        if is_due {
-            self.asked = Some(now);
-        }
-        is_due
-    }
-
-    /// Whether somebody has been asked in this silence, and nobody has heard of it for a while.
-    fn agrees(&self, now: Duration) -> bool {
-        !self.heard.is_empty() && self.heard.iter().all(|(_, at)| now.saturating_sub(*at) >= UNHEARD)
     }
 }
 
@@ -224,19 +190,5 @@ mod tests {
         rhythm.beat(now + Duration::from_secs(31));
         rhythm.beat(now + Duration::from_secs(32));
         assert!(until(LOST, &rhythm, now + Duration::from_secs(32)) < 4.0);
-    }
-
-    #[test]
-    fn all_who_were_asked_must_agree() {
-        let second = Duration::from_secs;
-        let mut hearsay = Hearsay::default();
-        assert!(!hearsay.agrees(second(9)), "nobody was asked");
-        hearsay.says(ConnectionId(1), second(2));
-        assert!(hearsay.agrees(second(5)) && !hearsay.agrees(second(4)));
-        hearsay.says(ConnectionId(2), second(4));
-        assert!(!hearsay.agrees(second(5)));
-        hearsay.says(ConnectionId(2), second(2));
-        assert!(hearsay.agrees(second(5)));
-        assert!(hearsay.asks(second(5)) && !hearsay.asks(second(5)) && hearsay.asks(second(6)));
     }
 }

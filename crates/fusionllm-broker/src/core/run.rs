@@ -14,7 +14,7 @@ use fusionllm_protocol::{
 };
 
 use super::bounds::Bounds;
-use super::detector::Hearsay;
+use super::hearsay::Hearsay;
 use super::watchdog::Watchdog;
 use super::{ConnectionId, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};

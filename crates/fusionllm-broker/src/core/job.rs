@@ -1,0 +1,61 @@
+//! What the core knows of one job.
+
+use std::time::Duration;
+
+use fusionllm_protocol::JobState;
+
+use super::notices::Told;
+use super::recovery::Recoveries;
+use super::run::Run;
+use super::{Action, ConnectionId, StartPoint};
+use crate::store::JobRecord;
+
+/// A job that is known.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) record: JobRecord,
+    /// Not known after a restart; a resume brings it.
+    pub(super) start: Option<StartPoint>,
+    pub(super) run: Option<Run>,
+    pub(super) persisted: Duration,
+    /// The state that was last told.
+    pub(super) shown: JobState,
+    /// Whether the store has it.
+    pub(super) is_durable: bool,
+    /// Number of its first writing.
+    pub(super) first_number: u64,
+    /// Since when it cannot be placed.
+    pub(super) waits_since: Option<Duration>,
+    /// The placement that is being worked out: its number, and who is kept for it.
+    pub(super) planning: Option<(u64, Vec<ConnectionId>)>,
+    /// What is told of it waits for this writing.
+    pub(super) barrier: u64,
+    /// What is to be told of it, and the writing that it waits for.
+    pub(super) held: Vec<(u64, Action)>,
+    /// What its user was told, and how often.
+    pub(super) told: Told,
+    /// What it has been through.
+    pub(super) recoveries: Recoveries,
+}
+
+impl Job {
+    /// One that was handed in, or that the store has.
+    pub(super) fn new(record: JobRecord, start: Option<StartPoint>, now: Duration) -> Self {
+        let shown = record.state.clone();
+        Self {
+            record,
+            start,
+            run: None,
+            persisted: now,
+            shown,
+            is_durable: false,
+            first_number: 0,
+            waits_since: None,
+            planning: None,
+            barrier: 0,
+            held: Vec::new(),
+            told: Told::default(),
+            recoveries: Recoveries::default(),
+        }
+    }
+}
