@@ -42,6 +42,7 @@ impl std::fmt::Debug for Hello {
 
 /// What connects to a broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "one is made for each connection, and sent")]
 pub enum Role {
     /// A machine that will compute.
     CompNode {

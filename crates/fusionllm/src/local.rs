@@ -106,22 +106,17 @@ impl LocalCompNodes {
         Ok(started)
     }
 
-    /// Starts the process of a CompNode again that has ended. It joins by itself.
+    /// Starts the process of a CompNode again that has ended, if that is wanted. It joins by itself. Gives whether any
+    /// CompNode is left.
     ///
     /// # Errors
     /// If the program cannot be started.
-    pub(crate) fn restart(&mut self, index: u32) -> anyhow::Result<()> {
-        let child = self.starter.start(index)?;
-        if let Some(place) = self.children.get_mut(index as usize) {
-            *place = Some(child);
+    pub(crate) fn restart_if(&mut self, again: bool, index: u32) -> anyhow::Result<bool> {
+        if let Some(place) = self.children.get_mut(index as usize).filter(|_| again) {
+            *place = Some(self.starter.start(index)?);
             self.deaths.retain(|(other, _)| *other != index);
         }
-        Ok(())
-    }
-
-    /// Whether all have ended and were not started again.
-    pub(crate) fn are_gone(&self) -> bool {
-        self.children.iter().all(Option::is_none)
+        Ok(self.children.iter().any(Option::is_some))
     }
 
     async fn wait_for(&mut self, broker: &Broker, joined: usize) -> anyhow::Result<()> {

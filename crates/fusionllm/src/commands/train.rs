@@ -258,10 +258,8 @@ async fn run_job(
             Death { index, status } = compnodes.death(), if cut_short.is_none() => {
                 broker.lost(local_name(index), format!("its process ended ({status})")).await.map_err(broker_error)?;
                 deaths += 1;
-                if checked.spec.survive.enabled && deaths <= MOST_DEATHS {
-                    compnodes.restart(index)?;
-                }
-                if compnodes.are_gone() {
+                let again = checked.spec.survive.enabled && deaths <= MOST_DEATHS;
+                if !compnodes.restart_if(again, index)? {
                     cut_short = Some(CutShort::Died(local_name(index)));
                     stop_if_at_work(broker, job).await?;
                 }

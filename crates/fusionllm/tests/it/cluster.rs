@@ -121,6 +121,7 @@ fn a_stopped_job_resumes_from_its_checkpoint_on_a_new_broker() {
     let (code, _, err) = follow.finish();
     assert!(code == Some(1) && err.contains("the job was stopped"), "{err}");
     first.signal("TERM");
+    node.signal("TERM");
     assert_eq!((first.finish().0, node.finish().0), (Some(0), Some(0)));
 
     let (second, again) = broker(&bench);

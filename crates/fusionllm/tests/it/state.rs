@@ -98,7 +98,8 @@ fn a_killed_broker_shows_the_step_and_the_loss_of_one_time() {
     let (broker, ticket) = start(&bench, "state");
     let node = bench.start(&join_line(&ticket, "office"));
     wait_until("the CompNode", || is_there(&bench, "office"));
-    let mut follow = bench.start("submit job.toml --state state --follow --json --set train.steps=100000");
+    let keys = "--set train.steps=100000 --set survive.enabled=false";
+    let mut follow = bench.start(&format!("submit job.toml --state state --follow --json {keys}"));
     // What was told of each step.
     let mut told: BTreeMap<u64, f64> = BTreeMap::new();
     let mut hear = |line: &str| {

@@ -34,7 +34,7 @@ fn tick(core: &mut Core, now: Duration) -> Vec<Action> {
 
 fn assigned(actions: &[Action]) -> Vec<(u64, u64)> {
     let start = |(to, message)| match message {
-        &FromBroker::Assign(ref assignment) => Some((to, assignment.start_step)),
+        FromBroker::Assign(assignment) => Some((to, assignment.start_step)),
         _ => None,
     };
     sent(actions).into_iter().filter_map(start).collect()
@@ -151,7 +151,7 @@ fn a_job_that_does_not_fit_on_the_rest_waits() {
     let by_memory = ["placement.strategy=op-fence"];
     let (_, alone) = submit(&mut core(1), &by_memory);
     let planned = |(_, message)| match message {
-        &FromBroker::Assign(ref assignment) => Some(assignment.planned_bytes),
+        FromBroker::Assign(assignment) => Some(assignment.planned_bytes),
         _ => None,
     };
     let needed = sent(&alone).into_iter().find_map(planned).unwrap();

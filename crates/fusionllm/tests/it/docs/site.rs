@@ -205,6 +205,7 @@ impl Site {
             assert_eq!(code, Some(0), "the broker's end\n{out}\n{err}");
         }
         for compnode in self.compnodes.drain(..) {
+            compnode.signal("INT");
             let (code, out, err) = compnode.finish();
             assert_eq!(code, Some(0), "a CompNode's end\n{out}\n{err}");
         }
