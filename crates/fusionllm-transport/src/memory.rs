@@ -80,18 +80,21 @@ impl Weather {
     pub fn stormy(seed: u64) -> Self {
         let mut dice = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed_0f57_0a45);
         let latency = Duration::from_millis(dice.random_range(1..150));
-        let longest = Duration::from_millis(dice.random_range(100..5_000));
+        let longest = Duration::from_millis(dice.random_range(50..3_000));
+        // Most break again soon after they are made, and some stay broken for as long as QUIC lets them.
+        let slowest = if dice.random_bool(0.25) { 10_000 } else { 1_500 };
         Self {
             latency,
             jitter: latency.mul_f64(dice.random_range(0.0..1.5)),
-            bytes_per_s: 1 << dice.random_range(9..24),
-            window: 1 << dice.random_range(5..16),
+            bytes_per_s: 1u64 << dice.random_range(9..24u32),
+            window: 1usize << dice.random_range(5..16u32),
             stormy_for: Duration::from_secs(15),
             lifetime: Duration::from_millis(1)..longest,
-            breaking: dice.random_range(0.3..1.0),
+            breaking: dice.random_range(0.7..1.0),
             failing_dials: dice.random_range(0.0..0.5),
-            outage: Duration::from_millis(dice.random_range(0..3_000)),
-            ..Self::calm()
+            idle: Duration::from_millis(dice.random_range(500..=slowest)),
+            dial_limit: Duration::from_millis(dice.random_range(500..=slowest)),
+            outage: Duration::from_millis(dice.random_range(0..1_000)),
         }
     }
 }

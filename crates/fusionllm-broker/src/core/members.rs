@@ -31,6 +31,12 @@ impl Core {
         self.compnodes.is_away(connection)
     }
 
+    /// As if a run was at work on it.
+    #[cfg(test)]
+    pub(crate) fn set_to_work(&mut self, connection: ConnectionId, key: fusionllm_protocol::RunKey) {
+        self.compnodes.take(connection, key);
+    }
+
     /// A CompNode is back after a break, with all that was said meanwhile still to come. Gives its name here.
     pub(crate) fn rejoin(
         &mut self,

@@ -9,8 +9,8 @@ use super::link::{Side, StreamId};
 use super::packets::Packet;
 use super::state::{Event, State};
 
-/// A connection that breaks at a byte has at most this many.
-const FUSE_BYTES: u64 = 4096;
+/// A connection that breaks at a byte has fewer than two to this power.
+const FUSE_BITS: u32 = 12;
 
 impl State {
     /// Whether and when a new connection breaks: at a time, or at a byte.
@@ -19,7 +19,8 @@ impl State {
             return;
         }
         if self.dice.random_bool(0.5) {
-            let fuse = self.dice.random_range(1..=FUSE_BYTES);
+            let bits = self.dice.random_range(0..FUSE_BITS);
+            let fuse = self.dice.random_range(1..=1u64 << bits);
             if let Some(link) = self.links.get_mut(&link) {
                 link.fuse = Some(fuse);
             }

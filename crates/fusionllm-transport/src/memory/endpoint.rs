@@ -119,7 +119,7 @@ impl Wire for MemoryEndpoint {
     }
 
     fn accept(&self) -> Later<'_, Option<Session>> {
-        Box::pin(poll_fn(|cx| {
+        Box::pin(poll_fn(move |cx| {
             let accepted = self.net.with(|state| {
                 let place = state.places.get_mut(self.place)?;
                 if let Some(link) = place.incoming.pop_front() {

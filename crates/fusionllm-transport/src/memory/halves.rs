@@ -85,9 +85,10 @@ impl SendHalf for Sender {
 
     fn finish(&mut self) -> Later<'_, Result<(), SessionError>> {
         self.end();
-        Box::pin(poll_fn(|cx| {
-            let Self { link, side, stream, .. } = *self;
-            self.net.with(|state| {
+        let this: &Self = self;
+        Box::pin(poll_fn(move |cx| {
+            let Self { link, side, stream, .. } = *this;
+            this.net.with(|state| {
                 let Some(end) = state.end(link, side) else { return Poll::Ready(Err(gone())) };
                 let error = end.error.clone();
                 match (end.sending.get_mut(&stream), error) {

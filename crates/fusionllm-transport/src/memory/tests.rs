@@ -138,6 +138,9 @@ async fn counted(seed: u64) -> (Vec<Vec<u64>>, String) {
         () = accepting => {}
     }
     let heard = heard.join_all().await;
+    // By then what was on its way has come, and is not accepted.
+    sleep(SOON).await;
+    drop(b);
     assert_eq!(network.connections(), 0, "{}", network.log());
     (heard, network.log())
 }
@@ -155,5 +158,5 @@ fn a_storm_loses_ends_and_never_the_middle_and_is_the_same_each_time() {
         assert!(in_virtual_time(counted(seed)).1 == log, "seed {seed} has two histories");
     }
     // Enough breaks, and not all the time.
-    assert!(connections > 200 && came > 5_000, "{connections} connections, {came} numbers");
+    assert!(connections > 150 && came > 5_000, "{connections} connections, {came} numbers");
 }
