@@ -33,7 +33,7 @@ fn tick(core: &mut Core, now: Duration) -> Vec<Action> {
 }
 
 fn assigned(actions: &[Action]) -> Vec<(u64, u64)> {
-    let start = |(to, message)| match message {
+    let start = |(to, message): (u64, &FromBroker)| match message {
         FromBroker::Assign(assignment) => Some((to, assignment.start_step)),
         _ => None,
     };
@@ -150,7 +150,7 @@ fn what_always_fails_at_the_same_step_fails() {
 fn a_job_that_does_not_fit_on_the_rest_waits() {
     let by_memory = ["placement.strategy=op-fence"];
     let (_, alone) = submit(&mut core(1), &by_memory);
-    let planned = |(_, message)| match message {
+    let planned = |(_, message): (u64, &FromBroker)| match message {
         FromBroker::Assign(assignment) => Some(assignment.planned_bytes),
         _ => None,
     };
