@@ -59,7 +59,8 @@ pub struct JobLinks {
     pub(crate) placement: Arc<Placement>,
     pub(crate) mailbox: Arc<Mailbox>,
     endpoint: Endpoint,
-    peers: Vec<PeerAddr>,
+    /// Where each is, which may change.
+    peers: Vec<watch::Sender<PeerAddr>>,
     sessions: Vec<watch::Sender<Option<Session>>>,
     dialling: Vec<tokio::sync::Mutex<()>>,
     incoming: Mutex<BTreeMap<Channel, Arc<Incoming>>>,
@@ -101,7 +102,7 @@ impl JobLinks {
             workers,
             mailbox,
             endpoint,
-            peers: peers.iter().map(peer_addr).collect(),
+            peers: peers.iter().map(|peer| watch::Sender::new(peer_addr(peer))).collect(),
             sessions: peers.iter().map(|_| watch::Sender::new(None)).collect(),
             dialling: peers.iter().map(|_| tokio::sync::Mutex::new(())).collect(),
             incoming: Mutex::new(BTreeMap::new()),
@@ -136,9 +137,18 @@ impl JobLinks {
 
     /// A connection that a peer has opened. Connections of strangers are dropped.
     pub fn accept(self: &Arc<Self>, session: Session) {
-        match self.peers.iter().position(|p| p.id == session.peer()) {
+        match self.peers.iter().position(|p| p.borrow().id == session.peer()) {
             Some(peer) => self.install(peer, session),
             None => session.close(403, "not of this job"),
+        }
+    }
+
+    /// A peer is elsewhere from now on: the next dial goes there.
+    pub(crate) fn moved(&self, peer: NodeIndex, record: &PeerRecord) {
+        let moved = peer_addr(record);
+        if let Some(addr) = self.peers.get(peer.index()) {
+            // Its key is what it is known by, and stays.
+            addr.send_if_modified(|addr| addr.id == moved.id && std::mem::replace(addr, moved) != *addr);
         }
     }
 

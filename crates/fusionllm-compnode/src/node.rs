@@ -347,6 +347,10 @@ impl Node {
                 self.job_of(key)?.shard_settled(step);
                 None
             }
+            FromBroker::PeerMoved { key, peer, addr } => {
+                self.job_of(key)?.links.moved(peer, &addr);
+                None
+            }
             FromBroker::CheckPeer { key, peer } => {
                 let ago_s = self.job_of(key)?.links.heard(peer)?.as_secs_f64();
                 Some(FromCompNode::PeerHeard { key, peer, ago_s })

@@ -142,6 +142,15 @@ pub enum FromBroker {
         /// The checkpoint's updates.
         step: u64,
     },
+    /// Another CompNode of the placement is reached at other addresses from now on.
+    PeerMoved {
+        /// Which placement of which job both belong to.
+        key: RunKey,
+        /// Who has moved.
+        peer: NodeIndex,
+        /// Where it is now.
+        addr: PeerRecord,
+    },
     /// Somebody is silent: answer [`FromCompNode::PeerHeard`].
     CheckPeer {
         /// Which placement of which job both belong to.

@@ -180,7 +180,9 @@ fn told_to(action: &Action) -> Option<(ConnectionId, RunKey)> {
         Action::Send { to, message } => {
             let key = match message {
                 FromBroker::Assign(assignment) => assignment.key,
-                FromBroker::Start { key } | FromBroker::SetCodec { key, .. } => *key,
+                FromBroker::Start { key } | FromBroker::SetCodec { key, .. } | FromBroker::PeerMoved { key, .. } => {
+                    *key
+                }
                 _ => return None,
             };
             Some((*to, key))

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{JobId, JobState};
+use fusionllm_protocol::{FromBroker, JobId, JobState};
 
 use super::{Action, ConnectionId, Core, Joining, StartPoint};
 use crate::BrokerError;
@@ -44,12 +44,19 @@ impl Core {
         joining: Joining,
         now: Duration,
     ) -> Option<(String, Vec<Action>)> {
+        let has_moved = self.compnodes.addr(connection) != joining.addr;
+        let addr = joining.addr.clone();
         let name = self.compnodes.is_back(connection, joining.addr, now)?;
         let run = self.jobs.values_mut().find_map(|j| j.run.as_mut().filter(|r| r.node_of(connection).is_some()));
         let mut actions = Vec::new();
         if let Some(run) = run {
             run.watchdog.moved = now;
             let (key, params) = (run.key, run.weights_owed(connection));
+            if let Some(peer) = run.node_of(connection).filter(|_| has_moved) {
+                let others = run.members.iter().filter(|&&other| other != connection);
+                let tell = |&to| Action::Send { to, message: FromBroker::PeerMoved { key, peer, addr: addr.clone() } };
+                actions.extend(others.map(tell));
+            }
             let start = self.jobs.get(&key.job).and_then(|job| job.start.as_ref());
             if let Some((params, from)) = params.zip(start.and_then(|start| start.weights.clone())) {
                 actions.push(Action::SendWeights { to: connection, key, params, from });

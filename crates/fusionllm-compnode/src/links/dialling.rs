@@ -82,7 +82,8 @@ impl JobLinks {
             if let Some(session) = slot.borrow().clone() {
                 return Ok(session);
             }
-            match self.endpoint.connect(addr).await {
+            let addr = addr.borrow().clone();
+            match self.endpoint.connect(&addr).await {
                 Ok(session) => {
                     self.install(peer, session.clone());
                     return Ok(session);

@@ -117,6 +117,23 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
     assert!(timeout(SOON, waiting).await.is_ok(), "{what}");
 }
 
+/// It is told by the broker, and by nobody else's key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_has_moved_is_dialled_where_it_is() {
+    let [left, right] = [endpoint().await, endpoint().await];
+    let there = peer_record(&right.addr());
+    let nowhere = PeerRecord { addrs: vec!["127.0.0.1:9".parse().unwrap()], ..there.clone() };
+    let left = Side::new(0, left.clone(), vec![peer_record(&left.addr()), nowhere.clone()]);
+    let right = Side::new(1, right, vec![peer_record(&left.endpoint.addr()), there.clone()]);
+    left.links.dial_all();
+    left.links.moved(NodeIndex(1), &PeerRecord { id: [3; 32], ..there.clone() });
+    assert_eq!(left.links.peers[1].borrow().addrs, nowhere.addrs);
+    left.links.moved(NodeIndex(1), &there);
+    until("a connection", || right.links.sessions[0].borrow().is_some()).await;
+    until("a sign of life", || right.links.heard(NodeIndex(0)).is_some()).await;
+    assert_eq!(left.links.heard(NodeIndex(7)), None);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn each_message_comes_once_and_in_order_however_often_the_connection_is_lost() {
     let [left, right] = pair().await;

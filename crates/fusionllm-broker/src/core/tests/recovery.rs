@@ -272,3 +272,17 @@ fn a_silent_compnode_is_waited_for_as_long_as_its_loss_would_cost() {
     only_a_speaks(&mut core, 12..14);
     assert!(matches!(state(&core, 1), JobState::Waiting { .. }));
 }
+
+/// An address that a router gives anew must not cost the connections between CompNodes.
+#[test]
+fn a_compnode_that_comes_back_elsewhere_is_told_of() {
+    let mut core = at_step(3);
+    let broken = CoreEvent::Broken { connection: ConnectionId(2), reason: "gone".to_owned() };
+    tell(&mut core, broken, NOW);
+    let there = PeerRecord { id: [7; 32], addrs: vec!["10.0.0.9:7711".parse().unwrap()] };
+    let (_, actions) = core.rejoin(ConnectionId(2), Joining { addr: there.clone(), ..joining("b") }, NOW).unwrap();
+    let moved = FromBroker::PeerMoved { key: KEY, peer: NodeIndex(1), addr: there.clone() };
+    assert_eq!(sent(&actions), [(1, &moved)]);
+    let (_, actions) = core.rejoin(ConnectionId(2), Joining { addr: there, ..joining("b") }, NOW).unwrap();
+    assert_eq!(sent(&actions), []);
+}
