@@ -34,9 +34,9 @@ use fusionllm_protocol::{
 use crate::BrokerError;
 use crate::store::JobRecord;
 use durable::Durability;
-pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, OpenRun, PlanInput, Restored, StartPoint};
+pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint};
 use job::Job;
-use recovery::{RETURN, Recoveries, goes_on};
+use recovery::Recoveries;
 use registry::Registry;
 use run::Run;
 use schedule::least_compnodes;
@@ -70,6 +70,8 @@ pub(crate) struct Core {
     ticked: Option<Duration>,
     /// How many placements were asked for so far: each has a number.
     plans: u64,
+    /// Starts asked to be read.
+    loads: u64,
     durable: Durability,
     /// How a job goes on that has ended early.
     pub(crate) resumed_by: ResumedBy,
@@ -85,6 +87,7 @@ impl Core {
         let mut actions = Vec::new();
         for Restored { mut record, reached, checkpoint } in jobs {
             let id = record.job;
+            let state_is_final = record.state.is_final();
             let was_at_work = !record.state.is_final() && !matches!(record.state, JobState::Waiting { .. });
             let (steps, chosen) = (record.spec.train.steps, record.from_step);
             // Where it waits, its metrics may go on after the step that it goes on from.
@@ -98,35 +101,12 @@ impl Core {
             let is_done = chosen.is_none() && checkpoint.is_some_and(|step| step >= steps);
             if was_at_work {
                 actions.extend(core.was_at_work(id, is_done, chosen.or(checkpoint)));
-            } else if let Some(Job { record, recoveries, .. }) =
-                core.jobs.get_mut(&id).filter(|j| !j.record.state.is_final())
-            {
-                if let (JobState::Waiting { reason }, 1..) = (&record.state, record.members) {
-                    recoveries.go_on(record.members as usize, RETURN, reason.clone());
-                }
-                actions.push(Action::Load(Box::new(record.clone())));
+            } else if !state_is_final {
+                actions.extend(core.waited(id, is_done));
             }
         }
         let actions = core.hold(actions);
         (core, actions)
-    }
-
-    /// A job that was at work when the broker ended.
-    fn was_at_work(&mut self, id: JobId, is_done: bool, from: Option<u64>) -> Vec<Action> {
-        let Some(known) = self.jobs.get_mut(&id) else { return Vec::new() };
-        let (step, restarted) = (known.record.step, "the broker restarted");
-        if is_done {
-            return self.end(id, JobState::Done, restarted);
-        }
-        if !known.record.spec.survive.enabled {
-            let reason = format!("{restarted} after step {step}; {}", self.resume_hint(id, from));
-            return self.end(id, JobState::Failed { reason, bad_input: false }, restarted);
-        }
-        let told = format!("{restarted} after step {step}; {}", goes_on(step, from));
-        known.recoveries.go_on(known.record.members as usize, RETURN, told.clone());
-        let mut actions = self.set_state(id, JobState::Waiting { reason: told });
-        actions.extend(self.load_anew(id));
-        actions
     }
 
     /// What CompNodes are asked to measure is numbered from here on. An earlier broker must not have used these numbers.
@@ -158,6 +138,7 @@ impl Core {
             from_step: None,
             data: None,
             members: 0,
+            owner: None,
         };
         let mut actions = vec![self.persist(record.clone(), true)];
         let first_number = self.last_write();
@@ -184,7 +165,8 @@ impl Core {
             known.record.run = Some(start.run.run.clone());
             (known.record.step, known.record.loss) = (start.step, start.loss);
             known.record.from_step = step;
-            (known.record.members, known.recoveries) = (0, Recoveries::default());
+            (known.record.members, known.record.owner) = (0, None);
+            (known.recoveries, known.loading) = (Recoveries::default(), None);
             // A later one is not its future any more.
             known.record.checkpoint.take_if(|(newest, _)| *newest > start.step);
             known.record.state = JobState::Waiting { reason: String::new() };
@@ -311,7 +293,7 @@ impl Core {
             }
             CoreEvent::Persisted { .. } => self.recovered(now),
             CoreEvent::Unpersisted { reason } => self.unpersisted(reason, now),
-            CoreEvent::Loaded { job, result } => self.loaded(job, *result, now),
+            CoreEvent::Loaded { job, number, result } => self.loaded(job, number, *result, now),
             CoreEvent::Planned { job, number, result } => self.planned(job, number, *result, now),
             CoreEvent::Tick => self.tick(now),
         }
@@ -343,6 +325,7 @@ impl Core {
             for &to in &run.members {
                 let still_here = self.compnodes.release(to);
                 if !still_here {
+                    self.survey.left(to);
                     // It was away; should it come back, it begins anew.
                     actions.push(Action::Disconnect { to, reason: reason.to_owned() });
                 }

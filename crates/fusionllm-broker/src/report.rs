@@ -300,6 +300,7 @@ mod tests {
             from_step: None,
             data: None,
             members: 0,
+            owner: None,
         };
         let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
         let data = DataReport {
@@ -351,6 +352,7 @@ mod tests {
             from_step: None,
             data: None,
             members: 0,
+            owner: None,
         };
         let report = RunReport::of(&record, Totals::default(), None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));

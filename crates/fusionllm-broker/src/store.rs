@@ -48,6 +48,9 @@ pub(crate) struct JobRecord {
     /// How many CompNodes its last placement had.
     #[serde(default)]
     pub(crate) members: u32,
+    /// Name of the CompNode that read its data then.
+    #[serde(default)]
+    pub(crate) owner: Option<String>,
 }
 
 impl JobRecord {
@@ -190,6 +193,7 @@ mod tests {
             from_step: None,
             data: None,
             members: 0,
+            owner: None,
         }
     }
 

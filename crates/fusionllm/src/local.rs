@@ -106,17 +106,16 @@ impl LocalCompNodes {
         Ok(started)
     }
 
-    /// Starts the process of a CompNode again that has ended, if that is wanted. It joins by itself. Gives whether any
-    /// CompNode is left.
+    /// Starts the process of a CompNode again that has ended. It joins by itself.
     ///
     /// # Errors
     /// If the program cannot be started.
-    pub(crate) fn restart_if(&mut self, again: bool, index: u32) -> anyhow::Result<bool> {
-        if let Some(place) = self.children.get_mut(index as usize).filter(|_| again) {
+    pub(crate) fn restart(&mut self, index: u32) -> anyhow::Result<()> {
+        if let Some(place) = self.children.get_mut(index as usize) {
             *place = Some(self.starter.start(index)?);
             self.deaths.retain(|(other, _)| *other != index);
         }
-        Ok(self.children.iter().any(Option::is_some))
+        Ok(())
     }
 
     async fn wait_for(&mut self, broker: &Broker, joined: usize) -> anyhow::Result<()> {

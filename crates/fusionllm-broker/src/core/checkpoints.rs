@@ -26,10 +26,18 @@ impl Core {
         checksum: String,
         now: Duration,
     ) -> Vec<Action> {
-        let Some(run) = self.run_mut(key) else { return Vec::new() };
-        run.checkpoint_finished(step);
-        run.watchdog.moved = now;
         let mut actions = Vec::new();
+        if let Some(run) = self.run_mut(key) {
+            run.checkpoint_finished(step);
+            run.watchdog.moved = now;
+        } else if self
+            .jobs
+            .get(&key.job)
+            .is_none_or(|job| job.loading.is_none() || job.record.generation != key.generation)
+        {
+            return actions;
+        }
+        // One of the placement before, from which the job goes on, counts, too.
         if let Some(known) = self.jobs.get_mut(&key.job) {
             known.record.checkpoint = Some((step, checksum));
             let record = known.record.clone();

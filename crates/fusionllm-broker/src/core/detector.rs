@@ -16,7 +16,7 @@ use super::run::Run;
 use super::{Action, ConnectionId, Core};
 
 /// From this φ on, its peers are asked whether they hear of a CompNode.
-const SUSPECT: f64 = 3.0;
+pub(super) const SUSPECT: f64 = 3.0;
 /// From this φ on, it may count as lost: one silence in a hundred million is longer.
 const LOST: f64 = 8.0;
 /// Heartbeats whose distances count.

@@ -82,7 +82,7 @@ pub(crate) enum CoreEvent {
     /// The store cannot be written.
     Unpersisted { reason: String },
     /// What a job starts from was read.
-    Loaded { job: JobId, result: Box<Result<StartPoint, BrokerError>> },
+    Loaded { job: JobId, number: u64, result: Box<Result<StartPoint, BrokerError>> },
     /// A placement was worked out, or there is none.
     Planned { job: JobId, number: u64, result: Box<Result<Plan, PlanError>> },
     /// Time passes.
@@ -122,7 +122,7 @@ pub(crate) enum Action {
     /// Open the store anew and write all jobs, and answer likewise.
     Rewrite { number: u64, records: Vec<JobRecord> },
     /// Read what a job starts from, and answer [`CoreEvent::Loaded`].
-    Load(Box<JobRecord>),
+    Load(Box<Loading>),
     /// Tell whoever follows.
     Emit(JobEvent),
 }
@@ -135,6 +135,17 @@ pub(crate) struct Restored {
     pub(crate) reached: Option<(u64, f64)>,
     /// Step of its newest whole checkpoint.
     pub(crate) checkpoint: Option<u64>,
+}
+
+/// What a job starts from is to be read.
+#[derive(Clone, Debug)]
+pub(crate) struct Loading {
+    /// Tells it from those that are not wanted any more.
+    pub(crate) number: u64,
+    pub(crate) record: JobRecord,
+    /// Whether what it reads and writes must be within the broker's reach: after a restart, since who handed it in is not
+    /// known any more.
+    pub(crate) checks_reach: bool,
 }
 
 /// What a placement is worked out from.

@@ -36,6 +36,8 @@ pub(super) struct Job {
     pub(super) told: Told,
     /// What it has been through.
     pub(super) recoveries: Recoveries,
+    /// Number of the start that is being read.
+    pub(super) loading: Option<u64>,
 }
 
 impl Job {
@@ -56,6 +58,7 @@ impl Job {
             held: Vec::new(),
             told: Told::default(),
             recoveries: Recoveries::default(),
+            loading: None,
         }
     }
 }

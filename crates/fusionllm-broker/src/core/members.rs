@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::{FromBroker, JobId, JobState};
 
-use super::{Action, ConnectionId, Core, Joining, StartPoint};
+use super::{Action, ConnectionId, Core, Job, Joining, StartPoint};
 use crate::BrokerError;
 
 /// A CompNode that gives no sign of life for this long is lost; until then it may come back after a break.
@@ -110,9 +110,12 @@ impl Core {
         if self.plan_no_more(key.job) {
             return self.schedule(now);
         }
+        if self.is_done_without(key, connection, now) {
+            return self.advance(key, now);
+        }
         let step = self.jobs.get(&key.job).map_or(0, |job| job.record.step);
         let reason = format!("CompNode `{}` vanished after step {step}: {reason}", gone.name);
-        self.recover(key, reason, now)
+        self.recover(key, reason, true, now)
     }
 
     /// Jobs on which nothing goes on, though all their CompNodes are alive.
@@ -130,21 +133,31 @@ impl Core {
                 stalled.push((run.key, reason));
             }
         }
-        stalled.into_iter().flat_map(|(key, reason)| self.recover(key, reason, now)).collect()
+        stalled.into_iter().flat_map(|(key, reason)| self.recover(key, reason, false, now)).collect()
     }
 
     /// What a job starts from that waited when the broker ended, or goes on by itself.
-    pub(super) fn loaded(&mut self, job: JobId, result: Result<StartPoint, BrokerError>, now: Duration) -> Vec<Action> {
-        let Some(known) = self.jobs.get_mut(&job).filter(|j| !j.record.state.is_final() && j.start.is_none()) else {
-            return Vec::new();
-        };
+    pub(super) fn loaded(
+        &mut self,
+        job: JobId,
+        number: u64,
+        result: Result<StartPoint, BrokerError>,
+        now: Duration,
+    ) -> Vec<Action> {
+        let is_wanted = |job: &&mut Job| !job.record.state.is_final() && job.loading == Some(number);
+        let Some(known) = self.jobs.get_mut(&job).filter(is_wanted) else { return Vec::new() };
+        known.loading = None;
         let mut actions = Vec::new();
         match result {
             Ok(mut start) => {
-                start.notices.splice(0..0, known.recoveries.take_told());
-                known.record.step = start.step;
+                start.notices.splice(0..0, known.recoveries.take_told(start.step));
+                (known.record.step, known.record.loss) = (start.step, start.loss);
                 known.record.run = Some(start.run.run.clone());
                 known.start = Some(start);
+            }
+            // Its last checkpoint became whole after all.
+            Err(BrokerError::NothingLeft { .. }) if known.recoveries.goes_on => {
+                actions = self.end(job, JobState::Done, "the job is done");
             }
             Err(error) => {
                 let state = JobState::Failed { reason: error.to_string(), bad_input: error.is_bad_input() };

@@ -27,7 +27,9 @@ impl Core {
                 Vec::new()
             }
             FromCompNode::Room { bytes } => {
-                self.compnodes.has_room(connection, bytes);
+                if self.compnodes.has_room(connection, bytes) {
+                    self.jobs.values_mut().for_each(|job| job.recoveries.try_again());
+                }
                 Vec::new()
             }
             FromCompNode::Measured { request, result } => {
@@ -80,7 +82,7 @@ impl Core {
                 let name = self.compnodes.name(connection);
                 // What is wrong with the input is wrong on every machine.
                 let reason = if bad_input { reason } else { format!("CompNode `{name}`: {reason}") };
-                if bad_input { self.fail(key, reason, true, now) } else { self.recover(key, reason, now) }
+                if bad_input { self.fail(key, reason, true, now) } else { self.recover(key, reason, false, now) }
             }
         }
     }

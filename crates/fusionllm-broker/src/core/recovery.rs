@@ -4,10 +4,15 @@ use std::time::Duration;
 
 use fusionllm_protocol::{JobId, JobState, RunKey};
 
-use super::{Action, ConnectionId, Core};
+use super::{Action, ConnectionId, Core, Loading};
+use crate::store::JobRecord;
 
 /// So many times in a row a job may come to nothing at the same step; then it fails, since it would only happen again.
 const MOST_IN_VAIN: u32 = 3;
+/// The same where a CompNode was lost, which may be chance.
+const MOST_LOSSES_IN_VAIN: u32 = 10;
+/// So often it may lose a CompNode, or one may fail, without a new checkpoint.
+const MOST_WITHOUT_PROGRESS: u32 = 30;
 /// What CompNodes report of the step at which one was lost may lag by so many steps.
 const SAME_STEP: u64 = 1;
 /// A process that is started again on the same machine is back within this time: it is waited for.
@@ -22,28 +27,42 @@ pub(super) struct Recoveries {
     at: Option<u64>,
     /// Losses at that step after the first.
     in_vain: u32,
+    /// Step of the checkpoint that it last went on from, and how often it had to.
+    from: (u64, u32),
     /// Who is waited for: so many CompNodes, until then.
     awaits: Option<(usize, Duration)>,
     /// Whether fewer CompNodes than the job asked for may do: it has been at work, and goes on.
     pub(super) goes_on: bool,
     /// On whom it cannot be placed, and why.
     no_plan: Option<(Vec<ConnectionId>, String)>,
-    /// What its user is told when it is placed again.
-    told: Option<String>,
+    /// Why it goes on, and how far it was: told when it is placed again.
+    told: Option<(String, u64)>,
 }
 
 impl Recoveries {
-    /// A CompNode is lost after `step`. Whether it is worth going on.
-    fn again(&mut self, step: u64) -> bool {
+    /// A CompNode is lost after `step`, or if `is_lost` is not so, has failed; the newest checkpoint is that of step `from`.
+    /// Why it is not worth going on, if it is not.
+    fn again(&mut self, step: u64, from: u64, is_lost: bool) -> Option<String> {
         let is_same = self.at.is_some_and(|at| at.abs_diff(step) <= SAME_STEP);
         self.in_vain = if is_same { self.in_vain + 1 } else { 0 };
         self.at = Some(step);
-        self.in_vain < MOST_IN_VAIN
+        self.from = (from, if from > self.from.0 { 1 } else { self.from.1 + 1 });
+        let most = if is_lost { MOST_LOSSES_IN_VAIN } else { MOST_IN_VAIN };
+        if self.in_vain >= most {
+            return Some(format!("so it was {} times at this step", self.in_vain + 1));
+        }
+        let without = self.from.1;
+        (without > MOST_WITHOUT_PROGRESS).then(|| format!("for the {without}th time without a new checkpoint"))
     }
 
-    /// The job goes on, with `members` CompNodes if so many are there until `until`.
-    pub(super) fn go_on(&mut self, members: usize, until: Duration, told: String) {
-        (self.goes_on, self.awaits, self.told) = (true, Some((members, until)), Some(told));
+    /// The job goes on after `step`, with `members` CompNodes if so many are there until `until`.
+    pub(super) fn go_on(&mut self, members: usize, until: Duration, why: String, step: u64) {
+        (self.goes_on, self.awaits, self.told) = (true, Some((members, until)), Some((why, step)));
+    }
+
+    /// There may be more memory than when it could not be placed.
+    pub(super) fn try_again(&mut self) {
+        self.no_plan = None;
     }
 
     /// It is placed.
@@ -61,9 +80,14 @@ impl Recoveries {
         self.no_plan.as_ref().filter(|(tried, _)| tried == members).map(|(_, reason)| reason.clone())
     }
 
-    /// What is told when it is placed again, once.
-    pub(super) fn take_told(&mut self) -> Option<String> {
-        self.told.take()
+    /// What is told when it is placed again, once: it goes on after `from`.
+    pub(super) fn take_told(&mut self, from: u64) -> Option<String> {
+        self.told.take().map(|(why, step)| format!("{why}; {}", goes_on(step, Some(from).filter(|&from| from > 0))))
+    }
+
+    /// Whether others are still waited for.
+    pub(super) fn awaits_others(&self, now: Duration) -> bool {
+        self.awaits.is_some_and(|(_, until)| now < until)
     }
 
     /// Who else is waited for, in words.
@@ -76,33 +100,92 @@ impl Recoveries {
 
 impl Core {
     /// A placement has lost a CompNode, or one has failed: the job goes on from its newest checkpoint as soon as it can be
-    /// placed anew, unless its user wants it otherwise, or that came to nothing several times at the same step.
-    pub(super) fn recover(&mut self, key: RunKey, reason: String, now: Duration) -> Vec<Action> {
-        let Some(members) = self.run_mut(key).map(|run| run.members.len()) else { return Vec::new() };
+    /// placed anew, unless its user wants it otherwise, or that came to nothing several times.
+    pub(super) fn recover(&mut self, key: RunKey, reason: String, is_lost: bool, now: Duration) -> Vec<Action> {
+        let Some((members, checkpoint)) = self.run_mut(key).map(|run| (run.members.len(), run.newest_checkpoint()))
+        else {
+            return Vec::new();
+        };
         let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         if !known.record.spec.survive.enabled {
             return self.fail(key, reason, false, now);
         }
         let step = known.record.step;
-        if !known.recoveries.again(step) {
-            let reason = format!("{reason}; so it was {} times at this step", MOST_IN_VAIN + 1);
-            return self.fail(key, reason, false, now);
+        if let Some(enough) = known.recoveries.again(step, checkpoint.unwrap_or(0), is_lost) {
+            return self.fail(key, format!("{reason}; {enough}"), false, now);
         }
-        let checkpoint = known.run.as_ref().and_then(|run| run.checkpoint);
-        let told = format!("{reason}; {}", goes_on(step, checkpoint));
-        known.recoveries.go_on(members, now + RESTART, told.clone());
+        known.recoveries.go_on(members, now + RESTART, reason.clone(), step);
+        if !is_lost {
+            // What failed may be a link that was cut: the next plan goes by what is there now.
+            self.survey.refresh(now);
+        }
         let mut actions = self.end(key.job, JobState::Waiting { reason: reason.clone() }, &reason);
-        actions.extend(self.load_anew(key.job));
+        match checkpoint {
+            Some(_) => actions.extend(self.load(key.job, false)),
+            // What it began with is known, and may be more than its own folder has.
+            None => self.begin_anew(key.job),
+        }
         actions.extend(self.schedule(now));
         actions
     }
 
-    /// Has what a job goes on from read anew: until then it is not placed.
-    pub(super) fn load_anew(&mut self, job: JobId) -> Option<Action> {
-        let known = self.jobs.get_mut(&job)?;
-        known.start = None;
-        Some(Action::Load(Box::new(known.record.clone())))
+    /// A member has gone when nothing was left to do for it. Whether that was so.
+    pub(super) fn is_done_without(&mut self, key: RunKey, gone: ConnectionId, now: Duration) -> bool {
+        self.run_mut(key).is_some_and(|run| run.ends_without(gone, now))
     }
+
+    /// Has what a job starts from read: until then it is not placed.
+    pub(super) fn load(&mut self, job: JobId, checks_reach: bool) -> Option<Action> {
+        self.loads += 1;
+        let number = self.loads;
+        let known = self.jobs.get_mut(&job)?;
+        (known.start, known.loading) = (None, Some(number));
+        Some(Action::Load(Box::new(Loading { number, record: known.record.clone(), checks_reach })))
+    }
+
+    /// A job without a checkpoint starts again where it started.
+    fn begin_anew(&mut self, job: JobId) {
+        let Some(known) = self.jobs.get_mut(&job) else { return };
+        let Some(start) = &mut known.start else { return };
+        let told = known.recoveries.take_told(0);
+        start.notices = told.into_iter().collect();
+        (known.record.step, known.record.loss) = (start.step, start.loss);
+    }
+
+    /// A job that was at work when the broker ended. `from` is where it goes on.
+    pub(super) fn was_at_work(&mut self, id: JobId, is_done: bool, from: Option<u64>) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&id) else { return Vec::new() };
+        let (step, restarted) = (known.record.step, "the broker restarted");
+        if is_done {
+            return self.end(id, JobState::Done, restarted);
+        }
+        let reason = format!("{restarted} after step {step}");
+        if !known.record.spec.survive.enabled {
+            let reason = format!("{reason}; {}", self.resume_hint(id, from));
+            return self.end(id, JobState::Failed { reason, bad_input: false }, restarted);
+        }
+        known.recoveries.go_on(awaited(&known.record), RETURN, reason.clone(), step);
+        let mut actions = self.set_state(id, JobState::Waiting { reason });
+        actions.extend(self.load(id, true));
+        actions
+    }
+
+    /// A job that waited when the broker ended: for the first time, or to go on.
+    pub(super) fn waited(&mut self, id: JobId, is_done: bool) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&id) else { return Vec::new() };
+        if let (JobState::Waiting { reason }, 1..) = (&known.record.state, known.record.members) {
+            if is_done {
+                return self.end(id, JobState::Done, "the broker restarted");
+            }
+            known.recoveries.go_on(awaited(&known.record), RETURN, reason.clone(), known.record.step);
+        }
+        self.load(id, true).into_iter().collect()
+    }
+}
+
+/// How many CompNodes come back to a job after a restart; where that is not known, all that come in time.
+fn awaited(record: &JobRecord) -> usize {
+    if record.members == 0 { usize::MAX } else { record.members as usize }
 }
 
 /// From where a job goes on that had done `step` steps.

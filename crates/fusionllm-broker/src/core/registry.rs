@@ -13,6 +13,8 @@ use super::{ConnectionId, Joining};
 pub(super) struct Member {
     pub(super) name: String,
     pub(super) run: Option<RunKey>,
+    /// The name that it asked for.
+    wanted: String,
     id: String,
     device: String,
     addr: PeerRecord,
@@ -33,16 +35,32 @@ impl Registry {
         let Joining { name: wanted, id, key, device, addr, profile } = joining;
         let is_free = |name: &String| self.0.values().all(|m| m.name != *name);
         let numbered = (2..).map(|n| format!("{wanted}-{n}"));
-        let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or(wanted);
+        let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or_else(|| wanted.clone());
         let run = None;
-        let member =
-            Member { name: name.clone(), run, id, device, addr, profile, rhythm: Rhythm::new(now), key, away: None };
+        let member = Member {
+            name: name.clone(),
+            run,
+            wanted,
+            id,
+            device,
+            addr,
+            profile,
+            rhythm: Rhythm::new(now),
+            key,
+            away: None,
+        };
         self.0.insert(connection, member);
         name
     }
 
+    /// Takes a CompNode out. Whoever waits for its name, as its own process that was started again, has it from now on.
     pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<Member> {
-        self.0.remove(&connection)
+        let gone = self.0.remove(&connection)?;
+        let waits = |m: &&mut Member| m.run.is_none() && m.wanted == gone.name && m.name != gone.name;
+        if let Some(heir) = self.0.values_mut().find(waits) {
+            heir.name.clone_from(&gone.name);
+        }
+        Some(gone)
     }
 
     /// A sign of life. Whether the CompNode is known.
@@ -79,11 +97,10 @@ impl Registry {
         }
     }
 
-    /// So much memory is free there now: the next job is planned with it.
-    pub(super) fn has_room(&mut self, connection: ConnectionId, bytes: u64) {
-        if let Some(member) = self.0.get_mut(&connection) {
-            member.profile.memory_bytes = Some(bytes);
-        }
+    /// So much memory is free there now: the next job is planned with it. Whether that is more than before.
+    pub(super) fn has_room(&mut self, connection: ConnectionId, bytes: u64) -> bool {
+        let Some(member) = self.0.get_mut(&connection) else { return false };
+        member.profile.memory_bytes.replace(bytes).is_some_and(|before| bytes > before)
     }
 
     /// Its connection broke. Whether it is one that may come back to what it was doing.
@@ -126,7 +143,7 @@ impl Registry {
     /// Makes a CompNode idle; one that is away has nothing left to come back to. Whether it is still here.
     pub(super) fn release(&mut self, connection: ConnectionId) -> bool {
         if self.is_away(connection) {
-            self.0.remove(&connection);
+            self.remove(connection);
         }
         self.0.get_mut(&connection).map(|m| m.run = None).is_some()
     }

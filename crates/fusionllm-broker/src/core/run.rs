@@ -183,6 +183,20 @@ impl Run {
         all
     }
 
+    /// Step of the newest checkpoint of its own that there is, or may be before long.
+    pub(super) fn newest_checkpoint(&self) -> Option<u64> {
+        self.checkpoint.max(self.finishing.iter().max().copied())
+    }
+
+    /// A member has gone. Whether all that it had to do is done, and only the last checkpoint is being put in its place.
+    pub(super) fn ends_without(&mut self, gone: ConnectionId, now: Duration) -> bool {
+        let is_there = self.finishing.contains(&self.steps) || !self.open.contains_key(&self.steps);
+        let Some(node) = self.node_of(gone).filter(|_| self.merged == self.steps && is_there) else { return false };
+        self.finished.insert(node);
+        self.watchdog.moved = now;
+        true
+    }
+
     /// How long it would take to be here again from the newest checkpoint on, as far as is known.
     pub(super) fn restart_cost(&self) -> Duration {
         let again = self.merged.saturating_sub(self.checkpoint.unwrap_or(0));
@@ -196,7 +210,7 @@ impl Run {
         // What is no number says nothing.
         let ago = Duration::try_from_secs_f64(ago_s).unwrap_or(Duration::ZERO);
         if let Some(hearsay) = self.hearsay.get_mut(&about) {
-            hearsay.says(witness, now.saturating_sub(ago));
+            hearsay.says(witness, now.saturating_sub(ago), now);
         }
     }
 

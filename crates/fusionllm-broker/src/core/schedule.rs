@@ -8,6 +8,7 @@ use fusionllm_protocol::{
     Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RunKey, WeightSource,
 };
 
+use super::detector::SUSPECT;
 use super::run::{Run, param_names};
 use super::survey::WorkKey;
 use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint};
@@ -101,7 +102,10 @@ impl Core {
     fn holds_back(&mut self, job: JobId, now: Duration) -> bool {
         let Some(known) = self.jobs.get_mut(&job) else { return false };
         let waited = now.saturating_sub(*known.waits_since.get_or_insert(now));
-        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return false };
+        if known.recoveries.goes_on && (known.start.is_none() || known.recoveries.awaits_others(now)) {
+            return true;
+        }
+        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return waited < PATIENCE };
         let is_enough = self.compnodes.all().count() >= least_compnodes(&record.spec, start);
         let is_owner_here = record.spec.data.owner.as_ref().is_none_or(|owner| self.is_connected(owner));
         let turn = waited.as_secs() / TURN.as_secs();
@@ -131,14 +135,20 @@ impl Core {
         };
         let (spec, now) = (&record.spec, self.ticked.unwrap_or_default());
         let mut idle = self.compnodes.idle();
-        if let Some(owner) = &spec.data.owner {
+        if recoveries.goes_on {
+            // One that has died with another is silent, and not lost yet.
+            idle.retain(|&c| self.compnodes.phi(c, now) < SUSPECT);
+        }
+        // Who had the data has it still; another may have none, or other data.
+        let before = record.owner.as_ref().filter(|_| recoveries.goes_on);
+        if let Some(owner) = spec.data.owner.as_ref().or(before) {
             let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
             let at = at.ok_or_else(|| self.without_owner(owner))?;
             let owner = idle.remove(at);
             idle.insert(0, owner);
         }
         let most = least_compnodes(spec, start);
-        let needed = if recoveries.goes_on { after_a_loss(spec, start, most) } else { most };
+        let needed = after_a_loss(spec, start, most, recoveries.goes_on);
         if let Some(reason) = recoveries.waits(idle.len(), now) {
             return Err(reason);
         }
@@ -157,7 +167,7 @@ impl Core {
         }
         let names: Vec<String> = self.compnodes.all().map(|c| format!("`{}`", self.compnodes.name(c))).collect();
         let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        format!("CompNode `{owner}`, the data's owner (data.owner), has not joined; joined are {known}")
+        format!("CompNode `{owner}`, the data's owner, has not joined; joined are {known}")
     }
 
     /// Asks for a placement on these CompNodes and keeps them for it.
@@ -186,7 +196,9 @@ impl Core {
     pub(super) fn plan_no_more(&mut self, job: JobId) -> bool {
         let Some((_, members)) = self.jobs.get_mut(&job).and_then(|j| j.planning.take()) else { return false };
         for member in members {
-            self.compnodes.release(member);
+            if !self.compnodes.release(member) {
+                self.survey.left(member);
+            }
         }
         true
     }
@@ -202,7 +214,11 @@ impl Core {
         let is_wanted = |j: &&mut Job| j.planning.as_ref().is_some_and(|(wanted, _)| *wanted == number);
         let Some(known) = self.jobs.get_mut(&job).filter(is_wanted) else { return Vec::new() };
         let members = known.planning.as_ref().map(|(_, members)| members.clone()).unwrap_or_default();
+        let is_whole = members.iter().all(|&member| !self.compnodes.is_away(member));
         self.plan_no_more(job);
+        if !is_whole {
+            return self.schedule(now);
+        }
         let mut actions = match result {
             Ok(plan) => self.assign(job, plan, members, now),
             Err(error) => self.not_placed(job, &error, members),
@@ -254,9 +270,11 @@ impl Core {
             start_step: start.step,
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
+        let owner = members.first().map(|&owner| self.compnodes.name(owner)).unwrap_or_default();
         let assignments = self.assignments(key, &spec, &start, (&placement, &planned), &members);
         let run = Run::new(key, members, placement, &start, &spec, predicted_s, now);
         if let Some(known) = self.jobs.get_mut(&job) {
+            known.record.owner = Some(owner);
             known.run = Some(run);
             known.persisted = now;
             known.waits_since = None;
@@ -314,10 +332,16 @@ impl Core {
     }
 }
 
-/// How many CompNodes a job needs at least that has lost one: fewer than it asked for may do, unless it says what each holds.
-fn after_a_loss(spec: &JobSpec, start: &StartPoint, asked: usize) -> usize {
+/// How many CompNodes a job needs at least, which has perhaps lost one: fewer than it asked for may do then, unless it says
+/// what each holds.
+fn after_a_loss(spec: &JobSpec, start: &StartPoint, asked: usize, goes_on: bool) -> usize {
     let is_fixed = !spec.placement.stages.is_empty() || start.cluster.is_some();
-    if is_fixed { asked } else { asked.min(spec.survive.min_compnodes as usize) }
+    let least = spec.survive.min_compnodes as usize;
+    match spec.placement.compnodes {
+        _ if is_fixed || !goes_on => asked,
+        Some(_) => asked.min(least),
+        None => asked.max(least),
+    }
 }
 
 /// How many CompNodes a job needs at least.

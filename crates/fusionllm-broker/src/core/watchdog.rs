@@ -26,6 +26,9 @@ pub(super) struct Watchdog {
     /// Seconds of the slowest step so far, and before there is one of a predicted one.
     slowest_s: f64,
     has_stepped: bool,
+    /// Seconds of all steps so far, and how many they are.
+    sum_s: f64,
+    count: u32,
     /// Bytes of parameters, and of what the optimizer keeps of them.
     state_bytes: u64,
     /// Batches of an evaluation.
@@ -39,6 +42,8 @@ impl Watchdog {
             moved: now,
             slowest_s: sane(predicted_s),
             has_stepped: false,
+            sum_s: 0.0,
+            count: 0,
             state_bytes: spec.train.state_bytes(dag.param_bytes()),
             eval_batches: spec.train.eval_batches.into(),
         }
@@ -48,11 +53,14 @@ impl Watchdog {
     pub(super) fn stepped(&mut self, step_s: f64) {
         self.slowest_s = if self.has_stepped { self.slowest_s.max(sane(step_s)) } else { sane(step_s) };
         self.has_stepped = true;
+        self.sum_s += sane(step_s);
+        self.count = self.count.saturating_add(1);
     }
 
-    /// How long so many steps take, at most.
+    /// How long so many steps take, by the mean of those so far.
     pub(super) fn time_of(&self, steps: u64) -> Duration {
-        let step = Duration::from_secs_f64(self.slowest_s);
+        let mean_s = if self.count > 0 { self.sum_s / f64::from(self.count) } else { self.slowest_s };
+        let step = Duration::from_secs_f64(mean_s);
         step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
     }
 

@@ -281,11 +281,11 @@ impl Actor {
                 | Action::DropCheckpoint { .. }
                 | Action::WriteReport { .. } => self.files.perform(action),
                 Action::Persist { .. } | Action::Rewrite { .. } => self.records.perform(action),
-                Action::Load(record) => {
+                Action::Load(loading) => {
                     // What an earlier placement still has written and removed counts.
                     let (flushed, written) = oneshot::channel();
                     self.files.flush(flushed);
-                    work::load(self.to_self.clone(), *record, Arc::clone(&self.reach), written);
+                    work::load(self.to_self.clone(), *loading, Arc::clone(&self.reach), written);
                 }
                 Action::Plan { job, input } => work::plan(self.to_self.clone(), job, *input),
             }

@@ -175,6 +175,7 @@ mod tests {
             from_step: None,
             data: None,
             members: 0,
+            owner: None,
         }
     }
 

@@ -206,6 +206,7 @@ mod tests {
             from_step: None,
             data: None,
             members: 0,
+            owner: None,
         };
         let lock = FolderLock::take(&run_dir, &file.run).unwrap();
         restored(record(JobState::Running));
@@ -260,6 +261,7 @@ mod tests {
             from_step: None,
             data: None,
             members: 0,
+            owner: None,
         };
         let step_of = |record: &JobRecord, step| resumed_start(record, &record.spec, step).map(|start| start.step);
         for dir_is_there in [false, true] {

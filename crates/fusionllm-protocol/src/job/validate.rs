@@ -75,6 +75,13 @@ impl JobSpec {
         if let Some(count) = self.placement.compnodes {
             at_most("placement.compnodes", count.into(), MAX_COMPNODES as u64)?;
         }
+        let least = self.survive.min_compnodes;
+        if let Some(asked) = self.placement.compnodes.filter(|&asked| least > asked) {
+            return fail(
+                "survive.min_compnodes",
+                format!("is {least}, expected at most placement.compnodes = {asked}"),
+            );
+        }
         at_most("survive.min_compnodes", self.survive.min_compnodes.into(), MAX_COMPNODES as u64)?;
         self.validate_texts()
     }

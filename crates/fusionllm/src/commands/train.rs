@@ -27,7 +27,7 @@ const PROMPT: &str = "The ";
 /// Tokens that it writes.
 const SAMPLE_TOKENS: usize = 80;
 
-/// So many processes may end without a step in between before none is started again.
+/// So many processes may end without a step in between before training is given up.
 const MOST_DEATHS: u32 = 8;
 
 /// Why there is no run.
@@ -258,9 +258,11 @@ async fn run_job(
             Death { index, status } = compnodes.death(), if cut_short.is_none() => {
                 broker.lost(local_name(index), format!("its process ended ({status})")).await.map_err(broker_error)?;
                 deaths += 1;
-                let again = checked.spec.survive.enabled && deaths <= MOST_DEATHS;
-                if !compnodes.restart_if(again, index)? {
-                    cut_short = Some(CutShort::Died(local_name(index)));
+                // Where jobs are to fail by it, the broker has seen to that.
+                if checked.spec.survive.enabled && deaths <= MOST_DEATHS {
+                    compnodes.restart(index)?;
+                } else if checked.spec.survive.enabled {
+                    cut_short = Some(CutShort::Died(local_name(index), deaths));
                     stop_if_at_work(broker, job).await?;
                 }
                 continue;
@@ -280,19 +282,11 @@ async fn run_job(
         if let JobEvent::State { state, .. } = &event
             && state.is_final()
         {
-            if *state != JobState::Stopped {
-                super::follow::outcome(state)?;
-            } else {
-                return Err(match cut_short {
-                    Some(CutShort::Died(name)) => anyhow::anyhow!("{name} ended, and no CompNode is left; {way}"),
-                    // It is said where it still can.
-                    Some(CutShort::Unread(error)) => anyhow::anyhow!("{error:#}; training was stopped: {way}"),
-                    None => {
-                        let steps = checked.spec.train.steps;
-                        anyhow::anyhow!("interrupted, the job was stopped after step {step} of {steps}: {way}")
-                    }
-                });
+            if *state == JobState::Stopped {
+                let steps = checked.spec.train.steps;
+                return Err(cut_short.unwrap_or(CutShort::Interrupted { step, steps }).error(&way));
             }
+            super::follow::outcome(state)?;
             return broker.report(job).await.map_err(broker_error);
         }
     }
@@ -308,10 +302,27 @@ async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
 
 /// Why a job is stopped that its user did not stop.
 enum CutShort {
-    /// The process of this CompNode ended.
-    Died(String),
+    /// The process of this CompNode ended, and processes so many times in a row without a step.
+    Died(String, u32),
     /// Nobody reads the output, or it cannot be written.
     Unread(anyhow::Error),
+    /// Whoever ran it has stopped it, after this step of so many.
+    Interrupted { step: u64, steps: u64 },
+}
+
+impl CutShort {
+    /// The same for people, with the way on where it can still be said.
+    fn error(self, way: &WayOn) -> anyhow::Error {
+        match self {
+            Self::Died(name, times) => {
+                anyhow::anyhow!("{name} ended, for the {times}th time in a row without a step; {way}")
+            }
+            Self::Unread(error) => anyhow::anyhow!("{error:#}; training was stopped: {way}"),
+            Self::Interrupted { step, steps } => {
+                anyhow::anyhow!("interrupted, the job was stopped after step {step} of {steps}: {way}")
+            }
+        }
+    }
 }
 
 /// How a run goes on that was stopped. Nothing is read for it before it is asked for, and no checkpoint as a whole:

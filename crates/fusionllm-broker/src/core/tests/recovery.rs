@@ -10,15 +10,16 @@ fn left(connection: u64) -> CoreEvent {
     CoreEvent::Left { connection: ConnectionId(connection), reason: "its process ended".to_owned() }
 }
 
-/// What is asked for is read: the job goes on after `step`.
-fn load(core: &mut Core, actions: &[Action], step: u64, now: Duration) -> Vec<Action> {
-    let record = actions.iter().find_map(|action| match action {
-        Action::Load(record) => Some(record),
+/// What is asked for is read, if it is: the job goes on after `step`.
+fn load(core: &mut Core, mut actions: Vec<Action>, step: u64, now: Duration) -> Vec<Action> {
+    let loading = actions.iter().find_map(|action| match action {
+        Action::Load(loading) => Some(loading),
         _ => None,
     });
-    let record = record.expect("nothing is to be read");
-    let result = Box::new(Ok(start(&record.spec, step)));
-    let actions = core.handle(CoreEvent::Loaded { job: record.job, result }, now);
+    let Some(loading) = loading else { return measure_at(core, actions, now) };
+    let result = Box::new(Ok(start(&loading.record.spec, step)));
+    let (job, number) = (loading.record.job, loading.number);
+    actions.extend(core.handle(CoreEvent::Loaded { job, number, result }, now));
     measure_at(core, actions, now)
 }
 
@@ -77,7 +78,7 @@ fn a_job_that_loses_a_compnode_goes_on_with_the_others() {
     assert_eq!(states(&actions)[0], JobState::Waiting { reason: told.to_owned() });
     assert!(matches!(sent(&actions)[..], [(1, FromBroker::Abort { .. })]), "{actions:?}");
     assert_eq!(waits_for(&core), "what it starts from is being read");
-    let actions = load(&mut core, &actions, 3, NOW);
+    let actions = load(&mut core, actions, 3, NOW);
     assert_eq!(assigned(&actions), []);
     assert_eq!(waits_for(&core), "1 of 2 CompNodes are there, and the others may come back in a moment");
     let actions = tick(&mut core, NOW + AFTER_RESTART);
@@ -97,7 +98,7 @@ fn a_job_that_loses_a_compnode_goes_on_with_the_others() {
 fn a_process_that_is_started_again_is_waited_for() {
     let mut core = at_step(3);
     let actions = tell(&mut core, left(2), NOW);
-    load(&mut core, &actions, 3, NOW);
+    load(&mut core, actions, 3, NOW);
     let actions = join(&mut core, 3, "b");
     assert_eq!(assigned(&actions), [(1, 3), (3, 3)]);
 }
@@ -108,7 +109,7 @@ fn a_job_goes_on_with_no_fewer_compnodes_than_it_must_have() {
     for (least, expected) in [(1, vec![(1, 0)]), (2, vec![])] {
         let mut core = running_with(&["placement.compnodes=2", &format!("survive.min_compnodes={least}")]);
         let actions = tell(&mut core, left(2), NOW);
-        load(&mut core, &actions, 0, NOW);
+        load(&mut core, actions, 0, NOW);
         let actions = tick(&mut core, NOW + AFTER_RESTART);
         assert_eq!(assigned(&actions), expected);
     }
@@ -124,7 +125,7 @@ fn what_always_fails_at_the_same_step_fails() {
         if time == 4 {
             break;
         }
-        let actions = load(&mut core, &actions, 0, NOW);
+        let actions = load(&mut core, actions, 0, NOW);
         assert_eq!(assigned(&actions), [(1, 0), (2, 0)], "all are still there");
         key = RunKey { generation: Generation(key.generation.0 + 1), ..KEY };
         for connection in [1, 2] {
@@ -165,15 +166,16 @@ fn a_job_that_does_not_fit_on_the_rest_waits() {
     }
     assert_eq!(state(&core, 1), JobState::Running);
     let actions = tell(&mut core, left(2), NOW);
-    load(&mut core, &actions, 3, NOW);
+    load(&mut core, actions, 3, NOW);
     let actions = tick(&mut core, NOW + AFTER_RESTART);
     assert_eq!(assigned(&actions), []);
     let reason = waits_for(&core);
     assert!(reason.starts_with("it waits for more CompNodes: ") || reason.contains("needs at least"), "{reason}");
     let actions = tick(&mut core, NOW + AFTER_RESTART + Duration::from_secs(1));
     assert!(actions.is_empty(), "it is not tried again and again: {actions:?}");
-    let actions = join(&mut core, 3, "c");
-    assert_eq!(assigned(&actions).len(), 2, "{} {actions:?}", waits_for(&core));
+    join(&mut core, 3, "c");
+    let actions = tick(&mut core, NOW + AFTER_RESTART + Duration::from_secs(2));
+    assert_eq!(assigned(&actions).len(), 2, "{actions:?}");
 }
 
 #[test]
@@ -184,8 +186,8 @@ fn a_restarted_broker_takes_its_jobs_back() {
     let actions = measure(&mut core, actions);
     let told =
         "the broker restarted after step 5; the job goes on from the checkpoint of step 3, 2 steps are done again";
-    assert_eq!(waits_for(&core), told);
-    load(&mut core, &actions, 3, NOW);
+    assert_eq!(waits_for(&core), "the broker restarted after step 5");
+    load(&mut core, actions, 3, NOW);
     assert_eq!(assigned(&join(&mut core, 1, "a")), [], "the other one may be on its way");
     let actions = join(&mut core, 2, "b");
     assert_eq!(assigned(&actions), [(1, 3), (2, 3)]);
@@ -198,7 +200,7 @@ fn a_compnode_that_stays_away_from_a_restarted_broker_is_done_without() {
     let record = JobRecord { state, members: 2, ..at_step(5).record(JobId(1)).unwrap().clone() };
     let (mut core, actions) =
         Core::restore(vec![Restored { record, reached: None, checkpoint: Some(3) }], ResumedBy::default());
-    load(&mut core, &actions, 3, NOW);
+    load(&mut core, actions, 3, NOW);
     assert_eq!(assigned(&join(&mut core, 1, "a")), []);
     assert_eq!(assigned(&tick(&mut core, RETURN + Duration::from_secs(1))), [(1, 3)]);
 }
@@ -285,4 +287,99 @@ fn a_compnode_that_comes_back_elsewhere_is_told_of() {
     assert_eq!(sent(&actions), [(1, &moved)]);
     let (_, actions) = core.rejoin(ConnectionId(2), Joining { addr: there, ..joining("b") }, NOW).unwrap();
     assert_eq!(sent(&actions), []);
+}
+
+/// The first to come back is not who has the data, only because it is the first.
+#[test]
+fn the_data_stays_with_who_has_read_it() {
+    let mut core = at_step(5);
+    let actions = tell(&mut core, left(1), NOW);
+    load(&mut core, actions, 3, NOW);
+    let actions = tick(&mut core, NOW + AFTER_RESTART);
+    assert_eq!(assigned(&actions), []);
+    assert_eq!(waits_for(&core), "CompNode `a`, the data's owner, has not joined; joined are `b`");
+    let actions = join(&mut core, 3, "a");
+    let actions = if assigned(&actions).is_empty() { tick(&mut core, NOW + AFTER_RESTART) } else { actions };
+    let nodes = sent(&actions).into_iter().filter_map(|(to, message)| match message {
+        FromBroker::Assign(assignment) => Some((to, assignment.node)),
+        _ => None,
+    });
+    assert_eq!(nodes.collect::<Vec<_>>()[0], (3, NodeIndex(0)));
+}
+
+/// All is done but that the broker checks the last checkpoint.
+#[test]
+fn who_leaves_after_the_last_shard_costs_nothing() {
+    let mut core = running();
+    for number in 1..=6 {
+        for connection in [1, 2] {
+            say(&mut core, connection, step(KEY, number, Some(1.0)));
+        }
+    }
+    for (connection, node) in [(1, 0), (2, 1)] {
+        let stored =
+            |step| CoreEvent::ShardStored { key: KEY, step, node: NodeIndex(node), shard: StoredShard::default() };
+        tell(&mut core, stored(3), NOW);
+        tell(&mut core, stored(6), NOW);
+        say(&mut core, connection, FromCompNode::Finished { key: KEY });
+    }
+    tell(&mut core, left(2), NOW);
+    assert_eq!(state(&core, 1), JobState::Running);
+    for step in [3, 6] {
+        let (path, checksum) = (PathBuf::from("/c"), "c".to_owned());
+        tell(&mut core, CoreEvent::CheckpointFinished { key: KEY, step, path, checksum }, NOW);
+    }
+    assert_eq!(state(&core, 1), JobState::Done);
+}
+
+/// What it began with is more than its own folder has: another run's checkpoint, a tokenizer.
+#[test]
+fn a_job_without_a_checkpoint_starts_again_where_it_started() {
+    let mut core = core(2);
+    let spec = testing::spec(&[]);
+    let actions = core.submit(spec.clone(), start(&spec, 2), PathBuf::from("/runs/x"), NOW).unwrap().1;
+    measure(&mut core, actions);
+    for connection in [1, 2] {
+        say(&mut core, connection, ready(KEY));
+    }
+    core.jobs.get_mut(&JobId(1)).unwrap().run.as_mut().unwrap().checkpoint = None;
+    let actions = tell(&mut core, left(2), NOW);
+    assert!(!actions.iter().any(|action| matches!(action, Action::Load(_))));
+    assert_eq!(assigned(&tick(&mut core, NOW + AFTER_RESTART)), [(1, 2)]);
+}
+
+#[test]
+fn a_start_that_was_read_for_an_earlier_loss_is_not_taken() {
+    let mut core = at_step(5);
+    let first = tell(&mut core, left(2), NOW);
+    core.stop(JobId(1), NOW).unwrap();
+    let spec = core.record(JobId(1)).unwrap().spec.clone();
+    core.resume(JobId(1), spec.clone(), start(&spec, 3), Some(3), NOW).unwrap();
+    load(&mut core, first, 0, NOW);
+    assert_eq!(core.record(JobId(1)).unwrap().step, 3);
+}
+
+/// The first that waits is the one that has just lost a machine.
+#[test]
+fn a_job_behind_does_not_take_the_machines_of_one_that_recovers() {
+    let mut core = at_step(5);
+    submit(&mut core, &[]);
+    let actions = tell(&mut core, left(2), NOW);
+    let actions = load(&mut core, actions, 3, NOW);
+    assert_eq!(assigned(&actions), []);
+    let actions = tick(&mut core, NOW + AFTER_RESTART);
+    assert_eq!(assigned(&actions), [(1, 3)]);
+    assert!(matches!(state(&core, 2), JobState::Waiting { .. }));
+}
+
+/// It comes back before the one that it was counts as lost.
+#[test]
+fn a_process_that_is_started_again_has_its_name_back() {
+    let mut core = at_step(5);
+    join(&mut core, 3, "a");
+    assert_eq!(core.compnodes.name(ConnectionId(3)), "a-2");
+    let actions = tell(&mut core, left(1), NOW);
+    assert_eq!(core.compnodes.name(ConnectionId(3)), "a");
+    let actions = load(&mut core, actions, 3, NOW);
+    assert!(assigned(&actions).contains(&(3, 3)), "{}", waits_for(&core));
 }
