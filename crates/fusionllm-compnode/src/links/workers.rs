@@ -23,7 +23,12 @@ impl Workers {
             Self::Threads => spawn_blocking(work).await,
             #[cfg(test)]
             Self::Simulated(dice) => {
-                let takes = rand::RngExt::random_range(&mut *dice.lock().unwrap(), 0..20);
+                let takes = {
+                    let mut dice = dice.lock().unwrap();
+                    // Now and then so long that its stream is lost, and another one there, before it is done.
+                    let longest = if rand::RngExt::random_range(&mut *dice, 0..16) == 0 { 3_000 } else { 20 };
+                    rand::RngExt::random_range(&mut *dice, 0..longest)
+                };
                 let working = tokio::spawn(async move {
                     tokio::time::sleep(std::time::Duration::from_millis(takes)).await;
                     work()
