@@ -16,6 +16,8 @@ use super::*;
 use crate::channel_codec::ChannelDecoder;
 use crate::testing::{histories, in_virtual_time};
 
+/// Of what flows over an edge.
+const SHAPE: [usize; 2] = [4, 8];
 const STEPS: Range<u64> = 2..5;
 const MICRO_BATCHES: u32 = 3;
 const EVAL_MICRO_BATCHES: u32 = 2;
@@ -34,12 +36,14 @@ fn pipeline(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         op: OpId(n),
         from: StageId(n),
         to: StageId(n + 1),
+        elements: SHAPE.iter().product::<usize>() as u64,
         ..base.placement.edges[0]
     };
     let mut spec = base.spec.clone();
     spec.train.steps = STEPS.end;
     spec.train.eval_every = 2;
     spec.compression.error_feedback = true;
+    spec.compression.predict = true;
     let mut placement = base.placement.clone();
     placement.compnodes = (0..count).map(|n| format!("node{n}")).collect();
     placement.stages = (0..count).map(stage).collect();
@@ -55,9 +59,12 @@ fn sent_into(slot: Slot) -> Message {
     let mut hasher = DefaultHasher::new();
     format!("{slot:?}").hash(&mut hasher);
     let mut dice = ChaCha8Rng::seed_from_u64(hasher.finish());
-    let lossy = [Codec::Int4, Codec::Bf16, Codec::Dense, "topk:0.25:f32".parse().unwrap(), Codec::Int8];
+    // Both ends of transform coding, and of an activation's prediction, hold something from message to message.
+    let lossy = ["int4", "bf16", "dense", "topk:0.25:f32", "transform:2", "transform:2"];
     let (shape, codec): (Vec<usize>, Codec) = match slot.channel {
-        Channel::Activation(_) | Channel::Gradient(_) => (vec![2, 3], lossy[dice.random_range(0..lossy.len())]),
+        Channel::Activation(_) | Channel::Gradient(_) => {
+            (SHAPE.to_vec(), lossy[dice.random_range(0..lossy.len())].parse().unwrap())
+        }
         Channel::Tied { .. } => (vec![dice.random_range(1..40), 4], Codec::Dense),
         Channel::NormPart { .. } | Channel::NormTotal { .. } => (Vec::new(), Codec::Dense),
     };
