@@ -85,8 +85,12 @@ values = "bf16"
 every = 5
 keep = 0
 to = "kept"
+[survive]
+enabled = false
+min_compnodes = 2
 "#;
     let mut spec = read(text, &[]).unwrap();
+    assert_eq!(spec.survive, crate::SurviveSpec { enabled: false, min_compnodes: 2 });
     assert_eq!(spec.placement.stages.len(), 2);
     assert_eq!(spec.codec(), fusionllm_codec::Codec::Bf16);
     assert_eq!(spec.placement_spec().micro_batch_size, 2);
