@@ -87,8 +87,8 @@ impl Core {
         let mut actions = Vec::new();
         for Restored { mut record, reached, checkpoint } in jobs {
             let id = record.job;
-            let state_is_final = record.state.is_final();
-            let was_at_work = !record.state.is_final() && !matches!(record.state, JobState::Waiting { .. });
+            let is_open = !record.state.is_final();
+            let was_at_work = is_open && !matches!(record.state, JobState::Waiting { .. });
             let (steps, chosen) = (record.spec.train.steps, record.from_step);
             // Where it waits, its metrics may go on after the step that it goes on from.
             if let Some((step, loss)) =
@@ -101,7 +101,7 @@ impl Core {
             let is_done = chosen.is_none() && checkpoint.is_some_and(|step| step >= steps);
             if was_at_work {
                 actions.extend(core.was_at_work(id, is_done, chosen.or(checkpoint)));
-            } else if !state_is_final {
+            } else if is_open {
                 actions.extend(core.waited(id, is_done));
             }
         }

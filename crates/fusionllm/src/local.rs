@@ -60,10 +60,12 @@ struct Starter {
 }
 
 impl Starter {
-    fn start(&self, index: u32) -> anyhow::Result<Child> {
+    /// Starts number `index`, which measures its device again if `fresh_profile` says so.
+    fn start(&self, index: u32, fresh_profile: bool) -> anyhow::Result<Child> {
         Command::new(&self.program)
             .args(["join", "--child", "--bind", "127.0.0.1:0", "--name", &local_name(index)])
             .args(&self.arguments)
+            .args(fresh_profile.then_some("--fresh-profile"))
             .env("FUSIONLLM_TICKET", &self.ticket)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -89,20 +91,15 @@ impl LocalCompNodes {
         let scratch = [OsStr::new("--scratch"), home.scratch.as_os_str()];
         let data = home.data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]);
         let plain = ["--device", device, "--threads", &threads].into_iter().map(OsStr::new);
-        let mut arguments: Vec<OsString> = plain.chain(scratch).chain(data).map(OsStr::to_owned).collect();
+        let arguments = plain.chain(scratch).chain(data).map(OsStr::to_owned).collect();
         let ticket = broker.ticket().to_string();
-        let fresh = fresh_profile.then(|| OsString::from("--fresh-profile"));
-        let first: Vec<OsString> = arguments.iter().cloned().chain(fresh).collect();
-        let rest = std::mem::replace(&mut arguments, first);
         let starter = Starter { program, arguments, ticket };
         let mut started = Self { starter, children: Vec::new(), deaths: Vec::new() };
         for index in 0..count {
-            let child = started.starter.start(index)?;
+            let child = started.starter.start(index, fresh_profile)?;
             started.children.push(Some(child));
             started.wait_for(broker, index as usize + 1).await?;
         }
-        // One that is started again need not measure again.
-        started.starter.arguments = rest;
         Ok(started)
     }
 
@@ -112,7 +109,8 @@ impl LocalCompNodes {
     /// If the program cannot be started.
     pub(crate) fn restart(&mut self, index: u32) -> anyhow::Result<()> {
         if let Some(place) = self.children.get_mut(index as usize) {
-            *place = Some(self.starter.start(index)?);
+            // What it measured at its first start is known.
+            *place = Some(self.starter.start(index, false)?);
             self.deaths.retain(|(other, _)| *other != index);
         }
         Ok(())

@@ -8,8 +8,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::{FromBroker, RunKey};
+use fusionllm_protocol::FromBroker;
 
 use super::members::LEASE;
 use super::run::Run;
@@ -89,20 +88,6 @@ impl Rhythm {
 }
 
 impl Core {
-    /// A member of a run tells when it last heard of another.
-    pub(super) fn peer_heard(
-        &mut self,
-        key: RunKey,
-        witness: ConnectionId,
-        peer: NodeIndex,
-        ago_s: f64,
-        now: Duration,
-    ) {
-        if let Some(run) = self.run_mut(key) {
-            run.peer_heard(witness, peer, ago_s, now);
-        }
-    }
-
     /// Asks about members of runs that are silent. Gives those that count as lost, and why.
     pub(super) fn detect(&mut self, now: Duration) -> (Vec<Action>, Vec<(ConnectionId, String)>) {
         let (mut questions, mut lost) = (Vec::new(), Vec::new());

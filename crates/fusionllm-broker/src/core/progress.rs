@@ -23,7 +23,9 @@ impl Core {
                 vec![Action::Send { to: connection, message }]
             }
             FromCompNode::PeerHeard { key, peer, ago_s } => {
-                self.peer_heard(key, connection, peer, ago_s, now);
+                if let Some(run) = self.run_mut(key) {
+                    run.peer_heard(connection, peer, ago_s, now);
+                }
                 Vec::new()
             }
             FromCompNode::Room { bytes } => {

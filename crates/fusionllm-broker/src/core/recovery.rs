@@ -189,7 +189,7 @@ fn awaited(record: &JobRecord) -> usize {
 }
 
 /// From where a job goes on that had done `step` steps.
-pub(super) fn goes_on(step: u64, checkpoint: Option<u64>) -> String {
+fn goes_on(step: u64, checkpoint: Option<u64>) -> String {
     let from = match checkpoint {
         Some(from) => format!("the job goes on from the checkpoint of step {from}"),
         None => "the job begins anew, there is no checkpoint yet".to_owned(),

@@ -300,7 +300,7 @@ async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
     }
 }
 
-/// Why a job is stopped that its user did not stop.
+/// Why a job was stopped before its end.
 enum CutShort {
     /// The process of this CompNode ended, and processes so many times in a row without a step.
     Died(String, u32),
