@@ -11,16 +11,9 @@ use crate::run_dir::RunFile;
 mod copy;
 use copy::copy_fixture;
 
-/// How many histories are looked at: as many as usual, or as the environment asks for.
-pub(crate) fn histories(usual: u64) -> u64 {
-    std::env::var("FUSIONLLM_HISTORIES").ok().and_then(|count| count.parse().ok()).unwrap_or(usual)
-}
-
-/// Runs a history to its end, in simulated time.
-pub(crate) fn in_virtual_time<T>(history: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    runtime.block_on(history)
-}
+#[path = "../../../tests/histories.rs"]
+mod histories;
+pub(crate) use histories::{all_hold, each_is_one};
 
 /// A tiny GPT-2 on CompNodes as many as there are, with `section.key=value` overrides.
 pub(crate) fn spec(overrides: &[&str]) -> JobSpec {

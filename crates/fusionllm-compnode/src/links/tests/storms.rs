@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 use crate::channel_codec::ChannelDecoder;
-use crate::testing::{histories, in_virtual_time};
+use crate::testing::{all_hold, each_is_one};
 
 /// Of what flows over an edge.
 const SHAPE: [usize; 2] = [4, 8];
@@ -255,21 +255,10 @@ fn tail(network: &Network) -> String {
 
 #[test]
 fn each_message_comes_once_in_order_and_whole_over_any_storm() {
-    let (mut breaks, count) = (0, histories(300));
-    for seed in 0..count {
-        breaks += in_virtual_time(history(seed)).matches(" breaks from ").count() as u64;
-    }
-    assert!(breaks > count, "{breaks} breaks in {count} histories");
+    all_hold(300, history);
 }
 
 #[test]
 fn one_seed_gives_one_history() {
-    for seed in 0..histories(50) {
-        let logs = [(); 2].map(|()| in_virtual_time(history(seed)));
-        if logs[0] != logs[1] {
-            let differs = logs[0].lines().zip(logs[1].lines()).position(|(a, b)| a != b).unwrap_or(usize::MAX);
-            let around = |log: &str| log.lines().skip(differs.saturating_sub(5)).take(8).collect::<Vec<_>>().join("\n");
-            panic!("seed {seed}, line {differs}:\n{}\nor\n{}", around(&logs[0]), around(&logs[1]));
-        }
-    }
+    each_is_one(50, history);
 }

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::testing::{histories, in_virtual_time};
+use crate::testing::{all_hold, each_is_one};
 
 /// Messages each way.
 const SAID: u64 = 30;
@@ -229,16 +229,10 @@ async fn history(seed: u64) -> String {
 
 #[test]
 fn what_is_said_both_ways_comes_once_and_in_order_over_any_storm() {
-    let (mut breaks, count) = (0, histories(100));
-    for seed in 0..count {
-        breaks += in_virtual_time(history(seed)).matches(" breaks from ").count() as u64;
-    }
-    assert!(breaks > count, "{breaks} breaks in {count} histories");
+    all_hold(100, history);
 }
 
 #[test]
 fn one_seed_gives_one_history() {
-    for seed in 0..histories(50) {
-        assert!(in_virtual_time(history(seed)) == in_virtual_time(history(seed)), "seed {seed}");
-    }
+    each_is_one(50, history);
 }
