@@ -198,27 +198,17 @@ impl JobLinks {
         });
         let links = Arc::clone(self);
         self.spawn(async move {
-            let heard = async {
-                match links.heard.get(peer) {
-                    Some(heard) => heard.watch(&session).await,
-                    None => std::future::pending().await,
-                }
-            };
-            let reason = tokio::select! {
-                reason = session.closed() => reason,
-                () = heard => return,
-            };
+            let (Some(slot), Some(heard)) = (links.sessions.get(peer), links.heard.get(peer)) else { return };
+            let reason = heard.watch(&session).await;
             tracing::debug!(peer = links.name_of(peer), reason = %reason.reason, "connection closed");
-            if let Some(slot) = links.sessions.get(peer) {
-                // Only if no newer one took its place.
-                slot.send_if_modified(|current| {
-                    let same = current.as_ref().is_some_and(|c| c.is_same(&session));
-                    if same {
-                        *current = None;
-                    }
-                    same
-                });
-            }
+            // Only if no newer one took its place.
+            slot.send_if_modified(|current| {
+                let same = current.as_ref().is_some_and(|c| c.is_same(&session));
+                if same {
+                    *current = None;
+                }
+                same
+            });
         });
     }
 

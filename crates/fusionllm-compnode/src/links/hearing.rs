@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use fusionllm_transport::Session;
+use fusionllm_transport::{CloseReason, Session};
 use tokio::time::{Instant, sleep};
 
 /// How often it is looked whether something has come.
@@ -19,8 +19,10 @@ impl Heard {
         self.lock().map(|at| at.elapsed())
     }
 
-    /// Watches a connection until it is dropped.
-    pub(super) async fn watch(&self, session: &Session) {
+    /// Watches a connection to its end. Gives why it ended.
+    pub(super) async fn watch(&self, session: &Session) -> CloseReason {
+        let closed = session.closed();
+        tokio::pin!(closed);
         let mut bytes = None;
         loop {
             // Packets that only confirm or ask whether somebody is there count, too.
@@ -29,7 +31,11 @@ impl Heard {
                 bytes = received;
                 *self.lock() = Some(Instant::now());
             }
-            sleep(EACH).await;
+            tokio::select! {
+                biased;
+                reason = &mut closed => return reason,
+                () = sleep(EACH) => {}
+            }
         }
     }
 
