@@ -61,4 +61,11 @@ impl Job {
             loading: None,
         }
     }
+
+    /// Name of the CompNode that must read its data: the one that it names, or if it goes on, the one that did; another may
+    /// have none, or other data.
+    pub(super) fn owner(&self) -> Option<&String> {
+        let before = self.record.owner.as_ref().filter(|_| self.recoveries.goes_on);
+        self.record.spec.data.owner.as_ref().or(before)
+    }
 }

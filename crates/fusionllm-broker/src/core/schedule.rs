@@ -105,9 +105,11 @@ impl Core {
         if known.recoveries.goes_on && (known.start.is_none() || known.recoveries.awaits_others(now)) {
             return true;
         }
-        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return waited < PATIENCE };
+        let Some(known @ Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
+            return waited < PATIENCE;
+        };
         let is_enough = self.compnodes.all().count() >= least_compnodes(&record.spec, start);
-        let is_owner_here = record.spec.data.owner.as_ref().is_none_or(|owner| self.is_connected(owner));
+        let is_owner_here = known.owner().is_none_or(|owner| self.is_connected(owner));
         let turn = waited.as_secs() / TURN.as_secs();
         waited < PATIENCE || is_enough && is_owner_here && turn % 2 == 1
     }
@@ -130,7 +132,7 @@ impl Core {
 
     /// The CompNodes for a job, data owner first, or what it waits for.
     fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
-        let Some(Job { record, start: Some(start), recoveries, .. }) = self.jobs.get(&job) else {
+        let Some(known @ Job { record, start: Some(start), recoveries, .. }) = self.jobs.get(&job) else {
             return Err("what it starts from is being read".to_owned());
         };
         let (spec, now) = (&record.spec, self.ticked.unwrap_or_default());
@@ -139,9 +141,7 @@ impl Core {
             // One that has died with another is silent, and not lost yet.
             idle.retain(|&c| self.compnodes.phi(c, now) < SUSPECT);
         }
-        // Who had the data has it still; another may have none, or other data.
-        let before = record.owner.as_ref().filter(|_| recoveries.goes_on);
-        if let Some(owner) = spec.data.owner.as_ref().or(before) {
+        if let Some(owner) = known.owner() {
             let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
             let at = at.ok_or_else(|| self.without_owner(owner))?;
             let owner = idle.remove(at);
