@@ -4,8 +4,10 @@ mod export_folder;
 mod hugging_face;
 mod shard;
 mod shard_file;
+mod shard_stream;
 
 pub use export_folder::ExportFolder;
 pub use hugging_face::export_hugging_face;
 pub use shard::{read_shard, write_shard, write_shard_to};
-pub(crate) use shard_file::{CHUNK_BYTES, ShardFile};
+pub(crate) use shard_file::{CHUNK_BYTES, ShardFile, ShardTensors};
+pub(crate) use shard_stream::{StreamError, receive_content, send_content};

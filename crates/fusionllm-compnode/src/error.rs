@@ -270,6 +270,14 @@ pub enum CompNodeError {
     /// Its own address cannot be had.
     #[error(transparent)]
     Bind(#[from] fusionllm_transport::BindError),
+    /// A snapshot that it was to begin with, or to keep, cannot be had.
+    #[error("the snapshot of step {step}: {reason}")]
+    Snapshot {
+        /// Its updates done.
+        step: u64,
+        /// Why.
+        reason: String,
+    },
     /// Data is unusable.
     #[error(transparent)]
     Data(DataError),

@@ -26,6 +26,7 @@ mod optimizer;
 mod params;
 mod profile;
 mod residuals;
+mod snapshots;
 mod step_log;
 mod stop;
 mod task_loop;

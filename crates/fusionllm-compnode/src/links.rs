@@ -31,6 +31,7 @@ use crate::ExchangeError;
 use crate::channel_codec::{ChannelEncoder, ChannelOptions, Found};
 use crate::exchange::{Exchange, LinkTally, Message};
 use crate::mailbox::{Arrived, Mailbox, Slot};
+use crate::snapshots::SnapshotStore;
 pub(crate) use bounds::EdgeTensors;
 use hearing::Heard;
 use incoming::{Incoming, Line};
@@ -82,15 +83,27 @@ pub struct JobLinks {
     clips: bool,
     /// What flows over edges, once the OP-DAG has been read.
     tensors: OnceLock<EdgeTensors>,
+    /// What others may fetch of this job.
+    snapshots: Option<Arc<SnapshotStore>>,
 }
 
 impl JobLinks {
     /// The wires of an assigned job, from `endpoint`; nothing is dialled yet.
     pub fn new(endpoint: Endpoint, assignment: &Assignment) -> Arc<Self> {
-        Self::with_workers(endpoint, assignment, Workers::default())
+        Self::with_workers(endpoint, assignment, Workers::default(), None)
     }
 
-    fn with_workers(endpoint: Endpoint, assignment: &Assignment, workers: Workers) -> Arc<Self> {
+    /// The same, over which the job's CompNodes may fetch the snapshots that are here, too.
+    pub(crate) fn lending(endpoint: Endpoint, assignment: &Assignment, snapshots: Arc<SnapshotStore>) -> Arc<Self> {
+        Self::with_workers(endpoint, assignment, Workers::default(), Some(snapshots))
+    }
+
+    fn with_workers(
+        endpoint: Endpoint,
+        assignment: &Assignment,
+        workers: Workers,
+        snapshots: Option<Arc<SnapshotStore>>,
+    ) -> Arc<Self> {
         let peers = &assignment.peers;
         let train = &assignment.spec.train;
         let mailbox = Arc::new(Mailbox::default());
@@ -115,6 +128,7 @@ impl JobLinks {
             eval_every: train.eval_every,
             clips: train.clip > 0.0,
             tensors: OnceLock::new(),
+            snapshots,
         })
     }
 
@@ -166,6 +180,12 @@ impl JobLinks {
     /// How long ago a packet last came from a peer; nothing if there was no connection to it yet.
     pub(crate) fn heard(&self, peer: NodeIndex) -> Option<Duration> {
         self.heard.get(peer.index())?.ago()
+    }
+
+    /// The connection to a peer, if there is one now.
+    pub(crate) fn session_with(&self, peer: PeerId) -> Option<Session> {
+        let at = self.peers.iter().position(|addr| addr.borrow().id == peer)?;
+        self.sessions.get(at)?.borrow().clone()
     }
 
     /// Runs a task that ends with the job.
@@ -248,7 +268,8 @@ impl JobLinks {
         let tied = self.placement.tied.iter().map(|tied| Channel::Tied { param: tied.param, from });
         let norms = [Channel::NormPart { from }, Channel::NormTotal { to: self.node }];
         let channels = edges.chain(tied).chain(norms).filter(|&channel| self.sender_of(channel) == Some(from));
-        u32::try_from(2 * channels.count()).unwrap_or(u32::MAX)
+        // And one for a snapshot.
+        u32::try_from(2 * (channels.count() + 1)).unwrap_or(u32::MAX)
     }
 
     /// Who sends over a channel that ends here; nothing if it does not end here.

@@ -5,10 +5,13 @@
 mod assignment;
 mod blob;
 mod broker_wire;
+mod commands;
 mod config;
+mod keeping;
 mod patience;
 mod running;
 mod scratch;
+mod sink;
 mod survey;
 
 use std::path::Path;
@@ -16,18 +19,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, RunKey};
-use fusionllm_transport::{Endpoint, EndpointConfig, Members, Session, Ticket};
+use fusionllm_transport::{Endpoint, EndpointConfig, Members, Purpose, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::open_device::open_device;
 use crate::step_log::{ClockOffset, Heartbeats};
+use crate::snapshots::{self, SnapshotStore};
 use crate::{CompNodeError, ReadableData};
 use broker_wire::{Connected, Outbox, dial};
 pub use config::JoinConfig;
 use patience::{Hearing, Patience};
 use running::{Place, RunningJob};
 pub use scratch::check_run_room;
+pub(crate) use scratch::free_room;
 use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.
@@ -76,6 +81,10 @@ async fn join_with(
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
     scratch::check_usable(&config.scratch_dir)?;
+    let (base, broker, name) = (config.snapshot_dir, config.ticket.broker.id, config.name.clone());
+    // What is there already is read once.
+    let snapshots = tokio::task::spawn_blocking(move || SnapshotStore::open(&base, broker, &name)).await??;
+    let snapshots = Arc::new(snapshots);
     let surveyor = Surveyor {
         backend: open_device(config.device)?,
         folder: config.profile_dir,
@@ -108,6 +117,7 @@ async fn join_with(
         has_joined: false,
         readable: Arc::new(config.readable),
         scratch: config.scratch_dir.into(),
+        snapshots,
         memory: Arc::new(Semaphore::new(1)),
         idle: 0,
         job: None,
@@ -144,6 +154,7 @@ struct Node {
     has_joined: bool,
     readable: Arc<ReadableData>,
     scratch: Arc<Path>,
+    snapshots: Arc<SnapshotStore>,
     /// One permit: whoever fills the device's memory, a job or a measurement, holds it.
     memory: Arc<Semaphore>,
     /// Heartbeats since somebody last filled it.
@@ -210,7 +221,11 @@ impl Node {
                 return error.to_string();
             }
             // Another broker process has another clock, and knows nothing of jobs.
-            None => self.forget("the broker was lost"),
+            None => {
+                self.forget("the broker was lost");
+                let held = self.snapshots.all();
+                self.tell(held.into_iter().map(|snapshot| FromCompNode::Holds { snapshot, cost_s: 0.0 }));
+            }
         }
         self.has_joined = true;
         self.broker.send_replace(Some(session.clone()));
@@ -305,137 +320,20 @@ impl Node {
     }
 
     fn accept_peer(&mut self, peer: Session) {
-        if peer.is_probe() {
-            return self.probes.answer(peer);
-        }
-        match &self.job {
-            Some(job) => job.links.accept(peer),
-            None => peer.close(404, "no job here"),
+        match (peer.purpose(), &self.job) {
+            (Purpose::Probe, _) => self.probes.answer(peer),
+            (Purpose::State, _) => {
+                tokio::spawn(snapshots::serve(Arc::clone(&self.snapshots), peer));
+            }
+            (Purpose::Work, Some(job)) => job.links.accept(peer),
+            (Purpose::Work, None) => peer.close(404, "no job here"),
         }
     }
 
     fn drop_job(&mut self, reason: &str) {
         if let Some(job) = self.job.take() {
             job.links.abort(reason);
-            self.members.replace([]);
-        }
-    }
-
-    /// Does what the broker says. Gives the answer, if there is one at once.
-    fn obey(&mut self, message: FromBroker) -> Option<FromCompNode> {
-        match message {
-            FromBroker::HeartbeatAck { number, now_s } => {
-                if let Some(sent) = self.heartbeats.answered(number) {
-                    self.clock.learn(sent, now_s);
-                }
-                None
-            }
-            FromBroker::Assign(assignment) => {
-                self.assign(*assignment);
-                None
-            }
-            FromBroker::Start { key } => {
-                let (broker, clock) = (self.broker.subscribe(), Arc::clone(&self.clock));
-                let events = self.events.clone();
-                self.job_of(key)?.start(broker, events, clock)
-            }
-            FromBroker::SetCodec { key, edge, way, codec } => {
-                self.job_of(key)?.set_codec(edge, way, codec);
-                None
-            }
-            FromBroker::ShardSettled { key, step } => {
-                self.job_of(key)?.shard_settled(step);
-                None
-            }
-            FromBroker::PeerMoved { key, peer, addr } => {
-                self.job_of(key)?.links.moved(peer, &addr);
-                None
-            }
-            FromBroker::CheckPeer { key, peer } => {
-                let ago_s = self.job_of(key)?.links.heard(peer)?.as_secs_f64();
-                Some(FromCompNode::PeerHeard { key, peer, ago_s })
-            }
-            FromBroker::Abort { key, reason } => {
-                self.job_of(key)?;
-                tracing::info!(job = %key.job, %reason, "job aborted");
-                self.drop_job(&reason);
-                None
-            }
-            FromBroker::MeasureOps { request, spec, graph } => {
-                self.surveyor.start_ops(request, *spec, graph, Arc::clone(&self.memory), self.events.clone());
-                None
-            }
-            FromBroker::CancelMeasure { request } => {
-                self.surveyor.cancel(request);
-                None
-            }
-            FromBroker::AwaitProbe { probe, peer } => {
-                self.probes.expect(&peer);
-                let of_job = self.job.iter().flat_map(|job| job.peers().to_vec());
-                self.members.replace(of_job.chain(self.probes.peers()));
-                Some(FromCompNode::ProbeAwaited { probe })
-            }
-            FromBroker::Probe { probe, peer } => {
-                self.probes.lead(probe, &peer, self.endpoint.clone(), self.events.clone());
-                None
-            }
-        }
-    }
-
-    fn assign(&mut self, assignment: Assignment) {
-        self.drop_job("replaced by another assignment");
-        let ended = self.probes.end();
-        self.tell(ended);
-        self.surveyor.cancel_all();
-        let place = Place {
-            endpoint: self.endpoint.clone(),
-            surveyor: self.surveyor.clone(),
-            memory: Arc::clone(&self.memory),
-            readable: Arc::clone(&self.readable),
-            scratch: Arc::clone(&self.scratch),
-            events: self.events.clone(),
-        };
-        let job = RunningJob::prepare(assignment, place);
-        self.members.replace(job.peers().to_vec());
-        if let Some(weights) = self.weights.take(job.key) {
-            job.receive(weights);
-        }
-        self.job = Some(job);
-    }
-
-    fn job_of(&mut self, key: RunKey) -> Option<&mut RunningJob> {
-        self.job.as_mut().filter(|j| j.key == key)
-    }
-
-    /// What follows from an event: something to tell the broker, perhaps.
-    fn handle(&mut self, event: NodeEvent) -> Option<FromCompNode> {
-        match event {
-            NodeEvent::Tell(message) => Some(*message),
-            NodeEvent::Report(key, message) => self.job.as_ref().filter(|job| job.key == key).map(|_| *message),
-            NodeEvent::Weights(weights) => {
-                match self.job.as_mut().filter(|job| job.key == weights.key()) {
-                    Some(job) => job.receive(*weights),
-                    None => self.weights.keep(*weights),
-                }
-                None
-            }
-            NodeEvent::Prepared(result) => match *result {
-                Ok(prepared) => Some(self.job.as_mut().filter(|j| j.key == prepared.key)?.ready(prepared)),
-                Err((key, error)) => self.ended(key, Err(error)),
-            },
-            NodeEvent::Ended(key, result) => self.ended(key, result),
-        }
-    }
-
-    fn ended(&mut self, key: RunKey, result: Result<(), CompNodeError>) -> Option<FromCompNode> {
-        self.job.as_ref().filter(|job| job.key == key)?;
-        match result {
-            // The wires stay up until the next assignment: peers may still wait for confirmations.
-            Ok(()) => Some(FromCompNode::Finished { key }),
-            Err(error) => {
-                self.drop_job("failed on this CompNode");
-                Some(assignment::failed(key, &error))
-            }
+            self.let_in();
         }
     }
 }

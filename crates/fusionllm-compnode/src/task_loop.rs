@@ -60,6 +60,22 @@ pub trait JobSink {
     /// # Errors
     /// If training cannot go on.
     fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError>;
+
+    /// Whether a snapshot after `step` updates was asked for. It is asked once after each step.
+    ///
+    /// # Errors
+    /// If nobody listens any more.
+    fn wants_snapshot(&mut self, _step: u64) -> Result<bool, CompNodeError> {
+        Ok(false)
+    }
+
+    /// The snapshot that was asked for: the same tensors as in a checkpoint.
+    ///
+    /// # Errors
+    /// If training cannot go on.
+    fn snapshot(&mut self, _step: u64, _tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+        Ok(())
+    }
 }
 
 /// The task loop of one CompNode.
@@ -129,14 +145,22 @@ impl TaskLoop {
             let done = report.step;
             sink.step(report)?;
             if self.plan.spec.checkpoints().is_due(done) {
-                let residuals = self.residuals()?;
-                let residuals = residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals);
-                let mut tensors = self.executor.export();
-                tensors.extend(residuals.map(LazyTensor::from));
-                sink.checkpoint(done, tensors)?;
+                sink.checkpoint(done, self.state()?)?;
+            }
+            if sink.wants_snapshot(done)? {
+                sink.snapshot(done, self.state()?)?;
             }
         }
         Ok(())
+    }
+
+    /// All that this CompNode holds between two steps.
+    fn state(&mut self) -> Result<Vec<LazyTensor<'_>>, CompNodeError> {
+        let residuals = self.residuals()?;
+        let residuals = residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals);
+        let mut tensors = self.executor.export();
+        tensors.extend(residuals.map(LazyTensor::from));
+        Ok(tensors)
     }
 
     fn restore_residuals(&mut self) {

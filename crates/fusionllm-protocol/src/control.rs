@@ -9,7 +9,9 @@ use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
 use serde::{Deserialize, Serialize};
 
-use crate::{DataReport, DeviceProfile, JobSpec, PairProfile, RunKey, StepTrace};
+use crate::{
+    DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, RunKey, Snapshot, SnapshotId, SnapshotSource, StepTrace,
+};
 
 pub use client::{
     ClientRequest, CompNodeSummary, JobSummary, StatusReport, TicketRole, TicketState, TicketSummary, ToClient,
@@ -81,12 +83,14 @@ pub enum Welcome {
 }
 
 /// Where a CompNode's parameters come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WeightSource {
     /// Each parameter is a function of this seed and its name.
     Seed(u64),
     /// The broker sends them, with optimizer state if there is one, as a [`BlobKind::Weights`] stream.
     Broker,
+    /// They lie, with optimizer state, in snapshots here and at other CompNodes.
+    Snapshots(Vec<SnapshotSource>),
 }
 
 /// Everything a CompNode needs to run its part of a job.
@@ -141,6 +145,32 @@ pub enum FromBroker {
         key: RunKey,
         /// The checkpoint's updates.
         step: u64,
+    },
+    /// Keep what is held after `step` updates as a snapshot, and say [`FromCompNode::Holds`].
+    Snapshot {
+        /// Which placement of which job it belongs to.
+        key: RunKey,
+        /// The step, which is still to come.
+        step: u64,
+    },
+    /// Be the guardian of another CompNode's snapshot: fetch it, and say [`FromCompNode::Holds`].
+    Guard {
+        /// The snapshot, which its own CompNode has.
+        snapshot: Snapshot,
+    },
+    /// These may fetch snapshots of this job from now on.
+    Lend {
+        /// The job.
+        job: JobId,
+        /// Who may.
+        to: Vec<PeerRecord>,
+    },
+    /// Of this job's snapshots none but these are needed any more.
+    Release {
+        /// The job.
+        job: JobId,
+        /// By placement and step, those that are kept.
+        keep: Vec<(Generation, u64)>,
     },
     /// Another CompNode of the placement is reached at other addresses from now on.
     PeerMoved {
@@ -245,6 +275,20 @@ pub enum FromCompNode {
         key: RunKey,
         /// The checkpoint's updates.
         step: u64,
+        /// Why, in one line.
+        reason: String,
+    },
+    /// A whole snapshot lies here: one's own, or another's that was fetched.
+    Holds {
+        /// The snapshot.
+        snapshot: Snapshot,
+        /// Seconds for which compute stood still to make it, or that it took to fetch it; 0 if it was here before.
+        cost_s: f64,
+    },
+    /// A snapshot cannot be made, or not be fetched; training goes on.
+    SnapshotFailed {
+        /// Which one.
+        id: SnapshotId,
         /// Why, in one line.
         reason: String,
     },

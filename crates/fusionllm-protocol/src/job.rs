@@ -334,11 +334,31 @@ pub struct SurviveSpec {
     pub enabled: bool,
     /// The least number of CompNodes to go on with.
     pub min_compnodes: u32,
+    /// After how many steps CompNodes take snapshots: by what they cost and how often machines are lost, if not given; 0 for
+    /// never, so that the job goes on from its checkpoints.
+    #[serde(default)]
+    pub every: Option<u64>,
+    /// Other CompNodes that keep each snapshot.
+    #[serde(default = "SurviveSpec::default_copies")]
+    pub copies: u32,
+    /// Hours between two failures of the job, as far as is known before it has had any.
+    #[serde(default = "SurviveSpec::default_mtbf_h")]
+    pub mtbf_h: f64,
+}
+
+impl SurviveSpec {
+    fn default_copies() -> u32 {
+        Self::default().copies
+    }
+
+    fn default_mtbf_h() -> f64 {
+        Self::default().mtbf_h
+    }
 }
 
 impl Default for SurviveSpec {
     fn default() -> Self {
-        Self { enabled: true, min_compnodes: 1 }
+        Self { enabled: true, min_compnodes: 1, every: None, copies: 1, mtbf_h: 4.0 }
     }
 }
 

@@ -10,7 +10,7 @@ use fusionllm_graph::ParamId;
 use fusionllm_planner::{EdgeId, NodeIndex, Way};
 use serde::{Deserialize, Serialize};
 
-use crate::RunKey;
+use crate::{LoanFrame, RunKey};
 
 /// Which kind of pass a message belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -101,4 +101,6 @@ pub enum PeerFrame {
         /// Number of the first message not taken.
         next: u64,
     },
+    /// First frame of a stream that carries no channel: asks for a snapshot of the same job.
+    Loan(LoanFrame),
 }

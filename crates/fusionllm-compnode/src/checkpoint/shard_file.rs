@@ -5,7 +5,7 @@ use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::TensorHeader;
-use fusionllm_transport::without_temporary_name;
+use fusionllm_transport::{open_regular, without_temporary_name};
 
 use super::shard::{header_error, values, write_shard_to};
 use crate::ShardError;
@@ -14,11 +14,11 @@ use crate::executor::{LazyTensor, NamedTensor, TensorSource};
 /// Bytes that are read or written at a time, and the content frames of a blob: small beside memory, large beside a packet.
 pub(crate) const CHUNK_BYTES: usize = 1 << 20;
 
-/// A file without a name, which is gone when it is dropped or the process ends.
+/// A shard's file: without a name, so that it is gone when it is dropped or the process ends, or that of a snapshot.
 #[derive(Debug)]
 pub(crate) struct ShardFile {
-    /// Where it lies, for people.
-    folder: PathBuf,
+    /// Where it lies, for people: its folder, or if it has a name, the file.
+    place: PathBuf,
     file: File,
     bytes: u64,
 }
@@ -30,11 +30,7 @@ impl ShardFile {
     /// As [`write_shard_to`].
     pub(crate) fn write(folder: &Path, tensors: Vec<LazyTensor<'_>>) -> Result<Self, ShardError> {
         let mut shard = Self::empty(folder)?;
-        let io = |source| ShardError::Io { path: folder.to_owned(), source };
-        let mut out = BufWriter::with_capacity(CHUNK_BYTES, &shard.file);
-        shard.bytes = write_shard_to(&mut out, folder, tensors)?;
-        out.flush().map_err(io)?;
-        drop(out);
+        shard.fill(tensors)?;
         Ok(shard)
     }
 
@@ -45,7 +41,76 @@ impl ShardFile {
     pub(crate) fn empty(folder: &Path) -> Result<Self, ShardError> {
         let file = tempfile::tempfile_in(folder).map_err(without_temporary_name);
         let file = file.map_err(|source| ShardError::Io { path: folder.to_owned(), source })?;
-        Ok(Self { folder: folder.to_owned(), file, bytes: 0 })
+        Ok(Self { place: folder.to_owned(), file, bytes: 0 })
+    }
+
+    /// A file that has a name, with its content.
+    ///
+    /// # Errors
+    /// [`ShardError::Io`] if it does not open.
+    pub(crate) fn open(path: &Path) -> Result<Self, ShardError> {
+        let opened = open_regular(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+        let (bytes, file) = opened.map_err(|source| ShardError::Io { path: path.to_owned(), source })?;
+        Ok(Self { place: path.to_owned(), file, bytes })
+    }
+
+    /// An empty file that has a name, whose content comes by [`Self::append`] or [`Self::fill`].
+    ///
+    /// # Errors
+    /// [`ShardError::Io`] if it does not open.
+    pub(crate) fn open_to_write(path: &Path) -> Result<Self, ShardError> {
+        let file = File::options().read(true).write(true).truncate(true).open(path);
+        let file = file.map_err(|source| ShardError::Io { path: path.to_owned(), source })?;
+        Ok(Self { place: path.to_owned(), file, bytes: 0 })
+    }
+
+    /// Writes tensors to a file that is empty.
+    ///
+    /// # Errors
+    /// As [`write_shard_to`].
+    pub(crate) fn fill(&mut self, tensors: Vec<LazyTensor<'_>>) -> Result<(), ShardError> {
+        let mut out = BufWriter::with_capacity(CHUNK_BYTES, &self.file);
+        self.bytes = write_shard_to(&mut out, &self.place, tensors)?;
+        out.flush().map_err(|e| self.io(e))
+    }
+
+    /// BLAKE3 hash of the content.
+    ///
+    /// # Errors
+    /// [`ShardError::Io`] if it cannot be read.
+    pub(crate) fn hash(&self) -> Result<[u8; 32], ShardError> {
+        let (mut hasher, mut start, mut chunk) = (blake3::Hasher::new(), 0, Vec::with_capacity(CHUNK_BYTES));
+        while start < self.bytes {
+            chunk = self.chunk(start, chunk)?;
+            if chunk.is_empty() {
+                return Err(self.io(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            hasher.update(&chunk);
+            start += chunk.len() as u64;
+        }
+        Ok(*hasher.finalize().as_bytes())
+    }
+
+    /// Copies the tensors that are wanted by their names into `part`, which is empty.
+    ///
+    /// # Errors
+    /// [`ShardError`] if this is no whole safetensors file, or the part cannot be written.
+    pub(crate) fn part(&self, mut part: Self, is_wanted: impl Fn(&str) -> bool) -> Result<Self, ShardError> {
+        let mut file = &self.file;
+        file.rewind().map_err(|e| self.io(e))?;
+        let header = TensorHeader::read(&mut file, self.bytes).map_err(|e| header_error(e, |e| self.io(e)))?;
+        let names: Vec<&str> = header.names().filter(|name| is_wanted(name)).collect();
+        let infos = names.iter().filter_map(|&name| Some((name, header.info(name)?)));
+        let infos = infos.map(|(name, info)| (name.to_owned(), info.dtype, info.shape.clone()));
+        let mut out = BufWriter::with_capacity(CHUNK_BYTES, &part.file);
+        let written = TensorHeader::write(&mut out, infos).map_err(|e| header_error(e, |e| part.io(e)))?;
+        for name in names {
+            header.each_part(&mut file, name, |e| self.io(e), |bytes| out.write_all(bytes).map_err(|e| part.io(e)))?;
+        }
+        out.flush().map_err(|e| part.io(e))?;
+        drop(out);
+        part.bytes = written.file_bytes();
+        Ok(part)
     }
 
     /// Adds bytes at the end.
@@ -89,7 +154,7 @@ impl ShardFile {
     }
 
     fn io(&self, source: std::io::Error) -> ShardError {
-        ShardError::Io { path: self.folder.clone(), source }
+        ShardError::Io { path: self.place.clone(), source }
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use fusionllm_protocol::{Channel, OpDataHeader, PeerFrame, ReceiveWindow, Received, decode, encode};
+use fusionllm_protocol::{Channel, LoanFrame, OpDataHeader, PeerFrame, ReceiveWindow, Received, decode, encode};
 use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -15,6 +15,7 @@ use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
 use crate::ExchangeError;
 use crate::channel_codec::{ChannelDecoder, ChannelOptions};
 use crate::mailbox::{Mailbox, Slot};
+use crate::snapshots;
 
 /// A stream that does not say what it carries for this long is closed.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
@@ -154,6 +155,15 @@ pub(super) async fn serve(
     };
     let (key, channel) = match decode(&frame) {
         Ok(PeerFrame::Open { key, channel }) => (key, channel),
+        Ok(PeerFrame::Loan(LoanFrame::Fetch { snapshot, params })) => {
+            line.has_opened.store(true, Ordering::Relaxed);
+            let Some(store) = &links.snapshots else { return };
+            let may = snapshot.id.key.job == links.key.job;
+            if let Err(error) = snapshots::lend(store, may, snapshot, params, sink).await {
+                tracing::debug!(peer = links.name_of(peer), %error, "a snapshot that was lent broke off");
+            }
+            return;
+        }
         Ok(_) => return line.opens_nothing(links, peer, "sent a frame that opens no channel"),
         Err(error) => return line.opens_nothing(links, peer, &error.to_string()),
     };

@@ -11,14 +11,14 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::scratch::{check_scratch_room, shard_bytes};
 use crate::backend::{Backend, ExecutorSpec, FirstParams};
-use crate::checkpoint::ShardFile;
+use crate::checkpoint::{ShardFile, ShardTensors};
 use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
-use crate::executor::Executor;
+use crate::executor::{Executor, NamedTensor, TensorSource};
 use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
 use crate::residuals;
 use crate::task_loop::TrainPlan;
-use crate::{CompNodeError, ExecutorError};
+use crate::{CompNodeError, ExecutorError, ShardError};
 
 /// The message that this CompNode cannot go on with the job.
 pub(super) fn failed(key: RunKey, error: &CompNodeError) -> FromCompNode {
@@ -42,8 +42,8 @@ impl std::fmt::Debug for Prepared {
     }
 }
 
-/// Weights on their way from the broker.
-pub(super) type WeightsReceiver = oneshot::Receiver<Result<ShardFile, CompNodeError>>;
+/// Files with what the part begins with, on their way from the broker or from those who keep snapshots.
+pub(super) type WeightsReceiver = oneshot::Receiver<Result<Vec<ShardFile>, CompNodeError>>;
 
 /// Where an assignment is built.
 pub(super) struct BuildSite {
@@ -110,7 +110,8 @@ pub(super) fn prepare(
     let mut residuals = Vec::new();
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
-        let mut tensors = weights.blocking_recv().map_err(lost)??.into_tensors()?;
+        let files = weights.blocking_recv().map_err(lost)??.into_iter();
+        let mut tensors = AllOf(files.map(ShardFile::into_tensors).collect::<Result<_, _>>()?);
         executor.import(&mut tensors)?;
         residuals = residuals::take(&dag, placement, node, &mut tensors)?;
     }
@@ -125,6 +126,20 @@ pub(super) fn prepare(
         codecs: Arc::default(),
     };
     Ok(Prepared { key, plan, executor, batches, data, permit: site.permit })
+}
+
+/// Tensors of several files, which agree on those that they share.
+struct AllOf(Vec<ShardTensors>);
+
+impl TensorSource for AllOf {
+    fn take(&mut self, name: &str) -> Result<Option<NamedTensor>, ShardError> {
+        for file in &mut self.0 {
+            if let Some(tensor) = file.take(name)? {
+                return Ok(Some(tensor));
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.

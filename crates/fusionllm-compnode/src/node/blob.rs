@@ -3,18 +3,17 @@
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use fusionllm_protocol::{BlobHeader, BlobKind, RunKey, decode, encode};
 use fusionllm_transport::{FrameSource, Session, SessionError};
 use tokio::sync::{mpsc, watch};
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::NodeEvent;
-use crate::checkpoint::{CHUNK_BYTES, ShardFile};
-use crate::{CompNodeError, ShardError};
+use crate::checkpoint::{CHUNK_BYTES, ShardFile, StreamError, receive_content, send_content};
+use crate::CompNodeError;
 
 /// A stream that does not say whose weights it has for this long is dropped.
 const HEADER_LIMIT: Duration = Duration::from_secs(30);
@@ -77,36 +76,19 @@ impl Incoming {
     /// `arrived` is told how many bytes of them lie there.
     async fn receive(self, folder: &Path, arrived: &AtomicU64) -> Result<Option<ShardFile>, CompNodeError> {
         let Self { header, mut stream } = self;
-        let fail = |reason: String| CompNodeError::Broker { reason: format!("weights: {reason}") };
-        arrived.store(0, Ordering::Relaxed);
-        let mut shard = ShardFile::empty(folder)?;
-        loop {
-            match stream.recv_limited(CHUNK_BYTES as u64).await {
-                Ok(Some(chunk)) => shard = with_file(move || shard.append(&chunk).map(|()| shard)).await?,
-                Ok(None) => break,
-                Err(error @ SessionError::TooLarge { .. }) => return Err(fail(error.to_string())),
-                Err(error) => {
-                    tracing::warn!(%error, "weights broke off and are waited for again");
-                    return Ok(None);
-                }
+        let shard = ShardFile::empty(folder)?;
+        match receive_content(&mut stream, header.bytes, shard, arrived).await {
+            Ok(shard) => Ok(Some(shard)),
+            Err(StreamError::File(error)) => Err(error.into()),
+            Err(error @ (StreamError::Length { .. } | StreamError::Lost(SessionError::TooLarge { .. }))) => {
+                Err(CompNodeError::Broker { reason: format!("weights: {error}") })
             }
-            arrived.store(shard.bytes(), Ordering::Relaxed);
-            if shard.bytes() > header.bytes {
-                return Err(fail(format!("more than the {} bytes announced", header.bytes)));
+            Err(StreamError::Lost(error)) => {
+                tracing::warn!(%error, "weights broke off and are waited for again");
+                Ok(None)
             }
         }
-        if shard.bytes() < header.bytes {
-            return Err(fail(format!("{} of {} bytes came", shard.bytes(), header.bytes)));
-        }
-        Ok(Some(shard))
     }
-}
-
-/// Works on a file where that holds up no message.
-async fn with_file<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ShardError> + Send + 'static,
-) -> Result<T, CompNodeError> {
-    Ok(spawn_blocking(work).await??)
 }
 
 /// The first weights that come whole. The broker sends them again after a connection that was lost.
@@ -182,17 +164,14 @@ async fn send(
     };
     // Bulk gives way to heartbeats and OP-Data.
     sink.set_priority(-10);
-    let mut sent = sink.send(&header).await;
-    // The one buffer goes back and forth: one thread takes it and another would free it, which the allocator notices late.
-    let (mut start, mut chunk) = (0, Vec::with_capacity(CHUNK_BYTES));
-    while sent.is_ok() && start < shard.bytes() {
-        let file = Arc::clone(shard);
-        chunk = with_file(move || file.chunk(start, chunk)).await?;
-        start += chunk.len() as u64;
-        sent = sink.send(&chunk).await;
+    let sent = match sink.send(&header).await {
+        Ok(()) => send_content(&mut sink, shard).await,
+        Err(error) => Err(error.into()),
+    };
+    match sent {
+        Ok(()) => Ok(sink.finish().await),
+        Err(StreamError::Lost(error)) => Ok(Err(error)),
+        Err(StreamError::File(error)) => Err(error.into()),
+        Err(error @ StreamError::Length { .. }) => Err(CompNodeError::Broker { reason: error.to_string() }),
     }
-    Ok(match sent {
-        Ok(()) => sink.finish().await,
-        lost => lost,
-    })
 }

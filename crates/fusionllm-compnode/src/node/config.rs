@@ -33,4 +33,7 @@ pub struct JoinConfig {
     pub readable: ReadableData,
     /// Folder for weights and shards while they come and go: files without a name, as large as the state of a part.
     pub scratch_dir: PathBuf,
+    /// Folder for snapshots, which stay there for the next process of this name: two for itself and two for another, each as
+    /// large as the state of a part.
+    pub snapshot_dir: PathBuf,
 }

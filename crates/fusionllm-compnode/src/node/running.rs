@@ -1,13 +1,15 @@
 //! A job on this CompNode, from assignment to end.
 
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, NodeIndex, Way};
-use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, RunKey, StepReport, WeightSource};
+use fusionllm_protocol::{
+    Assignment, BlobHeader, BlobKind, FromCompNode, PeerRecord, RunKey, Snapshot, WeightSource,
+};
 use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -16,13 +18,16 @@ use tokio::time::{sleep, timeout};
 
 use super::assignment::{BuildSite, Prepared, failed, prepare};
 use super::survey::Surveyor;
-use super::{NodeEvent, blob};
+use super::scratch::shard_bytes;
+use super::sink::NodeSink;
+use super::{NodeEvent, blob, keeping};
 use crate::checkpoint::ShardFile;
 use crate::codec_table::CodecTable;
 use crate::data::{ReadableData, Reading};
 use crate::executor::LazyTensor;
-use crate::links::{EdgeTensors, JobLinks, NetworkExchange};
+use crate::links::{EdgeTensors, JobLinks, NetworkExchange, peer_addr};
 use crate::mailbox::Mailbox;
+use crate::snapshots::SnapshotStore;
 use crate::step_log::ClockOffset;
 use crate::task_loop::{JobSink, TaskLoop};
 use crate::{CompNodeError, ShardError};
@@ -43,6 +48,7 @@ pub(super) struct Place {
     pub(super) readable: Arc<ReadableData>,
     /// Where weights and shards lie while they come and go.
     pub(super) scratch: Arc<Path>,
+    pub(super) snapshots: Arc<SnapshotStore>,
     pub(super) events: mpsc::Sender<NodeEvent>,
 }
 
@@ -53,6 +59,11 @@ pub(super) struct RunningJob {
     /// Where weights from the broker go, while they are waited for.
     weights: Option<mpsc::Sender<blob::Incoming>>,
     peers: Vec<PeerId>,
+    records: Vec<PeerRecord>,
+    endpoint: Endpoint,
+    snapshots: Arc<SnapshotStore>,
+    /// The step after which a snapshot is due; 0: none is.
+    snapshot_due: Arc<AtomicU64>,
     codecs: Arc<CodecTable>,
     scratch: Arc<Path>,
     /// The step whose shard the broker has last settled.
@@ -75,23 +86,37 @@ impl RunningJob {
     /// that is done.
     pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
         let key = assignment.key;
-        let Place { endpoint, surveyor, memory, readable, scratch, events } = place;
-        let links = JobLinks::new(endpoint, &assignment);
+        let Place { endpoint, surveyor, memory, readable, scratch, snapshots, events } = place;
+        let links = JobLinks::lending(endpoint.clone(), &assignment, Arc::clone(&snapshots));
         let arrived = Arc::new(AtomicU64::new(0));
-        let (weights, receiver) = match assignment.weights {
+        let (weights, receiver) = match &assignment.weights {
             WeightSource::Seed(_) => (None, None),
+            WeightSource::Snapshots(sources) => {
+                let (received, receiver) = oneshot::channel();
+                let gathering =
+                    keeping::gather(sources.clone(), Arc::clone(&snapshots), endpoint.clone(), Arc::clone(&arrived));
+                links.spawn(async move {
+                    // The receiver is gone only if the job is.
+                    let _ = received.send(gathering.await);
+                });
+                (None, Some(receiver))
+            }
             WeightSource::Broker => {
                 let (streams, incoming) = mpsc::channel(1);
                 let (received, receiver) = oneshot::channel();
                 let (folder, arrived) = (Arc::clone(&scratch), Arc::clone(&arrived));
                 links.spawn(async move {
                     // The receiver is gone only if the job is.
-                    let _ = received.send(blob::receive_first_whole(incoming, &folder, &arrived).await);
+                    let first = blob::receive_first_whole(incoming, &folder, &arrived).await;
+                    let _ = received.send(first.map(|file| vec![file]));
                 });
                 (Some(streams), Some(receiver))
             }
         };
-        let peers = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
+        let peers: Vec<PeerId> = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
+        let records = assignment.peers.clone();
+        // Those who train together keep each other's snapshots.
+        snapshots.lend_to(key.job, peers.iter().copied());
         let mailbox = Arc::clone(&links.mailbox);
         let folder = Arc::clone(&scratch);
         let reading = Arc::new(Reading::new(mailbox.stop_flag()));
@@ -128,11 +153,32 @@ impl RunningJob {
             links,
             weights,
             peers,
+            records,
+            endpoint,
+            snapshots,
+            snapshot_due: Arc::default(),
             codecs: Arc::default(),
             scratch,
             settled: watch::Sender::new(0),
             prepared: None,
         }
+    }
+
+    /// What is held after this step, which is still to come, becomes a snapshot.
+    pub(super) fn take_snapshot(&self, step: u64) {
+        self.snapshot_due.store(step, Ordering::Relaxed);
+    }
+
+    /// Becomes the guardian of another CompNode's snapshot, while training goes on.
+    pub(super) fn guard(&self, snapshot: Snapshot, events: mpsc::Sender<NodeEvent>) {
+        let Some(owner) = self.records.get(snapshot.id.node.index()) else { return };
+        let (links, store) = (Arc::clone(&self.links), Arc::clone(&self.snapshots));
+        let guarding = keeping::guard(snapshot, peer_addr(owner), links, store, self.endpoint.clone());
+        self.links.spawn(async move {
+            let message = guarding.await;
+            // If the loop is gone nobody needs to know.
+            let _ = events.send(NodeEvent::Tell(Box::new(message))).await;
+        });
     }
 
     /// The broker has the shard of this step, or does not want it.
@@ -182,12 +228,25 @@ impl RunningJob {
         let exchange_links = Arc::clone(&links);
         let mailbox = Arc::clone(&links.mailbox);
         let (reports, codecs, folder) = (events.clone(), Arc::clone(&self.codecs), Arc::clone(&self.scratch));
+        let (snapshots, snapshot_due) = (Arc::clone(&self.snapshots), Arc::clone(&self.snapshot_due));
         let compute = move || {
-            let exchange = NetworkExchange::new(exchange_links, runtime);
+            let exchange = NetworkExchange::new(exchange_links, runtime.clone());
             let Prepared { mut plan, executor, batches, permit, .. } = prepared;
             plan.codecs = codecs;
+            let mut sink = NodeSink {
+                key,
+                node: plan.node,
+                shard_bytes: shard_bytes(&plan.dag, &plan.placement, plan.node, &plan.spec.train),
+                events: reports,
+                shards,
+                mailbox,
+                clock,
+                folder,
+                snapshots,
+                snapshot_due,
+                runtime,
+            };
             let mut task_loop = TaskLoop::new(plan, executor, Box::new(exchange), batches);
-            let mut sink = NodeSink { key, events: reports, shards, mailbox, clock, folder };
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));
             let result = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
                 Err(CompNodeError::ComputeThread { reason: crate::panic_message(panic.as_ref()) })
@@ -226,48 +285,6 @@ async fn tell_reading(reading: Weak<Reading>, every: Duration, key: RunKey, even
             // If the loop is gone nobody needs to know.
             let _ = events.send(NodeEvent::Report(key, Box::new(message))).await;
         }
-    }
-}
-
-/// The task loop's reports as events; its checkpoints as shards.
-struct NodeSink {
-    key: RunKey,
-    events: mpsc::Sender<NodeEvent>,
-    shards: mpsc::Sender<(u64, ShardFile)>,
-    mailbox: Arc<Mailbox>,
-    clock: Arc<ClockOffset>,
-    folder: Arc<Path>,
-}
-
-impl NodeSink {
-    fn tell(&self, message: FromCompNode) -> Result<(), CompNodeError> {
-        let sent = self.events.blocking_send(NodeEvent::Report(self.key, Box::new(message)));
-        sent.map_err(|_| CompNodeError::Broker { reason: "the connection is gone".to_owned() })
-    }
-}
-
-impl JobSink for NodeSink {
-    fn step(&mut self, mut report: StepReport) -> Result<(), CompNodeError> {
-        report.trace = report.trace.and_then(|trace| self.clock.apply(trace));
-        // A CompNode without peers would not notice otherwise that its job was dropped.
-        if let Some(error) = self.mailbox.closed() {
-            return Err(error.into());
-        }
-        self.tell(FromCompNode::Step { key: self.key, report })
-    }
-
-    fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
-        let shard = match ShardFile::write(&self.folder, tensors) {
-            Ok(shard) => shard,
-            // A full disk costs the checkpoint, and no more.
-            Err(error @ ShardError::Io { .. }) => {
-                let reason = error.to_string();
-                return self.tell(FromCompNode::ShardFailed { key: self.key, step, reason });
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let sent = self.shards.blocking_send((step, shard));
-        sent.map_err(|_| CompNodeError::Broker { reason: "it does not take checkpoint shards any more".to_owned() })
     }
 }
 

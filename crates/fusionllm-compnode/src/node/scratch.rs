@@ -30,7 +30,7 @@ pub(super) fn check_usable(folder: &Path) -> Result<(), CompNodeError> {
 pub(super) fn check_scratch_room(folder: &Path, needed: u64, arrived: &AtomicU64) -> Result<(), CompNodeError> {
     check_usable(folder)?;
     // What arrives between the two counts twice, which is little; the other way round it would not count at all.
-    let room = room(folder).map(|free| free.saturating_add(arrived.load(Ordering::Relaxed)));
+    let room = free_room(folder).map(|free| free.saturating_add(arrived.load(Ordering::Relaxed)));
     match room.filter(|&room| needed > room) {
         Some(room) => Err(CompNodeError::ScratchRoom { path: folder.to_owned(), needed, room }),
         None => Ok(()),
@@ -50,7 +50,7 @@ pub fn check_run_room(
 ) -> Result<(), CompNodeError> {
     let nodes = (0..).map(NodeIndex).take(placement.compnodes.len());
     let bytes = nodes.fold(0u64, |sum, node| sum.saturating_add(shard_bytes(dag, placement, node, train)));
-    match room(folder).filter(|&room| bytes.saturating_mul(2) > room) {
+    match free_room(folder).filter(|&room| bytes.saturating_mul(2) > room) {
         Some(room) => Err(CompNodeError::RunRoom { path: folder.to_owned(), bytes, room }),
         None => Ok(()),
     }
@@ -63,13 +63,13 @@ pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, t
 
 /// Bytes that are free where a folder lies, if the system tells.
 #[cfg(unix)]
-fn room(folder: &Path) -> Option<u64> {
+pub(crate) fn free_room(folder: &Path) -> Option<u64> {
     let found = rustix::fs::statvfs(folder).ok()?;
     Some(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 #[cfg(not(unix))]
-fn room(_folder: &Path) -> Option<u64> {
+pub(crate) fn free_room(_folder: &Path) -> Option<u64> {
     None
 }
 
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn weights_that_have_arrived_take_no_room_from_a_shard() {
         let folder = tempfile::tempdir().unwrap();
-        let (weights, needed) = (1 << 50, room(folder.path()).unwrap() + (1 << 49));
+        let (weights, needed) = (1 << 50, free_room(folder.path()).unwrap() + (1 << 49));
         check_scratch_room(folder.path(), needed, &AtomicU64::new(0)).unwrap_err();
         check_scratch_room(folder.path(), needed, &AtomicU64::new(weights)).unwrap();
     }

@@ -60,6 +60,9 @@ const KEYS: &[(&str, &str)] = &[
     ("checkpoint", "to"),
     ("survive", "enabled"),
     ("survive", "min_compnodes"),
+    ("survive", "every"),
+    ("survive", "copies"),
+    ("survive", "mtbf_h"),
 ];
 
 /// Below this similarity (0 to 1) a suggestion would rather mislead; found by trying common slips.

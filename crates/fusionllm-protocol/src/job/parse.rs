@@ -157,10 +157,13 @@ fn checkpoint(s: &Section<'_>) -> Result<CheckpointSpec, JobError> {
 }
 
 fn survive(s: &Section<'_>) -> Result<SurviveSpec, JobError> {
-    let SurviveSpec { enabled, min_compnodes } = SurviveSpec::default();
+    let SurviveSpec { enabled, min_compnodes, copies, mtbf_h, .. } = SurviveSpec::default();
     Ok(SurviveSpec {
         enabled: s.flag_or("enabled", enabled)?,
         min_compnodes: s.integer("min_compnodes")?.unwrap_or(min_compnodes),
+        every: s.integer_or_auto("every")?,
+        copies: s.integer("copies")?.unwrap_or(copies),
+        mtbf_h: s.real("mtbf_h", mtbf_h)?,
     })
 }
 
@@ -215,6 +218,17 @@ impl<'a> Section<'a> {
             None => Ok(default),
             Some(Value::Boolean(flag)) => Ok(*flag),
             Some(other) => Err(self.wrong_type(key, other, "true or false")),
+        }
+    }
+
+    /// A whole number; nothing for `"auto"`, which is the default.
+    fn integer_or_auto<T: TryFrom<i64>>(&self, key: &str) -> Result<Option<T>, JobError> {
+        match self.get(key) {
+            Some(Value::String(text)) if text == "auto" => Ok(None),
+            Some(other @ (Value::String(_) | Value::Boolean(_) | Value::Array(_) | Value::Table(_))) => {
+                Err(self.wrong_type(key, other, "a whole number of at least 0, or \"auto\""))
+            }
+            _ => self.integer(key),
         }
     }
 

@@ -88,9 +88,12 @@ to = "kept"
 [survive]
 enabled = false
 min_compnodes = 2
+every = 20
+copies = 2
+mtbf_h = 0.5
 "#;
     let mut spec = read(text, &[]).unwrap();
-    assert_eq!(spec.survive, crate::SurviveSpec { enabled: false, min_compnodes: 2 });
+    assert_eq!(spec.survive, crate::SurviveSpec { enabled: false, min_compnodes: 2, every: Some(20), copies: 2, mtbf_h: 0.5 });
     assert_eq!(spec.placement.stages.len(), 2);
     assert_eq!(spec.codec(), fusionllm_codec::Codec::Bf16);
     assert_eq!(spec.placement_spec().micro_batch_size, 2);
@@ -347,4 +350,19 @@ fn the_learning_rate_warms_up_and_decays_to_its_least() {
     assert!((spec.lr_at(100) - 0.1).abs() < 1e-12);
     let constant = read(LEAST, &["train.schedule=constant", "train.lr=1.0"]).unwrap();
     assert!((constant.lr_at(999) - 1.0).abs() < 1e-12);
+}
+
+#[test]
+fn snapshots_come_by_themselves_or_after_so_many_steps() {
+    let every = |value: &str| {
+        let text = format!("[model]\nname=\"gpt2\"\n[data]\npath=\"/x\"\n[survive]\nevery={value}");
+        JobSpec::from_toml(&text, &[]).map(|spec| spec.survive.every)
+    };
+    assert_eq!(every("\"auto\"").unwrap(), None);
+    assert_eq!(every("0").unwrap(), Some(0));
+    assert_eq!(every("7").unwrap(), Some(7));
+    for wrong in ["\"often\"", "true", "-1", "1.5"] {
+        let error = every(wrong).unwrap_err().to_string();
+        assert!(error.starts_with("survive.every is ") && error.contains("expected a whole number"), "{error}");
+    }
 }

@@ -83,6 +83,9 @@ impl JobSpec {
             );
         }
         at_most("survive.min_compnodes", self.survive.min_compnodes.into(), MAX_COMPNODES as u64)?;
+        at_most("survive.copies", self.survive.copies.into(), MAX_COMPNODES as u64)?;
+        let mtbf_h = self.survive.mtbf_h;
+        in_range("survive.mtbf_h", mtbf_h, mtbf_h.is_finite() && mtbf_h > 0.0, "above 0")?;
         self.validate_texts()
     }
 

@@ -1,0 +1,155 @@
+//! What the broker says to a CompNode, what happens on it, and what follows.
+
+use std::sync::Arc;
+
+use fusionllm_protocol::{Assignment, FromBroker, FromCompNode, RunKey};
+
+use super::running::{Place, RunningJob};
+use super::{Node, NodeEvent, assignment};
+use crate::CompNodeError;
+use crate::links::peer_addr;
+
+impl Node {
+    /// Does what the broker says. Gives the answer, if there is one at once.
+    pub(super) fn obey(&mut self, message: FromBroker) -> Option<FromCompNode> {
+        match message {
+            FromBroker::HeartbeatAck { number, now_s } => {
+                if let Some(sent) = self.heartbeats.answered(number) {
+                    self.clock.learn(sent, now_s);
+                }
+                None
+            }
+            FromBroker::Assign(assignment) => {
+                self.assign(*assignment);
+                None
+            }
+            FromBroker::Start { key } => {
+                let (broker, clock) = (self.broker.subscribe(), Arc::clone(&self.clock));
+                let events = self.events.clone();
+                self.job_of(key)?.start(broker, events, clock)
+            }
+            FromBroker::SetCodec { key, edge, way, codec } => {
+                self.job_of(key)?.set_codec(edge, way, codec);
+                None
+            }
+            FromBroker::ShardSettled { key, step } => {
+                self.job_of(key)?.shard_settled(step);
+                None
+            }
+            FromBroker::Snapshot { key, step } => {
+                self.job_of(key)?.take_snapshot(step);
+                None
+            }
+            FromBroker::Guard { snapshot } => {
+                let events = self.events.clone();
+                self.job_of(snapshot.id.key)?.guard(snapshot, events);
+                None
+            }
+            FromBroker::Lend { job, to } => {
+                self.snapshots.lend_to(job, to.iter().map(|peer| peer_addr(peer).id));
+                self.let_in();
+                None
+            }
+            FromBroker::Release { job, keep } => {
+                let store = Arc::clone(&self.snapshots);
+                tokio::task::spawn_blocking(move || store.release(job, &keep));
+                None
+            }
+            FromBroker::PeerMoved { key, peer, addr } => {
+                self.job_of(key)?.links.moved(peer, &addr);
+                None
+            }
+            FromBroker::CheckPeer { key, peer } => {
+                let ago_s = self.job_of(key)?.links.heard(peer)?.as_secs_f64();
+                Some(FromCompNode::PeerHeard { key, peer, ago_s })
+            }
+            FromBroker::Abort { key, reason } => {
+                self.job_of(key)?;
+                tracing::info!(job = %key.job, %reason, "job aborted");
+                self.drop_job(&reason);
+                None
+            }
+            FromBroker::MeasureOps { request, spec, graph } => {
+                self.surveyor.start_ops(request, *spec, graph, Arc::clone(&self.memory), self.events.clone());
+                None
+            }
+            FromBroker::CancelMeasure { request } => {
+                self.surveyor.cancel(request);
+                None
+            }
+            FromBroker::AwaitProbe { probe, peer } => {
+                self.probes.expect(&peer);
+                self.let_in();
+                Some(FromCompNode::ProbeAwaited { probe })
+            }
+            FromBroker::Probe { probe, peer } => {
+                self.probes.lead(probe, &peer, self.endpoint.clone(), self.events.clone());
+                None
+            }
+        }
+    }
+
+    fn assign(&mut self, assignment: Assignment) {
+        self.drop_job("replaced by another assignment");
+        let ended = self.probes.end();
+        self.tell(ended);
+        self.surveyor.cancel_all();
+        let place = Place {
+            endpoint: self.endpoint.clone(),
+            surveyor: self.surveyor.clone(),
+            memory: Arc::clone(&self.memory),
+            readable: Arc::clone(&self.readable),
+            scratch: Arc::clone(&self.scratch),
+            snapshots: Arc::clone(&self.snapshots),
+            events: self.events.clone(),
+        };
+        let job = RunningJob::prepare(assignment, place);
+        if let Some(weights) = self.weights.take(job.key) {
+            job.receive(weights);
+        }
+        self.job = Some(job);
+        self.let_in();
+    }
+
+    /// Opens the door to those that the job, probes and loans bring, and to nobody else.
+    pub(super) fn let_in(&self) {
+        let of_job = self.job.iter().flat_map(|job| job.peers().iter().copied());
+        self.members.replace(of_job.chain(self.probes.peers()).chain(self.snapshots.borrowers()));
+    }
+
+    fn job_of(&mut self, key: RunKey) -> Option<&mut RunningJob> {
+        self.job.as_mut().filter(|j| j.key == key)
+    }
+
+    /// What follows from an event: something to tell the broker, perhaps.
+    pub(super) fn handle(&mut self, event: NodeEvent) -> Option<FromCompNode> {
+        match event {
+            NodeEvent::Tell(message) => Some(*message),
+            NodeEvent::Report(key, message) => self.job.as_ref().filter(|job| job.key == key).map(|_| *message),
+            NodeEvent::Weights(weights) => {
+                match self.job.as_mut().filter(|job| job.key == weights.key()) {
+                    Some(job) => job.receive(*weights),
+                    None => self.weights.keep(*weights),
+                }
+                None
+            }
+            NodeEvent::Prepared(result) => match *result {
+                Ok(prepared) => Some(self.job.as_mut().filter(|j| j.key == prepared.key)?.ready(prepared)),
+                Err((key, error)) => self.ended(key, Err(error)),
+            },
+            NodeEvent::Ended(key, result) => self.ended(key, result),
+        }
+    }
+
+    fn ended(&mut self, key: RunKey, result: Result<(), CompNodeError>) -> Option<FromCompNode> {
+        self.job.as_ref().filter(|job| job.key == key)?;
+        match result {
+            // The wires stay up until the next assignment: peers may still wait for confirmations.
+            Ok(()) => Some(FromCompNode::Finished { key }),
+            Err(error) => {
+                self.drop_job("failed on this CompNode");
+                Some(assignment::failed(key, &error))
+            }
+        }
+    }
+}

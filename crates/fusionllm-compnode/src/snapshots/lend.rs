@@ -1,0 +1,92 @@
+//! Snapshots to others.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fusionllm_protocol::{LoanFrame, PeerFrame, Snapshot, StateKind, TensorName, decode, encode};
+use fusionllm_transport::{FrameSink, Session};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::timeout;
+
+use super::SnapshotStore;
+use crate::ShardError;
+use crate::checkpoint::{ShardFile, StreamError, send_content};
+
+/// Largest frame with which a snapshot is asked for: it may name all parameters of a large model.
+const REQUEST_BYTES: u64 = 1 << 20;
+/// A stream that does not say what it wants for this long is dropped.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// Streams of one connection that are served at once.
+const AT_ONCE: usize = 4;
+
+/// Serves a connection that was opened to fetch snapshots, until it ends.
+pub(crate) async fn serve(store: Arc<SnapshotStore>, session: Session) {
+    let mut serving = JoinSet::new();
+    while let Ok((sink, mut source)) = session.accept_bi().await {
+        while serving.try_join_next().is_some() {}
+        if serving.len() >= AT_ONCE {
+            continue;
+        }
+        let (store, peer) = (Arc::clone(&store), session.peer());
+        serving.spawn(async move {
+            let first = timeout(REQUEST_LIMIT, source.recv_limited(REQUEST_BYTES)).await;
+            let Ok(Ok(Some(frame))) = first else { return };
+            let Ok(PeerFrame::Loan(LoanFrame::Fetch { snapshot, params })) = decode(&frame) else { return };
+            let may = store.is_lent(snapshot.id.key.job, peer);
+            if let Err(error) = lend(&store, may, snapshot, params, sink).await {
+                tracing::debug!(%peer, %error, "a snapshot that was lent broke off");
+            }
+        });
+    }
+}
+
+/// Answers one request by the snapshot, or by why it does not come.
+///
+/// # Errors
+/// [`StreamError`] if the stream is lost or the file does not read.
+pub(crate) async fn lend(
+    store: &Arc<SnapshotStore>,
+    may: bool,
+    snapshot: Snapshot,
+    params: Option<Vec<String>>,
+    mut sink: FrameSink,
+) -> Result<(), StreamError> {
+    // Bulk gives way to OP-Data.
+    sink.set_priority(-10);
+    let found = match may {
+        true => {
+            let store = Arc::clone(store);
+            let found = spawn_blocking(move || wanted(&store, &snapshot, params)).await;
+            found.map_err(crate::join_message).and_then(|found| found.map_err(|e| e.to_string()))
+        }
+        false => Err("its snapshots are not lent to you".to_owned()),
+    };
+    let (answer, shard) = match found {
+        Ok(Some(shard)) => (LoanFrame::Lent { bytes: shard.bytes() }, Some(shard)),
+        Ok(None) => (LoanFrame::NotLent { reason: "it is not here".to_owned() }, None),
+        Err(reason) => (LoanFrame::NotLent { reason }, None),
+    };
+    let Ok(frame) = encode(&answer) else { return Ok(()) };
+    sink.send(&frame).await?;
+    if let Some(shard) = shard {
+        send_content(&mut sink, &Arc::new(shard)).await?;
+    }
+    Ok(sink.finish().await?)
+}
+
+/// A snapshot, or the part of it that is wanted; nothing if it is not here.
+fn wanted(
+    store: &SnapshotStore,
+    snapshot: &Snapshot,
+    params: Option<Vec<String>>,
+) -> Result<Option<ShardFile>, ShardError> {
+    let Some(whole) = store.open_file(snapshot)? else { return Ok(None) };
+    let Some(params) = params else { return Ok(Some(whole)) };
+    let names = params.iter().flat_map(|param| {
+        let states = StateKind::ALL.into_iter().map(|kind| TensorName::State { kind, param }.to_string());
+        states.chain([param.clone()])
+    });
+    let names: BTreeSet<String> = names.collect();
+    whole.part(store.part()?, |name| TensorName::is_residual(name) || names.contains(name)).map(Some)
+}
