@@ -9,7 +9,7 @@ use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
 use serde::{Deserialize, Serialize};
 
-use crate::{DataReport, DeviceProfile, JobSpec, PairProfile, RunKey, StepTrace};
+use crate::{DataReport, DeviceProfile, JobSpec, LinkBytes, PairProfile, RunKey, StepTrace};
 
 pub use client::{
     ClientRequest, CompNodeSummary, JobSummary, StatusReport, TicketRole, TicketState, TicketSummary, ToClient,
@@ -322,24 +322,6 @@ pub struct StepReport {
     pub trace: Option<StepTrace>,
 }
 
-/// What one link carried.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LinkBytes {
-    /// Name of the sending CompNode.
-    pub from: String,
-    /// Name of the receiving CompNode.
-    pub to: String,
-    /// Payload and header bytes of all messages.
-    pub bytes: u64,
-    /// What the same tensors take as dense fp32.
-    pub dense_bytes: u64,
-    /// Codec of the activations and gradients.
-    pub codec: String,
-    /// What the codec dropped of a sample of them: norm of the error over norm of the tensor.
-    #[serde(default)]
-    pub error: Option<f64>,
-}
-
 /// How fast payloads came over one link in a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkSpeed {
@@ -351,39 +333,6 @@ pub struct LinkSpeed {
     pub bytes: u64,
     /// Seconds for which at least one payload was coming in.
     pub busy_s: f64,
-}
-
-/// State of a job.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
-pub enum JobState {
-    /// Not enough idle CompNodes yet.
-    Waiting {
-        /// What it waits for.
-        reason: String,
-    },
-    /// The CompNodes prepare their parts.
-    Preparing,
-    /// Training.
-    Running,
-    /// All steps done.
-    Done,
-    /// It cannot go on.
-    Failed {
-        /// Why, in one line.
-        reason: String,
-        /// Whether the job's input is at fault.
-        bad_input: bool,
-    },
-    /// Stopped by request.
-    Stopped,
-}
-
-impl JobState {
-    /// Whether nothing more will happen unless it is resumed.
-    pub fn is_final(&self) -> bool {
-        matches!(self, Self::Done | Self::Failed { .. } | Self::Stopped)
-    }
 }
 
 /// What a one-way stream between broker and CompNode carries.

@@ -22,12 +22,12 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, ControlStream, FromBroker, FromCompNode, Hello,
-    JobState, JobSummary, LinkBytes, LinkSpeed, MOST_UNCONFIRMED, Numbered, PeerRecord, Role, StatusReport, StepReport,
-    TicketRole, TicketState, TicketSummary, ToClient, WeightSource, Welcome,
+    JobSummary, LinkSpeed, MOST_UNCONFIRMED, Numbered, PeerRecord, Role, StatusReport, StepReport, TicketRole,
+    TicketState, TicketSummary, ToClient, WeightSource, Welcome,
 };
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
-pub use event::{CodecNote, JobEvent, Notice, StepMetrics};
+pub use event::{CodecNote, JobEvent, JobState, LinkBytes, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{

@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::JobState;
-use crate::{Inventory, JobEvent, JobId, JobSpec};
+use crate::{Inventory, JobEvent, JobId, JobSpec, JobState};
 
 /// From a client to the broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
