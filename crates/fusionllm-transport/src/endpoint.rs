@@ -76,7 +76,7 @@ impl Endpoint {
     /// # Errors
     /// [`ConnectError`] if the peer is not reached within ten seconds or is another than asked for.
     pub async fn connect(&self, peer: &PeerAddr) -> Result<Session, ConnectError> {
-        self.0.connect(peer, false).await
+        self.0.connect(peer, false).await.map(Session::new)
     }
 
     /// Opens a connection to [`probe`](crate::probe) over. The peer knows it from others by [`Session::is_probe`].
@@ -84,13 +84,13 @@ impl Endpoint {
     /// # Errors
     /// As [`Self::connect`].
     pub async fn connect_to_probe(&self, peer: &PeerAddr) -> Result<Session, ConnectError> {
-        self.0.connect(peer, true).await
+        self.0.connect(peer, true).await.map(Session::new)
     }
 
     /// The next connection that an admitted peer has opened; nothing once the endpoint is closed. May be dropped
     /// before it is done without losing a connection.
     pub async fn accept(&self) -> Option<Session> {
-        self.0.accept().await
+        self.0.accept().await.map(Session::new)
     }
 
     /// Closes all connections and the socket. Waits until the peers know, for a few round trips at most.

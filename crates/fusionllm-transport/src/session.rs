@@ -1,15 +1,12 @@
 //! One connection to one peer.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use crate::stream::{FrameSink, FrameSource};
-use crate::wire::Connection;
+use crate::wire::{SessionStats, SharedConnection};
 use crate::{PeerId, SessionError};
 
 /// An open connection. Clones are the same one; it closes when the last one goes.
 #[derive(Clone, Debug)]
-pub struct Session(Arc<dyn Connection>);
+pub struct Session(SharedConnection);
 
 /// Why a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,24 +17,9 @@ pub struct CloseReason {
     pub reason: String,
 }
 
-/// What a connection has carried so far.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SessionStats {
-    /// Round-trip time of the path in use.
-    pub rtt: Option<Duration>,
-    /// Bytes of all packets sent.
-    pub bytes_sent: u64,
-    /// Bytes of all packets received.
-    pub bytes_received: u64,
-    /// Packets sent.
-    pub sent_packets: u64,
-    /// Of which were lost.
-    pub lost_packets: u64,
-}
-
 impl Session {
-    pub(crate) fn new(connection: impl Connection + 'static) -> Self {
-        Self(Arc::new(connection))
+    pub(crate) fn new(connection: SharedConnection) -> Self {
+        Self(connection)
     }
 
     /// Gives the peer the room of a member: some streams, and 64 MiB that are not read yet. Before that, one that was accepted

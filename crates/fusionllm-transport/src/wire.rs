@@ -6,18 +6,37 @@
 
 use std::fmt::Debug;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::session::SessionStats;
-use crate::{ConnectError, PeerAddr, PeerId, Session, SessionError};
+use crate::{ConnectError, PeerAddr, PeerId, SessionError};
 
 /// Something that will be there later.
 pub(crate) type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Both ends of a two-way stream on one side.
 pub(crate) type Halves = (Box<dyn SendHalf>, Box<dyn ReceiveHalf>);
+
+/// An open connection, of all that use it.
+pub(crate) type SharedConnection = Arc<dyn Connection>;
+
+/// What a connection has carried so far.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SessionStats {
+    /// Round-trip time of the path in use.
+    pub rtt: Option<Duration>,
+    /// Bytes of all packets sent.
+    pub bytes_sent: u64,
+    /// Bytes of all packets received.
+    pub bytes_received: u64,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Of which were lost.
+    pub lost_packets: u64,
+}
 
 /// Where peers are dialled and awaited.
 pub(crate) trait Wire: Debug + Send + Sync {
@@ -28,10 +47,10 @@ pub(crate) trait Wire: Debug + Send + Sync {
     fn addr(&self) -> PeerAddr;
 
     /// Opens a connection to a peer, to be measured if `is_probe`.
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<Session, ConnectError>>;
+    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<SharedConnection, ConnectError>>;
 
     /// The next connection that a peer has opened; nothing once this is closed.
-    fn accept(&self) -> Later<'_, Option<Session>>;
+    fn accept(&self) -> Later<'_, Option<SharedConnection>>;
 
     /// Closes all connections, and waits a little until the peers know.
     fn close(&self) -> Later<'_, ()>;

@@ -12,9 +12,8 @@ use super::dialling::Outcome;
 use super::halves::{Receiver, Sender};
 use super::link::{End, Receiving, Sending, Side, StreamId};
 use super::state::{Net, Place, wait};
-use crate::session::SessionStats;
-use crate::wire::{self, Halves, Later, ReceiveHalf, SendHalf, Wire};
-use crate::{Admission, ConnectError, PeerAddr, PeerId, Session, SessionError};
+use crate::wire::{Connection, Halves, Later, ReceiveHalf, SendHalf, SessionStats, SharedConnection, Wire};
+use crate::{Admission, ConnectError, PeerAddr, PeerId, SessionError};
 
 /// One endpoint; dropped, its connections close.
 #[derive(Debug)]
@@ -86,7 +85,7 @@ impl Wire for MemoryEndpoint {
         PeerAddr { id: self.id, addrs: vec![SocketAddr::from(([127, 0, 0, 1], port))] }
     }
 
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<Session, ConnectError>> {
+    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<SharedConnection, ConnectError>> {
         Box::pin(async move {
             let dial = self.net.with(|state| state.dial(self.place, peer.id, is_probe));
             let dialling = Dialling { net: self.net.clone(), dial };
@@ -106,7 +105,7 @@ impl Wire for MemoryEndpoint {
             });
             let (id, addrs) = (peer.id, peer.addrs.clone());
             match result.await {
-                Ok(link) => Ok(Session::new(MemoryConnection::new(&self.net, link, 0, id))),
+                Ok(link) => Ok(MemoryConnection::of(&self.net, link, 0, id)),
                 Err(Outcome::Refused) => {
                     Err(ConnectError::Failed { peer: id, addrs, reason: "somebody else answers".to_owned() })
                 }
@@ -118,7 +117,7 @@ impl Wire for MemoryEndpoint {
         })
     }
 
-    fn accept(&self) -> Later<'_, Option<Session>> {
+    fn accept(&self) -> Later<'_, Option<SharedConnection>> {
         Box::pin(poll_fn(move |cx| {
             let accepted = self.net.with(|state| {
                 let place = state.places.get_mut(self.place)?;
@@ -135,9 +134,7 @@ impl Wire for MemoryEndpoint {
             match accepted {
                 None => Poll::Ready(None),
                 Some(Poll::Pending) => Poll::Pending,
-                Some(Poll::Ready((link, peer))) => {
-                    Poll::Ready(Some(Session::new(MemoryConnection::new(&self.net, link, 1, peer))))
-                }
+                Some(Poll::Ready((link, peer))) => Poll::Ready(Some(MemoryConnection::of(&self.net, link, 1, peer))),
             }
         }))
     }
@@ -159,8 +156,8 @@ struct MemoryConnection {
 
 impl MemoryConnection {
     /// Of a side that is counted already.
-    fn new(net: &Net, link: usize, side: Side, peer: PeerId) -> Self {
-        Self { net: net.clone(), link, side, peer }
+    fn of(net: &Net, link: usize, side: Side, peer: PeerId) -> SharedConnection {
+        Arc::new(Self { net: net.clone(), link, side, peer })
     }
 
     /// Waits until something of this side can be had, or the connection is over.
@@ -229,7 +226,7 @@ impl Drop for MemoryConnection {
     }
 }
 
-impl wire::Connection for MemoryConnection {
+impl Connection for MemoryConnection {
     fn peer(&self) -> PeerId {
         self.peer
     }

@@ -1,6 +1,7 @@
 //! Connections and streams of QUIC, behind the traits of [`crate::wire`].
 
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -9,8 +10,7 @@ use iroh::endpoint::{Connection, ConnectionError, ReadError, RecvStream, SendStr
 use super::doorway::Stay;
 use super::endpoint::PROBE_ALPN;
 use super::{nudge, settings};
-use crate::session::SessionStats;
-use crate::wire::{self, Halves, Later, ReceiveHalf, SendHalf};
+use crate::wire::{self, Halves, Later, ReceiveHalf, SendHalf, SessionStats, SharedConnection};
 use crate::{PeerId, SessionError};
 
 /// A connection, and its stay in the doorway until the peer is admitted or all is gone.
@@ -22,7 +22,19 @@ pub(super) struct QuicConnection {
 }
 
 impl QuicConnection {
-    pub(super) fn new(connection: Connection, stay: Option<Stay>) -> Self {
+    /// With a peer that is known: it has the room of a member.
+    pub(super) fn of_member(connection: Connection) -> SharedConnection {
+        let connection = Self::new(connection, None);
+        wire::Connection::admit(&connection);
+        Arc::new(connection)
+    }
+
+    /// With a peer that has yet to show who it is.
+    pub(super) fn on_trial(connection: Connection, stay: Stay) -> SharedConnection {
+        Arc::new(Self::new(connection, Some(stay)))
+    }
+
+    fn new(connection: Connection, stay: Option<Stay>) -> Self {
         let peer = PeerId::from_bytes(*connection.remote_id().as_bytes());
         tokio::spawn(nudge::run(connection.weak_handle()));
         Self { connection, peer, stay }

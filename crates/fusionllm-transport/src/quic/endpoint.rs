@@ -17,8 +17,8 @@ use super::throttle::Throttle;
 use super::{accept, closing, settings};
 use crate::endpoint::{CongestionControl, EndpointConfig};
 use crate::error::chain;
-use crate::wire::{Later, Wire};
-use crate::{Admission, Admit, BindError, ConnectError, PeerAddr, PeerId, Session};
+use crate::wire::{Later, SharedConnection, Wire};
+use crate::{Admission, Admit, BindError, ConnectError, PeerAddr, PeerId};
 
 /// Both ends must speak the same.
 pub(crate) const ALPN: &[u8] = b"fusionllm/1";
@@ -78,7 +78,7 @@ pub(crate) struct QuicEndpoint {
     socket: Socket,
     id: PeerId,
     advertise: Vec<SocketAddr>,
-    incoming: Mutex<mpsc::Receiver<Session>>,
+    incoming: Mutex<mpsc::Receiver<SharedConnection>>,
 }
 
 impl QuicEndpoint {
@@ -102,7 +102,7 @@ impl QuicEndpoint {
         Ok(Self { socket, id: identity.id(), advertise, incoming: Mutex::new(receiver) })
     }
 
-    async fn connect_for(&self, peer: &PeerAddr, alpn: &'static [u8]) -> Result<Session, ConnectError> {
+    async fn connect_for(&self, peer: &PeerAddr, alpn: &'static [u8]) -> Result<SharedConnection, ConnectError> {
         let PeerAddr { id, addrs } = peer;
         if addrs.is_empty() {
             return Err(ConnectError::NoAddress { peer: *id });
@@ -113,12 +113,8 @@ impl QuicEndpoint {
             return Err(ConnectError::OnlyOwn { peer: *id, addrs: addrs.clone() });
         }
         match dial::dial(&self.socket, key, &tried, alpn).await {
-            Ok(connection) => {
-                let session = Session::new(QuicConnection::new(connection, None));
-                // Whoever was dialled by key is known.
-                session.admitted();
-                Ok(session)
-            }
+            // Whoever was dialled by key is known.
+            Ok(connection) => Ok(QuicConnection::of_member(connection)),
             Err(Failure::Answer(error)) => Err(ConnectError::Failed { peer: *id, addrs: tried, reason: chain(&error) }),
             Err(Failure::Silence) => {
                 let limit_s = CONNECT_LIMIT.as_secs();
@@ -149,11 +145,11 @@ impl Wire for QuicEndpoint {
         PeerAddr { id: self.id, addrs: addrs.into_iter().filter(|a| !a.ip().is_unspecified()).collect() }
     }
 
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<Session, ConnectError>> {
+    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<SharedConnection, ConnectError>> {
         Box::pin(self.connect_for(peer, if is_probe { PROBE_ALPN } else { ALPN }))
     }
 
-    fn accept(&self) -> Later<'_, Option<Session>> {
+    fn accept(&self) -> Later<'_, Option<SharedConnection>> {
         Box::pin(async { self.incoming.lock().await.recv().await })
     }
 
