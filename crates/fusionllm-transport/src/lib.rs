@@ -5,6 +5,7 @@
 //! is not known here. Tests may have a network in memory instead ([`memory`]), which misbehaves from a seed.
 
 mod admission;
+mod config;
 mod endpoint;
 mod error;
 mod files;
@@ -21,7 +22,8 @@ mod ticket;
 mod wire;
 
 pub use admission::{Admission, Admit, AdmitAll, AdmitOnTrial, Members};
-pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
+pub use config::{CongestionControl, EndpointConfig};
+pub use endpoint::Endpoint;
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
 pub use files::{
     FileMode, folder_above, folder_of, is_same_file, no_folder_above, open_or_make_regular, open_regular, read_regular,

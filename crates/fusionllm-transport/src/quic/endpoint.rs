@@ -15,10 +15,9 @@ use super::dial::{self, CONNECT_LIMIT, Failure};
 use super::doorway::Doorway;
 use super::throttle::Throttle;
 use super::{accept, closing, settings};
-use crate::endpoint::{CongestionControl, EndpointConfig};
 use crate::error::chain;
 use crate::wire::{Later, SharedConnection, Wire};
-use crate::{Admission, Admit, BindError, ConnectError, PeerAddr, PeerId};
+use crate::{Admission, Admit, BindError, CongestionControl, ConnectError, EndpointConfig, PeerAddr, PeerId};
 
 /// Both ends must speak the same.
 pub(crate) const ALPN: &[u8] = b"fusionllm/1";
