@@ -8,10 +8,9 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::connection::QuicConnection;
-use super::dial::CONNECT_LIMIT;
 use super::doorway::Doorway;
-use super::endpoint::REFUSED;
 use super::handshakes::Handshakes;
+use super::settings::{CONNECT_LIMIT, REFUSED};
 use crate::error::chain;
 use crate::wire::SharedConnection;
 use crate::{Admission, Admit, PeerId};

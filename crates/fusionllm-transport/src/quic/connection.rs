@@ -8,7 +8,7 @@ use bytes::Bytes;
 use iroh::endpoint::{Connection, ConnectionError, ReadError, RecvStream, SendStream, StoppedError, WriteError};
 
 use super::doorway::Stay;
-use super::endpoint::PROBE_ALPN;
+use super::settings::PROBE_ALPN;
 use super::{nudge, settings};
 use crate::wire::{self, Halves, Later, ReceiveHalf, SendHalf, SessionStats, SharedConnection};
 use crate::{PeerId, SessionError};

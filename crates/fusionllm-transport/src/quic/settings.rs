@@ -9,6 +9,14 @@ use noq_proto::congestion::{Bbr3Config, CubicConfig};
 use super::congestion::LinkRateConfig;
 use crate::CongestionControl;
 
+/// Both ends must speak the same.
+pub(crate) const ALPN: &[u8] = b"fusionllm/1";
+/// Of a connection that is there to be measured, and for nothing else.
+pub(crate) const PROBE_ALPN: &[u8] = b"fusionllm-probe/1";
+/// Close code of a refused peer.
+pub(crate) const REFUSED: u32 = 403;
+/// A connection that is not made by then fails.
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// A silent peer is lost after this long.
 const IDLE_LIMIT: Duration = Duration::from_secs(10);
 /// Well within [`IDLE_LIMIT`] even when several are lost. Whoever is asked whether a silent peer is still there goes by
