@@ -8,8 +8,6 @@
 //! Time is that of tokio. On a current-thread runtime whose clock is paused, a seed gives one history: [`Network::log`] is
 //! the same byte for byte, as long as nothing else in the test leaves the runtime or depends on chance.
 
-mod cuts;
-mod dialling;
 mod endpoint;
 mod halves;
 mod link;

@@ -8,10 +8,9 @@ use std::task::Poll;
 
 use rand::RngExt;
 
-use super::dialling::Outcome;
 use super::halves::{Receiver, Sender};
-use super::link::{End, Receiving, Sending, Side, StreamId};
-use super::state::{Net, Place, wait};
+use super::link::{End, Receiving, Sending, Side, StreamId, gone};
+use super::state::{Net, Outcome, Place, wait};
 use crate::wire::{Connection, Halves, Later, ReceiveHalf, SendHalf, SessionStats, SharedConnection, Wire};
 use crate::{Admission, ConnectError, PeerAddr, PeerId, SessionError};
 
@@ -213,11 +212,6 @@ impl MemoryConnection {
     fn receiver(&self, stream: StreamId) -> Box<dyn ReceiveHalf> {
         Box::new(Receiver { net: self.net.clone(), link: self.link, side: self.side, stream })
     }
-}
-
-/// Of a connection that nobody remembers.
-pub(super) fn gone() -> SessionError {
-    SessionError::Lost { reason: "it is gone".to_owned() }
 }
 
 impl Drop for MemoryConnection {

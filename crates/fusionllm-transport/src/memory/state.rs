@@ -1,5 +1,10 @@
 //! All that a network in memory is, and what is about to happen in it.
 
+mod connections;
+mod cuts;
+mod deliveries;
+mod dialling;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::{Display, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,10 +17,11 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::Weather;
-use super::dialling::Dial;
 use super::link::{Link, Side};
 use super::packets::Packet;
 use crate::{Admission, PeerId};
+use dialling::Dial;
+pub(super) use dialling::Outcome;
 
 /// Something that happens at its time.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rand::RngExt;
 
-use super::state::{Event, State};
+use super::{Event, State};
 use crate::{Admit, PeerId};
 
 /// Close code of a refused peer.
@@ -13,7 +13,7 @@ const REFUSED: u32 = 403;
 
 /// What a dial comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     /// A connection.
     Connected,
     /// Somebody says no.
@@ -26,19 +26,19 @@ pub(super) enum Outcome {
 
 /// A dial that somebody waits for.
 #[derive(Debug)]
-pub(super) struct Dial {
+pub(crate) struct Dial {
     pub(super) from: usize,
     pub(super) to: Option<usize>,
     pub(super) is_probe: bool,
     pub(super) outcome: Outcome,
     /// The connection, or why there is none.
-    pub(super) result: Option<Result<usize, Outcome>>,
-    pub(super) waker: Option<Waker>,
+    pub(crate) result: Option<Result<usize, Outcome>>,
+    pub(crate) waker: Option<Waker>,
 }
 
 impl State {
     /// Begins to dial a peer.
-    pub(super) fn dial(&mut self, from: usize, peer: PeerId, is_probe: bool) -> u64 {
+    pub(crate) fn dial(&mut self, from: usize, peer: PeerId, is_probe: bool) -> u64 {
         let dial = self.number();
         let to = self.places.iter().position(|place| place.id == peer && !place.is_closed);
         let round_trip = (self.weather.latency + self.up_to(self.weather.jitter)) * 2;
@@ -99,7 +99,7 @@ impl State {
     }
 
     /// Nobody waits for a dial any more.
-    pub(super) fn hang_up(&mut self, dial: u64) {
+    pub(crate) fn hang_up(&mut self, dial: u64) {
         if let Some(Dial { result: Some(Ok(link)), .. }) = self.dials.remove(&dial) {
             self.release(link, 0);
         }
