@@ -18,7 +18,7 @@ const EMPTY: [&str; 2] = [FolderLock::FILE, "lost+found"];
 pub(crate) struct OpenedRun {
     /// Its `run.json`.
     pub(crate) file: RunFile,
-    /// The job.
+    /// The job as this run does it, every default filled in.
     pub(crate) spec: JobSpec,
     /// Where checkpoints go.
     pub(crate) place: ShardPlace,

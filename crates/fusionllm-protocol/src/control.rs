@@ -67,7 +67,7 @@ pub enum Role {
 pub enum Welcome {
     /// Come in; a CompNode is known by this name from now on (made unique by the broker).
     Accepted {
-        /// The name.
+        /// The name that this CompNode has from now on; a command is told its key, shortened.
         name: String,
         /// Number of the last message that the broker received from this CompNode before the break: both go on. Nothing:
         /// the broker does not know it any more, and it begins anew with the first message.
@@ -75,7 +75,7 @@ pub enum Welcome {
     },
     /// Stay out.
     Refused {
-        /// Why.
+        /// Why the peer is not let in, in one line.
         reason: String,
     },
 }
@@ -128,11 +128,11 @@ pub enum FromBroker {
     SetCodec {
         /// Which placement of which job it belongs to.
         key: RunKey,
-        /// The edge.
+        /// The boundary edge.
         edge: EdgeId,
         /// What of it.
         way: Way,
-        /// The codec.
+        /// The codec of all messages after this one.
         codec: Codec,
     },
     /// The CompNode's shard of a checkpoint need not be kept or sent again: it is stored, or not wanted.
@@ -170,7 +170,7 @@ pub enum FromBroker {
     MeasureOps {
         /// Number of the request.
         request: u64,
-        /// The job.
+        /// The job, whose batch and sequence length give the ops their shapes.
         spec: Box<JobSpec>,
         /// Its OP-DAG in JSON form.
         graph: String,
@@ -261,7 +261,7 @@ pub enum FromCompNode {
     Measured {
         /// Number of the request.
         request: u64,
-        /// The times.
+        /// Seconds by kind of work, or why there are none, in one line.
         result: Result<Measured, String>,
     },
     /// The peer may dial now.
@@ -273,7 +273,7 @@ pub enum FromCompNode {
     Probed {
         /// Number of the probe.
         probe: u64,
-        /// The links.
+        /// What both links can do, or why that is not known, in one line.
         result: Result<PairProfile, String>,
     },
     /// Something that the job's user must see.
@@ -285,7 +285,7 @@ pub enum FromCompNode {
     },
     /// Bytes of memory that a job may fill here now, from a CompNode whose memory nobody fills.
     Room {
-        /// How many.
+        /// Bytes that are free for jobs.
         bytes: u64,
     },
     /// Still alive; sent every few seconds.
@@ -344,7 +344,7 @@ pub enum BlobKind {
     Shard {
         /// Updates done.
         step: u64,
-        /// The sender.
+        /// The CompNode that sends its shard.
         node: NodeIndex,
     },
 }
@@ -354,7 +354,7 @@ pub enum BlobKind {
 pub struct BlobHeader {
     /// Which placement of which job it belongs to.
     pub key: RunKey,
-    /// What it is.
+    /// What the content is.
     pub kind: BlobKind,
     /// Bytes of content.
     pub bytes: u64,

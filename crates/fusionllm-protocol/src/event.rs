@@ -130,7 +130,7 @@ pub enum JobEvent {
     Step {
         /// The job that it is about.
         job: JobId,
-        /// Its metrics.
+        /// The step's line of `metrics.jsonl`.
         metrics: StepMetrics,
     },
     /// A checkpoint is complete.

@@ -19,7 +19,7 @@ pub enum CongestionControl {
 /// What an endpoint is made of.
 #[derive(Debug)]
 pub struct EndpointConfig {
-    /// Who it is.
+    /// The key by which peers know it.
     pub identity: Identity,
     /// Where it listens; port 0 takes any.
     pub bind: SocketAddr,

@@ -32,9 +32,9 @@ pub struct SessionStats {
     pub bytes_sent: u64,
     /// Bytes of all packets received.
     pub bytes_received: u64,
-    /// Packets sent.
+    /// Packets sent, lost ones among them.
     pub sent_packets: u64,
-    /// Of which were lost.
+    /// How many of the packets sent were lost.
     pub lost_packets: u64,
 }
 

@@ -7,7 +7,7 @@ use super::Parent;
 /// Which run begins or goes on, and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RunStart {
-    /// The run.
+    /// The run's id.
     pub(crate) run: RunId,
     /// Runs of whose directory its own is a copy.
     pub(crate) copy_of: Vec<RunId>,

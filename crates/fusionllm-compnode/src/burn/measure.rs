@@ -28,7 +28,7 @@ use crate::{ExecutorError, OptimizerSpec};
 const ELEMENTS: usize = 4 << 20;
 /// A piece of the OP-DAG that is run as a whole takes about this long at the most, FP and BP together.
 const PIECE_S: f64 = 1.5;
-/// And needs at most this share of the memory that is free.
+/// A piece that is measured needs at most this share of the memory that is free.
 const PIECE_MEMORY: f64 = 0.2;
 /// Corrections beyond these bounds say that something disturbed the measurement.
 const CORRECTION: (f64, f64) = (0.25, 4.0);

@@ -14,10 +14,10 @@ pub(super) type Side = usize;
 
 /// Streams that a peer may open before it is admitted: one-way and two-way.
 pub(super) const TRIAL_STREAMS: [u64; 2] = [0, 1];
-/// And after.
+/// Streams of each kind that a peer may have open once it is admitted.
 pub(super) const MEMBER_STREAMS: u64 = 16;
 
-/// Of a stream.
+/// A stream by who opened it, its kind, and its number among those of the opener and kind, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct StreamId {
     pub(super) opener: Side,
@@ -59,15 +59,15 @@ pub(super) struct Sending {
 #[derive(Debug, Default)]
 pub(super) struct Receiving {
     pub(super) bytes: VecDeque<Bytes>,
-    /// Read, and not yet said.
+    /// Bytes that were read, and for which the sender was given no new room yet.
     pub(super) unsaid: usize,
     /// The end has come.
     pub(super) is_ended: bool,
-    /// And was read.
+    /// The reader was told of the end.
     pub(super) is_read: bool,
     /// Nobody reads any more.
     pub(super) is_dropped: bool,
-    /// Counted as done.
+    /// It counts in [`End::done`] already.
     pub(super) is_settled: bool,
     pub(super) wakers: Vec<Waker>,
 }
@@ -76,7 +76,7 @@ pub(super) struct Receiving {
 #[derive(Debug, Default)]
 pub(super) struct End {
     pub(super) place: usize,
-    /// Why it ended.
+    /// Why the connection is over at this side; nothing while it is open.
     pub(super) error: Option<SessionError>,
     /// Sessions and streams in use.
     pub(super) handles: usize,

@@ -53,7 +53,7 @@ pub(super) struct Place {
 pub(super) struct State {
     pub(super) weather: Weather,
     pub(super) dice: ChaCha8Rng,
-    /// Since the beginning.
+    /// Time since the network was made.
     pub(super) now: Duration,
     events: BTreeMap<(Duration, u64), Event>,
     /// Numbers events, connections and dials.
