@@ -41,7 +41,7 @@ use tensor_file::{TensorFile, io};
 pub(crate) struct StoredShard {
     /// Bytes received.
     pub(crate) bytes: u64,
-    /// Their hash.
+    /// BLAKE3 of all its bytes, in hexadecimal.
     pub(crate) blake3: String,
     /// A tensor with values that are not finite, if there is one.
     pub(crate) not_finite: Option<String>,
@@ -119,17 +119,17 @@ pub(crate) fn open_at(folder: &Path, recorded: Option<&str>) -> Result<Checkpoin
 }
 
 impl Checkpoint {
-    /// Its folder.
+    /// The folder with its manifest and shards.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its manifest.
+    /// What its `manifest.json` says.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// The model.
+    /// The model that its tensors are of.
     pub fn dag(&self) -> &OpDag {
         &self.dag
     }

@@ -19,7 +19,7 @@ pub enum BrokerError {
     /// A cluster file cannot be used.
     #[error("{path}: {reason}", path = path.display())]
     ClusterFile {
-        /// The file.
+        /// The cluster file.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
@@ -70,7 +70,7 @@ pub enum BrokerError {
     /// Another process works there.
     #[error("{path} is in use by {holder}: wait until it has ended, or give another folder", path = path.display())]
     InUse {
-        /// The folder.
+        /// The run directory, or a folder for checkpoints.
         path: PathBuf,
         /// Who works there, in words: a run and its process, or another process.
         holder: String,
@@ -78,7 +78,7 @@ pub enum BrokerError {
     /// What has the name of a lock is none of ours.
     #[error("{path} is not a lock of FusionLLM: move it away, or give another folder", path = path.display())]
     NotALock {
-        /// The file.
+        /// The file that has a lock's name.
         path: PathBuf,
     },
     /// What is to be a folder, or to hold one, is something else.
@@ -90,7 +90,7 @@ pub enum BrokerError {
     /// A run would write where it reads.
     #[error("{path} is the job's model.path too, give another folder to write to", path = path.display())]
     NotItsOwn {
-        /// The folder.
+        /// The folder that both keys name.
         path: PathBuf,
     },
     /// Something that the run did not make is in the way.
@@ -98,13 +98,13 @@ pub enum BrokerError {
     Foreign {
         /// What is in the way.
         path: PathBuf,
-        /// The run.
+        /// The run that was to write there.
         run: RunId,
     },
     /// The directory is another run's.
     #[error("{path} holds run {holds}, not run {run}: give another --out", path = path.display())]
     OtherRun {
-        /// The directory.
+        /// The run directory.
         path: PathBuf,
         /// The run that it holds.
         holds: RunId,
@@ -126,7 +126,7 @@ pub enum BrokerError {
     /// The run directory of a checkpoint is not known.
     #[error("{path}: {reason}: say by --out DIR where the run goes on", path = path.display())]
     RunDirUnknown {
-        /// The checkpoint.
+        /// The checkpoint's folder.
         path: PathBuf,
         /// Why it is not known.
         reason: String,
@@ -137,13 +137,13 @@ pub enum BrokerError {
          out, or begin a new run"
     )]
     FixedKey {
-        /// The key.
+        /// The job's key, as `section.key`.
         key: String,
     },
     /// A path was given to another machine's process by a name relative to ours.
     #[error("--set {key}: the path is relative, give an absolute one")]
     RelativePath {
-        /// The key.
+        /// The job's key, as `section.key`.
         key: String,
     },
     /// The job store is unusable.
@@ -169,7 +169,7 @@ pub enum BrokerError {
     /// A file with tickets is unusable.
     #[error("{path}: {reason}")]
     Tickets {
-        /// The file.
+        /// The file with tickets.
         path: PathBuf,
         /// What is wrong and what would be right.
         reason: String,
@@ -186,7 +186,7 @@ pub enum BrokerError {
          cannot be written ({reason}): make room there and revoke it again, or it admits again after a restart"
     )]
     RevokedUnwritten {
-        /// The ticket.
+        /// Name of the ticket.
         name: String,
         /// Why it cannot be written.
         reason: String,
@@ -198,9 +198,9 @@ pub enum BrokerError {
         path = path.display()
     )]
     RevokedByFile {
-        /// The ticket.
+        /// Name of the ticket.
         name: String,
-        /// Its file.
+        /// The ticket's file in the state folder, which was removed.
         path: PathBuf,
         /// Why it cannot be written.
         reason: String,
@@ -224,7 +224,7 @@ pub enum BrokerError {
         path = path.display()
     )]
     StateShared {
-        /// The folder.
+        /// The state folder.
         path: PathBuf,
         /// Name of something in it that is not of a broker.
         other: String,
@@ -247,7 +247,7 @@ pub enum BrokerError {
     /// The state directory's secret is unusable.
     #[error("{path}: not a broker's secret (64 hexadecimal digits), remove it to make a new one")]
     Secret {
-        /// The file.
+        /// The file with the secret.
         path: PathBuf,
     },
     /// A message could not be encoded.
@@ -367,7 +367,7 @@ pub enum StoreError {
     /// The database refuses.
     #[error("job store {path}: {reason}; it may be damaged: move it away to start with no jobs")]
     Database {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// The database's message.
         reason: String,
@@ -375,7 +375,7 @@ pub enum StoreError {
     /// Its file cannot be read or written.
     #[error("job store {path}: {source}")]
     Io {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// What the operating system says.
         source: std::io::Error,
@@ -383,7 +383,7 @@ pub enum StoreError {
     /// Another broker has it.
     #[error("job store {path} is in use by another broker, stop it or give another --state")]
     InUse {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
     },
     /// It was written by another version.
@@ -392,7 +392,7 @@ pub enum StoreError {
         if got > expected { "a newer release" } else { "the older release that wrote it, or another --state" }
     )]
     Version {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// Version in the file.
         got: u64,
@@ -402,7 +402,7 @@ pub enum StoreError {
     /// One entry is unreadable.
     #[error("job store {path}: job {job} is not readable: {reason}")]
     Entry {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// Number of the job.
         job: u64,

@@ -10,6 +10,7 @@ mod error;
 mod files;
 mod metrics;
 mod model;
+mod opened_run;
 mod plot;
 mod reach;
 mod report;

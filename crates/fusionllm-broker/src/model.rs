@@ -59,8 +59,10 @@ impl LoadedModel {
     }
 }
 
-/// Side of the images of `resnet101`, in pixels, and their classes: ImageNet's.
-const IMAGE: (usize, usize) = (224, 1000);
+/// Side of the images of `resnet101`, in pixels: ImageNet's.
+const IMAGE_SIDE: usize = 224;
+/// Classes of the images of `resnet101`: ImageNet's.
+const IMAGE_CLASSES: usize = 1000;
 
 /// Reads the model that a job names, and holds it against the job.
 ///
@@ -115,7 +117,7 @@ fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
         None => {
             let name = spec.model.name.clone().unwrap_or_default();
             if name == "resnet101" {
-                let dag = resnet101(IMAGE.0, IMAGE.1).map_err(|source| graph_error(&name, source))?;
+                let dag = resnet101(IMAGE_SIDE, IMAGE_CLASSES).map_err(|source| graph_error(&name, source))?;
                 return Ok(LoadedModel::new(dag, None));
             }
             let Some(config) = spec.gpt2_config() else {

@@ -224,8 +224,24 @@ struct Totals {
     tokens_per_step: Option<f64>,
     train_s: f64,
     step_s: Thinned<f64>,
-    /// By sender, receiver and codec: bytes, and bytes as dense fp32.
-    links: BTreeMap<(String, String, String), (u64, u64)>,
+    links: BTreeMap<Flow, Carried>,
+}
+
+/// What goes one way between two CompNodes by one codec; reports list them in this order.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Flow {
+    from: String,
+    to: String,
+    codec: String,
+}
+
+/// How much of it went.
+#[derive(Clone, Copy, Debug, Default)]
+struct Carried {
+    /// As encoded, with headers.
+    bytes: u64,
+    /// The same tensors as dense fp32.
+    dense_bytes: u64,
 }
 
 impl Default for Totals {
@@ -254,15 +270,18 @@ impl Totals {
         self.train_s += step.step_s;
         self.step_s.push(step.step_s);
         for link in &step.links {
-            let key = (link.from.clone(), link.to.clone(), link.codec.clone());
-            let total = self.links.entry(key).or_default();
-            total.0 += link.bytes;
-            total.1 += link.dense_bytes;
+            let flow = Flow { from: link.from.clone(), to: link.to.clone(), codec: link.codec.clone() };
+            let carried = self.links.entry(flow).or_default();
+            carried.bytes += link.bytes;
+            carried.dense_bytes += link.dense_bytes;
         }
     }
 
     fn links(self) -> Vec<LinkTotal> {
-        let link = |((from, to, codec), (bytes, dense_bytes))| LinkTotal { from, to, bytes, dense_bytes, codec };
+        let link = |(flow, carried)| {
+            let (Flow { from, to, codec }, Carried { bytes, dense_bytes }) = (flow, carried);
+            LinkTotal { from, to, bytes, dense_bytes, codec }
+        };
         self.links.into_iter().map(link).collect()
     }
 }

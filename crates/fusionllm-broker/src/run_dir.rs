@@ -17,8 +17,8 @@
 
 mod lock;
 mod notices;
-mod open;
 mod run_file;
+mod start;
 
 use std::path::{Path, PathBuf};
 
@@ -32,8 +32,8 @@ use crate::BrokerError;
 use crate::files::{io_error, write_atomic};
 pub(crate) use lock::FolderLock;
 pub(crate) use notices::{NoticesWriter, read_notices};
-pub(crate) use open::{OpenedRun, RunStart};
 pub(crate) use run_file::{Parent, RunFile, RunHome};
+pub(crate) use start::RunStart;
 
 /// One stage, for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +89,10 @@ pub(crate) struct RunDir {
 impl RunDir {
     pub(crate) fn new(path: &Path) -> Self {
         Self { path: path.to_owned() }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(crate) fn job(&self) -> PathBuf {

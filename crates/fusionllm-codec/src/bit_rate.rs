@@ -31,7 +31,7 @@ impl BitRate {
         }
     }
 
-    /// Thousandths of a bit.
+    /// The rate in thousandths of a bit an element.
     pub fn thousandths(self) -> u32 {
         self.0
     }

@@ -9,7 +9,7 @@ pub enum CodecError {
     PayloadLength {
         /// Name of the codec.
         codec: &'static str,
-        /// Announced shape.
+        /// Dimensions of the tensor, as the message's header announced them.
         shape: Vec<usize>,
         /// Bytes that the shape calls for.
         expected: u64,
@@ -21,7 +21,7 @@ pub enum CodecError {
     PayloadTooLong {
         /// Name of the codec.
         codec: &'static str,
-        /// Announced shape.
+        /// Dimensions of the tensor, as the message's header announced them.
         shape: Vec<usize>,
         /// Bytes that the shape allows.
         most: u64,
@@ -31,7 +31,7 @@ pub enum CodecError {
     /// The values do not fill the shape.
     #[error("{got} values do not fill shape {shape:?}, which holds {expected}")]
     ValueCount {
-        /// The shape.
+        /// Dimensions that were asked for, outermost first.
         shape: Vec<usize>,
         /// Values that the shape holds.
         expected: u64,
@@ -41,7 +41,7 @@ pub enum CodecError {
     /// The product of the dimensions overflows.
     #[error("shape {shape:?} holds more elements than can be addressed")]
     ShapeOverflow {
-        /// The shape.
+        /// Dimensions that were asked for, outermost first.
         shape: Vec<usize>,
     },
     /// Integers were given to a codec of real numbers.
@@ -64,13 +64,13 @@ pub enum CodecError {
     /// A density outside 1 to 1,000,000 parts per million.
     #[error("density `{given}` is no share from 0.000001 to 1 in whole parts per million")]
     Density {
-        /// What was given.
+        /// The share that was given, as text.
         given: String,
     },
     /// Bits an element that no codec can keep to.
     #[error("rate `{given}` is not from 0.01 to 8 bits an element in whole thousandths")]
     BitRate {
-        /// What was given.
+        /// The bits an element that were given, as text.
         given: String,
     },
     /// The payload is of another version of the layout.
@@ -88,7 +88,7 @@ pub enum CodecError {
     Corrupt {
         /// Name of the codec.
         codec: &'static str,
-        /// What is wrong with it.
+        /// Which field is wrong, and how.
         what: &'static str,
     },
     /// A `transform` payload refers to a basis that this end does not hold: a message was lost, or state was.
@@ -102,7 +102,7 @@ pub enum CodecError {
     /// Saved state of an edge that no edge can have had.
     #[error("the saved state of an edge is corrupt: {what}")]
     State {
-        /// What is wrong with it.
+        /// Which part of the state is wrong, and how.
         what: &'static str,
     },
 }

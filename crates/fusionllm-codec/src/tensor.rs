@@ -40,7 +40,7 @@ impl HostTensor {
         &self.shape
     }
 
-    /// The elements.
+    /// The elements, row-major, as many as the shape holds.
     pub fn values(&self) -> &Values {
         &self.values
     }

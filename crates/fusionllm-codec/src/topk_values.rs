@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TopKValues {
-    /// 4 bytes, exactly.
+    /// IEEE 754 binary32: 4 bytes each, and exact.
     F32,
-    /// 2 bytes.
+    /// bfloat16: 2 bytes each.
     #[default]
     Bf16,
     /// 1 byte, and 2 for each 64 kept values.

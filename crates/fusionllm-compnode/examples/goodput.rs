@@ -27,7 +27,7 @@ use tokio::runtime::Handle;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// The tensors.
+/// The edge of the large tensors.
 const BULK: EdgeId = EdgeId(0);
 /// What the receiver says of them.
 const REPORTS: EdgeId = EdgeId(1);

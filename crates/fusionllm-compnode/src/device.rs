@@ -10,7 +10,7 @@ pub enum DeviceChoice {
     /// The first GPU kind of this build, else the CPU.
     #[default]
     Auto,
-    /// The CPU.
+    /// The CPU, which every build has.
     Cpu,
     /// NVIDIA, by CUDA.
     Cuda(usize),

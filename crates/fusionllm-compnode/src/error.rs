@@ -18,7 +18,7 @@ pub enum ExecutorError {
     /// A task came whose inputs are not those of its stage. A bug of the task order, not of the user.
     #[error("op `{op}` has no value for its input `{input}` (internal error)")]
     MissingInput {
-        /// The op.
+        /// Name of the op.
         op: String,
         /// The input that is missing.
         input: String,
@@ -26,15 +26,15 @@ pub enum ExecutorError {
     /// An op that can only be planned.
     #[error("op `{op}` is {family}, which can be planned but not trained yet")]
     NoKernel {
-        /// The op.
+        /// Name of the op.
         op: String,
-        /// Its family.
+        /// The op's family, such as `conv2d`.
         family: &'static str,
     },
     /// A tensor came with another type of element than the OP-DAG says.
     #[error("tensor of op `{op}` has {got} elements, expected {expected}")]
     Element {
-        /// The op.
+        /// Name of the op.
         op: String,
         /// Element type in the graph.
         expected: DType,
@@ -44,7 +44,7 @@ pub enum ExecutorError {
     /// A tensor came in another shape than the OP-DAG says.
     #[error("tensor of op `{op}` has shape {got:?}, expected {expected:?}")]
     Shape {
-        /// The op.
+        /// Name of the op.
         op: String,
         /// Shape in the graph.
         expected: Vec<usize>,
@@ -63,7 +63,7 @@ pub enum ExecutorError {
     /// The device failed or the tensor library refused.
     #[error("device: {reason}")]
     Device {
-        /// Its message.
+        /// What the device's driver or the tensor library said.
         reason: String,
     },
     /// A parameter from a checkpoint does not fit.
@@ -154,7 +154,7 @@ pub enum DataError {
          give one with an unknown token or byte fallback, or one made for this text"
     )]
     Dropped {
-        /// The tokenizer.
+        /// The job's `data.tokenizer`: a path, or `bytes`.
         tokenizer: String,
         /// Characters without a token.
         lost: u64,
@@ -168,7 +168,7 @@ pub enum DataError {
         "data.tokenizer {tokenizer} does not know {unknown} of {tokens} tokens of the text: give one made for this text"
     )]
     Unknown {
-        /// The tokenizer.
+        /// The job's `data.tokenizer`: a path, or `bytes`.
         tokenizer: String,
         /// Tokens that stand for something unknown.
         unknown: usize,
@@ -178,7 +178,7 @@ pub enum DataError {
     /// A token id lies outside the model's vocabulary.
     #[error("data.tokenizer {tokenizer} has token id {id}, but the model's vocabulary ends at {vocab}: {hint}")]
     Vocabulary {
-        /// The tokenizer.
+        /// The job's `data.tokenizer`: a path, or `bytes`.
         tokenizer: String,
         /// The largest id.
         id: usize,
@@ -336,7 +336,7 @@ pub enum CompNodeError {
         format_bytes(*.needed as f64), format_bytes(*.room as f64), path = path.display()
     )]
     ScratchRoom {
-        /// The folder.
+        /// The folder through which shards pass.
         path: PathBuf,
         /// Bytes of a shard.
         needed: u64,
@@ -350,7 +350,7 @@ pub enum CompNodeError {
         format_bytes(*.bytes as f64), format_bytes(*.room as f64), path = path.display()
     )]
     RunRoom {
-        /// The folder.
+        /// The folder where the run's checkpoints go.
         path: PathBuf,
         /// Bytes of a checkpoint.
         bytes: u64,

@@ -37,7 +37,7 @@ pub enum Misfit {
         attribute: &'static str,
         /// What would be right.
         expected: String,
-        /// Its value.
+        /// The value that was given, as text.
         got: String,
     },
     /// A parameter has another shape than its role asks for.
@@ -63,7 +63,7 @@ pub enum GraphError {
     Misfit {
         /// The op's name.
         op: String,
-        /// Its family.
+        /// The op's family, such as `linear`.
         family: &'static str,
         /// What does not fit.
         misfit: Box<Misfit>,
@@ -79,13 +79,13 @@ pub enum GraphError {
     /// Two ops have one name.
     #[error("op `{op}` is there twice, expected one op of each name")]
     DuplicateOp {
-        /// The name.
+        /// The name that two ops have.
         op: String,
     },
     /// Two parameters have one name.
     #[error("parameter `{param}` is there twice, expected one parameter of each name")]
     DuplicateParam {
-        /// The name.
+        /// The name that two parameters have.
         param: String,
     },
     /// An op reads an op that does not exist.
@@ -99,7 +99,7 @@ pub enum GraphError {
     /// An op uses a parameter that does not exist.
     #[error("op `{op}` uses parameter `{param}`, but there is no such parameter")]
     UnknownParam {
-        /// The op.
+        /// Name of the op that uses it.
         op: String,
         /// The name or id that it uses.
         param: String,
@@ -113,7 +113,7 @@ pub enum GraphError {
     /// Nothing reads an op.
     #[error("op `{op}` is dangling: no op reads it, expected a path to {}", if *.has_loss { "the loss" } else { "the one output" })]
     Dangling {
-        /// The op.
+        /// Name of the op that nothing reads.
         op: String,
         /// Whether the OP-DAG has a loss op.
         has_loss: bool,
@@ -139,19 +139,19 @@ pub enum GraphError {
     /// No op uses a parameter.
     #[error("parameter `{param}` is not used, expected an op that uses it")]
     UnusedParam {
-        /// The parameter.
+        /// Name of the parameter.
         param: String,
     },
     /// A parameter's shape or initial values make no sense.
     #[error("parameter `{param}`: {what} is {got}, expected {expected}")]
     Param {
-        /// The parameter.
+        /// Name of the parameter.
         param: String,
         /// `shape` or `std`.
         what: &'static str,
         /// What would be right.
         expected: String,
-        /// What it is.
+        /// The shape or deviation that was given, as text.
         got: String,
     },
     /// There is no op.
@@ -172,7 +172,7 @@ pub enum GraphError {
     Name {
         /// `op`, `parameter` or `OP-DAG`.
         what: &'static str,
-        /// The name.
+        /// The name that was given.
         name: String,
     },
     /// The text is not an OP-DAG's JSON form.
@@ -212,7 +212,7 @@ pub enum GraphError {
         key: &'static str,
         /// What would be right.
         expected: String,
-        /// What it is.
+        /// The value that was given, as text.
         got: String,
     },
 }

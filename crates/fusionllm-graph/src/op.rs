@@ -78,7 +78,7 @@ pub enum OpKind {
     },
     /// Elementwise non-linearity.
     Activation {
-        /// The function.
+        /// Which function is applied to each element.
         function: ActivationFunction,
     },
     /// Sum of two tensors of one shape.

@@ -127,7 +127,7 @@ impl fmt::Display for Shape {
 /// Shape and element type of the tensor on an edge.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TensorType {
-    /// Its dimensions.
+    /// Dimensions, outermost first.
     pub shape: Shape,
     /// Its element type.
     pub dtype: DType,

@@ -92,7 +92,7 @@ impl LinkProfile {
 /// is free to choose.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Cluster {
-    /// The CompNodes.
+    /// The CompNodes; a [`NodeIndex`](crate::NodeIndex) counts in this order.
     pub compnodes: Vec<CompNodeProfile>,
     /// `links[a][b]` is the direction from `a` to `b`; empty if all links are free.
     pub links: Vec<Vec<LinkProfile>>,

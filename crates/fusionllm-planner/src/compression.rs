@@ -34,7 +34,7 @@ const LEAST_PPM: u32 = 10;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "policy", rename_all = "kebab-case")]
 pub enum Compression {
-    /// None.
+    /// No edge: every element as it is.
     #[default]
     Dense,
     /// Top-K on every boundary edge, by the same ratio of bytes.

@@ -61,9 +61,9 @@ pub enum PlanError {
     /// A link's numbers are out of range.
     #[error("link `{from}` to `{to}` has {got}, expected a latency of at least 0 and a positive bandwidth")]
     Link {
-        /// Sender.
+        /// Name of the sending CompNode.
         from: String,
-        /// Receiver.
+        /// Name of the receiving CompNode.
         to: String,
         /// Its numbers as text.
         got: String,
@@ -71,7 +71,7 @@ pub enum PlanError {
     /// The table of links does not fit the CompNodes.
     #[error("{compnodes} CompNodes need as many rows and columns of links, got {rows} rows")]
     LinkTable {
-        /// CompNodes.
+        /// Number of CompNodes.
         compnodes: usize,
         /// Rows of the table.
         rows: usize,
@@ -103,7 +103,7 @@ pub enum PlanError {
          data.owner, or use smaller micro-batches (more train.micro_batches)"
     )]
     OwnerTooSmall {
-        /// The CompNode.
+        /// Name of the data owner.
         compnode: String,
         /// What it needs at least, in GB.
         needed_gb: f64,

@@ -96,9 +96,9 @@ impl<T> std::ops::Index<Way> for Ways<T> {
 /// Who sends a message, and who gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Route {
-    /// The sender.
+    /// The CompNode that sends.
     pub from: NodeIndex,
-    /// The receiver.
+    /// The CompNode that receives.
     pub to: NodeIndex,
 }
 

@@ -54,7 +54,7 @@ pub struct StageEdge {
 /// A parameter that more than one CompNode holds; their gradients are summed before UPDATE.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TiedParam {
-    /// The parameter.
+    /// The parameter that several stages use.
     pub param: ParamId,
     /// Who holds it, ascending. The first one counts it in the global norm.
     pub holders: Vec<NodeIndex>,

@@ -239,7 +239,7 @@ impl<'a> Pricing<'a> {
 /// What is sent over each edge, for one micro-batch.
 #[derive(Default)]
 struct Sent {
-    /// Bytes as encoded.
+    /// By edge, bytes of a message each way, as encoded.
     bytes: Vec<Ways<f64>>,
     /// Seconds of encoding and decoding, together.
     codec_s: Vec<Ways<f64>>,

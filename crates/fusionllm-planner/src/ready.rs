@@ -11,21 +11,21 @@ use crate::{EdgeId, StageEdge, StageId, Task};
 pub enum Need {
     /// The activation of a micro-batch over an edge.
     Activation {
-        /// The edge.
+        /// The edge that brings it.
         edge: EdgeId,
         /// The micro-batch.
         micro_batch: u32,
     },
     /// The gradient of a micro-batch over an edge.
     Gradient {
-        /// The edge.
+        /// The edge that brings it, against its direction.
         edge: EdgeId,
         /// The micro-batch.
         micro_batch: u32,
     },
     /// What the stage's own FP kept of the micro-batch.
     Kept {
-        /// The stage.
+        /// The stage whose FP kept it.
         stage: StageId,
         /// The micro-batch.
         micro_batch: u32,

@@ -102,7 +102,7 @@ type Arrival = Option<Moment>;
 /// What a link carries at once.
 #[derive(Clone, Copy, Debug)]
 struct Message {
-    /// As encoded.
+    /// Bytes of the message, as encoded.
     bytes: f64,
     /// Seconds of encoding and decoding, together.
     codec_s: f64,

@@ -22,14 +22,14 @@ pub enum Pipeline {
 pub enum Task {
     /// Forward pass of a micro-batch through a stage.
     Fp {
-        /// The stage.
+        /// The stage that the micro-batch goes through.
         stage: StageId,
         /// The micro-batch, counted from 0 within the pass.
         micro_batch: u32,
     },
     /// Backward pass of a micro-batch through a stage.
     Bp {
-        /// The stage.
+        /// The stage that the micro-batch goes through.
         stage: StageId,
         /// The micro-batch.
         micro_batch: u32,
@@ -37,7 +37,7 @@ pub enum Task {
     /// Weight gradients that BP of a micro-batch put off. They may be made earlier, whenever the CompNode waits; this
     /// place in the order is the latest.
     Wg {
-        /// The stage.
+        /// The stage whose weights they are of.
         stage: StageId,
         /// The micro-batch.
         micro_batch: u32,

@@ -3,29 +3,19 @@
 mod client;
 mod numbered;
 
-use std::net::SocketAddr;
-
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DataReport, DeviceProfile, Generation, JobId, JobSpec, PairProfile, RunKey, Snapshot, SnapshotId, SnapshotSource, StepTrace,
+    DataReport, DeviceProfile, Generation, JobId, JobSpec, LinkBytes, PairProfile, PeerRecord, RunKey, Snapshot,
+    SnapshotId, SnapshotSource, StepTrace,
 };
 
 pub use client::{
     ClientRequest, CompNodeSummary, JobSummary, StatusReport, TicketRole, TicketState, TicketSummary, ToClient,
 };
 pub use numbered::{ControlStream, MOST_UNCONFIRMED, Numbered};
-
-/// A CompNode's identity and where it may be reached.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeerRecord {
-    /// Public key.
-    pub id: [u8; 32],
-    /// Socket addresses, any of which may work.
-    pub addrs: Vec<SocketAddr>,
-}
 
 /// Second frame from whoever connects to the broker, after its [`crate::Greeting`].
 #[derive(Clone, Serialize, Deserialize)]
@@ -69,7 +59,7 @@ pub enum Role {
 pub enum Welcome {
     /// Come in; a CompNode is known by this name from now on (made unique by the broker).
     Accepted {
-        /// The name.
+        /// The name that this CompNode has from now on; a command is told its key, shortened.
         name: String,
         /// Number of the last message that the broker received from this CompNode before the break: both go on. Nothing:
         /// the broker does not know it any more, and it begins anew with the first message.
@@ -77,7 +67,7 @@ pub enum Welcome {
     },
     /// Stay out.
     Refused {
-        /// Why.
+        /// Why the peer is not let in, in one line.
         reason: String,
     },
 }
@@ -132,11 +122,11 @@ pub enum FromBroker {
     SetCodec {
         /// Which placement of which job it belongs to.
         key: RunKey,
-        /// The edge.
+        /// The boundary edge.
         edge: EdgeId,
         /// What of it.
         way: Way,
-        /// The codec.
+        /// The codec of all messages after this one.
         codec: Codec,
     },
     /// The CompNode's shard of a checkpoint need not be kept or sent again: it is stored, or not wanted.
@@ -200,7 +190,7 @@ pub enum FromBroker {
     MeasureOps {
         /// Number of the request.
         request: u64,
-        /// The job.
+        /// The job, whose batch and sequence length give the ops their shapes.
         spec: Box<JobSpec>,
         /// Its OP-DAG in JSON form.
         graph: String,
@@ -305,7 +295,7 @@ pub enum FromCompNode {
     Measured {
         /// Number of the request.
         request: u64,
-        /// The times.
+        /// Seconds by kind of work, or why there are none, in one line.
         result: Result<Measured, String>,
     },
     /// The peer may dial now.
@@ -317,7 +307,7 @@ pub enum FromCompNode {
     Probed {
         /// Number of the probe.
         probe: u64,
-        /// The links.
+        /// What both links can do, or why that is not known, in one line.
         result: Result<PairProfile, String>,
     },
     /// Something that the job's user must see.
@@ -329,7 +319,7 @@ pub enum FromCompNode {
     },
     /// Bytes of memory that a job may fill here now, from a CompNode whose memory nobody fills.
     Room {
-        /// How many.
+        /// Bytes that are free for jobs.
         bytes: u64,
     },
     /// Still alive; sent every few seconds.
@@ -366,24 +356,6 @@ pub struct StepReport {
     pub trace: Option<StepTrace>,
 }
 
-/// What one link carried.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LinkBytes {
-    /// Name of the sending CompNode.
-    pub from: String,
-    /// Name of the receiving CompNode.
-    pub to: String,
-    /// Payload and header bytes of all messages.
-    pub bytes: u64,
-    /// What the same tensors take as dense fp32.
-    pub dense_bytes: u64,
-    /// Codec of the activations and gradients.
-    pub codec: String,
-    /// What the codec dropped of a sample of them: norm of the error over norm of the tensor.
-    #[serde(default)]
-    pub error: Option<f64>,
-}
-
 /// How fast payloads came over one link in a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkSpeed {
@@ -397,39 +369,6 @@ pub struct LinkSpeed {
     pub busy_s: f64,
 }
 
-/// State of a job.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
-pub enum JobState {
-    /// Not enough idle CompNodes yet.
-    Waiting {
-        /// What it waits for.
-        reason: String,
-    },
-    /// The CompNodes prepare their parts.
-    Preparing,
-    /// Training.
-    Running,
-    /// All steps done.
-    Done,
-    /// It cannot go on.
-    Failed {
-        /// Why, in one line.
-        reason: String,
-        /// Whether the job's input is at fault.
-        bad_input: bool,
-    },
-    /// Stopped by request.
-    Stopped,
-}
-
-impl JobState {
-    /// Whether nothing more will happen unless it is resumed.
-    pub fn is_final(&self) -> bool {
-        matches!(self, Self::Done | Self::Failed { .. } | Self::Stopped)
-    }
-}
-
 /// What a one-way stream between broker and CompNode carries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BlobKind {
@@ -439,7 +378,7 @@ pub enum BlobKind {
     Shard {
         /// Updates done.
         step: u64,
-        /// The sender.
+        /// The CompNode that sends its shard.
         node: NodeIndex,
     },
 }
@@ -449,7 +388,7 @@ pub enum BlobKind {
 pub struct BlobHeader {
     /// Which placement of which job it belongs to.
     pub key: RunKey,
-    /// What it is.
+    /// What the content is.
     pub kind: BlobKind,
     /// Bytes of content.
     pub bytes: u64,

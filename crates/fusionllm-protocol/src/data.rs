@@ -72,7 +72,7 @@ pub struct DataFingerprint {
     pub bytes: u64,
     /// Hash of all contents and of what is held out, in order; names do not enter.
     pub hash: String,
-    /// The tokenizer.
+    /// What tells the tokenizer that made the tokens from others.
     pub tokenizer: TokenizerFingerprint,
 }
 

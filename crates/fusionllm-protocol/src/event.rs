@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DataReport, JobId, JobState, LinkBytes};
+use crate::{DataReport, JobId};
 
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,24 @@ pub struct StepMetrics {
     /// Codecs that change after the step.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub codec_changes: Vec<CodecNote>,
+}
+
+/// What one link carried.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkBytes {
+    /// Name of the sending CompNode.
+    pub from: String,
+    /// Name of the receiving CompNode.
+    pub to: String,
+    /// Payload and header bytes of all messages.
+    pub bytes: u64,
+    /// What the same tensors take as dense fp32.
+    pub dense_bytes: u64,
+    /// Codec of the activations and gradients.
+    pub codec: String,
+    /// What the codec dropped of a sample of them: norm of the error over norm of the tensor.
+    #[serde(default)]
+    pub error: Option<f64>,
 }
 
 /// A codec that changes while training.
@@ -56,6 +74,39 @@ pub struct Notice {
     pub text: String,
 }
 
+/// State of a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum JobState {
+    /// Not enough idle CompNodes yet.
+    Waiting {
+        /// What it waits for.
+        reason: String,
+    },
+    /// The CompNodes prepare their parts.
+    Preparing,
+    /// Training.
+    Running,
+    /// All steps done.
+    Done,
+    /// It cannot go on.
+    Failed {
+        /// Why, in one line.
+        reason: String,
+        /// Whether the job's input is at fault.
+        bad_input: bool,
+    },
+    /// Stopped by request.
+    Stopped,
+}
+
+impl JobState {
+    /// Whether nothing more will happen unless it is resumed.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Done | Self::Failed { .. } | Self::Stopped)
+    }
+}
+
 /// Something that happened to a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -79,7 +130,7 @@ pub enum JobEvent {
     Step {
         /// The job that it is about.
         job: JobId,
-        /// Its metrics.
+        /// The step's line of `metrics.jsonl`.
         metrics: StepMetrics,
     },
     /// A checkpoint is complete.

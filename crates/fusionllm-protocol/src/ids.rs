@@ -21,7 +21,7 @@ pub struct Generation(pub u32);
 /// One placement of one job: what every message, stream and shard of it bears. What bears another is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RunKey {
-    /// The job.
+    /// The job that is placed.
     pub job: JobId,
     /// The number of its placement.
     pub generation: Generation,

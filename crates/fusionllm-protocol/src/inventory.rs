@@ -93,9 +93,9 @@ impl MachineReport {
 /// One direction in an inventory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkReport {
-    /// Sender.
+    /// Name of the sending CompNode.
     pub from: String,
-    /// Receiver.
+    /// Name of the receiving CompNode.
     pub to: String,
     /// What was measured; nothing if the two could not reach each other.
     pub link: Option<LinkProfile>,

@@ -57,7 +57,7 @@ pub struct ModelSpec {
     pub n_positions: Option<usize>,
     /// Width.
     pub n_embd: Option<usize>,
-    /// Blocks.
+    /// Number of transformer blocks.
     pub n_layer: Option<usize>,
     /// Heads.
     pub n_head: Option<usize>,

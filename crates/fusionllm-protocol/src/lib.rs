@@ -12,6 +12,7 @@ mod inventory;
 mod job;
 mod manifest;
 mod op_data;
+mod peer;
 mod snapshot;
 mod tensor_header;
 mod tensor_name;
@@ -23,12 +24,12 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, ControlStream, FromBroker, FromCompNode, Hello,
-    JobState, JobSummary, LinkBytes, LinkSpeed, MOST_UNCONFIRMED, Numbered, PeerRecord, Role, StatusReport, StepReport,
-    TicketRole, TicketState, TicketSummary, ToClient, WeightSource, Welcome,
+    JobSummary, LinkSpeed, MOST_UNCONFIRMED, Numbered, Role, StatusReport, StepReport, TicketRole,
+    TicketState, TicketSummary, ToClient, WeightSource, Welcome,
 };
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
-pub use event::{CodecNote, JobEvent, Notice, StepMetrics};
+pub use event::{CodecNote, JobEvent, JobState, LinkBytes, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
@@ -37,6 +38,7 @@ pub use job::{
     job_keys,
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
+pub use peer::PeerRecord;
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use snapshot::{LoanFrame, Snapshot, SnapshotId, SnapshotSource};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};

@@ -71,7 +71,7 @@ pub struct Manifest {
     /// Files of the model that training does not change.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub carried: Vec<CarriedFile>,
-    /// The shards.
+    /// The files with the tensors, one of each CompNode, in the placement's order.
     pub shards: Vec<ShardEntry>,
     /// BLAKE3 hash of the whole file with zeros in this place, in hexadecimal; empty in version 1. The last key.
     #[serde(default, skip_serializing_if = "String::is_empty")]

@@ -30,19 +30,19 @@ pub enum Channel {
     Gradient(EdgeId),
     /// The sender's gradient of a tied parameter, summed over the step's micro-batches.
     Tied {
-        /// The parameter.
+        /// The tied parameter.
         param: ParamId,
-        /// The sender.
+        /// The holder that sends its gradient.
         from: NodeIndex,
     },
     /// The sum of squares of the sender's gradients, on its way to the root of the norm.
     NormPart {
-        /// The sender.
+        /// The CompNode whose gradients were summed.
         from: NodeIndex,
     },
     /// The global norm, from its root to a CompNode.
     NormTotal {
-        /// The receiver.
+        /// The CompNode that is told.
         to: NodeIndex,
     },
 }

@@ -57,7 +57,7 @@ pub enum TensorName<'a> {
     },
     /// What error feedback holds back of a tied parameter's gradient: `residual.tied.PARAMETER@OP`.
     TiedResidual {
-        /// The parameter.
+        /// Name of the parameter.
         param: &'a str,
         /// The first op of the sender that uses it.
         op: &'a str,

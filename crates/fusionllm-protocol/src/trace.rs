@@ -10,7 +10,7 @@ use crate::Channel;
 /// A task that was computed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TracedTask {
-    /// The task.
+    /// Which task of the step it was.
     pub task: Task,
     /// From when, in seconds.
     pub start_s: f64,
@@ -21,7 +21,7 @@ pub struct TracedTask {
 /// One end of a message's way.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TracedMessage {
-    /// Its channel.
+    /// The channel that the message belongs to.
     pub channel: Channel,
     /// Its micro-batch.
     pub micro_batch: u32,
@@ -32,7 +32,7 @@ pub struct TracedMessage {
 /// What one CompNode did in one step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepTrace {
-    /// Its tasks.
+    /// Tasks in the order in which they were computed.
     pub tasks: Vec<TracedTask>,
     /// Messages that it handed over to be sent.
     pub sent: Vec<TracedMessage>,

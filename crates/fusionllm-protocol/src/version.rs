@@ -25,7 +25,7 @@ impl Greeting {
     /// That of this build.
     pub const OURS: Self = Self { version: PROTOCOL_VERSION };
 
-    /// The frame.
+    /// Its frame: a word that is the same in all versions, then the version, little-endian.
     pub fn to_bytes(self) -> Vec<u8> {
         [MAGIC.as_slice(), &self.version.to_le_bytes()].concat()
     }

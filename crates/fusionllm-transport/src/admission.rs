@@ -9,14 +9,14 @@ use crate::PeerId;
 /// What becomes of a connection that somebody opens to us.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Admit {
-    /// It is kept.
+    /// It is kept, with the room of a member.
     Accept,
     /// It is kept, but has the room of a greeting only, one two-way stream of 64 KiB, until
     /// [`Session::admitted`](crate::Session::admitted).
     OnTrial,
     /// It is closed, and the peer is told why.
     Refuse {
-        /// Why.
+        /// What the peer is told, in one line.
         reason: String,
     },
 }

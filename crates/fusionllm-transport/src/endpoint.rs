@@ -1,44 +1,10 @@
 //! Where peers are dialled and awaited.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::quic::QuicEndpoint;
 use crate::wire::Wire;
-use crate::{Admission, BindError, ConnectError, Identity, PeerAddr, PeerId, Session};
-
-/// How fast a connection may send.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CongestionControl {
-    /// By the link's measured speed: made for bursts with pauses over long links, with loss or without.
-    #[default]
-    LinkRate,
-    /// BBR version 3, to compare with.
-    Bbr3,
-    /// CUBIC (RFC 9438): steadier between processes of one machine.
-    Cubic,
-}
-
-/// What an endpoint is made of.
-#[derive(Debug)]
-pub struct EndpointConfig {
-    /// Who it is.
-    pub identity: Identity,
-    /// Where it listens; port 0 takes any.
-    pub bind: SocketAddr,
-    /// Further addresses under which it is reached, such as a forwarded port.
-    pub advertise: Vec<SocketAddr>,
-    /// How fast its connections send.
-    pub congestion: CongestionControl,
-}
-
-impl EndpointConfig {
-    /// An endpoint that advertises only its own addresses. One that can be reached from this machine alone uses CUBIC.
-    pub fn new(identity: Identity, bind: SocketAddr) -> Self {
-        let congestion = if bind.ip().is_loopback() { CongestionControl::Cubic } else { CongestionControl::LinkRate };
-        Self { identity, bind, advertise: Vec::new(), congestion }
-    }
-}
+use crate::{Admission, BindError, ConnectError, EndpointConfig, PeerAddr, PeerId, Purpose, Session};
 
 /// An open endpoint. Clones are the same one. When the last one goes it is closed, without waiting until the peers know.
 #[derive(Clone, Debug)]
@@ -76,21 +42,21 @@ impl Endpoint {
     /// # Errors
     /// [`ConnectError`] if the peer is not reached within ten seconds or is another than asked for.
     pub async fn connect(&self, peer: &PeerAddr) -> Result<Session, ConnectError> {
-        self.0.connect(peer, false).await
+        self.connect_for(peer, Purpose::Work).await
     }
 
-    /// Opens a connection to [`probe`](crate::probe) over. The peer knows it from others by [`Session::is_probe`].
+    /// Opens a connection for something else than work. The peer sees what for by [`Session::purpose`].
     ///
     /// # Errors
     /// As [`Self::connect`].
-    pub async fn connect_to_probe(&self, peer: &PeerAddr) -> Result<Session, ConnectError> {
-        self.0.connect(peer, true).await
+    pub async fn connect_for(&self, peer: &PeerAddr, purpose: Purpose) -> Result<Session, ConnectError> {
+        self.0.connect(peer, purpose).await.map(Session::new)
     }
 
     /// The next connection that an admitted peer has opened; nothing once the endpoint is closed. May be dropped
     /// before it is done without losing a connection.
     pub async fn accept(&self) -> Option<Session> {
-        self.0.accept().await
+        self.0.accept().await.map(Session::new)
     }
 
     /// Closes all connections and the socket. Waits until the peers know, for a few round trips at most.

@@ -12,15 +12,15 @@ pub enum BindError {
     /// Another process has the port.
     #[error("address {addr} is in use by another process, choose another port (0 takes any)")]
     PortInUse {
-        /// Where it was to listen.
+        /// The address to listen on.
         addr: SocketAddr,
     },
     /// The address is not this machine's, or may not be used.
     #[error("cannot listen on {addr}: {reason}")]
     Address {
-        /// Where it was to listen.
+        /// The address to listen on.
         addr: SocketAddr,
-        /// Why not.
+        /// Why nothing can listen there, in one line.
         reason: String,
     },
 }
@@ -32,13 +32,13 @@ pub enum ConnectError {
     /// No address is known.
     #[error("no address of peer {peer} is known")]
     NoAddress {
-        /// Whom.
+        /// The peer that was to be dialled.
         peer: PeerId,
     },
     /// The bytes are no public key.
     #[error("{peer} is not a valid public key")]
     NotAKey {
-        /// Whose.
+        /// The bytes that should be a public key.
         peer: PeerId,
     },
     /// All addresses that are known lead back here.
@@ -47,29 +47,29 @@ pub enum ConnectError {
         join(addrs)
     )]
     OnlyOwn {
-        /// Whom.
+        /// The peer that was to be dialled.
         peer: PeerId,
-        /// What it tells of.
+        /// The addresses that the peer tells of.
         addrs: Vec<SocketAddr>,
     },
     /// Nobody answered in time.
     #[error("peer {peer} does not answer at {} within {limit_s} s", join(addrs))]
     Unreachable {
-        /// Whom.
+        /// The peer that was dialled.
         peer: PeerId,
-        /// Where it was tried.
+        /// The addresses that were tried.
         addrs: Vec<SocketAddr>,
-        /// How long, in seconds.
+        /// Seconds for which they were tried.
         limit_s: u64,
     },
     /// The peer or the network said no.
     #[error("cannot connect to peer {peer} at {}: {reason}", join(addrs))]
     Failed {
-        /// Whom.
+        /// The peer that was dialled.
         peer: PeerId,
-        /// Where it was tried.
+        /// The addresses that were tried.
         addrs: Vec<SocketAddr>,
-        /// Why.
+        /// What the peer or the network said, with its causes, in one line.
         reason: String,
     },
 }
@@ -85,9 +85,9 @@ pub enum SessionError {
     /// The peer closed the connection.
     #[error("the peer closed the connection: {reason}")]
     Closed {
-        /// Its code.
+        /// The close code that the peer gave, such as 403 where it refuses.
         code: u64,
-        /// Its words.
+        /// The peer's reason, in words; may be empty.
         reason: String,
     },
     /// This side closed the connection.
@@ -99,13 +99,13 @@ pub enum SessionError {
     /// The connection broke otherwise.
     #[error("the connection is lost: {reason}")]
     Lost {
-        /// How.
+        /// How it broke, as the network stack says it.
         reason: String,
     },
     /// The peer gave the stream up.
     #[error("the peer gave up the stream (code {code})")]
     StreamEnded {
-        /// Its code.
+        /// The code with which the peer reset or stopped the stream.
         code: u64,
     },
     /// The stream ended within a frame.
@@ -119,9 +119,9 @@ pub enum SessionError {
     /// A frame is larger than the reader takes.
     #[error("a frame of {announced} bytes was announced, at most {limit} are taken")]
     TooLarge {
-        /// Its size.
+        /// Bytes of the frame that was announced.
         announced: u64,
-        /// The limit.
+        /// The most bytes that the reader takes in one frame.
         limit: u64,
     },
 }
@@ -139,7 +139,7 @@ pub enum TicketError {
     /// A character that no ticket has.
     #[error("not a ticket: unexpected character at position {position}; copy the whole line that the broker printed")]
     Character {
-        /// Counted from 1.
+        /// Position of the character in the text, counted from 1.
         position: usize,
     },
     /// It is cut off or mistyped.
@@ -148,9 +148,9 @@ pub enum TicketError {
     /// It is of another release.
     #[error("the ticket has form {version}, this build reads form {known}: use the broker's release")]
     Version {
-        /// Its form.
+        /// Version of the ticket's layout, its first byte.
         version: u8,
-        /// Ours.
+        /// The version that this build reads.
         known: u8,
     },
 }
@@ -162,7 +162,7 @@ pub enum IdentityError {
     /// It is not what this program wrote.
     #[error("identity file {path} is damaged (64 hexadecimal digits expected); remove it to get a new identity")]
     Malformed {
-        /// Which.
+        /// The identity file.
         path: PathBuf,
     },
     /// It could not be read or written, or others may read it.
@@ -177,15 +177,15 @@ pub enum PrivateError {
     /// It could not be read or made.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// What the operating system says.
         source: std::io::Error,
     },
     /// Others may use it.
     #[error("{path} can be used by others on this machine (mode {mode:o}): run `chmod {right} {}`", shell_path(path))]
     Readable {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
         /// Its permission bits.
         mode: u32,
@@ -195,13 +195,13 @@ pub enum PrivateError {
     /// It is neither a file nor a folder.
     #[error("{path} is no regular file", path = path.display())]
     NotRegular {
-        /// Which.
+        /// What is there instead.
         path: PathBuf,
     },
     /// It holds no text, or far more than a secret.
     #[error("{path} holds no secret: a short line of text was expected")]
     NotText {
-        /// Which.
+        /// The file that should hold a secret.
         path: PathBuf,
     },
 }

@@ -5,6 +5,7 @@
 //! is not known here. Tests may have a network in memory instead ([`memory`]), which misbehaves from a seed.
 
 mod admission;
+mod config;
 mod endpoint;
 mod error;
 mod files;
@@ -21,7 +22,8 @@ mod ticket;
 mod wire;
 
 pub use admission::{Admission, Admit, AdmitAll, AdmitOnTrial, Members};
-pub use endpoint::{CongestionControl, Endpoint, EndpointConfig};
+pub use config::{CongestionControl, EndpointConfig};
+pub use endpoint::Endpoint;
 pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionError, TicketError};
 pub use files::{
     FileMode, folder_above, folder_of, is_same_file, no_folder_above, open_or_make_regular, open_regular, read_regular,
@@ -33,7 +35,8 @@ pub use peer::{PeerAddr, PeerId};
 pub use private::{check_private, make_private_dir, read_private};
 pub use probe::{DirectionSpeed, PairSpeed, answer_probe, probe};
 pub use quic::closing::close_all;
-pub use session::{CloseReason, Session, SessionStats};
+pub use session::{CloseReason, Session};
 pub use shell::{shell_path, shell_word};
 pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES, StreamMeter};
 pub use ticket::{Secret, Ticket};
+pub use wire::{Purpose, SessionStats};

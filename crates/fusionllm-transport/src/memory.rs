@@ -8,8 +8,6 @@
 //! Time is that of tokio. On a current-thread runtime whose clock is paused, a seed gives one history: [`Network::log`] is
 //! the same byte for byte, as long as nothing else in the test leaves the runtime or depends on chance.
 
-mod cuts;
-mod dialling;
 mod endpoint;
 mod halves;
 mod link;
@@ -34,9 +32,9 @@ use state::Net;
 /// What the links of a network do to those who use them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Weather {
-    /// One way.
+    /// Least time from one side to the other.
     pub latency: Duration,
-    /// What may come on top, for each piece anew.
+    /// The most that comes on top of it, drawn anew for each packet.
     pub jitter: Duration,
     /// Of each direction of a connection.
     pub bytes_per_s: u64,

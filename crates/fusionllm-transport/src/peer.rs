@@ -39,8 +39,8 @@ impl fmt::Debug for PeerId {
 /// A peer and the socket addresses at which it may be reached, any of which may work.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerAddr {
-    /// Who.
+    /// Its public key.
     pub id: PeerId,
-    /// Where.
+    /// UDP addresses, in no order; stale ones may be among them.
     pub addrs: Vec<SocketAddr>,
 }

@@ -15,9 +15,9 @@ use crate::{Session, SessionError};
 
 /// Pings that count, after one that does not.
 const PINGS: usize = 11;
-/// Size of the first burst.
+/// Bytes of the first burst.
 const FIRST_BYTES: u64 = 64 << 10;
-/// Largest burst.
+/// Bytes of the largest burst.
 const MOST_BYTES: u64 = 16 << 20;
 /// A burst that takes this long can be timed.
 const LONG_ENOUGH: Duration = Duration::from_millis(100);
@@ -56,9 +56,9 @@ pub struct DirectionSpeed {
 /// Both directions, as the peer that leads sees them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PairSpeed {
-    /// To the other peer.
+    /// The direction from this peer to the other.
     pub there: DirectionSpeed,
-    /// From it.
+    /// The direction from the other peer to this one.
     pub back: DirectionSpeed,
 }
 

@@ -11,6 +11,7 @@ mod endpoint;
 mod handshakes;
 mod nudge;
 mod settings;
+mod socket;
 mod throttle;
 
 pub(crate) use endpoint::QuicEndpoint;

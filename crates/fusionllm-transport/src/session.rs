@@ -1,15 +1,12 @@
 //! One connection to one peer.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use crate::stream::{FrameSink, FrameSource};
-use crate::wire::Connection;
-use crate::{PeerId, SessionError};
+use crate::wire::{SessionStats, SharedConnection};
+use crate::{PeerId, Purpose, SessionError};
 
 /// An open connection. Clones are the same one; it closes when the last one goes.
 #[derive(Clone, Debug)]
-pub struct Session(Arc<dyn Connection>);
+pub struct Session(SharedConnection);
 
 /// Why a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,24 +17,9 @@ pub struct CloseReason {
     pub reason: String,
 }
 
-/// What a connection has carried so far.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SessionStats {
-    /// Round-trip time of the path in use.
-    pub rtt: Option<Duration>,
-    /// Bytes of all packets sent.
-    pub bytes_sent: u64,
-    /// Bytes of all packets received.
-    pub bytes_received: u64,
-    /// Packets sent.
-    pub sent_packets: u64,
-    /// Of which were lost.
-    pub lost_packets: u64,
-}
-
 impl Session {
-    pub(crate) fn new(connection: impl Connection + 'static) -> Self {
-        Self(Arc::new(connection))
+    pub(crate) fn new(connection: SharedConnection) -> Self {
+        Self(connection)
     }
 
     /// Gives the peer the room of a member: some streams, and 64 MiB that are not read yet. Before that, one that was accepted
@@ -56,9 +38,9 @@ impl Session {
         self.0.peer()
     }
 
-    /// Whether it was opened to be measured ([`Endpoint::connect_to_probe`](crate::Endpoint::connect_to_probe)).
-    pub fn is_probe(&self) -> bool {
-        self.0.is_probe()
+    /// What whoever dialled has opened it for.
+    pub fn purpose(&self) -> Purpose {
+        self.0.purpose()
     }
 
     /// Whether both are the same connection.

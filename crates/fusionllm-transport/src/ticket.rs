@@ -18,17 +18,17 @@ const CHECKSUM_BYTES: usize = 4;
 pub struct Secret([u8; 32]);
 
 impl Secret {
-    /// A new one.
+    /// A new secret, drawn at random.
     pub fn generate() -> Self {
         Self(rand::random())
     }
 
-    /// From its bytes.
+    /// The secret of these bytes.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// Its bytes.
+    /// The 32 bytes that a ticket holds.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -48,9 +48,9 @@ impl fmt::Debug for Secret {
 /// What a broker prints for those who may join it: one word to copy.
 #[derive(Clone, Debug)]
 pub struct Ticket {
-    /// The broker.
+    /// The broker's key, and the addresses at which it may be reached.
     pub broker: PeerAddr,
-    /// What admits.
+    /// What its holder shows to be let in.
     pub secret: Secret,
 }
 

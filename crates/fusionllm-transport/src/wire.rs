@@ -6,18 +6,48 @@
 
 use std::fmt::Debug;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::session::SessionStats;
-use crate::{ConnectError, PeerAddr, PeerId, Session, SessionError};
+use crate::{ConnectError, PeerAddr, PeerId, SessionError};
 
 /// Something that will be there later.
 pub(crate) type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Both ends of a two-way stream on one side.
 pub(crate) type Halves = (Box<dyn SendHalf>, Box<dyn ReceiveHalf>);
+
+/// An open connection, of all that use it.
+pub(crate) type SharedConnection = Arc<dyn Connection>;
+
+/// What a connection is opened for. Two peers may have one of each at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// What the peers do together.
+    Work,
+    /// To be measured, by [`probe`](crate::probe).
+    Probe,
+    /// State in bulk, apart from the work, which would wait for it.
+    State,
+}
+
+/// What a connection has carried so far.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SessionStats {
+    /// Round-trip time of the path in use.
+    pub rtt: Option<Duration>,
+    /// Bytes of all packets sent.
+    pub bytes_sent: u64,
+    /// Bytes of all packets received.
+    pub bytes_received: u64,
+    /// Packets sent, lost ones among them.
+    pub sent_packets: u64,
+    /// How many of the packets sent were lost.
+    pub lost_packets: u64,
+}
 
 /// Where peers are dialled and awaited.
 pub(crate) trait Wire: Debug + Send + Sync {
@@ -27,11 +57,11 @@ pub(crate) trait Wire: Debug + Send + Sync {
     /// Where it may be reached.
     fn addr(&self) -> PeerAddr;
 
-    /// Opens a connection to a peer, to be measured if `is_probe`.
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<Session, ConnectError>>;
+    /// Opens a connection to a peer.
+    fn connect<'a>(&'a self, peer: &'a PeerAddr, purpose: Purpose) -> Later<'a, Result<SharedConnection, ConnectError>>;
 
     /// The next connection that a peer has opened; nothing once this is closed.
-    fn accept(&self) -> Later<'_, Option<Session>>;
+    fn accept(&self) -> Later<'_, Option<SharedConnection>>;
 
     /// Closes all connections, and waits a little until the peers know.
     fn close(&self) -> Later<'_, ()>;
@@ -45,8 +75,8 @@ pub(crate) trait Connection: Debug + Send + Sync {
     /// Differs between connections of one endpoint.
     fn number(&self) -> usize;
 
-    /// Whether it was opened to be measured.
-    fn is_probe(&self) -> bool;
+    /// What it was opened for.
+    fn purpose(&self) -> Purpose;
 
     /// Gives the peer the room of a member.
     fn admit(&self);

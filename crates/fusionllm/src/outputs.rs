@@ -15,9 +15,9 @@ const DATA_PATH: &str = "data.path";
 /// A file that an option names for writing.
 #[derive(Debug)]
 pub(crate) struct Output<'a> {
-    /// The option.
+    /// The option of the command line that names the file.
     pub(crate) option: &'static str,
-    /// The file.
+    /// The file that is to be written.
     pub(crate) path: &'a Path,
     /// What is written, for people.
     pub(crate) kind: &'static str,

@@ -26,15 +26,15 @@ const EXPLODED_BY: f64 = 0.5;
 /// Everything that makes shards a checkpoint.
 #[derive(Clone, Debug)]
 pub(crate) struct FinishSpec {
-    /// The placement.
+    /// The placement whose CompNodes sent the shards.
     pub(crate) generation: Generation,
     /// Updates done.
     pub(crate) step: u64,
     /// Training loss of that step.
     pub(crate) loss: Option<f64>,
-    /// The job.
+    /// The job, for the manifest.
     pub(crate) spec: JobSpec,
-    /// The model.
+    /// The model, whose parameters the shards must hold in its shapes.
     pub(crate) dag: Arc<OpDag>,
     /// Where the model came from.
     pub(crate) origin: Origin,
@@ -45,9 +45,9 @@ pub(crate) struct FinishSpec {
 /// Where a run that is open keeps its checkpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ShardPlace {
-    /// The run.
+    /// The run that writes there.
     pub(crate) run: RunId,
-    /// The folder.
+    /// The folder in which `step-N` lie.
     pub(crate) folder: PathBuf,
 }
 
@@ -61,7 +61,7 @@ impl ShardPlace {
 /// A checkpoint in its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Finished {
-    /// Its folder.
+    /// Its folder, under its final name.
     pub(crate) path: PathBuf,
     /// Its manifest's checksum.
     pub(crate) checksum: String,

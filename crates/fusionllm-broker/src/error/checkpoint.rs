@@ -22,13 +22,13 @@ pub enum CheckpointError {
         "{path} holds no checkpoint, expected a folder with manifest.json or a run directory with checkpoints/step-N"
     )]
     None {
-        /// The folder.
+        /// The folder where one was looked for.
         path: PathBuf,
     },
     /// The folder has checkpoints of several runs.
     #[error("{path} has checkpoints of several runs: give one of {newest}", path = path.display())]
     Several {
-        /// The folder.
+        /// The folder where one was looked for.
         path: PathBuf,
         /// The newest of each run.
         newest: String,
@@ -64,7 +64,7 @@ pub enum CheckpointError {
     /// The manifest is damaged.
     #[error("{path}: {source}")]
     Manifest {
-        /// The manifest.
+        /// The manifest's file.
         path: PathBuf,
         /// What is wrong with the manifest.
         source: ProtocolError,
@@ -72,13 +72,13 @@ pub enum CheckpointError {
     /// The folder of a checkpoint is there, its manifest is not.
     #[error("{path} is missing: without its manifest the folder is no whole checkpoint, use another one")]
     NoManifest {
-        /// The manifest.
+        /// The manifest's file.
         path: PathBuf,
     },
     /// The folder is not the checkpoint's own.
     #[error("{path} is no checkpoint's own folder: {reason}; use another one, or give it its own name again", path = path.display())]
     Misplaced {
-        /// The folder.
+        /// The folder that has another name or mark than its manifest.
         path: PathBuf,
         /// How its name or its mark differs from its manifest.
         reason: String,
@@ -92,7 +92,7 @@ pub enum CheckpointError {
     /// A shard has another size than when it was written.
     #[error("shard {path} has {got} bytes, expected {expected}: it is damaged, use another checkpoint")]
     Size {
-        /// The shard.
+        /// The shard's file.
         path: PathBuf,
         /// Bytes by the manifest.
         expected: u64,
@@ -112,7 +112,7 @@ pub enum CheckpointError {
     /// The file is no safetensors file.
     #[error("{path} is not a readable safetensors file: {reason}")]
     Format {
-        /// The file.
+        /// The file that cannot be read.
         path: PathBuf,
         /// The parser's message.
         reason: String,

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::*;
 use crate::checkpoint::Course;
-use crate::run_dir::{OpenedRun, PlacementFile, RunDir};
+use crate::opened_run::OpenedRun;
+use crate::run_dir::{PlacementFile, RunDir};
 use crate::testing::{self, OldRuns};
 use crate::{Checkpoint as Opened, open_checkpoint};
 

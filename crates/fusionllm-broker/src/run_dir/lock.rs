@@ -132,13 +132,6 @@ fn holder(file: &mut File) -> String {
     if read.is_err() || line.is_empty() { "another process".to_owned() } else { line.replace(char::is_control, " ") }
 }
 
-/// Locks of a run: of its directory, and of a folder elsewhere where its checkpoints lie.
-#[derive(Debug)]
-pub(crate) struct RunLocks {
-    pub(super) _run_dir: FolderLock,
-    pub(super) _checkpoints: Option<FolderLock>,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

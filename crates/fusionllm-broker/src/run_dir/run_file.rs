@@ -28,7 +28,7 @@ pub(crate) struct Parent {
 /// `run.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RunFile {
-    /// The run.
+    /// The run's id.
     pub(crate) run: RunId,
     /// The job's name when the run began; its folder for checkpoints elsewhere is called after it.
     pub(crate) name: String,

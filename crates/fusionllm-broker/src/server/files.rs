@@ -15,9 +15,10 @@ use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune, remove_
 use crate::core::{Action, CoreEvent, OpenRun};
 use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
+use crate::opened_run::OpenedRun;
 use crate::plot::LossPlot;
 use crate::report::RunReport;
-use crate::run_dir::{NoticesWriter, OpenedRun, RunDir, read_notices};
+use crate::run_dir::{NoticesWriter, RunDir, read_notices};
 use crate::store::JobRecord;
 
 /// The way to the thread.

@@ -46,7 +46,7 @@ impl Basis {
         Ok(Self { number, width, vectors })
     }
 
-    /// Vectors.
+    /// Number of vectors.
     pub(crate) fn rank(&self) -> usize {
         self.vectors.len() / self.width.max(1)
     }

@@ -229,7 +229,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Bytes so far.
+    /// Bytes that it has written so far.
     pub(crate) fn bytes(&self) -> usize {
         self.0.num_words() * size_of::<u32>()
     }

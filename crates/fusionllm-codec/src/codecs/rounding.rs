@@ -19,11 +19,11 @@ const SPREAD: [u32; 3] = [0x9e37_79b9, 0x7feb_352d, 0x846c_a68b];
 /// How a number becomes an integer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rounding {
-    /// The nearest.
+    /// The nearest integer, which makes the error of each number smallest.
     Nearest,
     /// The one below or the one above, the nearer the likelier, by draws that follow from the seed.
     Stochastic {
-        /// Other for every tensor.
+        /// Seed of the draws, another one for every tensor.
         seed: u32,
     },
 }

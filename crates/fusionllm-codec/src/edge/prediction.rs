@@ -15,7 +15,7 @@ pub(super) struct Prediction(Vec<f32>);
 pub(super) type Sums = Vec<f64>;
 
 impl Prediction {
-    /// The expected row.
+    /// The expected row, one value a column.
     pub(super) fn values(&self) -> &[f32] {
         &self.0
     }

@@ -220,7 +220,7 @@ impl Gradients {
 pub(crate) enum Write {
     /// Their sum with the new ones.
     Add,
-    /// Nothing.
+    /// The new ones alone.
     Replace,
 }
 

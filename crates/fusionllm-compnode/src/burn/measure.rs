@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use burn_tensor::{Device, Int, Tensor, TensorData};
@@ -28,10 +28,10 @@ use crate::{ExecutorError, OptimizerSpec};
 const ELEMENTS: usize = 4 << 20;
 /// A piece of the OP-DAG that is run as a whole takes about this long at the most, FP and BP together.
 const PIECE_S: f64 = 1.5;
-/// And needs at most this share of the memory that is free.
+/// A piece that is measured needs at most this share of the memory that is free.
 const PIECE_MEMORY: f64 = 0.2;
 /// Corrections beyond these bounds say that something disturbed the measurement.
-const CORRECTION: (f64, f64) = (0.25, 4.0);
+const CORRECTIONS: RangeInclusive<f64> = 0.25..=4.0;
 
 /// Measures all work of `dag`.
 ///
@@ -245,11 +245,16 @@ fn correct(
     let bytes = |ops: &[OpId]| ops.iter().map(|&op| dag.op(op).output.bytes(batch) as f64).sum::<f64>();
     let copied = measured.copy_s_per_byte * (bytes(&entering) + bytes(&leaving));
     let expected = ids.iter().filter_map(|&op| measured.ops.get(&dag.work(op, batch)));
-    let expected = expected.fold((0.0, 0.0), |sum, s| (sum.0 + s.fp_s, sum.1 + s.bp_s));
+    let none = FpBp { fp_s: 0.0, bp_s: 0.0 };
+    let expected = expected.fold(none, |sum, s| FpBp { fp_s: sum.fp_s + s.fp_s, bp_s: sum.bp_s + s.bp_s });
     let factor = |took: f64, expected: f64| {
-        if expected > 0.0 { ((took - copied).max(0.0) / expected).clamp(CORRECTION.0, CORRECTION.1) } else { 1.0 }
+        if expected > 0.0 {
+            ((took - copied).max(0.0) / expected).clamp(*CORRECTIONS.start(), *CORRECTIONS.end())
+        } else {
+            1.0
+        }
     };
-    let (fp, bp) = (factor(fp_s, expected.0), factor(bp_s, expected.1));
+    let (fp, bp) = (factor(fp_s, expected.fp_s), factor(bp_s, expected.bp_s));
     tracing::debug!(fp, bp, ops = ids.len(), "single ops corrected by a piece of the OP-DAG");
     for seconds in measured.ops.values_mut() {
         *seconds = FpBp { fp_s: seconds.fp_s * fp, bp_s: seconds.bp_s * bp };

@@ -51,7 +51,7 @@ impl Owed {
         is_in_sum || self.waiting.iter().flat_map(|b| &b.weights).any(|(_, p, _)| *p == param)
     }
 
-    /// Makes the oldest.
+    /// Makes the gradient that has waited longest.
     pub(crate) fn make_up(&mut self) {
         let Some(backward) = self.waiting.front_mut() else { return };
         if let Some((op, param, weight)) = backward.weights.pop_front() {

@@ -13,8 +13,10 @@ use crate::DataError;
 const MOST_LOST: f64 = 1e-3;
 /// A larger share of unknown tokens likewise.
 const MOST_UNKNOWN: f64 = 0.5;
-/// Files that are remembered one by one, and the bytes that their names may have.
-const REMEMBERED: (usize, usize) = (1000, 200_000);
+/// Files that are remembered one by one.
+const REMEMBERED_FILES: usize = 1000;
+/// Bytes that their names may have, all together.
+const REMEMBERED_NAME_BYTES: usize = 200_000;
 /// Sentences that a report has at most.
 const MOST_NOTES: usize = 24;
 
@@ -76,13 +78,13 @@ impl Corpus {
         for file in files {
             reading.holds(corpus.bytes());
             match read(&file.path, readable, reading)? {
-                Content::Text(text, _) if text.is_empty() => left_out.add("empty", &file.name),
-                Content::Text(text, mark) => {
-                    marks += usize::from(mark);
+                Content::Text { text, .. } if text.is_empty() => left_out.add("empty", &file.name),
+                Content::Text { text, had_mark } => {
+                    marks += usize::from(had_mark);
                     corpus.push(shown(&file.name, spec.private), &text, spec.eval_fraction, tokenizer, reading)?;
                 }
-                Content::Other(_, reason) if file.named => return Err(DataError::Path { path: file.path, reason }),
-                Content::Other(reason, _) => left_out.add(reason, &file.name),
+                Content::Other { reason, .. } if file.named => return Err(DataError::Path { path: file.path, reason }),
+                Content::Other { kind, .. } => left_out.add(kind, &file.name),
             }
         }
         let left_out = left_out.notes();
@@ -291,13 +293,13 @@ impl Corpus {
         for file in &self.files {
             all.extend_from_slice(format!("{} {} {}\n", file.bytes, file.train_bytes, file.hash).as_bytes());
         }
-        let (most, mut room) = REMEMBERED;
+        let mut room = REMEMBERED_NAME_BYTES;
         let fits = |file: &&FileFingerprint| {
             room = room.saturating_sub(file.name.len());
             room > 0
         };
         DataFingerprint {
-            files: self.files.iter().take(most).take_while(fits).cloned().collect(),
+            files: self.files.iter().take(REMEMBERED_FILES).take_while(fits).cloned().collect(),
             count: self.files.len() as u64,
             bytes: self.files.iter().map(|file| file.bytes).sum(),
             hash: content_hash(&all),

@@ -247,15 +247,25 @@ fn once_each(files: BTreeMap<PathBuf, TextFile>, left_out: &mut LeftOut) -> Vec<
 
 /// What a file holds.
 pub(super) enum Content {
-    /// Text without its byte order mark, and whether there was one.
-    Text(String, bool),
-    /// No text, and why.
-    Other(&'static str, String),
+    /// Text.
+    Text {
+        /// Without its byte order mark.
+        text: String,
+        /// Whether it had one.
+        had_mark: bool,
+    },
+    /// No text.
+    Other {
+        /// What it is instead: files of one kind are told of together.
+        kind: &'static str,
+        /// Why it is no text, for a file that the job names.
+        reason: String,
+    },
 }
 
 /// Reads a file, if it may be read. One that cannot be read is as one that holds no text: where it is named, that is said.
 pub(super) fn read(path: &Path, readable: &ReadableData, reading: &Reading) -> Result<Content, DataError> {
-    let unreadable = |error: std::io::Error| Ok(Content::Other(UNREADABLE, error.to_string()));
+    let unreadable = |error: std::io::Error| Ok(Content::Other { kind: UNREADABLE, reason: error.to_string() });
     let mut file = match readable.open(path) {
         Ok(file) => file,
         Err(error) => return unreadable(error),
@@ -293,20 +303,24 @@ pub(super) fn read(path: &Path, readable: &ReadableData, reading: &Reading) -> R
 fn content(bytes: Vec<u8>) -> Content {
     match String::from_utf8(bytes) {
         Ok(mut text) => match text.find('\0') {
-            Some(at) => Content::Other("with NUL bytes", format!("it has a NUL byte at {at}, so it is no text")),
+            Some(at) => {
+                let reason = format!("it has a NUL byte at {at}, so it is no text");
+                Content::Other { kind: "with NUL bytes", reason }
+            }
             None if text.starts_with(MARK) => {
                 text.replace_range(..MARK.len_utf8(), "");
-                Content::Text(text, true)
+                Content::Text { text, had_mark: true }
             }
-            None => Content::Text(text, false),
+            None => Content::Text { text, had_mark: false },
         },
         Err(error) => {
             let at = error.utf8_error().valid_up_to();
             match error.as_bytes() {
                 [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => {
-                    Content::Other("UTF-16, expected UTF-8", "it is UTF-16, expected UTF-8 text".to_owned())
+                    let reason = "it is UTF-16, expected UTF-8 text".to_owned();
+                    Content::Other { kind: "UTF-16, expected UTF-8", reason }
                 }
-                _ => Content::Other("not UTF-8 text", format!("not UTF-8 text (byte {at} is not)")),
+                _ => Content::Other { kind: "not UTF-8 text", reason: format!("not UTF-8 text (byte {at} is not)") },
             }
         }
     }
@@ -366,7 +380,7 @@ mod tests {
             let reason = unreadable(&denied(root), root, &mut left_out, name_of).unwrap_err();
             assert_eq!(reason, "permission denied");
         }
-        let Content::Other(UNREADABLE, reason) =
+        let Content::Other { kind: UNREADABLE, reason } =
             read(&root.join("patients/one.txt"), &ReadableData::everything(), &Reading::default()).unwrap()
         else {
             panic!()

@@ -20,25 +20,25 @@ pub enum ExportError {
         path = path.display()
     )]
     Holds {
-        /// The folder.
+        /// The folder that was to be exported to.
         path: PathBuf,
-        /// Something in it.
+        /// Name of something in it that no export writes.
         what: String,
     },
     /// Another export writes to the folder.
     #[error("another export writes to {path}: wait for it, or give another folder", path = path.display())]
     Busy {
-        /// The folder.
+        /// The folder that was to be exported to.
         path: PathBuf,
     },
     /// The folder has another model.
     #[error("{path} holds the export of {other}, not of {of}: give another folder, or remove it", path = path.display())]
     Other {
-        /// The folder.
+        /// The folder that was to be exported to.
         path: PathBuf,
-        /// What was exported to it.
+        /// The model whose export it holds.
         other: String,
-        /// What was to be.
+        /// The model that was to be exported.
         of: String,
     },
     /// The folder cannot be read or written.

@@ -10,12 +10,23 @@ use super::Message;
 use crate::ExchangeError;
 use crate::channel_codec::Found;
 
+/// What went to one receiver.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    /// As encoded, with headers.
+    bytes: u64,
+    /// The same tensors as dense fp32.
+    dense_bytes: u64,
+    /// The last codec that loses something; if none does, that of the first message.
+    codec: Codec,
+}
+
 /// Adds up what goes to each receiver.
 #[derive(Debug)]
 pub(crate) struct LinkTally {
     names: Vec<String>,
     node: NodeIndex,
-    by_receiver: BTreeMap<NodeIndex, (u64, u64, Codec)>,
+    by_receiver: BTreeMap<NodeIndex, Sent>,
     found: BTreeMap<NodeIndex, Found>,
 }
 
@@ -28,11 +39,12 @@ impl LinkTally {
         let shape = message.tensor.shape();
         let encoded = message.codec.steady_bytes(shape)? + header_bytes;
         let dense = Codec::Dense.encoded_bytes(shape)?;
-        let entry = self.by_receiver.entry(message.to).or_insert((0, 0, message.codec));
-        entry.0 += encoded;
-        entry.1 += dense;
+        let nothing = Sent { bytes: 0, dense_bytes: 0, codec: message.codec };
+        let sent = self.by_receiver.entry(message.to).or_insert(nothing);
+        sent.bytes += encoded;
+        sent.dense_bytes += dense;
         if !message.codec.is_lossless() {
-            entry.2 = message.codec;
+            sent.codec = message.codec;
         }
         Ok(())
     }
@@ -54,7 +66,7 @@ impl LinkTally {
         let entries = std::mem::take(&mut self.by_receiver);
         entries
             .into_iter()
-            .map(|(to, (bytes, dense_bytes, codec))| {
+            .map(|(to, Sent { bytes, dense_bytes, codec })| {
                 let Found { beyond_steady, error } = self.found.remove(&to).unwrap_or_default();
                 let (from, codec) = (from.clone(), codec.to_string());
                 let bytes = bytes.saturating_add_signed(beyond_steady);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
 use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
-use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Session, answer_probe, probe};
+use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Purpose, Session, answer_probe, probe};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
 use tokio::time::timeout;
@@ -197,7 +197,7 @@ impl Probes {
         let addr = peer_addr(peer);
         let probing = tokio::spawn(async move {
             let measured = async {
-                let session = endpoint.connect_to_probe(&addr).await.map_err(|e| e.to_string())?;
+                let session = endpoint.connect_for(&addr, Purpose::Probe).await.map_err(|e| e.to_string())?;
                 let speeds = probe(&session).await.map_err(|e| e.to_string());
                 session.close(0, "probe done");
                 speeds

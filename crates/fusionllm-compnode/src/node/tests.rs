@@ -68,6 +68,7 @@ impl House {
             profile_dir: None,
             readable: ReadableData::new([folder.path().to_owned()]).unwrap(),
             scratch_dir: scratch,
+            snapshot_dir: folder.path().join("snapshots"),
         };
         let compnode = tokio::spawn(join_with(config, patience, std::future::pending()));
         Self { endpoint, compnode, folder }
@@ -393,7 +394,7 @@ async fn a_probe_that_comes_late_is_not_taken_for_the_jobs_connection() {
     let compnode = broker.addr.clone();
     let of_job = peer.connect(&compnode).await.unwrap();
     open(of_job.clone()).await;
-    let late = peer.connect_to_probe(&compnode).await.unwrap();
+    let late = peer.connect_for(&compnode, Purpose::Probe).await.unwrap();
     assert!(probe(&late).await.is_err());
     assert_eq!(timeout(SOON, late.closed()).await.unwrap().reason, "no probe is expected");
     // Neither the connection nor the job took notice.
@@ -413,7 +414,7 @@ async fn an_assignment_ends_probes() {
     let peer = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
     broker.say(FromBroker::Probe { probe: 7, peer: peer_record(&peer.addr()) }).await;
     let session = timeout(SOON, peer.accept()).await.unwrap().unwrap();
-    assert!(session.is_probe());
+    assert_eq!(session.purpose(), Purpose::Probe);
     let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
     broker.assign(job).await;
     let FromCompNode::Probed { probe: 7, result: Err(reason) } = broker.hear().await else { panic!() };

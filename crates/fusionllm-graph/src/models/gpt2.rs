@@ -35,7 +35,7 @@ pub struct Gpt2Config {
     pub n_positions: usize,
     /// D: width.
     pub n_embd: usize,
-    /// Blocks.
+    /// Number of transformer blocks.
     pub n_layer: usize,
     /// Heads; divides `n_embd`.
     pub n_head: usize,

@@ -19,7 +19,7 @@ pub struct ClusterFile {
     /// What it describes.
     #[serde(default)]
     pub name: String,
-    /// The devices.
+    /// Devices: the sections `[[device]]` of the file.
     #[serde(default)]
     pub device: Vec<DeviceEntry>,
     /// Rules for links; of those that fit a pair the last one counts.

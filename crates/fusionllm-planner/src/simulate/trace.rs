@@ -8,7 +8,7 @@ use crate::{Route, Task};
 /// A whole trace.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Trace {
-    /// Its events.
+    /// Bars and names of rows, in any order.
     #[serde(rename = "traceEvents")]
     pub events: Vec<TraceEvent>,
 }
@@ -37,7 +37,7 @@ pub struct TraceEvent {
 /// The arguments of a naming event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NameArgs {
-    /// The name.
+    /// What the viewer writes on the row.
     pub name: String,
 }
 

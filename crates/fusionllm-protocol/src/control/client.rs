@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::JobState;
-use crate::{Inventory, JobEvent, JobId, JobSpec};
+use crate::{Inventory, JobEvent, JobId, JobSpec, JobState};
 
 /// From a client to the broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,12 +27,12 @@ pub enum ClientRequest {
     },
     /// Stop a job; its last checkpoint stays.
     Stop {
-        /// The job.
+        /// The job that is to stop.
         job: JobId,
     },
     /// Go on with a stopped or failed job.
     Resume {
-        /// The job.
+        /// The job that is to go on.
         job: JobId,
         /// From the checkpoint of this step, 0 being the beginning; if not given, from the newest whole one.
         step: Option<u64>,
@@ -67,7 +66,7 @@ pub enum ClientRequest {
 pub enum ToClient {
     /// The job is in.
     Submitted {
-        /// Its id.
+        /// The id that the broker gave the job.
         job: JobId,
         /// Its run directory on the broker's machine.
         run_dir: String,
@@ -120,11 +119,11 @@ pub struct StatusReport {
 /// One job in a status report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobSummary {
-    /// Its id.
+    /// The id that the broker gave the job.
     pub job: JobId,
     /// Name of the job.
     pub name: String,
-    /// Its state.
+    /// Where the job stands.
     #[serde(with = "crate::wire::as_json")]
     pub state: JobState,
     /// Updates done.
@@ -144,7 +143,7 @@ pub struct CompNodeSummary {
     pub name: String,
     /// Its public key in hexadecimal, shortened.
     pub id: String,
-    /// Its device.
+    /// Its device, for people: `flex (CPU, 2 threads)`.
     pub device: String,
     /// The job it works on.
     pub job: Option<JobId>,

@@ -17,7 +17,7 @@ pub struct Numbered<M> {
     pub number: u64,
     /// Number of the last message that the sender of this one has received.
     pub received: u64,
-    /// The message.
+    /// The message that has this number.
     pub message: M,
 }
 

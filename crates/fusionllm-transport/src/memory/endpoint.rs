@@ -8,13 +8,11 @@ use std::task::Poll;
 
 use rand::RngExt;
 
-use super::dialling::Outcome;
 use super::halves::{Receiver, Sender};
-use super::link::{End, Receiving, Sending, Side, StreamId};
-use super::state::{Net, Place, wait};
-use crate::session::SessionStats;
-use crate::wire::{self, Halves, Later, ReceiveHalf, SendHalf, Wire};
-use crate::{Admission, ConnectError, PeerAddr, PeerId, Session, SessionError};
+use super::link::{End, Receiving, Sending, Side, StreamId, gone};
+use super::state::{Net, Outcome, Place, wait};
+use crate::wire::{Connection, Halves, Later, ReceiveHalf, SendHalf, SessionStats, SharedConnection, Wire};
+use crate::{Admission, ConnectError, PeerAddr, PeerId, Purpose, SessionError};
 
 /// One endpoint; dropped, its connections close.
 #[derive(Debug)]
@@ -86,9 +84,9 @@ impl Wire for MemoryEndpoint {
         PeerAddr { id: self.id, addrs: vec![SocketAddr::from(([127, 0, 0, 1], port))] }
     }
 
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, is_probe: bool) -> Later<'a, Result<Session, ConnectError>> {
+    fn connect<'a>(&'a self, peer: &'a PeerAddr, purpose: Purpose) -> Later<'a, Result<SharedConnection, ConnectError>> {
         Box::pin(async move {
-            let dial = self.net.with(|state| state.dial(self.place, peer.id, is_probe));
+            let dial = self.net.with(|state| state.dial(self.place, peer.id, purpose));
             let dialling = Dialling { net: self.net.clone(), dial };
             let result = poll_fn(|cx| {
                 self.net.with(|state| {
@@ -106,7 +104,7 @@ impl Wire for MemoryEndpoint {
             });
             let (id, addrs) = (peer.id, peer.addrs.clone());
             match result.await {
-                Ok(link) => Ok(Session::new(MemoryConnection::new(&self.net, link, 0, id))),
+                Ok(link) => Ok(MemoryConnection::of(&self.net, link, 0, id)),
                 Err(Outcome::Refused) => {
                     Err(ConnectError::Failed { peer: id, addrs, reason: "somebody else answers".to_owned() })
                 }
@@ -118,7 +116,7 @@ impl Wire for MemoryEndpoint {
         })
     }
 
-    fn accept(&self) -> Later<'_, Option<Session>> {
+    fn accept(&self) -> Later<'_, Option<SharedConnection>> {
         Box::pin(poll_fn(move |cx| {
             let accepted = self.net.with(|state| {
                 let place = state.places.get_mut(self.place)?;
@@ -135,9 +133,7 @@ impl Wire for MemoryEndpoint {
             match accepted {
                 None => Poll::Ready(None),
                 Some(Poll::Pending) => Poll::Pending,
-                Some(Poll::Ready((link, peer))) => {
-                    Poll::Ready(Some(Session::new(MemoryConnection::new(&self.net, link, 1, peer))))
-                }
+                Some(Poll::Ready((link, peer))) => Poll::Ready(Some(MemoryConnection::of(&self.net, link, 1, peer))),
             }
         }))
     }
@@ -159,8 +155,8 @@ struct MemoryConnection {
 
 impl MemoryConnection {
     /// Of a side that is counted already.
-    fn new(net: &Net, link: usize, side: Side, peer: PeerId) -> Self {
-        Self { net: net.clone(), link, side, peer }
+    fn of(net: &Net, link: usize, side: Side, peer: PeerId) -> SharedConnection {
+        Arc::new(Self { net: net.clone(), link, side, peer })
     }
 
     /// Waits until something of this side can be had, or the connection is over.
@@ -218,18 +214,13 @@ impl MemoryConnection {
     }
 }
 
-/// Of a connection that nobody remembers.
-pub(super) fn gone() -> SessionError {
-    SessionError::Lost { reason: "it is gone".to_owned() }
-}
-
 impl Drop for MemoryConnection {
     fn drop(&mut self) {
         self.net.with(|state| state.release(self.link, self.side));
     }
 }
 
-impl wire::Connection for MemoryConnection {
+impl Connection for MemoryConnection {
     fn peer(&self) -> PeerId {
         self.peer
     }
@@ -238,8 +229,8 @@ impl wire::Connection for MemoryConnection {
         self.link
     }
 
-    fn is_probe(&self) -> bool {
-        self.net.with(|state| state.links.get(&self.link).is_some_and(|link| link.is_probe))
+    fn purpose(&self) -> Purpose {
+        self.net.with(|state| state.links.get(&self.link).map_or(Purpose::Work, |link| link.purpose))
     }
 
     fn admit(&self) {

@@ -5,8 +5,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 
-use super::endpoint::gone;
-use super::link::{Side, StreamId};
+use super::link::{Side, StreamId, gone};
 use super::packets::Packet;
 use super::state::{Net, wait};
 use crate::SessionError;

@@ -1,5 +1,10 @@
 //! All that a network in memory is, and what is about to happen in it.
 
+mod connections;
+mod cuts;
+mod deliveries;
+mod dialling;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::{Display, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,10 +17,11 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::Weather;
-use super::dialling::Dial;
 use super::link::{Link, Side};
 use super::packets::Packet;
 use crate::{Admission, PeerId};
+use dialling::Dial;
+pub(super) use dialling::Outcome;
 
 /// Something that happens at its time.
 #[derive(Debug)]
@@ -47,7 +53,7 @@ pub(super) struct Place {
 pub(super) struct State {
     pub(super) weather: Weather,
     pub(super) dice: ChaCha8Rng,
-    /// Since the beginning.
+    /// Time since the network was made.
     pub(super) now: Duration,
     events: BTreeMap<(Duration, u64), Event>,
     /// Numbers events, connections and dials.

@@ -8,19 +8,19 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::connection::QuicConnection;
-use super::dial::CONNECT_LIMIT;
 use super::doorway::Doorway;
-use super::endpoint::REFUSED;
 use super::handshakes::Handshakes;
+use super::settings::{CONNECT_LIMIT, REFUSED};
 use crate::error::chain;
-use crate::{Admission, Admit, PeerId, Session};
+use crate::wire::SharedConnection;
+use crate::{Admission, Admit, PeerId};
 
 /// Handshakes run side by side, so that a slow or hostile one delays nobody.
 pub(crate) async fn run(
     endpoint: iroh::Endpoint,
     admission: Arc<dyn Admission>,
     doorway: Doorway,
-    sessions: mpsc::Sender<Session>,
+    connections: mpsc::Sender<SharedConnection>,
 ) {
     let handshakes = Handshakes::default();
     while let Some(incoming) = endpoint.accept().await {
@@ -35,15 +35,15 @@ pub(crate) async fn run(
             let _ = incoming.retry();
             continue;
         }
-        let (admission, doorway, sessions) = (admission.clone(), doorway.clone(), sessions.clone());
+        let (admission, doorway, connections) = (admission.clone(), doorway.clone(), connections.clone());
         tokio::spawn(async move {
             let result = timeout(CONNECT_LIMIT, handshake(incoming)).await;
             drop(place);
             match result {
                 Ok(Ok(connection)) => {
-                    if let Some(session) = enter(connection, from, &*admission, &doorway) {
-                        // If nobody accepts any more, the connection closes with the session.
-                        let _ = sessions.send(session).await;
+                    if let Some(connection) = enter(connection, from, &*admission, &doorway) {
+                        // If nobody accepts any more, it closes as it is dropped.
+                        let _ = connections.send(connection).await;
                     }
                 }
                 Ok(Err(error)) => tracing::debug!(error = chain(&error), "incoming connection failed"),
@@ -66,16 +66,17 @@ fn address(incoming: &Incoming) -> IpAddr {
 }
 
 /// Gives a connection the room that its peer may have.
-fn enter(connection: Connection, from: IpAddr, admission: &dyn Admission, doorway: &Doorway) -> Option<Session> {
+fn enter(
+    connection: Connection,
+    from: IpAddr,
+    admission: &dyn Admission,
+    doorway: &Doorway,
+) -> Option<SharedConnection> {
     match admission.admit(PeerId::from_bytes(*connection.remote_id().as_bytes())) {
-        Admit::Accept => {
-            let session = Session::new(QuicConnection::new(connection, None));
-            session.admitted();
-            Some(session)
-        }
+        Admit::Accept => Some(QuicConnection::of_member(connection)),
         Admit::OnTrial => {
             let stay = doorway.enter(from, &connection);
-            Some(Session::new(QuicConnection::new(connection, Some(stay))))
+            Some(QuicConnection::on_trial(connection, stay))
         }
         Admit::Refuse { reason } => {
             // It was removed since the handshake.

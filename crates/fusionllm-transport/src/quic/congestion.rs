@@ -18,6 +18,7 @@
 //! several connections share a link.
 
 mod controller;
+mod growth;
 mod lean;
 mod losses;
 mod round;
@@ -31,8 +32,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 pub(crate) use controller::LinkRateConfig;
+use growth::{GROWTH, LastGrowth};
 use lean::Lean;
-use losses::Losses;
+use losses::{Counts, Losses};
 use round::{Round, ShortestRoundTrip};
 use sampler::{Sample, Sampler};
 use sounding::Sounding;
@@ -59,14 +61,12 @@ const MACHINE_DELAY: Duration = Duration::from_millis(10);
 const HEADROOM_PACKETS: u64 = 2 * sampler::LEAST_PACKETS;
 /// Rounds that showed the link's speed, of which the fastest counts.
 const REMEMBERED_ROUNDS: usize = 10;
-/// Rounds between two probes, on a short and on a long link: more often costs queue, less often finds new speed late.
-const CRUISE_ROUNDS: (u32, u32) = (6, 2);
+/// Rounds between two probes, on a short link: more often costs queue, less often finds new speed late.
+const MOST_CRUISE_ROUNDS: u32 = 6;
+/// The same on a long link.
+const LEAST_CRUISE_ROUNDS: u32 = 2;
 /// Of what takes as long, so that new speed is found within seconds on any link.
 const CRUISE: Duration = Duration::from_millis(500);
-/// The start is over when the link's speed has not grown by [`GROWTH`] for so many rounds.
-const FULL_ROUNDS: u32 = 2;
-/// What counts as growth of the link's speed.
-const GROWTH: f64 = 1.25;
 /// A queue longer than the round trip and this is not ours alone, or the link has become slow.
 const CROWDED: Duration = Duration::from_millis(100);
 /// After so many rounds of such a queue, although we yield, it is not ours, or the way has become longer.
@@ -126,8 +126,7 @@ struct LinkRate {
     spread: Duration,
     /// Of rounds that showed the link's speed, the newest last.
     rates: VecDeque<f64>,
-    /// The speed at the start of the last growth by [`GROWTH`], and rounds since then.
-    full: (f64, u32),
+    growth: LastGrowth,
     /// The window while starting up.
     startup_window: u64,
     round: Round,
@@ -163,7 +162,7 @@ impl LinkRate {
             latest: UNKNOWN_ROUND_TRIP,
             spread: Duration::ZERO,
             rates: VecDeque::with_capacity(REMEMBERED_ROUNDS),
-            full: (0.0, 0),
+            growth: LastGrowth::default(),
             startup_window: INITIAL_PACKETS * packet_bytes,
             round: Round::default(),
             round_end: 0,
@@ -221,8 +220,8 @@ impl LinkRate {
         }
         self.batch = sent;
         self.batch.clear();
-        if let Some((came, lost)) = self.lean.take() {
-            self.losses.end_lean(came, lost);
+        if let Some(counts) = self.lean.take() {
+            self.losses.end_lean(counts);
         }
         let Some(sample) = sample else { return };
         self.is_cut = false;
@@ -386,12 +385,8 @@ impl LinkRate {
         let has_found = round.bytes_per_s > before * FOUND && before > 0.0;
         match self.phase {
             phase @ (Phase::Startup | Phase::Growth) => {
-                if round.bytes_per_s >= self.full.0 * GROWTH {
-                    self.full = (round.bytes_per_s, 0);
-                } else if round.is_of_link {
-                    self.full.1 += 1;
-                }
-                if self.full.1 >= FULL_ROUNDS { Phase::Drain } else { phase }
+                self.growth.see(round);
+                if self.growth.is_over() { Phase::Drain } else { phase }
             }
             Phase::Probed(before) if round.bytes_per_s > before * FOUND => self.grow(round),
             Phase::Drain | Phase::Cruise(_) if has_found => self.grow(round),
@@ -405,22 +400,22 @@ impl LinkRate {
     }
 
     fn grow(&mut self, round: &Round) -> Phase {
-        self.full = (round.bytes_per_s, 0);
+        self.growth = LastGrowth::to(round);
         Phase::Growth
     }
 
     fn cruise_rounds(&self) -> u32 {
-        let (short, long) = CRUISE_ROUNDS;
         let round_trip = self.latest.as_secs_f64().max(1e-6);
-        ((CRUISE.as_secs_f64() / round_trip) as u32).clamp(long, short)
+        ((CRUISE.as_secs_f64() / round_trip) as u32).clamp(LEAST_CRUISE_ROUNDS, MOST_CRUISE_ROUNDS)
     }
 
     /// Whether a round shows a queue that overflows.
     fn overflows(&mut self, round: &Round, delivered: u64) -> bool {
         let packets = |bytes: u64| bytes / self.packet_bytes.max(1);
-        let overflows = self.losses.end_round(packets(delivered - round.began_at), packets(round.lost));
+        let overflows =
+            self.losses.end_round(Counts { came: packets(delivered - round.began_at), lost: packets(round.lost) });
         // At the start more is asked for than there is, until it shows that no more comes.
-        let is_growing = matches!(self.phase, Phase::Startup) && round.bytes_per_s >= self.full.0 * GROWTH;
+        let is_growing = matches!(self.phase, Phase::Startup) && self.growth.goes_on(round);
         overflows && !is_growing
     }
 }

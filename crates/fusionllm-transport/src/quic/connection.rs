@@ -1,17 +1,16 @@
 //! Connections and streams of QUIC, behind the traits of [`crate::wire`].
 
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use iroh::endpoint::{Connection, ConnectionError, ReadError, RecvStream, SendStream, StoppedError, WriteError};
 
 use super::doorway::Stay;
-use super::endpoint::PROBE_ALPN;
 use super::{nudge, settings};
-use crate::session::SessionStats;
-use crate::wire::{self, Halves, Later, ReceiveHalf, SendHalf};
-use crate::{PeerId, SessionError};
+use crate::wire::{self, Halves, Later, ReceiveHalf, SendHalf, SessionStats, SharedConnection};
+use crate::{PeerId, Purpose, SessionError};
 
 /// A connection, and its stay in the doorway until the peer is admitted or all is gone.
 #[derive(Debug)]
@@ -22,7 +21,19 @@ pub(super) struct QuicConnection {
 }
 
 impl QuicConnection {
-    pub(super) fn new(connection: Connection, stay: Option<Stay>) -> Self {
+    /// With a peer that is known: it has the room of a member.
+    pub(super) fn of_member(connection: Connection) -> SharedConnection {
+        let connection = Self::new(connection, None);
+        wire::Connection::admit(&connection);
+        Arc::new(connection)
+    }
+
+    /// With a peer that has yet to show who it is.
+    pub(super) fn on_trial(connection: Connection, stay: Stay) -> SharedConnection {
+        Arc::new(Self::new(connection, Some(stay)))
+    }
+
+    fn new(connection: Connection, stay: Option<Stay>) -> Self {
         let peer = PeerId::from_bytes(*connection.remote_id().as_bytes());
         tokio::spawn(nudge::run(connection.weak_handle()));
         Self { connection, peer, stay }
@@ -38,8 +49,8 @@ impl wire::Connection for QuicConnection {
         self.connection.stable_id()
     }
 
-    fn is_probe(&self) -> bool {
-        self.connection.alpn() == PROBE_ALPN
+    fn purpose(&self) -> Purpose {
+        settings::purpose(self.connection.alpn())
     }
 
     fn admit(&self) {

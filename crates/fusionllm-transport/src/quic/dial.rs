@@ -9,14 +9,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::closing;
-use super::endpoint::Socket;
+use super::settings::CONNECT_LIMIT;
+use super::socket::Socket;
 
 /// How long each attempt lasts. A handshake that gets no answer asks again ever more rarely, by the end only every few
 /// seconds; a new attempt asks at once, so that a link that is back is found. The later ones give a very long way time.
 const ATTEMPTS: [Duration; 4] =
     [Duration::from_millis(1_500), Duration::from_millis(2_000), Duration::from_millis(2_500), Duration::from_secs(4)];
-/// A connection that is not made by then fails.
-pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why nobody was reached.
 #[derive(Debug)]
@@ -142,7 +141,8 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
-    use crate::quic::endpoint::{ALPN, tests::socket};
+    use crate::quic::settings::ALPN;
+    use crate::quic::socket::tests::socket;
 
     async fn all_close(spares: &[iroh::Endpoint]) {
         for spare in spares {

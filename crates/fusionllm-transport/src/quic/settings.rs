@@ -7,8 +7,18 @@ use iroh::endpoint::{Connection, IdleTimeout, QuicTransportConfig, VarInt};
 use noq_proto::congestion::{Bbr3Config, CubicConfig};
 
 use super::congestion::LinkRateConfig;
-use crate::CongestionControl;
+use crate::{CongestionControl, Purpose};
 
+/// Both ends must speak the same.
+pub(crate) const ALPN: &[u8] = b"fusionllm/1";
+/// Of a connection that is there to be measured, and for nothing else.
+const PROBE_ALPN: &[u8] = b"fusionllm-probe/1";
+/// Of a connection for state in bulk.
+const STATE_ALPN: &[u8] = b"fusionllm-state/1";
+/// Close code of a refused peer.
+pub(crate) const REFUSED: u32 = 403;
+/// A connection that is not made by then fails.
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// A silent peer is lost after this long.
 const IDLE_LIMIT: Duration = Duration::from_secs(10);
 /// Well within [`IDLE_LIMIT`] even when several are lost. Whoever is asked whether a silent peer is still there goes by
@@ -70,6 +80,29 @@ pub(crate) fn give_room(connection: &Connection) {
 /// Lets a member have so many two-way streams open at once, and no fewer than any member.
 pub(crate) fn allow_streams(connection: &Connection, streams: u32) {
     connection.set_max_concurrent_bi_streams(streams.max(MEMBER_STREAMS).into());
+}
+
+/// What a connection for this purpose is called in its handshake.
+pub(crate) fn alpn(purpose: Purpose) -> &'static [u8] {
+    match purpose {
+        Purpose::Work => ALPN,
+        Purpose::Probe => PROBE_ALPN,
+        Purpose::State => STATE_ALPN,
+    }
+}
+
+/// All that are taken, as a listener names them.
+pub(crate) fn alpns() -> Vec<Vec<u8>> {
+    [Purpose::Work, Purpose::Probe, Purpose::State].map(|purpose| alpn(purpose).to_vec()).into()
+}
+
+/// The purpose that a handshake named.
+pub(crate) fn purpose(alpn: &[u8]) -> Purpose {
+    match alpn {
+        PROBE_ALPN => Purpose::Probe,
+        STATE_ALPN => Purpose::State,
+        _ => Purpose::Work,
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 /// Lets through so many at once.
 const BURST: u32 = 10;
-/// And one more for each of these.
+/// One more line may be written for each time that this passes.
 const EACH: Duration = Duration::from_secs(1);
 
 /// Lets ten pass at once and one a second after, and counts what it held back.

@@ -22,7 +22,7 @@ pub(super) struct Interrupts {
 }
 
 impl Interrupts {
-    /// From now on.
+    /// Listens for signals from now on.
     pub(super) fn new() -> Self {
         Self {
             #[cfg(unix)]

@@ -262,7 +262,7 @@ async fn run_job(
                 if checked.spec.survive.enabled && deaths <= MOST_DEATHS {
                     compnodes.restart(index)?;
                 } else if checked.spec.survive.enabled {
-                    cut_short = Some(CutShort::Died(local_name(index), deaths));
+                    cut_short = Some(CutShort::Died { name: local_name(index), deaths });
                     stop_if_at_work(broker, job).await?;
                 }
                 continue;
@@ -302,8 +302,8 @@ async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
 
 /// Why a job was stopped before its end.
 enum CutShort {
-    /// The process of this CompNode ended, and processes so many times in a row without a step.
-    Died(String, u32),
+    /// The process of the CompNode `name` ended, the last of so many deaths in a row without a step.
+    Died { name: String, deaths: u32 },
     /// Nobody reads the output, or it cannot be written.
     Unread(anyhow::Error),
     /// Whoever ran it has stopped it, after this step of so many.
@@ -314,8 +314,8 @@ impl CutShort {
     /// The same for people, with the way on where it can still be said.
     fn error(self, way: &WayOn) -> anyhow::Error {
         match self {
-            Self::Died(name, times) => {
-                anyhow::anyhow!("{name} ended, for the {times}th time in a row without a step; {way}")
+            Self::Died { name, deaths } => {
+                anyhow::anyhow!("{name} ended, for the {deaths}th time in a row without a step; {way}")
             }
             Self::Unread(error) => anyhow::anyhow!("{error:#}; training was stopped: {way}"),
             Self::Interrupted { step, steps } => {

@@ -110,7 +110,7 @@ fn the_page_of_versions_has_those_of_the_code() {
         line.split('|').nth(2).unwrap().replace('`', "").trim().to_owned()
     };
     let codec = |name: &str| constant(&format!("fusionllm-codec/src/codecs/{name}.rs"), "VERSION");
-    let alpn = |name: &str| constant("fusionllm-transport/src/quic/endpoint.rs", name);
+    let alpn = |name: &str| constant("fusionllm-transport/src/quic/settings.rs", name);
     let expected = [
         ("protocol", constant("fusionllm-protocol/src/version.rs", "PROTOCOL_VERSION")),
         ("ALPN", format!("{}, {}", alpn("ALPN"), alpn("PROBE_ALPN"))),

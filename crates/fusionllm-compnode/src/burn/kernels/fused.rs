@@ -52,9 +52,9 @@ pub(crate) trait Fused<const N: usize>: Clone + fmt::Debug + Send + 'static {
 /// A tensor of the CPU backend.
 #[derive(Clone, Debug)]
 pub(crate) enum Operand {
-    /// Outside autodiff.
+    /// A tensor that no gradient is wanted of.
     Plain(FlexTensor),
-    /// Inside.
+    /// A tensor on the autodiff tape.
     Tracked(Tracked),
 }
 
@@ -79,7 +79,7 @@ pub(crate) fn into_cpu<const D: usize>(tensor: Tensor<D>) -> Result<FlexTensor, 
     tensor.try_into_primitive::<Flex>().map_err(|_| Box::new(again))
 }
 
-/// The other way.
+/// A tensor of the CPU backend as Burn's.
 pub(crate) fn from_cpu<const D: usize>(tensor: FlexTensor) -> Tensor<D> {
     Tensor::from_primitive::<Flex>(tensor)
 }

@@ -63,7 +63,7 @@ fn with_last(shape: &[usize], outputs: usize) -> Vec<usize> {
 #[derive(Debug)]
 pub(crate) struct Deferred {
     op: Linear,
-    /// Outside autodiff.
+    /// The op's input [rows, inputs], without autodiff.
     x: Tensor<2>,
     /// A leaf whose gradient is that of the output.
     probe: Tensor<2>,

@@ -204,7 +204,7 @@ async fn history(seed: u64) -> String {
     let (mut all, mut players, mut accepting) = (Vec::new(), JoinSet::new(), JoinSet::new());
     for (node, endpoint) in (0..).zip(endpoints) {
         let workers = Workers::Simulated(Arc::new(Mutex::new(ChaCha8Rng::seed_from_u64(dice.random()))));
-        let links = JobLinks::with_workers(endpoint.clone(), &pipeline(node, peers.clone()), workers);
+        let links = JobLinks::with_workers(endpoint.clone(), &pipeline(node, peers.clone()), workers, None);
         let to = Arc::clone(&links);
         accepting.spawn(async move {
             while let Some(session) = endpoint.accept().await {

@@ -159,6 +159,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
         cpu: None,
         kernels: Kernels::Plain,
     };
+    let snapshots = Arc::new(SnapshotStore::open(&std::env::temp_dir(), broker.id, "n").unwrap());
     Node {
         endpoint,
         members,
@@ -177,6 +178,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
         has_joined: false,
         readable: Arc::new(ReadableData::new([] as [PathBuf; 0]).unwrap()),
         scratch: std::env::temp_dir().into(),
+        snapshots,
         // Asking for free memory would leave the runtime, so it is never free.
         memory: Arc::new(Semaphore::new(0)),
         idle: 0,

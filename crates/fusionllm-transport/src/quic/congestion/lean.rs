@@ -3,14 +3,15 @@
 
 use std::time::Instant;
 
+use super::losses::Counts;
+
 /// The packets of one such time, and what became of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lean {
     span: Option<Span>,
     /// Whether others have gone out since.
     is_over: bool,
-    came: u64,
-    lost: u64,
+    counts: Counts,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -38,23 +39,23 @@ impl Lean {
     /// A packet that was sent at `sent` has come.
     pub(super) fn confirmed(&mut self, sent: Instant) {
         let is_one = self.span.is_some_and(|span| (span.first.0..=span.last.0).contains(&sent));
-        self.came += u64::from(is_one);
+        self.counts.came += u64::from(is_one);
     }
 
     pub(super) fn lost(&mut self, packet: u64) {
         let is_one = self.span.is_some_and(|span| (span.first.1..=span.last.1).contains(&packet));
-        self.lost += u64::from(is_one);
+        self.counts.lost += u64::from(is_one);
     }
 
     /// How many came and were lost, once that is known of all.
-    pub(super) fn take(&mut self) -> Option<(u64, u64)> {
+    pub(super) fn take(&mut self) -> Option<Counts> {
         let packets = self.span.filter(|_| self.is_over)?.packets;
-        let found = (self.came, self.lost);
-        if found.0 + found.1 < packets {
+        let counts = self.counts;
+        if counts.packets() < packets {
             return None;
         }
         *self = Self { is_over: true, ..Self::default() };
-        Some(found)
+        Some(counts)
     }
 }
 
@@ -81,7 +82,7 @@ mod tests {
         lean.lost(38);
         assert_eq!(lean.take(), None);
         lean.lost(39);
-        assert_eq!(lean.take(), Some((8, 2)));
+        assert_eq!(lean.take(), Some(Counts { came: 8, lost: 2 }));
         assert_eq!(lean.take(), None);
     }
 }

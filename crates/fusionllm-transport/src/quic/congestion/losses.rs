@@ -13,29 +13,41 @@ const LEAST_LOST_PACKETS: u64 = 8;
 /// No link that loses more is of use.
 const MOST: f64 = 0.8;
 
+/// What became of packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) came: u64,
+    pub(super) lost: u64,
+}
+
+impl Counts {
+    pub(super) fn packets(self) -> u64 {
+        self.came + self.lost
+    }
+}
+
 /// Shares of packets lost, of the last few rounds.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Losses {
     shares: VecDeque<f64>,
-    /// Packets that came and that did not, since the last share.
-    came: u64,
-    lost: u64,
-    /// Packets that came and were lost while no more was sent than the link delivers, the newest last.
-    lean: VecDeque<(u64, u64)>,
+    /// Since the last share.
+    since: Counts,
+    /// While no more was sent than the link delivers, the newest last.
+    lean: VecDeque<Counts>,
     /// Shares that are still taken before loss may be of a queue again: whether it was shows in what is lost at less speed.
     patience: usize,
 }
 
 impl Losses {
-    /// A round is over in which so many packets came and were lost. Says whether a queue overflows.
-    pub(super) fn end_round(&mut self, came: u64, lost: u64) -> bool {
-        self.came += came;
-        self.lost += lost;
-        let packets = self.came + self.lost;
-        let share = self.lost as f64 / packets.max(1) as f64;
+    /// A round is over. Says whether a queue overflows.
+    pub(super) fn end_round(&mut self, counts: Counts) -> bool {
+        self.since.came += counts.came;
+        self.since.lost += counts.lost;
+        let packets = self.since.packets();
+        let share = self.since.lost as f64 / packets.max(1) as f64;
         let overflows = self.patience == 0
             && packets >= LEAST_PACKETS / 2
-            && self.lost >= LEAST_LOST_PACKETS
+            && self.since.lost >= LEAST_LOST_PACKETS
             && share > self.usual() + TOLERATED;
         if packets >= LEAST_PACKETS || overflows {
             self.patience = if overflows { REMEMBERED } else { self.patience.saturating_sub(1) };
@@ -43,17 +55,17 @@ impl Losses {
                 self.shares.pop_front();
             }
             self.shares.push_back(share);
-            (self.came, self.lost) = (0, 0);
+            self.since = Counts::default();
         }
         overflows
     }
 
-    /// While no more was sent than the link delivers, so many packets came and were lost.
-    pub(super) fn end_lean(&mut self, came: u64, lost: u64) {
+    /// A time is over in which no more was sent than the link delivers.
+    pub(super) fn end_lean(&mut self, counts: Counts) {
         if self.lean.len() == REMEMBERED {
             self.lean.pop_front();
         }
-        self.lean.push_back((came, lost));
+        self.lean.push_back(counts);
     }
 
     /// Share of packets that is lost at any speed. Sending more to make up for it must not be what loses them, so it is no
@@ -66,8 +78,8 @@ impl Losses {
     /// Of the newest packets that are enough to tell.
     fn lean_share(&self) -> f64 {
         let (mut packets, mut lost) = (0, 0);
-        for (came, gone) in self.lean.iter().rev() {
-            (packets, lost) = (packets + came + gone, lost + gone);
+        for counts in self.lean.iter().rev() {
+            (packets, lost) = (packets + counts.packets(), lost + counts.lost);
             if packets >= LEAST_PACKETS {
                 break;
             }
@@ -80,38 +92,42 @@ impl Losses {
 mod tests {
     use super::*;
 
+    fn counts(came: u64, lost: u64) -> Counts {
+        Counts { came, lost }
+    }
+
     #[test]
     fn what_is_lost_at_any_speed_is_no_overflow_for_long() {
         let mut losses = Losses::default();
-        assert!((0..4).all(|_| !losses.end_round(100, 0)));
+        assert!((0..4).all(|_| !losses.end_round(counts(100, 0))));
         // One of five is lost from now on: once that could be a queue.
-        let overflows: Vec<bool> = (0..20).map(|_| losses.end_round(80, 20)).collect();
+        let overflows: Vec<bool> = (0..20).map(|_| losses.end_round(counts(80, 20))).collect();
         assert_eq!(overflows.iter().filter(|o| **o).count(), 1);
         assert!((losses.usual() - 0.2).abs() < 1e-9);
         // Three of five are more than that.
-        assert!(losses.end_round(40, 60));
+        assert!(losses.end_round(counts(40, 60)));
         // It is over.
-        losses.end_round(100, 0);
+        losses.end_round(counts(100, 0));
         assert_eq!(losses.usual(), 0.0);
     }
 
     #[test]
     fn what_is_lost_only_at_more_speed_is_not_made_up_for() {
         let mut losses = Losses::default();
-        (0..8).for_each(|_| _ = losses.end_round(80, 20));
+        (0..8).for_each(|_| _ = losses.end_round(counts(80, 20)));
         assert!((losses.usual() - 0.2).abs() < 1e-9);
-        losses.end_lean(10, 0);
+        losses.end_lean(counts(10, 0));
         assert!((losses.usual() - 0.2).abs() < 1e-9, "too few to tell");
-        losses.end_lean(60, 1);
+        losses.end_lean(counts(60, 1));
         assert!(losses.usual() < 0.02);
-        losses.end_lean(160, 40);
+        losses.end_lean(counts(160, 40));
         assert!((losses.usual() - 0.2).abs() < 1e-9, "the newest count");
     }
 
     #[test]
     fn a_few_lost_packets_say_nothing() {
         let mut losses = Losses::default();
-        assert!(!losses.end_round(1, 4) && !losses.end_round(30, 2));
-        assert!((0..50).all(|_| !losses.end_round(95, 5)));
+        assert!(!losses.end_round(counts(1, 4)) && !losses.end_round(counts(30, 2)));
+        assert!((0..50).all(|_| !losses.end_round(counts(95, 5))));
     }
 }

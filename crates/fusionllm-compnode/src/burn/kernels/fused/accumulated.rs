@@ -55,9 +55,9 @@ impl WeightSum {
 /// are added to each other before they are added to the sum.
 #[derive(Clone, Debug)]
 pub(crate) struct SetAside {
-    /// Ascending.
+    /// Indices of the rows, ascending.
     rows: Arc<[u32]>,
-    /// One after the other; nothing if they went into the sum.
+    /// The rows' values, one row after the other; nothing if they went into the sum.
     values: Arc<Mutex<Vec<f32>>>,
 }
 

@@ -18,11 +18,11 @@ const BLOCK: usize = 64;
 /// qkv [B·S, 3·D] → softmax(q·kᵀ/√K + causal mask)·v, heads joined: [B·S, D] (Vaswani et al., section 3.2.1).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attention {
-    /// S.
+    /// Positions of a sequence, S.
     pub(crate) seq: usize,
-    /// H; K = D / H.
+    /// Heads, H; each has K = D / H columns.
     pub(crate) heads: usize,
-    /// D.
+    /// Columns of all heads together, D.
     pub(crate) width: usize,
     /// Whether a query sees only keys up to its own position.
     pub(crate) causal: bool,

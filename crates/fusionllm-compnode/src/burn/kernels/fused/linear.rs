@@ -130,7 +130,7 @@ pub(crate) struct DeferredLinear(pub(crate) Linear);
 const DEFERRED_BIAS: usize = 3;
 
 impl<const N: usize> Fused<N> for DeferredLinear {
-    /// The weight.
+    /// The weight, of inputs · outputs values.
     type Saved = FlexTensor;
 
     fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved) {

@@ -2,51 +2,36 @@
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::{JobSpec, Notice, RunId};
+use fusionllm_protocol::{JobSpec, Notice};
 
-use super::lock::RunLocks;
-use super::{FolderLock, Parent, PlacementFile, RunDir, RunFile, RunHome};
 use crate::BrokerError;
 use crate::checkpoint::{Abandoned, ShardPlace, abandon, free_name, recover, remove_partial, steps_in};
 use crate::files::{io_error, write_atomic};
 use crate::metrics::{copy_after, each_line};
+use crate::run_dir::{FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunStart};
 
 /// What a folder may have in it that nobody uses: our lock, and what a new disk comes with.
 const EMPTY: [&str; 2] = [FolderLock::FILE, "lost+found"];
-
-/// Which run begins or goes on, and from where.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct RunStart {
-    /// The run.
-    pub(crate) run: RunId,
-    /// Runs of whose directory its own is a copy.
-    pub(crate) copy_of: Vec<RunId>,
-    /// Another run's checkpoint that it begins with.
-    pub(crate) from: Option<Parent>,
-    /// What its user must know from the start.
-    pub(crate) notices: Vec<String>,
-}
-
-impl RunStart {
-    /// A run that begins now.
-    pub(crate) fn new() -> Self {
-        let run = RunId::from_bytes(rand::random());
-        Self { run, copy_of: Vec::new(), from: None, notices: Vec::new() }
-    }
-}
 
 /// A run at work: its directory is locked.
 #[derive(Debug)]
 pub(crate) struct OpenedRun {
     /// Its `run.json`.
     pub(crate) file: RunFile,
-    /// The job.
+    /// The job as this run does it, every default filled in.
     pub(crate) spec: JobSpec,
     /// Where checkpoints go.
     pub(crate) place: ShardPlace,
     /// What was found that its user must know.
     pub(crate) notices: Vec<String>,
     _locks: RunLocks,
+}
+
+/// Locks of a run: of its directory, and of a folder elsewhere where its checkpoints lie.
+#[derive(Debug)]
+struct RunLocks {
+    _run_dir: FolderLock,
+    _checkpoints: Option<FolderLock>,
 }
 
 impl OpenedRun {
@@ -74,12 +59,12 @@ impl RunDir {
         placement: &PlacementFile,
         start_step: u64,
     ) -> Result<OpenedRun, BrokerError> {
-        std::fs::create_dir_all(&self.path).map_err(|e| io_error(&self.path, e))?;
-        let run_lock = FolderLock::take(&self.path, &start.run)?;
+        std::fs::create_dir_all(self.path()).map_err(|e| io_error(self.path(), e))?;
+        let run_lock = FolderLock::take(self.path(), &start.run)?;
         let mut file = self.claim(start, spec)?;
         let mut notices = Vec::new();
         let (folder, lock) = self.checkpoint_folder(&file, spec, &mut notices)?;
-        if folder != self.path.join("checkpoints") {
+        if folder != self.path().join("checkpoints") {
             file.checkpoints = Some(folder.clone());
         }
         // The lock is ours: nobody else puts these right at the same time.
@@ -114,7 +99,7 @@ impl RunDir {
         file.manifests.retain(|step, _| *step <= start_step);
         file.write()?;
         self.write_json(&self.job(), spec)?;
-        write_atomic(&self.path.join("graph.json"), graph.as_bytes())?;
+        write_atomic(&self.path().join("graph.json"), graph.as_bytes())?;
         self.write_json(&self.placement(), placement)?;
         let place = ShardPlace { run: file.run.clone(), folder };
         let locks = RunLocks { _run_dir: run_lock, _checkpoints: lock };
@@ -123,12 +108,12 @@ impl RunDir {
 
     /// The directory's `run.json`, made if it is not there. The directory must be locked.
     fn claim(&self, start: &RunStart, spec: &JobSpec) -> Result<RunFile, BrokerError> {
-        let dir = std::path::absolute(&self.path).map_err(|e| io_error(&self.path, e))?;
-        let mut file = match RunFile::read(&self.path)? {
+        let dir = std::path::absolute(self.path()).map_err(|e| io_error(self.path(), e))?;
+        let mut file = match RunFile::read(self.path())? {
             Some(file) if file.run == start.run || start.copy_of.contains(&file.run) => file,
             Some(file) => {
                 let (holds, run) = (file.run, start.run.clone());
-                return Err(BrokerError::OtherRun { path: self.path.clone(), holds, run });
+                return Err(BrokerError::OtherRun { path: self.path().to_owned(), holds, run });
             }
             None => RunFile {
                 run: start.run.clone(),
@@ -161,7 +146,7 @@ impl RunDir {
     ) -> Result<(PathBuf, Option<FolderLock>), BrokerError> {
         let make = |folder: &Path| std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e));
         let Some(shared) = &spec.checkpoint.to else {
-            let folder = self.path.join("checkpoints");
+            let folder = self.path().join("checkpoints");
             make(&folder)?;
             return Ok((folder, None));
         };
@@ -210,7 +195,7 @@ impl RunDir {
 
     /// Keeps the metrics and notices after `step` in files of their own.
     fn keep_aside(&self, step: u64) -> Result<(), BrokerError> {
-        let aside = |what: &str| free_name(&self.path.join(format!("{what}.after-{step}")), ".jsonl");
+        let aside = |what: &str| free_name(&self.path().join(format!("{what}.after-{step}")), ".jsonl");
         copy_after(&self.metrics(), step, &aside("metrics"))?;
         let (mut kept, mut others) = (Vec::new(), Vec::new());
         each_line(&self.notices(), |line| {

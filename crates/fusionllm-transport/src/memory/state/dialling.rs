@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use rand::RngExt;
 
-use super::state::{Event, State};
-use crate::{Admit, PeerId};
+use super::{Event, State};
+use crate::{Admit, PeerId, Purpose};
 
 /// Close code of a refused peer.
 const REFUSED: u32 = 403;
 
 /// What a dial comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     /// A connection.
     Connected,
     /// Somebody says no.
@@ -26,19 +26,19 @@ pub(super) enum Outcome {
 
 /// A dial that somebody waits for.
 #[derive(Debug)]
-pub(super) struct Dial {
+pub(crate) struct Dial {
     pub(super) from: usize,
     pub(super) to: Option<usize>,
-    pub(super) is_probe: bool,
+    pub(super) purpose: Purpose,
     pub(super) outcome: Outcome,
     /// The connection, or why there is none.
-    pub(super) result: Option<Result<usize, Outcome>>,
-    pub(super) waker: Option<Waker>,
+    pub(crate) result: Option<Result<usize, Outcome>>,
+    pub(crate) waker: Option<Waker>,
 }
 
 impl State {
     /// Begins to dial a peer.
-    pub(super) fn dial(&mut self, from: usize, peer: PeerId, is_probe: bool) -> u64 {
+    pub(crate) fn dial(&mut self, from: usize, peer: PeerId, purpose: Purpose) -> u64 {
         let dial = self.number();
         let to = self.places.iter().position(|place| place.id == peer && !place.is_closed);
         let round_trip = (self.weather.latency + self.up_to(self.weather.jitter)) * 2;
@@ -58,11 +58,11 @@ impl State {
             (Some(_), false) if outage + round_trip > limit => (Outcome::Silence, limit),
             (Some(_), false) => (Outcome::Connected, outage + round_trip),
         };
-        let dialling = Dial { from, to, is_probe, outcome, result: None, waker: None };
+        let dialling = Dial { from, to, purpose, outcome, result: None, waker: None };
         self.dials.insert(dial, dialling);
         self.note(&format_args!("dial {dial} from {from} to {to:?}"));
         if let (Outcome::HalfOpen, Some(to)) = (outcome, to) {
-            let link = self.connect(from, to, is_probe);
+            let link = self.connect(from, to, purpose);
             self.lose_part(link, 0);
             self.lose_part(link, 1);
             self.schedule(round_trip, Event::Reached { link });
@@ -76,11 +76,11 @@ impl State {
 
     /// A dial ends, if somebody still waits for it.
     pub(super) fn dialled(&mut self, dial: u64) {
-        let Some(&Dial { from, to, is_probe, outcome, .. }) = self.dials.get(&dial) else { return };
+        let Some(&Dial { from, to, purpose, outcome, .. }) = self.dials.get(&dial) else { return };
         self.note(&format_args!("dial {dial}: {outcome:?}"));
         let result = match (outcome, to) {
             (Outcome::Connected, Some(to)) => {
-                let link = self.connect(from, to, is_probe);
+                let link = self.connect(from, to, purpose);
                 let way = self.weather.latency + self.up_to(self.weather.jitter);
                 self.schedule(way, Event::Reached { link });
                 if let Some(end) = self.end(link, 0) {
@@ -99,7 +99,7 @@ impl State {
     }
 
     /// Nobody waits for a dial any more.
-    pub(super) fn hang_up(&mut self, dial: u64) {
+    pub(crate) fn hang_up(&mut self, dial: u64) {
         if let Some(Dial { result: Some(Ok(link)), .. }) = self.dials.remove(&dial) {
             self.release(link, 0);
         }

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use rand::RngExt;
 
-use super::link::{Side, StreamId};
-use super::packets::Packet;
-use super::state::{Event, State};
+use super::{Event, State};
+use crate::memory::link::{Side, StreamId};
+use crate::memory::packets::Packet;
 
 /// A connection that breaks at a byte has fewer than two to this power.
 const FUSE_BITS: u32 = 12;
