@@ -19,6 +19,7 @@ mod recovery;
 mod registry;
 mod run;
 mod schedule;
+mod snapshots;
 mod survey;
 mod watchdog;
 
@@ -139,6 +140,7 @@ impl Core {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         };
         let mut actions = vec![self.persist(record.clone(), true)];
         let first_number = self.last_write();
@@ -334,6 +336,9 @@ impl Core {
                     actions.push(Action::Send { to, message });
                 }
             }
+        }
+        if state.is_final() {
+            actions.extend(self.release_all(job));
         }
         actions.extend(self.set_state(job, state));
         // The report may take a while, and nobody waits for it.

@@ -320,6 +320,7 @@ mod tests {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         };
         let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
         let data = DataReport {
@@ -372,6 +373,7 @@ mod tests {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         };
         let report = RunReport::of(&record, Totals::default(), None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));

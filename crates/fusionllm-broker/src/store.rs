@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::{DataFingerprint, Generation, JobId, JobSpec, JobState, JobSummary, RunId};
+use fusionllm_protocol::{DataFingerprint, Generation, JobId, JobSpec, JobState, JobSummary, RunId, Snapshot};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,31 @@ pub(crate) struct JobRecord {
     /// Name of the CompNode that read its data then.
     #[serde(default)]
     pub(crate) owner: Option<String>,
+    /// The snapshots that CompNodes keep of it, oldest first.
+    #[serde(default)]
+    pub(crate) snapshots: Vec<SnapshotSet>,
+}
+
+/// What all CompNodes of a placement held after a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SnapshotSet {
+    /// Number of the placement.
+    pub(crate) generation: Generation,
+    /// Updates done.
+    pub(crate) step: u64,
+    /// Training loss of the last of them, in nats per token.
+    pub(crate) loss: Option<f64>,
+    /// By CompNode of the placement.
+    pub(crate) parts: Vec<SnapshotPart>,
+}
+
+/// What one CompNode held.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SnapshotPart {
+    /// Its file, wherever it lies.
+    pub(crate) snapshot: Snapshot,
+    /// Names of the parameters in it.
+    pub(crate) params: Vec<String>,
 }
 
 impl JobRecord {
@@ -194,6 +219,7 @@ mod tests {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         }
     }
 

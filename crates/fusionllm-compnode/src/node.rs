@@ -18,19 +18,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_protocol::{Assignment, DeviceProfile, FromBroker, FromCompNode, RunKey};
+use fusionllm_protocol::{DeviceProfile, FromCompNode, RunKey};
 use fusionllm_transport::{Endpoint, EndpointConfig, Members, Purpose, Session, Ticket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::open_device::open_device;
-use crate::step_log::{ClockOffset, Heartbeats};
 use crate::snapshots::{self, SnapshotStore};
+use crate::step_log::{ClockOffset, Heartbeats};
 use crate::{CompNodeError, ReadableData};
 use broker_wire::{Connected, Outbox, dial};
 pub use config::JoinConfig;
 use patience::{Hearing, Patience};
-use running::{Place, RunningJob};
+use running::RunningJob;
 pub use scratch::check_run_room;
 pub(crate) use scratch::free_room;
 use survey::{Probes, Surveyor};
@@ -129,6 +129,8 @@ async fn join_with(
     };
     node.lose_broker(0);
     node.drop_job("the CompNode leaves");
+    let store = Arc::clone(&node.snapshots);
+    tokio::task::spawn_blocking(move || store.close(config.snapshots_stay)).await?;
     endpoint.close().await;
     result
 }

@@ -279,6 +279,8 @@ pub enum FromCompNode {
     SnapshotFailed {
         /// Which one.
         id: SnapshotId,
+        /// Whether it was asked for only when the step had passed.
+        is_late: bool,
         /// Why, in one line.
         reason: String,
     },

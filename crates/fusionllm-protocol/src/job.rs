@@ -328,7 +328,7 @@ pub struct CheckpointSpec {
 }
 
 /// `[survive]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SurviveSpec {
     /// Go on by itself, from the newest checkpoint, when a CompNode is lost or fails.
     pub enabled: bool,

@@ -24,8 +24,8 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, ControlStream, FromBroker, FromCompNode, Hello,
-    JobSummary, LinkSpeed, MOST_UNCONFIRMED, Numbered, Role, StatusReport, StepReport, TicketRole,
-    TicketState, TicketSummary, ToClient, WeightSource, Welcome,
+    JobSummary, LinkSpeed, MOST_UNCONFIRMED, Numbered, Role, StatusReport, StepReport, TicketRole, TicketState,
+    TicketSummary, ToClient, WeightSource, Welcome,
 };
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
@@ -38,8 +38,8 @@ pub use job::{
     job_keys,
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
-pub use peer::PeerRecord;
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
+pub use peer::PeerRecord;
 pub use snapshot::{LoanFrame, Snapshot, SnapshotId, SnapshotSource};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};
 pub use tensor_name::{StateKind, TensorName};

@@ -58,7 +58,8 @@ pub(crate) trait Wire: Debug + Send + Sync {
     fn addr(&self) -> PeerAddr;
 
     /// Opens a connection to a peer.
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, purpose: Purpose) -> Later<'a, Result<SharedConnection, ConnectError>>;
+    fn connect<'a>(&'a self, peer: &'a PeerAddr, purpose: Purpose)
+    -> Later<'a, Result<SharedConnection, ConnectError>>;
 
     /// The next connection that a peer has opened; nothing once this is closed.
     fn accept(&self) -> Later<'_, Option<SharedConnection>>;

@@ -174,8 +174,8 @@ pub(crate) struct Join {
     /// File or folder that jobs may read on this machine as data, and tokenizers (repeatable) [default: nothing]
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Vec<PathBuf>,
-    /// Folder for the device's measured profile, and for weights and checkpoint shards while they come and go [default: the
-    /// user's state folder]
+    /// Folder for the device's measured profile, for weights and checkpoint shards while they come and go, and for snapshots of
+    /// the jobs that it works on [default: the user's state folder]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
     /// Leave when standard input ends, as it does when the parent process dies
@@ -184,6 +184,9 @@ pub(crate) struct Join {
     /// Folder for weights and shards while they come and go.
     #[arg(long, hide = true, requires = "child", value_name = "DIR")]
     pub(crate) scratch: Option<PathBuf>,
+    /// Folder for snapshots.
+    #[arg(long, hide = true, requires = "child", value_name = "DIR")]
+    pub(crate) snapshots: Option<PathBuf>,
 }
 
 /// How a command finds its broker.

@@ -39,6 +39,8 @@ pub(crate) struct Home<'a> {
     pub(crate) data: &'a DataSpec,
     /// An existing folder, for weights and shards while they come and go.
     pub(crate) scratch: &'a Path,
+    /// For snapshots, as long as the processes are started again.
+    pub(crate) snapshots: &'a Path,
 }
 
 /// Child processes that compute for a broker in this process.
@@ -89,9 +91,10 @@ impl LocalCompNodes {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let threads = (cores / count.max(1) as usize).max(1).to_string();
         let scratch = [OsStr::new("--scratch"), home.scratch.as_os_str()];
+        let snapshots = [OsStr::new("--snapshots"), home.snapshots.as_os_str()];
         let data = home.data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]);
         let plain = ["--device", device, "--threads", &threads].into_iter().map(OsStr::new);
-        let arguments = plain.chain(scratch).chain(data).map(OsStr::to_owned).collect();
+        let arguments = plain.chain(scratch).chain(snapshots).chain(data).map(OsStr::to_owned).collect();
         let ticket = broker.ticket().to_string();
         let starter = Starter { program, arguments, ticket };
         let mut started = Self { starter, children: Vec::new(), deaths: Vec::new() };

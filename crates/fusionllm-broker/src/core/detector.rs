@@ -92,6 +92,7 @@ impl Core {
     pub(super) fn detect(&mut self, now: Duration) -> (Vec<Action>, Vec<(ConnectionId, String)>) {
         let (mut questions, mut lost) = (Vec::new(), Vec::new());
         for job in self.jobs.values_mut() {
+            let snapshot = job.snapshots.newest();
             let Some(run) = &mut job.run else { continue };
             let members = run.members.clone();
             let speaks = |&&m: &&ConnectionId| self.compnodes.phi(m, now) < SUSPECT && !self.compnodes.is_away(m);
@@ -110,7 +111,7 @@ impl Core {
                     questions.extend(witnesses.iter().map(ask));
                 }
                 let silence = self.compnodes.silence(member, now);
-                if phi >= LOST && hearsay.agrees(now) && silence >= worth_waiting(run) {
+                if phi >= LOST && hearsay.agrees(now) && silence >= worth_waiting(run, snapshot) {
                     let seconds = silence.as_secs_f64();
                     lost.push((member, format!("no sign of life for {seconds:.1} s, nor do its peers hear of it")));
                 }
@@ -122,8 +123,8 @@ impl Core {
 
 /// How long a silent member is worth waiting for: as long as it would take the others to be where they are now without it.
 /// Who then still waits has lost at most twice what was the least.
-fn worth_waiting(run: &Run) -> Duration {
-    run.restart_cost().min(LEASE)
+fn worth_waiting(run: &Run, snapshot: Option<u64>) -> Duration {
+    run.restart_cost(snapshot).min(LEASE)
 }
 
 #[cfg(test)]

@@ -46,6 +46,7 @@ impl Durability {
 fn told_of(action: &Action) -> Option<JobId> {
     match action {
         Action::Emit(event) => Some(event.job()),
+        Action::Send { message: FromBroker::Release { job, .. } | FromBroker::Lend { job, .. }, .. } => Some(*job),
         action => told_to(action).map(|(_, key)| key.job),
     }
 }
@@ -180,9 +181,11 @@ fn told_to(action: &Action) -> Option<(ConnectionId, RunKey)> {
         Action::Send { to, message } => {
             let key = match message {
                 FromBroker::Assign(assignment) => assignment.key,
-                FromBroker::Start { key } | FromBroker::SetCodec { key, .. } | FromBroker::PeerMoved { key, .. } => {
-                    *key
-                }
+                FromBroker::Start { key }
+                | FromBroker::SetCodec { key, .. }
+                | FromBroker::PeerMoved { key, .. }
+                | FromBroker::Snapshot { key, .. } => *key,
+                FromBroker::Guard { snapshot } => snapshot.id.key,
                 _ => return None,
             };
             Some((*to, key))

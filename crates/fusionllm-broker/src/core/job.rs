@@ -7,6 +7,7 @@ use fusionllm_protocol::JobState;
 use super::notices::Told;
 use super::recovery::Recoveries;
 use super::run::Run;
+use super::snapshots::Snapshots;
 use super::{Action, ConnectionId, StartPoint};
 use crate::store::JobRecord;
 
@@ -36,6 +37,8 @@ pub(super) struct Job {
     pub(super) told: Told,
     /// What it has been through.
     pub(super) recoveries: Recoveries,
+    /// What CompNodes keep of it.
+    pub(super) snapshots: Snapshots,
     /// Number of the start that is being read.
     pub(super) loading: Option<u64>,
 }
@@ -44,6 +47,7 @@ impl Job {
     /// One that was handed in, or that the store has.
     pub(super) fn new(record: JobRecord, start: Option<StartPoint>, now: Duration) -> Self {
         let shown = record.state.clone();
+        let snapshots = Snapshots::of_store(record.snapshots.clone());
         Self {
             record,
             start,
@@ -58,6 +62,7 @@ impl Job {
             held: Vec::new(),
             told: Told::default(),
             recoveries: Recoveries::default(),
+            snapshots,
             loading: None,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{FromBroker, JobId, JobState};
+use fusionllm_protocol::{FromBroker, JobId, JobState, RunKey};
 
 use super::{Action, ConnectionId, Core, Job, Joining, StartPoint};
 use crate::BrokerError;
@@ -51,13 +51,13 @@ impl Core {
         let mut actions = Vec::new();
         if let Some(run) = run {
             run.watchdog.moved = now;
-            let (key, params) = (run.key, run.weights_owed(connection));
+            let (key, params, is_sent) = (run.key, run.weights_owed(connection), run.weights_are_sent);
             if let Some(peer) = run.node_of(connection).filter(|_| has_moved) {
                 let others = run.members.iter().filter(|&&other| other != connection);
                 let tell = |&to| Action::Send { to, message: FromBroker::PeerMoved { key, peer, addr: addr.clone() } };
                 actions.extend(others.map(tell));
             }
-            let start = self.jobs.get(&key.job).and_then(|job| job.start.as_ref());
+            let start = self.jobs.get(&key.job).and_then(|job| job.start.as_ref()).filter(|_| is_sent);
             if let Some((params, from)) = params.zip(start.and_then(|start| start.weights.clone())) {
                 actions.push(Action::SendWeights { to: connection, key, params, from });
             }
@@ -98,6 +98,8 @@ impl Core {
         self.survey.tick(now);
         actions.extend(self.rewrite(now));
         actions.extend(self.stalled(now));
+        let runs: Vec<RunKey> = self.jobs.values().filter_map(|job| Some(job.run.as_ref()?.key)).collect();
+        actions.extend(runs.into_iter().flat_map(|key| self.take_snapshots(key, now)));
         actions.extend(self.schedule(now));
         actions
     }
@@ -106,6 +108,7 @@ impl Core {
     pub(super) fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {
         let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
         self.survey.left(connection);
+        self.jobs.values_mut().for_each(|job| job.snapshots.gone(connection));
         let Some(key) = gone.run else { return self.schedule(now) };
         if self.plan_no_more(key.job) {
             return self.schedule(now);
@@ -149,8 +152,7 @@ impl Core {
         known.loading = None;
         let mut actions = Vec::new();
         match result {
-            Ok(mut start) => {
-                start.notices.splice(0..0, known.recoveries.take_told(start.step));
+            Ok(start) => {
                 (known.record.step, known.record.loss) = (start.step, start.loss);
                 known.record.run = Some(start.run.run.clone());
                 known.start = Some(start);

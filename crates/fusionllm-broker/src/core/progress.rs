@@ -69,6 +69,10 @@ impl Core {
                 }
                 self.notices(key.job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
             }
+            FromCompNode::Holds { snapshot, cost_s } => self.holds(connection, snapshot, cost_s),
+            FromCompNode::SnapshotFailed { id, is_late, reason } => {
+                self.snapshot_failed(connection, id, is_late, &reason)
+            }
             FromCompNode::ShardFailed { key, step, reason } => {
                 let owes = |run: &mut Run| run.node_of(connection).is_some_and(|n| run.owes_shard(connection, n, step));
                 if !self.run_mut(key).is_some_and(owes) {
@@ -112,6 +116,7 @@ impl Core {
             let start = |to| Action::Send { to, message: FromBroker::Start { key } };
             actions.extend(members.into_iter().map(start));
             if let Some(job) = self.jobs.get_mut(&key.job) {
+                job.snapshots.at_work(now);
                 job.persisted = now;
             }
         }
@@ -143,6 +148,7 @@ impl Core {
             job.record.step = metrics.step;
             run.watchdog.moved = now;
             job.record.loss = Some(metrics.loss);
+            job.snapshots.stepped(metrics.step, metrics.loss);
             actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
             actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));
             if now.saturating_sub(job.persisted) >= PERSIST_EVERY {
@@ -164,6 +170,8 @@ impl Core {
         }
         let is_done = run.is_done();
         actions.extend(progress.map(|record| self.persist(record, false)));
+        actions.extend(self.snapshots_complete(key));
+        actions.extend(self.take_snapshots(key, now));
         if is_done {
             actions.extend(self.end(key.job, JobState::Done, "the job is done"));
             actions.extend(self.schedule(now));

@@ -1,4 +1,5 @@
-//! A job goes on by itself after it has lost a CompNode, or one has failed: from its newest checkpoint, on who is there.
+//! A job goes on by itself after it has lost a CompNode, or one has failed: from its newest snapshots or checkpoint, on who
+//! is there.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use crate::store::JobRecord;
 const MOST_IN_VAIN: u32 = 3;
 /// The same where a CompNode was lost, which may be chance.
 const MOST_LOSSES_IN_VAIN: u32 = 10;
-/// So often it may lose a CompNode, or one may fail, without a new checkpoint.
+/// So often it may lose a CompNode, or one may fail, without new snapshots or a new checkpoint.
 const MOST_WITHOUT_PROGRESS: u32 = 30;
 /// What CompNodes report of the step at which one was lost may lag by so many steps.
 const SAME_STEP: u64 = 1;
@@ -20,6 +21,15 @@ const RESTART: Duration = Duration::from_secs(5);
 /// After the broker's own restart, CompNodes find their way back within this time.
 pub(super) const RETURN: Duration = Duration::from_secs(45);
 
+/// In what form a step is kept from which a job goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeptAs {
+    /// By CompNodes.
+    Snapshots,
+    /// By the broker; or it is the beginning.
+    Checkpoint,
+}
+
 /// What a job has been through.
 #[derive(Debug, Default)]
 pub(super) struct Recoveries {
@@ -27,7 +37,7 @@ pub(super) struct Recoveries {
     at: Option<u64>,
     /// Losses at that step after the first.
     in_vain: u32,
-    /// Step of the checkpoint that it last went on from, and how often it had to.
+    /// The step that it last went on from, and how often it had to.
     from: (u64, u32),
     /// Who is waited for: so many CompNodes, until then.
     awaits: Option<(usize, Duration)>,
@@ -40,7 +50,7 @@ pub(super) struct Recoveries {
 }
 
 impl Recoveries {
-    /// A CompNode is lost after `step`, or if `is_lost` is not so, has failed; the newest checkpoint is that of step `from`.
+    /// A CompNode is lost after `step`, or if `is_lost` is not so, has failed; what is kept is that of step `from`.
     /// Why it is not worth going on, if it is not.
     fn again(&mut self, step: u64, from: u64, is_lost: bool) -> Option<String> {
         let is_same = self.at.is_some_and(|at| at.abs_diff(step) <= SAME_STEP);
@@ -52,7 +62,8 @@ impl Recoveries {
             return Some(format!("so it was {} times at this step", self.in_vain + 1));
         }
         let without = self.from.1;
-        (without > MOST_WITHOUT_PROGRESS).then(|| format!("for the {without}th time without a new checkpoint"))
+        (without > MOST_WITHOUT_PROGRESS)
+            .then(|| format!("for the {without}th time without a new snapshot or checkpoint"))
     }
 
     /// The job goes on after `step`, with `members` CompNodes if so many are there until `until`.
@@ -80,9 +91,9 @@ impl Recoveries {
         self.no_plan.as_ref().filter(|(tried, _)| tried == members).map(|(_, reason)| reason.clone())
     }
 
-    /// What is told when it is placed again, once: it goes on after `from`.
-    pub(super) fn take_told(&mut self, from: u64) -> Option<String> {
-        self.told.take().map(|(why, step)| format!("{why}; {}", goes_on(step, Some(from).filter(|&from| from > 0))))
+    /// What is told when it is placed again, once: it goes on after `from`, with snapshots or with a checkpoint.
+    pub(super) fn take_told(&mut self, from: u64, with: KeptAs) -> Option<String> {
+        self.told.take().map(|(why, step)| format!("{why}; {}", goes_on(step, from, with)))
     }
 
     /// Whether others are still waited for.
@@ -111,7 +122,9 @@ impl Core {
             return self.fail(key, reason, false, now);
         }
         let step = known.record.step;
-        if let Some(enough) = known.recoveries.again(step, checkpoint.unwrap_or(0), is_lost) {
+        known.snapshots.failed(known.record.spec.survive.mtbf_h, now);
+        let kept = checkpoint.max(known.snapshots.newest()).unwrap_or(0);
+        if let Some(enough) = known.recoveries.again(step, kept, is_lost) {
             return self.fail(key, format!("{reason}; {enough}"), false, now);
         }
         known.recoveries.go_on(members, now + RESTART, reason.clone(), step);
@@ -147,8 +160,8 @@ impl Core {
     fn begin_anew(&mut self, job: JobId) {
         let Some(known) = self.jobs.get_mut(&job) else { return };
         let Some(start) = &mut known.start else { return };
-        let told = known.recoveries.take_told(0);
-        start.notices = told.into_iter().collect();
+        // They were told before.
+        start.notices.clear();
         (known.record.step, known.record.loss) = (start.step, start.loss);
     }
 
@@ -189,14 +202,15 @@ fn awaited(record: &JobRecord) -> usize {
 }
 
 /// From where a job goes on that had done `step` steps.
-fn goes_on(step: u64, checkpoint: Option<u64>) -> String {
-    let from = match checkpoint {
-        Some(from) => format!("the job goes on from the checkpoint of step {from}"),
-        None => "the job begins anew, there is no checkpoint yet".to_owned(),
+fn goes_on(step: u64, from: u64, with: KeptAs) -> String {
+    let where_from = match with {
+        KeptAs::Snapshots => format!("the job goes on from the snapshots of step {from}"),
+        KeptAs::Checkpoint if from > 0 => format!("the job goes on from the checkpoint of step {from}"),
+        KeptAs::Checkpoint => "the job begins anew, there is no checkpoint yet".to_owned(),
     };
-    match step.saturating_sub(checkpoint.unwrap_or(0)) {
-        0 => from,
-        1 => format!("{from}, one step is done again"),
-        again => format!("{from}, {again} steps are done again"),
+    match step.saturating_sub(from) {
+        0 => where_from,
+        1 => format!("{where_from}, one step is done again"),
+        again => format!("{where_from}, {again} steps are done again"),
     }
 }

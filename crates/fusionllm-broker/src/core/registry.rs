@@ -117,6 +117,11 @@ impl Registry {
         Some(member.name.clone())
     }
 
+    /// Whether it is connected.
+    pub(super) fn is_here(&self, connection: ConnectionId) -> bool {
+        self.0.get(&connection).is_some_and(|m| m.away.is_none())
+    }
+
     pub(super) fn is_away(&self, connection: ConnectionId) -> bool {
         self.0.get(&connection).is_some_and(|m| m.away.is_some())
     }

@@ -70,6 +70,10 @@ pub(super) struct Run {
     given_up: BTreeSet<u64>,
     /// The newest whole one, to go on from.
     pub(super) checkpoint: Option<u64>,
+    /// The step that it began with.
+    from: u64,
+    /// Whether the broker sends the weights that it began with.
+    pub(super) weights_are_sent: bool,
     /// Checkpoints that are being checked and shown.
     finishing: BTreeSet<u64>,
     reports: BTreeMap<u64, BTreeMap<NodeIndex, StepReport>>,
@@ -91,6 +95,7 @@ impl Run {
         members: Vec<ConnectionId>,
         placement: Placement,
         start: &StartPoint,
+        checkpoint: Option<u64>,
         spec: &JobSpec,
         predicted_s: f64,
         now: Duration,
@@ -112,8 +117,9 @@ impl Run {
             checkpoints: spec.checkpoints(),
             open: BTreeMap::new(),
             given_up: BTreeSet::new(),
-            // One of another run is not where this one goes on.
-            checkpoint: (start.step > 0 && start.run.from.is_none()).then_some(start.step),
+            checkpoint,
+            from: start.step,
+            weights_are_sent: start.weights.is_some(),
             finishing: BTreeSet::new(),
             bounds: Bounds::new(&start.dag, &placement, spec, start.step),
             placement,
@@ -165,6 +171,27 @@ impl Run {
         Some(param_names(&self.dag, &self.placement, node))
     }
 
+    /// Steps that every CompNode has reported.
+    pub(super) fn merged(&self) -> u64 {
+        self.merged
+    }
+
+    /// Whether all CompNodes are ready, and not all steps are done.
+    pub(super) fn is_at_work(&self) -> bool {
+        self.ready.len() == self.members.len() && self.merged < self.steps
+    }
+
+    /// Whether so many bytes may be what a CompNode holds.
+    pub(super) fn may_hold(&self, node: NodeIndex, bytes: u64) -> bool {
+        self.bounds.check_shard(node, bytes).is_ok()
+    }
+
+    /// Names of the parameters of each CompNode.
+    pub(super) fn params_by_node(&self) -> Vec<Vec<String>> {
+        let nodes = (0..).map(NodeIndex).take(self.members.len());
+        nodes.map(|node| param_names(&self.dag, &self.placement, node)).collect()
+    }
+
     /// Which CompNode of the placement a connection is.
     pub(super) fn node_of(&self, connection: ConnectionId) -> Option<NodeIndex> {
         (0..).map(NodeIndex).zip(&self.members).find(|(_, m)| **m == connection).map(|(node, _)| node)
@@ -198,8 +225,9 @@ impl Run {
     }
 
     /// How long it would take to be here again from the newest checkpoint on, as far as is known.
-    pub(super) fn restart_cost(&self) -> Duration {
-        let again = self.merged.saturating_sub(self.checkpoint.unwrap_or(0));
+    pub(super) fn restart_cost(&self, snapshot: Option<u64>) -> Duration {
+        let kept = self.checkpoint.max(snapshot).unwrap_or(0).max(self.from);
+        let again = self.merged.saturating_sub(kept);
         self.prepared.saturating_add(self.watchdog.time_of(again))
     }
 

@@ -9,7 +9,9 @@ use fusionllm_protocol::{
 };
 
 use super::detector::SUSPECT;
+use super::recovery::KeptAs;
 use super::run::{Run, param_names};
+use super::snapshots::RecoveryPoint;
 use super::survey::WorkKey;
 use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint};
 use crate::run_dir::PlacementFile;
@@ -243,7 +245,12 @@ impl Core {
 
     fn assign(&mut self, job: JobId, plan: Plan, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
         let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return Vec::new() };
-        let (start, spec) = (start.clone(), record.spec.clone());
+        let (mut start, spec) = (start.clone(), record.spec.clone());
+        let checkpoint = (start.step > 0 && start.run.from.is_none()).then_some(start.step);
+        let point = self.recovery_point(job, start.step);
+        if let Some(RecoveryPoint { set, .. }) = &point {
+            (start.step, start.loss, start.weights) = (set.step, set.loss, None);
+        }
         let Plan { placement, prediction, simulated: predicted, .. } = plan;
         let predicted_s = prediction.step_s;
         let planned: Vec<u64> = prediction.compnodes.iter().map(|compnode| compnode.memory_bytes as u64).collect();
@@ -254,6 +261,10 @@ impl Core {
         known.record.generation = Generation(known.record.generation.0 + 1);
         known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
         known.recoveries.placed();
+        (known.record.step, known.record.loss) = (start.step, start.loss);
+        known.record.snapshots = known.snapshots.to_store();
+        let kept = if point.is_some() { KeptAs::Snapshots } else { KeptAs::Checkpoint };
+        start.notices.splice(0..0, known.recoveries.take_told(start.step, kept));
         let key = RunKey { job, generation: known.record.generation };
         let run_dir = known.record.run_dir.clone();
         for &member in &members {
@@ -271,8 +282,8 @@ impl Core {
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
         let owner = members.first().map(|&owner| self.compnodes.name(owner)).unwrap_or_default();
-        let assignments = self.assignments(key, &spec, &start, (&placement, &planned), &members);
-        let run = Run::new(key, members, placement, &start, &spec, predicted_s, now);
+        let assignments = self.assignments(key, &spec, &start, point.as_ref(), (&placement, &planned), &members);
+        let run = Run::new(key, members, placement, &start, checkpoint, &spec, predicted_s, now);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.owner = Some(owner);
             known.run = Some(run);
@@ -300,13 +311,20 @@ impl Core {
         key: RunKey,
         spec: &JobSpec,
         start: &StartPoint,
+        point: Option<&RecoveryPoint>,
         (placement, planned): (&Placement, &[u64]),
         members: &[ConnectionId],
     ) -> Vec<Action> {
         let peers: Vec<PeerRecord> = members.iter().map(|&m| self.compnodes.addr(m)).collect();
-        let mut actions = Vec::new();
+        let kept = point.map(|point| self.sources(key.job, point, &start.dag, placement, members));
+        let (sources, mut actions) = kept.unwrap_or_default();
+        let mut sources = sources.into_iter();
         for (node, &to) in (0..).map(NodeIndex).zip(members) {
-            let weights = start.weights.as_ref().map_or(WeightSource::Seed(spec.train.seed), |_| WeightSource::Broker);
+            let weights = match (sources.next(), &start.weights) {
+                (Some(sources), _) => WeightSource::Snapshots(sources),
+                (None, Some(_)) => WeightSource::Broker,
+                (None, None) => WeightSource::Seed(spec.train.seed),
+            };
             let takes_models = spec.data.tokenizer == DataSpec::MODEL;
             let holds = |op| placement.stages_of(node).any(|stage| stage.ops.contains(&op));
             let reads_data = [start.dag.input(), start.dag.label()].into_iter().flatten().any(holds);

@@ -286,6 +286,13 @@ impl Survey {
     }
 
     /// What is known of these CompNodes, with what the ops of a job take if one is given.
+    /// Bytes a second from one CompNode to another; 0 if that is not known.
+    pub(super) fn bytes_per_s(&self, from: ConnectionId, to: ConnectionId) -> f64 {
+        let state = self.pairs.get(&(from.min(to), from.max(to)));
+        let pair = state.and_then(|state| state.result);
+        pair.map_or(0.0, |pair| if from < to { pair.there.bytes_per_s } else { pair.back.bytes_per_s })
+    }
+
     pub(super) fn inventory(
         &self,
         members: &[ConnectionId],

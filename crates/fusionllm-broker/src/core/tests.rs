@@ -702,6 +702,7 @@ fn record(job: u64, state: JobState) -> JobRecord {
         data: None,
         members: 0,
         owner: None,
+        snapshots: Vec::new(),
     }
 }
 

@@ -176,6 +176,7 @@ mod tests {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         }
     }
 

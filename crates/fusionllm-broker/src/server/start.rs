@@ -207,6 +207,7 @@ mod tests {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         };
         let lock = FolderLock::take(&run_dir, &file.run).unwrap();
         restored(record(JobState::Running));
@@ -262,6 +263,7 @@ mod tests {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         };
         let step_of = |record: &JobRecord, step| resumed_start(record, &record.spec, step).map(|start| start.step);
         for dir_is_there in [false, true] {

@@ -32,7 +32,7 @@ pub(crate) enum StreamError {
 async fn with_file<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ShardError> + Send + 'static,
 ) -> Result<T, ShardError> {
-    let ended = |e| ShardError::Device(crate::ExecutorError::Internal { what: crate::join_message(e) });
+    let ended = |e| ShardError::Device(crate::ExecutorError::Internal { what: crate::panics::join_message(e) });
     spawn_blocking(work).await.map_err(ended)?
 }
 

@@ -12,8 +12,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::NodeEvent;
-use crate::checkpoint::{CHUNK_BYTES, ShardFile, StreamError, receive_content, send_content};
 use crate::CompNodeError;
+use crate::checkpoint::{CHUNK_BYTES, ShardFile, StreamError, receive_content, send_content};
 
 /// A stream that does not say whose weights it has for this long is dropped.
 const HEADER_LIMIT: Duration = Duration::from_secs(30);

@@ -36,4 +36,6 @@ pub struct JoinConfig {
     /// Folder for snapshots, which stay there for the next process of this name: two for itself and two for another, each as
     /// large as the state of a part.
     pub snapshot_dir: PathBuf,
+    /// Whether they stay there when this process leaves by itself; if it is killed, they do in any case.
+    pub snapshots_stay: bool,
 }

@@ -59,7 +59,9 @@ impl Lender {
                     match fetched {
                         Ok(shard) => return Ok(shard),
                         Err(error) if error.is_worth_another_try() => error.to_string(),
-                        Err(FetchError::Stream(crate::checkpoint::StreamError::File(error))) => return Err(error.into()),
+                        Err(FetchError::Stream(crate::checkpoint::StreamError::File(error))) => {
+                            return Err(error.into());
+                        }
                         Err(error) => return Err(lost(&snapshot, &error.to_string())),
                     }
                 }
@@ -149,5 +151,5 @@ pub(super) async fn settle(
 
 /// The message that there is no such snapshot.
 pub(super) fn failed(id: SnapshotId, error: &CompNodeError) -> FromCompNode {
-    FromCompNode::SnapshotFailed { id, reason: error.to_string() }
+    FromCompNode::SnapshotFailed { id, is_late: false, reason: error.to_string() }
 }

@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, NodeIndex, Way};
-use fusionllm_protocol::{
-    Assignment, BlobHeader, BlobKind, FromCompNode, PeerRecord, RunKey, Snapshot, WeightSource,
-};
+use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, PeerRecord, RunKey, Snapshot, WeightSource};
 use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -17,20 +15,18 @@ use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::assignment::{BuildSite, Prepared, failed, prepare};
-use super::survey::Surveyor;
 use super::scratch::shard_bytes;
 use super::sink::NodeSink;
+use super::survey::Surveyor;
 use super::{NodeEvent, blob, keeping};
+use crate::CompNodeError;
 use crate::checkpoint::ShardFile;
 use crate::codec_table::CodecTable;
 use crate::data::{ReadableData, Reading};
-use crate::executor::LazyTensor;
 use crate::links::{EdgeTensors, JobLinks, NetworkExchange, peer_addr};
-use crate::mailbox::Mailbox;
 use crate::snapshots::SnapshotStore;
 use crate::step_log::ClockOffset;
-use crate::task_loop::{JobSink, TaskLoop};
-use crate::{CompNodeError, ShardError};
+use crate::task_loop::TaskLoop;
 
 /// How long a job waits for the memory of the one before: its compute thread ends with the op at hand.
 const RELEASE_LIMIT: Duration = Duration::from_secs(60);

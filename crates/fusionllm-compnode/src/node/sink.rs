@@ -72,7 +72,7 @@ impl JobSink for NodeSink {
         if due < step {
             let id = SnapshotId { key: self.key, step: due, node: self.node };
             let reason = format!("it was asked for after step {step} only");
-            self.tell(FromCompNode::SnapshotFailed { id, reason })?;
+            self.tell(FromCompNode::SnapshotFailed { id, is_late: true, reason })?;
         }
         Ok(due == step)
     }

@@ -69,6 +69,7 @@ impl House {
             readable: ReadableData::new([folder.path().to_owned()]).unwrap(),
             scratch_dir: scratch,
             snapshot_dir: folder.path().join("snapshots"),
+            snapshots_stay: true,
         };
         let compnode = tokio::spawn(join_with(config, patience, std::future::pending()));
         Self { endpoint, compnode, folder }

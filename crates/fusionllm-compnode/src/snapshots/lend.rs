@@ -58,7 +58,7 @@ pub(crate) async fn lend(
         true => {
             let store = Arc::clone(store);
             let found = spawn_blocking(move || wanted(&store, &snapshot, params)).await;
-            found.map_err(crate::join_message).and_then(|found| found.map_err(|e| e.to_string()))
+            found.map_err(crate::panics::join_message).and_then(|found| found.map_err(|e| e.to_string()))
         }
         false => Err("its snapshots are not lent to you".to_owned()),
     };

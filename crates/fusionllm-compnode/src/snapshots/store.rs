@@ -178,14 +178,30 @@ impl SnapshotStore {
             state.lent.remove(&job);
         }
         let is_kept = |id: &SnapshotId| keep.contains(&(id.key.generation, id.step));
-        let gone: Vec<SnapshotId> =
-            state.kept.keys().filter(|id| id.key.job == job && !is_kept(id)).copied().collect();
+        let gone: Vec<SnapshotId> = state.kept.keys().filter(|id| id.key.job == job && !is_kept(id)).copied().collect();
         for id in gone {
             state.kept.remove(&id);
             let path = self.path(id);
             if let Err(error) = std::fs::remove_file(&path) {
                 tracing::warn!(%error, path = %path.display(), "an old snapshot was not removed");
             }
+        }
+    }
+
+    /// The process leaves. Unless what is kept `stays` for the next one, all of it goes.
+    pub(crate) fn close(&self, stays: bool) {
+        if !stays {
+            let jobs: BTreeSet<JobId> = self.lock().kept.keys().map(|id| id.key.job).collect();
+            jobs.into_iter().for_each(|job| self.release(job, &[]));
+        }
+        if self.lock().kept.is_empty() {
+            // Another process may have what lies beside it.
+            let _ = std::fs::remove_file(self.folder.join(LOCK));
+            let _ = std::fs::remove_dir(&self.folder);
+            let above = self.folder.ancestors().skip(1);
+            above.take(if stays { 1 } else { 2 }).for_each(|folder| {
+                let _ = std::fs::remove_dir(folder);
+            });
         }
     }
 
@@ -199,17 +215,6 @@ impl SnapshotStore {
 
     fn io(&self, source: std::io::Error) -> ShardError {
         ShardError::Io { path: self.folder.clone(), source }
-    }
-}
-
-impl Drop for SnapshotStore {
-    fn drop(&mut self) {
-        if self.lock().kept.is_empty() {
-            // Another process may have what lies beside it.
-            let _ = std::fs::remove_file(self.folder.join(LOCK));
-            let _ = std::fs::remove_dir(&self.folder);
-            let _ = self.folder.parent().map(std::fs::remove_dir);
-        }
     }
 }
 
@@ -310,10 +315,10 @@ mod tests {
         let of_another_job = put(&store, id(2, 1, 5, 0), 1.0);
         store.release(JobId(1), &[(Generation(2), 30)]);
         assert_eq!(store.all(), [kept, of_another_job]);
-        store.release(JobId(1), &[]);
-        store.release(JobId(2), &[]);
-        drop(store);
-        assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 0);
+        store.close(true);
+        assert!(base.path().read_dir().unwrap().count() == 1 && store.path(kept.id).exists());
+        store.close(false);
+        assert!(!base.path().exists(), "all that was made is gone");
     }
 
     #[test]

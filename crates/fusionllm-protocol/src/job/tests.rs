@@ -93,7 +93,10 @@ copies = 2
 mtbf_h = 0.5
 "#;
     let mut spec = read(text, &[]).unwrap();
-    assert_eq!(spec.survive, crate::SurviveSpec { enabled: false, min_compnodes: 2, every: Some(20), copies: 2, mtbf_h: 0.5 });
+    assert_eq!(
+        spec.survive,
+        crate::SurviveSpec { enabled: false, min_compnodes: 2, every: Some(20), copies: 2, mtbf_h: 0.5 }
+    );
     assert_eq!(spec.placement.stages.len(), 2);
     assert_eq!(spec.codec(), fusionllm_codec::Codec::Bf16);
     assert_eq!(spec.placement_spec().micro_batch_size, 2);

@@ -84,7 +84,11 @@ impl Wire for MemoryEndpoint {
         PeerAddr { id: self.id, addrs: vec![SocketAddr::from(([127, 0, 0, 1], port))] }
     }
 
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, purpose: Purpose) -> Later<'a, Result<SharedConnection, ConnectError>> {
+    fn connect<'a>(
+        &'a self,
+        peer: &'a PeerAddr,
+        purpose: Purpose,
+    ) -> Later<'a, Result<SharedConnection, ConnectError>> {
         Box::pin(async move {
             let dial = self.net.with(|state| state.dial(self.place, peer.id, purpose));
             let dialling = Dialling { net: self.net.clone(), dial };

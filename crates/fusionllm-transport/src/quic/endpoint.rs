@@ -85,7 +85,11 @@ impl Wire for QuicEndpoint {
         PeerAddr { id: self.id, addrs: addrs.into_iter().filter(|a| !a.ip().is_unspecified()).collect() }
     }
 
-    fn connect<'a>(&'a self, peer: &'a PeerAddr, purpose: Purpose) -> Later<'a, Result<SharedConnection, ConnectError>> {
+    fn connect<'a>(
+        &'a self,
+        peer: &'a PeerAddr,
+        purpose: Purpose,
+    ) -> Later<'a, Result<SharedConnection, ConnectError>> {
         Box::pin(self.connect_for(peer, alpn(purpose)))
     }
 

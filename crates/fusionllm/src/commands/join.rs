@@ -25,6 +25,8 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
     let state = state_dir(args.state.as_deref()).ok();
     // It may be a broker's, too, which wants it to be its owner's alone.
     let usable = state.clone().filter(|dir| make_private_dir(dir).is_ok());
+    // What was asked for and cannot be had is refused by name.
+    let scratch = args.scratch.or(usable).or(args.state).unwrap_or_else(std::env::temp_dir);
     let config = JoinConfig {
         ticket,
         name: args.name.unwrap_or_else(host_name),
@@ -36,8 +38,9 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         threads: args.threads.map(|n| n as usize),
         memory_bytes: args.memory_gb.map(|gb| (gb * 1e9) as u64),
         profile_dir: state.filter(|_| !args.fresh_profile),
-        // What was asked for and cannot be had is refused by name.
-        scratch_dir: args.scratch.or(usable).or(args.state).unwrap_or_else(std::env::temp_dir),
+        snapshot_dir: args.snapshots.unwrap_or_else(|| scratch.join("snapshots")),
+        snapshots_stay: !args.child,
+        scratch_dir: scratch,
         readable: ReadableData::new(args.data).map_err(|e| bad_input(format!("--data: {e}")))?,
     };
     let child = args.child;

@@ -47,8 +47,8 @@ impl Checked {
     }
 
     /// What the CompNodes may read, and where their files lie.
-    fn home(&self) -> Home<'_> {
-        Home { data: &self.spec.data, scratch: self.scratch() }
+    fn home<'a>(&'a self, snapshots: &'a Path) -> Home<'a> {
+        Home { data: &self.spec.data, scratch: self.scratch(), snapshots }
     }
 }
 
@@ -200,7 +200,11 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
         }
         render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
     }
-    let home = checked.home();
+    // Those of a process that ends stay there for the one that takes its place.
+    let snapshots = tempfile::Builder::new().prefix(".fusionllm-snapshots-").tempdir_in(checked.scratch());
+    let no_folder = || format!("{}: no folder for snapshots can be made there", checked.scratch().display());
+    let snapshots = snapshots.map_err(without_temporary_name).with_context(no_folder)?;
+    let home = checked.home(snapshots.path());
     let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, &home, args.fresh_profile);
     let mut interrupts = Interrupts::new();
     let mut compnodes = tokio::select! {
@@ -445,10 +449,10 @@ mod tests {
         let mut spec = JobSpec::from_toml(job, &[]).unwrap();
         let checked =
             |spec: &JobSpec| Checked { spec: spec.clone(), run_dir: folder.path().join("runs/one"), compnodes: 1 };
-        assert_eq!(checked(&spec).home().scratch, folder.path());
+        assert_eq!(checked(&spec).home(Path::new("")).scratch, folder.path());
         let volume = folder.path().join("volume");
         std::fs::create_dir(&volume).unwrap();
         spec.checkpoint.to = Some(volume.join("a/b"));
-        assert_eq!(checked(&spec).home().scratch, volume);
+        assert_eq!(checked(&spec).home(Path::new("")).scratch, volume);
     }
 }

@@ -1,9 +1,9 @@
 //! What happens to connections and their streams.
 
 use super::State;
-use crate::{Purpose, SessionError};
 use crate::memory::link::{End, Link, MEMBER_STREAMS, Side, StreamId, TRIAL_STREAMS};
 use crate::memory::packets::Packet;
+use crate::{Purpose, SessionError};
 
 impl State {
     /// A connection between two endpoints. Nobody holds it yet.

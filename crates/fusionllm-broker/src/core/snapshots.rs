@@ -1,0 +1,173 @@
+//! Snapshots of a job: when they are taken, who keeps them, and from which step the job goes on with them.
+//!
+//! All CompNodes of a placement take one after the same step, and guardians fetch each, so that a step is lost only with
+//! two machines. A set is whole when each part is there; it takes the place of the one before, which is released then. One
+//! is under way at a time, so that a CompNode keeps few: two of its own, and two of each that it guards.
+
+mod book;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use fusionllm_graph::OpDag;
+use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_protocol::{FromBroker, Generation, JobId, PeerRecord, RunKey, Snapshot, SnapshotId, SnapshotSource};
+
+use super::run::param_names;
+use super::{Action, ConnectionId, Core, Job};
+pub(super) use book::{RecoveryPoint, Snapshots};
+
+impl Core {
+    /// Has the next snapshots of a run taken, once it is time.
+    pub(super) fn take_snapshots(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        let Some(Job { record, run: Some(run), snapshots, .. }) = self.jobs.get_mut(&key.job) else {
+            return Vec::new();
+        };
+        let spec = &record.spec;
+        let step_s = run.watchdog.time_of(1).as_secs_f64();
+        let bytes = spec.train.state_bytes(run.dag.param_bytes());
+        let due = snapshots.due(spec, run.merged(), step_s, bytes, now);
+        let Some(step) = due.filter(|_| run.is_at_work()) else { return Vec::new() };
+        snapshots.begin(key, step, run.params_by_node(), now);
+        let tell = |&to| Action::Send { to, message: FromBroker::Snapshot { key, step } };
+        run.members.iter().map(tell).collect()
+    }
+
+    /// A CompNode has a snapshot: its own, one that it guards, or one from before it came back.
+    pub(super) fn holds(&mut self, by: ConnectionId, snapshot: Snapshot, cost_s: f64) -> Vec<Action> {
+        let key = snapshot.id.key;
+        let guardians = self.guardians(by, &snapshot);
+        let Some(job) = self.jobs.get_mut(&key.job) else { return vec![release(by, key.job, Vec::new())] };
+        if let Some(guardians) = guardians
+            && job.snapshots.is_made(by, snapshot, cost_s, &guardians)
+        {
+            let guard = |to| Action::Send { to, message: FromBroker::Guard { snapshot } };
+            let mut actions: Vec<Action> = guardians.into_iter().map(guard).collect();
+            actions.extend(self.snapshots_complete(key));
+            return actions;
+        }
+        if job.snapshots.is_held(by, snapshot, cost_s) {
+            return self.snapshots_complete(key);
+        }
+        vec![release(by, key.job, job.snapshots.needed())]
+    }
+
+    /// There is no such snapshot with a CompNode. Training goes on.
+    pub(super) fn snapshot_failed(
+        &mut self,
+        by: ConnectionId,
+        id: SnapshotId,
+        is_late: bool,
+        reason: &str,
+    ) -> Vec<Action> {
+        let key = id.key;
+        let Some(node) = self.run_mut(key).and_then(|run| run.node_of(by)) else { return Vec::new() };
+        let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let is_new = job.snapshots.has_failed(by, id, node == id.node, is_late);
+        let mut actions = Vec::new();
+        if is_new {
+            let name = self.compnodes.name(by);
+            let text = format!(
+                "CompNode `{name}` cannot keep {}: {reason}",
+                match node == id.node {
+                    true => "a snapshot of its part, so that a failure costs the steps since the newest checkpoint",
+                    false => "another's snapshots, so that more is lost when that one's machine is",
+                }
+            );
+            actions.extend(self.notices(key.job, vec![text]));
+        }
+        actions.extend(self.snapshots_complete(key));
+        actions
+    }
+
+    /// What follows once a set is whole: it is remembered, and then the ones before it are released.
+    pub(super) fn snapshots_complete(&mut self, key: RunKey) -> Vec<Action> {
+        let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        if !job.snapshots.is_complete() {
+            return Vec::new();
+        }
+        job.record.snapshots = job.snapshots.to_store();
+        let (record, needed) = (job.record.clone(), job.snapshots.needed());
+        let mut actions = vec![self.persist(record, true)];
+        actions.extend(self.compnodes.all().map(|to| release(to, key.job, needed.clone())));
+        actions
+    }
+
+    /// Where a job goes on that has a checkpoint of `step`: with the newest snapshots after it, if all parts are there.
+    pub(super) fn recovery_point(&mut self, job: JobId, step: u64) -> Option<RecoveryPoint> {
+        let Self { jobs, compnodes, .. } = self;
+        let known = jobs.get_mut(&job).filter(|known| known.recoveries.goes_on && known.record.from_step.is_none())?;
+        known.snapshots.recovery_point(step, |holder| compnodes.is_here(holder))
+    }
+
+    /// What each CompNode of a placement begins with, and who must lend it to whom.
+    pub(super) fn sources(
+        &self,
+        job: JobId,
+        point: &RecoveryPoint,
+        dag: &OpDag,
+        placement: &Placement,
+        members: &[ConnectionId],
+    ) -> (Vec<Vec<SnapshotSource>>, Vec<Action>) {
+        let mut loans: BTreeMap<ConnectionId, Vec<PeerRecord>> = BTreeMap::new();
+        let mut all = Vec::with_capacity(members.len());
+        for (node, &to) in (0..).map(NodeIndex).zip(members) {
+            let mut wanted = param_names(dag, placement, node);
+            let mut sources = Vec::new();
+            let parts = || point.set.parts.iter().zip(&point.holders);
+            // What lies there already needs no wire.
+            let own = parts().filter(|(_, holders)| holders.contains(&to));
+            let others = parts().filter(|(_, holders)| !holders.contains(&to));
+            for (part, holders) in own.chain(others) {
+                let params: Vec<String>;
+                (params, wanted) = wanted.into_iter().partition(|name| part.params.contains(name));
+                if params.is_empty() {
+                    continue;
+                }
+                let speed = |lender: &&ConnectionId| self.survey.bytes_per_s(**lender, to);
+                let fastest = holders.iter().max_by(|a, b| speed(a).total_cmp(&speed(b))).copied();
+                let lender = fastest.filter(|_| !holders.contains(&to));
+                if let Some(lender) = lender {
+                    loans.entry(lender).or_default().push(self.compnodes.addr(to));
+                }
+                let from = lender.map(|lender| self.compnodes.addr(lender));
+                sources.push(SnapshotSource { snapshot: part.snapshot, from, params });
+            }
+            all.push(sources);
+        }
+        let lend = |(to, borrowers)| Action::Send { to, message: FromBroker::Lend { job, to: borrowers } };
+        (all, loans.into_iter().map(lend).collect())
+    }
+
+    /// A job needs its snapshots no more.
+    pub(super) fn release_all(&mut self, job: JobId) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
+        known.record.snapshots.clear();
+        match known.snapshots.give_up() {
+            true => self.compnodes.all().map(|to| release(to, job, Vec::new())).collect(),
+            false => Vec::new(),
+        }
+    }
+
+    /// Who is to guard a snapshot that a member of a run has made of itself; nothing if it has not.
+    fn guardians(&self, by: ConnectionId, snapshot: &Snapshot) -> Option<Vec<ConnectionId>> {
+        let SnapshotId { key, node, .. } = snapshot.id;
+        let Job { record, run: Some(run), .. } = self.jobs.get(&key.job)? else { return None };
+        if run.key != key || run.node_of(by) != Some(node) || !run.may_hold(node, snapshot.bytes) {
+            return None;
+        }
+        let mut others: Vec<ConnectionId> = run.members.iter().copied().filter(|&other| other != by).collect();
+        // What is on the same machine goes with it.
+        let is_near = |other: &ConnectionId| self.compnodes.host(*other) == self.compnodes.host(by);
+        others.sort_by(|a, b| {
+            let speed = |to: &ConnectionId| self.survey.bytes_per_s(by, *to);
+            is_near(a).cmp(&is_near(b)).then(speed(b).total_cmp(&speed(a)))
+        });
+        others.truncate(record.spec.survive.copies as usize);
+        Some(others)
+    }
+}
+
+fn release(to: ConnectionId, job: JobId, keep: Vec<(Generation, u64)>) -> Action {
+    Action::Send { to, message: FromBroker::Release { job, keep } }
+}

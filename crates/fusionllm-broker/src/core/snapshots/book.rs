@@ -1,0 +1,313 @@
+//! What is kept of a job, and how often.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use fusionllm_planner::NodeIndex;
+use fusionllm_protocol::{Generation, JobSpec, RunKey, Snapshot, SnapshotId};
+
+use crate::core::ConnectionId;
+use crate::store::{SnapshotPart, SnapshotSet};
+
+/// Guardians fetch during at most this share of the time.
+const GUARDING_SHARE: f64 = 0.5;
+/// There is no more than one a second, however cheap.
+const LEAST_PERIOD_S: f64 = 1.0;
+/// What taking one costs before it has been measured: its bytes at this speed.
+const FIRST_BYTES_PER_S: f64 = 1e9;
+/// A step that CompNodes are told of is so many seconds ahead, and [`LEAST_AHEAD`] steps, so that the word is there in time.
+const AHEAD_S: f64 = 0.3;
+const LEAST_AHEAD: u64 = 2;
+/// At the most; and how often it is doubled when it was too late.
+const MOST_AHEAD: u64 = 10_000;
+const MOST_DOUBLINGS: u32 = 6;
+/// A failure is no rarer than one that has just come this soon.
+const LEAST_MTBF_S: f64 = 10.0;
+/// Sets that are kept at the most: a new one of which guardians have less may not take the place of an older one.
+const MOST_SETS: usize = 2;
+
+/// What is kept of a job, and how often.
+#[derive(Debug, Default)]
+pub(in crate::core) struct Snapshots {
+    /// Whole ones, oldest first.
+    sets: Vec<HeldSet>,
+    making: Option<Making>,
+    /// When the last one was begun, or the placement was at work.
+    begun: Duration,
+    /// Seconds for which training stood still for the last one, at the slowest.
+    cost_s: Option<f64>,
+    /// Seconds that the slowest guardian took.
+    guarding_s: f64,
+    /// Seconds between two failures of the job, as far as is known.
+    mtbf_s: Option<f64>,
+    /// When it last failed, or was begun.
+    failed: Duration,
+    /// How often in a row a step was passed before the word of it was there.
+    late: u32,
+    /// Whether it was told that one could not be kept, since the last set that is in more than one place.
+    is_told: bool,
+}
+
+/// A set, and who has each of its parts.
+#[derive(Debug)]
+struct HeldSet {
+    set: SnapshotSet,
+    holders: Vec<BTreeSet<ConnectionId>>,
+}
+
+impl HeldSet {
+    fn copies(&self) -> usize {
+        self.holders.iter().map(BTreeSet::len).min().unwrap_or(0)
+    }
+}
+
+/// One that is under way.
+#[derive(Debug)]
+struct Making {
+    key: RunKey,
+    step: u64,
+    /// Training loss of that step, once it is done everywhere.
+    loss: Option<f64>,
+    /// Names of the parameters of each CompNode.
+    params: Vec<Vec<String>>,
+    parts: BTreeMap<NodeIndex, Part>,
+}
+
+#[derive(Debug)]
+struct Part {
+    snapshot: Snapshot,
+    holders: BTreeSet<ConnectionId>,
+    /// Guardians that have not answered.
+    awaited: BTreeSet<ConnectionId>,
+}
+
+/// Where a job may go on.
+#[derive(Clone, Debug)]
+pub(in crate::core) struct RecoveryPoint {
+    pub(in crate::core) set: SnapshotSet,
+    /// By part, who has it now.
+    pub(in crate::core) holders: Vec<Vec<ConnectionId>>,
+}
+
+impl Snapshots {
+    /// Those of a job that the store knows of. Who has them is still to be heard.
+    pub(in crate::core) fn of_store(sets: Vec<SnapshotSet>) -> Self {
+        let held = |set: SnapshotSet| HeldSet { holders: vec![BTreeSet::new(); set.parts.len()], set };
+        Self { sets: sets.into_iter().map(held).collect(), ..Self::default() }
+    }
+
+    /// As the store keeps them.
+    pub(in crate::core) fn to_store(&self) -> Vec<SnapshotSet> {
+        self.sets.iter().map(|held| held.set.clone()).collect()
+    }
+
+    /// Step of the newest whole set.
+    pub(in crate::core) fn newest(&self) -> Option<u64> {
+        self.sets.last().map(|held| held.set.step)
+    }
+
+    /// By placement and step, what must not be released.
+    pub(in crate::core) fn needed(&self) -> Vec<(Generation, u64)> {
+        let sets = self.sets.iter().map(|held| (held.set.generation, held.set.step));
+        sets.chain(self.making.iter().map(|making| (making.key.generation, making.step))).collect()
+    }
+
+    /// A placement is at work now.
+    pub(in crate::core) fn at_work(&mut self, now: Duration) {
+        (self.begun, self.making) = (now, None);
+        if self.mtbf_s.is_none() {
+            self.failed = now;
+        }
+    }
+
+    /// The job has lost a CompNode, or one has failed. What is known of the time between two failures moves half of the
+    /// way, by orders of magnitude, to how long it lasted this time.
+    pub(in crate::core) fn failed(&mut self, mtbf_h: f64, now: Duration) {
+        let lasted = now.saturating_sub(self.failed).as_secs_f64().max(LEAST_MTBF_S);
+        self.mtbf_s = Some((self.mtbf_s.unwrap_or(mtbf_h * 3600.0) * lasted).sqrt());
+        self.failed = now;
+        // What every CompNode has made needs no guardian to be used.
+        self.finish(|_| true);
+        self.making = None;
+    }
+
+    /// Seconds between two, by Daly's rule: what they cost and what is lost with a failure are the least together.
+    fn period_s(&self, mtbf_h: f64, bytes: u64, now: Duration) -> f64 {
+        let known = self.mtbf_s.unwrap_or(mtbf_h * 3600.0);
+        let mtbf = known.max(now.saturating_sub(self.failed).as_secs_f64());
+        let cost = self.cost_s.unwrap_or(bytes as f64 / FIRST_BYTES_PER_S);
+        (2.0 * cost * mtbf).sqrt().max(self.guarding_s / GUARDING_SHARE).max(LEAST_PERIOD_S)
+    }
+
+    /// The step for the next one, if it is time to tell it: `merged` steps of `step_s` seconds are done, and all parts
+    /// together have so many bytes.
+    pub(in crate::core) fn due(
+        &self,
+        spec: &JobSpec,
+        merged: u64,
+        step_s: f64,
+        bytes: u64,
+        now: Duration,
+    ) -> Option<u64> {
+        if !spec.survive.enabled || self.making.is_some() {
+            return None;
+        }
+        let ahead = (LEAST_AHEAD + (AHEAD_S / step_s.max(1e-6)) as u64) << self.late.min(MOST_DOUBLINGS);
+        let soonest = merged + ahead.min(MOST_AHEAD);
+        let step = match spec.survive.every {
+            Some(0) => return None,
+            Some(every) => soonest.next_multiple_of(every),
+            None => {
+                let since = now.saturating_sub(self.begun).as_secs_f64();
+                Some(soonest).filter(|_| since >= self.period_s(spec.survive.mtbf_h, bytes, now))?
+            }
+        };
+        (step < spec.train.steps).then_some(step)
+    }
+
+    /// All CompNodes are told to take one after this step. `params` are the parameters of each.
+    pub(in crate::core) fn begin(&mut self, key: RunKey, step: u64, params: Vec<Vec<String>>, now: Duration) {
+        self.begun = now;
+        self.making = Some(Making { key, step, loss: None, params, parts: BTreeMap::new() });
+    }
+
+    /// A step is done everywhere.
+    pub(in crate::core) fn stepped(&mut self, step: u64, loss: f64) {
+        if let Some(making) = self.making.as_mut().filter(|making| making.step == step) {
+            making.loss = Some(loss);
+        }
+    }
+
+    /// A CompNode of the placement has made its part, which stopped it for `cost_s` seconds; `guardians` are to fetch it.
+    /// Whether that was due.
+    pub(in crate::core) fn is_made(
+        &mut self,
+        by: ConnectionId,
+        snapshot: Snapshot,
+        cost_s: f64,
+        guardians: &[ConnectionId],
+    ) -> bool {
+        let SnapshotId { key, step, node } = snapshot.id;
+        let due = self.making.as_mut().filter(|making| (making.key, making.step) == (key, step));
+        let Some(making) = due.filter(|making| !making.parts.contains_key(&node)) else { return false };
+        let is_first = making.parts.is_empty();
+        let (holders, awaited) = (BTreeSet::from([by]), guardians.iter().copied().collect());
+        making.parts.insert(node, Part { snapshot, holders, awaited });
+        let cost_s = sane(cost_s);
+        self.cost_s = Some(self.cost_s.filter(|_| !is_first).map_or(cost_s, |most| most.max(cost_s)));
+        true
+    }
+
+    /// A CompNode has a snapshot that somebody made, for whose fetching it took `cost_s` seconds. Whether it is known.
+    pub(in crate::core) fn is_held(&mut self, by: ConnectionId, snapshot: Snapshot, cost_s: f64) -> bool {
+        let mut parts = self.making.iter_mut().flat_map(|making| making.parts.values_mut());
+        if let Some(part) = parts.find(|part| part.snapshot == snapshot) {
+            if part.awaited.remove(&by) {
+                self.guarding_s = sane(cost_s);
+            }
+            part.holders.insert(by);
+            return true;
+        }
+        let of_sets = self.sets.iter_mut().flat_map(|held| held.set.parts.iter().zip(&mut held.holders));
+        let mut same = of_sets.filter(|(part, _)| part.snapshot == snapshot);
+        same.next().is_some_and(|(_, holders)| {
+            holders.insert(by);
+            true
+        })
+    }
+
+    /// A CompNode does not get, or does not make, a snapshot; with the latter the whole set fails. Whether that must be told:
+    /// once, until it succeeds, and not if the word only came too late.
+    pub(in crate::core) fn has_failed(
+        &mut self,
+        by: ConnectionId,
+        id: SnapshotId,
+        is_its_own: bool,
+        is_late: bool,
+    ) -> bool {
+        let Some(making) = self.making.as_mut().filter(|m| (m.key, m.step) == (id.key, id.step)) else { return false };
+        if let Some(part) = making.parts.get_mut(&id.node) {
+            if !part.awaited.remove(&by) {
+                return false;
+            }
+        } else if is_its_own {
+            self.making = None;
+            self.late += u32::from(is_late);
+        } else {
+            return false;
+        }
+        !is_late && !std::mem::replace(&mut self.is_told, true)
+    }
+
+    /// A CompNode has gone, with what it had.
+    pub(in crate::core) fn gone(&mut self, connection: ConnectionId) {
+        for part in self.making.iter_mut().flat_map(|making| making.parts.values_mut()) {
+            part.holders.remove(&connection);
+            part.awaited.remove(&connection);
+        }
+        self.sets.iter_mut().flat_map(|held| &mut held.holders).for_each(|holders| {
+            holders.remove(&connection);
+        });
+    }
+
+    /// The one under way becomes the newest set if its step is done, each CompNode has made its part, and guardians have
+    /// answered. Whether it does.
+    pub(in crate::core) fn is_complete(&mut self) -> bool {
+        self.finish(|part| part.awaited.is_empty())
+    }
+
+    fn finish(&mut self, is_ready: impl Fn(&Part) -> bool) -> bool {
+        let is_whole = |making: &mut Making| {
+            let is_made = making.params.len() == making.parts.len();
+            making.loss.is_some() && is_made && making.parts.values().all(&is_ready)
+        };
+        let Some(making) = self.making.take_if(is_whole) else { return false };
+        let (mut parts, mut holders) = (Vec::new(), Vec::new());
+        for (part, params) in making.parts.into_values().zip(making.params) {
+            parts.push(SnapshotPart { snapshot: part.snapshot, params });
+            holders.push(part.holders);
+        }
+        let set = SnapshotSet { generation: making.key.generation, step: making.step, loss: making.loss, parts };
+        let newest = HeldSet { set, holders };
+        // One that guardians have less of does not take its place.
+        self.sets.retain(|held| held.copies() > newest.copies());
+        self.is_told &= newest.copies() < 2;
+        self.sets.push(newest);
+        let surplus = self.sets.len().saturating_sub(MOST_SETS);
+        self.sets.drain(..surplus);
+        self.late = 0;
+        true
+    }
+
+    /// The newest set after `step` of which each part is with somebody who `is_here`. Later ones are given up with that: they
+    /// are not the job's future any more.
+    pub(in crate::core) fn recovery_point(
+        &mut self,
+        step: u64,
+        is_here: impl Fn(ConnectionId) -> bool,
+    ) -> Option<RecoveryPoint> {
+        let here = |holders: &BTreeSet<ConnectionId>| -> Vec<ConnectionId> {
+            holders.iter().copied().filter(|&holder| is_here(holder)).collect()
+        };
+        let point = self.sets.iter().rev().filter(|held| held.set.step > step).find_map(|held| {
+            let holders: Vec<Vec<ConnectionId>> = held.holders.iter().map(here).collect();
+            let is_whole = holders.iter().all(|holders| !holders.is_empty());
+            is_whole.then(|| RecoveryPoint { set: held.set.clone(), holders })
+        });
+        let last = point.as_ref().map_or(step, |point| point.set.step);
+        self.sets.retain(|held| held.set.step <= last);
+        point
+    }
+
+    /// None is needed any more. Whether there may be any.
+    pub(in crate::core) fn give_up(&mut self) -> bool {
+        let had = self.making.is_some() || !self.sets.is_empty();
+        (self.sets, self.making) = (Vec::new(), None);
+        had
+    }
+}
+
+/// Seconds that a CompNode says something took.
+fn sane(seconds: f64) -> f64 {
+    if seconds.is_finite() { seconds.clamp(0.0, 86_400.0) } else { 0.0 }
+}
