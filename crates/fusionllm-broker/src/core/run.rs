@@ -176,9 +176,9 @@ impl Run {
         self.merged
     }
 
-    /// Whether all CompNodes are ready, and not all steps are done.
-    pub(super) fn is_at_work(&self) -> bool {
-        self.ready.len() == self.members.len() && self.merged < self.steps
+    /// How long a step takes, once one is done.
+    pub(super) fn step_time(&self) -> Option<Duration> {
+        (self.merged > self.from).then(|| self.watchdog.time_of(1))
     }
 
     /// Whether so many bytes may be what a CompNode holds.

@@ -17,6 +17,9 @@ use super::run::param_names;
 use super::{Action, ConnectionId, Core, Job};
 pub(super) use book::{RecoveryPoint, Snapshots};
 
+/// A link that has this share of the fastest one's speed does as well for a guardian.
+const SIMILAR_SPEED: f64 = 0.5;
+
 impl Core {
     /// Has the next snapshots of a run taken, once it is time.
     pub(super) fn take_snapshots(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
@@ -24,10 +27,10 @@ impl Core {
             return Vec::new();
         };
         let spec = &record.spec;
-        let step_s = run.watchdog.time_of(1).as_secs_f64();
+        let Some(step_time) = run.step_time() else { return Vec::new() };
         let bytes = spec.train.state_bytes(run.dag.param_bytes());
-        let due = snapshots.due(spec, run.merged(), step_s, bytes, now);
-        let Some(step) = due.filter(|_| run.is_at_work()) else { return Vec::new() };
+        let due = snapshots.due(spec, run.merged(), step_time.as_secs_f64(), bytes, now);
+        let Some(step) = due else { return Vec::new() };
         snapshots.begin(key, step, run.params_by_node(), now);
         let tell = |&to| Action::Send { to, message: FromBroker::Snapshot { key, step } };
         run.members.iter().map(tell).collect()
@@ -159,9 +162,17 @@ impl Core {
         let mut others: Vec<ConnectionId> = run.members.iter().copied().filter(|&other| other != by).collect();
         // What is on the same machine goes with it.
         let is_near = |other: &ConnectionId| self.compnodes.host(*other) == self.compnodes.host(by);
+        let speed = |to: &ConnectionId| self.survey.bytes_per_s(by, *to);
+        let fastest = others.iter().map(speed).fold(0.0, f64::max);
+        // Links that are about as fast share the work, from the next CompNode of the pipeline on.
+        let is_slow = |to: &ConnectionId| speed(to) < fastest * SIMILAR_SPEED;
+        let count = run.members.len();
+        let after =
+            |to: &ConnectionId| run.node_of(*to).map_or(count, |at| (at.index() + count - node.index()) % count);
         others.sort_by(|a, b| {
-            let speed = |to: &ConnectionId| self.survey.bytes_per_s(by, *to);
-            is_near(a).cmp(&is_near(b)).then(speed(b).total_cmp(&speed(a)))
+            let by_speed =
+                if is_slow(a) && is_slow(b) { speed(b).total_cmp(&speed(a)) } else { is_slow(a).cmp(&is_slow(b)) };
+            is_near(a).cmp(&is_near(b)).then(by_speed).then(after(a).cmp(&after(b)))
         });
         others.truncate(record.spec.survive.copies as usize);
         Some(others)

@@ -11,6 +11,7 @@ use fusionllm_protocol::{
 };
 
 mod recovery;
+mod snapshots;
 
 use super::members::LEASE;
 use super::*;
@@ -345,7 +346,9 @@ fn weights_that_a_break_has_cut_off_are_sent_again() {
     let mut core = core(1);
     submit(&mut core, &["placement.compnodes=1"]);
     let weights = Some(Arc::new(TensorSet::default()));
-    core.jobs.get_mut(&JobId(1)).unwrap().start.as_mut().unwrap().weights = weights;
+    let job = core.jobs.get_mut(&JobId(1)).unwrap();
+    job.start.as_mut().unwrap().weights = weights;
+    job.run.as_mut().unwrap().weights_are_sent = true;
     let broken = || CoreEvent::Broken { connection: ConnectionId(1), reason: "cut".to_owned() };
     tell(&mut core, broken(), NOW);
     let (_, actions) = core.rejoin(ConnectionId(1), joining("a"), NOW).unwrap();

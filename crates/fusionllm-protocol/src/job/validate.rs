@@ -83,7 +83,13 @@ impl JobSpec {
             );
         }
         at_most("survive.min_compnodes", self.survive.min_compnodes.into(), MAX_COMPNODES as u64)?;
-        at_most("survive.copies", self.survive.copies.into(), MAX_COMPNODES as u64)?;
+        let copies = self.survive.copies;
+        in_range(
+            "survive.copies",
+            copies.into(),
+            copies as usize <= MAX_COMPNODES,
+            &format!("at most {MAX_COMPNODES}"),
+        )?;
         let mtbf_h = self.survive.mtbf_h;
         in_range("survive.mtbf_h", mtbf_h, mtbf_h.is_finite() && mtbf_h > 0.0, "above 0")?;
         self.validate_texts()

@@ -4,14 +4,14 @@ use super::*;
 use crate::core::recovery::RETURN;
 
 /// For so long a process that is started again is waited for, and a little more.
-const AFTER_RESTART: Duration = Duration::from_secs(6);
+pub(super) const AFTER_RESTART: Duration = Duration::from_secs(6);
 
-fn left(connection: u64) -> CoreEvent {
+pub(super) fn left(connection: u64) -> CoreEvent {
     CoreEvent::Left { connection: ConnectionId(connection), reason: "its process ended".to_owned() }
 }
 
 /// What is asked for is read, if it is: the job goes on after `step`.
-fn load(core: &mut Core, mut actions: Vec<Action>, step: u64, now: Duration) -> Vec<Action> {
+pub(super) fn load(core: &mut Core, mut actions: Vec<Action>, step: u64, now: Duration) -> Vec<Action> {
     let loading = actions.iter().find_map(|action| match action {
         Action::Load(loading) => Some(loading),
         _ => None,
@@ -23,7 +23,7 @@ fn load(core: &mut Core, mut actions: Vec<Action>, step: u64, now: Duration) -> 
     measure_at(core, actions, now)
 }
 
-fn tick(core: &mut Core, now: Duration) -> Vec<Action> {
+pub(super) fn tick(core: &mut Core, now: Duration) -> Vec<Action> {
     // One that gives no sign of life would be lost, too.
     let all: Vec<ConnectionId> = core.compnodes.all().collect();
     for connection in all {
@@ -41,14 +41,14 @@ fn assigned(actions: &[Action]) -> Vec<(u64, u64)> {
     sent(actions).into_iter().filter_map(start).collect()
 }
 
-fn waits_for(core: &Core) -> String {
+pub(super) fn waits_for(core: &Core) -> String {
     match state(core, 1) {
         JobState::Waiting { reason } => reason,
         other => panic!("the job is {other:?}"),
     }
 }
 
-fn notices(actions: &[Action]) -> Vec<String> {
+pub(super) fn notices(actions: &[Action]) -> Vec<String> {
     let text = |action: &Action| match action {
         Action::Notice { notice, .. } => Some(notice.text.clone()),
         _ => None,

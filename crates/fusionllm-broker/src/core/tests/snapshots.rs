@@ -1,0 +1,209 @@
+//! Snapshots are taken, guarded, and gone on from.
+
+use fusionllm_protocol::{Snapshot, SnapshotId, SnapshotSource, WeightSource};
+
+use super::recovery::{AFTER_RESTART, left, load, notices, tick, waits_for};
+use super::*;
+
+fn snapshot(key: RunKey, step: u64, node: u32) -> Snapshot {
+    let id = SnapshotId { key, step, node: NodeIndex(node) };
+    Snapshot { id, bytes: 1000, hash: [step as u8 + 10 * node as u8; 32] }
+}
+
+fn holds(snapshot: Snapshot) -> FromCompNode {
+    FromCompNode::Holds { snapshot, cost_s: 0.01 }
+}
+
+fn failed(snapshot: Snapshot, is_late: bool) -> FromCompNode {
+    FromCompNode::SnapshotFailed { id: snapshot.id, is_late, reason: "the disk is full".to_owned() }
+}
+
+/// All CompNodes report a step.
+fn do_step(core: &mut Core, key: RunKey, connections: &[u64], number: u64) -> Vec<Action> {
+    let say = |&connection| say(core, connection, step(key, number, Some(number as f64)));
+    connections.iter().flat_map(say).collect()
+}
+
+/// Two CompNodes train without checkpoints, each guards the other, and the snapshots of step 8 are whole.
+fn with_snapshots() -> Core {
+    let mut core = running_with(&[
+        "survive.every=4",
+        "model.n_layer=4",
+        "model.vocab_size=64",
+        "train.steps=100",
+        "checkpoint.every=0",
+    ]);
+    let asked = do_step(&mut core, KEY, &[1, 2], 1);
+    let order = FromBroker::Snapshot { key: KEY, step: 8 };
+    assert_eq!(sent(&asked), [(1, &order), (2, &order)]);
+    for number in 2..=8 {
+        assert_eq!(sent(&do_step(&mut core, KEY, &[1, 2], number)), []);
+    }
+    for node in [0, 1] {
+        let made = say(&mut core, u64::from(node) + 1, holds(snapshot(KEY, 8, node)));
+        let guard = FromBroker::Guard { snapshot: snapshot(KEY, 8, node) };
+        assert_eq!(sent(&made), [(2 - u64::from(node), &guard)]);
+    }
+    assert_eq!(sent(&say(&mut core, 2, holds(snapshot(KEY, 8, 0)))), []);
+    let whole = say(&mut core, 1, holds(snapshot(KEY, 8, 1)));
+    let release = FromBroker::Release { job: KEY.job, keep: vec![(KEY.generation, 8)] };
+    assert!(sent(&whole).contains(&(1, &release)) && sent(&whole).contains(&(2, &release)), "{whole:?}");
+    core
+}
+
+/// What each CompNode begins with.
+fn sources(actions: &[Action]) -> Vec<(u64, u64, Vec<SnapshotSource>)> {
+    let of = |(to, message): (u64, &FromBroker)| match message {
+        FromBroker::Assign(assignment) => match &assignment.weights {
+            WeightSource::Snapshots(sources) => Some((to, assignment.start_step, sources.clone())),
+            other => panic!("{other:?}"),
+        },
+        _ => None,
+    };
+    sent(actions).into_iter().filter_map(of).collect()
+}
+
+#[test]
+fn a_set_is_remembered_before_the_ones_before_it_are_released() {
+    let mut core = with_snapshots();
+    let record = core.record(JobId(1)).unwrap();
+    assert_eq!(record.snapshots.iter().map(|set| (set.step, set.loss)).collect::<Vec<_>>(), [(8, Some(8.0))]);
+    // The next one takes its place, and nothing is said before the store has it.
+    let asked = do_step(&mut core, KEY, &[1, 2], 9);
+    assert!(sent(&asked).contains(&(1, &FromBroker::Snapshot { key: KEY, step: 12 })), "{asked:?}");
+    for number in 10..=12 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    for (connection, node) in [(1, 0), (2, 1), (2, 0)] {
+        say(&mut core, connection, holds(snapshot(KEY, 12, node)));
+    }
+    let last = CoreEvent::Said { connection: ConnectionId(1), message: holds(snapshot(KEY, 12, 1)), at: NOW };
+    let actions = core.handle(last, NOW);
+    let [Action::Persist { number, record, .. }, ..] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!(record.snapshots.iter().map(|set| set.step).collect::<Vec<_>>(), [12]);
+    assert!(sent(&actions).iter().all(|(_, m)| !matches!(m, FromBroker::Release { .. })), "{actions:?}");
+    let actions = core.handle(CoreEvent::Persisted { number: *number }, NOW);
+    let release = FromBroker::Release { job: KEY.job, keep: vec![(KEY.generation, 12)] };
+    assert!(sent(&actions).contains(&(2, &release)), "{actions:?}");
+}
+
+#[test]
+fn a_job_goes_on_from_what_the_guardian_has() {
+    let mut core = with_snapshots();
+    do_step(&mut core, KEY, &[1, 2], 9);
+    let actions = tell(&mut core, left(2), NOW);
+    assert_eq!(sent(&actions).len(), 1, "{actions:?}");
+    let actions = tick(&mut core, NOW + AFTER_RESTART);
+    let all = sources(&actions);
+    let [(1, 8, all)] = &all[..] else { panic!("{all:?}") };
+    assert_eq!(all.iter().map(|source| source.snapshot).collect::<Vec<_>>(), [0, 1].map(|node| snapshot(KEY, 8, node)));
+    assert!(all.iter().all(|source| source.from.is_none()), "both lie there: {all:?}");
+    let told = notices(&actions);
+    assert!(
+        told.iter().any(|t| t.ends_with("goes on from the snapshots of step 8, one step is done again")),
+        "{told:?}"
+    );
+    assert_eq!(core.record(JobId(1)).unwrap().step, 8);
+    // They are kept until the next set is whole.
+    assert_eq!(core.record(JobId(1)).unwrap().snapshots.len(), 1);
+}
+
+#[test]
+fn a_process_that_is_started_again_has_what_it_kept() {
+    let mut core = with_snapshots();
+    tell(&mut core, left(2), NOW);
+    let (_, actions) = core.join(ConnectionId(3), joining("b"), NOW);
+    let other = Snapshot { hash: [0; 32], ..snapshot(KEY, 8, 1) };
+    let release = FromBroker::Release { job: KEY.job, keep: vec![(KEY.generation, 8)] };
+    assert_eq!(sent(&say(&mut core, 3, holds(other))), [(3, &release)], "that is none of this job");
+    assert_eq!(sent(&say(&mut core, 3, holds(snapshot(KEY, 8, 1)))), []);
+    let actions = measure(&mut core, actions);
+    let all = sources(&actions);
+    let owned: Vec<_> = all.iter().map(|(to, _, all)| (*to, all.len(), all[0].from.is_none())).collect();
+    assert_eq!(owned, [(1, 1, true), (3, 1, true)], "nothing goes over a wire: {all:?}");
+}
+
+#[test]
+fn who_is_new_fetches_from_who_has_it() {
+    let mut core = with_snapshots();
+    tell(&mut core, left(2), NOW);
+    let actions = join(&mut core, 3, "c");
+    let all = sources(&actions);
+    let lent = all.iter().find(|(to, ..)| *to == 3).unwrap();
+    assert!(lent.2.iter().all(|source| source.from.is_some()), "{all:?}");
+    let lends = sent(&actions).into_iter().find(|(_, m)| matches!(m, FromBroker::Lend { .. })).unwrap();
+    assert_eq!(lends.0, 1);
+    let assigned = |(_, m): &(u64, &FromBroker)| matches!(m, FromBroker::Assign(_));
+    let order: Vec<bool> = sent(&actions).iter().map(assigned).collect();
+    assert!(order.is_sorted(), "the lender is told before it is asked: {actions:?}");
+}
+
+#[test]
+fn without_a_part_the_job_goes_back_to_its_checkpoint() {
+    let mut core = running_with(&["survive.every=4", "survive.copies=0", "train.steps=100"]);
+    for number in 1..=8 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    for node in [0, 1] {
+        let made = say(&mut core, u64::from(node) + 1, holds(snapshot(KEY, 8, node)));
+        assert!(sent(&made).iter().all(|(_, m)| !matches!(m, FromBroker::Guard { .. })), "{made:?}");
+    }
+    assert_eq!(core.record(JobId(1)).unwrap().snapshots.len(), 1);
+    tell(&mut core, left(2), NOW);
+    let actions = tick(&mut core, NOW + AFTER_RESTART);
+    let begins = sent(&actions).into_iter().find_map(|(_, message)| match message {
+        FromBroker::Assign(assignment) => Some((assignment.start_step, assignment.weights.clone())),
+        _ => None,
+    });
+    assert_eq!(begins, Some((0, WeightSource::Seed(0))));
+    // Should its process come back now, what it has is of a future that is given up.
+    join(&mut core, 3, "b");
+    let release = FromBroker::Release { job: KEY.job, keep: Vec::new() };
+    assert_eq!(sent(&say(&mut core, 3, holds(snapshot(KEY, 8, 1)))), [(3, &release)]);
+}
+
+#[test]
+fn what_cannot_be_kept_is_told_once_and_what_comes_too_late_is_not() {
+    let mut core = running_with(&["survive.every=4", "train.steps=100"]);
+    for number in 1..=2 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    let told = say(&mut core, 1, failed(snapshot(KEY, 8, 0), true));
+    assert!(notices(&told).is_empty(), "{told:?}");
+    // A word that was too late comes earlier the next time.
+    let asked = do_step(&mut core, KEY, &[1, 2], 3);
+    assert!(sent(&asked).contains(&(1, &FromBroker::Snapshot { key: KEY, step: 12 })), "{asked:?}");
+    let told = notices(&say(&mut core, 1, failed(snapshot(KEY, 12, 0), false)));
+    assert!(told.len() == 1 && told[0].contains("`a` cannot keep a snapshot") && told[0].contains("disk"), "{told:?}");
+    do_step(&mut core, KEY, &[1, 2], 4);
+    assert!(notices(&say(&mut core, 2, failed(snapshot(KEY, 12, 1), false))).is_empty());
+    assert_eq!(state(&core, 1), JobState::Running);
+}
+
+#[test]
+fn a_restarted_broker_goes_on_from_what_its_compnodes_still_have() {
+    let before = with_snapshots();
+    let record = JobRecord { step: 9, members: 2, ..before.record(JobId(1)).unwrap().clone() };
+    let restored = Restored { record, reached: Some((9, 1.5)), checkpoint: None };
+    let (mut core, actions) = Core::restore(vec![restored], ResumedBy::default());
+    let actions = measure(&mut core, actions);
+    load(&mut core, actions, 0, NOW);
+    join(&mut core, 1, "a");
+    for node in [0, 1] {
+        assert_eq!(sent(&say(&mut core, 1, holds(snapshot(KEY, 8, node)))), []);
+    }
+    assert!(waits_for(&core).starts_with("1 of 2"), "{}", waits_for(&core));
+    let all = sources(&join(&mut core, 2, "b"));
+    let steps: Vec<_> = all.iter().map(|(to, from, all)| (*to, *from, all[0].from.is_none())).collect();
+    assert_eq!(steps, [(1, 8, true), (2, 8, false)]);
+}
+
+#[test]
+fn a_job_that_ends_has_its_snapshots_released() {
+    let mut core = with_snapshots();
+    let actions = core.stop(JobId(1), NOW).unwrap();
+    let actions = measure(&mut core, actions);
+    let release = FromBroker::Release { job: KEY.job, keep: Vec::new() };
+    assert!([1, 2].iter().all(|&to| sent(&actions).contains(&(to, &release))), "{actions:?}");
+    assert!(core.record(JobId(1)).unwrap().snapshots.is_empty());
+}
