@@ -7,6 +7,7 @@ mod bounds;
 mod checkpoints;
 mod data;
 mod detector;
+mod drain;
 mod durable;
 mod event;
 mod hearsay;

@@ -284,6 +284,24 @@ pub enum BrokerError {
         /// The job that was asked for.
         job: JobId,
     },
+    /// There is no such CompNode.
+    #[error("no CompNode is named `{name}`; joined are {}", if .names.is_empty() { "none".to_owned() } else { .names.join(", ") })]
+    UnknownCompNode {
+        /// The name that was asked for.
+        name: String,
+        /// Those that there are.
+        names: Vec<String>,
+    },
+    /// A job cannot move from one CompNode to others.
+    #[error(
+        "{job} works on `{name}` and is not to go on without it (survive.enabled = false): stop it first, and resume it later"
+    )]
+    DoesNotSurvive {
+        /// The job.
+        job: JobId,
+        /// The CompNode.
+        name: String,
+    },
     /// The job's state does not allow it.
     #[error("{job} {state}, expected {expected}")]
     JobState {
@@ -342,6 +360,8 @@ impl BrokerError {
             | Self::OutOfReach { .. }
             | Self::Private(PrivateError::Readable { .. })
             | Self::UnknownJob { .. }
+            | Self::UnknownCompNode { .. }
+            | Self::DoesNotSurvive { .. }
             | Self::JobState { .. }
             | Self::Store(StoreError::InUse { .. })
             | Self::Bind(_) => true,

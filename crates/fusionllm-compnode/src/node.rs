@@ -16,11 +16,12 @@ mod survey;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fusionllm_protocol::{DeviceProfile, FromCompNode, RunKey};
 use fusionllm_transport::{Endpoint, EndpointConfig, Members, Purpose, Session, Ticket};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use crate::open_device::open_device;
@@ -43,6 +44,8 @@ const ROOM_EVERY: u32 = 30;
 pub(crate) const CONTROL_MESSAGE_BYTES: u64 = 64 << 20;
 /// First and largest pause between attempts to get back to the broker.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+/// How long a CompNode that is to leave waits until its work has moved.
+const LEAVE_LIMIT: Duration = Duration::from_secs(60);
 /// Largest pause while a job is at work.
 const WITH_A_JOB: Duration = Duration::from_secs(3);
 /// Events that may wait for the loop; compute waits beyond that.
@@ -53,6 +56,8 @@ const EVENT_QUEUE: usize = 64;
 pub(crate) enum NodeEvent {
     /// Something to tell the broker.
     Tell(Box<FromCompNode>),
+    /// Whoever runs this CompNode wants it to leave.
+    Leave,
     /// Something to tell the broker of a job, unless it is not the job at hand any more.
     Report(RunKey, Box<FromCompNode>),
     /// The broker begins to send weights.
@@ -63,17 +68,24 @@ pub(crate) enum NodeEvent {
     Ended(RunKey, Result<(), CompNodeError>),
 }
 
-/// Joins the broker and works for it until `shutdown` resolves or the broker says so. A lost broker is redialled.
+/// Joins the broker and works for it until it is to leave. A lost broker is redialled.
+///
+/// Once `leave` resolves its work is moved to others, for a minute at the most; once `shutdown` does it leaves at once.
 ///
 /// # Errors
 /// [`CompNodeError`] if the device does not open, the first connection fails, or the broker refuses.
-pub async fn join(config: JoinConfig, shutdown: impl Future<Output = ()> + Send) -> Result<(), CompNodeError> {
-    join_with(config, Patience::default(), shutdown).await
+pub async fn join(
+    config: JoinConfig,
+    leave: impl Future<Output = ()> + Send,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), CompNodeError> {
+    join_with(config, Patience::default(), leave, shutdown).await
 }
 
 async fn join_with(
     config: JoinConfig,
     patience: Patience,
+    leave: impl Future<Output = ()> + Send,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), CompNodeError> {
     if let Some(threads) = config.threads {
@@ -122,17 +134,37 @@ async fn join_with(
         idle: 0,
         job: None,
         weights: blob::Unclaimed::default(),
+        dismissal: Arc::default(),
+    };
+    let (events, dismissal) = (node.events.clone(), Arc::clone(&node.dismissal));
+    let leaving = async move {
+        leave.await;
+        // The loop takes it in as soon as it can; if that is too late, the time is over all the same.
+        let _ = events.try_send(NodeEvent::Leave);
+        sleep(LEAVE_LIMIT).await;
+        tracing::warn!("the work did not move away in {} s", LEAVE_LIMIT.as_secs());
     };
     let result = tokio::select! {
         error = node.run(&mut inbox) => Err(error),
+        () = dismissal.told.notified() => Ok(()),
+        () = leaving => Ok(()),
         () = shutdown => Ok(()),
     };
     node.lose_broker(0);
     node.drop_job("the CompNode leaves");
     let store = Arc::clone(&node.snapshots);
-    tokio::task::spawn_blocking(move || store.close(config.snapshots_stay)).await?;
+    // Nobody needs what a CompNode has kept that the broker lets go.
+    let stay = config.snapshots_stay && !dismissal.by_broker.load(Ordering::Relaxed);
+    tokio::task::spawn_blocking(move || store.close(stay)).await?;
     endpoint.close().await;
     result
+}
+
+/// Whether a CompNode may leave.
+#[derive(Debug, Default)]
+struct Dismissal {
+    told: Notify,
+    by_broker: AtomicBool,
 }
 
 struct Node {
@@ -164,6 +196,7 @@ struct Node {
     job: Option<RunningJob>,
     /// Weights that came before the assignment they belong to.
     weights: blob::Unclaimed,
+    dismissal: Arc<Dismissal>,
 }
 
 impl Node {

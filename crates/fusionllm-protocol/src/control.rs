@@ -142,6 +142,8 @@ pub enum FromBroker {
         key: RunKey,
         /// The step, which is still to come.
         step: u64,
+        /// Whether training stands still after it, until the placement ends: the work moves.
+        halt: bool,
     },
     /// Be the guardian of another CompNode's snapshot: fetch it, and say [`FromCompNode::Holds`].
     Guard {
@@ -178,6 +180,8 @@ pub enum FromBroker {
         /// Who is silent.
         peer: NodeIndex,
     },
+    /// Nothing is left to do here for a CompNode that is leaving: it may go.
+    Dismiss,
     /// Drop the job at once and be idle.
     Abort {
         /// Which placement of which job it belongs to.
@@ -293,6 +297,8 @@ pub enum FromCompNode {
         /// Seconds since any packet last came from it.
         ago_s: f64,
     },
+    /// It is about to leave: its work should move away, and [`FromBroker::Dismiss`] come.
+    Leaving,
     /// What the ops of a job take here, or why that cannot be measured.
     Measured {
         /// Number of the request.

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Ticket(Ticket),
     /// Stop a job; its last checkpoint stays
     Stop(JobCommand),
+    /// Move the work of a CompNode to others, after which it leaves
+    Drain(DrainCompNode),
     /// Go on with a stopped or failed job from its newest whole checkpoint
     Resume(ResumeJob),
     /// Show the graph and the placement of a job, without training
@@ -54,6 +56,7 @@ impl Command {
             | Self::Inventory(_)
             | Self::Ticket(_)
             | Self::Stop(_)
+            | Self::Drain(_)
             | Self::Resume(_)
             | Self::Plan(_)
             | Self::Generate(_) => true,
@@ -249,6 +252,15 @@ pub(crate) struct Inventory {
     pub(crate) broker: BrokerAddress,
     #[command(flatten)]
     pub(crate) overrides: Overrides,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainCompNode {
+    /// Name of the CompNode, as `status` shows it
+    #[arg(value_name = "NAME")]
+    pub(crate) compnode: String,
+    #[command(flatten)]
+    pub(crate) broker: BrokerAddress,
 }
 
 #[derive(Debug, Args)]

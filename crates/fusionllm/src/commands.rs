@@ -1,6 +1,7 @@
 //! One file a command.
 
 mod broker;
+mod drain;
 mod export;
 mod follow;
 mod generate;
@@ -27,6 +28,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inventory(args) => inventory::run(args).await,
         Command::Ticket(args) => ticket::run(args).await,
         Command::Stop(args) => submit::stop(args).await,
+        Command::Drain(args) => drain::run(args).await,
         Command::Resume(args) => submit::resume(args).await,
         Command::Plan(args) => plan::run(&args),
         Command::Export(args) => export::run(&args),

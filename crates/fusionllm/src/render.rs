@@ -53,7 +53,10 @@ pub(crate) fn status(report: &StatusReport) -> String {
         text.push_str(&format!("{:<20} {:<12} {:<20} {}", "CompNode", "id", "device", "job"));
     }
     for node in &report.compnodes {
-        let job = node.job.map_or_else(|| "idle".to_owned(), |j| j.0.to_string());
+        let mut job = node.job.map_or_else(|| "idle".to_owned(), |j| j.0.to_string());
+        if node.is_leaving {
+            job.push_str(", leaving");
+        }
         text.push_str(&format!("\n{:<20} {:<12} {:<20} {job}", node.name, node.id, node.device));
     }
     text

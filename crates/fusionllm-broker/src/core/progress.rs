@@ -69,9 +69,10 @@ impl Core {
                 }
                 self.notices(key.job, vec![format!("CompNode `{}`: {text}", self.compnodes.name(connection))])
             }
-            FromCompNode::Holds { snapshot, cost_s } => self.holds(connection, snapshot, cost_s),
+            FromCompNode::Holds { snapshot, cost_s } => self.holds(connection, snapshot, cost_s, now),
+            FromCompNode::Leaving => self.leaves(connection, now),
             FromCompNode::SnapshotFailed { id, is_late, reason } => {
-                self.snapshot_failed(connection, id, is_late, &reason)
+                self.snapshot_failed(connection, id, is_late, &reason, now)
             }
             FromCompNode::ShardFailed { key, step, reason } => {
                 let owes = |run: &mut Run| run.node_of(connection).is_some_and(|n| run.owes_shard(connection, n, step));
@@ -115,6 +116,7 @@ impl Core {
             actions.extend(self.set_state(key.job, JobState::Running));
             let start = |to| Action::Send { to, message: FromBroker::Start { key } };
             actions.extend(members.into_iter().map(start));
+            actions.extend(self.dismiss());
             if let Some(job) = self.jobs.get_mut(&key.job) {
                 job.snapshots.at_work(now);
                 job.persisted = now;
@@ -170,7 +172,7 @@ impl Core {
         }
         let is_done = run.is_done();
         actions.extend(progress.map(|record| self.persist(record, false)));
-        actions.extend(self.snapshots_complete(key));
+        actions.extend(self.snapshots_complete(key, now));
         actions.extend(self.take_snapshots(key, now));
         if is_done {
             actions.extend(self.end(key.job, JobState::Done, "the job is done"));

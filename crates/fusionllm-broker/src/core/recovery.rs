@@ -132,11 +132,22 @@ impl Core {
             // What failed may be a link that was cut: the next plan goes by what is there now.
             self.survey.refresh(now);
         }
-        let mut actions = self.end(key.job, JobState::Waiting { reason: reason.clone() }, &reason);
+        self.wait_again(key.job, &reason, checkpoint, now)
+    }
+
+    /// Ends a placement, and has the job wait for the next one.
+    pub(super) fn wait_again(
+        &mut self,
+        job: JobId,
+        reason: &str,
+        checkpoint: Option<u64>,
+        now: Duration,
+    ) -> Vec<Action> {
+        let mut actions = self.end(job, JobState::Waiting { reason: reason.to_owned() }, reason);
         match checkpoint {
-            Some(_) => actions.extend(self.load(key.job, false)),
+            Some(_) => actions.extend(self.load(job, false)),
             // What it began with is known, and may be more than its own folder has.
-            None => self.begin_anew(key.job),
+            None => self.begin_anew(job),
         }
         actions.extend(self.schedule(now));
         actions

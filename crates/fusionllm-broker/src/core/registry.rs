@@ -23,6 +23,8 @@ pub(super) struct Member {
     key: [u8; 32],
     /// Why its connection broke, until it has another.
     away: Option<String>,
+    /// Whether it is about to leave.
+    is_leaving: bool,
 }
 
 /// All of them, by connection and thus in the order in which they joined.
@@ -48,6 +50,7 @@ impl Registry {
             rhythm: Rhythm::new(now),
             key,
             away: None,
+            is_leaving: false,
         };
         self.0.insert(connection, member);
         name
@@ -122,6 +125,23 @@ impl Registry {
         self.0.get(&connection).is_some_and(|m| m.away.is_none())
     }
 
+    /// It gets no work any more. The run that it works for.
+    pub(super) fn leave(&mut self, connection: ConnectionId) -> Option<RunKey> {
+        let member = self.0.get_mut(&connection)?;
+        member.is_leaving = true;
+        member.run
+    }
+
+    pub(super) fn is_leaving(&self, connection: ConnectionId) -> bool {
+        self.0.get(&connection).is_some_and(|m| m.is_leaving)
+    }
+
+    /// Those that are about to leave and have no work left.
+    pub(super) fn ready_to_leave(&self) -> Vec<ConnectionId> {
+        let is_ready = |m: &Member| m.is_leaving && m.run.is_none() && m.away.is_none();
+        self.0.iter().filter(|(_, m)| is_ready(m)).map(|(&c, _)| c).collect()
+    }
+
     pub(super) fn is_away(&self, connection: ConnectionId) -> bool {
         self.0.get(&connection).is_some_and(|m| m.away.is_some())
     }
@@ -132,11 +152,11 @@ impl Registry {
     }
 
     pub(super) fn idle(&self) -> Vec<ConnectionId> {
-        self.0.iter().filter(|(_, m)| m.run.is_none()).map(|(&c, _)| c).collect()
+        self.0.iter().filter(|(_, m)| m.run.is_none() && !m.is_leaving).map(|(&c, _)| c).collect()
     }
 
     pub(super) fn is_idle(&self, connection: ConnectionId) -> bool {
-        self.0.get(&connection).is_some_and(|m| m.run.is_none())
+        self.0.get(&connection).is_some_and(|m| m.run.is_none() && !m.is_leaving)
     }
 
     pub(super) fn take(&mut self, connection: ConnectionId, run: RunKey) {
@@ -196,6 +216,7 @@ impl Registry {
             id: m.id.clone(),
             device: m.device.clone(),
             job: m.run.map(|key| key.job),
+            is_leaving: m.is_leaving,
         };
         self.0.values().map(summary).collect()
     }

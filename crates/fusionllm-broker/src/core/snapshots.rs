@@ -13,6 +13,7 @@ use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{FromBroker, Generation, JobId, PeerRecord, RunKey, Snapshot, SnapshotId, SnapshotSource};
 
+use super::registry::Registry;
 use super::run::param_names;
 use super::{Action, ConnectionId, Core, Job};
 pub(super) use book::{RecoveryPoint, Snapshots};
@@ -29,28 +30,32 @@ impl Core {
         let spec = &record.spec;
         let Some(step_time) = run.step_time() else { return Vec::new() };
         let bytes = spec.train.state_bytes(run.dag.param_bytes());
-        let due = snapshots.due(spec, run.merged(), step_time.as_secs_f64(), bytes, now);
+        let wanted = 1 + (spec.survive.copies as usize).min(run.members.len().saturating_sub(1));
+        let is_thin = snapshots.is_thin(wanted, |holder| stays(&self.compnodes, holder));
+        let due = snapshots.due(spec, run.merged(), step_time.as_secs_f64(), bytes, is_thin, now);
         let Some(step) = due else { return Vec::new() };
         snapshots.begin(key, step, run.params_by_node(), now);
-        let tell = |&to| Action::Send { to, message: FromBroker::Snapshot { key, step } };
+        let tell = |&to| Action::Send { to, message: FromBroker::Snapshot { key, step, halt: false } };
         run.members.iter().map(tell).collect()
     }
 
     /// A CompNode has a snapshot: its own, one that it guards, or one from before it came back.
-    pub(super) fn holds(&mut self, by: ConnectionId, snapshot: Snapshot, cost_s: f64) -> Vec<Action> {
+    pub(super) fn holds(&mut self, by: ConnectionId, snapshot: Snapshot, cost_s: f64, now: Duration) -> Vec<Action> {
         let key = snapshot.id.key;
         let guardians = self.guardians(by, &snapshot);
         let Some(job) = self.jobs.get_mut(&key.job) else { return vec![release(by, key.job, Vec::new())] };
+        // When the work moves, who makes it lends it.
+        let guardians = guardians.map(|guardians| if job.snapshots.halts() { Vec::new() } else { guardians });
         if let Some(guardians) = guardians
             && job.snapshots.is_made(by, snapshot, cost_s, &guardians)
         {
             let guard = |to| Action::Send { to, message: FromBroker::Guard { snapshot } };
             let mut actions: Vec<Action> = guardians.into_iter().map(guard).collect();
-            actions.extend(self.snapshots_complete(key));
+            actions.extend(self.snapshots_complete(key, now));
             return actions;
         }
         if job.snapshots.is_held(by, snapshot, cost_s) {
-            return self.snapshots_complete(key);
+            return self.snapshots_complete(key, now);
         }
         vec![release(by, key.job, job.snapshots.needed())]
     }
@@ -62,10 +67,12 @@ impl Core {
         id: SnapshotId,
         is_late: bool,
         reason: &str,
+        now: Duration,
     ) -> Vec<Action> {
         let key = id.key;
         let Some(node) = self.run_mut(key).and_then(|run| run.node_of(by)) else { return Vec::new() };
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let halts = job.snapshots.halts();
         let is_new = job.snapshots.has_failed(by, id, node == id.node, is_late);
         let mut actions = Vec::new();
         if is_new {
@@ -79,13 +86,18 @@ impl Core {
             );
             actions.extend(self.notices(key.job, vec![text]));
         }
-        actions.extend(self.snapshots_complete(key));
+        if halts && !self.jobs.get(&key.job).is_some_and(|job| job.snapshots.halts()) {
+            // Some stand still: with what is kept already they move all the same.
+            actions.extend(self.move_on(key, now));
+        }
+        actions.extend(self.snapshots_complete(key, now));
         actions
     }
 
     /// What follows once a set is whole: it is remembered, and then the ones before it are released.
-    pub(super) fn snapshots_complete(&mut self, key: RunKey) -> Vec<Action> {
+    pub(super) fn snapshots_complete(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let halts = job.snapshots.halts();
         if !job.snapshots.is_complete() {
             return Vec::new();
         }
@@ -93,6 +105,10 @@ impl Core {
         let (record, needed) = (job.record.clone(), job.snapshots.needed());
         let mut actions = vec![self.persist(record, true)];
         actions.extend(self.compnodes.all().map(|to| release(to, key.job, needed.clone())));
+        if halts {
+            actions.extend(self.move_on(key, now));
+        }
+        actions.extend(self.dismiss());
         actions
     }
 
@@ -142,6 +158,12 @@ impl Core {
         (all, loans.into_iter().map(lend).collect())
     }
 
+    /// Whether a job could go on from its newest snapshots without those that are leaving.
+    pub(super) fn is_kept_by_those_who_stay(&self, job: &Job) -> bool {
+        let is_wanted = job.record.spec.survive.every != Some(0) && !job.record.state.is_final();
+        !is_wanted || !job.snapshots.is_thin(1, |holder| stays(&self.compnodes, holder))
+    }
+
     /// A job needs its snapshots no more.
     pub(super) fn release_all(&mut self, job: JobId) -> Vec<Action> {
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
@@ -177,6 +199,11 @@ impl Core {
         others.truncate(record.spec.survive.copies as usize);
         Some(others)
     }
+}
+
+/// Whether what a CompNode holds will be there for a while.
+fn stays(compnodes: &Registry, holder: ConnectionId) -> bool {
+    compnodes.is_here(holder) && !compnodes.is_leaving(holder)
 }
 
 fn release(to: ConnectionId, job: JobId, keep: Vec<(Generation, u64)>) -> Action {

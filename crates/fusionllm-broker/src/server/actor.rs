@@ -174,6 +174,10 @@ impl Actor {
                 let stopped = self.core.stop(job, now).map(|actions| self.perform(actions));
                 self.answers.once_written(&self.core, reply, stopped, |reason| BrokerError::NotWritten { reason });
             }
+            Command::Drain { name, reply } => {
+                let drained = self.core.drain(&name, now).map(|actions| self.perform(actions));
+                let _ = reply.send(drained);
+            }
             Command::Lost { name, reason, reply } => {
                 let actions = self.core.lost(&name, &reason, now);
                 self.perform(actions);

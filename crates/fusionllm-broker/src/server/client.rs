@@ -82,6 +82,7 @@ async fn answer(request: ClientRequest, pass: &Pass, handle: &Handle) -> (ToClie
             let inventory = handle.inventory_for_client(max_age, spec.map(|s| *s), pass.own);
             plain(inventory.await.map(ToClient::Inventory))
         }
+        ClientRequest::Drain { compnode } => plain(handle.drain(compnode).await.map(|()| ToClient::Ok)),
         ClientRequest::Stop { job } => plain(handle.stop(job).await.map(|()| ToClient::Ok)),
         ClientRequest::TicketNew { .. } | ClientRequest::TicketList | ClientRequest::TicketRevoke { .. } => {
             plain(tickets(request, pass).await)

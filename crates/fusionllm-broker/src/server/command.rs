@@ -71,6 +71,10 @@ pub(super) enum Command {
         job: JobId,
         reply: Reply<Result<(), BrokerError>>,
     },
+    Drain {
+        name: String,
+        reply: Reply<Result<(), BrokerError>>,
+    },
     Lost {
         name: String,
         reason: String,

@@ -63,6 +63,10 @@ impl Handle {
         self.ask(|reply| Command::Stop { job, reply }).await?
     }
 
+    pub(super) async fn drain(&self, name: String) -> Result<(), BrokerError> {
+        self.ask(|reply| Command::Drain { name, reply }).await?
+    }
+
     /// Takes in a job of somebody else than this process.
     pub(super) async fn submit_for_client(&self, spec: JobSpec, tokenizer: Option<String>, own: bool) -> Taken {
         self.check_reach(&spec, own).await?;

@@ -404,8 +404,8 @@ async fn gradients_of_tied_parameters_come_in_their_pieces_and_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_has_as_many_streams_as_its_channels_need() {
     let [left, right] = pair().await;
-    // An edge, a tied parameter and the norm, each twice.
-    assert_eq!((left.links.streams_from(1), right.links.streams_from(0)), (6, 6));
+    // An edge, a tied parameter, the norm and a snapshot, each twice.
+    assert_eq!((left.links.streams_from(1), right.links.streams_from(0)), (8, 8));
 }
 
 #[tokio::test(flavor = "multi_thread")]

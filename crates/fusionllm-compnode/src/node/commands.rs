@@ -1,6 +1,7 @@
 //! What the broker says to a CompNode, what happens on it, and what follows.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use fusionllm_protocol::{Assignment, FromBroker, FromCompNode, RunKey};
 
@@ -36,8 +37,14 @@ impl Node {
                 self.job_of(key)?.shard_settled(step);
                 None
             }
-            FromBroker::Snapshot { key, step } => {
-                self.job_of(key)?.take_snapshot(step);
+            FromBroker::Snapshot { key, step, halt } => {
+                self.job_of(key)?.take_snapshot(step, halt);
+                None
+            }
+            FromBroker::Dismiss => {
+                tracing::info!("the work has moved away");
+                self.dismissal.by_broker.store(true, Ordering::Relaxed);
+                self.dismissal.told.notify_one();
                 None
             }
             FromBroker::Guard { snapshot } => {
@@ -125,6 +132,12 @@ impl Node {
     pub(super) fn handle(&mut self, event: NodeEvent) -> Option<FromCompNode> {
         match event {
             NodeEvent::Tell(message) => Some(*message),
+            // Without a broker nobody can move what it does.
+            NodeEvent::Leave if self.job.is_none() || self.broker.borrow().is_none() => {
+                self.dismissal.told.notify_one();
+                None
+            }
+            NodeEvent::Leave => Some(FromCompNode::Leaving),
             NodeEvent::Report(key, message) => self.job.as_ref().filter(|job| job.key == key).map(|_| *message),
             NodeEvent::Weights(weights) => {
                 match self.job.as_mut().filter(|job| job.key == weights.key()) {

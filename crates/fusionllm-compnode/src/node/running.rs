@@ -1,7 +1,7 @@
 //! A job on this CompNode, from assignment to end.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 
 use super::assignment::{BuildSite, Prepared, failed, prepare};
 use super::scratch::shard_bytes;
-use super::sink::NodeSink;
+use super::sink::{NodeSink, SnapshotOrder};
 use super::survey::Surveyor;
 use super::{NodeEvent, blob, keeping};
 use crate::CompNodeError;
@@ -58,8 +58,7 @@ pub(super) struct RunningJob {
     records: Vec<PeerRecord>,
     endpoint: Endpoint,
     snapshots: Arc<SnapshotStore>,
-    /// The step after which a snapshot is due; 0: none is.
-    snapshot_due: Arc<AtomicU64>,
+    snapshot_due: Arc<SnapshotOrder>,
     codecs: Arc<CodecTable>,
     scratch: Arc<Path>,
     /// The step whose shard the broker has last settled.
@@ -160,9 +159,9 @@ impl RunningJob {
         }
     }
 
-    /// What is held after this step, which is still to come, becomes a snapshot.
-    pub(super) fn take_snapshot(&self, step: u64) {
-        self.snapshot_due.store(step, Ordering::Relaxed);
+    /// What is held after this step, which is still to come, becomes a snapshot; if `halt` says so training ends with it.
+    pub(super) fn take_snapshot(&self, step: u64, halt: bool) {
+        self.snapshot_due.set(step, halt);
     }
 
     /// Becomes the guardian of another CompNode's snapshot, while training goes on.

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{FromCompNode, RunKey, SnapshotId, StepReport};
@@ -19,6 +19,36 @@ use crate::step_log::ClockOffset;
 use crate::task_loop::JobSink;
 use crate::{CompNodeError, ShardError};
 
+/// Between two looks at whether a placement that stands still has ended.
+const HALT_LOOK: Duration = Duration::from_millis(10);
+
+/// The snapshot that is asked for next.
+#[derive(Debug, Default)]
+pub(super) struct SnapshotOrder {
+    /// After which step; 0: none is.
+    step: AtomicU64,
+    halt: AtomicBool,
+}
+
+impl SnapshotOrder {
+    pub(super) fn set(&self, step: u64, halt: bool) {
+        self.halt.store(halt, Ordering::Relaxed);
+        // Whoever sees the step sees the rest.
+        self.step.store(step, Ordering::Release);
+    }
+
+    /// Takes the order once its step is done, or has passed: its step.
+    fn take(&self, done: u64) -> Option<u64> {
+        let due = self.step.load(Ordering::Acquire);
+        if due == 0 || due > done {
+            return None;
+        }
+        // One that has come meanwhile stays.
+        let taken = self.step.compare_exchange(due, 0, Ordering::Relaxed, Ordering::Relaxed);
+        taken.is_ok().then_some(due)
+    }
+}
+
 /// The task loop's reports as events; its checkpoints as shards, and its snapshots as files that stay.
 pub(super) struct NodeSink {
     pub(super) key: RunKey,
@@ -31,8 +61,7 @@ pub(super) struct NodeSink {
     pub(super) clock: Arc<ClockOffset>,
     pub(super) folder: Arc<Path>,
     pub(super) snapshots: Arc<SnapshotStore>,
-    /// The step after which a snapshot is due; 0: none is.
-    pub(super) snapshot_due: Arc<AtomicU64>,
+    pub(super) snapshot_due: Arc<SnapshotOrder>,
     pub(super) runtime: Handle,
 }
 
@@ -63,12 +92,7 @@ impl JobSink for NodeSink {
     }
 
     fn wants_snapshot(&mut self, step: u64) -> Result<bool, CompNodeError> {
-        let due = self.snapshot_due.load(Ordering::Relaxed);
-        if due == 0 || due > step {
-            return Ok(false);
-        }
-        // Only once: the next one has another step.
-        let _ = self.snapshot_due.compare_exchange(due, 0, Ordering::Relaxed, Ordering::Relaxed);
+        let Some(due) = self.snapshot_due.take(step) else { return Ok(false) };
         if due < step {
             let id = SnapshotId { key: self.key, step: due, node: self.node };
             let reason = format!("it was asked for after step {step} only");
@@ -94,10 +118,18 @@ impl JobSink for NodeSink {
     fn snapshot(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
         let id = SnapshotId { key: self.key, step, node: self.node };
         match self.write_snapshot(id, tensors) {
-            Ok(()) => Ok(()),
+            Ok(()) => {}
             // A full disk costs the snapshot, and no more.
-            Err(error @ ShardError::Io { .. }) => self.tell(keeping::failed(id, &error.into())),
-            Err(error) => Err(error.into()),
+            Err(error @ ShardError::Io { .. }) => self.tell(keeping::failed(id, &error.into()))?,
+            Err(error) => return Err(error.into()),
         }
+        // What is done from here on would be done again.
+        while self.snapshot_due.halt.load(Ordering::Relaxed) {
+            if let Some(error) = self.mailbox.closed() {
+                return Err(error.into());
+            }
+            std::thread::sleep(HALT_LOOK);
+        }
+        Ok(())
     }
 }

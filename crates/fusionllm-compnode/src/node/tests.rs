@@ -1,6 +1,7 @@
 //! A CompNode at a broker that the tests play.
 
 mod breaks;
+mod snapshots;
 mod storms;
 
 use std::path::{Path, PathBuf};
@@ -8,8 +9,8 @@ use std::path::{Path, PathBuf};
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, place};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, Channel, ControlStream, Generation, Greeting, Hello, JobId, JobSpec, PeerFrame, PeerRecord,
-    Role, RunKey, WeightSource, Welcome, decode, encode,
+    Assignment, BlobHeader, BlobKind, Channel, ControlStream, FromBroker, Generation, Greeting, Hello, JobId, JobSpec,
+    PeerFrame, PeerRecord, Role, RunKey, WeightSource, Welcome, decode, encode,
 };
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
@@ -71,7 +72,7 @@ impl House {
             snapshot_dir: folder.path().join("snapshots"),
             snapshots_stay: true,
         };
-        let compnode = tokio::spawn(join_with(config, patience, std::future::pending()));
+        let compnode = tokio::spawn(join_with(config, patience, std::future::pending(), std::future::pending()));
         Self { endpoint, compnode, folder }
     }
 

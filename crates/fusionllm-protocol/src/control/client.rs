@@ -30,6 +30,11 @@ pub enum ClientRequest {
         /// The job that is to stop.
         job: JobId,
     },
+    /// Move the work of a CompNode to others, after which it leaves.
+    Drain {
+        /// Name of the CompNode.
+        compnode: String,
+    },
     /// Go on with a stopped or failed job.
     Resume {
         /// The job that is to go on.
@@ -147,6 +152,8 @@ pub struct CompNodeSummary {
     pub device: String,
     /// The job it works on.
     pub job: Option<JobId>,
+    /// Whether it is about to leave, and gets no work any more.
+    pub is_leaving: bool,
 }
 
 /// What the holder of a ticket may do.

@@ -5,6 +5,7 @@ use fusionllm_protocol::is_plain_name;
 use fusionllm_transport::{Identity, make_private_dir};
 use tokio::io::AsyncReadExt;
 
+use super::follow::Interrupts;
 use crate::cli;
 use crate::exit::bad_input;
 use crate::outputs;
@@ -44,13 +45,25 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         readable: ReadableData::new(args.data).map_err(|e| bad_input(format!("--data: {e}")))?,
     };
     let child = args.child;
-    let shutdown = async move {
-        tokio::select! {
-            () = super::follow::interrupted(), if !child => {}
-            () = input_ended(), if child => {}
+    // Each hears every signal.
+    let (mut first, mut second) = (Interrupts::new(), Interrupts::new());
+    let leave = async move {
+        if child {
+            return std::future::pending().await;
         }
+        first.next().await;
+        tracing::info!("leaving once the work has moved to others; a second signal leaves at once");
     };
-    join(config, shutdown).await.map_err(|error| if error.is_bad_input() { bad_input(error) } else { error.into() })
+    let shutdown = async move {
+        if child {
+            return input_ended().await;
+        }
+        second.next().await;
+        second.next().await;
+    };
+    join(config, leave, shutdown)
+        .await
+        .map_err(|error| if error.is_bad_input() { bad_input(error) } else { error.into() })
 }
 
 /// A child lives as long as its parent holds the other end. Ctrl-C reaches the whole process group, but how a child

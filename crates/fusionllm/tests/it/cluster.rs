@@ -5,18 +5,18 @@ use serde_json::Value;
 use crate::process::{Bench, Running, losses, text, wait_until};
 
 /// A broker and its ticket.
-fn broker(bench: &Bench) -> (Running, String) {
+pub(crate) fn broker(bench: &Bench) -> (Running, String) {
     let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
     let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
     (broker, line["ticket"].as_str().unwrap().to_owned())
 }
 
-fn status(bench: &Bench) -> Value {
+pub(crate) fn status(bench: &Bench) -> Value {
     serde_json::from_str(&bench.succeed("status --state state --json")).unwrap()
 }
 
 /// Starts a CompNode and waits until the broker shows it.
-fn join(bench: &Bench, ticket: &str, name: &str) -> Running {
+pub(crate) fn join(bench: &Bench, ticket: &str, name: &str) -> Running {
     let node = bench.start(&format!("join {ticket} --name {name} --bind 127.0.0.1:0 --device cpu --data ."));
     let has_joined = || status(bench)["compnodes"].as_array().unwrap().iter().any(|c| c["name"] == name);
     wait_until(has_joined, "it has joined");
@@ -52,7 +52,7 @@ fn a_job_runs_on_joined_machines_and_gives_the_losses_of_train() {
 const LONG: &str = "--set train.steps=300 --set train.batch=32 --set checkpoint.every=5 --set checkpoint.keep=0";
 
 /// Waits until the only job is done, whoever submitted it may be gone.
-fn wait_until_done(bench: &Bench) -> Value {
+pub(crate) fn wait_until_done(bench: &Bench) -> Value {
     let deadline = std::time::Instant::now() + crate::process::LIMIT;
     loop {
         let status = status(bench);

@@ -15,6 +15,7 @@ mod input;
 mod plan;
 mod process;
 mod state;
+mod survive;
 mod texts;
 mod tidy;
 mod train;

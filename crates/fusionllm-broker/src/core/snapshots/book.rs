@@ -68,6 +68,8 @@ struct Making {
     step: u64,
     /// Training loss of that step, once it is done everywhere.
     loss: Option<f64>,
+    /// Whether training stands still after it, since the work moves.
+    halts: bool,
     /// Names of the parameters of each CompNode.
     params: Vec<Vec<String>>,
     parts: BTreeMap<NodeIndex, Part>,
@@ -140,22 +142,23 @@ impl Snapshots {
     }
 
     /// The step for the next one, if it is time to tell it: `merged` steps of `step_s` seconds are done, and all parts
-    /// together have so many bytes.
+    /// together have so many bytes. What is kept in too few places is replaced at once.
     pub(in crate::core) fn due(
         &self,
         spec: &JobSpec,
         merged: u64,
         step_s: f64,
         bytes: u64,
+        is_thin: bool,
         now: Duration,
     ) -> Option<u64> {
         if !spec.survive.enabled || self.making.is_some() {
             return None;
         }
-        let ahead = (LEAST_AHEAD + (AHEAD_S / step_s.max(1e-6)) as u64) << self.late.min(MOST_DOUBLINGS);
-        let soonest = merged + ahead.min(MOST_AHEAD);
+        let soonest = self.soonest(merged, step_s);
         let step = match spec.survive.every {
             Some(0) => return None,
+            _ if is_thin => soonest,
             Some(every) => soonest.next_multiple_of(every),
             None => {
                 let since = now.saturating_sub(self.begun).as_secs_f64();
@@ -168,7 +171,38 @@ impl Snapshots {
     /// All CompNodes are told to take one after this step. `params` are the parameters of each.
     pub(in crate::core) fn begin(&mut self, key: RunKey, step: u64, params: Vec<Vec<String>>, now: Duration) {
         self.begun = now;
-        self.making = Some(Making { key, step, loss: None, params, parts: BTreeMap::new() });
+        self.making = Some(Making { key, step, loss: None, halts: false, params, parts: BTreeMap::new() });
+    }
+
+    /// The same, after which training stands still, as soon as may be. Gives the step; nothing if it is the last one, or one
+    /// to halt at is told already.
+    pub(in crate::core) fn begin_halt(
+        &mut self,
+        key: RunKey,
+        (merged, steps): (u64, u64),
+        step_s: f64,
+        params: Vec<Vec<String>>,
+    ) -> Option<u64> {
+        if self.halts() {
+            return None;
+        }
+        let step = self.soonest(merged, step_s);
+        if step >= steps {
+            return None;
+        }
+        self.making = Some(Making { key, step, loss: None, halts: true, params, parts: BTreeMap::new() });
+        Some(step)
+    }
+
+    /// Whether training is to stand still after the one that is under way.
+    pub(in crate::core) fn halts(&self) -> bool {
+        self.making.as_ref().is_some_and(|making| making.halts)
+    }
+
+    /// The first step of which word comes in time.
+    fn soonest(&self, merged: u64, step_s: f64) -> u64 {
+        let ahead = (LEAST_AHEAD + (AHEAD_S / step_s.max(1e-6)) as u64) << self.late.min(MOST_DOUBLINGS);
+        merged.saturating_add(ahead.min(MOST_AHEAD))
     }
 
     /// A step is done everywhere.
@@ -297,6 +331,12 @@ impl Snapshots {
         let last = point.as_ref().map_or(step, |point| point.set.step);
         self.sets.retain(|held| held.set.step <= last);
         point
+    }
+
+    /// Whether some part of the newest set is in fewer than `wanted` places that are to stay.
+    pub(in crate::core) fn is_thin(&self, wanted: usize, stays: impl Fn(ConnectionId) -> bool) -> bool {
+        let places = |holders: &BTreeSet<ConnectionId>| holders.iter().filter(|&&holder| stays(holder)).count();
+        self.sets.last().is_some_and(|held| held.holders.iter().any(|holders| places(holders) < wanted))
     }
 
     /// None is needed any more. Whether there may be any.

@@ -29,12 +29,12 @@ fn with_snapshots() -> Core {
     let mut core = running_with(&[
         "survive.every=4",
         "model.n_layer=4",
-        "model.vocab_size=64",
+        "model.vocab_size=256",
         "train.steps=100",
         "checkpoint.every=0",
     ]);
     let asked = do_step(&mut core, KEY, &[1, 2], 1);
-    let order = FromBroker::Snapshot { key: KEY, step: 8 };
+    let order = FromBroker::Snapshot { key: KEY, step: 8, halt: false };
     assert_eq!(sent(&asked), [(1, &order), (2, &order)]);
     for number in 2..=8 {
         assert_eq!(sent(&do_step(&mut core, KEY, &[1, 2], number)), []);
@@ -70,7 +70,7 @@ fn a_set_is_remembered_before_the_ones_before_it_are_released() {
     assert_eq!(record.snapshots.iter().map(|set| (set.step, set.loss)).collect::<Vec<_>>(), [(8, Some(8.0))]);
     // The next one takes its place, and nothing is said before the store has it.
     let asked = do_step(&mut core, KEY, &[1, 2], 9);
-    assert!(sent(&asked).contains(&(1, &FromBroker::Snapshot { key: KEY, step: 12 })), "{asked:?}");
+    assert!(sent(&asked).contains(&(1, &FromBroker::Snapshot { key: KEY, step: 12, halt: false })), "{asked:?}");
     for number in 10..=12 {
         do_step(&mut core, KEY, &[1, 2], number);
     }
@@ -172,7 +172,7 @@ fn what_cannot_be_kept_is_told_once_and_what_comes_too_late_is_not() {
     assert!(notices(&told).is_empty(), "{told:?}");
     // A word that was too late comes earlier the next time.
     let asked = do_step(&mut core, KEY, &[1, 2], 3);
-    assert!(sent(&asked).contains(&(1, &FromBroker::Snapshot { key: KEY, step: 12 })), "{asked:?}");
+    assert!(sent(&asked).contains(&(1, &FromBroker::Snapshot { key: KEY, step: 12, halt: false })), "{asked:?}");
     let told = notices(&say(&mut core, 1, failed(snapshot(KEY, 12, 0), false)));
     assert!(told.len() == 1 && told[0].contains("`a` cannot keep a snapshot") && told[0].contains("disk"), "{told:?}");
     do_step(&mut core, KEY, &[1, 2], 4);
@@ -206,4 +206,70 @@ fn a_job_that_ends_has_its_snapshots_released() {
     let release = FromBroker::Release { job: KEY.job, keep: Vec::new() };
     assert!([1, 2].iter().all(|&to| sent(&actions).contains(&(to, &release))), "{actions:?}");
     assert!(core.record(JobId(1)).unwrap().snapshots.is_empty());
+}
+
+#[test]
+fn a_compnode_leaves_when_its_work_has_moved_and_nothing_is_done_again() {
+    let mut core = with_snapshots();
+    join(&mut core, 3, "c");
+    do_step(&mut core, KEY, &[1, 2], 9);
+    let asked = say(&mut core, 2, FromCompNode::Leaving);
+    let order = FromBroker::Snapshot { key: KEY, step: 11, halt: true };
+    assert_eq!(sent(&asked), [(1, &order), (2, &order)]);
+    for number in 10..=11 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    assert!(sent(&say(&mut core, 1, holds(snapshot(KEY, 11, 0)))).is_empty(), "nobody need guard it");
+    let actions = say(&mut core, 2, holds(snapshot(KEY, 11, 1)));
+    let actions = measure(&mut core, actions);
+    let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
+    assert_eq!(begun, [(1, 11), (3, 11)], "{actions:?}");
+    let told = notices(&actions);
+    let expected = "CompNode `b` leaves; the job goes on from the snapshots of step 11";
+    assert!(told.iter().any(|text| text == expected), "{told:?}");
+    let lends = |(to, message): &(u64, &FromBroker)| *to == 2 && matches!(message, FromBroker::Lend { .. });
+    assert!(sent(&actions).iter().any(lends), "who leaves lends what it has: {actions:?}");
+    let key = RunKey { generation: Generation(2), ..KEY };
+    assert!(!sent(&say(&mut core, 1, ready(key))).contains(&(2, &FromBroker::Dismiss)));
+    say(&mut core, 3, ready(key));
+    // Until the others have snapshots of their own, part of the newest is with it alone: these come at once.
+    let asked = do_step(&mut core, key, &[1, 3], 12);
+    let order = FromBroker::Snapshot { key, step: 14, halt: false };
+    assert!(sent(&asked).contains(&(3, &order)) && !sent(&asked).contains(&(2, &FromBroker::Dismiss)), "{asked:?}");
+    for number in 13..=14 {
+        do_step(&mut core, key, &[1, 3], number);
+    }
+    for (connection, node) in [(1, 0), (3, 1), (3, 0)] {
+        say(&mut core, connection, holds(snapshot(key, 14, node)));
+    }
+    let actions = say(&mut core, 1, holds(snapshot(key, 14, 1)));
+    assert!(sent(&actions).contains(&(2, &FromBroker::Dismiss)), "{actions:?}");
+}
+
+#[test]
+fn who_has_no_work_may_leave_at_once_and_gets_none() {
+    let mut core = core(2);
+    assert_eq!(sent(&core.drain("b", NOW).unwrap()), [(2, &FromBroker::Dismiss)]);
+    let (_, actions) = submit(&mut core, &[]);
+    let assigned: Vec<u64> =
+        sent(&actions).iter().filter(|(_, m)| matches!(m, FromBroker::Assign(_))).map(|(to, _)| *to).collect();
+    assert_eq!(assigned, [1]);
+    assert_eq!(core.drain("x", NOW).unwrap_err().to_string(), "no CompNode is named `x`; joined are a, b");
+    let mut core = running_mortal();
+    let refused = core.drain("b", NOW).unwrap_err();
+    assert!(refused.to_string().starts_with("job 1 works on `b` and is not to go on without it"), "{refused}");
+    assert!(refused.is_bad_input());
+}
+
+/// If one cannot make its part, the others stand still already: the job moves with what was kept before.
+#[test]
+fn a_move_without_a_snapshot_goes_back_to_the_one_before() {
+    let mut core = with_snapshots();
+    join(&mut core, 3, "c");
+    do_step(&mut core, KEY, &[1, 2], 9);
+    say(&mut core, 2, FromCompNode::Leaving);
+    let actions = say(&mut core, 1, failed(snapshot(KEY, 11, 0), false));
+    let actions = measure(&mut core, actions);
+    let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
+    assert_eq!(begun, [(1, 8), (3, 8)], "{actions:?}");
 }

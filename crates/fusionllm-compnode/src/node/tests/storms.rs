@@ -184,6 +184,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
         idle: 0,
         job: None,
         weights: blob::Unclaimed::default(),
+        dismissal: Arc::default(),
     }
 }
 

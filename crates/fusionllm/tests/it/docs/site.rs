@@ -102,6 +102,7 @@ impl Site {
                 let job = self.need_job(subcommand == "resume")?;
                 self.succeeds(&replace_word(&line, words.get(at + 2).ok_or("it names no job")?, &job.to_string()))
             }
+            "drain" => self.drain(&line, words.get(at + 2).ok_or("it names no CompNode")?),
             "train" if line.contains("examples/") => self.succeeds(&format!("{line} {SHORT}")),
             "train" | "export" | "generate" => {
                 self.need_run(line.contains("--resume"))?;
@@ -234,6 +235,17 @@ impl Site {
             self.join(&self.join.clone())?;
         }
         Ok(())
+    }
+
+    /// One of the CompNodes leaves.
+    fn drain(&mut self, line: &str, shown: &str) -> Result<(), String> {
+        self.need_compnodes()?;
+        let status = self.status()?;
+        let name = status["compnodes"].as_array().and_then(|all| all.last()?["name"].as_str()).unwrap_or_default();
+        self.succeeds(&replace_word(line, shown, name))?;
+        let gone = self.compnodes.pop().ok_or("there is no CompNode")?;
+        let (code, out, err) = gone.finish();
+        if code == Some(0) { Ok(()) } else { Err(format!("it ended with {code:?}\n{out}\n{err}")) }
     }
 
     fn status(&self) -> Result<Value, String> {

@@ -1,0 +1,95 @@
+//! A CompNode that is to leave: its work moves to others before, and nothing that is done is done again.
+//!
+//! All take a snapshot after the same step and stand still. The job is placed anew without those that leave, which lend
+//! what they hold, and go when the others have snapshots of their own.
+
+use std::time::Duration;
+
+use fusionllm_protocol::{FromBroker, JobState, RunKey};
+
+use super::{Action, ConnectionId, Core, Job};
+use crate::BrokerError;
+
+impl Core {
+    /// An operator wants a CompNode to leave.
+    pub(crate) fn drain(&mut self, name: &str, now: Duration) -> Result<Vec<Action>, BrokerError> {
+        let named = self.compnodes.all().find(|&c| self.compnodes.name(c) == name);
+        let Some(connection) = named else {
+            let names = self.compnodes.all().map(|c| self.compnodes.name(c)).collect();
+            return Err(BrokerError::UnknownCompNode { name: name.to_owned(), names });
+        };
+        let run = self.jobs.values().find_map(|job| {
+            let run = job.run.as_ref().filter(|run| run.node_of(connection).is_some())?;
+            Some((run.key.job, job.record.spec.survive.enabled))
+        });
+        if let Some((job, false)) = run {
+            return Err(BrokerError::DoesNotSurvive { job, name: name.to_owned() });
+        }
+        let actions = self.leaves(connection, now);
+        Ok(self.hold(actions))
+    }
+
+    /// A CompNode gets no work any more, and what it does moves away.
+    pub(super) fn leaves(&mut self, connection: ConnectionId, now: Duration) -> Vec<Action> {
+        let mut actions = match self.compnodes.leave(connection) {
+            Some(key) if self.plan_no_more(key.job) => self.schedule(now),
+            Some(key) => self.move_away(key, now),
+            None => Vec::new(),
+        };
+        actions.extend(self.dismiss());
+        actions
+    }
+
+    /// Has a run stand still as soon as may be, so that it can go on elsewhere.
+    fn move_away(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        let Some(Job { record, run: Some(run), snapshots, .. }) = self.jobs.get_mut(&key.job) else {
+            return Vec::new();
+        };
+        if !record.spec.survive.enabled {
+            return Vec::new();
+        }
+        let Some(step_time) = run.step_time() else {
+            // Nothing is done yet.
+            return self.move_on(key, now);
+        };
+        let (progress, params) = ((run.merged(), record.spec.train.steps), run.params_by_node());
+        let Some(step) = snapshots.begin_halt(key, progress, step_time.as_secs_f64(), params) else {
+            // It is nearly done, or about to move already.
+            return Vec::new();
+        };
+        let tell = |&to| Action::Send { to, message: FromBroker::Snapshot { key, step, halt: true } };
+        run.members.iter().map(tell).collect()
+    }
+
+    /// A run ends so that the job goes on without those that leave.
+    pub(super) fn move_on(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        let Some((members, checkpoint)) = self.run_mut(key).map(|run| (run.members.clone(), run.newest_checkpoint()))
+        else {
+            return Vec::new();
+        };
+        let leaving: Vec<String> = members
+            .iter()
+            .filter(|&&member| self.compnodes.is_leaving(member))
+            .map(|&member| format!("`{}`", self.compnodes.name(member)))
+            .collect();
+        let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let reason = format!("CompNode {} leaves", leaving.join(", "));
+        let step = known.record.step;
+        known.recoveries.go_on(members.len() - leaving.len(), now, reason.clone(), step);
+        self.wait_again(key.job, &reason, checkpoint, now)
+    }
+
+    /// Lets those go that are to leave, once nobody needs what they hold.
+    pub(super) fn dismiss(&mut self) -> Vec<Action> {
+        let is_moving = |job: &Job| {
+            let is_placed = matches!(job.record.state, JobState::Waiting { .. } | JobState::Preparing);
+            is_placed && job.recoveries.goes_on
+        };
+        let is_settled = |job: &Job| !is_moving(job) && self.is_kept_by_those_who_stay(job);
+        if !self.jobs.values().all(is_settled) {
+            return Vec::new();
+        }
+        let dismiss = |to| Action::Send { to, message: FromBroker::Dismiss };
+        self.compnodes.ready_to_leave().into_iter().map(dismiss).collect()
+    }
+}

@@ -1,0 +1,48 @@
+//! `fusionllm drain`
+
+use std::time::Duration;
+
+use fusionllm_protocol::{ClientRequest, StatusReport, ToClient};
+use tokio::time::sleep;
+
+use super::follow::Interrupts;
+use crate::cli;
+use crate::client::Client;
+use crate::render;
+
+/// Between two looks at whether it has left.
+const LOOK: Duration = Duration::from_millis(500);
+
+pub(super) async fn run(args: cli::DrainCompNode) -> anyhow::Result<()> {
+    let name = args.compnode;
+    let mut client = Client::connect(&args.broker).await?;
+    client.request(&ClientRequest::Drain { compnode: name.clone() }).await?;
+    let mut interrupts = Interrupts::new();
+    let mut told = String::new();
+    loop {
+        let ToClient::Status(report) = client.request(&ClientRequest::Status).await? else { break };
+        let Some(waits) = still_here(&report, &name) else { break };
+        if waits != told {
+            render::line(&waits)?;
+            told = waits;
+        }
+        tokio::select! {
+            () = sleep(LOOK) => {}
+            () = interrupts.next() => {
+                client.close().await;
+                return render::line(&format!("`{name}` leaves once its work has moved, whether or not this waits for it"));
+            }
+        }
+    }
+    client.close().await;
+    render::line(&format!("`{name}` has left"))
+}
+
+/// What a CompNode that is to leave still waits for; nothing once it has left.
+fn still_here(report: &StatusReport, name: &str) -> Option<String> {
+    let compnode = report.compnodes.iter().find(|compnode| compnode.name == name && compnode.is_leaving)?;
+    Some(match compnode.job {
+        Some(job) => format!("`{name}` still works on {job}, whose work moves to others"),
+        None => format!("`{name}` has no work any more and lends what it holds until others are at work"),
+    })
+}

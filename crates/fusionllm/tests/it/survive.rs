@@ -1,0 +1,141 @@
+//! A job outlives its CompNodes by the snapshots that they keep of each other.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::cluster::{broker, join, status, wait_until_done};
+use crate::process::{Bench, Running, losses, wait_until};
+
+/// Long enough for something to happen to it, with nothing at the broker to go back to.
+const JOB: &str = "--set train.steps=2000 --set train.batch=32 --set checkpoint.every=0 --set survive.every=10";
+
+/// Three CompNodes and a job at work on them that has snapshots.
+struct Cluster {
+    bench: Bench,
+    broker: Option<Running>,
+    ticket: String,
+    nodes: Vec<(&'static str, Running)>,
+}
+
+impl Cluster {
+    fn at_work(names: &[&'static str], sets: &str) -> Self {
+        let bench = Bench::new();
+        let (broker, ticket) = broker(&bench);
+        let nodes = names.iter().map(|&name| (name, join(&bench, &ticket, name))).collect();
+        bench.succeed(&format!("submit job.toml --state state {JOB} {sets}"));
+        let cluster = Self { bench, broker: Some(broker), ticket, nodes };
+        wait_until(|| cluster.step() > 40, "the job is under way");
+        cluster
+    }
+
+    fn step(&self) -> u64 {
+        status(&self.bench)["jobs"][0]["step"].as_u64().unwrap_or(0)
+    }
+
+    fn kill(&mut self, name: &str) {
+        let at = self.nodes.iter().position(|(other, _)| *other == name).unwrap();
+        self.nodes.remove(at).1.signal("KILL");
+    }
+
+    /// Waits until the job is done, whose steps must be there once each, with the losses of an undisturbed one: on other
+    /// machines the model is cut anew, which changes the order of sums. Gives its notices.
+    fn finish(&self, sets: &str) -> Vec<String> {
+        let job = wait_until_done(&self.bench);
+        let run = Path::new(job["run_dir"].as_str().unwrap());
+        self.bench.succeed(&format!("train job.toml --out calm --compnodes 3 {JOB} {sets}"));
+        let (got, calm) = (losses(run), losses(&self.bench.path("calm")));
+        assert_eq!(got.len(), calm.len());
+        assert!(got.iter().zip(&calm).all(|(a, b)| (a - b).abs() < 1e-4 * b), "{got:?}\n{calm:?}");
+        let lines = std::fs::read_to_string(run.join("notices.jsonl")).unwrap();
+        let text = |line: &str| serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().to_owned();
+        lines.lines().map(text).collect()
+    }
+
+    /// Snapshots that still lie anywhere.
+    fn snapshots_left(&self) -> usize {
+        fn count(folder: &Path) -> usize {
+            let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+            let of = |entry: std::fs::DirEntry| match entry.path() {
+                path if path.is_dir() => count(&path),
+                path => usize::from(path.to_string_lossy().contains(".step-")),
+            };
+            entries.map(of).sum()
+        }
+        count(&self.bench.path(""))
+    }
+}
+
+#[test]
+fn what_a_lost_machine_held_is_at_its_guardian() {
+    let mut cluster = Cluster::at_work(&["a", "b", "c"], "");
+    cluster.kill("b");
+    let notices = cluster.finish("");
+    let told: Vec<&String> = notices.iter().filter(|text| text.contains("`b` vanished")).collect();
+    assert!(told.len() == 1 && told[0].contains("goes on from the snapshots of step"), "{notices:?}");
+    wait_until(|| cluster.snapshots_left() == 0, "what is not needed any more is gone");
+}
+
+#[test]
+fn a_machine_that_leaves_hands_its_work_over_and_nothing_is_done_again() {
+    let mut cluster = Cluster::at_work(&["a", "b", "c"], "");
+    let out = cluster.bench.succeed("drain c --state state");
+    assert!(out.contains("`c` has left"), "{out}");
+    let (_, left) = cluster.nodes.pop().unwrap();
+    assert_eq!(left.finish().0, Some(0));
+    // A person at the machine, or a provider that wants it back.
+    let step = cluster.step();
+    wait_until(|| cluster.step() > step, "the job is at work again");
+    let (_, left) = cluster.nodes.pop().unwrap();
+    left.signal("TERM");
+    let (code, _, err) = left.finish();
+    assert!(code == Some(0) && err.contains("the work has moved away"), "{err}");
+    let notices = cluster.finish("");
+    let moves: Vec<&String> = notices.iter().filter(|text| text.contains(" leaves; ")).collect();
+    assert!(moves.len() == 2 && moves.iter().all(|text| !text.contains("done again")), "{notices:?}");
+}
+
+#[test]
+fn a_restarted_broker_goes_on_from_what_the_compnodes_kept() {
+    let mut cluster = Cluster::at_work(&["a", "b"], "");
+    cluster.broker.take().unwrap().signal("KILL");
+    let known: fusionllm::transport::Ticket = cluster.ticket.parse().unwrap();
+    let again = format!("broker --bind {} --state state --runs runs --json", known.broker.addrs[0]);
+    let mut broker = cluster.bench.start(&again);
+    broker.wait_for("ticket");
+    cluster.broker = Some(broker);
+    let notices = cluster.finish("");
+    let told = |text: &String| text.contains("the broker restarted") && text.contains("from the snapshots of step");
+    assert!(notices.iter().any(told), "{notices:?}");
+}
+
+/// On the same machine nothing crosses a wire, and the same cut gives the same bits.
+#[test]
+fn a_process_that_is_started_again_goes_on_bit_for_bit() {
+    let sets = "--set train.steps=4000 --set train.batch=4 --set checkpoint.every=0 --set survive.every=10 \
+                --set placement.strategy=equal-compute --set train.eval_every=0";
+    let bench = Bench::new();
+    let mut train = bench.start(&format!("train job.toml --compnodes 2 --out run --json {sets}"));
+    for _ in 0..3 {
+        for _ in 0..60 {
+            train.wait_for("\"event\":\"step\"");
+        }
+        let child = |pid: &String| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words = String::from_utf8_lossy(&words).into_owned();
+            words.contains("--child") && words.contains("compnode-1")
+        };
+        let pid = bench.pids().into_iter().find(child).unwrap();
+        assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
+        train.wait_for("vanished after step");
+    }
+    let (code, _, err) = train.finish();
+    assert_eq!(code, Some(0), "{err}");
+    let notices = std::fs::read_to_string(bench.path("run/notices.jsonl")).unwrap();
+    assert_eq!(notices.matches("goes on from the snapshots of step").count(), 3, "{notices}");
+    bench.succeed(&format!("train job.toml --compnodes 2 --out calm {sets}"));
+    assert_eq!(losses(&bench.path("run")), losses(&bench.path("calm")));
+    let hidden = std::fs::read_dir(bench.path("")).unwrap().flatten();
+    let left: Vec<_> = hidden.filter(|e| e.file_name().to_string_lossy().starts_with(".fusionllm")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
