@@ -144,6 +144,7 @@ impl Core {
             snapshots: Vec::new(),
         };
         let mut actions = vec![self.persist(record.clone(), true)];
+        // Until this is on disk the job may be forgotten again, and whoever submitted it is told that it was not taken in.
         let first_number = self.last_write();
         self.jobs.insert(job, Job { first_number, ..Job::new(record, Some(start), now) });
         actions.extend(self.schedule(now));
@@ -239,6 +240,7 @@ impl Core {
 
     /// Everything else that happens.
     pub(crate) fn handle(&mut self, event: CoreEvent, now: Duration) -> Vec<Action> {
+        // What was held is older than what follows now, and must not be held again.
         let released = match event {
             CoreEvent::Persisted { number } => self.persisted(number),
             _ => Vec::new(),
@@ -252,6 +254,7 @@ impl Core {
         match event {
             CoreEvent::Left { connection, reason } => self.left(connection, &reason, now),
             CoreEvent::Broken { connection, reason } => {
+                // One that is at work may come back to it; an idle one has nothing to come back to.
                 if self.compnodes.broke(connection, reason.clone()) {
                     Vec::new()
                 } else {
@@ -260,6 +263,7 @@ impl Core {
             }
             CoreEvent::Said { connection, message, at } => match self.compnodes.seen(connection, at) {
                 true => self.said(connection, message, now),
+                // It was told to go, and this was on its way still.
                 false => Vec::new(),
             },
             CoreEvent::ShardStored { key, step, node, shard } => match self.run_mut(key) {
@@ -332,6 +336,7 @@ impl Core {
                     // It was away; should it come back, it begins anew.
                     actions.push(Action::Disconnect { to, reason: reason.to_owned() });
                 }
+                // Of a job that is done each has ended its part by itself.
                 if still_here && state != JobState::Done {
                     let message = FromBroker::Abort { key, reason: reason.to_owned() };
                     actions.push(Action::Send { to, message });
@@ -376,6 +381,7 @@ pub(crate) fn check(spec: &JobSpec, start: &StartPoint) -> Result<(), BrokerErro
         let path = PathBuf::from(&spec.name);
         return Err(BrokerError::NothingLeft { path, step: start.step, steps: spec.train.steps });
     }
+    // Which machines there will be is not known yet, so without a cluster file they are any, and without bounds.
     let cluster = start.cluster.clone().unwrap_or_else(|| Cluster::uniform(least_compnodes(spec, start)));
     place(&start.dag, &cluster, &spec.placement_spec())?;
     Ok(())

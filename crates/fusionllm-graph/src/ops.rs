@@ -2,12 +2,16 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod batch_norm2d;
+pub(crate) mod conv2d;
 pub(crate) mod dropout;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;
+pub(crate) mod global_avg_pool;
 pub(crate) mod image;
 pub(crate) mod linear;
 pub(crate) mod loss;
+pub(crate) mod max_pool2d;
 pub(crate) mod norm;
 pub(crate) mod placeholder;
 pub(crate) mod position;

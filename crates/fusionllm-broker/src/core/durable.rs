@@ -127,6 +127,7 @@ impl Core {
             }
             released.extend(free);
         }
+        // Over all jobs in the order in which it was to be told.
         released.sort_by_key(|(n, _)| *n);
         released.into_iter().map(|(_, action)| action).collect()
     }

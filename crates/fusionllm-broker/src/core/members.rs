@@ -50,6 +50,7 @@ impl Core {
         let run = self.jobs.values_mut().find_map(|j| j.run.as_mut().filter(|r| r.node_of(connection).is_some()));
         let mut actions = Vec::new();
         if let Some(run) = run {
+            // Without it nothing could go on, and that is not to be counted against the others.
             run.watchdog.moved = now;
             let (key, params, is_sent) = (run.key, run.weights_owed(connection), run.weights_are_sent);
             if let Some(peer) = run.node_of(connection).filter(|_| has_moved) {
@@ -58,6 +59,7 @@ impl Core {
                 actions.extend(others.map(tell));
             }
             let start = self.jobs.get(&key.job).and_then(|job| job.start.as_ref()).filter(|_| is_sent);
+            // Weights go by a stream of their own, which broke with the connection and is not taken up again.
             if let Some((params, from)) = params.zip(start.and_then(|start| start.weights.clone())) {
                 actions.push(Action::SendWeights { to: connection, key, params, from });
             }
@@ -111,6 +113,7 @@ impl Core {
         self.survey.left(connection);
         self.jobs.values_mut().for_each(|job| job.snapshots.gone(connection));
         let Some(key) = gone.run else { return self.schedule(now) };
+        // A placement was still being worked out: others are chosen for it, and nothing is lost.
         if self.plan_no_more(key.job) {
             return self.schedule(now);
         }
@@ -126,6 +129,7 @@ impl Core {
     fn stalled(&mut self, now: Duration) -> Vec<Action> {
         let mut stalled = Vec::new();
         for run in self.jobs.values().filter_map(|job| job.run.as_ref()) {
+            // Where one is away, its lease says when it is given up.
             let is_whole = !run.members.iter().any(|&m| self.compnodes.is_away(m));
             if let Some((waiting, what)) = run.stalled(now).filter(|_| is_whole) {
                 let names: Vec<String> = waiting.iter().map(|&m| format!("`{}`", self.compnodes.name(m))).collect();

@@ -30,6 +30,7 @@ impl Core {
             }
             FromCompNode::Room { bytes } => {
                 if self.compnodes.has_room(connection, bytes) {
+                    // What could not be placed on these CompNodes may fit now.
                     self.jobs.values_mut().for_each(|job| job.recoveries.try_again());
                 }
                 Vec::new()
@@ -171,6 +172,7 @@ impl Core {
             actions.push(Action::FinishCheckpoint { key, spec: Box::new(spec) });
         }
         let is_done = run.is_done();
+        // Nothing that is told waits for it: after a restart the metrics say how far the job was.
         actions.extend(progress.map(|record| self.persist(record, false)));
         actions.extend(self.snapshots_complete(key, now));
         actions.extend(self.take_snapshots(key, now));

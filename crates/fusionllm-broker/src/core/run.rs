@@ -292,6 +292,7 @@ impl Run {
             // Without a loss there is nothing to go by: not a number, and the job fails.
             loss: reports().find_map(|r| r.loss).unwrap_or(f64::NAN),
             tokens: self.tokens_per_step,
+            // All wait for the slowest.
             step_s: reports().map(|r| r.step_s).fold(0.0, f64::max),
             lr: reports().map(|r| r.lr).fold(0.0, f64::max),
             grad_norm: reports().find_map(|r| r.grad_norm),
@@ -396,6 +397,7 @@ impl Run {
     /// Checkpoints of which all shards are there and whose step is known; they count as being finished now.
     pub(super) fn whole_checkpoints(&mut self) -> Vec<(u64, Shards)> {
         let (count, merged) = (self.members.len(), self.merged);
+        // Shards have streams of their own, and may be there before the reports of their step, which have its loss.
         let is_whole =
             |(step, shards): (&u64, &BTreeMap<_, _>)| (shards.len() == count && *step <= merged).then_some(*step);
         let whole: Vec<u64> = self.shards.iter().filter_map(is_whole).collect();

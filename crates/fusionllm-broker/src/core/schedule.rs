@@ -26,6 +26,7 @@ impl Core {
     /// never for ever while CompNodes are idle: see [`Self::holds_back`].
     pub(super) fn schedule(&mut self, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
+        // Nothing is placed that a restart would not know of.
         if self.trouble().is_some() {
             return self.survey.advance(&self.compnodes, now);
         }
@@ -216,6 +217,7 @@ impl Core {
         let is_wanted = |j: &&mut Job| j.planning.as_ref().is_some_and(|(wanted, _)| *wanted == number);
         let Some(known) = self.jobs.get_mut(&job).filter(is_wanted) else { return Vec::new() };
         let members = known.planning.as_ref().map(|(_, members)| members.clone()).unwrap_or_default();
+        // Whether one that broke off meanwhile comes back is not known: others are chosen, and it is not kept for this.
         let is_whole = members.iter().all(|&member| !self.compnodes.is_away(member));
         self.plan_no_more(job);
         if !is_whole {

@@ -27,6 +27,7 @@ pub(super) struct WorkKey(u64);
 
 impl WorkKey {
     pub(super) fn of(spec: &JobSpec, start: &StartPoint) -> Self {
+        // All that measuring depends on: the ops, their shapes, and for UPDATE the optimizer.
         let mut hasher = DefaultHasher::new();
         (&start.graph, spec.micro_batch_size(), format!("{:?}", spec.train.optimizer)).hash(&mut hasher);
         Self(hasher.finish())
@@ -211,6 +212,7 @@ impl Survey {
         now: Duration,
     ) {
         let Some(&Activity::Probe { pair, .. }) = self.active.get(&probe) else { return };
+        // Only the one that dialled says what came of it.
         if pair.0 != connection {
             return;
         }
@@ -223,6 +225,7 @@ impl Survey {
         };
         let result = match result {
             Ok(profile) if sane(&profile) => Some(profile),
+            // No link has such figures, and no plan may go by them.
             Ok(_) => None,
             Err(_) if !registry.is_idle(pair.0) || !registry.is_idle(pair.1) => {
                 // A job came in between; there is another time.
@@ -267,6 +270,7 @@ impl Survey {
             }
             !is_over
         });
+        // Remembered as what cannot be measured, so that no job waits for it again.
         for (pair, ops) in given_up {
             self.pairs.extend(pair.map(|pair| (pair, PairState { result: None, at: now })));
             self.ops.extend(ops.map(|ops| (ops, None)));

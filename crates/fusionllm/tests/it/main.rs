@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a helper that fails is a test that fails")]
 
 mod bad_input;
+mod circles;
 mod cluster;
 #[path = "../../../../tests/copy.rs"]
 mod copy;
