@@ -12,6 +12,7 @@ mod inventory;
 mod job;
 mod manifest;
 mod op_data;
+mod recovery;
 mod tensor_header;
 mod tensor_name;
 mod text;
@@ -37,6 +38,7 @@ pub use job::{
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
+pub use recovery::{Fault, Recovery, Standstill, cause};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};
 pub use tensor_name::{StateKind, TensorName};
 pub use text::{clean, clean_lines, clean_to, is_plain_name};

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::JobState;
 
+use super::comeback::Comeback;
 use super::notices::Told;
 use super::recovery::Recoveries;
 use super::run::Run;
@@ -36,6 +37,8 @@ pub(super) struct Job {
     pub(super) told: Told,
     /// What it has been through.
     pub(super) recoveries: Recoveries,
+    /// The recovery under way.
+    pub(super) comeback: Option<Comeback>,
     /// Number of the start that is being read.
     pub(super) loading: Option<u64>,
 }
@@ -58,6 +61,7 @@ impl Job {
             held: Vec::new(),
             told: Told::default(),
             recoveries: Recoveries::default(),
+            comeback: None,
             loading: None,
         }
     }

@@ -275,6 +275,7 @@ impl Core {
         let run = Run::new(key, members, placement, &start, &spec, predicted_s, now);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.owner = Some(owner);
+            known.comeback.iter_mut().for_each(|comeback| comeback.placed(run.members.len(), now));
             known.run = Some(run);
             known.persisted = now;
             known.waits_since = None;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::JobState;
-use crate::{Inventory, JobEvent, JobId, JobSpec};
+use crate::{Inventory, JobEvent, JobId, JobSpec, Standstill};
 
 /// From a client to the broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -135,6 +135,9 @@ pub struct JobSummary {
     pub loss: Option<f64>,
     /// Its run directory on the broker's machine.
     pub run_dir: String,
+    /// Why it does no step at present, if it should.
+    #[serde(with = "crate::wire::as_json", default)]
+    pub standstill: Option<Standstill>,
 }
 
 /// One CompNode in a status report.
