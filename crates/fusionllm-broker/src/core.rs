@@ -5,6 +5,7 @@
 
 mod bounds;
 mod checkpoints;
+mod comeback;
 mod data;
 mod detector;
 mod drain;
@@ -30,11 +31,12 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{
-    FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, RunKey, StatusReport,
+    Fault, FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, RunKey, StatusReport,
 };
 
 use crate::BrokerError;
 use crate::store::JobRecord;
+use comeback::Comeback;
 use durable::Durability;
 pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint};
 use job::Job;
@@ -87,7 +89,7 @@ impl Core {
     pub(crate) fn restore(jobs: Vec<Restored>, resumed_by: ResumedBy) -> (Self, Vec<Action>) {
         let mut core = Self { resumed_by, ..Self::default() };
         let mut actions = Vec::new();
-        for Restored { mut record, reached, checkpoint } in jobs {
+        for Restored { mut record, reached, gone_for, checkpoint } in jobs {
             let id = record.job;
             let is_open = !record.state.is_final();
             let was_at_work = is_open && !matches!(record.state, JobState::Waiting { .. });
@@ -105,6 +107,11 @@ impl Core {
                 actions.extend(core.was_at_work(id, is_done, chosen.or(checkpoint)));
             } else if is_open {
                 actions.extend(core.waited(id, is_done));
+            }
+            if let Some(job) = core.jobs.get_mut(&id).filter(|job| job.recoveries.goes_on) {
+                // Where it waited to go on, its metrics still tell how far it was.
+                let step = reached.filter(|_| chosen.is_none()).map_or(0, |(step, _)| step).max(job.record.step);
+                job.comeback = Some(Comeback::new(Fault::BrokerRestart, Vec::new(), step, gone_for, Duration::ZERO));
             }
         }
         let actions = core.hold(actions);
@@ -210,7 +217,11 @@ impl Core {
             jobs: self
                 .jobs
                 .values()
-                .map(|job| JobSummary { state: job.shown.clone(), ..job.record.summary() })
+                .map(|job| JobSummary {
+                    state: job.shown.clone(),
+                    standstill: self.standstill(job),
+                    ..job.record.summary()
+                })
                 .collect(),
             compnodes: self.compnodes.summaries(),
             trouble: self
@@ -324,6 +335,7 @@ impl Core {
         self.plan_no_more(job);
         actions.extend(self.told_last(job));
         if let Some(known) = self.jobs.get_mut(&job) {
+            known.comeback.take_if(|_| state.is_final());
             // What was not sent yet is not needed any more.
             known.held.retain(|(_, action)| !matches!(action, Action::Send { .. } | Action::SendWeights { .. }));
         }

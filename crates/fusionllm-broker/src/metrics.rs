@@ -3,8 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use fusionllm_protocol::StepMetrics;
+use fusionllm_protocol::{Recovery, StepMetrics};
 use fusionllm_transport::open_regular;
 use serde::Deserialize;
 
@@ -22,6 +23,10 @@ const MAX_WAITING_BYTES: usize = 64 << 20;
 pub(crate) struct MetricsWriter {
     lines: LineWriter,
     waiting: Vec<u8>,
+    /// What lines told that were dropped, as their steps are done again: the next line tells it.
+    carried: Vec<Recovery>,
+    /// Whether no line was written yet.
+    begins: bool,
 }
 
 /// Appends whole lines to a file, or nothing.
@@ -65,17 +70,22 @@ impl MetricsWriter {
     pub(crate) fn open(path: &Path, start_step: u64) -> Result<Self, BrokerError> {
         let fail = |e| io_error(path, e);
         let length = bytes_up_to(path, start_step)?;
+        let carried = recoveries_behind(path, length)?;
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(fail)?;
         if file.metadata().map_err(fail)?.len() != length {
             file.set_len(length).and_then(|()| file.sync_all()).map_err(fail)?;
         }
-        Ok(Self { lines: LineWriter::new(file, length), waiting: Vec::new() })
+        Ok(Self { lines: LineWriter::new(file, length), waiting: Vec::new(), carried, begins: true })
     }
 
-    /// Appends one step. Gives why it has to wait, if this is the first one that does.
+    /// Appends one step, with the time. Gives why it has to wait, if this is the first one that does.
     pub(crate) fn append(&mut self, path: &Path, metrics: &StepMetrics) -> Result<Option<String>, BrokerError> {
         let is_first = self.waiting.is_empty();
-        serde_json::to_writer(&mut self.waiting, metrics).map_err(|e| io_error(path, e.into()))?;
+        let mut line = metrics.clone();
+        line.unix_s = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_millis() as f64 / 1e3);
+        line.starts = std::mem::take(&mut self.begins) && metrics.recoveries.is_empty();
+        line.recoveries.splice(0..0, std::mem::take(&mut self.carried));
+        serde_json::to_writer(&mut self.waiting, &line).map_err(|e| io_error(path, e.into()))?;
         self.waiting.push(b'\n');
         match self.flush() {
             Ok(()) => Ok(None),
@@ -134,6 +144,16 @@ fn bytes_up_to(path: &Path, step: u64) -> Result<u64, BrokerError> {
         }
     }
     Ok(bytes)
+}
+
+/// The recoveries that lines tell behind the first `bytes` bytes.
+fn recoveries_behind(path: &Path, bytes: u64) -> Result<Vec<Recovery>, BrokerError> {
+    let fail = |e| io_error(path, e);
+    let Some(mut file) = open(path)? else { return Ok(Vec::new()) };
+    file.seek(SeekFrom::Start(bytes)).map_err(fail)?;
+    let mut found = Vec::new();
+    each_of(BufReader::new(file), |step| found.extend(step.recoveries)).map_err(fail)?;
+    Ok(found)
 }
 
 /// Copies what lies after `step` to a file of its own, if there is anything.
@@ -315,6 +335,43 @@ mod tests {
         assert!((last.unwrap() - 1.0).abs() < 1e-12);
     }
 
+    /// The lines that told of a recovery go, and what they told does not.
+    #[test]
+    fn what_was_recovered_from_is_told_though_its_line_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let recovery = |step| Recovery {
+            kind: fusionllm_protocol::Fault::Lost,
+            who: vec!["b".to_owned()],
+            step,
+            lost_steps: 1,
+            compnodes: 1,
+            detect_s: 4.0,
+            decide_s: 0.0,
+            build_s: 0.0,
+            refill_s: 0.0,
+        };
+        let told = || {
+            let mut told = Vec::new();
+            let mut add = |m: StepMetrics| told.push((m.step, m.starts, m.recoveries.iter().map(|r| r.step).collect()));
+            each_step(&path, &mut add).unwrap();
+            told
+        };
+        let append = |start, step, recoveries| {
+            let metrics = StepMetrics { recoveries, ..testing::metrics(step, 2.0) };
+            MetricsWriter::open(&path, start).unwrap().append(&path, &metrics).unwrap();
+        };
+        append(0, 1, vec![]);
+        append(1, 2, vec![recovery(5)]);
+        append(1, 2, vec![recovery(7)]);
+        assert_eq!(told(), [(1, true, vec![]), (2, false, vec![5, 7])]);
+        append(2, 3, vec![]);
+        assert_eq!(told()[2], (3, true, vec![]), "what stays is told once");
+        let mut times = Vec::new();
+        each_step(&path, |m| times.push(m.unix_s.unwrap())).unwrap();
+        assert!(times.iter().all(|&unix_s| unix_s > 1.7e9), "{times:?}");
+    }
+
     #[test]
     fn a_torn_last_line_is_passed_over() {
         let folder = tempfile::tempdir().unwrap();
@@ -423,7 +480,8 @@ mod tests {
         let file = OpenOptions::new().write(true).open(path).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let real = folder.path().join("metrics.jsonl");
-        let mut writer = MetricsWriter { lines: LineWriter::new(file, 0), waiting: Vec::new() };
+        let mut writer =
+            MetricsWriter { lines: LineWriter::new(file, 0), waiting: Vec::new(), carried: Vec::new(), begins: true };
         let notice = writer.append(path, &testing::metrics(1, 2.0)).unwrap().unwrap();
         assert!(notice.contains("No space left on device"), "{notice}");
         assert_eq!(writer.append(path, &testing::metrics(2, 2.0)).unwrap(), None, "it is said once");

@@ -1,17 +1,20 @@
 //! What came out of a run: `report.md`, the end of `train`, and `--json`.
 
+mod recoveries;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::f64::consts::LN_2;
 use std::path::PathBuf;
 
 use fusionllm_planner::{format_bytes, format_seconds};
-use fusionllm_protocol::{DataReport, JobId, JobState, Notice, StepMetrics};
+use fusionllm_protocol::{DataReport, JobId, JobState, Notice, Recovery, StepMetrics};
 use serde::Serialize;
 
 use crate::BrokerError;
 use crate::metrics::{Thinned, each_step};
 use crate::run_dir::{PlacementFile, RunDir, RunFile, StageSummary, read_notices};
 use crate::store::JobRecord;
+use recoveries::Recoveries;
 
 /// Training losses are averaged over this many last steps, since a single batch says little.
 const LAST_STEPS: usize = 20;
@@ -77,6 +80,11 @@ pub struct RunReport {
     pub missing_steps: Option<u64>,
     /// What the user of the job must see, oldest first.
     pub notices: Vec<Notice>,
+    /// What it recovered from, oldest first.
+    pub recoveries: Vec<Recovery>,
+    /// Share of the time since the first step that the steps would have taken one after another, each as long as the median
+    /// one; nothing where it is not known when they were done.
+    pub useful_share: Option<f64>,
 }
 
 impl RunReport {
@@ -95,7 +103,8 @@ impl RunReport {
         Ok(Self { missing_steps, notices, ..Self::of(record, totals, data, placement) })
     }
 
-    fn of(record: &JobRecord, totals: Totals, data: Option<DataReport>, placement: Option<PlacementFile>) -> Self {
+    fn of(record: &JobRecord, mut totals: Totals, data: Option<DataReport>, placement: Option<PlacementFile>) -> Self {
+        let recoveries = std::mem::take(&mut totals.recoveries);
         let last = &totals.last_losses;
         let mean = last.iter().sum::<f64>() / last.len() as f64;
         let eval_loss = totals.eval_loss;
@@ -124,6 +133,8 @@ impl RunReport {
             links: totals.links(),
             missing_steps: None,
             notices: Vec::new(),
+            useful_share: recoveries.useful_share(median_step),
+            recoveries: recoveries.all,
         }
     }
 
@@ -148,6 +159,8 @@ impl RunReport {
             let bits = bits.map_or_else(String::new, |b| format!(", {b:.3} bits per byte"));
             loss.map(|loss| format!("{what:<17}{loss:.4} nats per token{bits}"))
         };
+        let recovered = recoveries::line(&self.recoveries, self.useful_share);
+        lines.extend(recovered.map(|said| format!("{:<17}{said}", "recoveries")));
         lines.extend(with_bits("training loss", self.loss, None));
         lines.extend(with_bits("evaluation loss", self.eval_loss, self.eval_bits_per_byte));
         lines.extend(with_bits("unigram model", self.unigram_loss, self.unigram_bits_per_byte));
@@ -169,6 +182,7 @@ impl RunReport {
         for notice in &self.notices {
             text.push_str(&format!("- step {}: {}\n", notice.step, notice.text));
         }
+        text.push_str(&recoveries::section(&self.recoveries, self.useful_share));
         if let Some(data) = &self.data {
             text.push_str(&format!(
                 "\n## Data\n\n{} files, {} tokens to train on, {} held out, {:.3} bytes per token\n",
@@ -225,6 +239,7 @@ struct Totals {
     train_s: f64,
     step_s: Thinned<f64>,
     links: BTreeMap<Flow, Carried>,
+    recoveries: Recoveries,
 }
 
 /// What goes one way between two CompNodes by one codec; reports list them in this order.
@@ -254,6 +269,7 @@ impl Default for Totals {
             train_s: 0.0,
             step_s: Thinned::new(TIMED_STEPS),
             links: BTreeMap::new(),
+            recoveries: Recoveries::default(),
         }
     }
 }
@@ -269,6 +285,7 @@ impl Totals {
         self.tokens_per_step = Some(step.tokens as f64);
         self.train_s += step.step_s;
         self.step_s.push(step.step_s);
+        self.recoveries.add(step);
         for link in &step.links {
             let flow = Flow { from: link.from.clone(), to: link.to.clone(), codec: link.codec.clone() };
             let carried = self.links.entry(flow).or_default();

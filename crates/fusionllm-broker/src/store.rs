@@ -89,6 +89,7 @@ impl JobRecord {
             steps: self.spec.train.steps,
             loss: self.loss,
             run_dir: self.run_dir.display().to_string(),
+            standstill: None,
         }
     }
 }

@@ -63,6 +63,9 @@ pub(crate) fn metrics(step: u64, loss: f64) -> StepMetrics {
         eval_loss: step.is_multiple_of(3).then_some(loss),
         links: vec![link],
         codec_changes: Vec::new(),
+        recoveries: Vec::new(),
+        unix_s: None,
+        starts: false,
     }
 }
 

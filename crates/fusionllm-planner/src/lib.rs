@@ -22,6 +22,7 @@ mod plan_spec;
 mod price;
 mod ready;
 mod simulate;
+mod survival;
 mod task;
 #[cfg(test)]
 mod testing;
@@ -47,5 +48,6 @@ pub use ready::{Need, is_ready, needs};
 pub use simulate::{
     Blame, Cargo, Cause, LinkUse, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate,
 };
+pub use survival::FailureCost;
 pub use task::{Pipeline, Task};
 pub use tied::{Pieces, TIED_WINDOW};

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DataReport, JobId};
+use crate::{DataReport, JobId, Recovery};
 
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,17 @@ pub struct StepMetrics {
     /// Codecs that change after the step.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub codec_changes: Vec<CodecNote>,
+    /// What the job had recovered from when it did this step; also what came before, where the lines that told it were
+    /// dropped since their steps are done again.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub recoveries: Vec<Recovery>,
+    /// When the broker wrote the line, in seconds since 1970. Lines of earlier builds and events have none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unix_s: Option<f64>,
+    /// Whether the job was started here by hand, for the first time or after a stop: for the time before this step nobody
+    /// is to blame.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub starts: bool,
 }
 
 /// What one link carried.

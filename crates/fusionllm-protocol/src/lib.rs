@@ -13,6 +13,7 @@ mod job;
 mod manifest;
 mod op_data;
 mod peer;
+mod recovery;
 mod snapshot;
 mod tensor_header;
 mod tensor_name;
@@ -40,6 +41,7 @@ pub use job::{
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use peer::PeerRecord;
+pub use recovery::{Fault, Recovery, Standstill, cause};
 pub use snapshot::{LoanFrame, Snapshot, SnapshotId, SnapshotSource};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};
 pub use tensor_name::{StateKind, TensorName};

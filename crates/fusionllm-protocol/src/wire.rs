@@ -72,11 +72,23 @@ mod tests {
 
     use super::*;
     use crate::{
-        CompNodeSummary, FromCompNode, JobEvent, JobId, JobState, JobSummary, StatusReport, StepMetrics, ToClient,
+        CompNodeSummary, Fault, FromCompNode, JobEvent, JobId, JobState, JobSummary, Recovery, Standstill,
+        StatusReport, StepMetrics, ToClient,
     };
 
     #[test]
     fn what_is_tagged_in_json_passes_through_postcard() {
+        let recovery = Recovery {
+            kind: Fault::Lost,
+            who: vec!["a".to_owned()],
+            step: 2,
+            lost_steps: 1,
+            compnodes: 2,
+            detect_s: 4.0,
+            decide_s: 1.0,
+            build_s: 2.0,
+            refill_s: 0.5,
+        };
         let metrics = StepMetrics {
             step: 3,
             loss: 5.25,
@@ -87,6 +99,9 @@ mod tests {
             eval_loss: Some(5.0),
             links: Vec::new(),
             codec_changes: Vec::new(),
+            recoveries: vec![recovery],
+            unix_s: None,
+            starts: false,
         };
         let summary = JobSummary {
             job: JobId(1),
@@ -96,6 +111,7 @@ mod tests {
             steps: 9,
             loss: None,
             run_dir: "runs/run".to_owned(),
+            standstill: Some(Standstill { for_s: 2.5, is_recovering: true, reason: "lost".to_owned() }),
         };
         for message in [
             ToClient::Event(JobEvent::Step { job: JobId(1), metrics }),
@@ -113,14 +129,24 @@ mod tests {
         let bad = || "\u{1b}[2J\nforged\u{202e}".to_owned();
         let good = "\u{fffd}[2J forged\u{fffd}";
         let state = || JobState::Failed { reason: bad(), bad_input: false };
-        let summary =
-            JobSummary { job: JobId(1), name: bad(), state: state(), step: 0, steps: 1, loss: None, run_dir: bad() };
+        let standstill = Some(Standstill { for_s: 1.0, is_recovering: false, reason: bad() });
+        let summary = JobSummary {
+            job: JobId(1),
+            name: bad(),
+            state: state(),
+            step: 0,
+            steps: 1,
+            loss: None,
+            run_dir: bad(),
+            standstill,
+        };
         let compnode = CompNodeSummary { name: bad(), id: bad(), device: bad(), job: None };
         let report = ToClient::Status(StatusReport { jobs: vec![summary], compnodes: vec![compnode], trouble: None });
         let ToClient::Status(report) = decode_clean(&encode(&report).unwrap()).unwrap() else { panic!() };
         let (job, node) = (&report.jobs[0], &report.compnodes[0]);
         assert_eq!(job.state, JobState::Failed { reason: good.to_owned(), bad_input: false });
-        assert_eq!([&job.name, &job.run_dir, &node.name, &node.id, &node.device], [good; 5]);
+        let reason = &job.standstill.as_ref().unwrap().reason;
+        assert_eq!([&job.name, &job.run_dir, reason, &node.name, &node.id, &node.device], [good; 6]);
 
         let event = ToClient::Event(JobEvent::State { job: JobId(1), state: state() });
         let ToClient::Event(JobEvent::State { state, .. }) = decode_clean(&encode(&event).unwrap()).unwrap() else {

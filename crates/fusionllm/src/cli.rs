@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fusionllm_planner::MAX_COMPNODES;
@@ -310,6 +311,9 @@ pub(crate) struct Plan {
     /// All strategies and compressions side by side
     #[arg(long)]
     pub(crate) compare: bool,
+    /// Predict the useful share of the time if a failure hits the job as often, such as 4h or 30m
+    #[arg(long, value_name = "TIME", value_parser = values::time_between)]
+    pub(crate) mtbf: Option<Duration>,
     /// Draw placement and timeline; replaces an earlier drawing and nothing else
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,

@@ -3,7 +3,8 @@
 use std::io::IsTerminal;
 use std::time::Instant;
 
-use fusionllm_protocol::{JobEvent, JobState, StepMetrics};
+use fusionllm_planner::format_seconds;
+use fusionllm_protocol::{JobEvent, JobState, Recovery, StepMetrics};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::render;
@@ -20,6 +21,8 @@ pub(crate) struct Progress {
     recent: Vec<(f64, u64)>,
     began: Instant,
     last_eval: Option<f64>,
+    /// Whether it was at work before: what it waits for then is how it comes back.
+    has_trained: bool,
 }
 
 enum Output {
@@ -42,7 +45,7 @@ impl Progress {
         } else {
             Output::Plain
         };
-        Self { output, steps, recent: Vec::new(), began: Instant::now(), last_eval: None }
+        Self { output, steps, recent: Vec::new(), began: Instant::now(), last_eval: None, has_trained: false }
     }
 
     /// Shows one event.
@@ -52,7 +55,13 @@ impl Progress {
         }
         match event {
             JobEvent::State { state, .. } => match state {
-                JobState::Running => self.note("training"),
+                JobState::Running => {
+                    let text = if self.has_trained { "recovering: its first step is under way" } else { "training" };
+                    self.has_trained = true;
+                    self.note(text)
+                }
+                JobState::Waiting { reason } if self.has_trained => self.note(&format!("recovering: {reason}")),
+                JobState::Preparing if self.has_trained => self.note("recovering: the CompNodes prepare their parts"),
                 JobState::Waiting { .. } | JobState::Preparing => self.note(&render::state(state)),
                 JobState::Done | JobState::Failed { .. } | JobState::Stopped => self.finish(),
             },
@@ -68,6 +77,9 @@ impl Progress {
     }
 
     fn step(&mut self, metrics: &StepMetrics) -> anyhow::Result<()> {
+        for recovery in &metrics.recoveries {
+            self.note(&recovered(recovery))?;
+        }
         self.recent.push((metrics.step_s, metrics.tokens));
         if self.recent.len() > WINDOW {
             self.recent.remove(0);
@@ -114,6 +126,18 @@ impl Progress {
         }
         self.note(&format!("ended after {}", duration(self.began.elapsed().as_secs_f64())))
     }
+}
+
+/// What a recovery took, in one line.
+fn recovered(recovery: &Recovery) -> String {
+    let Recovery { lost_steps, compnodes, .. } = recovery;
+    let [all, detect, decide, build, refill] =
+        [recovery.total_s(), recovery.detect_s, recovery.decide_s, recovery.build_s, recovery.refill_s]
+            .map(format_seconds);
+    format!(
+        "training again after {all}: noticed after {detect}, placed after {decide}, ready after {build}, first step after \
+         {refill}; {lost_steps} steps are done again, on {compnodes} CompNodes"
+    )
 }
 
 /// Seconds as people say them.

@@ -44,7 +44,8 @@ pub(crate) fn status(report: &StatusReport) -> String {
     for job in &report.jobs {
         let step = format!("{}/{}", job.step, job.steps);
         let loss = job.loss.map_or_else(|| "-".to_owned(), |l| format!("{l:.4}"));
-        text.push_str(&format!("{:<5} {:<20} {step:>13} {loss:>9}  {}\n", job.job.0, job.name, state(&job.state)));
+        let state = job.standstill.as_ref().map_or_else(|| state(&job.state), ToString::to_string);
+        text.push_str(&format!("{:<5} {:<20} {step:>13} {loss:>9}  {state}\n", job.job.0, job.name));
     }
     text.push('\n');
     if report.compnodes.is_empty() {

@@ -1,11 +1,14 @@
 //! Values of options that make sense, and what would be right where one does not.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 /// Threads of a CPU device: no machine has as many cores.
 pub(crate) const MOST_THREADS: i64 = 4096;
 /// Tokens that `generate` writes in one go.
 pub(crate) const MOST_TOKENS: u64 = 1_000_000;
+/// No failure is waited for as long.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 /// Memory that jobs may fill, in GB: from a megabyte to a petabyte.
 const MEMORY_GB: std::ops::RangeInclusive<f64> = 0.001..=1e6;
 
@@ -46,6 +49,13 @@ pub(crate) fn memory_gb(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|gb| MEMORY_GB.contains(gb)).ok_or(expected)
 }
 
+/// How long it is from one failure to the next.
+pub(crate) fn time_between(text: &str) -> Result<Duration, String> {
+    let expected = "expected a duration of a second to 100 years, such as 4h or 30m";
+    let is_sane = |time: &Duration| (Duration::from_secs(1)..=LONGEST).contains(time);
+    humantime::parse_duration(text).ok().filter(is_sane).ok_or_else(|| expected.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,5 +76,9 @@ mod tests {
             assert!(memory_gb(wrong).unwrap_err().contains("from 0.001 to 1000000"), "{wrong}");
         }
         assert_eq!(memory_gb("1.5"), Ok(1.5));
+        for wrong in ["0s", "500ms", "1000years", "4", "soon", "", "-1h"] {
+            assert!(time_between(wrong).unwrap_err().contains("such as 4h or 30m"), "{wrong}");
+        }
+        assert_eq!(time_between("1h 30m"), Ok(Duration::from_secs(5400)));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{FromBroker, JobState, RunKey};
+use fusionllm_protocol::{Fault, FromBroker, JobState, RunKey};
 
 use super::{Action, ConnectionId, Core, Job};
 use crate::BrokerError;
@@ -67,13 +67,12 @@ impl Core {
         else {
             return Vec::new();
         };
-        let leaving: Vec<String> = members
-            .iter()
-            .filter(|&&member| self.compnodes.is_leaving(member))
-            .map(|&member| format!("`{}`", self.compnodes.name(member)))
-            .collect();
+        let leaving = members.iter().filter(|&&member| self.compnodes.is_leaving(member));
+        let leaving: Vec<String> = leaving.map(|&member| self.compnodes.name(member)).collect();
+        self.fault(key, Fault::Left, leaving.clone(), Duration::ZERO, now);
         let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
-        let reason = format!("CompNode {} leaves", leaving.join(", "));
+        let names: Vec<String> = leaving.iter().map(|name| format!("`{name}`")).collect();
+        let reason = format!("CompNode {} leaves", names.join(", "));
         let step = known.record.step;
         known.recoveries.go_on(members.len() - leaving.len(), now, reason.clone(), step);
         self.wait_again(key.job, &reason, checkpoint, now)

@@ -133,6 +133,8 @@ pub(crate) struct Restored {
     pub(crate) record: JobRecord,
     /// The last step of its metrics, with its loss.
     pub(crate) reached: Option<(u64, f64)>,
+    /// How long ago that was written.
+    pub(crate) gone_for: Duration,
     /// Step of its newest whole checkpoint.
     pub(crate) checkpoint: Option<u64>,
 }

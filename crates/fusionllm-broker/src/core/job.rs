@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::JobState;
 
+use super::comeback::Comeback;
 use super::notices::Told;
 use super::recovery::Recoveries;
 use super::run::Run;
@@ -39,6 +40,8 @@ pub(super) struct Job {
     pub(super) recoveries: Recoveries,
     /// What CompNodes keep of it.
     pub(super) snapshots: Snapshots,
+    /// The recovery under way.
+    pub(super) comeback: Option<Comeback>,
     /// Number of the start that is being read.
     pub(super) loading: Option<u64>,
 }
@@ -63,6 +66,7 @@ impl Job {
             told: Told::default(),
             recoveries: Recoveries::default(),
             snapshots,
+            comeback: None,
             loading: None,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{FromBroker, JobId, JobState, RunKey};
+use fusionllm_protocol::{Fault, FromBroker, JobId, JobState, RunKey};
 
 use super::{Action, ConnectionId, Core, Job, Joining, StartPoint};
 use crate::BrokerError;
@@ -95,7 +95,8 @@ impl Core {
         }
         for (connection, reason) in lost {
             actions.push(Action::Disconnect { to: connection, reason: reason.clone() });
-            actions.extend(self.left(connection, &reason, now));
+            let silence = self.compnodes.silence(connection, now);
+            actions.extend(self.left_after(connection, &reason, silence, now));
         }
         self.survey.tick(now);
         actions.extend(self.rewrite(now));
@@ -109,10 +110,19 @@ impl Core {
 
     /// A CompNode has gone for good.
     pub(super) fn left(&mut self, connection: ConnectionId, reason: &str, now: Duration) -> Vec<Action> {
+        self.left_after(connection, reason, Duration::ZERO, now)
+    }
+
+    /// The same, where that was only known after a silence.
+    fn left_after(&mut self, connection: ConnectionId, reason: &str, silence: Duration, now: Duration) -> Vec<Action> {
         let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
         self.survey.left(connection);
         self.jobs.values_mut().for_each(|job| job.snapshots.gone(connection));
-        let Some(key) = gone.run else { return self.schedule(now) };
+        let Some(key) = gone.run else {
+            let mut actions = self.gone_too(connection, &gone.name);
+            actions.extend(self.schedule(now));
+            return actions;
+        };
         // A placement was still being worked out: others are chosen for it, and nothing is lost.
         if self.plan_no_more(key.job) {
             return self.schedule(now);
@@ -121,7 +131,13 @@ impl Core {
             return self.advance(key, now);
         }
         let step = self.jobs.get(&key.job).map_or(0, |job| job.record.step);
-        let reason = format!("CompNode `{}` vanished after step {step}: {reason}", gone.name);
+        let mut reason = format!("CompNode `{}` vanished after step {step}: {reason}", gone.name);
+        let mut who = vec![gone.name];
+        for other in self.silent_beside(key, connection, now) {
+            reason.push_str(&format!("; no sign of life of `{other}` either"));
+            who.push(other);
+        }
+        self.fault(key, Fault::Lost, who, silence, now);
         self.recover(key, reason, true, now)
     }
 
@@ -132,16 +148,22 @@ impl Core {
             // Where one is away, its lease says when it is given up.
             let is_whole = !run.members.iter().any(|&m| self.compnodes.is_away(m));
             if let Some((waiting, what)) = run.stalled(now).filter(|_| is_whole) {
-                let names: Vec<String> = waiting.iter().map(|&m| format!("`{}`", self.compnodes.name(m))).collect();
+                let waiting: Vec<String> = waiting.iter().map(|&m| self.compnodes.name(m)).collect();
+                let names: Vec<String> = waiting.iter().map(|name| format!("`{name}`")).collect();
                 let who = match names.is_empty() {
                     true => "the disk of the broker".to_owned(),
                     false => format!("CompNode {}", names.join(", ")),
                 };
-                let reason = format!("{what}: waited for {who}");
-                stalled.push((run.key, reason));
+                let silence = now.saturating_sub(run.watchdog.moved);
+                stalled.push((run.key, format!("{what}: waited for {who}"), waiting, silence));
             }
         }
-        stalled.into_iter().flat_map(|(key, reason)| self.recover(key, reason, false, now)).collect()
+        let mut actions = Vec::new();
+        for (key, reason, waiting, silence) in stalled {
+            self.fault(key, Fault::Stalled, waiting, silence, now);
+            actions.extend(self.recover(key, reason, false, now));
+        }
+        actions
     }
 
     /// What a job starts from that waited when the broker ended, or goes on by itself.

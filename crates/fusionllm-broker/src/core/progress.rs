@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_planner::CodecChange;
-use fusionllm_protocol::{DataReport, FromBroker, FromCompNode, JobEvent, JobState, RunKey};
+use fusionllm_protocol::{DataReport, Fault, FromBroker, FromCompNode, JobEvent, JobState, RunKey};
 
+use super::comeback::Phase;
 use super::run::{MergedStep, Run};
 use super::{Action, ConnectionId, Core};
 use crate::checkpoint::FinishSpec;
@@ -89,8 +90,12 @@ impl Core {
                 }
                 let name = self.compnodes.name(connection);
                 // What is wrong with the input is wrong on every machine.
-                let reason = if bad_input { reason } else { format!("CompNode `{name}`: {reason}") };
-                if bad_input { self.fail(key, reason, true, now) } else { self.recover(key, reason, false, now) }
+                if bad_input {
+                    return self.fail(key, reason, true, now);
+                }
+                let reason = format!("CompNode `{name}`: {reason}");
+                self.fault(key, Fault::Failed, vec![name], Duration::ZERO, now);
+                self.recover(key, reason, false, now)
             }
         }
     }
@@ -113,6 +118,7 @@ impl Core {
             if let Some(job) = self.jobs.get_mut(&key.job) {
                 // What lay after its start has been put aside.
                 job.record.from_step = None;
+                job.comeback.iter_mut().for_each(|comeback| comeback.enter(Phase::Refill, now));
             }
             actions.extend(self.set_state(key.job, JobState::Running));
             let start = |to| Action::Send { to, message: FromBroker::Start { key } };
@@ -131,7 +137,7 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         let Some(run) = job.run.as_mut() else { return Vec::new() };
         let (mut actions, mut progress) = (Vec::new(), None);
-        while let Some(MergedStep { metrics, traced, changes }) = run.next_step() {
+        while let Some(MergedStep { mut metrics, traced, changes }) = run.next_step() {
             for (to, change) in changes {
                 let CodecChange { edge, way, codec, .. } = change;
                 let message = FromBroker::SetCodec { key, edge, way, codec };
@@ -148,6 +154,8 @@ impl Core {
                 );
                 return actions.into_iter().chain(self.fail(key, reason, false, now)).collect();
             }
+            let comeback = job.comeback.take().map(|comeback| comeback.done(metrics.step.saturating_sub(1), now));
+            metrics.recoveries = comeback.into_iter().collect();
             job.record.step = metrics.step;
             run.watchdog.moved = now;
             job.record.loss = Some(metrics.loss);

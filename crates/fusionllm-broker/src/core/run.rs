@@ -299,6 +299,9 @@ impl Run {
             eval_loss: reports().find_map(|r| r.eval_loss),
             links: reports().flat_map(|r| r.links.iter().cloned()).collect(),
             codec_changes: changes.iter().map(|c| self.note(c)).collect(),
+            recoveries: Vec::new(),
+            unix_s: None,
+            starts: false,
         };
         if !self.given_up.remove(&step) && self.checkpoints.is_due(step) {
             self.open.insert(step, metrics.loss);

@@ -288,6 +288,7 @@ impl Core {
         let run = Run::new(key, members, placement, &start, checkpoint, &spec, predicted_s, now);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.owner = Some(owner);
+            known.comeback.iter_mut().for_each(|comeback| comeback.placed(run.members.len(), now));
             known.run = Some(run);
             known.persisted = now;
             known.waits_since = None;

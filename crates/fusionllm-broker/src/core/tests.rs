@@ -10,6 +10,7 @@ use fusionllm_protocol::{
     PairProfile, PeerRecord, StepReport, TokenizerFingerprint, content_hash,
 };
 
+mod comeback;
 mod recovery;
 mod snapshots;
 
@@ -680,7 +681,7 @@ fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
     submit(&mut core, &["survive.enabled=false"]);
     let at_work = core.record(JobId(1)).unwrap().clone();
     let done = JobRecord { job: JobId(2), state: JobState::Done, ..at_work.clone() };
-    let known = |record| Restored { record, reached: None, checkpoint: None };
+    let known = |record| Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: None };
     let (mut core, actions) = Core::restore(vec![known(at_work), known(done)], ResumedBy::default());
     assert!(matches!(&actions[..], [Action::Persist { .. }, Action::WriteReport { .. }]), "{actions:?}");
     assert!(failure(&core).starts_with("the broker restarted after step 0; `fusionllm resume 1` begins anew"));
@@ -713,7 +714,12 @@ fn record(job: u64, state: JobState) -> JobRecord {
 fn a_restart_goes_by_what_the_run_directory_knows() {
     let at_work = |job, reached, checkpoint| {
         let state = JobState::Running;
-        Restored { record: record(job, state), reached: Some((reached, 1.5)), checkpoint: Some(checkpoint) }
+        Restored {
+            record: record(job, state),
+            reached: Some((reached, 1.5)),
+            gone_for: Duration::ZERO,
+            checkpoint: Some(checkpoint),
+        }
     };
     let by = ResumedBy::Broker { state: Some(PathBuf::from("/state")) };
     let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)], by);
@@ -740,13 +746,13 @@ fn a_chosen_step_outlives_the_broker() {
     // It waits, and has not put the later steps aside yet.
     let waiting = JobRecord { state: JobState::Waiting { reason: String::new() }, ..kept.clone() };
     let (waits, _) = Core::restore(
-        vec![Restored { record: waiting, reached: Some((6, 1.5)), checkpoint: Some(6) }],
+        vec![Restored { record: waiting, reached: Some((6, 1.5)), gone_for: Duration::ZERO, checkpoint: Some(6) }],
         ResumedBy::default(),
     );
     assert_eq!((waits.record(JobId(1)).unwrap().step, waits.record(JobId(1)).unwrap().loss), (3, None));
     let at_work = JobRecord { state: JobState::Preparing, ..kept };
     let (core_then, _) = Core::restore(
-        vec![Restored { record: at_work, reached: Some((6, 1.5)), checkpoint: Some(6) }],
+        vec![Restored { record: at_work, reached: Some((6, 1.5)), gone_for: Duration::ZERO, checkpoint: Some(6) }],
         ResumedBy::default(),
     );
     assert!(failure(&core_then).starts_with("the broker restarted"), "the checkpoint of step 6 is not its future");
@@ -797,7 +803,7 @@ fn a_measurement_for_an_earlier_broker_is_not_believed() {
 fn what_waited_goes_on_waiting_after_a_restart() {
     let waiting = |job| {
         let record = record(job, JobState::Waiting { reason: "job 1 comes first".to_owned() });
-        Restored { record, reached: None, checkpoint: None }
+        Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: None }
     };
     let (mut core, actions) = Core::restore(vec![waiting(1), waiting(2)], ResumedBy::default());
     assert!(matches!(&actions[..], [Action::Load(_), Action::Load(_)]), "{actions:?}");

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fusionllm_protocol::{DataSpec, JobSpec, TrainSpec};
 
@@ -54,7 +55,13 @@ pub(super) fn restored(record: JobRecord) -> Restored {
     let reached = last_step(&RunDir::new(&record.run_dir).metrics()).filter(|_| is_open);
     let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
     let checkpoint = if is_open { newest() } else { None };
-    Restored { record, reached, checkpoint }
+    let gone_for = reached.and_then(|_| age(&RunDir::new(&record.run_dir).metrics())).unwrap_or_default();
+    Restored { record, reached, gone_for, checkpoint }
+}
+
+/// How long ago a file was written last.
+fn age(path: &Path) -> Option<Duration> {
+    std::fs::metadata(path).ok()?.modified().ok()?.elapsed().ok()
 }
 
 /// Removes the shards of checkpoints that were not whole when the broker ended: until the job goes on, which may be never,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Inventory, JobEvent, JobId, JobSpec, JobState};
+use crate::{Inventory, JobEvent, JobId, JobSpec, JobState, Standstill};
 
 /// From a client to the broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -139,6 +139,9 @@ pub struct JobSummary {
     pub loss: Option<f64>,
     /// Its run directory on the broker's machine.
     pub run_dir: String,
+    /// Why it does no step at present, if it should.
+    #[serde(with = "crate::wire::as_json", default)]
+    pub standstill: Option<Standstill>,
 }
 
 /// One CompNode in a status report.

@@ -1,6 +1,7 @@
 //! `fusionllm plan`
 
 mod compared;
+mod survival;
 mod table;
 
 use std::path::Path;
@@ -105,6 +106,9 @@ fn without_cluster(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {
     if args.svg.is_some() || args.trace.is_some() {
         return Err(bad_input("--svg and --trace show a predicted step, which needs --cluster FILE"));
     }
+    if args.mtbf.is_some() {
+        return Err(bad_input("--mtbf goes by a predicted step, which needs --cluster FILE"));
+    }
     let (spec, dag) = (&job.spec, &job.dag);
     let count = args.compnodes.or(spec.placement.compnodes).unwrap_or(DEFAULT_COMPNODES);
     let placement = place(dag, &Cluster::uniform(count as usize), &spec.placement_spec()).map_err(bad_input)?;
@@ -133,6 +137,7 @@ fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
     let mut spec = plan_spec(job);
     spec.compression = compression(args, job)?;
     let plan = plan(&job.dag, &cluster, &spec).map_err(bad_input)?;
+    let survival = args.mtbf.map(|mtbf| survival::Survival::of(job, &plan, mtbf));
     write_drawings(args, &plan, &job.dag)?;
     if args.json {
         let mut document = describe(args, job)?;
@@ -140,18 +145,22 @@ fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
         document["compression"] = json!(spec.compression.name());
         document["placement"] = serde_json::to_value(&plan.placement)?;
         document["prediction"] = serde_json::to_value(&plan.prediction)?;
+        if let Some(survival) = survival {
+            document["survival"] = survival.json();
+        }
         return render::json(&document, true);
     }
     print_graph(args, job)?;
-    render::line(&format!("{}\n\n{}", summary(&job.dag), table::plan(&job.dag, &plan)))
+    let survival = survival.map_or_else(String::new, |survival| format!("\n{}", survival.text()));
+    render::line(&format!("{}\n\n{}{survival}", summary(&job.dag), table::plan(&job.dag, &plan)))
 }
 
 fn compare_all(args: &cli::Plan, jobs: &[Job]) -> anyhow::Result<()> {
     if args.cluster.is_empty() {
         return Err(bad_input("--compare needs --cluster FILE (repeatable)"));
     }
-    if args.svg.is_some() || args.trace.is_some() || args.compnodes.is_some() {
-        return Err(bad_input("--svg, --trace and --compnodes are for one plan, leave them or --compare out"));
+    if args.svg.is_some() || args.trace.is_some() || args.compnodes.is_some() || args.mtbf.is_some() {
+        return Err(bad_input("--svg, --trace, --compnodes and --mtbf are for one plan, leave them or --compare out"));
     }
     let ratio = args.ratio.unwrap_or(COMPARED_RATIO);
     check_ratio(ratio)?;

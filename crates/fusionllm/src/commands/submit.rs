@@ -54,37 +54,41 @@ async fn accepted(client: &mut Client, request: &ClientRequest, json: bool) -> a
     Ok(())
 }
 
-/// Follows the job to its end, if asked to. Ctrl-C ends the following, not the job.
+/// Follows the job to its end, if asked to.
 async fn finish(mut client: Client, follow: bool, json: bool, steps: u64, typed: &str) -> anyhow::Result<()> {
-    let mut result = Ok(());
-    if follow {
-        let mut progress = Progress::new(json, steps);
-        let mut interrupts = Interrupts::new();
-        loop {
-            let message = tokio::select! {
-                message = client.next() => message?,
-                () = interrupts.next() => {
-                    if !json {
-                        render::line(&format!("the job goes on at the broker, `fusionllm status{typed}` shows it"))?;
-                    }
-                    None
-                }
-            };
-            let Some(ToClient::Event(event)) = message else { break };
-            if let Err(error) = progress.event(&event) {
-                let job = event.job();
-                result =
-                    Err(anyhow::anyhow!("{error:#}; {job} goes on at the broker, `fusionllm status{typed}` shows it"));
-                break;
-            }
-            if let JobEvent::State { state, .. } = &event
-                && state.is_final()
-            {
-                result = super::follow::outcome(state);
-                break;
-            }
-        }
-    }
+    let result = if follow { followed(&mut client, json, steps, typed).await } else { Ok(()) };
     client.close().await;
     result
+}
+
+/// Shows how the job goes, to its end. Ctrl-C ends the following, not the job; and so does the end of the broker.
+async fn followed(client: &mut Client, json: bool, steps: u64, typed: &str) -> anyhow::Result<()> {
+    let mut progress = Progress::new(json, steps);
+    let mut interrupts = Interrupts::new();
+    let back = format!("the job goes on by itself once the broker is back, `fusionllm status{typed}` shows it then");
+    loop {
+        let message = tokio::select! {
+            message = client.next() => message.map_err(|error| anyhow::anyhow!("{error:#}; {back}"))?,
+            () = interrupts.next() => {
+                if !json {
+                    render::line(&format!("the job goes on at the broker, `fusionllm status{typed}` shows it"))?;
+                }
+                return Ok(());
+            }
+        };
+        let event = match message {
+            Some(ToClient::Event(event)) => event,
+            Some(other) => anyhow::bail!("the broker answered something else: {other:?}"),
+            None => anyhow::bail!("the broker has ended; {back}"),
+        };
+        if let Err(error) = progress.event(&event) {
+            let job = event.job();
+            anyhow::bail!("{error:#}; {job} goes on at the broker, `fusionllm status{typed}` shows it");
+        }
+        if let JobEvent::State { state, .. } = &event
+            && state.is_final()
+        {
+            return super::follow::outcome(state);
+        }
+    }
 }

@@ -82,7 +82,6 @@ fn a_killed_broker_that_is_started_again_takes_its_job_back() {
     follow.wait_for("\"event\":\"checkpoint\"");
     first.signal("KILL");
     drop(first);
-    drop(follow);
     let known: fusionllm::transport::Ticket = ticket.parse().unwrap();
     let again = format!("broker --bind {} --state state --runs runs --json", known.broker.addrs[0]);
     let mut again = bench.start(&again);
@@ -92,6 +91,10 @@ fn a_killed_broker_that_is_started_again_takes_its_job_back() {
     let report = std::path::Path::new(job["run_dir"].as_str().unwrap()).join("report.md");
     let report = std::fs::read_to_string(report).unwrap();
     assert!(report.contains("the broker restarted after step"), "{report}");
+    assert!(report.contains("\n| broker restart |  | ") && report.contains("\nUseful: "), "{report}");
+    let (code, _, err) = follow.finish();
+    let way_on = "the job goes on by itself once the broker is back, `fusionllm status --state state` shows it then";
+    assert!(code == Some(1) && err.contains(way_on), "{err}");
 }
 
 #[test]
@@ -106,6 +109,7 @@ fn a_killed_compnode_that_is_started_again_takes_part_again() {
     let _rack = bench.start(&format!("join {ticket} --name rack --bind 127.0.0.1:0 --device cpu --data ."));
     let (code, out, err) = follow.finish();
     assert!(code == Some(0) && out.contains("note: CompNode `rack` vanished after step"), "{out}\n{err}");
+    assert!(out.contains("recovering: ") && out.contains("training again after "), "{out}");
     assert_undisturbed(&bench, &wait_until_done(&bench));
 }
 

@@ -64,6 +64,38 @@ fn a_plan_on_a_cluster_predicts_and_draws() {
 }
 
 #[test]
+fn a_plan_says_what_failures_leave_of_the_time() {
+    let bench = bench();
+    let share = |more: &str| {
+        let plan = format!("plan job.toml --cluster cluster.toml --json {more}");
+        let json: Value = serde_json::from_str(&bench.succeed(&plan)).unwrap();
+        let survival = &json["survival"];
+        let number = |value: &Value| value.as_f64().unwrap();
+        let parts = survival["parts"].as_object().unwrap();
+        let sum: f64 = parts.values().map(|part| number(&part["s"])).sum();
+        assert!((sum - number(&survival["per_failure_s"])).abs() < 1e-9 && parts.len() == 6, "{survival}");
+        let expected = 1.0 - sum / (number(&survival["mtbf_s"]) + sum);
+        assert!((number(&survival["useful_share"]) - expected).abs() < 1e-12, "{survival}");
+        number(&survival["useful_share"])
+    };
+    let often = share("--mtbf 10m");
+    assert!(often > 0.5 && often < share("--mtbf 4h"));
+    assert!(share("--mtbf 10m --set checkpoint.every=0") < often, "without checkpoints it begins anew");
+    let out = bench.succeed("plan job.toml --cluster cluster.toml --mtbf 4h");
+    assert!(out.contains("useful share") && out.contains("if the job is hit each 4h"), "{out}");
+    assert!(out.contains("half of the 4 steps from one checkpoint to the next"), "{out}");
+    for (arguments, words) in [
+        ("plan job.toml --mtbf 4h", "--cluster FILE"),
+        ("plan job.toml --cluster cluster.toml --compare --mtbf 4h", "leave them or --compare out"),
+        ("plan job.toml --cluster cluster.toml --mtbf soon", "such as 4h or 30m"),
+    ] {
+        let output = bench.run(arguments);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(text(&output.stderr).contains(words), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
 fn a_comparison_has_a_row_for_every_strategy_and_compression() {
     let bench = bench();
     let compare = "plan job.toml --cluster cluster.toml --compare";
