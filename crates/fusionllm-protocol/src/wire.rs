@@ -140,7 +140,7 @@ mod tests {
             run_dir: bad(),
             standstill,
         };
-        let compnode = CompNodeSummary { name: bad(), id: bad(), device: bad(), job: None };
+        let compnode = CompNodeSummary { name: bad(), id: bad(), device: bad(), job: None, is_leaving: false };
         let report = ToClient::Status(StatusReport { jobs: vec![summary], compnodes: vec![compnode], trouble: None });
         let ToClient::Status(report) = decode_clean(&encode(&report).unwrap()).unwrap() else { panic!() };
         let (job, node) = (&report.jobs[0], &report.compnodes[0]);

@@ -3,18 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use fusionllm_planner::NodeIndex;
+use fusionllm_planner::{NodeIndex, snapshot_cost_s, snapshot_period_s};
 use fusionllm_protocol::{Generation, JobSpec, RunKey, Snapshot, SnapshotId};
 
 use crate::core::ConnectionId;
 use crate::store::{SnapshotPart, SnapshotSet};
 
-/// Guardians fetch during at most this share of the time.
-const GUARDING_SHARE: f64 = 0.5;
-/// There is no more than one a second, however cheap.
-const LEAST_PERIOD_S: f64 = 1.0;
-/// What taking one costs before it has been measured: its bytes at this speed.
-const FIRST_BYTES_PER_S: f64 = 1e9;
 /// A step that CompNodes are told of is so many seconds ahead, and [`LEAST_AHEAD`] steps, so that the word is there in time.
 const AHEAD_S: f64 = 0.3;
 const LEAST_AHEAD: u64 = 2;
@@ -133,12 +127,12 @@ impl Snapshots {
         self.making = None;
     }
 
-    /// Seconds between two, by Daly's rule: what they cost and what is lost with a failure are the least together.
+    /// Seconds between two.
     fn period_s(&self, mtbf_h: f64, bytes: u64, now: Duration) -> f64 {
         let known = self.mtbf_s.unwrap_or(mtbf_h * 3600.0);
         let mtbf = known.max(now.saturating_sub(self.failed).as_secs_f64());
-        let cost = self.cost_s.unwrap_or(bytes as f64 / FIRST_BYTES_PER_S);
-        (2.0 * cost * mtbf).sqrt().max(self.guarding_s / GUARDING_SHARE).max(LEAST_PERIOD_S)
+        let cost = self.cost_s.unwrap_or(snapshot_cost_s(bytes));
+        snapshot_period_s(cost, mtbf, self.guarding_s)
     }
 
     /// The step for the next one, if it is time to tell it: `merged` steps of `step_s` seconds are done, and all parts

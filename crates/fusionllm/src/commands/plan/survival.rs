@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusionllm_planner::{FailureCost, Plan, format_seconds};
+use fusionllm_planner::{FailureCost, Kept, Plan, format_seconds};
 use serde_json::{Value, json};
 
 use super::Job;
@@ -11,18 +11,20 @@ use super::Job;
 pub(super) struct Survival {
     mtbf: Duration,
     cost: FailureCost,
-    /// Steps from one checkpoint to the next.
-    every: u64,
+    kept: Kept,
 }
 
 impl Survival {
     /// Of a job that is hit after `mtbf` of work on the average.
     pub(super) fn of(job: &Job, plan: &Plan, mtbf: Duration) -> Self {
         let (steps, every) = (job.spec.train.steps, job.spec.checkpoint.every);
-        // Without checkpoints it begins anew.
-        let every = if every == 0 { steps } else { every.min(steps) };
-        let cost = FailureCost::of(plan, &job.dag, every, |bytes| job.spec.train.state_bytes(bytes));
-        Self { mtbf, cost, every }
+        let kept = match job.spec.survive.every {
+            // Without checkpoints it begins anew.
+            Some(0) => Kept::Checkpoints(if every == 0 { steps } else { every.min(steps) }),
+            every => Kept::Snapshots(every.map(|every| every.min(steps))),
+        };
+        let cost = FailureCost::of(plan, &job.dag, kept, mtbf.as_secs_f64(), |bytes| job.spec.train.state_bytes(bytes));
+        Self { mtbf, cost, kept }
     }
 
     fn useful_share(&self) -> f64 {
@@ -32,15 +34,23 @@ impl Survival {
     /// Each part, and where it comes from.
     fn parts(&self) -> [(&'static str, f64, String); 6] {
         let FailureCost { detect_s, decide_s, move_s, build_s, refill_s, again_s } = self.cost;
-        let every = self.every;
+        let (what, every, moves) = match self.kept {
+            Kept::Snapshots(every) => {
+                ("set of snapshots", every, "for the largest part, from its guardian over the links")
+            }
+            Kept::Checkpoints(every) => {
+                ("checkpoint", Some(every), "for the weights, from the first CompNode's site over the links")
+            }
+        };
         let again = match every {
-            1 => "done again: half a step, with a checkpoint after each".to_owned(),
-            every => format!("done again: half of the {every} steps from one checkpoint to the next"),
+            None => format!("done again: half of the time from one {what} to the next, which is worked out"),
+            Some(1) => format!("done again: half a step, with a {what} after each"),
+            Some(every) => format!("done again: half of the {every} steps from one {what} to the next"),
         };
         [
             ("detect_s", detect_s, "until it is known, assumed".to_owned()),
             ("decide_s", decide_s, "until the job is placed again, assumed".to_owned()),
-            ("move_s", move_s, "for the weights, from the first CompNode's site over the links".to_owned()),
+            ("move_s", move_s, moves.to_owned()),
             ("build_s", build_s, "until all parts are built, assumed".to_owned()),
             ("refill_s", refill_s, "for the first step, predicted".to_owned()),
             ("again_s", again_s, again),
@@ -65,7 +75,10 @@ impl Survival {
             "mtbf_s": self.mtbf.as_secs_f64(),
             "useful_share": self.useful_share(),
             "per_failure_s": self.cost.total_s(),
-            "checkpoint_every": self.every,
+            "goes_on_from": match self.kept {
+                Kept::Snapshots(every) => json!({ "snapshots": every.map_or(json!("auto"), Value::from) }),
+                Kept::Checkpoints(every) => json!({ "checkpoints": every }),
+            },
             "parts": serde_json::Map::from_iter(parts),
         })
     }
