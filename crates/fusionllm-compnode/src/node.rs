@@ -154,7 +154,7 @@ async fn join_with(
     node.drop_job("the CompNode leaves");
     let store = Arc::clone(&node.snapshots);
     // Nobody needs what a CompNode has kept that the broker lets go.
-    let stay = config.snapshots_stay && !dismissal.by_broker.load(Ordering::Relaxed);
+    let stay = config.snapshots_stay && !dismissal.keeps_nothing.load(Ordering::Relaxed);
     tokio::task::spawn_blocking(move || store.close(stay)).await?;
     endpoint.close().await;
     result
@@ -164,7 +164,7 @@ async fn join_with(
 #[derive(Debug, Default)]
 struct Dismissal {
     told: Notify,
-    by_broker: AtomicBool,
+    keeps_nothing: AtomicBool,
 }
 
 struct Node {

@@ -181,7 +181,10 @@ pub enum FromBroker {
         peer: NodeIndex,
     },
     /// Nothing is left to do here for a CompNode that is leaving: it may go.
-    Dismiss,
+    Dismiss {
+        /// Whether it keeps its snapshots, since a job waits for somebody like it.
+        keep: bool,
+    },
     /// Drop the job at once and be idle.
     Abort {
         /// Which placement of which job it belongs to.

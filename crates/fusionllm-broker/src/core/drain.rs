@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::{Fault, FromBroker, JobState, RunKey};
 
+use super::schedule::needed;
 use super::{Action, ConnectionId, Core, Job};
 use crate::BrokerError;
 
@@ -33,11 +34,17 @@ impl Core {
     pub(super) fn leaves(&mut self, connection: ConnectionId, now: Duration) -> Vec<Action> {
         let mut actions = match self.compnodes.leave(connection) {
             Some(key) if self.plan_no_more(key.job) => self.schedule(now),
-            Some(key) => self.move_away(key, now),
+            Some(key) if self.survives(key) => self.move_away(key, now),
+            // Its job fails with it, now or later.
+            Some(_) => vec![Action::Send { to: connection, message: FromBroker::Dismiss { keep: false } }],
             None => Vec::new(),
         };
         actions.extend(self.dismiss());
         actions
+    }
+
+    fn survives(&self, key: RunKey) -> bool {
+        self.jobs.get(&key.job).is_some_and(|job| job.record.spec.survive.enabled)
     }
 
     /// Has a run stand still as soon as may be, so that it can go on elsewhere.
@@ -45,9 +52,6 @@ impl Core {
         let Some(Job { record, run: Some(run), snapshots, .. }) = self.jobs.get_mut(&key.job) else {
             return Vec::new();
         };
-        if !record.spec.survive.enabled {
-            return Vec::new();
-        }
         let Some(step_time) = run.step_time() else {
             // Nothing is done yet.
             return self.move_on(key, now);
@@ -78,17 +82,35 @@ impl Core {
         self.wait_again(key.job, &reason, checkpoint, now)
     }
 
-    /// Lets those go that are to leave, once nobody needs what they hold.
+    /// Lets those go that are to leave, once nobody needs what they hold, or nobody is there to take it: then they keep it,
+    /// and have it when they come back.
     pub(super) fn dismiss(&mut self) -> Vec<Action> {
-        let is_moving = |job: &Job| {
-            let is_placed = matches!(job.record.state, JobState::Waiting { .. } | JobState::Preparing);
-            is_placed && job.recoveries.goes_on
-        };
-        let is_settled = |job: &Job| !is_moving(job) && self.is_kept_by_those_who_stay(job);
-        if !self.jobs.values().all(is_settled) {
+        let leaving = self.compnodes.ready_to_leave();
+        if leaving.is_empty() {
             return Vec::new();
         }
-        let dismiss = |to| Action::Send { to, message: FromBroker::Dismiss };
-        self.compnodes.ready_to_leave().into_iter().map(dismiss).collect()
+        let needs_them = |job: &&Job| {
+            let is_placed = matches!(job.record.state, JobState::Waiting { .. } | JobState::Preparing);
+            is_placed && job.recoveries.goes_on || !self.is_kept_by_those_who_stay(job)
+        };
+        let mut keep = false;
+        for job in self.jobs.values().filter(needs_them) {
+            if self.could_be_placed(job) {
+                return Vec::new();
+            }
+            keep = true;
+        }
+        let dismiss = |to| Action::Send { to, message: FromBroker::Dismiss { keep } };
+        leaving.into_iter().map(dismiss).collect()
+    }
+
+    /// Whether those who stay are enough for a job, and its data's owner is among them.
+    fn could_be_placed(&self, job: &Job) -> bool {
+        // What it starts from is being read: that is soon known.
+        let Some(start) = &job.start else { return true };
+        let stays = |&c: &ConnectionId| !self.compnodes.is_leaving(c);
+        let stay: Vec<String> = self.compnodes.all().filter(stays).map(|c| self.compnodes.name(c)).collect();
+        let owner_stays = job.owner().is_none_or(|owner| stay.contains(owner));
+        owner_stays && stay.len() >= needed(&job.record.spec, start, job.recoveries.goes_on)
     }
 }

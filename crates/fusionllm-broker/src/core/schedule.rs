@@ -151,7 +151,7 @@ impl Core {
             idle.insert(0, owner);
         }
         let most = least_compnodes(spec, start);
-        let needed = after_a_loss(spec, start, most, recoveries.goes_on);
+        let needed = needed(spec, start, recoveries.goes_on);
         if let Some(reason) = recoveries.waits(idle.len(), now) {
             return Err(reason);
         }
@@ -353,9 +353,10 @@ impl Core {
     }
 }
 
-/// How many CompNodes a job needs at least, which has perhaps lost one: fewer than it asked for may do then, unless it says
-/// what each holds.
-fn after_a_loss(spec: &JobSpec, start: &StartPoint, asked: usize, goes_on: bool) -> usize {
+/// How many CompNodes a job needs now: once it has been at work, fewer than it asked for may do, unless it says what each
+/// holds.
+pub(super) fn needed(spec: &JobSpec, start: &StartPoint, goes_on: bool) -> usize {
+    let asked = least_compnodes(spec, start);
     let is_fixed = !spec.placement.stages.is_empty() || start.cluster.is_some();
     let least = spec.survive.min_compnodes as usize;
     match spec.placement.compnodes {

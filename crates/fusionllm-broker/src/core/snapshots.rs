@@ -31,7 +31,9 @@ impl Core {
         let Some(step_time) = run.step_time() else { return Vec::new() };
         let bytes = spec.train.state_bytes(run.dag.param_bytes());
         let wanted = 1 + (spec.survive.copies as usize).min(run.members.len().saturating_sub(1));
-        let is_thin = snapshots.is_thin(wanted, |holder| stays(&self.compnodes, holder));
+        // Those of an earlier placement, of which some may be gone, are replaced at once.
+        let is_old = snapshots.newest_placement().is_some_and(|generation| generation != key.generation);
+        let is_thin = is_old && snapshots.is_thin(wanted, |holder| stays(&self.compnodes, holder));
         let due = snapshots.due(spec, run.merged(), step_time.as_secs_f64(), bytes, is_thin, now);
         let Some(step) = due else { return Vec::new() };
         snapshots.begin(key, step, run.params_by_node(), now);

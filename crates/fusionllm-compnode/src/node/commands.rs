@@ -41,9 +41,14 @@ impl Node {
                 self.job_of(key)?.take_snapshot(step, halt);
                 None
             }
-            FromBroker::Dismiss => {
-                tracing::info!("the work has moved away");
-                self.dismissal.by_broker.store(true, Ordering::Relaxed);
+            FromBroker::Dismiss { keep } => {
+                match keep {
+                    true => {
+                        tracing::info!("nobody is there to take the work: it stands still, and its snapshots stay here")
+                    }
+                    false => tracing::info!("the work has moved away"),
+                }
+                self.dismissal.keeps_nothing.store(!keep, Ordering::Relaxed);
                 self.dismissal.told.notify_one();
                 None
             }

@@ -102,6 +102,11 @@ impl Snapshots {
         self.sets.last().map(|held| held.set.step)
     }
 
+    /// The placement of the newest whole set.
+    pub(in crate::core) fn newest_placement(&self) -> Option<Generation> {
+        self.sets.last().map(|held| held.set.generation)
+    }
+
     /// By placement and step, what must not be released.
     pub(in crate::core) fn needed(&self) -> Vec<(Generation, u64)> {
         let sets = self.sets.iter().map(|held| (held.set.generation, held.set.step));

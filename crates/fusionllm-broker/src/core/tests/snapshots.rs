@@ -230,12 +230,15 @@ fn a_compnode_leaves_when_its_work_has_moved_and_nothing_is_done_again() {
     let lends = |(to, message): &(u64, &FromBroker)| *to == 2 && matches!(message, FromBroker::Lend { .. });
     assert!(sent(&actions).iter().any(lends), "who leaves lends what it has: {actions:?}");
     let key = RunKey { generation: Generation(2), ..KEY };
-    assert!(!sent(&say(&mut core, 1, ready(key))).contains(&(2, &FromBroker::Dismiss)));
+    assert!(!sent(&say(&mut core, 1, ready(key))).contains(&(2, &FromBroker::Dismiss { keep: false })));
     say(&mut core, 3, ready(key));
     // Until the others have snapshots of their own, part of the newest is with it alone: these come at once.
     let asked = do_step(&mut core, key, &[1, 3], 12);
     let order = FromBroker::Snapshot { key, step: 14, halt: false };
-    assert!(sent(&asked).contains(&(3, &order)) && !sent(&asked).contains(&(2, &FromBroker::Dismiss)), "{asked:?}");
+    assert!(
+        sent(&asked).contains(&(3, &order)) && !sent(&asked).contains(&(2, &FromBroker::Dismiss { keep: false })),
+        "{asked:?}"
+    );
     for number in 13..=14 {
         do_step(&mut core, key, &[1, 3], number);
     }
@@ -243,13 +246,13 @@ fn a_compnode_leaves_when_its_work_has_moved_and_nothing_is_done_again() {
         say(&mut core, connection, holds(snapshot(key, 14, node)));
     }
     let actions = say(&mut core, 1, holds(snapshot(key, 14, 1)));
-    assert!(sent(&actions).contains(&(2, &FromBroker::Dismiss)), "{actions:?}");
+    assert!(sent(&actions).contains(&(2, &FromBroker::Dismiss { keep: false })), "{actions:?}");
 }
 
 #[test]
 fn who_has_no_work_may_leave_at_once_and_gets_none() {
     let mut core = core(2);
-    assert_eq!(sent(&core.drain("b", NOW).unwrap()), [(2, &FromBroker::Dismiss)]);
+    assert_eq!(sent(&core.drain("b", NOW).unwrap()), [(2, &FromBroker::Dismiss { keep: false })]);
     let (_, actions) = submit(&mut core, &[]);
     let assigned: Vec<u64> =
         sent(&actions).iter().filter(|(_, m)| matches!(m, FromBroker::Assign(_))).map(|(to, _)| *to).collect();
@@ -272,4 +275,35 @@ fn a_move_without_a_snapshot_goes_back_to_the_one_before() {
     let actions = measure(&mut core, actions);
     let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
     assert_eq!(begun, [(1, 8), (3, 8)], "{actions:?}");
+}
+
+/// A machine that is restarted without another to take its work: the job waits for it, and nothing is lost.
+#[test]
+fn who_is_the_last_keeps_what_it_has() {
+    let mut core = running_with(&["survive.every=4", "train.steps=100", "checkpoint.every=0"]);
+    do_step(&mut core, KEY, &[1, 2], 1);
+    say(&mut core, 1, FromCompNode::Leaving);
+    say(&mut core, 2, FromCompNode::Leaving);
+    // All the same step.
+    for number in 2..=6 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    say(&mut core, 1, holds(snapshot(KEY, 6, 0)));
+    let actions = say(&mut core, 2, holds(snapshot(KEY, 6, 1)));
+    let dismissed: Vec<u64> = sent(&actions)
+        .into_iter()
+        .filter(|(_, message)| **message == FromBroker::Dismiss { keep: true })
+        .map(|(to, _)| to)
+        .collect();
+    assert_eq!(dismissed, [1, 2], "{actions:?}");
+    for connection in [1, 2] {
+        tell(&mut core, left(connection), NOW);
+    }
+    for (connection, name, node) in [(3, "a", 0), (4, "b", 1)] {
+        let (_, actions) = core.join(ConnectionId(connection), joining(name), NOW);
+        say(&mut core, connection, holds(snapshot(KEY, 6, node)));
+        let actions = measure(&mut core, actions);
+        let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
+        assert_eq!(begun, if node == 1 { vec![(3, 6), (4, 6)] } else { Vec::new() }, "{actions:?}");
+    }
 }
