@@ -180,7 +180,10 @@ impl Core {
         let mut actions = Vec::new();
         match result {
             Ok(start) => {
-                (known.record.step, known.record.loss) = (start.step, start.loss);
+                (known.record.step, known.record.loss) = match known.recoveries.goes_on {
+                    true => known.snapshots.newest_after((start.step, start.loss)),
+                    false => (start.step, start.loss),
+                };
                 known.record.run = Some(start.run.run.clone());
                 known.start = Some(start);
             }

@@ -173,7 +173,8 @@ impl Core {
         let Some(start) = &mut known.start else { return };
         // They were told before.
         start.notices.clear();
-        (known.record.step, known.record.loss) = (start.step, start.loss);
+        let start = (start.step, start.loss);
+        (known.record.step, known.record.loss) = known.snapshots.newest_after(start);
     }
 
     /// A job that was at work when the broker ended. `from` is where it goes on.

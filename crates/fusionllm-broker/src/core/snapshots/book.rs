@@ -102,6 +102,12 @@ impl Snapshots {
         self.sets.last().map(|held| held.set.step)
     }
 
+    /// Step and loss of the newest whole set, if it is after that step.
+    pub(in crate::core) fn newest_after(&self, (step, loss): (u64, Option<f64>)) -> (u64, Option<f64>) {
+        let newest = self.sets.last().filter(|held| held.set.step > step);
+        newest.map_or((step, loss), |held| (held.set.step, held.set.loss))
+    }
+
     /// The placement of the newest whole set.
     pub(in crate::core) fn newest_placement(&self) -> Option<Generation> {
         self.sets.last().map(|held| held.set.generation)
