@@ -18,7 +18,7 @@ use super::{accept, closing, settings};
 use crate::endpoint::{CongestionControl, EndpointConfig};
 use crate::error::chain;
 use crate::wire::{Later, Wire};
-use crate::{Admission, Admit, BindError, ConnectError, PeerAddr, PeerId, Session};
+use crate::{Admission, Admit, BindError, ConnectError, PeerAddr, PeerId, Session, io_reason, is_shortage};
 
 /// Both ends must speak the same.
 pub(crate) const ALPN: &[u8] = b"fusionllm/1";
@@ -192,8 +192,9 @@ async fn open(bind: SocketAddr, builder: iroh::endpoint::Builder) -> Result<iroh
         let options = BindOpts::default().set_is_required(is_required);
         builder = builder.bind_addr_with_opts(addr, options).map_err(|e| failed(e.to_string()))?;
     }
-    builder.bind().await.map_err(|error| match io_kind(&error) {
-        Some(std::io::ErrorKind::AddrInUse) => BindError::PortInUse { addr: bind },
+    builder.bind().await.map_err(|error| match io_of(&error) {
+        Some(io) if io.kind() == std::io::ErrorKind::AddrInUse => BindError::PortInUse { addr: bind },
+        Some(io) if is_shortage(io) => BindError::Shortage { addr: bind, reason: io_reason(io).to_string() },
         _ => failed(chain(&error)),
     })
 }
@@ -230,11 +231,12 @@ impl EndpointHooks for AdmitIncoming {
 }
 
 /// What the operating system said, if it did.
-fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<std::io::ErrorKind> {
+fn io_of<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a std::io::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            return Some(io.kind());
+            // One that carries another says itself nothing of the system.
+            return io.get_ref().and_then(|inner| io_of(inner)).or(Some(io));
         }
         next = error.source();
     }
