@@ -6,7 +6,7 @@ use fusionllm_transport::{Identity, make_private_dir};
 use tokio::io::AsyncReadExt;
 
 use crate::cli;
-use crate::exit::bad_input;
+use crate::exit::{bad_input, started};
 use crate::outputs;
 use crate::paths::state_dir;
 use crate::secrets::given_ticket;
@@ -47,7 +47,7 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
             () = input_ended(), if child => {}
         }
     };
-    join(config, shutdown).await.map_err(|error| if error.is_bad_input() { bad_input(error) } else { error.into() })
+    join(config, shutdown).await.map_err(started)
 }
 
 /// A child lives as long as its parent holds the other end. Ctrl-C reaches the whole process group, but how a child
