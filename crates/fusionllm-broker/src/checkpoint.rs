@@ -91,7 +91,8 @@ pub(crate) fn open_at(folder: &Path, recorded: Option<&str>) -> Result<Checkpoin
         let (expected, got) = (expected.to_owned(), manifest.checksum);
         return Err(CheckpointError::Hash { path: manifest_path, expected, got });
     }
-    if let (Some(run), Some(marked)) = (&manifest.run, read_mark(folder))
+    let mark = read_mark(folder).map_err(|e| io(folder, e))?;
+    if let (Some(run), Some(marked)) = (&manifest.run, mark)
         && *run != marked
     {
         let reason = format!("its manifest is of run {run}, its mark of run {marked}");

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
+use fusionllm_graph::in_plain_words;
 use fusionllm_planner::{Cluster, ClusterFile};
 use fusionllm_transport::read_regular_text;
 
 use crate::BrokerError;
+use crate::files::named_error;
 
 /// Reads a cluster file: its name, or if it has none that of the file, and what it describes.
 ///
@@ -13,7 +15,7 @@ use crate::BrokerError;
 /// [`BrokerError::ClusterFile`] that names the file, and the place where it is wrong; bad input.
 pub fn read_cluster(path: &Path) -> Result<(String, Cluster), BrokerError> {
     let fail = |reason: String| BrokerError::ClusterFile { path: path.to_owned(), reason };
-    let text = read_regular_text(path).map_err(|e| fail(format!("not readable: {e}")))?;
+    let text = read_regular_text(path).map_err(|e| named_error(path, e, |e| fail(format!("not readable: {e}"))))?;
     let file: ClusterFile = toml::from_str(&text).map_err(|e| fail(one_line(&e)))?;
     let cluster = file.resolve().map_err(|e| fail(e.to_string()))?;
     let stem = || path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
@@ -24,9 +26,10 @@ pub fn read_cluster(path: &Path) -> Result<(String, Cluster), BrokerError> {
 fn one_line(error: &toml::de::Error) -> String {
     let first = error.to_string();
     let place = first.lines().next().unwrap_or_default().to_owned();
-    let text = if place.contains(error.message()) { place } else { format!("{place}: {}", error.message()) };
-    // The parser names Rust's types.
-    text.replace("expected f64", "expected a number").replace("expected usize", "expected a whole number of at least 0")
+    if place.contains(error.message()) {
+        return place;
+    }
+    format!("{place}: {}", in_plain_words("", error.message()))
 }
 
 #[cfg(test)]

@@ -293,7 +293,13 @@ impl Core {
                 Some(_) => self.notices(key.job, vec![text]),
                 None => Vec::new(),
             },
-            CoreEvent::RunFailed { key, reason } => self.fail(key, reason, false, now),
+            CoreEvent::CheckpointsGone { key } => {
+                if let Some(run) = self.run_mut(key) {
+                    run.checkpoint = None;
+                }
+                Vec::new()
+            }
+            CoreEvent::RunFailed { key, reason, bad_input } => self.fail(key, reason, bad_input, now),
             CoreEvent::WorkFailed { job, reason } => {
                 if self.record(job).map_or(true, |record| record.state.is_final()) {
                     return Vec::new();

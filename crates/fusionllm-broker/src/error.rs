@@ -1,6 +1,7 @@
 //! What can go wrong in a broker.
 
 mod checkpoint;
+mod store;
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -8,9 +9,10 @@ use std::path::PathBuf;
 use fusionllm_graph::GraphError;
 use fusionllm_planner::PlanError;
 use fusionllm_protocol::{JobError, JobId, ProtocolError, RunId};
-use fusionllm_transport::{BindError, IdentityError, PrivateError};
+use fusionllm_transport::{BindError, IdentityError, PrivateError, io_reason, is_of_path, is_shortage};
 
 pub use checkpoint::CheckpointError;
+pub use store::StoreError;
 
 /// Why a broker cannot start or do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +89,14 @@ pub enum BrokerError {
         /// What is in the way.
         path: PathBuf,
     },
+    /// No folder or file can be made where one is needed.
+    #[error("nothing can be made in {path} ({}): give another folder", io_reason(source), path = path.display())]
+    NotWritable {
+        /// The folder.
+        path: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
     /// A run would write where it reads.
     #[error("{path} is the job's model.path too, give another folder to write to", path = path.display())]
     NotItsOwn {
@@ -149,8 +159,16 @@ pub enum BrokerError {
     /// The job store is unusable.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A file is not as it was written.
+    #[error("{path} is not readable: {reason}", path = path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A file could not be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {}", io_reason(source), path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -320,10 +338,19 @@ pub enum BrokerError {
 impl BrokerError {
     /// Whether there was no room on a disk.
     pub(crate) fn is_disk_full(&self) -> bool {
+        self.has_io(|error| matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    }
+
+    /// Whether the process or the machine had run out of something, which says nothing of any file.
+    pub(crate) fn is_shortage(&self) -> bool {
+        self.has_io(is_shortage)
+    }
+
+    /// Whether it comes from an error of the file system of this kind.
+    fn has_io(&self, is_so: impl Fn(&std::io::Error) -> bool) -> bool {
         let mut error: Option<&(dyn std::error::Error + 'static)> = Some(self);
         while let Some(some) = error {
-            let kind = some.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-            if matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded)) {
+            if some.downcast_ref().is_some_and(&is_so) {
                 return true;
             }
             error = some.source();
@@ -339,7 +366,6 @@ impl BrokerError {
             | Self::Model { .. }
             | Self::ClusterFile { .. }
             | Self::Plan(_)
-            | Self::Checkpoint(_)
             | Self::NothingLeft { .. }
             | Self::RunDirNotEmpty { .. }
             | Self::InUse { .. }
@@ -363,70 +389,33 @@ impl BrokerError {
             | Self::UnknownCompNode { .. }
             | Self::DoesNotSurvive { .. }
             | Self::JobState { .. }
-            | Self::Store(StoreError::InUse { .. })
-            | Self::Bind(_) => true,
-            Self::Store(_)
-            | Self::NotDurable { .. }
+            | Self::NotWritable { .. }
+            | Self::Unreadable { .. }
+            | Self::Private(PrivateError::NotRegular { .. } | PrivateError::NotText { .. })
+            | Self::Identity(IdentityError::Malformed { .. })
+            | Self::Store(
+                StoreError::InUse { .. }
+                | StoreError::Database { .. }
+                | StoreError::Version { .. }
+                | StoreError::Entry { .. },
+            ) => true,
+            Self::Bind(error) => error.is_bad_input(),
+            Self::Io { source, .. }
+            | Self::Private(PrivateError::Io { source, .. })
+            | Self::Identity(IdentityError::File(PrivateError::Io { source, .. }))
+            | Self::Store(StoreError::Io { source, .. }) => is_of_path(source),
+            Self::Identity(IdentityError::File(_)) => true,
+            // What cannot be read of a disk is damaged, too.
+            Self::Checkpoint(_) => !self.is_shortage() && !self.is_disk_full(),
+            Self::NotDurable { .. }
             | Self::RevokedUnwritten { .. }
             | Self::RevokedByFile { .. }
             | Self::StateFull { .. }
             | Self::NotWritten { .. }
-            | Self::Io { .. }
             | Self::Identity(_)
             | Self::Private(_)
             | Self::Protocol(_)
             | Self::Ended => false,
         }
     }
-}
-
-/// Why the job store cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StoreError {
-    /// The database refuses.
-    #[error("job store {path}: {reason}; it may be damaged: move it away to start with no jobs")]
-    Database {
-        /// The store's file.
-        path: PathBuf,
-        /// The database's message.
-        reason: String,
-    },
-    /// Its file cannot be read or written.
-    #[error("job store {path}: {source}")]
-    Io {
-        /// The store's file.
-        path: PathBuf,
-        /// What the operating system says.
-        source: std::io::Error,
-    },
-    /// Another broker has it.
-    #[error("job store {path} is in use by another broker, stop it or give another --state")]
-    InUse {
-        /// The store's file.
-        path: PathBuf,
-    },
-    /// It was written by another version.
-    #[error(
-        "job store {path} has schema version {got}, this build reads version {expected}: use {}",
-        if got > expected { "a newer release" } else { "the older release that wrote it, or another --state" }
-    )]
-    Version {
-        /// The store's file.
-        path: PathBuf,
-        /// Version in the file.
-        got: u64,
-        /// Version of this build.
-        expected: u64,
-    },
-    /// One entry is unreadable.
-    #[error("job store {path}: job {job} is not readable: {reason}")]
-    Entry {
-        /// The store's file.
-        path: PathBuf,
-        /// Number of the job.
-        job: u64,
-        /// The parser's message.
-        reason: String,
-    },
 }

@@ -2,12 +2,21 @@
 
 use std::path::Path;
 
-use fusionllm_transport::{FileMode, write_whole};
+use fusionllm_transport::{FileMode, is_shortage, write_whole};
 
 use crate::BrokerError;
 
 pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
     BrokerError::Io { path: path.to_owned(), source }
+}
+
+/// An error of a file that somebody named: it is `refused`, unless the error says nothing of it.
+pub(crate) fn named_error(
+    path: &Path,
+    source: std::io::Error,
+    refused: impl FnOnce(String) -> BrokerError,
+) -> BrokerError {
+    if is_shortage(&source) { io_error(path, source) } else { refused(source.to_string()) }
 }
 
 /// Writes a whole file or nothing, as [`write_whole`] does; others may read it.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fusionllm_protocol::{Recovery, StepMetrics};
-use fusionllm_transport::open_regular;
+use fusionllm_transport::{FileMode, folder_of, io_reason, leads_to, open_regular, sync_folder, temporary_for};
 use serde::Deserialize;
 
 use crate::BrokerError;
@@ -59,6 +59,27 @@ impl LineWriter {
         Ok(())
     }
 
+    /// Whether a path leads to this file.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        leads_to(path, &self.file)
+    }
+
+    /// Goes on in a file of this path, with all lines so far; another file there is replaced.
+    pub(crate) fn move_to(&mut self, path: &Path) -> io::Result<()> {
+        if self.is_at(path) {
+            return Ok(());
+        }
+        let mut temporary = temporary_for(path, FileMode::Shared)?;
+        self.file.seek(SeekFrom::Start(0))?;
+        io::copy(&mut Read::take(&self.file, self.length), temporary.as_file_mut())?;
+        temporary.as_file().sync_all()?;
+        temporary.persist(path).map_err(|e| e.error)?;
+        sync_folder(folder_of(path))?;
+        self.file = OpenOptions::new().read(true).append(true).open(path)?;
+        self.is_torn = true;
+        Ok(())
+    }
+
     #[cfg(test)]
     pub(crate) fn set_file(&mut self, file: File) {
         self.file = file;
@@ -71,7 +92,7 @@ impl MetricsWriter {
         let fail = |e| io_error(path, e);
         let length = bytes_up_to(path, start_step)?;
         let carried = recoveries_behind(path, length)?;
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(fail)?;
+        let file = OpenOptions::new().read(true).create(true).append(true).open(path).map_err(fail)?;
         if file.metadata().map_err(fail)?.len() != length {
             file.set_len(length).and_then(|()| file.sync_all()).map_err(fail)?;
         }
@@ -91,9 +112,23 @@ impl MetricsWriter {
             Ok(()) => Ok(None),
             Err(e) if self.waiting.len() > MAX_WAITING_BYTES => Err(io_error(path, e)),
             Err(e) => {
-                Ok(is_first.then(|| format!("{}: {e}: its lines wait until they can be written", path.display())))
+                let reason = io_reason(&e);
+                Ok(is_first.then(|| format!("{}: {reason}: its lines wait until they can be written", path.display())))
             }
         }
+    }
+
+    /// Whether the lines go to the file of this path; not if it was renamed or removed.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        self.lines.is_at(path)
+    }
+
+    /// Goes on in a file of this path, with all lines so far.
+    ///
+    /// # Errors
+    /// [`BrokerError::Io`] that names it.
+    pub(crate) fn move_to(&mut self, path: &Path) -> Result<(), BrokerError> {
+        self.lines.move_to(path).map_err(|e| io_error(path, e))
     }
 
     /// Writes what waits.
@@ -471,6 +506,26 @@ mod tests {
         assert!((4..=8).contains(&series.values().len()), "{series:?}");
         let gaps: Vec<i32> = series.values().windows(2).map(|w| w[1] - w[0]).collect();
         assert!(gaps.windows(2).all(|w| w[0] == w[1]), "{series:?}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_was_removed_or_replaced_is_written_again_with_all_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::open(&path, 0).unwrap();
+        for step in 1..=3 {
+            writer.append(&path, &testing::metrics(step, 2.0)).unwrap();
+            assert!(writer.is_at(&path));
+            std::fs::remove_file(&path).unwrap();
+            if step == 2 {
+                std::fs::write(&path, "another").unwrap();
+            }
+            assert!(!writer.is_at(&path));
+            writer.move_to(&path).unwrap();
+        }
+        assert_eq!(steps(&path), [1, 2, 3]);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[cfg(target_os = "linux")]

@@ -12,6 +12,7 @@ use fusionllm_transport::read_regular_text;
 
 use crate::BrokerError;
 use crate::checkpoint::{TOKENIZER, TensorSet};
+use crate::files::named_error;
 use folder::Purpose;
 
 /// What a job trains.
@@ -110,7 +111,8 @@ fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
     let model = match &spec.model.path {
         Some(path) if path.is_dir() => folder::read(path, spec.model.dropout, |_| spec.data.seq_len, purpose)?,
         Some(path) => {
-            let text = read_regular_text(path).map_err(|e| model_error(path, format!("not readable: {e}")))?;
+            let text = read_regular_text(path)
+                .map_err(|e| named_error(path, e, |e| model_error(path, format!("not readable: {e}"))))?;
             let dag = OpDag::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
             LoadedModel::new(dag, None)
         }
@@ -166,7 +168,7 @@ pub fn model_tokenizer(spec: &JobSpec) -> Result<Option<String>, BrokerError> {
     let path = folder.join(TOKENIZER);
     read_regular_text(&path).map(Some).map_err(|e| {
         let hint = "give data.tokenizer, the path of the one that the model was trained with";
-        model_error(&path, format!("not readable: {e}; {hint}"))
+        named_error(&path, e, |e| model_error(&path, format!("not readable: {e}; {hint}")))
     })
 }
 

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use fusionllm_protocol::{JobSpec, Notice};
 
 use crate::BrokerError;
-use crate::checkpoint::{Abandoned, ShardPlace, abandon, free_name, recover, remove_partial, steps_in};
+use crate::checkpoint::{Abandoned, ShardPlace, abandon, checkpoints_of, free_name, recover, remove_partial, steps_in};
 use crate::files::{io_error, write_atomic};
 use crate::metrics::{copy_after, each_line};
-use crate::run_dir::{FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunStart};
+use crate::run_dir::{CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart};
 
 /// What a folder may have in it that nobody uses: our lock, and what a new disk comes with.
 const EMPTY: [&str; 2] = [FolderLock::FILE, "lost+found"];
@@ -24,20 +24,33 @@ pub(crate) struct OpenedRun {
     pub(crate) place: ShardPlace,
     /// What was found that its user must know.
     pub(crate) notices: Vec<String>,
-    _locks: RunLocks,
-}
-
-/// Locks of a run: of its directory, and of a folder elsewhere where its checkpoints lie.
-#[derive(Debug)]
-struct RunLocks {
-    _run_dir: FolderLock,
-    _checkpoints: Option<FolderLock>,
+    /// The graph and the placement, as they were written.
+    beginning: (String, PlacementFile),
+    locks: RunLocks,
 }
 
 impl OpenedRun {
     /// The run as readers see it.
     pub(crate) fn home(&self) -> RunHome {
         RunHome { dir: self.file.dir.clone(), file: Some(self.file.clone()), spec: Some(self.spec.clone()) }
+    }
+
+    /// A folder of the run that was renamed or removed meanwhile.
+    pub(crate) fn missing(&self) -> Option<&Path> {
+        self.locks.missing()
+    }
+
+    /// Makes such folders again, with what the run directory began with. Checkpoints that are gone are forgotten.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if something else is there by now, or it cannot be made.
+    pub(crate) fn make_again(&mut self) -> Result<(), BrokerError> {
+        self.locks.take_again(&self.file.run)?;
+        std::fs::create_dir_all(&self.place.folder).map_err(|e| io_error(&self.place.folder, e))?;
+        let there: Vec<u64> = checkpoints_of(&self.home())?.into_iter().map(|found| found.step).collect();
+        self.file.manifests.retain(|step, _| there.contains(step));
+        self.file.write()?;
+        RunDir::new(&self.file.dir).write_beginning(&self.spec, &self.beginning)
     }
 
     /// Remembers the manifest of a new checkpoint, and forgets those that have gone.
@@ -64,7 +77,7 @@ impl RunDir {
         let mut file = self.claim(start, spec)?;
         let mut notices = Vec::new();
         let (folder, lock) = self.checkpoint_folder(&file, spec, &mut notices)?;
-        if folder != self.path().join("checkpoints") {
+        if folder != self.path().join(CHECKPOINTS) {
             file.checkpoints = Some(folder.clone());
         }
         // The lock is ours: nobody else puts these right at the same time.
@@ -98,12 +111,17 @@ impl RunDir {
         }
         file.manifests.retain(|step, _| *step <= start_step);
         file.write()?;
+        let beginning = (graph.to_owned(), placement.clone());
+        self.write_beginning(spec, &beginning)?;
+        let place = ShardPlace { run: file.run.clone(), folder };
+        let locks = RunLocks { run_dir: run_lock, checkpoints: lock };
+        Ok(OpenedRun { file, spec: spec.clone(), place, notices, beginning, locks })
+    }
+
+    fn write_beginning(&self, spec: &JobSpec, (graph, placement): &(String, PlacementFile)) -> Result<(), BrokerError> {
         self.write_json(&self.job(), spec)?;
         write_atomic(&self.path().join("graph.json"), graph.as_bytes())?;
-        self.write_json(&self.placement(), placement)?;
-        let place = ShardPlace { run: file.run.clone(), folder };
-        let locks = RunLocks { _run_dir: run_lock, _checkpoints: lock };
-        Ok(OpenedRun { file, spec: spec.clone(), place, notices, _locks: locks })
+        self.write_json(&self.placement(), placement)
     }
 
     /// The directory's `run.json`, made if it is not there. The directory must be locked.
@@ -146,7 +164,7 @@ impl RunDir {
     ) -> Result<(PathBuf, Option<FolderLock>), BrokerError> {
         let make = |folder: &Path| std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e));
         let Some(shared) = &spec.checkpoint.to else {
-            let folder = self.path().join("checkpoints");
+            let folder = self.path().join(CHECKPOINTS);
             make(&folder)?;
             return Ok((folder, None));
         };
@@ -180,17 +198,27 @@ impl RunDir {
     /// checkpoints there already, anything.
     fn other_in(&self, file: &RunFile, spec: &JobSpec, folder: &Path) -> Result<Option<PathBuf>, BrokerError> {
         let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: Some(spec.clone()) };
+        let is_other =
+            |path: &Path| home.owns(folder, path).map(|owned| owned.is_none()).map_err(|e| io_error(path, e));
         let steps: Vec<PathBuf> = steps_in(folder)?.into_iter().map(|(_, path)| path).collect();
-        if let Some(other) = steps.iter().find(|path| home.owns(folder, path).is_none()) {
-            return Ok(Some(other.clone()));
+        for path in &steps {
+            if is_other(path)? {
+                return Ok(Some(path.clone()));
+            }
         }
         if !steps.is_empty() || file.checkpoints.as_deref() == Some(folder) {
             return Ok(None);
         }
         let entries = std::fs::read_dir(folder).map_err(|e| io_error(folder, e))?;
         let mut others: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-        others.retain(|path| !EMPTY.iter().any(|name| path.ends_with(name)) && home.owns(folder, path).is_none());
-        Ok(others.into_iter().min())
+        others.retain(|path| !EMPTY.iter().any(|name| path.ends_with(name)));
+        others.sort();
+        for path in others {
+            if is_other(&path)? {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
     }
 
     /// Keeps the metrics and notices after `step` in files of their own.

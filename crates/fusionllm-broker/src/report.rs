@@ -3,7 +3,6 @@
 mod recoveries;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::f64::consts::LN_2;
 use std::path::PathBuf;
 
 use fusionllm_planner::{format_bytes, format_seconds};
@@ -109,7 +108,7 @@ impl RunReport {
         let mean = last.iter().sum::<f64>() / last.len() as f64;
         let eval_loss = totals.eval_loss;
         let unigram_loss = data.as_ref().map(|d| d.unigram_loss);
-        let bits = |loss: Option<f64>| Some(loss? / LN_2 / data.as_ref()?.bytes_per_token);
+        let bits = |loss: Option<f64>| data.as_ref()?.bits_per_byte(loss?);
         let median_step = median(totals.step_s.values().to_vec());
         Self {
             job: record.job,
@@ -310,6 +309,8 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use std::f64::consts::LN_2;
+
     use fusionllm_protocol::Generation;
 
     use super::*;

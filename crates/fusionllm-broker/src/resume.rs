@@ -83,7 +83,7 @@ pub fn find_resumption(path: &Path, step: Option<u64>, out: Option<&Path>) -> Re
             Ok(Resumption { checkpoint, run_dir: home.dir, start })
         }
         (Some(out), _) => {
-            if !is_free(&out) {
+            if !is_free(&out)? {
                 return Err(BrokerError::RunDirNotEmpty { path: out });
             }
             let path = checkpoint.path().to_owned();
@@ -108,7 +108,7 @@ pub(crate) fn goes_on(
 ) -> Result<RunStart, BrokerError> {
     let Some(file) = &home.file else {
         // Made by version 0.1.0, or run.json was removed: it has an id from now on.
-        let copy_of = makers_in(&home.dir.join("checkpoints"));
+        let copy_of = makers_in(&home.dir.join("checkpoints"))?;
         if known.is_none() && !copy_of.is_empty() {
             let dir = home.dir.display();
             notices.push(format!("{dir} has no run.json that says which run it is: it goes on as a run of its own"));
@@ -121,7 +121,7 @@ pub(crate) fn goes_on(
         let (holds, run) = (file.run.clone(), known.clone());
         return Err(BrokerError::OtherRun { path: home.dir.clone(), holds, run });
     }
-    if home.is_copy() {
+    if home.is_copy()? {
         notices.push(format!("this directory is a copy of {}: it goes on as a run of its own", file.dir.display()));
         copy_of.push(file.run.clone());
         return Ok(RunStart { copy_of, notices, ..RunStart::new() });

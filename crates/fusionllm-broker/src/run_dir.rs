@@ -22,10 +22,12 @@ mod start;
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_graph::OpDag;
+use fusionllm_graph::{OpDag, read_json};
 use fusionllm_planner::{Placement, Prediction};
 use fusionllm_protocol::{Generation, JobSpec};
-use fusionllm_transport::{is_same_file, no_folder_above, read_regular};
+use fusionllm_transport::{
+    folder_above, if_usable, is_of_path, is_same_file, no_folder_above, read_regular, without_temporary_name,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::BrokerError;
@@ -79,6 +81,9 @@ impl PlacementFile {
         Self { generation, stages: stages.collect(), placement: placement.clone(), prediction }
     }
 }
+
+/// The folder in a run directory where its checkpoints are, unless the job names another one.
+const CHECKPOINTS: &str = "checkpoints";
 
 /// A run directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,7 +142,9 @@ impl RunDir {
     /// Reads a JSON file of the run; `None` if it is not there.
     pub(crate) fn read_json<T: serde::de::DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, BrokerError> {
         match read_regular(path) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| io_error(path, e.into())),
+            Ok(text) => {
+                read_json(&text).map(Some).map_err(|reason| BrokerError::Unreadable { path: path.to_owned(), reason })
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(io_error(path, e)),
         }
@@ -154,11 +161,18 @@ pub fn default_run_dir(runs: &Path, name: &str, now: std::time::SystemTime) -> P
 }
 
 /// The first of `path`, `path-2`, `path-3`, … that is not there or empty, and not `taken`.
-pub fn free_run_dir(path: &Path, taken: impl Fn(&Path) -> bool) -> PathBuf {
+///
+/// # Errors
+/// As [`is_free`].
+pub fn free_run_dir(path: &Path, taken: impl Fn(&Path) -> bool) -> Result<PathBuf, BrokerError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let numbered = (2u64..).map(|n| path.with_file_name(format!("{name}-{n}")));
-    let is_free = |path: &PathBuf| !taken(path) && is_free(path);
-    std::iter::once(path.to_owned()).chain(numbered).find(is_free).unwrap_or_else(|| path.to_owned())
+    for path in std::iter::once(path.to_owned()).chain(numbered) {
+        if !taken(&path) && is_free(&path)? {
+            return Ok(path);
+        }
+    }
+    Ok(path.to_owned())
 }
 
 /// Whether a job could work in its folders now, before anything slow is done for it. A folder for checkpoints in which
@@ -178,16 +192,36 @@ pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerErr
             Err(BrokerError::InUse { .. }) if folder != run_dir => {}
             result => result?,
         }
+        let place = std::path::absolute(folder).map_err(|e| io_error(folder, e))?;
+        check_writable(folder_above(&place).unwrap_or(&place))?;
     }
     Ok(())
 }
 
+/// Whether folders can be made in a folder: some file systems take none, though anybody may list them. One is made, and
+/// removed at once.
+fn check_writable(folder: &Path) -> Result<(), BrokerError> {
+    match tempfile::tempdir_in(folder).map(drop).map_err(without_temporary_name) {
+        Err(source) if is_of_path(&source) => Err(BrokerError::NotWritable { path: folder.to_owned(), source }),
+        // On a full disk there may be room when it is needed.
+        _ => Ok(()),
+    }
+}
+
 /// Whether nothing would be overwritten there; the lock of a run that did not begin is nothing.
-pub fn is_free(path: &Path) -> bool {
+///
+/// # Errors
+/// [`BrokerError::Io`] if that cannot be told now, as with too many open files.
+pub fn is_free(path: &Path) -> Result<bool, BrokerError> {
     let is_lock =
         |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == FolderLock::FILE);
-    std::fs::read_dir(path)
-        .map_or(!path.exists(), |mut entries| entries.all(is_lock) && FolderLock::check(path).is_ok())
+    let Some(mut entries) = if_usable(std::fs::read_dir(path)).map_err(|e| io_error(path, e))? else {
+        return Ok(!path.exists());
+    };
+    match entries.all(is_lock).then(|| FolderLock::check(path)) {
+        Some(Err(error)) if error.is_shortage() => Err(error),
+        checked => Ok(checked.is_some_and(|checked| checked.is_ok())),
+    }
 }
 
 #[cfg(test)]
@@ -207,13 +241,28 @@ mod tests {
         assert!(write_atomic(&path, b"one").unwrap_err().to_string().contains("x.json"));
     }
 
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_folder_in_which_none_can_be_made_is_refused_before_anything_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run");
+        let mut spec = crate::testing::spec(&[]);
+        check_run_folders(&run_dir, &spec).unwrap();
+        for to in ["/proc", "/proc/ck", "/sys/ck"] {
+            spec.checkpoint.to = Some(to.into());
+            let error = check_run_folders(&run_dir, &spec).unwrap_err();
+            assert!(error.is_bad_input() && error.to_string().starts_with("nothing can be made in /"), "{error}");
+        }
+        assert!(!run_dir.exists());
+    }
+
     #[test]
     fn only_a_missing_or_empty_folder_is_free() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(is_free(folder.path()));
-        assert!(is_free(&folder.path().join("none")));
+        assert!(is_free(folder.path()).unwrap());
+        assert!(is_free(&folder.path().join("none")).unwrap());
         write_atomic(&folder.path().join("x"), b"").unwrap();
-        assert!(!is_free(folder.path()));
-        assert!(!is_free(&folder.path().join("x")));
+        assert!(!is_free(folder.path()).unwrap());
+        assert!(!is_free(&folder.path().join("x")).unwrap());
     }
 }

@@ -17,6 +17,7 @@ mod listen;
 mod open_runs;
 mod records;
 mod refusals;
+mod run_files;
 mod start;
 mod state;
 mod watched;

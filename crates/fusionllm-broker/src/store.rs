@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use fusionllm_graph::read_json;
 use fusionllm_protocol::{DataFingerprint, Generation, JobId, JobSpec, JobState, JobSummary, RunId, Snapshot};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -154,7 +155,7 @@ impl Store {
         let mut records = Vec::new();
         for entry in table.iter().map_err(|e| self.fail(e))? {
             let (job, bytes) = entry.map_err(|e| self.fail(e))?;
-            let record = serde_json::from_slice(bytes.value()).map_err(|e| self.entry(job.value(), &e))?;
+            let record = read_json(bytes.value()).map_err(|e| self.entry(job.value(), e))?;
             records.push(record);
         }
         Ok(records)
@@ -162,7 +163,7 @@ impl Store {
 
     /// Writes one job, over what was known of it.
     pub(crate) fn put(&self, record: &JobRecord) -> Result<(), StoreError> {
-        let bytes = serde_json::to_vec(record).map_err(|e| self.entry(record.job.0, &e))?;
+        let bytes = serde_json::to_vec(record).map_err(|e| self.entry(record.job.0, e.to_string()))?;
         let write = self.database.begin_write().map_err(|e| self.fail(e))?;
         {
             let mut table = write.open_table(JOBS).map_err(|e| self.fail(e))?;
@@ -178,15 +179,15 @@ impl Store {
             let mut table = write.open_table(JOBS).map_err(|e| self.fail(e))?;
             table.retain(|job, _| records.iter().any(|r| r.job.0 == job)).map_err(|e| self.fail(e))?;
             for record in records {
-                let bytes = serde_json::to_vec(record).map_err(|e| self.entry(record.job.0, &e))?;
+                let bytes = serde_json::to_vec(record).map_err(|e| self.entry(record.job.0, e.to_string()))?;
                 table.insert(record.job.0, bytes.as_slice()).map_err(|e| self.fail(e))?;
             }
         }
         write.commit().map_err(|e| self.fail(e))
     }
 
-    fn entry(&self, job: u64, error: &serde_json::Error) -> StoreError {
-        StoreError::Entry { path: self.path.clone(), job, reason: error.to_string() }
+    fn entry(&self, job: u64, reason: String) -> StoreError {
+        StoreError::Entry { path: self.path.clone(), job, reason }
     }
 }
 

@@ -8,6 +8,7 @@ use fusionllm_codec::CodecError;
 use fusionllm_graph::{DType, GraphError};
 use fusionllm_planner::format_bytes;
 use fusionllm_protocol::ProtocolError;
+use fusionllm_transport::{io_reason, is_of_path};
 
 pub use export::ExportError;
 
@@ -100,8 +101,16 @@ pub enum DataError {
         /// Why it cannot be read.
         reason: String,
     },
+    /// A file or folder could not be opened, for a reason that says nothing of it, such as too many open files.
+    #[error("{what} cannot be read: {}", io_reason(source))]
+    Unopened {
+        /// What was to be read, by its key.
+        what: &'static str,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
     /// What jobs may read is not there.
-    #[error("{path}: {source}")]
+    #[error("{path}: {}", io_reason(source), path = path.display())]
     Unlisted {
         /// The file or folder that `--data` names.
         path: PathBuf,
@@ -251,7 +260,7 @@ pub enum ShardError {
     #[error(transparent)]
     Device(#[from] ExecutorError),
     /// A file could not be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {}", io_reason(source), path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -323,11 +332,11 @@ pub enum CompNodeError {
     },
     /// Weights and shards cannot pass.
     #[error(
-        "{reason}: weights and checkpoint shards pass through this folder: make it writable, or give another one (`join --state DIR`, `train --out DIR`)"
+        "{source}: weights and checkpoint shards pass through this folder: make it writable, or give another one (`join --state DIR`, `train --out DIR`)"
     )]
     Scratch {
         /// Which folder, and what the system says.
-        reason: String,
+        source: ShardError,
     },
     /// A shard of this CompNode's part would never fit.
     #[error(
@@ -374,14 +383,24 @@ pub enum CompNodeError {
 impl CompNodeError {
     /// Whether the job's input is at fault rather than a machine.
     pub fn is_bad_input(&self) -> bool {
-        matches!(
-            self,
-            Self::Bind(_)
-                | Self::Data(_)
-                | Self::Graph(_)
-                | Self::DeviceChoice { .. }
-                | Self::Executor(ExecutorError::Param { .. })
-        )
+        match self {
+            Self::Data(error) => !matches!(error, DataError::Unopened { .. }),
+            Self::Bind(error) => error.is_bad_input(),
+            Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. }) => true,
+            _ => false,
+        }
+    }
+}
+
+impl CompNodeError {
+    /// Whether whoever starts a CompNode or a command is at fault: by its input, by its ticket, or by a folder that cannot
+    /// be used.
+    pub fn is_bad_start(&self) -> bool {
+        match self {
+            Self::Refused { .. } => true,
+            Self::Scratch { source: ShardError::Io { source, .. } } => is_of_path(source),
+            other => other.is_bad_input(),
+        }
     }
 }
 

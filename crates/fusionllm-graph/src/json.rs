@@ -13,6 +13,7 @@ use crate::dag::{Op, OpDag, OpId, ParamId};
 use crate::error::GraphError;
 use crate::op::OpKind;
 use crate::param::{Init, Param};
+use crate::plain::{in_plain_words, read_json};
 use crate::validate;
 
 /// The `format` of the JSON form.
@@ -92,16 +93,16 @@ impl OpDag {
     /// The text is not JSON of this format and version; an op or parameter is there twice, unknown or does not fit;
     /// the ops form a cycle; or anything that [`DagBuilder::build`] refuses.
     pub fn from_json(text: &str) -> Result<Self, GraphError> {
-        let unreadable = |error: serde_json::Error| GraphError::Json { reason: error.to_string() };
+        let unreadable = |reason: String| GraphError::Json { reason };
         let text = without_byte_order_mark(text);
-        let header: HeaderForm = serde_json::from_str(text).map_err(unreadable)?;
+        let header: HeaderForm = read_json(text.as_bytes()).map_err(unreadable)?;
         if header.format != JSON_FORMAT {
             return Err(GraphError::Format { expected: JSON_FORMAT, got: header.format });
         }
         if header.version != JSON_VERSION {
             return Err(GraphError::Version { expected: JSON_VERSION, got: header.version });
         }
-        let form: DagForm = serde_json::from_str(text).map_err(unreadable)?;
+        let form: DagForm = read_json(text.as_bytes()).map_err(unreadable)?;
         let mut builder = DagBuilder::new(form.name);
         let params = read_params(&mut builder, form.params)?;
         read_ops(&mut builder, form.ops, &params)?;
@@ -168,13 +169,30 @@ fn input_places(forms: &[OpForm]) -> Result<Vec<Vec<usize>>, GraphError> {
 
 fn read_kind(form: &OpForm) -> Result<OpKind, GraphError> {
     let unreadable = |reason: String| GraphError::Kind { op: form.name.clone(), reason };
-    let kind = OpKind::deserialize(&form.kind).map_err(|error| unreadable(error.to_string()))?;
+    let kind =
+        OpKind::deserialize(&form.kind).map_err(|error| unreadable(at_attribute(&form.kind, &error.to_string())))?;
     // Serde takes any field beside the tag of a kind without attributes, so compare with what would be written.
     let written = serde_json::to_value(&kind).map_err(|error| unreadable(error.to_string()))?;
     let mut given = form.kind.as_object().into_iter().flat_map(|kind| kind.keys());
     match given.find(|key| written.get(key.as_str()).is_none()) {
         Some(key) => Err(unreadable(format!("unknown field `{key}`, expected no attributes beside `op`"))),
         None => Ok(kind),
+    }
+}
+
+/// What is wrong with a kind, with the attribute: serde does not say which it was, but says the same of that one alone.
+fn at_attribute(kind: &Value, said: &str) -> String {
+    let alone = |key: &String, value: &Value| {
+        let op = kind.get("op").cloned().unwrap_or_default();
+        let alone = Value::from_iter([("op".to_owned(), op), (key.clone(), value.clone())]);
+        OpKind::deserialize(alone).is_err_and(|error| error.to_string() == said)
+    };
+    let is_type = said.starts_with("invalid ");
+    let mut attributes = kind.as_object().into_iter().flatten().filter(|(key, _)| is_type && *key != "op");
+    let key = attributes.find(|(key, value)| alone(key, value)).map_or("", |(key, _)| key);
+    match is_type {
+        true => in_plain_words(key, said),
+        false => said.to_owned(),
     }
 }
 

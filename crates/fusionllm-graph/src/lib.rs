@@ -27,6 +27,7 @@ mod models;
 mod op;
 mod ops;
 mod param;
+mod plain;
 mod print;
 #[cfg(test)]
 mod properties;
@@ -44,4 +45,5 @@ pub use kind::{ActivationFunction, OpClass, ParamRole, WeightLayout};
 pub use models::{Gpt2Config, MAX_LAYERS, gpt2, resnet101};
 pub use op::OpKind;
 pub use param::{Init, Param};
+pub use plain::{in_plain_words, read_json, read_value};
 pub use shape::{Dim, Shape, TensorType};

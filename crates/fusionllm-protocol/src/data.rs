@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// Hexadecimal digits of a hash: half of BLAKE3's.
 const HASH_DIGITS: usize = 32;
+/// Bits per byte are said of a text of which at most this share cannot be had back from its tokens.
+const MOST_UNTOLD: f64 = 1e-3;
 /// Changed files that are named one by one.
 const NAMED_CHANGES: usize = 5;
 
@@ -25,7 +27,8 @@ pub struct DataReport {
     pub train_tokens: u64,
     /// Tokens held out for evaluation.
     pub eval_tokens: u64,
-    /// UTF-8 bytes per token, over all of the text that became tokens.
+    /// UTF-8 bytes of the text per token, without what cannot be had back from the tokens: what a tokenizer left out,
+    /// merged, made others or did not know.
     pub bytes_per_token: f64,
     /// Cross-entropy in nats per token of the training split's unigram model on the evaluation tokens.
     pub unigram_loss: f64,
@@ -35,6 +38,21 @@ pub struct DataReport {
     /// What a later start is held against; not known of runs of earlier versions.
     #[serde(default)]
     pub fingerprint: Option<DataFingerprint>,
+}
+
+impl DataReport {
+    /// Whether so many of a text's bytes that can be had back from its tokens are nearly all of them.
+    pub fn is_whole(told: f64, bytes: u64) -> bool {
+        told >= (1.0 - MOST_UNTOLD) * bytes as f64
+    }
+
+    /// A loss in nats per token as bits per byte of the text; nothing where tokens do not stand for the whole text, of which
+    /// such a number would be taken.
+    pub fn bits_per_byte(&self, nats_per_token: f64) -> Option<f64> {
+        let told = self.bytes_per_token * (self.train_tokens + self.eval_tokens) as f64;
+        let is_whole = self.fingerprint.as_ref().is_none_or(|data| Self::is_whole(told, data.bytes));
+        (is_whole && self.bytes_per_token > 0.0).then(|| nats_per_token / std::f64::consts::LN_2 / self.bytes_per_token)
+    }
 }
 
 /// One text file.
@@ -234,6 +252,18 @@ mod tests {
         assert_eq!(after.tokenizer_change(&before), None);
         after.tokenizer.hash = "u".to_owned();
         assert!(after.tokenizer_change(&before).unwrap().contains("not the one that the model was trained with"));
+    }
+
+    #[test]
+    fn bits_per_byte_are_those_of_the_whole_text_or_none() {
+        let mut report =
+            DataReport { train_tokens: 80, eval_tokens: 20, bytes_per_token: 2.0, ..DataReport::default() };
+        let nats = 4.0 * std::f64::consts::LN_2;
+        assert_eq!(report.bits_per_byte(nats), Some(2.0), "an earlier version's");
+        report.fingerprint = Some(DataFingerprint { bytes: 200, ..of(Vec::new()) });
+        assert_eq!(report.bits_per_byte(nats), Some(2.0));
+        report.fingerprint = Some(DataFingerprint { bytes: 201, ..of(Vec::new()) });
+        assert_eq!(report.bits_per_byte(nats), None);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use fusionllm_graph::OpDag;
+use fusionllm_graph::{OpDag, read_json};
 use serde::{Deserialize, Serialize};
 
 use crate::{DataFingerprint, JobSpec, ProtocolError, RunId};
@@ -128,7 +128,7 @@ impl Manifest {
         {
             return Err(fail(format!("its checksum is {hash}, expected {given}: it was damaged or changed")));
         }
-        let manifest: Self = serde_json::from_str(text).map_err(|e| fail(format!("not readable: {e}")))?;
+        let manifest: Self = read_json(text.as_bytes()).map_err(|e| fail(format!("not readable: {e}")))?;
         manifest.check()?;
         Ok(manifest)
     }

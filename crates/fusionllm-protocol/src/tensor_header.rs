@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
 
+use fusionllm_graph::in_plain_words;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 /// Longest header that is read; that of GPT-2 xl with optimizer state has 300 KB.
@@ -59,7 +60,8 @@ impl TensorHeader {
         }
         let mut header = vec![0; bytes as usize];
         file.read_exact(&mut header)?;
-        let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| format(e.to_string()))?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|e| format(in_plain_words("", &e.to_string())))?;
         let header = Self::of(&metadata, LENGTH_BYTES + bytes);
         if header.data_end != length {
             return Err(format(format!("it has {length} bytes, its header says {}", header.data_end)));
@@ -83,11 +85,11 @@ impl TensorHeader {
             infos.push((name, TensorInfo { dtype, shape, data_offsets: (start, end) }));
         }
         let count = infos.len();
-        let metadata = Metadata::new(None, infos).map_err(|e| format(e.to_string()))?;
+        let metadata = Metadata::new(None, infos).map_err(|e| format(in_plain_words("", &e.to_string())))?;
         if metadata.tensors().len() != count {
             return Err(format("two tensors have one name".to_owned()));
         }
-        let mut text = serde_json::to_vec(&metadata).map_err(|e| format(e.to_string()))?;
+        let mut text = serde_json::to_vec(&metadata).map_err(|e| format(in_plain_words("", &e.to_string())))?;
         // Readers want the values aligned.
         text.resize(text.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
         out.write_all(&(text.len() as u64).to_le_bytes())?;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use crate::{PeerId, shell_path};
+use crate::{PeerId, io_reason, shell_path};
 
 /// Why an endpoint cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +15,14 @@ pub enum BindError {
         /// The address to listen on.
         addr: SocketAddr,
     },
+    /// The process or the machine has run out of something, such as open files.
+    #[error("cannot listen on {addr}: {reason}")]
+    Shortage {
+        /// Where it was to listen.
+        addr: SocketAddr,
+        /// Of what.
+        reason: String,
+    },
     /// The address is not this machine's, or may not be used.
     #[error("cannot listen on {addr}: {reason}")]
     Address {
@@ -23,6 +31,13 @@ pub enum BindError {
         /// Why nothing can listen there, in one line.
         reason: String,
     },
+}
+
+impl BindError {
+    /// Whether another address would do.
+    pub fn is_bad_input(&self) -> bool {
+        !matches!(self, Self::Shortage { .. })
+    }
 }
 
 /// Why a peer cannot be reached.
@@ -175,7 +190,7 @@ pub enum IdentityError {
 #[non_exhaustive]
 pub enum PrivateError {
     /// It could not be read or made.
-    #[error("{path}: {source}")]
+    #[error("{path}: {}", io_reason(source), path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -208,10 +223,13 @@ pub enum PrivateError {
 
 /// An error with its causes, in one line.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut words = vec![error.to_string()];
+    let said = |error: &(dyn std::error::Error + 'static)| {
+        error.downcast_ref().map_or_else(|| error.to_string(), |error| io_reason(error).to_string())
+    };
+    let mut words = vec![said(error)];
     let mut next = error.source();
     while let Some(error) = next {
-        let text = error.to_string();
+        let text = said(error);
         if words.last().is_none_or(|last| !last.contains(&text)) {
             words.push(text);
         }

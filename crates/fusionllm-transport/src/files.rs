@@ -1,11 +1,13 @@
 //! Files whose paths others may have named or whose folders others may write to: opening them, and writing whole ones.
 
+mod reason;
 mod whole;
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::path::Path;
 
+pub use reason::{IoReason, if_usable, io_reason, is_of_path, is_shortage};
 pub use whole::{
     FileMode, folder_of, remove_if_there, sync_folder, temporary_for, without_temporary_name, write_new_whole,
     write_whole,
@@ -58,6 +60,24 @@ pub fn folder_above(path: &Path) -> Option<&Path> {
 /// The nearest thing at a path or above it that exists, if it is no folder: nothing can be made there.
 pub fn no_folder_above(path: &Path) -> Option<&Path> {
     nearest(path).filter(|above| !above.is_dir())
+}
+
+/// Whether a path leads to this open file. It does not if the file, or a folder above it, was renamed or removed; where
+/// that cannot be told, it does.
+#[cfg(unix)]
+pub fn leads_to(path: &Path, file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let key = |found: std::fs::Metadata| (found.dev(), found.ino());
+    match std::fs::metadata(path) {
+        Ok(found) => file.metadata().is_ok_and(|open| key(open) == key(found)),
+        Err(error) => !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
+    }
+}
+
+/// Whether a path leads to this open file, which nobody renames or removes while it is open.
+#[cfg(not(unix))]
+pub fn leads_to(_path: &Path, _file: &File) -> bool {
+    true
 }
 
 /// Whether two paths lead to one file or folder that exists, also by links of either kind.
@@ -171,6 +191,8 @@ mod tests {
         assert!(is_same_file(&at("file"), &at("hard")) && is_same_file(&at("soft"), &at("file")));
         assert!(is_same_file(folder.path(), &at(".")) && !is_same_file(folder.path(), &at("file")));
         assert!(!is_same_file(&at("none"), &at("none")), "there is no such file");
+        let open = File::open(at("file")).unwrap();
+        assert!(leads_to(&at("file"), &open) && leads_to(&at("hard"), &open) && !leads_to(&at("none"), &open));
         assert_eq!(no_folder_above(&at("a/b")), None);
         assert_eq!(folder_above(&at("a/b")), Some(folder.path()));
         assert_eq!((folder_above(&at("file/b")), folder_above(&at("lost"))), (None, None));

@@ -12,7 +12,7 @@ use fusionllm_transport::{
 use tokio::time::timeout;
 
 use crate::cli::BrokerAddress;
-use crate::exit::bad_input;
+use crate::exit::{bad_input, started};
 use crate::paths::state_dir;
 use crate::secrets::{given_ticket, local_ticket};
 
@@ -48,7 +48,8 @@ impl Client {
         let endpoint = Endpoint::bind(config, Arc::new(Members::default())).await?;
         let session = endpoint.connect(&ticket.broker).await.context("cannot reach the broker; is it running?")?;
         let hello = Hello { secret: *ticket.secret.as_bytes(), role: Role::Client };
-        let Admitted { sink, source, .. } = knock(&session, &hello).await?;
+        let admitted = knock(&session, &hello).await;
+        let Admitted { sink, source, .. } = admitted.map_err(started)?;
         Ok(Self { endpoint, session, sink, source })
     }
 

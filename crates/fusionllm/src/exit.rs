@@ -6,6 +6,9 @@ use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
+use fusionllm_compnode::CompNodeError;
+use fusionllm_transport::{io_reason, is_of_path, is_shortage};
+
 /// Exit code of bad usage and bad input.
 const BAD_INPUT: u8 = 2;
 
@@ -26,6 +29,23 @@ pub(crate) fn bad_input(error: impl fmt::Display) -> anyhow::Error {
     anyhow::Error::new(BadInput(error.to_string()))
 }
 
+/// An error that is the input's fault, unless the process or the machine had run out of something.
+pub(crate) fn refused(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
+    let error = anyhow::Error::new(error);
+    let is_short = error.chain().any(|cause| cause.downcast_ref().is_some_and(is_shortage));
+    if is_short { error } else { bad_input(error) }
+}
+
+/// An error of a CompNode or a command that was to start, with its exit code.
+pub(crate) fn started(error: CompNodeError) -> anyhow::Error {
+    if error.is_bad_start() { bad_input(error) } else { error.into() }
+}
+
+/// Whether the input is at fault: it was found to be, or a path that was given cannot be used as it was to be.
+fn is_bad_input(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<BadInput>() || cause.downcast_ref().is_some_and(is_of_path))
+}
+
 /// Prints the error in one line and gives its exit code. For a command that `only_tells` something it is none that nobody
 /// reads on.
 pub(crate) fn failed(error: &anyhow::Error, only_tells: bool) -> ExitCode {
@@ -34,17 +54,19 @@ pub(crate) fn failed(error: &anyhow::Error, only_tells: bool) -> ExitCode {
     }
     // Where nobody can be told, the exit code says it.
     let _ = writeln!(std::io::stderr(), "error: {}", in_one_line(&message(error)));
-    if error.chain().any(|e| e.is::<BadInput>()) { ExitCode::from(BAD_INPUT) } else { ExitCode::FAILURE }
+    if is_bad_input(error) { ExitCode::from(BAD_INPUT) } else { ExitCode::FAILURE }
 }
 
 /// The error and its causes. Many errors have their cause in their own text already; it is not said twice.
 fn message(error: &anyhow::Error) -> String {
     let mut text = String::new();
-    for cause in error.chain().map(ToString::to_string) {
+    for cause in error.chain() {
+        let plain = cause.to_string();
+        let said = cause.downcast_ref().map_or_else(|| plain.clone(), |error| io_reason(error).to_string());
         if text.is_empty() {
-            text = cause;
-        } else if !text.contains(cause.trim()) {
-            text = format!("{text}: {cause}");
+            text = said;
+        } else if !text.contains(plain.trim()) {
+            text = format!("{text}: {said}");
         }
     }
     text

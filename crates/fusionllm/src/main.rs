@@ -40,6 +40,7 @@ fn main() -> ExitCode {
     };
     let only_tells = cli.command.only_tells();
     let result = runtime.block_on(async {
+        outlive_file_limit();
         let result = commands::run(cli).await;
         fusionllm_transport::close_all().await;
         result
@@ -49,6 +50,18 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::failed(&error, only_tells),
+    }
+}
+
+/// A file that may not grow any more, by `ulimit -f`, is an error for whoever writes it, as a full disk is. Without a handler
+/// the signal that comes with it would end the process.
+fn outlive_file_limit() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Err(error) = signal(SignalKind::from_raw(libc::SIGXFSZ)) {
+            tracing::debug!(%error, "a limit to the size of files would end the process");
+        }
     }
 }
 

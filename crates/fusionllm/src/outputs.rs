@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::JobSpec;
 pub(crate) use fusionllm_transport::is_same_file;
-use fusionllm_transport::{folder_of, no_folder_above, open_regular};
+use fusionllm_transport::{folder_of, is_shortage, no_folder_above, open_regular};
 
 use crate::exit::bad_input;
 
@@ -147,6 +147,9 @@ impl Output<'_> {
         let mut first = Vec::new();
         match open_regular(path) {
             Ok(file) => file.take(begins.len() as u64).read_to_end(&mut first)?,
+            Err(error) if is_shortage(&error) => {
+                return Err(anyhow::Error::new(error).context(path.display().to_string()));
+            }
             Err(error) => return refuse(format!("exists, and cannot be looked at: {error}; give another file")),
         };
         if first.is_empty() || first == begins.as_bytes() {

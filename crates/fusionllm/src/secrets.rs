@@ -7,7 +7,7 @@ use anyhow::Context;
 use fusionllm_transport::{FileMode, PrivateError, Ticket, read_private, write_new_whole};
 
 use crate::environment;
-use crate::exit::bad_input;
+use crate::exit::{bad_input, refused};
 
 /// No ticket is nearly as long.
 const MOST_BYTES: u64 = 64 << 10;
@@ -33,7 +33,7 @@ pub(crate) fn given_ticket(argument: Option<&str>, file: Option<&Path>) -> anyho
                 PrivateError::NotRegular { .. } => bad_input(format!(
                     "{error}: what another command writes is read from standard input, where `-` is given as the ticket"
                 )),
-                error => bad_input(error),
+                error => refused(error),
             });
             let text = text?.ok_or_else(|| bad_input(format!("there is no ticket file {}", path.display())))?;
             parse(&text).map(Some)
@@ -45,7 +45,7 @@ pub(crate) fn given_ticket(argument: Option<&str>, file: Option<&Path>) -> anyho
 /// The ticket in a broker's state folder by which commands on its machine operate it.
 pub(crate) fn local_ticket(state_dir: &Path) -> anyhow::Result<Ticket> {
     let path = state_dir.join("operate.ticket");
-    if let Some(text) = read_private(&path).map_err(bad_input)? {
+    if let Some(text) = read_private(&path).map_err(refused)? {
         return parse(&text);
     }
     let old = state_dir.join("ticket");
@@ -65,7 +65,7 @@ pub(crate) fn local_ticket(state_dir: &Path) -> anyhow::Result<Ticket> {
 }
 
 fn parse(text: &str) -> anyhow::Result<Ticket> {
-    text.trim().parse().map_err(bad_input)
+    text.trim().parse().map_err(refused)
 }
 
 /// Whether a ticket may be printed: where somebody asked for it, or to a terminal, which keeps nothing.

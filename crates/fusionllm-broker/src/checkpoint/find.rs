@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::place::{Brief, brief_of, checkpoints_of, maker, steps_in};
+use super::tensor_file::io;
 use super::{Checkpoint, MANIFEST, Maker, open_at};
 use crate::run_dir::RunHome;
 use crate::{BrokerError, CheckpointError};
@@ -51,7 +52,7 @@ fn of_one_run(folder: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
             continue;
         }
         for (step, path) in steps_in(&place)? {
-            let run = match maker(&path) {
+            let run = match maker(&path).map_err(|e| io(&path, e))? {
                 Maker::Run(run) => format!("run {run}"),
                 Maker::Unnamed(job) => format!("a run of `{}` with seed {}", job.name, job.train.seed),
                 Maker::Unknown => continue,
@@ -115,6 +116,8 @@ pub(crate) fn newest_of(
                 passed_over.push(CheckpointError::Misplaced { path: folder, reason });
             }
             Ok(checkpoint) => return Ok(Newest { checkpoint, passed_over }),
+            // An older one would be no better.
+            Err(error) if error.is_shortage() => return Err(error),
             Err(error) => passed_over.push(error),
         }
     }
@@ -124,5 +127,5 @@ pub(crate) fn newest_of(
 
 /// The loss that a checkpoint states, without opening it.
 pub(crate) fn loss_of(path: &Path) -> Option<f64> {
-    brief_of(path).and_then(|Brief { loss, .. }| loss)
+    brief_of(path).ok().flatten().and_then(|Brief { loss, .. }| loss)
 }

@@ -10,7 +10,7 @@ use fusionllm_transport::sync_folder;
 use safetensors::tensor::Dtype;
 
 use super::names::{ABANDONED, ASIDE, LEFTOVER, MANIFEST, free_name, partial_folder, shard_name, step_name, step_of};
-use super::place::{Found, Maker, brief_of, checkpoints_of, maker};
+use super::place::{Found, brief_of, checkpoints_of, is_of};
 use super::remove::remove;
 use super::tensor_file::TensorFile;
 use super::{Origin, Removal, StoredShard, tensor_set};
@@ -118,15 +118,18 @@ pub(crate) fn finish(spec: &FinishSpec, place: &ShardPlace, run_file: &RunFile) 
 /// Where the checkpoint goes: to its name in the run's folder, or if something else has that name, to a folder that is
 /// the run's alone.
 fn destination(place: &ShardPlace, run_file: &RunFile, step: u64) -> Result<(PathBuf, Option<String>), BrokerError> {
-    let is_ours = |path: &Path| path.symlink_metadata().is_err() || maker(path) == Maker::Run(place.run.clone());
+    let is_ours = |path: &Path| match path.symlink_metadata() {
+        Ok(_) => is_of(path, &place.run).map_err(|e| io_error(path, e)),
+        Err(_) => Ok(true),
+    };
     let folder = place.folder.join(step_name(step));
-    if is_ours(&folder) {
+    if is_ours(&folder)? {
         return Ok((folder, None));
     }
     let own = run_file.subfolder(&place.folder);
     std::fs::create_dir_all(&own).map_err(|e| io_error(&own, e))?;
     let other = own.join(step_name(step));
-    if !is_ours(&other) {
+    if !is_ours(&other)? {
         return Err(BrokerError::Foreign { path: folder, run: place.run.clone() });
     }
     let notice = format!("{} is not this run's and is left alone: see {}", folder.display(), other.display());
@@ -143,7 +146,7 @@ fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<Vec<Strin
     let parent = folder.parent().unwrap_or(folder);
     let mut left = Vec::new();
     if folder.symlink_metadata().is_ok() {
-        if maker(&aside) == Maker::Run(run.clone()) {
+        if is_of(&aside, run)? {
             left.extend(match remove(&aside) {
                 Ok(said) => said,
                 // It must not stand in the way of a whole checkpoint.
@@ -163,31 +166,34 @@ fn show(partial: &Path, folder: &Path, run: &RunId) -> std::io::Result<Vec<Strin
     if let Err(error) = sync_folder(parent) {
         left.push(format!("{}: {error}: a crash may take the name of {} back", parent.display(), folder.display()));
     }
-    if maker(&aside) == Maker::Run(run.clone()) {
-        let removed = remove(&aside);
-        left.extend(
-            removed.unwrap_or_else(|error| {
-                Some(format!("an old checkpoint was not removed: {}: {error}", aside.display()))
-            }),
-        );
-    }
+    let removed = is_of(&aside, run).and_then(|is_ours| if is_ours { remove(&aside) } else { Ok(None) });
+    left.extend(
+        removed.unwrap_or_else(|error| Some(format!("an old checkpoint was not removed: {}", io_error(&aside, error)))),
+    );
     Ok(left)
 }
 
 /// Puts right what a crash left between two renames of [`show`].
 pub(crate) fn recover(folder: &Path, run: &RunId) -> Removal {
     let mut removal = Removal::default();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in removal.entries(folder) {
         let (name, aside) = (entry.file_name(), entry.path());
         let Some(whole) = name.to_str().and_then(|n| n.strip_suffix(ASIDE)) else { continue };
-        if step_of(whole).is_none() || maker(&aside) != Maker::Run(run.clone()) {
+        if step_of(whole).is_none() {
             continue;
         }
         let whole = folder.join(whole);
-        if whole.symlink_metadata().is_ok() {
-            removal.remove(&aside);
-        } else if let Err(e) = std::fs::rename(&aside, &whole) {
-            removal.failures.push(format!("{}: {e}", aside.display()));
+        let put_right = match is_of(&aside, run) {
+            Ok(true) if whole.symlink_metadata().is_ok() => {
+                removal.remove(&aside);
+                Ok(())
+            }
+            Ok(true) => std::fs::rename(&aside, &whole),
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = put_right {
+            removal.failures.push(io_error(&aside, error).to_string());
         }
     }
     removal
@@ -252,7 +258,7 @@ pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
         }
     };
     let is_good = |f: &Found| {
-        let loss = || brief_of(&f.path).and_then(|brief| brief.loss);
+        let loss = || brief_of(&f.path).ok().flatten().and_then(|brief| brief.loss);
         f.step <= course.vouched && loss().is_none_or(|loss| !has_exploded(loss, course.lowest))
     };
     let (newest, older) = found.split_at(found.len().min(keep as usize));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use fusionllm_protocol::{JobSpec, RunId};
-use fusionllm_transport::{open_regular, read_regular, remove_if_there};
+use fusionllm_transport::{if_usable, open_regular, read_regular, remove_if_there};
 use serde::Deserialize;
 
 use super::Removal;
@@ -31,18 +31,29 @@ pub(crate) enum Maker {
 }
 
 /// Who made the folder `path`.
-pub(crate) fn maker(path: &Path) -> Maker {
+///
+/// # Errors
+/// That its files could not be opened for a reason that says nothing of them, such as too many open files.
+pub(crate) fn maker(path: &Path) -> std::io::Result<Maker> {
     if !is_real_folder(path) {
-        return Maker::Unknown;
+        return Ok(Maker::Unknown);
     }
-    if let Some(run) = read_mark(path) {
-        return Maker::Run(run);
+    if let Some(run) = read_mark(path)? {
+        return Ok(Maker::Run(run));
     }
-    match brief_of(path) {
+    Ok(match brief_of(path)? {
         Some(Brief { run: Some(run), .. }) => Maker::Run(run),
         Some(Brief { job, .. }) => Maker::Unnamed(job),
         None => Maker::Unknown,
-    }
+    })
+}
+
+/// Whether the run made the folder `path`.
+///
+/// # Errors
+/// As [`maker`].
+pub(super) fn is_of(path: &Path, run: &RunId) -> std::io::Result<bool> {
+    maker(path).map(|maker| maker == Maker::Run(run.clone()))
 }
 
 /// The part of a manifest that says whose it is; its checksum is not looked at.
@@ -54,9 +65,13 @@ pub(crate) struct Brief {
     pub(crate) job: Box<JobSpec>,
 }
 
-/// Reads the manifest in a folder for what it says of its maker.
-pub(crate) fn brief_of(path: &Path) -> Option<Brief> {
-    serde_json::from_slice(&read_regular(&path.join(MANIFEST)).ok()?).ok()
+/// Reads the manifest in a folder for what it says of its maker; nothing if there is none that can be read.
+///
+/// # Errors
+/// As [`maker`].
+pub(crate) fn brief_of(path: &Path) -> std::io::Result<Option<Brief>> {
+    let text = if_usable(read_regular(&path.join(MANIFEST)))?;
+    Ok(text.and_then(|text| serde_json::from_slice(&text).ok()))
 }
 
 /// Whether there is a folder, and not a link to one.
@@ -65,10 +80,14 @@ fn is_real_folder(path: &Path) -> bool {
 }
 
 /// The run that a folder's mark names.
-pub(crate) fn read_mark(path: &Path) -> Option<RunId> {
+///
+/// # Errors
+/// As [`maker`].
+pub(crate) fn read_mark(path: &Path) -> std::io::Result<Option<RunId>> {
+    let Some(mark) = if_usable(open_regular(&path.join(MARK)))? else { return Ok(None) };
     let mut text = String::new();
-    open_regular(&path.join(MARK)).ok()?.take(MARK_BYTES).read_to_string(&mut text).ok()?;
-    RunId::try_from(text.trim_end().to_owned()).ok()
+    let read = if_usable(mark.take(MARK_BYTES).read_to_string(&mut text))?;
+    Ok(read.and_then(|_| RunId::try_from(text.trim_end().to_owned()).ok()))
 }
 
 fn write_mark(folder: &Path, run: &RunId) -> Result<(), BrokerError> {
@@ -81,9 +100,17 @@ fn write_mark(folder: &Path, run: &RunId) -> Result<(), BrokerError> {
 }
 
 /// Whether a folder holds nothing but a mark, or not even that: what a crash leaves of one that was being made.
-fn is_just_begun(path: &Path) -> bool {
+fn is_just_begun(path: &Path) -> std::io::Result<bool> {
     let is_mark = |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == *MARK);
-    is_real_folder(path) && std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(is_mark))
+    if !is_real_folder(path) {
+        return Ok(false);
+    }
+    Ok(if_usable(std::fs::read_dir(path))?.is_some_and(|mut entries| entries.all(is_mark)))
+}
+
+/// Whether a folder is one in which the run gathers shards, or was about to.
+fn is_begun_by(path: &Path, run: &RunId) -> std::io::Result<bool> {
+    Ok(is_of(path, run)? || is_just_begun(path)?)
 }
 
 /// A checkpoint of one run.
@@ -105,8 +132,8 @@ pub(crate) fn checkpoints_of(home: &RunHome) -> Result<Vec<Found>, CheckpointErr
     let unnamed_up_to = home.file.as_ref().and_then(|file| file.unnamed_up_to).unwrap_or(u64::MAX);
     for place in home.places() {
         for (step, path) in steps_in(&place)? {
-            if let Some(is_certain) = home.owns(&place, &path).filter(|is_certain| *is_certain || step <= unnamed_up_to)
-            {
+            let owned = home.owns(&place, &path).map_err(|e| io(&path, e))?;
+            if let Some(is_certain) = owned.filter(|is_certain| *is_certain || step <= unnamed_up_to) {
                 found.push(Found { step, path, is_certain });
             }
         }
@@ -116,18 +143,31 @@ pub(crate) fn checkpoints_of(home: &RunHome) -> Result<Vec<Found>, CheckpointErr
 }
 
 /// The ids of the runs that made the checkpoints in a folder.
-pub(crate) fn makers_in(folder: &Path) -> Vec<RunId> {
-    let made = steps_in(folder).unwrap_or_default().into_iter().map(|(_, path)| maker(&path));
-    let runs = made.filter_map(|maker| if let Maker::Run(run) = maker { Some(run) } else { None });
-    runs.collect::<std::collections::BTreeSet<RunId>>().into_iter().collect()
+///
+/// # Errors
+/// [`CheckpointError::Io`] if it is there and cannot be listed.
+pub(crate) fn makers_in(folder: &Path) -> Result<Vec<RunId>, CheckpointError> {
+    let mut runs = std::collections::BTreeSet::new();
+    for (_, path) in steps_in(folder)? {
+        if let Maker::Run(run) = maker(&path).map_err(|e| io(&path, e))? {
+            runs.insert(run);
+        }
+    }
+    Ok(runs.into_iter().collect())
 }
 
 impl RunHome {
     /// Whether the run made the folder `path`, which lies in `place`; nothing if it did not, else whether that is
     /// certain.
-    pub(crate) fn owns(&self, place: &Path, path: &Path) -> Option<bool> {
-        let is_inside = place.starts_with(&self.dir);
-        match maker(path) {
+    ///
+    /// # Errors
+    /// As [`maker`].
+    pub(crate) fn owns(&self, place: &Path, path: &Path) -> std::io::Result<Option<bool>> {
+        Ok(self.owns_of(maker(path)?, place.starts_with(&self.dir)))
+    }
+
+    fn owns_of(&self, maker: Maker, is_inside: bool) -> Option<bool> {
+        match maker {
             // Without run.json all in its directory counts as its own.
             Maker::Run(_) if self.file.is_none() && is_inside => Some(true),
             Maker::Run(run) => {
@@ -180,10 +220,11 @@ pub(crate) fn make_partial(path: &Path, run: &RunId) -> Result<(), BrokerError> 
     match std::fs::create_dir(path) {
         Ok(()) => {}
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-            if maker(path) == Maker::Run(run.clone()) {
+            let fail = |e| io_error(path, e);
+            if is_of(path, run).map_err(fail)? {
                 return Ok(());
             }
-            if !is_just_begun(path) {
+            if !is_just_begun(path).map_err(fail)? {
                 return Err(BrokerError::Foreign { path: path.to_owned(), run: run.clone() });
             }
         }
@@ -195,16 +236,22 @@ pub(crate) fn make_partial(path: &Path, run: &RunId) -> Result<(), BrokerError> 
 /// Removes what earlier placements of this run left unfinished, and nothing else.
 pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Removal {
     let mut removal = Removal::default();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in removal.entries(folder) {
         let (name, path) = (entry.file_name(), entry.path());
         let ours = format!("{PARTIAL}{}-", run.short());
         if !name.to_str().is_some_and(|n| n.starts_with("step-") && n.contains(&ours)) {
             continue;
         }
-        if maker(&path) == Maker::Run(run.clone()) || is_just_begun(&path) {
-            removal.remove(&path);
-        } else if let Err(e) = std::fs::remove_dir(&path) {
-            removal.failures.push(format!("{}: {e}", path.display()));
+        let removed = match is_begun_by(&path, run) {
+            Ok(true) => {
+                removal.remove(&path);
+                continue;
+            }
+            Ok(false) => std::fs::remove_dir(&path),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            removal.failures.push(io_error(&path, error).to_string());
         }
     }
     removal
@@ -214,8 +261,10 @@ pub(crate) fn remove_partial(folder: &Path, run: &RunId) -> Removal {
 /// been no room.
 pub(crate) fn drop_partial(path: &Path, run: &RunId) -> Removal {
     let mut removal = Removal::default();
-    if maker(path) == Maker::Run(run.clone()) || is_just_begun(path) {
-        removal.remove(path);
+    match is_begun_by(path, run) {
+        Ok(true) => drop(removal.remove(path)),
+        Ok(false) => {}
+        Err(error) => removal.failures.push(io_error(path, error).to_string()),
     }
     removal
 }

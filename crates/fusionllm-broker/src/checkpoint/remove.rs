@@ -1,12 +1,14 @@
 //! Removing folders of checkpoints: what a run has written in them, and nothing else.
 
+use std::fs::DirEntry;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::Manifest;
-use fusionllm_transport::{read_regular_text, remove_if_there};
+use fusionllm_transport::{if_usable, read_regular_text, remove_if_there};
 
 use super::names::{LEFTOVER, MANIFEST, MARK, PARTIAL, REMOVED, free_name, step_name, step_of};
+use crate::files::io_error;
 
 /// Names that are listed in a sentence.
 const NAMED: usize = 3;
@@ -35,8 +37,21 @@ impl Removal {
                 true
             }
             Err((place, error)) => {
-                self.failures.push(format!("{}: {error}", place.display()));
+                self.failures.push(io_error(&place, error).to_string());
                 false
+            }
+        }
+    }
+
+    /// What is in a folder; nothing if it is not there. What else keeps it from being looked at is a failure.
+    pub(super) fn entries(&mut self, folder: &Path) -> Vec<DirEntry> {
+        match std::fs::read_dir(folder) {
+            Ok(entries) => entries.flatten().collect(),
+            Err(error) => {
+                if error.kind() != ErrorKind::NotFound {
+                    self.failures.push(io_error(folder, error).to_string());
+                }
+                Vec::new()
             }
         }
     }
@@ -68,7 +83,7 @@ pub(super) fn remove(folder: &Path) -> std::io::Result<Option<String>> {
 
 /// The same for a folder that was called `before`.
 fn empty(folder: &Path, before: &Path) -> std::io::Result<Option<String>> {
-    let written = Written::of(folder);
+    let written = Written::of(folder)?;
     // The manifest first, so that half of a checkpoint is never taken for a whole; the mark last, so that what a crash
     // leaves can still be told to be ours.
     remove_if_there(&folder.join(MANIFEST))?;
@@ -131,12 +146,13 @@ enum Written {
 }
 
 impl Written {
-    fn of(folder: &Path) -> Self {
-        let manifest = read_regular_text(&folder.join(MANIFEST)).ok().and_then(|t| Manifest::from_json(&t).ok());
-        manifest.map_or(Self::ByForm, |manifest| {
+    fn of(folder: &Path) -> std::io::Result<Self> {
+        let text = if_usable(read_regular_text(&folder.join(MANIFEST)))?;
+        let manifest = text.and_then(|text| Manifest::from_json(&text).ok());
+        Ok(manifest.map_or(Self::ByForm, |manifest| {
             let shards = manifest.shards.into_iter().map(|shard| shard.file);
             Self::Listed(shards.chain(manifest.carried.iter().map(|carried| carried.file())).collect())
-        })
+        }))
     }
 
     fn has(&self, name: &str) -> bool {

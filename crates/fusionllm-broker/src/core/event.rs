@@ -73,8 +73,10 @@ pub(crate) enum CoreEvent {
     CheckpointFailed { key: RunKey, step: u64, reason: String },
     /// Something that a job's user must see.
     Noticed { key: RunKey, text: String },
-    /// The broker itself cannot go on with a job.
-    RunFailed { key: RunKey, reason: String },
+    /// The checkpoints so far are not where they were.
+    CheckpointsGone { key: RunKey },
+    /// The broker itself cannot go on with a job; `bad_input` says whether that is the job's fault.
+    RunFailed { key: RunKey, reason: String, bad_input: bool },
     /// What was to be worked out or read for a job was not, by a defect of ours.
     WorkFailed { job: JobId, reason: String },
     /// The store has all that it was given up to this number.

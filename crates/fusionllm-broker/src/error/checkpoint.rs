@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use fusionllm_protocol::ProtocolError;
+use fusionllm_transport::{io_reason, is_shortage};
 
 /// The checkpoints that could be meant instead.
 fn those_there(steps: &[u64]) -> String {
@@ -54,7 +55,7 @@ pub enum CheckpointError {
         step: u64,
     },
     /// A file could not be read or written.
-    #[error("checkpoint file {path}: {source}")]
+    #[error("checkpoint file {path}: {}", io_reason(source), path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -127,4 +128,11 @@ pub enum CheckpointError {
         /// What is wrong and what would be right.
         reason: String,
     },
+}
+
+impl CheckpointError {
+    /// Whether the process or the machine had run out of something, which says nothing of the checkpoint.
+    pub(crate) fn is_shortage(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is_shortage(source))
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
+use fusionllm_graph::{Gpt2Config, OpDag, gpt2, read_json};
 use fusionllm_protocol::WeightsChoice;
 use fusionllm_transport::read_regular_text;
 use serde_json::Value;
@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::{LoadedModel, ModelNote, graph_error, model_error};
 use crate::BrokerError;
 use crate::checkpoint::{TOKENIZER, TensorSet};
+use crate::files::named_error;
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -41,8 +42,11 @@ pub(super) fn read(
     purpose: Purpose,
 ) -> Result<LoadedModel, BrokerError> {
     let path = folder.join(CONFIG);
-    let text = read_regular_text(&path)
-        .map_err(|e| model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a GPT-2")))?;
+    let text = read_regular_text(&path).map_err(|e| {
+        named_error(&path, e, |e| {
+            model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a GPT-2"))
+        })
+    })?;
     let mut config = Gpt2Config::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
     let mut notes = Vec::new();
     config.dropout = dropout;
@@ -74,7 +78,7 @@ fn carried(folder: &Path) -> Result<BTreeMap<String, String>, BrokerError> {
         match read_regular_text(&path) {
             Ok(text) => drop(files.insert(name.to_owned(), text)),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(model_error(&path, format!("not readable: {e}"))),
+            Err(e) => return Err(named_error(&path, e, |e| model_error(&path, format!("not readable: {e}")))),
         }
     }
     Ok(files)
@@ -182,8 +186,8 @@ struct Index {
 impl Index {
     fn read(path: &Path) -> Result<Self, BrokerError> {
         let fail = |reason: String| model_error(path, reason);
-        let text = read_regular_text(path).map_err(|e| fail(format!("not readable: {e}")))?;
-        let value: Value = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        let text = read_regular_text(path).map_err(|e| named_error(path, e, |e| fail(format!("not readable: {e}"))))?;
+        let value: Value = read_json(text.trim_start_matches('\u{feff}').as_bytes())
             .map_err(|e| fail(format!("not an index of shards: {e}")))?;
         let map = value.get("weight_map").and_then(Value::as_object).filter(|map| !map.is_empty());
         let map = map.ok_or_else(|| fail("not an index of shards: it has no `weight_map` with tensors".to_owned()))?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::*;
 use crate::checkpoint::Course;
 use crate::opened_run::OpenedRun;
-use crate::run_dir::{PlacementFile, RunDir};
+use crate::run_dir::{FolderLock, PlacementFile, RunDir};
 use crate::testing::{self, OldRuns};
 use crate::{Checkpoint as Opened, open_checkpoint};
 
@@ -268,4 +268,33 @@ fn keys_change_where_they_can() {
     assert!(error.contains("data.path") && error.contains("absolute"), "{error}");
     assert_eq!(change("data.path=there", Some(Path::new("/a"))).unwrap().data.path, [Path::new("/a/there")]);
     assert!(change("train.lrr=1", None).unwrap_err().to_string().contains("train.lr"));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_directory_that_was_renamed_is_made_again_unless_something_else_is_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, moved) = (folder.path().join("run"), folder.path().join("moved"));
+    let (spec, start) = (testing::spec(&[]), RunStart::new());
+    let mut opened = open(&dir, &start, &spec, 0).unwrap();
+    assert_eq!(opened.missing(), None);
+    std::fs::rename(&dir, &moved).unwrap();
+    assert_eq!(opened.missing(), Some(dir.as_path()));
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("mine"), "mine").unwrap();
+    let error = opened.make_again().unwrap_err().to_string();
+    assert!(error.contains("mine is in the way"), "{error}");
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "nothing was written");
+    std::fs::remove_file(dir.join("mine")).unwrap();
+    // A shard may have come meanwhile.
+    std::fs::create_dir_all(dir.join("checkpoints/step-3.partial-x")).unwrap();
+    opened.make_again().unwrap();
+    assert_eq!(opened.missing(), None);
+    for name in ["run.json", "job.json", "graph.json", "placement.json"] {
+        assert_eq!(std::fs::read(dir.join(name)).unwrap(), std::fs::read(moved.join(name)).unwrap(), "{name}");
+    }
+    // What was renamed is a copy from now on, and free for whoever goes on there.
+    assert!(RunHome::read(&moved).unwrap().unwrap().is_copy().unwrap());
+    FolderLock::check(&moved).unwrap();
+    assert!(FolderLock::check(&dir).is_err());
 }

@@ -1,14 +1,16 @@
 //! A lock on a folder, held by one process and let go by the operating system however that ends.
 
+use std::ffi::OsStr;
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fusionllm_protocol::RunId;
-use fusionllm_transport::{open_or_make_regular, open_regular};
+use fusionllm_transport::{folder_of, leads_to, open_or_make_regular, open_regular};
 use time::OffsetDateTime;
 
+use super::CHECKPOINTS;
 use crate::BrokerError;
 use crate::files::io_error;
 
@@ -24,8 +26,9 @@ const BEGINS: &str = "run ";
 /// A folder that is ours while this lives.
 #[derive(Debug)]
 pub(crate) struct FolderLock {
+    path: PathBuf,
     /// Closing it lets go.
-    _file: File,
+    file: File,
 }
 
 impl FolderLock {
@@ -71,7 +74,17 @@ impl FolderLock {
         if let Err(error) = write(&mut file) {
             tracing::debug!(%error, path = %path.display(), "a lock without its holder's name");
         }
-        Ok(Self { _file: file })
+        Ok(Self { path, file })
+    }
+
+    /// Whether the folder is still there under its name: it may have been renamed or removed.
+    pub(crate) fn is_in_place(&self) -> bool {
+        leads_to(&self.path, &self.file)
+    }
+
+    /// The folder.
+    pub(crate) fn folder(&self) -> &Path {
+        folder_of(&self.path)
     }
 
     /// Whether somebody has ever taken the lock of a folder.
@@ -130,6 +143,49 @@ fn holder(file: &mut File) -> String {
     let read = file.take(LINE_BYTES).read_to_string(&mut text);
     let line = text.lines().next().unwrap_or_default().trim();
     if read.is_err() || line.is_empty() { "another process".to_owned() } else { line.replace(char::is_control, " ") }
+}
+
+/// Locks of a run: of its directory, and of a folder elsewhere where its checkpoints lie.
+#[derive(Debug)]
+pub(crate) struct RunLocks {
+    pub(super) run_dir: FolderLock,
+    pub(super) checkpoints: Option<FolderLock>,
+}
+
+impl RunLocks {
+    /// A folder that was renamed or removed since its lock was taken.
+    pub(super) fn missing(&self) -> Option<&Path> {
+        let locks = std::iter::once(&self.run_dir).chain(&self.checkpoints);
+        locks.filter(|lock| !lock.is_in_place()).map(FolderLock::folder).next()
+    }
+
+    /// Takes the locks of such folders anew, where they are made again under their names.
+    ///
+    /// # Errors
+    /// [`BrokerError::Foreign`] if something else is there by now, or why it cannot be made or locked.
+    pub(super) fn take_again(&mut self, run: &RunId) -> Result<(), BrokerError> {
+        for lock in std::iter::once(&mut self.run_dir).chain(&mut self.checkpoints) {
+            if !lock.is_in_place() {
+                *lock = make_again(lock.folder(), run)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a folder again and locks it. What lies there by now must be nothing but checkpoints that are on their way.
+fn make_again(folder: &Path, run: &RunId) -> Result<FolderLock, BrokerError> {
+    let fail = |e| io_error(folder, e);
+    std::fs::create_dir_all(folder).map_err(fail)?;
+    let is_ours =
+        |name: &OsStr| name == FolderLock::FILE || name == CHECKPOINTS || name.to_string_lossy().contains(run.short());
+    for entry in std::fs::read_dir(folder).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        if !is_ours(&entry.file_name()) {
+            return Err(BrokerError::Foreign { path: entry.path(), run: run.clone() });
+        }
+    }
+    FolderLock::take(folder, run)
 }
 
 #[cfg(test)]

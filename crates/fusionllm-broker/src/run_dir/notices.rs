@@ -6,6 +6,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::Notice;
+use fusionllm_transport::io_reason;
 
 use crate::metrics::{LineWriter, each_line};
 
@@ -40,7 +41,24 @@ impl NoticesWriter {
             self.waiting.push(b'\n');
         }
         let error = self.flush().err().filter(|_| is_first)?;
+        let error = io_reason(&error);
         Some(format!("{}: {error}: notices wait until they can be written", self.path.display()))
+    }
+
+    /// Whether notices go to the file of their path; not if it was renamed or removed.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.lines.as_ref().is_none_or(|lines| lines.is_at(&self.path))
+    }
+
+    /// Goes on in a new file of the same path, with all notices so far, and writes what waits.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn write_again(&mut self) -> io::Result<()> {
+        if let Some(lines) = &mut self.lines {
+            lines.move_to(&self.path)?;
+        }
+        self.flush()
     }
 
     /// Writes what waits.

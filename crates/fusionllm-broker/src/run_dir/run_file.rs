@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use fusionllm_graph::read_json;
 use fusionllm_protocol::{JobSpec, RunId};
 use fusionllm_transport::{is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
@@ -63,9 +64,7 @@ impl RunFile {
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>, BrokerError> {
         let path = dir.join(Self::FILE);
         match read_regular(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map(Some)
-                .map_err(|e| BrokerError::DamagedRun { path, reason: e.to_string() }),
+            Ok(text) => read_json(&text).map(Some).map_err(|reason| BrokerError::DamagedRun { path, reason }),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(io_error(&path, e)),
         }
@@ -133,15 +132,24 @@ impl RunHome {
         let file = RunFile::read(&dir)?;
         let run_dir = RunDir::new(&dir);
         // Only what an earlier version left depends on it; what is wrong with it, `job_notice` says.
-        let spec: Option<JobSpec> = run_dir.read_json(&run_dir.job()).ok().flatten();
+        let spec: Option<JobSpec> = match run_dir.read_json(&run_dir.job()) {
+            Err(error) if error.is_shortage() => return Err(error),
+            read => read.ok().flatten(),
+        };
         Ok((file.is_some() || spec.is_some()).then_some(Self { dir, file, spec }))
     }
 
     /// Whether the directory was copied: the run goes on elsewhere, too.
-    pub(crate) fn is_copy(&self) -> bool {
-        let Some(file) = self.file.as_ref().filter(|file| file.dir != self.dir) else { return false };
-        let there = RunFile::read(&file.dir).ok().flatten();
-        there.is_some_and(|other| other.run == file.run) && !is_same_file(&file.dir, &self.dir)
+    ///
+    /// # Errors
+    /// [`BrokerError::Io`] if that cannot be told now, as with too many open files.
+    pub(crate) fn is_copy(&self) -> Result<bool, BrokerError> {
+        let Some(file) = self.file.as_ref().filter(|file| file.dir != self.dir) else { return Ok(false) };
+        let there = match RunFile::read(&file.dir) {
+            Err(error) if error.is_shortage() => return Err(error),
+            read => read.ok().flatten(),
+        };
+        Ok(there.is_some_and(|other| other.run == file.run) && !is_same_file(&file.dir, &self.dir))
     }
 
     /// What its user must know of `job.json`, which is written for people: that `counts`, the job that `whose` names, is

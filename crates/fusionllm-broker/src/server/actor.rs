@@ -153,11 +153,11 @@ impl Actor {
                 }
             }
             Command::Submit { spec, start, run_dir, reply } => {
-                let run_dir = self.choose(run_dir);
                 let receiver = self.events.subscribe();
-                let submitted = self.core.submit(*spec, *start, run_dir.clone(), now).map(|(job, actions)| {
+                let submitted = self.choose(run_dir).and_then(|run_dir| {
+                    let (job, actions) = self.core.submit(*spec, *start, run_dir.clone(), now)?;
                     self.perform(actions);
-                    Submitted { job, run_dir, events: JobEvents::new(job, receiver, self.states.subscribe()) }
+                    Ok(Submitted { job, run_dir, events: JobEvents::new(job, receiver, self.states.subscribe()) })
                 });
                 self.answers.once_written(&self.core, reply, submitted, |reason| BrokerError::NotDurable { reason });
             }
@@ -250,9 +250,9 @@ impl Actor {
         (Joined { connection, name, control, resumed: None }, actions)
     }
 
-    fn choose(&self, choice: RunDirChoice) -> PathBuf {
+    fn choose(&self, choice: RunDirChoice) -> Result<PathBuf, BrokerError> {
         match choice {
-            RunDirChoice::Given(path) => path,
+            RunDirChoice::Given(path) => Ok(path),
             RunDirChoice::Free(base) => free_run_dir(&base, |path| self.core.uses_run_dir(path)),
         }
     }

@@ -121,7 +121,7 @@ async fn write(
                         && timeout(Duration::from_millis(100), session.closed()).await.is_err()
                     {
                         let reason = format!("the weights could not be sent: {reason}");
-                        let failed = Command::Event(CoreEvent::RunFailed { key, reason });
+                        let failed = Command::Event(CoreEvent::RunFailed { key, reason, bad_input: false });
                         // If the actor is gone it needs no word.
                         let _ = handle.commands.send(failed).await;
                     }

@@ -2,16 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use fusionllm_planner::{Simulated, Trace};
-use fusionllm_protocol::{Notice, RunKey, StepMetrics};
+use fusionllm_protocol::{Notice, RunKey};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
 use super::command::Command;
 use super::open_runs::OpenRuns;
+use super::run_files::RunFiles;
 use super::watched::Watched;
 use crate::BrokerError;
-use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune, remove_partial};
+use crate::checkpoint::{Course, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun};
 use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
@@ -105,19 +105,6 @@ struct Keeper {
     runs: BTreeMap<RunKey, RunFiles>,
 }
 
-/// A run at work.
-struct RunFiles {
-    opened: OpenedRun,
-    dir: RunDir,
-    metrics: MetricsWriter,
-    notices: NoticesWriter,
-    /// CompNodes and predicted step, until the measured one is there.
-    predicted: Option<(Vec<String>, Simulated)>,
-    course: Course,
-    /// The newest checkpoint, if there are more than are to be kept since it is not known yet whether it is good.
-    unpruned: Option<u64>,
-}
-
 impl Keeper {
     fn perform(&mut self, action: Action) -> Vec<CoreEvent> {
         let key = match &action {
@@ -125,11 +112,14 @@ impl Keeper {
             Action::WriteData { key, .. } | Action::AppendMetrics { key, .. } => Some(*key),
             _ => None,
         };
+        // Later its folders are known to have been good.
+        let begins = matches!(action, Action::OpenRun(_));
         match (self.write(action), key) {
             (Ok(events), _) => events,
             (Err(error), Some(key)) => {
                 self.open_runs.set(key, None);
-                vec![CoreEvent::RunFailed { key, reason: error.to_string() }]
+                let bad_input = begins && error.is_bad_input();
+                vec![CoreEvent::RunFailed { key, reason: error.to_string(), bad_input }]
             }
             (Err(error), None) => {
                 tracing::error!(%error, "cannot write");
@@ -142,22 +132,21 @@ impl Keeper {
         let mut events = Vec::new();
         match action {
             Action::OpenRun(open) => events = self.open(*open)?,
-            Action::WriteData { run_dir, data, .. } => {
+            Action::WriteData { key, run_dir, data } => {
                 let dir = RunDir::new(&run_dir);
                 dir.write_json(&dir.data(), &data)?;
+                if let Some(run) = self.runs.get_mut(&key) {
+                    run.data = Some(data);
+                }
             }
             Action::WriteTrace { key, measured, .. } => {
-                if let Some(run) = self.runs.get_mut(&key)
-                    && let Some((names, predicted)) = run.predicted.take()
-                {
-                    let trace = Trace::side_by_side(&[("measured", &measured), ("predicted", &predicted)], &names);
-                    let written = run.dir.write_json(&run.dir.trace(), &trace);
-                    events.extend(written.err().map(|error| CoreEvent::Noticed { key, text: error.to_string() }));
+                if let Some(run) = self.runs.get_mut(&key) {
+                    events = run.write_trace(key, &measured);
                 }
             }
             Action::AppendMetrics { key, metrics, .. } => {
                 if let Some(run) = self.runs.get_mut(&key) {
-                    events = run.append(&metrics)?.into_iter().map(|text| CoreEvent::Noticed { key, text }).collect();
+                    events = run.append(key, &metrics)?;
                 }
             }
             Action::FinishCheckpoint { key, spec } => {
@@ -174,7 +163,7 @@ impl Keeper {
                 // Where no run of ours is open, the directory may be another's.
                 let dir = RunDir::new(&run_dir);
                 if let Some((&key, run)) = self.runs.iter_mut().find(|(_, run)| run.dir == dir) {
-                    events.extend(run.notices.append(&notice).map(|text| CoreEvent::Noticed { key, text }));
+                    events.extend(run.note(&notice).map(|text| CoreEvent::Noticed { key, text }));
                 }
             }
             Action::WriteReport { record } => self.close(&record)?,
@@ -207,7 +196,17 @@ impl Keeper {
         let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
         let course = Course::at(open.start_step);
         let writer = NoticesWriter::new(dir.notices());
-        let run = RunFiles { opened, dir, metrics, notices: writer, predicted, course, unpruned: None };
+        let run = RunFiles {
+            opened,
+            dir,
+            metrics,
+            notices: writer,
+            predicted,
+            course,
+            unpruned: None,
+            data: None,
+            is_away: false,
+        };
         self.runs.insert(open.key, run);
         Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
     }
@@ -221,6 +220,9 @@ impl Keeper {
             ended.extend(self.runs.remove(&key));
         }
         for run in &mut ended {
+            if let Err(error) = run.come_back() {
+                tracing::error!(%error, "the run directory cannot be made again");
+            }
             if let Err(error) = run.metrics.flush() {
                 tracing::error!(%error, path = %run.dir.metrics().display(), "the last steps are not written");
             }
@@ -237,8 +239,8 @@ impl Keeper {
                 tracing::error!(%error, path = %run.dir.notices().display(), "the last notices are not written");
             }
         }
-        if ended.is_empty() {
-            // It was never opened, or not by us: nothing in there is ours to write.
+        if ended.is_empty() || ended.iter().any(|run| run.is_away) {
+            // It was never opened, or not by us, or another folder has come in its place: nothing in there is ours to write.
             return Ok(());
         }
         let mut plot = LossPlot::default();
@@ -251,57 +253,5 @@ impl Keeper {
             Err(error) => tracing::warn!(error, "the plot of loss against bytes cannot be drawn"),
         }
         Ok(())
-    }
-}
-
-impl RunFiles {
-    /// Appends a step. Gives what its user must know.
-    fn append(&mut self, metrics: &StepMetrics) -> Result<Vec<String>, BrokerError> {
-        let mut notices: Vec<String> = self.metrics.append(&self.dir.metrics(), metrics)?.into_iter().collect();
-        // Why they wait was said.
-        let _ = self.notices.flush();
-        self.course.step(metrics.step, metrics.loss, metrics.eval_loss);
-        if self.unpruned.is_some_and(|newest| newest <= self.course.vouched) {
-            notices.extend(self.prune());
-        }
-        Ok(notices)
-    }
-
-    fn finish(&mut self, key: RunKey, spec: &FinishSpec) -> Vec<CoreEvent> {
-        let step = spec.step;
-        let finished = match finish(spec, &self.opened.place, &self.opened.file) {
-            Ok(finished) => finished,
-            Err(error) => return vec![CoreEvent::CheckpointFailed { key, step, reason: error.to_string() }],
-        };
-        let mut notices = finished.notices;
-        let recorded = self.opened.record(Some((step, finished.checksum.clone())), &[]);
-        notices.extend(recorded.err().map(|error| error.to_string()));
-        self.unpruned = Some(step);
-        notices.extend(self.prune());
-        let mut events: Vec<CoreEvent> = notices.into_iter().map(|text| CoreEvent::Noticed { key, text }).collect();
-        events.push(CoreEvent::CheckpointFinished { key, step, path: finished.path, checksum: finished.checksum });
-        events
-    }
-
-    /// Drops checkpoints that are not to be kept. What cannot be removed is no reason to stop.
-    fn prune(&mut self) -> Vec<String> {
-        if self.unpruned.is_some_and(|newest| newest <= self.course.vouched) {
-            self.unpruned = None;
-        }
-        let pruned = prune(&self.opened.home(), self.opened.spec.checkpoint.keep, self.course);
-        let not_removed = |why| format!("an old checkpoint was not removed: {why}");
-        let mut notices = pruned.removal.leftovers;
-        notices.extend(pruned.removal.failures.into_iter().map(not_removed));
-        if !pruned.dropped.is_empty() {
-            notices.extend(self.opened.record(None, &pruned.dropped).err().map(|error| error.to_string()));
-        }
-        notices
-    }
-
-    /// Removes the shards of a checkpoint that cannot be kept: on a full disk they take the room of the next one.
-    fn drop_partial(&self, key: RunKey, step: u64) -> Vec<CoreEvent> {
-        let removal = drop_partial(&self.opened.place.partial(step, key.generation), &self.opened.place.run);
-        let texts = removal.failures.into_iter().chain(removal.leftovers);
-        texts.map(|text| CoreEvent::Noticed { key, text }).collect()
     }
 }

@@ -88,26 +88,29 @@ impl Gate {
     }
 
     /// Lets somebody in as `role`, or says why not. Writes a file: for a blocking thread.
+    ///
+    /// # Errors
+    /// [`BrokerError::Io`] if that cannot be written, which is not the ticket's fault.
     pub(super) fn admit(
         self: &Arc<Self>,
         connection: ConnectionId,
         session: &Session,
         secret: &Secret,
         role: TicketRole,
-    ) -> Result<Pass, String> {
+    ) -> Result<Result<Pass, String>, BrokerError> {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
-        let Grant { ticket, own, changed } = tickets.admit(secret, role, session.peer(), now())?;
+        let Grant { ticket, own, changed } = match tickets.admit(secret, role, session.peer(), now()) {
+            Ok(grant) => grant,
+            Err(reason) => return Ok(Err(reason)),
+        };
         if changed {
             // What is not on disk would admit again after a restart.
-            write_tickets(&self.state_dir, &tickets).map_err(|error| {
-                tracing::error!(%error, "cannot keep who came in by which ticket");
-                "the broker cannot write its tickets".to_owned()
-            })?;
+            write_tickets(&self.state_dir, &tickets)?;
             inner.tickets = tickets;
         }
         inner.open.insert(connection, (ticket, session.clone()));
-        Ok(Pass { connection, own, gate: Arc::clone(self) })
+        Ok(Ok(Pass { connection, own, gate: Arc::clone(self) }))
     }
 
     /// Makes a ticket. Gives its name, and what admits. For a blocking thread.

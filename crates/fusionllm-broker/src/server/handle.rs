@@ -94,7 +94,7 @@ impl Handle {
     pub(super) async fn submit(&self, spec: JobSpec, run_dir: Option<PathBuf>, tokenizer: Option<String>) -> Taken {
         spec.validate()?;
         let choice = match run_dir {
-            Some(path) if is_free(&path) => RunDirChoice::Given(path),
+            Some(path) if is_free(&path)? => RunDirChoice::Given(path),
             Some(path) => return Err(BrokerError::RunDirNotEmpty { path }),
             None => RunDirChoice::Free(default_run_dir(&self.runs_dir, &spec.name, SystemTime::now())),
         };
@@ -107,7 +107,7 @@ impl Handle {
         let folder = match &run_dir {
             RunDirChoice::Given(folder) => folder.clone(),
             // In the one that another job has just begun nobody is to work.
-            RunDirChoice::Free(base) => free_run_dir(base, |_| false),
+            RunDirChoice::Free(base) => free_run_dir(base, |_| false)?,
         };
         let prepared = blocking(move || {
             check_run_folders(&folder, &spec)?;

@@ -21,6 +21,8 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 const HELLO_BYTES: u64 = 64 << 10;
 /// Close code of a peer that is not let in.
 const REFUSED: u32 = 403;
+/// How connections end that meet trouble of this broker.
+const TROUBLE: u32 = 500;
 
 /// Longest description of a device, and longest name of a host, in characters.
 const DESCRIPTION_CHARS: usize = 200;
@@ -56,8 +58,13 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
     let Some((hello, sink, source)) = introduce(&session, greeting, sink, source, door).await else { return };
     let pass = match admit(connection, &session, &hello, door).await {
         Ok(pass) => pass,
-        Err(reason) => {
+        Err(Denied::Refused(reason)) => {
             refuse(&session, sink, &reason, door).await;
+            return;
+        }
+        // Another time it may come in.
+        Err(Denied::Trouble(reason)) => {
+            session.close(TROUBLE, &reason);
             return;
         }
     };
@@ -78,8 +85,16 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
     }
 }
 
+/// Why somebody does not get in.
+enum Denied {
+    /// By its ticket or by what it says of itself: it would be refused again.
+    Refused(String),
+    /// By trouble of this broker.
+    Trouble(String),
+}
+
 /// Lets somebody in, or says why not.
-async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door: &Door) -> Result<Pass, String> {
+async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door: &Door) -> Result<Pass, Denied> {
     let role = match &hello.role {
         Role::CompNode { .. } => TicketRole::Join,
         Role::Client => TicketRole::Operate,
@@ -89,13 +104,20 @@ async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door:
     if let Role::CompNode { name, .. } = &hello.role
         && !is_plain_name(name)
     {
-        return Err("a CompNode's name has 1 to 100 letters, digits, spaces or punctuation".to_owned());
+        let expected = "a CompNode's name has 1 to 100 letters, digits, spaces or punctuation";
+        return Err(Denied::Refused(expected.to_owned()));
     }
     if let Role::CompNode { profile, .. } = &hello.role {
-        profile.check()?;
+        profile.check().map_err(Denied::Refused)?;
     }
-    let admitted = blocking(move || Ok(gate.admit(connection, &session, &secret, role))).await;
-    admitted.map_err(|e| e.to_string())?
+    let admitted = blocking(move || gate.admit(connection, &session, &secret, role)).await;
+    admitted
+        .map_err(|error| {
+            tracing::error!(%error, "cannot keep who came in by which ticket");
+            // What lies where is not for everybody.
+            Denied::Trouble("the broker cannot write its tickets".to_owned())
+        })?
+        .map_err(Denied::Refused)
 }
 
 async fn first_frame(session: &Session) -> Option<(FrameSink, FrameSource, Greeting)> {

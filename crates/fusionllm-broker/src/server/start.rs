@@ -71,7 +71,7 @@ fn clear_partial(run_dir: &Path) {
     let Some(file) = &home.file else { return };
     // Another process may be at work there; and what bears the id of a copy is the original's.
     let Ok(_lock) = FolderLock::take(run_dir, &file.run) else { return };
-    if home.is_copy() {
+    if home.is_copy().unwrap_or(true) {
         return;
     }
     for place in home.places() {

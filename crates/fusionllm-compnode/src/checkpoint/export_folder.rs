@@ -4,7 +4,9 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_transport::{no_folder_above, open_or_make_regular, read_regular_text, remove_if_there, sync_folder};
+use fusionllm_transport::{
+    if_usable, no_folder_above, open_or_make_regular, read_regular_text, remove_if_there, sync_folder,
+};
 
 use crate::{ExportError, ShardError};
 
@@ -69,7 +71,7 @@ impl ExportFolder {
                 beside_mark = Some(name);
             }
         }
-        let mark = read_regular_text(&path.join(MARK)).ok();
+        let mark = if_usable(read_regular_text(&path.join(MARK))).map_err(io)?;
         let mark = mark.and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok());
         export.holds = mark.and_then(|mark| Some(mark.get("of")?.as_str()?.to_owned()));
         // The mark is written first, so one that was cut short has nothing beside it.

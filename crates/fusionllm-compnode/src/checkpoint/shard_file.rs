@@ -1,7 +1,7 @@
 //! A shard on its way between memory and wire: in a file, so that only one tensor of it is in memory at a time.
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::TensorHeader;
@@ -29,7 +29,15 @@ impl ShardFile {
     /// # Errors
     /// As [`write_shard_to`].
     pub(crate) fn write(folder: &Path, tensors: Vec<LazyTensor<'_>>) -> Result<Self, ShardError> {
-        let mut shard = Self::empty(folder)?;
+        let io = |source| ShardError::Io { path: folder.to_owned(), source };
+        let mut shard = match Self::empty(folder) {
+            // It was there when the job began; others may have renamed or removed it since.
+            Err(ShardError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                std::fs::create_dir_all(folder).map_err(io)?;
+                Self::empty(folder)?
+            }
+            made => made?,
+        };
         shard.fill(tensors)?;
         Ok(shard)
     }
@@ -208,6 +216,15 @@ mod tests {
         }
         assert_eq!(source.take("c").unwrap(), None);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "it has no name");
+    }
+
+    #[test]
+    fn a_folder_that_went_away_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let gone = folder.path().join("gone");
+        ShardFile::empty(&gone).unwrap_err();
+        let lazy = tensors().into_iter().map(LazyTensor::from).collect();
+        assert!(ShardFile::write(&gone, lazy).unwrap().bytes() > 0);
     }
 
     #[test]

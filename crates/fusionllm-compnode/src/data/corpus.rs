@@ -45,6 +45,8 @@ pub struct Corpus {
     files: Vec<FileFingerprint>,
     tokenizer: TokenizerFingerprint,
     trained_entries: usize,
+    /// Tokens that stand for what the tokenizer does not know.
+    unknown: usize,
     notes: Vec<String>,
 }
 
@@ -93,6 +95,7 @@ impl Corpus {
             paths.extend(left_out);
             return Err(DataError::NoText { paths: paths.join("; ") });
         }
+        corpus.unknown = corpus.unknown_tokens(tokenizer);
         corpus.check_tokens(tokenizer)?;
         let needed = spec.seq_len + 1;
         for (split, tokens) in [("training", corpus.train.len()), ("evaluation", corpus.eval.len())] {
@@ -113,6 +116,7 @@ impl Corpus {
             files: Vec::new(),
             tokenizer: tokenizer.fingerprint(),
             trained_entries: tokenizer.trained_entries(),
+            unknown: 0,
             notes: Vec::new(),
         }
     }
@@ -159,7 +163,7 @@ impl Corpus {
             let (tokenizer, named) = (tokenizer.name().to_owned(), self.coverage.named());
             return Err(DataError::Dropped { tokenizer, lost, chars, named });
         }
-        let (unknown, tokens) = (self.unknown_tokens(tokenizer), self.train.len() + self.eval.len());
+        let (unknown, tokens) = (self.unknown, self.train.len() + self.eval.len());
         if unknown as f64 > MOST_UNKNOWN * tokens as f64 {
             return Err(DataError::Unknown { tokenizer: tokenizer.name().to_owned(), unknown, tokens });
         }
@@ -169,6 +173,12 @@ impl Corpus {
     fn unknown_tokens(&self, tokenizer: &Tokenizer) -> usize {
         let Some(unknown) = tokenizer.unknown() else { return 0 };
         self.train.iter().chain(self.eval.iter()).filter(|&token| token == unknown).count()
+    }
+
+    /// About how many bytes of the text can be had back from its tokens.
+    fn told_bytes(&self) -> f64 {
+        let tokens = (self.train.len() + self.eval.len()).max(1);
+        self.coverage.covered_bytes as f64 * (1.0 - self.unknown as f64 / tokens as f64)
     }
 
     /// What the user must know.
@@ -194,13 +204,21 @@ impl Corpus {
             let (changed, named) = (self.coverage.changed(), self.coverage.named_changed());
             notes.push(format!(
                 "the tokenizer's normalizer makes others of {changed} of {chars} characters ({named}): the model does not \
-                 learn which they were, and bits per byte count them all the same"
+                 learn which they were"
             ));
         }
-        let unknown = self.unknown_tokens(tokenizer);
+        let unknown = self.unknown;
         if unknown > 0 {
             let tokens = self.train.len() + self.eval.len();
             notes.push(format!("{unknown} of {tokens} tokens are the one for what the tokenizer does not know"));
+        }
+        let (told, bytes) = (self.told_bytes(), self.coverage.bytes);
+        if !DataReport::is_whole(told, bytes) {
+            notes.push(format!(
+                "{} of {bytes} bytes of the text cannot be had back from its tokens: there are no bits per byte, which \
+                 would count them",
+                bytes - (told as u64).min(bytes)
+            ));
         }
         if marks > 0 {
             notes.push(format!("the byte order mark at the start of {marks} files is left out"));
@@ -281,7 +299,7 @@ impl Corpus {
             files: self.files.len() as u64,
             train_tokens: self.train.len() as u64,
             eval_tokens: self.eval.len() as u64,
-            bytes_per_token: self.coverage.covered_bytes as f64 / tokens,
+            bytes_per_token: self.told_bytes() / tokens,
             unigram_loss: sum / self.eval.len() as f64,
             notes: self.notes.clone(),
             fingerprint: Some(self.fingerprint()),

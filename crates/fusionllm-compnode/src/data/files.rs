@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::content_hash;
+use fusionllm_transport::is_shortage;
 
 use super::{ReadableData, Reading};
 use crate::DataError;
@@ -106,6 +107,10 @@ pub(super) fn text_files(
             let path = match entry {
                 Ok(entry) => entry.into_path(),
                 Err(error) => {
+                    if error.io_error().is_some_and(is_shortage) {
+                        let source = error.into_io_error().unwrap_or_else(unknown);
+                        return Err(DataError::Unopened { what: "data.path", source });
+                    }
                     unreadable(&error, root, left_out, name_of).map_err(fail)?;
                     continue;
                 }
@@ -134,6 +139,10 @@ pub(super) fn text_files(
 fn walk(root: &Path) -> ignore::Walk {
     let mut walk = ignore::WalkBuilder::new(root);
     walk.require_git(false).parents(false).git_global(false).git_exclude(false).filter_entry(is_wanted).build()
+}
+
+fn unknown() -> std::io::Error {
+    std::io::ErrorKind::Other.into()
 }
 
 /// Leaves out what cannot be looked at, unless that is the folder itself; then, why. What the error says of paths stays here.
@@ -265,7 +274,10 @@ pub(super) enum Content {
 
 /// Reads a file, if it may be read. One that cannot be read is as one that holds no text: where it is named, that is said.
 pub(super) fn read(path: &Path, readable: &ReadableData, reading: &Reading) -> Result<Content, DataError> {
-    let unreadable = |error: std::io::Error| Ok(Content::Other { kind: UNREADABLE, reason: error.to_string() });
+    let unreadable = |error: std::io::Error| match is_shortage(&error) {
+        true => Err(DataError::Unopened { what: "data.path", source: error }),
+        false => Ok(Content::Other { kind: UNREADABLE, reason: error.to_string() }),
+    };
     let mut file = match readable.open(path) {
         Ok(file) => file,
         Err(error) => return unreadable(error),

@@ -10,8 +10,9 @@ mod pieces;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use fusionllm_graph::{in_plain_words, read_json};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint, content_hash};
-use fusionllm_transport::read_text;
+use fusionllm_transport::{is_shortage, read_text};
 use serde_json::Value;
 use tokenizers::models::ModelWrapper;
 use tokenizers::processors::PostProcessorWrapper;
@@ -50,8 +51,8 @@ pub struct FileTokenizer {
     unknown: Option<i32>,
     /// Whether every byte of any text becomes tokens.
     keeps_everything: bool,
-    /// By how much a text may grow in its normalizer.
-    growth: u64,
+    /// By how much a text may grow in its normalizer, and in its pre-tokenizers.
+    growth: (u64, u64),
     /// What is known of what its normalizer does.
     effects: Arc<Mutex<Effects>>,
 }
@@ -70,14 +71,18 @@ impl Tokenizer {
             return Ok(Self::Bytes);
         }
         let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
+        let unopened = |error: std::io::Error| match is_shortage(&error) {
+            true => DataError::Unopened { what: "data.tokenizer", source: error },
+            false => fail(error.to_string()),
+        };
         match std::fs::metadata(name) {
             Ok(found) if found.is_file() => {}
             Ok(_) => return Err(fail("no regular file".to_owned())),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(fail("no such file".to_owned())),
-            Err(e) => return Err(fail(e.to_string())),
+            Err(e) => return Err(unopened(e)),
         }
-        let file = readable.open(Path::new(name)).map_err(|e| fail(e.to_string()))?;
-        Self::from_json(read_text(file).map_err(|e| fail(e.to_string()))?, name)
+        let file = readable.open(Path::new(name)).map_err(unopened)?;
+        Self::from_json(read_text(file).map_err(unopened)?, name)
     }
 
     /// The tokenizer of a job. `of_model` is the content of the tokenizer.json in the model's directory, if it has one;
@@ -109,14 +114,16 @@ impl Tokenizer {
     pub fn from_json(source: String, name: &str) -> Result<Self, DataError> {
         let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
         let text = source.trim_start_matches('\u{feff}');
-        let keys: Value = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
+        let keys: Value = read_json(text.as_bytes()).map_err(fail)?;
         ids::check(&keys).map_err(fail)?;
         let tokenizer = guarded(|| {
-            let mut inner: tokenizers::Tokenizer = text.parse().map_err(|e| format!("{e}"))?;
+            let mut inner: tokenizers::Tokenizer =
+                text.parse().map_err(|e: tokenizers::Error| in_plain_words("", &e.to_string()))?;
             let passed_over = for_a_corpus(&mut inner).map_err(|e| e.to_string())?;
             let keeps_everything = keeps_everything(&inner, &keys);
             let unknown = unknown_token(&inner, &keys);
-            let growth = growth::of(inner.get_normalizer())?;
+            growth::check_decoder(inner.get_decoder())?;
+            let growth = (growth::of(inner.get_normalizer())?, growth::of_words(inner.get_pre_tokenizer()));
             let (name, source, effects) = (name.to_owned(), source.clone(), Arc::default());
             Ok(FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything, growth, effects })
         });

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use fusionllm_transport::io_reason;
+
 use super::ShardError;
 
 /// Why a model cannot be exported to a folder.
@@ -42,7 +44,7 @@ pub enum ExportError {
         of: String,
     },
     /// The folder cannot be read or written.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {}", io_reason(source), path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,

@@ -1,14 +1,16 @@
 //! The folder through which weights and checkpoint shards pass, as files without a name.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::TrainSpec;
+use fusionllm_transport::is_shortage;
 
-use crate::CompNodeError;
 use crate::checkpoint::ShardFile;
+use crate::{CompNodeError, ShardError};
 
 /// What a folder must take so that it is worth joining: no shard of a model is smaller than a few pages.
 const LEAST_BYTES: usize = 64 << 10;
@@ -19,7 +21,13 @@ const LEAST_BYTES: usize = 64 << 10;
 /// [`CompNodeError::Scratch`] with what the system says.
 pub(super) fn check_usable(folder: &Path) -> Result<(), CompNodeError> {
     let filled = ShardFile::empty(folder).and_then(|mut file| file.append(&vec![0; LEAST_BYTES]));
-    filled.map_err(|error| CompNodeError::Scratch { reason: error.to_string() })
+    filled.map_err(|source| match &source {
+        // Another folder would be no better.
+        ShardError::Io { source: error, .. } if is_shortage(error) || error.kind() == ErrorKind::FileTooLarge => {
+            source.into()
+        }
+        _ => CompNodeError::Scratch { source },
+    })
 }
 
 /// Whether there is room for a shard of this CompNode's part: without it no checkpoint would ever be whole. `arrived` are

@@ -13,6 +13,7 @@ use crate::json::without_byte_order_mark;
 use crate::kind::{ActivationFunction, WeightLayout};
 use crate::op::OpKind;
 use crate::param::{Init, Param};
+use crate::plain::read_json;
 use crate::shape::Shape;
 
 const MODEL: &str = "gpt2";
@@ -89,14 +90,14 @@ impl Gpt2Config {
     /// # Errors
     /// The text is not readable, is of another model, or asks for a variant that [`gpt2`] does not build.
     pub fn from_json(text: &str) -> Result<Self, GraphError> {
-        let unreadable = |error: serde_json::Error| GraphError::Config { reason: error.to_string() };
+        let unreadable = |reason: String| GraphError::Config { reason };
         let text = without_byte_order_mark(text);
-        let keys: Value = serde_json::from_str(text).map_err(unreadable)?;
+        let keys: Value = read_json(text.as_bytes()).map_err(unreadable)?;
         check_settings(&keys, &[("model_type", &[Value::from("gpt2")])])?;
         if let Some(key) = SIZES.into_iter().find(|key| keys.is_object() && keys.get(key).is_none()) {
             return Err(GraphError::Config { reason: format!("`{key}` is missing") });
         }
-        let config: Self = serde_json::from_str(text).map_err(unreadable)?;
+        let config: Self = read_json(text.as_bytes()).map_err(unreadable)?;
         let gelu = [Value::from("gelu_new"), Value::from("gelu_pytorch_tanh")];
         let off = [Value::from(false), Value::Null];
         let hidden = config.n_embd.saturating_mul(HIDDEN_FACTOR);

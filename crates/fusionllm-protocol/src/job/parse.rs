@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use fusionllm_codec::{Codec, CodecError, TopKValues};
+use fusionllm_graph::read_value;
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use toml::{Table, Value};
 
@@ -122,9 +123,7 @@ fn stages(s: &Section<'_>) -> Result<Vec<StageSpec>, JobError> {
         return Err(s.value("stages", format!("is {}, {FORM}", describe(value))));
     };
     let read = |(i, entry): (usize, &Value)| {
-        entry.clone().try_into().map_err(|e: toml::de::Error| {
-            s.value(&format!("stages[{i}]"), format!("{}, {FORM}", one_line(e.message())))
-        })
+        read_value(entry.clone()).map_err(|reason| s.value(&format!("stages[{i}]"), format!("{reason}; {FORM}")))
     };
     entries.iter().enumerate().map(read).collect()
 }

@@ -95,10 +95,12 @@ pub fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
-/// An error of a temporary file without the name of that, which its reader has never heard of.
+/// An error of a temporary file without the name of that, which its reader has never heard of, and with the system's number,
+/// which the library only keeps in its text.
 pub fn without_temporary_name(error: Error) -> Error {
-    let inner = error.get_ref().and_then(std::error::Error::source).and_then(|e| e.downcast_ref::<Error>());
-    inner.and_then(Error::raw_os_error).map_or(error, Error::from_raw_os_error)
+    let text = error.to_string();
+    let number = text.split_once("(os error ").and_then(|(_, rest)| rest.split(')').next()?.parse().ok());
+    number.map_or(error, Error::from_raw_os_error)
 }
 
 #[cfg(test)]
@@ -128,6 +130,8 @@ mod tests {
         let error = write_whole(&folder.path().join("none/x.json"), b"", FileMode::Shared).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         assert!(!error.to_string().contains("tmp"), "{error}");
+        let error = tempfile::tempdir_in(folder.path().join("none")).map_err(without_temporary_name).unwrap_err();
+        assert!(error.raw_os_error().is_some() && !error.to_string().contains("tmp"), "{error}");
     }
 
     #[cfg(unix)]

@@ -9,7 +9,7 @@ use super::addresses::{self, Whereabouts};
 use super::closing;
 use super::settings;
 use crate::error::chain;
-use crate::{BindError, CongestionControl};
+use crate::{BindError, CongestionControl, io_reason, is_shortage};
 
 /// The sockets of one identity.
 #[derive(Debug)]
@@ -100,18 +100,20 @@ async fn open(bind: SocketAddr, builder: iroh::endpoint::Builder) -> Result<iroh
         let options = BindOpts::default().set_is_required(is_required);
         builder = builder.bind_addr_with_opts(addr, options).map_err(|e| failed(e.to_string()))?;
     }
-    builder.bind().await.map_err(|error| match io_kind(&error) {
-        Some(std::io::ErrorKind::AddrInUse) => BindError::PortInUse { addr: bind },
+    builder.bind().await.map_err(|error| match io_of(&error) {
+        Some(io) if io.kind() == std::io::ErrorKind::AddrInUse => BindError::PortInUse { addr: bind },
+        Some(io) if is_shortage(io) => BindError::Shortage { addr: bind, reason: io_reason(io).to_string() },
         _ => failed(chain(&error)),
     })
 }
 
 /// What the operating system said, if it did.
-fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<std::io::ErrorKind> {
+fn io_of<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a std::io::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            return Some(io.kind());
+            // One that carries another says itself nothing of the system.
+            return io.get_ref().and_then(|inner| io_of(inner)).or(Some(io));
         }
         next = error.source();
     }

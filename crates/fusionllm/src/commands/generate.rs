@@ -8,7 +8,7 @@ use fusionllm_protocol::clean_lines;
 
 use super::model::TrainedModel;
 use crate::cli;
-use crate::exit::bad_input;
+use crate::exit::{bad_input, refused};
 use crate::render;
 
 pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
@@ -38,7 +38,7 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
 
 /// The text with which a model continues a prompt.
 pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, device: &str) -> anyhow::Result<String> {
-    let ids = model.tokenizer.encode(prompt).map_err(bad_input)?;
+    let ids = model.tokenizer.encode(prompt).map_err(refused)?;
     if let Some(dropped) = model.tokenizer.dropped(prompt)? {
         tracing::warn!("the tokenizer has no token for these characters of the prompt: {dropped}");
     }
@@ -56,9 +56,9 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
              text goes on from the last {context}"
         );
     }
-    let backend = open_device(device.parse().map_err(bad_input)?).map_err(bad_input)?;
+    let backend = open_device(device.parse().map_err(bad_input)?).map_err(refused)?;
     let generator = Generator::new(Arc::new(model.dag), model.tensors, backend.as_ref());
     let mut generator = generator.map_err(|e| if e.is_bad_input() { bad_input(e) } else { e.into() })?;
     let written = generator.generate(&ids, sampling)?;
-    model.tokenizer.decode(&written).map_err(bad_input)
+    model.tokenizer.decode(&written).map_err(refused)
 }

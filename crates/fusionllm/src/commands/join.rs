@@ -7,7 +7,7 @@ use tokio::io::AsyncReadExt;
 
 use super::follow::Interrupts;
 use crate::cli;
-use crate::exit::bad_input;
+use crate::exit::{bad_input, started};
 use crate::outputs;
 use crate::paths::state_dir;
 use crate::secrets::given_ticket;
@@ -61,9 +61,7 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         second.next().await;
         second.next().await;
     };
-    join(config, leave, shutdown)
-        .await
-        .map_err(|error| if error.is_bad_input() { bad_input(error) } else { error.into() })
+    join(config, leave, shutdown).await.map_err(started)
 }
 
 /// A child lives as long as its parent holds the other end. Ctrl-C reaches the whole process group, but how a child

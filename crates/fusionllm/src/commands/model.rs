@@ -10,7 +10,7 @@ use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
 use fusionllm_graph::{Gpt2Config, OpDag};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
 
-use crate::exit::bad_input;
+use crate::exit::{bad_input, refused};
 
 /// A model with its parameters.
 pub(super) struct TrainedModel {
@@ -31,7 +31,7 @@ pub(super) fn open(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Trai
 
 /// Reads a checkpoint, or a run directory's newest one.
 pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
-    let checkpoint = open_checkpoint(path).map_err(bad_input)?;
+    let checkpoint = open_checkpoint(path).map_err(refused)?;
     let dag = checkpoint.dag().clone();
     let tensors = read_tensors(checkpoint.tensors(), &dag)?;
     let tokenizer = match tokenizer {
@@ -54,7 +54,7 @@ fn trained_with(checkpoint: &Checkpoint) -> anyhow::Result<Tokenizer> {
         return Ok(Tokenizer::Bytes);
     }
     if let Some(source) = checkpoint.carried().get("tokenizer.json") {
-        return Tokenizer::from_json(source.clone(), "tokenizer.json of the checkpoint").map_err(bad_input);
+        return Tokenizer::from_json(source.clone(), "tokenizer.json of the checkpoint").map_err(refused);
     }
     let Some(file) = spec.tokenizer_file() else { return Ok(Tokenizer::Bytes) };
     if !file.is_file() {
@@ -64,7 +64,7 @@ fn trained_with(checkpoint: &Checkpoint) -> anyhow::Result<Tokenizer> {
              give it with --tokenizer FILE"
         )));
     }
-    let tokenizer = Tokenizer::open(&spec.tokenizer).map_err(bad_input)?;
+    let tokenizer = Tokenizer::open(&spec.tokenizer).map_err(refused)?;
     if let Some(other) =
         manifest.data.as_ref().map(|data| &data.tokenizer).filter(|then| **then != named(&tokenizer, then))
     {
@@ -87,7 +87,7 @@ fn named(tokenizer: &Tokenizer, other: &TokenizerFingerprint) -> TokenizerFinger
 /// A tokenizer that the user gives, which may be another file of the same tokenizer.
 fn given(file: &Path, then: Option<&TokenizerFingerprint>) -> anyhow::Result<Tokenizer> {
     let tokenizer =
-        Tokenizer::open(file.to_str().context("the path of the tokenizer is not UTF-8")?).map_err(bad_input)?;
+        Tokenizer::open(file.to_str().context("the path of the tokenizer is not UTF-8")?).map_err(refused)?;
     if let Some(then) = then {
         let now = tokenizer.fingerprint();
         if now.entries != then.entries {
@@ -105,7 +105,7 @@ fn given(file: &Path, then: Option<&TokenizerFingerprint>) -> anyhow::Result<Tok
 }
 
 fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
-    let model = load_model_dir(path).map_err(bad_input)?;
+    let model = load_model_dir(path).map_err(refused)?;
     for note in &model.notes {
         match note {
             ModelNote::Weights(_) => tracing::info!("{note}"),
@@ -119,7 +119,7 @@ fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Tr
         (Some(file), _) => given(file, None)?,
         (None, Some(source)) => {
             let name = path.join("tokenizer.json").display().to_string();
-            Tokenizer::from_json(source.clone(), &name).map_err(bad_input)?
+            Tokenizer::from_json(source.clone(), &name).map_err(refused)?
         }
         (None, None) => {
             let path = path.display();
@@ -139,6 +139,6 @@ fn real(path: &Path) -> String {
 fn read_tensors(tensors: &TensorSet, dag: &OpDag) -> anyhow::Result<Vec<NamedTensor>> {
     let names: Vec<String> = dag.params().iter().map(|p| p.name.clone()).collect();
     let mut bytes = Vec::new();
-    tensors.write_part(&names, &mut bytes, Path::new("memory")).map_err(bad_input)?;
+    tensors.write_part(&names, &mut bytes, Path::new("memory")).map_err(refused)?;
     Ok(read_shard(&bytes)?)
 }

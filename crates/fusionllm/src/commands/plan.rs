@@ -13,7 +13,7 @@ use fusionllm_protocol::{CompressionPolicy, CompressionSpec, JobSpec};
 use serde_json::json;
 
 use crate::cli;
-use crate::exit::bad_input;
+use crate::exit::{bad_input, refused};
 use crate::outputs::{self, Inputs, Output};
 use crate::render;
 
@@ -97,7 +97,7 @@ fn inputs(args: &cli::Plan, jobs: &[Job]) -> Inputs {
 
 fn read_job(path: &Path, args: &cli::Plan) -> anyhow::Result<Job> {
     let spec = super::job_file::read(path, &args.overrides.overrides)?;
-    let dag = read_model(&spec).map_err(bad_input)?.dag;
+    let dag = read_model(&spec).map_err(refused)?.dag;
     Ok(Job { spec, dag })
 }
 
@@ -111,7 +111,7 @@ fn without_cluster(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {
     }
     let (spec, dag) = (&job.spec, &job.dag);
     let count = args.compnodes.or(spec.placement.compnodes).unwrap_or(DEFAULT_COMPNODES);
-    let placement = place(dag, &Cluster::uniform(count as usize), &spec.placement_spec()).map_err(bad_input)?;
+    let placement = place(dag, &Cluster::uniform(count as usize), &spec.placement_spec()).map_err(refused)?;
     if args.json {
         let mut document = describe(args, job)?;
         document["placement"] = serde_json::to_value(placement)?;
@@ -124,7 +124,7 @@ fn without_cluster(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {
 }
 
 fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
-    let mut cluster = read_cluster(file).map_err(bad_input)?.1;
+    let mut cluster = read_cluster(file).map_err(refused)?.1;
     if let Some(count) = args.compnodes.or(job.spec.placement.compnodes) {
         let have = cluster.compnodes.len();
         if count as usize > have {
@@ -136,7 +136,7 @@ fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
     let cluster = owner_first(cluster, job, file)?;
     let mut spec = plan_spec(job);
     spec.compression = compression(args, job)?;
-    let plan = plan(&job.dag, &cluster, &spec).map_err(bad_input)?;
+    let plan = plan(&job.dag, &cluster, &spec).map_err(refused)?;
     let survival = args.mtbf.map(|mtbf| survival::Survival::of(job, &plan, mtbf));
     write_drawings(args, &plan, &job.dag)?;
     if args.json {
@@ -166,7 +166,7 @@ fn compare_all(args: &cli::Plan, jobs: &[Job]) -> anyhow::Result<()> {
     check_ratio(ratio)?;
     let mut groups = Vec::new();
     for file in &args.cluster {
-        let (name, cluster) = read_cluster(file).map_err(bad_input)?;
+        let (name, cluster) = read_cluster(file).map_err(refused)?;
         for job in jobs {
             let cluster = owner_first(cluster.clone(), job, file)?;
             let candidates = compare(&job.dag, &cluster, &plan_spec(job), ratio);

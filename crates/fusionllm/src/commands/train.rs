@@ -16,7 +16,7 @@ use fusionllm_transport::{folder_above, shell_path, without_temporary_name};
 use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
 use crate::cli;
-use crate::exit::bad_input;
+use crate::exit::{bad_input, refused};
 use crate::local::{Death, Home, LocalCompNodes, local_name};
 use crate::outputs::{check_folder, is_same_file};
 use crate::progress::Progress;
@@ -101,32 +101,32 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
             let (spec, from) = resumed(dir, args)?;
             let carried = match from.checkpoint().carried().get("tokenizer.json") {
                 Some(tokenizer) => Some(tokenizer.clone()),
-                None => model_tokenizer(&spec).map_err(bad_input)?,
+                None => model_tokenizer(&spec).map_err(refused)?,
             };
             (spec, from.checkpoint().dag().clone(), Some(from), carried)
         }
         (Some(job), None) => {
             let spec = super::job_file::read(job, &args.overrides.overrides)?;
-            let dag = load_model(&spec).map_err(bad_input)?.dag;
-            let of_model = model_tokenizer(&spec).map_err(bad_input)?;
+            let dag = load_model(&spec).map_err(refused)?.dag;
+            let of_model = model_tokenizer(&spec).map_err(refused)?;
             (spec, dag, None, of_model)
         }
         (None, None) => return Err(bad_input("no job file")),
     };
-    let cluster = spec.placement.cluster.as_deref().map(read_cluster).transpose().map_err(bad_input)?.map(|c| c.1);
+    let cluster = spec.placement.cluster.as_deref().map(read_cluster).transpose().map_err(refused)?.map(|c| c.1);
     let stood_for =
         cluster.as_ref().map_or(DEFAULT_COMPNODES, |c| u32::try_from(c.compnodes.len()).unwrap_or(u32::MAX));
     let compnodes = args.compnodes.or(spec.placement.compnodes).unwrap_or(stood_for);
     spec.placement.compnodes = Some(compnodes);
     check_owner(&spec, compnodes)?;
     let run_dir = run_dir_of(args, &spec, from.as_ref())?;
-    open_device(args.device.parse().map_err(bad_input)?).map_err(bad_input)?;
-    let placement = place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(bad_input)?;
+    open_device(args.device.parse().map_err(bad_input)?).map_err(refused)?;
+    let placement = place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(refused)?;
     check_run_room(scratch(&spec, &run_dir), &dag, &placement, &spec.train)?;
-    let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(bad_input)?;
-    let corpus = Corpus::read(&spec.data, &tokenizer).map_err(bad_input)?;
+    let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(refused)?;
+    let corpus = Corpus::read(&spec.data, &tokenizer).map_err(refused)?;
     if let Some(vocab) = dag.vocab() {
-        corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(bad_input)?;
+        corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(refused)?;
     }
     Ok((Checked { spec, run_dir, compnodes }, from))
 }
@@ -136,7 +136,8 @@ fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> a
     let run_dir = match (from, &args.out) {
         (Some(from), _) => from.run_dir().to_owned(),
         (None, Some(out)) => out.clone(),
-        (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false),
+        (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false)
+            .map_err(broker_error)?,
     };
     if from.is_none() && run_dir.join("metrics.jsonl").exists() {
         let hint = match newest_checkpoint(&run_dir) {
@@ -159,7 +160,7 @@ fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> a
             )));
         }
     }
-    if from.is_none() && !is_free(&run_dir) {
+    if from.is_none() && !is_free(&run_dir).map_err(broker_error)? {
         return Err(broker_error(BrokerError::RunDirNotEmpty { path: run_dir }));
     }
     std::path::absolute(run_dir).context("the current folder")
@@ -180,10 +181,10 @@ fn resumed(dir: &Path, args: &cli::Train) -> anyhow::Result<(JobSpec, Resumption
     if args.step == Some(0) {
         return Err(bad_input("--step 0 is the beginning: train the job file into another --out"));
     }
-    let from = find_resumption(dir, args.step, args.out.as_deref()).map_err(bad_input)?;
+    let from = find_resumption(dir, args.step, args.out.as_deref()).map_err(refused)?;
     let manifest = from.checkpoint().manifest();
     let here = std::env::current_dir().context("the current folder")?;
-    let spec = resumed_job(&manifest.job, &args.overrides.overrides, Some(&here)).map_err(bad_input)?;
+    let spec = resumed_job(&manifest.job, &args.overrides.overrides, Some(&here)).map_err(refused)?;
     if manifest.step >= spec.train.steps {
         let (done, steps) = (manifest.step, spec.train.steps);
         return Err(bad_input(format!("{done} of train.steps = {steps} are done; raise it with --set train.steps=N")));
@@ -373,7 +374,12 @@ impl std::fmt::Display for WayOn {
             );
         }
         let known = self.checkpoint.or(own.map(|from| from.step));
-        match (known.map_or_else(|| newest_checkpoint(&self.run_dir), |step| Ok(Some(step))), &self.from) {
+        let newest = match newest_checkpoint(&self.run_dir) {
+            Ok(Some(there)) => Ok(Some(known.unwrap_or(there))),
+            // What was known of may have been renamed or removed since.
+            other => other,
+        };
+        match (newest, &self.from) {
             (Ok(Some(step)), _) => {
                 write!(f, "`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
             }

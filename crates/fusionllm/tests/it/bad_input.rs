@@ -200,3 +200,45 @@ fn what_is_wrong_is_named_by_what_it_is() {
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("is not UTF-8"));
 }
+
+/// Whatever is refused for what was given is 2: also what only the system knows to be wrong.
+#[cfg(target_os = "linux")]
+#[test]
+fn folders_and_files_that_cannot_be_used_are_bad_input() {
+    let bench = Bench::new();
+    for line in [
+        "train job.toml --out run --set checkpoint.to=/proc",
+        "train job.toml --out run --set checkpoint.to=/proc/ck",
+        "train job.toml --out /proc/run",
+        "plan job.toml --write-graph /proc/x.json",
+        "broker --bind 127.0.0.1:0 --state /proc/state",
+    ] {
+        refuses(&bench, line, &["/proc"]);
+    }
+    bench.succeed("train job.toml --out done --compnodes 1");
+    for line in ["export done /proc/hf", "export done /proc"] {
+        refuses(&bench, line, &["/proc"]);
+    }
+    let resume = "train --resume done --compnodes 1 --set train.steps=9";
+    // A folder in the place of each file of the run; and one that is not as it was written.
+    for name in ["metrics.jsonl", "job.json", "run.json"] {
+        let (file, aside) = (bench.path("done").join(name), bench.path("aside"));
+        std::fs::rename(&file, &aside).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        let output = bench.run(resume);
+        let err = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && err.contains(name), "{name}: {err}");
+        std::fs::remove_dir(&file).unwrap();
+        std::fs::rename(&aside, &file).unwrap();
+    }
+    let whole = std::fs::read_to_string(bench.path("done/run.json")).unwrap();
+    bench.write("done/run.json", &whole.replacen("\"name\": \"small\"", "\"name\": 3", 1));
+    refuses(&bench, resume, &["run.json is damaged", "`name` is 3, expected a string"]);
+    bench.write("done/run.json", &whole);
+    // The state of a broker that is not one.
+    std::fs::create_dir(bench.path("state")).unwrap();
+    std::fs::set_permissions(bench.path("state"), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    bench.write("state/broker.redb", "not a store");
+    refuses(&bench, "broker --bind 127.0.0.1:0 --state state", &["broker.redb", "it may be damaged"]);
+    bench.succeed(resume);
+}

@@ -182,12 +182,13 @@ fn a_stranger_is_refused_and_logged() {
     let mut ticket: fusionllm::transport::Ticket =
         std::fs::read_to_string(bench.path("state/join.ticket")).unwrap().trim().parse().unwrap();
     ticket.secret = fusionllm::transport::Secret::generate();
+    // With the same ticket it would be refused again.
     let output = other.run(&format!("join {ticket} --bind 127.0.0.1:0 --device cpu"));
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     let err = text(&output.stderr);
     assert!(err.contains("the ticket is not valid for this broker"), "{err}");
     let output = other.run(&format!("status --ticket {ticket}"));
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert_eq!(status(&bench)["compnodes"].as_array().unwrap().len(), 0);
     broker.signal("INT");
     let (_, _, log) = broker.finish();
@@ -203,7 +204,7 @@ fn tickets_have_roles_and_can_be_revoked() {
     let refused = |arguments: String, words: &str| {
         let output = other.run(&arguments);
         let err = text(&output.stderr);
-        assert!(output.status.code() == Some(1) && err.contains(words), "{arguments}: {err}");
+        assert!(output.status.code() == Some(2) && err.contains(words), "{arguments}: {err}");
     };
     for command in ["status", "stop 1", "resume 1", "submit job.toml", "inventory", "ticket list"] {
         refused(format!("{command} --ticket {ticket}"), "lets CompNodes join and nothing else");

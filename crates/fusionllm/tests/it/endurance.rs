@@ -100,3 +100,64 @@ fn jobs_that_wait_survive_a_killed_broker() {
     }
     drop(broker);
 }
+
+/// Whatever cannot be opened for want of open files, the limit is to blame, and no folder and no checkpoint.
+#[cfg(target_os = "linux")]
+#[test]
+fn too_many_open_files_are_named_as_such() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --out run --compnodes 1");
+    let mut seen = 0;
+    for (line, limits) in [
+        ("export run hf", 5..24),
+        ("generate run --prompt a --tokens 1", 5..24),
+        ("plan job.toml", 5..24),
+        ("train --resume run --compnodes 1 --set train.steps=9", 8..40),
+        ("train job.toml --compnodes 1 --out other", 8..40),
+    ] {
+        for limit in limits.step_by(if line.starts_with("train") { 4 } else { 1 }) {
+            let output = bench.shell(&format!("ulimit -n {limit}; exec fusionllm {line}")).output().unwrap();
+            let (out, err) = (text(&output.stdout), text(&output.stderr));
+            let _ = std::fs::remove_dir_all(bench.path("hf"));
+            let _ = std::fs::remove_dir_all(bench.path("other"));
+            if output.status.success() {
+                break;
+            }
+            // With fewer still the system does not even load the program.
+            if output.status.code() == Some(127) {
+                continue;
+            }
+            seen += 1;
+            let said = format!("{line} with {limit} open files: {out}\n{err}");
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            assert!(err.contains("Too many open files"), "{said}");
+            for blamed in
+                ["in the way", "not empty", "holds no checkpoint", "damaged", "passed over", "holds a run already"]
+            {
+                assert!(!err.contains(blamed) && !out.contains(blamed), "{said}");
+            }
+        }
+    }
+    assert!(seen > 10, "{seen}");
+    // Nothing was harmed.
+    bench.succeed("train --resume run --compnodes 1 --set train.steps=10");
+}
+
+/// A file that may not grow any more is as a full disk: a checkpoint is left out, and nothing dies by a signal.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limit_to_the_size_of_files_costs_what_does_not_fit_and_no_process() {
+    let bench = Bench::new();
+    let train = "train job.toml --compnodes 1 --set model.n_embd=192 --set model.n_head=4";
+    // In blocks of 512 or 1024 bytes: less than a checkpoint, and more than the state of a broker.
+    let output = bench.shell(&format!("ulimit -f 4000; exec fusionllm {train} --out run")).output().unwrap();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{out}\n{err}");
+    assert!(out.contains("note: there is no checkpoint of step 4"), "{out}");
+    assert!(err.contains("File too large") && err.contains("`ulimit -f`"), "{err}");
+    assert_eq!(crate::process::losses(&bench.path("run")).len(), 8, "{out}");
+    let output = bench.shell("ulimit -f 1; exec fusionllm train job.toml --out none --compnodes 1").output().unwrap();
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("File too large") && err.contains("`ulimit -f`"), "{err}");
+}

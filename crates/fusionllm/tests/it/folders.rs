@@ -304,3 +304,92 @@ fn an_export_mixes_with_nothing() {
     bench.succeed("export hf empty");
     assert!(!names(&bench.path("empty")).iter().any(|name| name.ends_with(".partial")));
 }
+
+/// What is written from then on is not lost, and is where the last line says.
+#[cfg(unix)]
+#[test]
+fn a_run_directory_that_goes_away_while_it_trains_is_told_once_and_made_again() {
+    for removed in [false, true] {
+        let bench = Bench::new();
+        let line = "train job.toml --out run --compnodes 1 --json --set train.steps=4000 --set train.eval_every=0 \
+                    --set checkpoint.every=1000 --set checkpoint.keep=0";
+        let mut run = bench.start(line);
+        run.wait_for("\"step\":50,");
+        match removed {
+            true => std::fs::remove_dir_all(bench.path("run")).unwrap(),
+            false => std::fs::rename(bench.path("run"), bench.path("moved")).unwrap(),
+        }
+        let told = run.wait_for("is not there any more, it was renamed or removed");
+        assert!(told.contains("\"event\":\"notice\"") && told.contains("training goes on"), "{told}");
+        let (code, out, err) = run.finish();
+        assert_eq!(code, Some(0), "{out}\n{err}");
+        assert!(!out.contains("\"event\":\"notice\""), "one notice is enough:\n{out}");
+        let steps: Vec<u64> =
+            json_lines(&bench.path("run/metrics.jsonl")).iter().map(|m| m["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, (1..=4000).collect::<Vec<_>>());
+        let notices = std::fs::read_to_string(bench.path("run/notices.jsonl")).unwrap();
+        assert!(notices.contains("it was renamed or removed"), "{notices}");
+        let report = std::fs::read_to_string(bench.path("run/report.md")).unwrap();
+        assert!(report.contains("Every step is in") && report.contains("## Data"), "{report}");
+        exported(&bench, "run");
+        train_on(&bench, "run", 4001);
+        if !removed {
+            // It still is a run directory, and has become one of its own.
+            let there = names(&bench.path("moved/checkpoints"));
+            if there.iter().any(|name| name.starts_with("step-")) {
+                let out = bench.succeed("train --resume moved --compnodes 1 --set train.steps=4001");
+                assert!(out.contains("is a copy of"), "{out}");
+            }
+        }
+    }
+}
+
+#[cfg(unix)]
+fn train_on(bench: &Bench, run: &str, steps: u64) {
+    bench.succeed(&format!("train --resume {run} --compnodes 1 --set train.steps={steps}"));
+    assert_eq!(losses(&bench.path(run)).len() as u64, steps);
+}
+
+/// Files of a run that is at work, and its folder for checkpoints.
+#[cfg(unix)]
+#[test]
+fn files_of_a_run_that_go_away_while_it_trains_are_written_again() {
+    let bench = Bench::new();
+    let line = "train job.toml --out run --compnodes 1 --json --set train.steps=4000 --set train.eval_every=0 \
+                --set checkpoint.every=1000 --set checkpoint.keep=0 --set checkpoint.to=ck";
+    let mut run = bench.start(line);
+    run.wait_for("\"step\":50,");
+    std::fs::remove_file(bench.path("run/metrics.jsonl")).unwrap();
+    let told = run.wait_for("metrics.jsonl was renamed, removed or replaced");
+    assert!(told.contains("it is written again"), "{told}");
+    std::fs::rename(bench.path("ck"), bench.path("ck-before")).unwrap();
+    let told = run.wait_for("is not there any more, it was renamed or removed");
+    assert!(told.contains("/ck is not there"), "{told}");
+    let (code, out, err) = run.finish();
+    assert_eq!(code, Some(0), "{out}\n{err}");
+    assert_eq!(losses(&bench.path("run")).len(), 4000);
+    assert!(bench.path("ck/step-4000/manifest.json").is_file(), "{:?}", names(&bench.path("ck")));
+    exported(&bench, "run");
+}
+
+/// Another program's folder has come in the place: nothing is written into it.
+#[cfg(unix)]
+#[test]
+fn what_comes_in_the_place_of_a_run_directory_stays_as_it_is() {
+    let bench = Bench::new();
+    let line = "train job.toml --out run --compnodes 1 --json --set train.steps=4000 --set train.eval_every=0 \
+                --set checkpoint.every=1000";
+    let mut run = bench.start(line);
+    run.wait_for("\"step\":50,");
+    std::fs::rename(bench.path("run"), bench.path("moved")).unwrap();
+    std::fs::create_dir(bench.path("run")).unwrap();
+    bench.write("run/metrics.jsonl", "mine");
+    run.wait_for("is not there any more");
+    let (code, _, err) = run.finish();
+    // The last checkpoint has no place.
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("run/metrics.jsonl is in the way") && err.contains("checkpoint of step 4000"), "{err}");
+    assert_eq!(std::fs::read(bench.path("run/metrics.jsonl")).unwrap(), b"mine");
+    assert!(!bench.path("run/report.md").exists() && !bench.path("run/run.json").exists());
+    assert!(losses(&bench.path("moved")).len() > 1000);
+}

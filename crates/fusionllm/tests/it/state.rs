@@ -67,7 +67,7 @@ fn an_expired_ticket_lets_nobody_new_in() {
     wait_until("the end of the tickets", || expired("rented") && expired("visitor"));
     for (line, name) in [(format!("status --ticket {operate}"), "visitor"), (join_line(&join, "late"), "rented")] {
         let (code, err) = outcome(&bench, &line);
-        assert!(code == Some(1) && err.contains(&format!("the ticket `{name}` has expired")), "{err}");
+        assert!(code == Some(2) && err.contains(&format!("the ticket `{name}` has expired")), "{err}");
     }
 }
 
@@ -79,15 +79,15 @@ fn a_ticket_for_one_use_is_not_used_twice() {
     let node = bench.start(&join_line(&join, "first"));
     wait_until("the CompNode", || is_there(&bench, "first"));
     let (code, err) = outcome(&bench, &join_line(&join, "second"));
-    assert!(code == Some(1) && err.contains("the ticket `rented` was for one use, and has been used"), "{err}");
+    assert!(code == Some(2) && err.contains("the ticket `rented` was for one use, and has been used"), "{err}");
     // Nor when the first one has gone.
     drop(node);
     let (code, err) = outcome(&bench, &join_line(&join, "second"));
-    assert!(code == Some(1) && err.contains("was for one use"), "{err}");
+    assert!(code == Some(2) && err.contains("was for one use"), "{err}");
     let operate = made(&bench, "state", "--role operate --name visitor --once");
     bench.succeed(&format!("status --ticket {operate}"));
     let (code, err) = outcome(&bench, &format!("status --ticket {operate}"));
-    assert!(code == Some(1) && err.contains("the ticket `visitor` was for one use"), "{err}");
+    assert!(code == Some(2) && err.contains("the ticket `visitor` was for one use"), "{err}");
 }
 
 /// A broker that is killed knows afterwards what the run directory knows, and nothing of two times.
@@ -172,7 +172,7 @@ fn a_full_state_disk_is_named_and_keeps_no_ticket_from_being_revoked() {
     );
     assert!(err.contains("revoke it again"), "{err}");
     let (code, err) = outcome(&bench, &status);
-    assert!(code == Some(1) && err.contains("the ticket `visitor` was revoked"), "{err}");
+    assert!(code == Some(2) && err.contains("the ticket `visitor` was revoked"), "{err}");
     disk.make_room();
     bench.succeed("ticket revoke visitor --state disk/state");
     broker.signal("INT");

@@ -497,7 +497,7 @@ fn brokers_that_refuse() {
         std::fs::read_to_string(t.bench.path("state/operate.ticket")).unwrap().trim().parse().unwrap();
     ticket.secret = fusionllm::transport::Secret::generate();
     t.write_private("wrong-secret/operate.ticket", ticket.to_string());
-    t.says("fusionllm status --state wrong-secret", 1);
+    t.says("fusionllm status --state wrong-secret", 2);
     broker.signal("KILL");
     broker.finish();
     t.says("fusionllm status --state state", 1);

@@ -205,7 +205,7 @@ async fn door(listening: Endpoint, gate: Arc<Gate>, handle: Handle) {
             let Ok(Some((Hello { secret, role }, sink, source))) = hello.await else { return };
             let Role::CompNode { name, device, addr, profile, resume } = role else { panic!("a client") };
             let secret = fusionllm_transport::Secret::from_bytes(secret);
-            let pass = gate.admit(line, &session, &secret, TicketRole::Join).unwrap();
+            let pass = gate.admit(line, &session, &secret, TicketRole::Join).unwrap().unwrap();
             session.admitted();
             let (id, key) = (session.peer().to_string(), *session.peer().as_bytes());
             let joining = Joining { name, id, key, device, addr, profile };

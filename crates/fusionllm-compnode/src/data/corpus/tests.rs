@@ -205,6 +205,44 @@ fn what_a_normalizer_takes_away_is_counted_or_refused() {
     assert!(report.notes.iter().any(|n| n.contains(said)), "{:?}", report.notes);
 }
 
+/// A number of bits per byte is of the text as it is, or there is none.
+#[test]
+fn bits_per_byte_of_a_text_that_tokens_do_not_tell_are_left_out_with_a_word() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.txt");
+    let read = |text: &str, normalizer: &str| {
+        std::fs::write(&file, text.repeat(1000)).unwrap();
+        let mut keys: serde_json::Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+        keys["normalizer"] = serde_json::from_str(normalizer).unwrap();
+        let tokenizer = Tokenizer::from_json(keys.to_string(), "tok.json").unwrap();
+        Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(256)
+    };
+    let spaces =
+        |into: &str| format!("{{\"type\":\"Replace\",\"pattern\":{{\"Regex\":\"\\\\s+\"}},\"content\":\"{into}\"}}");
+    let (lower, nfc) = ("{\"type\":\"Lowercase\"}", "{\"type\":\"NFC\"}");
+    let both = format!("{{\"type\":\"Sequence\",\"normalizers\":[{},{lower}]}}", spaces(" "));
+    for (text, normalizer, lost) in [
+        ("ab    ba ", spaces(" "), Some(3000)),
+        ("Ab    BA ", both, Some(6000)),
+        ("AB ab ", lower.to_owned(), Some(2000)),
+        ("ab ba ", spaces(" "), None),
+        ("ab ba ", nfc.to_owned(), None),
+    ] {
+        let report = read(text, &normalizer);
+        assert_eq!(report.bits_per_byte(1.0).is_some(), lost.is_none(), "{text}: {report:?}");
+        let said = lost.map(|lost| format!("{lost} of {} bytes of the text cannot be had back", 1000 * text.len()));
+        let is_said = |n: &String| said.as_ref().map_or(n.contains("bits per byte"), |said| n.contains(said));
+        assert_eq!(report.notes.iter().any(is_said), lost.is_some(), "{text}: {:?}", report.notes);
+    }
+    // Of tokens that stand for anything, too.
+    let text = "{\"version\":\"1.0\",\"added_tokens\":[],\"model\":{\"type\":\"BPE\",\"merges\":[],\"unk_token\":\"?\",\
+                \"vocab\":{\"a\":0,\"b\":1,\" \":2,\"?\":3}}}";
+    std::fs::write(&file, "ab c ".repeat(1000)).unwrap();
+    let tokenizer = Tokenizer::from_json(text.to_owned(), "tok.json").unwrap();
+    let report = Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(4);
+    assert_eq!(report.bits_per_byte(1.0), None, "{report:?}");
+}
+
 #[test]
 fn words_without_the_space_between_them_are_said() {
     let folder = tempfile::tempdir().unwrap();

@@ -20,7 +20,7 @@ const NAMED: usize = 5;
 pub(crate) struct Coverage {
     /// Its size in bytes.
     pub(crate) bytes: u64,
-    /// About how many of them become tokens.
+    /// About how many of them can be had back from the tokens: they were not left out, merged or made others.
     pub(crate) covered_bytes: u64,
     /// Its characters, as the tokenizer's normalizer leaves them, and those that it takes away.
     pub(crate) chars: u64,
@@ -142,7 +142,7 @@ fn count_words(
         None => Normalized { text: piece.to_owned(), ..Normalized::default() },
     };
     let chars = text.chars().count() as u64 + removed.values().sum::<u64>();
-    let removed_bytes: u64 = removed.iter().map(|(c, count)| c.len_utf8() as u64 * count).sum();
+    let lost_bytes: u64 = removed.iter().chain(&changed).map(|(c, count)| c.len_utf8() as u64 * count).sum();
     let mut words = PreTokenizedString::from(NormalizedString::from(text.as_str()));
     if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
         pre_tokenizer.pre_tokenize(&mut words)?;
@@ -184,7 +184,7 @@ fn count_words(
         *found.dropped.entry(c).or_default() += count;
     }
     let share = if all == 0 { 0.0 } else { covered as f64 / all as f64 };
-    let kept = found.bytes.saturating_sub(removed_bytes);
+    let kept = found.bytes.saturating_sub(lost_bytes);
     found.covered_bytes = if covered == all && all > 0 { kept } else { (kept as f64 * share) as u64 };
     Ok(found)
 }

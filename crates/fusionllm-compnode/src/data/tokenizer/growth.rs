@@ -1,10 +1,13 @@
-//! How much a tokenizer's normalizer makes of a text: one that makes too much could fill memory, and is refused before.
+//! How much a tokenizer makes of a text before it becomes tokens, and of tokens that become text: one that makes too much
+//! could fill memory, and is refused before.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::Value;
+use tokenizers::decoders::DecoderWrapper;
 use tokenizers::normalizers::NormalizerWrapper;
-use tokenizers::{NormalizedString, Normalizer};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::{NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
 use super::FileTokenizer;
 use super::pieces::WORD_BYTES;
@@ -15,6 +18,11 @@ use crate::data::reading::Reading;
 const MOST_WRITTEN: usize = 8 << 10;
 /// Bytes that may become of one byte of a text. NFKC makes eleven, and some write each of them as two.
 const MOST_GROWTH: u64 = 40;
+/// Bytes that pre-tokenizers may make of one byte without being looked at: a step that writes bytes as letters makes two,
+/// one that marks spaces four at the most.
+const MOST_OF_WORDS: u64 = 8;
+/// Bytes that a decoder may make of one byte of a token. None needs nearly as many.
+const MOST_DECODED: u64 = 4 << 10;
 /// A text is looked at in slices of so many bytes, of which little can become at a time.
 const SLICE_BYTES: usize = 1 << 10;
 
@@ -27,6 +35,44 @@ pub(super) fn of(normalizer: Option<&NormalizerWrapper>) -> Result<u64, String> 
         Ok(Value::Null) => Ok(1),
         Ok(keys) => factor(&keys),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+/// By how much words may grow at the most, by the kinds of the pre-tokenizers.
+pub(super) fn of_words(pre_tokenizer: Option<&PreTokenizerWrapper>) -> u64 {
+    match pre_tokenizer {
+        Some(PreTokenizerWrapper::Sequence(all)) => {
+            all.as_ref().iter().fold(1, |product, one| product.saturating_mul(of_words(Some(one))))
+        }
+        // A space before a word that is a byte, and each byte as a letter of two.
+        Some(PreTokenizerWrapper::ByteLevel(bytes)) => 2 << u32::from(bytes.add_prefix_space),
+        Some(PreTokenizerWrapper::Metaspace(_)) => 4,
+        _ => 1,
+    }
+}
+
+/// Refuses a decoder that could make too much of a token.
+///
+/// # Errors
+/// By how much it could.
+pub(super) fn check_decoder(decoder: Option<&DecoderWrapper>) -> Result<(), String> {
+    match decoded(&serde_json::to_value(decoder).map_err(|error| error.to_string())?)? {
+        factor if factor > MOST_DECODED => {
+            Err(format!("its decoder may make {factor} bytes of one byte of a token, expected at most {MOST_DECODED}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn decoded(decoder: &Value) -> Result<u64, String> {
+    match decoder.get("type").and_then(Value::as_str) {
+        Some("Replace") => factor(decoder).map_err(|error| error.replace("normalizer", "decoder")),
+        Some("Sequence") => {
+            let all = decoder.get("decoders").and_then(Value::as_array);
+            let mut factors = all.into_iter().flatten().map(decoded);
+            factors.try_fold(1u64, |product, factor| Ok(product.saturating_mul(factor?)))
+        }
+        _ => Ok(1),
     }
 }
 
@@ -74,6 +120,27 @@ fn longest_of_map(map: &str) -> usize {
     texts.split(|&byte| byte == 0).map(<[u8]>::len).max().unwrap_or(0)
 }
 
+/// Cuts a short text into words step by step.
+///
+/// # Errors
+/// What a pre-tokenizer says, or that a step makes more than `most` bytes.
+fn cut_within(
+    pre_tokenizer: &PreTokenizerWrapper,
+    words: &mut PreTokenizedString,
+    (of, most): (usize, usize),
+) -> tokenizers::Result<u64> {
+    if let PreTokenizerWrapper::Sequence(all) = pre_tokenizer {
+        return all.as_ref().iter().try_fold(of as u64, |_, one| cut_within(one, words, (of, most)));
+    }
+    pre_tokenizer.pre_tokenize(words)?;
+    let splits = words.get_splits(OffsetReferential::Normalized, OffsetType::None);
+    let got: usize = splits.iter().map(|(word, ..)| word.len()).sum();
+    if got > most {
+        return Err(format!("its pre-tokenizers make {got} bytes of {of}, expected at most {most}").into());
+    }
+    Ok(got as u64)
+}
+
 /// Normalizes a short text step by step.
 ///
 /// # Errors
@@ -95,28 +162,46 @@ pub(super) fn normalize_within(
 }
 
 impl FileTokenizer {
-    /// Before a text is normalized as a whole: whether too much would become of it, or more than there is memory for.
+    /// Before a text is normalized and cut as a whole: whether too much would become of it, or more than there is memory
+    /// for.
     ///
     /// # Errors
     /// [`DataError::Tokenizer`], [`DataError::Memory`], or [`DataError::Stopped`].
     pub(super) fn check_growth(&self, text: &str, reading: &Reading) -> Result<(), DataError> {
-        let Some(normalizer) = self.inner.get_normalizer() else { return Ok(()) };
-        let most = WORD_BYTES.saturating_mul(self.growth).saturating_mul(text.len() as u64);
-        if self.growth <= MOST_GROWTH && reading.fits(most).is_ok() {
+        let (growth, of_words) = self.growth;
+        // What memory a byte of ordinary words takes is in `WORD_BYTES`.
+        let words = if of_words > MOST_OF_WORDS { of_words } else { 1 };
+        if growth == 1 && words == 1 {
             return Ok(());
         }
-        self.measure(normalizer, text, reading)
+        let most = WORD_BYTES.saturating_mul(growth).saturating_mul(words).saturating_mul(text.len() as u64);
+        if growth <= MOST_GROWTH && words == 1 && reading.fits(most).is_ok() {
+            return Ok(());
+        }
+        self.measure(text, reading)
     }
 
-    fn measure(&self, normalizer: &NormalizerWrapper, text: &str, reading: &Reading) -> Result<(), DataError> {
+    fn measure(&self, text: &str, reading: &Reading) -> Result<(), DataError> {
+        let most = MOST_GROWTH as usize * SLICE_BYTES;
+        let pre_tokenizer = self.inner.get_pre_tokenizer().filter(|_| self.growth.1 > MOST_OF_WORDS);
         let (mut rest, mut grown) = (text, 0u64);
         while !rest.is_empty() {
             reading.check()?;
             let (slice, after) = rest.split_at(rest.ceil_char_boundary(SLICE_BYTES));
             let mut normalized = NormalizedString::from(slice);
-            let most = MOST_GROWTH as usize * SLICE_BYTES;
-            normalize_within(normalizer, &mut normalized, most).map_err(|e| self.fail(e.to_string()))?;
-            grown = grown.saturating_add(normalized.get().len() as u64);
+            let mut measured = || {
+                if let Some(normalizer) = self.inner.get_normalizer() {
+                    normalize_within(normalizer, &mut normalized, most)?;
+                }
+                match pre_tokenizer {
+                    Some(pre_tokenizer) => {
+                        let mut words = PreTokenizedString::from(NormalizedString::from(normalized.get()));
+                        cut_within(pre_tokenizer, &mut words, (slice.len(), most))
+                    }
+                    None => Ok(normalized.get().len() as u64),
+                }
+            };
+            grown = grown.saturating_add(measured().map_err(|e| self.fail(e.to_string()))?);
             reading.fits(WORD_BYTES.saturating_mul(grown))?;
             rest = after;
         }
@@ -146,13 +231,69 @@ mod tests {
         let regex = serde_json::json!({ "type": "Replace", "pattern": { "Regex": "\\s*" }, "content": "ab" });
         for (keys, growth) in [(Value::Null, 1), (spaces, 12), (regex, 3), (replace("abc", "0123"), 2)] {
             let Tokenizer::HuggingFace(tokenizer) = with(keys).unwrap() else { panic!() };
-            assert_eq!(tokenizer.growth, growth);
+            assert_eq!(tokenizer.growth.0, growth);
         }
         let error = with(replace("x", &"a".repeat(MOST_WRITTEN + 1))).unwrap_err().to_string();
         assert!(error.contains("writes 8193 bytes in one place"), "{error}");
         // A trie of four bytes, and two texts.
         let map = BASE64_STANDARD.encode([&[4u8, 0, 0, 0, 9, 9, 9, 9][..], b"abc\0de\0"].concat());
         assert_eq!((longest_of_map(&map), longest_of_map("AAAA"), longest_of_map("!")), (3, 0, 0));
+    }
+
+    /// Each writes every byte beyond ASCII and every space as two.
+    #[test]
+    fn pre_tokenizers_that_double_a_text_are_bounded_before_it_is_made() {
+        let byte_level = |add_prefix_space: bool| {
+            serde_json::json!({ "type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true,
+                                "use_regex": false })
+        };
+        let with = |pre_tokenizers: Vec<Value>| {
+            let mut keys: Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+            keys["pre_tokenizer"] = serde_json::json!({ "type": "Sequence", "pretokenizers": pre_tokenizers });
+            Tokenizer::from_json(keys.to_string(), "tok.json").unwrap()
+        };
+        let chars = serde_json::json!({ "type": "Split", "pattern": { "Regex": "." }, "behavior": "Isolated", "invert": false });
+        let nested = serde_json::json!({ "type": "Sequence", "pretokenizers": vec![byte_level(false); 40] });
+        for steps in [vec![byte_level(false); 40], vec![chars, byte_level(true), byte_level(true), nested]] {
+            let tokenizer = with(steps);
+            for text in ["gr\u{f6}\u{df}e ".repeat(100), "\u{65e5}".to_owned()] {
+                for result in [
+                    tokenizer.encode_pieces(&text, &Reading::default(), |_| Ok(())),
+                    tokenizer.encode(&text).map(drop),
+                    // Where every byte has a token, nothing is to be looked at.
+                    tokenizer.coverage(&text).and_then(|_| tokenizer.encode(&text)).map(drop),
+                ] {
+                    let error = result.unwrap_err().to_string();
+                    assert!(error.contains("tok.json: its pre-tokenizers make"), "{error}");
+                }
+            }
+        }
+        // One is what files have; a text that two or three leave small is read.
+        for count in 1..=5 {
+            let ids = with(vec![byte_level(false); count]).encode("abc").unwrap();
+            assert_eq!(ids.len(), 3);
+        }
+    }
+
+    #[test]
+    fn a_decoder_that_doubles_a_text_is_refused() {
+        let with = |decoders: Vec<Value>| {
+            let mut keys: Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+            keys["decoder"] = serde_json::json!({ "type": "Sequence", "decoders": decoders });
+            Tokenizer::from_json(keys.to_string(), "tok.json").map_err(|e| e.to_string())
+        };
+        // As Llama has it.
+        let plain = vec![
+            replace("\u{2581}", " "),
+            serde_json::json!({ "type": "ByteFallback" }),
+            serde_json::json!({ "type": "Fuse" }),
+            serde_json::json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }),
+        ];
+        with(plain).unwrap();
+        let error = with(vec![replace("a", "aa"); 40]).unwrap_err();
+        assert!(error.contains("its decoder may make 1099511627776 bytes of one byte of a token"), "{error}");
+        let error = with(vec![replace("a", &"b".repeat(MOST_WRITTEN + 1))]).unwrap_err();
+        assert!(error.contains("its decoder writes 8193 bytes in one place"), "{error}");
     }
 
     #[test]

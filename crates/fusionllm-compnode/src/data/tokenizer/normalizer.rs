@@ -14,6 +14,9 @@ use super::growth::normalize_within;
 const PLAIN: [char; 6] = ['x', '7', '+', 'X', '\u{4e00}', '\u{e000}'];
 /// Bytes that may become of one character. No language needs as many, and a normalizer that makes more could fill memory.
 const MOST_BYTES: usize = 256;
+/// Texts of which it is remembered whether a part of them counts: so many, of at most so many bytes.
+const MOST_KNOWN: usize = 1 << 14;
+const SHORT_BYTES: usize = 64;
 /// SentencePiece writes a space so, and reads it back.
 const SPACE: &str = "\u{2581}";
 
@@ -44,6 +47,8 @@ pub(super) struct Effects {
     /// What texts are looked at between; nothing if it leaves no character alone. Not looked at yet if empty.
     around: OnceCell<Option<Around>>,
     of: BTreeMap<char, Effect>,
+    /// By a short text: whether it becomes the same without what stands between its first and its last character.
+    nothing: BTreeMap<String, bool>,
 }
 
 /// A character that a normalizer leaves alone, and what it puts before and after any text.
@@ -81,6 +86,28 @@ impl Effects {
         };
         self.of.insert(c, effect);
         Ok(effect)
+    }
+
+    /// Whether what comes of `before` and `after` is the same with `run` between them and without it, as of a row of
+    /// spaces that becomes one.
+    fn adds_nothing(
+        &mut self,
+        normalizer: &NormalizerWrapper,
+        before: &str,
+        run: &str,
+        after: &str,
+    ) -> tokenizers::Result<bool> {
+        let whole = format!("{before}{run}{after}");
+        if let Some(&known) = self.nothing.get(&whole) {
+            return Ok(known);
+        }
+        let spaced = |text: Option<String>| text.map(|text| text.replace(SPACE, " "));
+        let with = spaced(self.between(normalizer, &whole)?);
+        let is_so = with.is_some() && with == spaced(self.between(normalizer, &format!("{before}{after}"))?);
+        if whole.len() <= SHORT_BYTES && self.nothing.len() < MOST_KNOWN {
+            self.nothing.insert(whole, is_so);
+        }
+        Ok(is_so)
     }
 
     /// What becomes of a text in the middle of another; nothing if that cannot be told.
@@ -125,8 +152,7 @@ pub(super) fn normalize(
     if normalized.get() == text {
         return Ok(Normalized { text: text.to_owned(), ..Normalized::default() });
     }
-    let is_removed_anywhere = |c: char| effects.of.get(&c) == Some(&Effect::Removed);
-    let removed = removed(&normalized, is_removed_anywhere);
+    let removed = removed(normalizer, effects, &normalized)?;
     Ok(Normalized { text: normalized.get().to_owned(), removed, changed })
 }
 
@@ -135,9 +161,13 @@ fn is_char(text: &str, c: char) -> bool {
     chars.next() == Some(c) && chars.next().is_none()
 }
 
-/// The characters of which nothing is left. One beside a character that has become another may be part of that one, as
-/// an accent is, unless it is removed wherever it stands.
-fn removed(normalized: &NormalizedString, is_removed_anywhere: impl Fn(char) -> bool) -> BTreeMap<char, u64> {
+/// The characters of which nothing is left. Some beside a character that has become another may be part of that one, as
+/// an accent is: they count only if what is around them becomes the same without them.
+fn removed(
+    normalizer: &NormalizerWrapper,
+    effects: &mut Effects,
+    normalized: &NormalizedString,
+) -> tokenizers::Result<BTreeMap<char, u64>> {
     let original = normalized.get_original();
     // By the byte at which a character begins: whether something is left of it, and whether that is itself.
     let mut left: Vec<Option<bool>> = vec![None; original.len()];
@@ -148,23 +178,31 @@ fn removed(normalized: &NormalizedString, is_removed_anywhere: impl Fn(char) -> 
             *slot = Some(is_same || *slot == Some(true));
         }
     }
-    let (mut counts, mut run, mut before_is_same) = (BTreeMap::new(), Vec::new(), true);
-    let mut close = |run: &mut Vec<char>, is_plain: bool| {
-        for c in run.drain(..).filter(|&c| is_plain || is_removed_anywhere(c)) {
-            *counts.entry(c).or_default() += 1;
+    let mut counts = BTreeMap::new();
+    let mut close = |before: &str, run: &str, after: &str, is_plain: bool| {
+        if run.is_empty() {
+            return Ok(());
         }
-    };
-    for (at, c) in original.char_indices() {
-        match left.get(at).copied().flatten() {
-            None => run.push(c),
-            Some(is_same) => {
-                close(&mut run, before_is_same && is_same);
-                before_is_same = is_same;
+        let is_lost = is_plain || effects.adds_nothing(normalizer, before, run, after)?;
+        for c in run.chars() {
+            let effect = effects.of.get(&c);
+            if (is_lost && (is_plain || effect != Some(&Effect::Changed))) || effect == Some(&Effect::Removed) {
+                *counts.entry(c).or_default() += 1;
             }
         }
+        tokenizers::Result::Ok(())
+    };
+    // The last character of which something is left, what came after it, and whether that character is still itself.
+    let (mut before, mut from, mut before_is_same) = ("", 0, true);
+    for (at, c) in original.char_indices() {
+        let Some(is_same) = left.get(at).copied().flatten() else { continue };
+        let end = at + c.len_utf8();
+        let this = original.get(at..end).unwrap_or_default();
+        close(before, original.get(from..at).unwrap_or_default(), this, before_is_same && is_same)?;
+        (before, from, before_is_same) = (this, end, is_same);
     }
-    close(&mut run, before_is_same);
-    counts
+    close(before, original.get(from..).unwrap_or_default(), "", before_is_same)?;
+    Ok(counts)
 }
 
 #[cfg(test)]
@@ -198,6 +236,28 @@ mod tests {
         check(strip, " a b ", "a b", &[(' ', 2)], &[]);
         let accents = "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFD\"},{\"type\":\"StripAccents\"}]}";
         check(accents, "é e\u{301}", "e e", &[('\u{301}', 1)], &[('é', 1)]);
+    }
+
+    #[test]
+    fn what_is_merged_or_taken_away_beside_a_change_is_counted() {
+        let sequence = |all: &[&str]| format!("{{\"type\":\"Sequence\",\"normalizers\":[{}]}}", all.join(","));
+        let replace = |pattern: &str, content: &str| {
+            format!("{{\"type\":\"Replace\",\"pattern\":{{\"Regex\":\"{pattern}\"}},\"content\":\"{content}\"}}")
+        };
+        let (lower, spaces) = ("{\"type\":\"Lowercase\"}", replace("\\\\s+", " "));
+        check(&spaces, "a   b", "a b", &[(' ', 2)], &[]);
+        // As T5 has it.
+        check(&replace(" {2,}", "\u{2581}"), "a   b c", "a\u{2581}b c", &[(' ', 2)], &[]);
+        check(&sequence(&[&spaces, lower]), "A   B", "a b", &[(' ', 2)], &[('A', 1), ('B', 1)]);
+        check(
+            &sequence(&[lower, &replace("<[^>]*>", "")]),
+            "A<x>C",
+            "ac",
+            &[('<', 1), ('>', 1), ('x', 1)],
+            &[('A', 1), ('C', 1)],
+        );
+        check(&replace("[0-9]+", "0"), "a123 b", "a0 b", &[], &[('1', 1), ('2', 1), ('3', 1)]);
+        check("{\"type\":\"NFC\"}", "e\u{301}E\u{301}", "\u{e9}\u{c9}", &[], &[]);
     }
 
     #[test]
