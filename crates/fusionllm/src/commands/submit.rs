@@ -80,7 +80,7 @@ async fn finish(mut client: Client, follow: bool, json: bool, steps: u64, typed:
             if let JobEvent::State { state, .. } = &event
                 && state.is_final()
             {
-                result = super::follow::outcome(state);
+                result = super::follow::outcome_at(state, typed);
                 break;
             }
         }
