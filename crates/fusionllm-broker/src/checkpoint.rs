@@ -24,7 +24,7 @@ use fusionllm_transport::read_regular;
 pub(crate) use find::{Meant, Newest, loss_of, meant, newest_of, open_newest};
 pub(crate) use finish::{Abandoned, Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
 pub(crate) use hash::ShardHash;
-pub(crate) use names::{free_name, shard_name, step_name};
+pub(crate) use names::{MANIFEST, free_name, shard_name, step_name};
 pub(crate) use origin::{Origin, TOKENIZER};
 pub(crate) use place::{Maker, checkpoints_of, drop_partial, make_partial, makers_in, remove_partial, steps_in};
 pub(crate) use remove::Removal;
@@ -32,9 +32,8 @@ pub use tensor_set::TensorSet;
 
 use crate::{BrokerError, CheckpointError};
 use finish::check_params;
-use names::MANIFEST;
 use place::read_mark;
-use tensor_file::{TensorFile, io};
+use tensor_file::{Stamp, TensorFile, io};
 
 /// A shard that lies in its partial folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -102,16 +101,19 @@ pub(crate) fn open_at(folder: &Path, recorded: Option<&str>) -> Result<Checkpoin
     let mut tensors = TensorSet::default();
     for shard in &manifest.shards {
         let path = folder.join(&shard.file);
-        let got = match std::fs::metadata(&path) {
-            Ok(metadata) => metadata.len(),
+        let found = match std::fs::metadata(&path) {
+            Ok(found) => found,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(CheckpointError::Missing { path }),
             Err(e) => return Err(io(&path, e)),
         };
+        let got = found.len();
         if got != shard.bytes {
             return Err(CheckpointError::Size { path, expected: shard.bytes, got });
         }
         hash::check(&path, shard)?;
         let file = TensorFile::open(&path)?;
+        // What was hashed is what is read from here on.
+        file.check_stamp(Stamp::of(&found))?;
         check_params(&file, &dag, &shard.params)?;
         tensors.add(file);
     }

@@ -47,21 +47,13 @@ use schedule::least_compnodes;
 use survey::Survey;
 
 /// By what command a job goes on that has ended early.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ResumedBy {
     /// `fusionllm resume`, at this broker or the next one on its state.
-    Broker {
-        /// The state folder that was asked for, to be named in the command; nothing: the user's own.
-        state: Option<PathBuf>,
-    },
+    #[default]
+    Broker,
     /// `fusionllm train --resume`: the broker ends with its job.
     Train,
-}
-
-impl Default for ResumedBy {
-    fn default() -> Self {
-        Self::Broker { state: None }
-    }
 }
 
 /// The whole state.

@@ -265,8 +265,14 @@ fn each_of(reader: impl BufRead, mut take: impl FnMut(StepMetrics)) -> io::Resul
 }
 
 /// What a metrics file does not tell of the steps after `start` and up to `end`, for its user; nothing if it tells all.
-pub(crate) fn gaps(path: &Path, start: u64, end: u64) -> Result<Option<String>, BrokerError> {
-    let figures = each_step(path, |_| {})?;
+/// Hands out its steps as [`each_step`] does.
+pub(crate) fn gaps(
+    path: &Path,
+    start: u64,
+    end: u64,
+    take: impl FnMut(StepMetrics),
+) -> Result<Option<String>, BrokerError> {
+    let figures = each_step(path, take)?;
     // Without what changes from start to start, so that it is said once.
     let missing = match figures.missing(start, end) {
         0 => None,
@@ -424,11 +430,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let rest = |said: String| said.split_once("metrics.jsonl has ").unwrap().1.to_owned();
-        let told = |start, end| rest(gaps(&path, start, end).unwrap().unwrap());
+        let told = |start, end| rest(gaps(&path, start, end, |_| {}).unwrap().unwrap());
         assert_eq!(told(0, 3), "no figures of 3 steps: the report goes without them", "there is no file");
-        assert_eq!(gaps(&path, 3, 3).unwrap(), None);
+        assert_eq!(gaps(&path, 3, 3, |_| {}).unwrap(), None);
         five_steps(&path);
-        assert_eq!(gaps(&path, 0, 5).unwrap(), None);
+        assert_eq!(gaps(&path, 0, 5, |_| {}).unwrap(), None);
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         std::fs::write(&path, format!("{}\n{}\n{}{}\n", lines[0], lines[0], lines[2], lines[3])).unwrap();
@@ -448,7 +454,7 @@ mod tests {
         let damaged = std::fs::read_to_string(&path).unwrap().replacen("\"step\":2", "\"step\":!", 1);
         std::fs::write(&path, damaged).unwrap();
         assert_eq!(steps(&path), [1, 3, 4, 5]);
-        let said = gaps(&path, 0, 5).unwrap().unwrap();
+        let said = gaps(&path, 0, 5, |_| {}).unwrap().unwrap();
         assert!(said.contains("no figures of 1 step and 1 line that is not readable: the report"), "{said}");
         MetricsWriter::open(&path, 4).unwrap();
         assert_eq!(steps(&path), [1, 3, 4]);

@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::{JobSpec, RunId};
-use fusionllm_transport::is_same_file;
+use fusionllm_protocol::{JobSpec, Manifest, RunId};
+use fusionllm_transport::{is_same_file, read_regular};
 
 use crate::checkpoint::{
     Checkpoint, Meant, Newest, checkpoints_of, has_exploded, loss_of, meant, newest_of, open_newest,
 };
-use crate::checkpoint::{makers_in, open_at, step_name};
+use crate::checkpoint::{MANIFEST, makers_in, open_at, step_name};
 use crate::files::io_error;
-use crate::run_dir::{Parent, RunHome, RunStart, is_free};
+use crate::run_dir::{Parent, RunFile, RunHome, RunStart, is_free};
 use crate::{BrokerError, CheckpointError};
 
 /// A run that goes on.
@@ -45,6 +45,22 @@ impl Resumption {
 pub fn newest_checkpoint(run_dir: &Path) -> Result<Option<u64>, BrokerError> {
     let Some(home) = RunHome::read(run_dir)? else { return Ok(None) };
     Ok(checkpoints_of(&home)?.first().map(|found| found.step))
+}
+
+/// Whether a run is in a directory.
+///
+/// # Errors
+/// [`BrokerError`] if its `run.json` is damaged or cannot be read.
+pub fn holds_run(dir: &Path) -> Result<bool, BrokerError> {
+    Ok(RunHome::read(dir)?.is_some())
+}
+
+/// Whether a folder is a run directory or a checkpoint by what its files say: other programs have files of the same names.
+pub fn is_of_a_run(folder: &Path) -> bool {
+    let manifest = read_regular(&folder.join(MANIFEST)).ok();
+    let manifest = manifest.and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+    manifest.is_some_and(|keys| keys.get("format").is_some_and(|format| format == Manifest::FORMAT))
+        || matches!(RunFile::read(folder), Ok(Some(_)))
 }
 
 /// Finds where a run goes on. `path` is its directory, a checkpoint, or a folder of checkpoints; without `step` its newest

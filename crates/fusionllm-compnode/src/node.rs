@@ -33,7 +33,6 @@ pub use config::JoinConfig;
 use patience::{Hearing, Patience};
 use running::RunningJob;
 pub use scratch::check_run_room;
-pub(crate) use scratch::free_room;
 use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.

@@ -30,6 +30,19 @@ impl BrokerAddress {
     }
 }
 
+/// What a broker says of a job, with what was `typed` to reach it in the commands that it names: it does not know how it is
+/// reached.
+pub(crate) fn addressed(said: &str, typed: &str) -> String {
+    const COMMAND: &str = "`fusionllm resume ";
+    let mut parts = said.split(COMMAND);
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (job, rest) = part.split_at(part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len()));
+        text.extend([COMMAND, job, typed, rest]);
+    }
+    text
+}
+
 /// An open connection.
 pub(crate) struct Client {
     endpoint: Endpoint,
@@ -98,4 +111,22 @@ fn find_ticket(address: &BrokerAddress) -> anyhow::Result<Ticket> {
         return Ok(ticket);
     }
     local_ticket(&state_dir(address.state.as_deref())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_that_a_broker_names_reach_it() {
+        let said = "no memory; `fusionllm resume 12 --step 3` goes on, as `fusionllm resume 1` does";
+        let typed = " --ticket-file op.ticket";
+        assert_eq!(
+            addressed(said, typed),
+            "no memory; `fusionllm resume 12 --ticket-file op.ticket --step 3` goes on, as `fusionllm resume 1 --ticket-file \
+             op.ticket` does"
+        );
+        assert_eq!(addressed(said, ""), said);
+        assert_eq!(addressed("no memory", typed), "no memory");
+    }
 }

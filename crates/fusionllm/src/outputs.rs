@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use fusionllm_broker::is_of_a_run;
 use fusionllm_protocol::JobSpec;
 pub(crate) use fusionllm_transport::is_same_file;
 use fusionllm_transport::{folder_of, is_shortage, no_folder_above, open_regular};
@@ -123,8 +124,7 @@ fn is_among_a_runs(path: &Path) -> bool {
     let has = |folder: &Path, name: &str| folder.join(name).is_file();
     let is_runs = |folder: &Path| has(folder, "run.id") || has(folder, "run.json") && has(folder, "job.json");
     // Those of version 0.1.0, and run directories that have just begun, are told by one file alone.
-    let looks_so = |folder: &Path| has(folder, "run.json") || has(folder, "manifest.json");
-    path.parent().is_some_and(looks_so) || path.ancestors().skip(1).any(is_runs)
+    path.parent().is_some_and(is_of_a_run) || path.ancestors().skip(1).any(is_runs)
 }
 
 impl Output<'_> {
@@ -184,6 +184,14 @@ mod tests {
         for name in ["run/run.json", "run/job.json", "step-4/run.id"] {
             std::fs::write(file(name), "{}").unwrap();
         }
+        // Other programs have files of these names, too.
+        std::fs::create_dir(file("app")).unwrap();
+        for name in ["manifest.json", "run.json"] {
+            std::fs::write(file("app").join(name), "{\"name\": \"app\", \"manifest_version\": 3}").unwrap();
+            check(&[output(&file("app/x"))]).unwrap();
+        }
+        std::fs::create_dir(file("old")).unwrap();
+        std::fs::write(file("old/manifest.json"), "{\"format\": \"fusionllm-checkpoint\"}").unwrap();
         std::os::unix::fs::symlink("nowhere", file("lost")).unwrap();
         std::os::unix::fs::symlink("step-4", file("soft")).unwrap();
         let places = [
@@ -194,6 +202,7 @@ mod tests {
             ("step-4/x", "among a run's own files"),
             ("step-4/deep/x", "among a run's own files"),
             ("soft/x", "among a run's own files"),
+            ("old/x", "among a run's own files"),
         ];
         for (path, reason) in [("/dev/null", "no regular file")].into_iter().chain(places) {
             let path = &file(path);

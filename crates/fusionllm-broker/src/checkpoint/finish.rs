@@ -215,7 +215,8 @@ pub(crate) fn has_exploded(loss: f64, lowest: f64) -> bool {
     !loss.is_finite() || (lowest.is_finite() && loss > EXPLODED_TIMES * lowest.max(0.0) + EXPLODED_BY)
 }
 
-/// What is known of how training goes, to tell checkpoints that are worth keeping.
+/// What is known of how training goes, to tell checkpoints that are worth keeping. A run that goes on takes in the steps
+/// that it has behind it: what they have shown of older checkpoints still holds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Course {
     /// The lowest training loss of the run.
@@ -224,12 +225,13 @@ pub(crate) struct Course {
     pub(crate) vouched: u64,
 }
 
-impl Course {
-    /// At the start of a run, or where it goes on.
-    pub(crate) fn at(step: u64) -> Self {
-        Self { lowest: f64::INFINITY, vouched: step }
+impl Default for Course {
+    fn default() -> Self {
+        Self { lowest: f64::INFINITY, vouched: 0 }
     }
+}
 
+impl Course {
     /// A step was done. Its loss is that of the parameters before its update; an evaluation comes after it.
     pub(crate) fn step(&mut self, step: u64, loss: f64, eval_loss: Option<f64>) {
         if !has_exploded(loss, self.lowest) {

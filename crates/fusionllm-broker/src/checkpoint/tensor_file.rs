@@ -1,8 +1,9 @@
 //! A safetensors file of which only the header is held in memory.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use fusionllm_protocol::{TensorHeader, TensorHeaderError};
 use fusionllm_transport::open_regular;
@@ -13,20 +14,39 @@ use crate::CheckpointError;
 /// Bytes copied at a time.
 pub(super) const COPY_BYTES: usize = 1 << 20;
 
-/// An opened file.
+/// By what a file that was changed or replaced is told from what it was: its size, and when it was written last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    bytes: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    pub(super) fn of(found: &Metadata) -> Self {
+        Self { bytes: found.len(), modified: found.modified().ok() }
+    }
+}
+
+/// A file whose header was read. Its values are read later, perhaps much later: they must still be the same then.
 #[derive(Debug)]
 pub(crate) struct TensorFile {
     path: PathBuf,
     header: TensorHeader,
+    stamp: Stamp,
 }
 
 impl TensorFile {
     /// Reads and checks the header; the file must have exactly the length that it says.
     pub(crate) fn open(path: &Path) -> Result<Self, CheckpointError> {
         let mut file = open(path)?;
-        let length = file.metadata().map_err(|e| io(path, e))?.len();
-        let header = TensorHeader::read(&mut file, length).map_err(|e| header_error(path, e))?;
-        Ok(Self { path: path.to_owned(), header })
+        let stamp = Stamp::of(&file.metadata().map_err(|e| io(path, e))?);
+        let header = TensorHeader::read(&mut file, stamp.bytes).map_err(|e| header_error(path, e))?;
+        Ok(Self { path: path.to_owned(), header, stamp })
+    }
+
+    /// Whether the file was the same when it had this stamp.
+    pub(super) fn check_stamp(&self, stamp: Stamp) -> Result<(), CheckpointError> {
+        if stamp == self.stamp { Ok(()) } else { Err(CheckpointError::Changed { path: self.path.clone() }) }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -55,13 +75,22 @@ impl TensorFile {
     }
 
     /// Copies a tensor's bytes.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`] if the file is not what it was when its header was read, or why it does not read or
+    /// write.
     pub(crate) fn copy_to(&self, name: &str, out: &mut dyn Write, out_path: &Path) -> Result<(), CheckpointError> {
         if self.info(name).is_none() {
             let (path, name) = (self.path.clone(), name.to_owned());
             return Err(CheckpointError::Tensor { path, name, reason: "is missing".to_owned() });
         }
         let write = |part: &[u8]| out.write_all(part).map_err(|e| io(out_path, e));
-        self.header.each_part(&mut open(&self.path)?, name, |e| io(&self.path, e), write).map(|_| ())
+        let mut file = open(&self.path)?;
+        let check = |file: &File| self.check_stamp(Stamp::of(&file.metadata().map_err(|e| io(&self.path, e))?));
+        check(&file)?;
+        self.header.each_part(&mut file, name, |e| io(&self.path, e), write)?;
+        // It may have been written while it was read.
+        check(&file)
     }
 }
 
@@ -103,5 +132,36 @@ mod tests {
         }
         std::fs::write(&path, [u8::MAX; 40]).unwrap();
         assert!(matches!(TensorFile::open(&path), Err(CheckpointError::Format { .. })));
+    }
+
+    /// An export of a later step may come in the place of the one that a job was handed in with, hours before its weights
+    /// are read again.
+    #[test]
+    fn what_has_come_in_the_place_of_a_file_is_not_read_by_its_header() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, next) = (folder.path().join("x.safetensors"), folder.path().join("next"));
+        let write = |path: &Path, names: [&str; 2], second: u64| {
+            testing::write_tensors(path, &names.map(|name| (name.to_owned(), vec![3])));
+            let at = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(second);
+            File::options().write(true).open(path).unwrap().set_modified(at).unwrap();
+        };
+        write(&path, ["a", "b"], 1);
+        let mut set = super::super::TensorSet::default();
+        set.add(TensorFile::open(&path).unwrap());
+        let part = || set.write_part(&["a".to_owned()], &mut Vec::new(), &next);
+        part().unwrap();
+        let refused = || {
+            let error = part().unwrap_err().to_string();
+            let expected = "x.safetensors has changed since it was checked: begin again with what is there now";
+            assert!(error.ends_with(expected), "{error}");
+        };
+        write(&next, ["b", "a"], 2);
+        std::fs::rename(&next, &path).unwrap();
+        refused();
+        // Of the same size, and written in its place.
+        write(&path, ["a", "b"], 3);
+        refused();
+        write(&path, ["a", "b"], 1);
+        part().unwrap();
     }
 }

@@ -162,7 +162,7 @@ fn only_the_newest_are_kept() {
 #[test]
 fn a_good_checkpoint_outlives_those_of_a_loss_that_has_exploded() {
     let folder = tempfile::tempdir().unwrap();
-    let mut course = Course::at(0);
+    let mut course = Course::default();
     for (step, loss) in [(1, 5.0), (2, 3.0), (3, 4.0), (4, 1e9), (5, 2e9), (6, 3e9)] {
         course.step(step, loss, None);
         make_of(folder.path(), 1, step, loss);

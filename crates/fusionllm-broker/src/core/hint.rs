@@ -7,11 +7,11 @@ use super::{Core, ResumedBy};
 use crate::run_dir::Parent;
 
 impl Core {
-    /// How a job goes on, for whoever reads why it ended.
+    /// How a job goes on, for whoever reads why it ended. Where a broker is reached is for whoever asks it to know: on
+    /// another machine, or under another name, the way there is not the broker's own.
     pub(super) fn resume_hint(&self, job: JobId, checkpoint: Option<u64>) -> String {
         match (&self.resumed_by, checkpoint) {
-            (ResumedBy::Broker { state }, checkpoint) => {
-                let state = state.as_deref().map(|dir| format!(" --state {}", shell_path(dir))).unwrap_or_default();
+            (ResumedBy::Broker, checkpoint) => {
                 // Until the job does a step after the one that was asked for, a newer checkpoint may be there.
                 let chosen = self.jobs.get(&job).and_then(|j| j.record.from_step);
                 let option = chosen.map(|step| format!(" --step {step}")).unwrap_or_default();
@@ -20,7 +20,7 @@ impl Core {
                     Some(step) => format!("goes on from the checkpoint of step {step}"),
                     None => "begins anew, there is no checkpoint yet".to_owned(),
                 };
-                format!("`fusionllm resume {}{state}{option}` {then}", job.0)
+                format!("`fusionllm resume {}{option}` {then}", job.0)
             }
             (ResumedBy::Train, Some(step)) => {
                 let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();

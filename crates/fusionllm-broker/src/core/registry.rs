@@ -1,6 +1,7 @@
 //! Who has joined, and who works on what.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use fusionllm_protocol::{CompNodeSummary, DeviceProfile, MachineReport, PeerRecord, RunKey};
@@ -25,6 +26,19 @@ pub(super) struct Member {
     away: Option<String>,
     /// Whether it is about to leave.
     is_leaving: bool,
+}
+
+impl Member {
+    /// Whether both are processes of one machine: by the machine's own word, which changes when it is started again, or
+    /// by its addresses.
+    fn is_beside(&self, other: &Self) -> bool {
+        let ips = |member: &Self| -> BTreeSet<IpAddr> {
+            let ips = member.addr.addrs.iter().map(|addr| addr.ip().to_canonical());
+            ips.filter(|ip| !ip.is_loopback() && !ip.is_unspecified()).collect()
+        };
+        let own = ips(self);
+        self.profile.host == other.profile.host || (!own.is_empty() && own == ips(other))
+    }
 }
 
 /// All of them, by connection and thus in the order in which they joined.
@@ -56,10 +70,12 @@ impl Registry {
         name
     }
 
-    /// Takes a CompNode out. Whoever waits for its name, as its own process that was started again, has it from now on.
+    /// Takes a CompNode out. Whoever waits for its name on the same machine, as its own process that was started again, has
+    /// it from now on. Another machine that asked for the same name does not: it may have other data under the same paths.
     pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<Member> {
         let gone = self.0.remove(&connection)?;
-        let waits = |m: &&mut Member| m.run.is_none() && m.wanted == gone.name && m.name != gone.name;
+        let waits =
+            |m: &&mut Member| m.run.is_none() && m.wanted == gone.name && m.name != gone.name && m.is_beside(&gone);
         if let Some(heir) = self.0.values_mut().find(waits) {
             heir.name.clone_from(&gone.name);
         }

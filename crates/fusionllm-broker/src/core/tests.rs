@@ -637,10 +637,6 @@ fn names_are_unique() {
 fn what_goes_on_from_where_is_named_when_a_job_ends() {
     for (resumed_by, hint) in [
         (ResumedBy::default(), "`fusionllm resume 1` goes on from the checkpoint of step 3"),
-        (
-            ResumedBy::Broker { state: Some(PathBuf::from("/my state")) },
-            "`fusionllm resume 1 --state '/my state'` goes on from the checkpoint of step 3",
-        ),
         (ResumedBy::Train, "`fusionllm train --resume /runs/x` goes on from the checkpoint of step 3"),
     ] {
         let mut core = running_mortal();
@@ -721,11 +717,10 @@ fn a_restart_goes_by_what_the_run_directory_knows() {
             checkpoint: Some(checkpoint),
         }
     };
-    let by = ResumedBy::Broker { state: Some(PathBuf::from("/state")) };
-    let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)], by);
+    let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)], ResumedBy::default());
     assert_eq!(
         failure(&core),
-        "the broker restarted after step 5; `fusionllm resume 1 --state /state` goes on from the checkpoint of step 3"
+        "the broker restarted after step 5; `fusionllm resume 1` goes on from the checkpoint of step 3"
     );
     let (step, loss) = (core.record(JobId(1)).unwrap().step, core.record(JobId(1)).unwrap().loss);
     assert_eq!((step, loss), (5, Some(1.5)), "those of one step");

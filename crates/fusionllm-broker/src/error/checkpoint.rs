@@ -118,6 +118,12 @@ pub enum CheckpointError {
         /// The parser's message.
         reason: String,
     },
+    /// A file is not the one that was checked.
+    #[error("{path} has changed since it was checked: begin again with what is there now", path = path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A tensor is missing or does not fit the graph.
     #[error("{path}: tensor `{name}` {reason}")]
     Tensor {

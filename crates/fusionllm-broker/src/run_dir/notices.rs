@@ -12,7 +12,7 @@ use crate::metrics::{LineWriter, each_line};
 
 /// Notices that a report shows, the last ones.
 const NOTICES_SHOWN: usize = 1000;
-/// Lines that wait for room on the disk are at most this much; later ones are left out.
+/// Lines that wait for room on the disk are at most this much; later ones are left out, and counted.
 const MAX_WAITING_BYTES: usize = 1 << 20;
 
 /// Appends notices. What cannot be written waits until it can: it is no reason for a job to fail.
@@ -21,24 +21,27 @@ pub(crate) struct NoticesWriter {
     path: PathBuf,
     lines: Option<LineWriter>,
     waiting: Vec<u8>,
+    /// Notices that were left out since something was last written, and the step of the last.
+    left_out: (u64, u64),
 }
 
 impl NoticesWriter {
     /// Nothing is opened before there is something to write.
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, lines: None, waiting: Vec::new() }
+        Self { path, lines: None, waiting: Vec::new(), left_out: (0, 0) }
     }
 
     /// Appends a notice. Gives why it has to wait, if this is the first one that does.
     pub(crate) fn append(&mut self, notice: &Notice) -> Option<String> {
         let is_first = self.waiting.is_empty();
-        let line = match serde_json::to_vec(notice) {
+        let line = match line(notice) {
             Ok(line) => line,
             Err(error) => return Some(format!("{}: {error}", self.path.display())),
         };
-        if self.waiting.len() + line.len() < MAX_WAITING_BYTES {
+        if self.waiting.len() + line.len() <= MAX_WAITING_BYTES {
             self.waiting.extend(line);
-            self.waiting.push(b'\n');
+        } else {
+            self.left_out = (self.left_out.0 + 1, notice.step);
         }
         let error = self.flush().err().filter(|_| is_first)?;
         let error = io_reason(&error);
@@ -61,8 +64,20 @@ impl NoticesWriter {
         self.flush()
     }
 
-    /// Writes what waits.
+    /// Writes what waits, and how many notices there was no room for.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
+        self.write()?;
+        let (count, step) = std::mem::take(&mut self.left_out);
+        if count == 0 {
+            return Ok(());
+        }
+        let notices = if count == 1 { "1 notice is".to_owned() } else { format!("{count} notices are") };
+        let text = format!("{notices} left out: for too long there was no room to write them");
+        self.waiting.extend(line(&Notice { step, text })?);
+        self.write()
+    }
+
+    fn write(&mut self) -> io::Result<()> {
         if self.waiting.is_empty() {
             return Ok(());
         }
@@ -72,6 +87,13 @@ impl NoticesWriter {
         };
         lines.write(&mut self.waiting)
     }
+}
+
+/// A notice as it is written.
+fn line(notice: &Notice) -> serde_json::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(notice)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 /// Opens the file after its last whole line.
@@ -167,6 +189,24 @@ mod tests {
         std::fs::remove_dir(&path).unwrap();
         assert_eq!(writer.append(&notice(3, "three")), None);
         assert_eq!(read_notices(&path, 3), [notice(1, "one"), notice(2, "two"), notice(3, "three")]);
+    }
+
+    #[test]
+    fn notices_that_are_left_out_are_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notices.jsonl");
+        std::fs::create_dir(&path).unwrap();
+        let mut writer = NoticesWriter::new(path.clone());
+        let long = "x".repeat(MAX_WAITING_BYTES / 4);
+        for step in 1..=6 {
+            writer.append(&notice(step, &long));
+        }
+        std::fs::remove_dir(&path).unwrap();
+        writer.flush().unwrap();
+        writer.append(&notice(7, "seven"));
+        let read = read_notices(&path, 7);
+        assert_eq!(read.iter().map(|notice| notice.step).collect::<Vec<_>>(), [1, 2, 3, 6, 7]);
+        assert_eq!(read[3].text, "3 notices are left out: for too long there was no room to write them");
     }
 
     /// Room for a part of a line is the worst: it must not spoil the next one.

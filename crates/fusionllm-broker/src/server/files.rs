@@ -187,14 +187,15 @@ impl Keeper {
         let metrics = MetricsWriter::open(&dir.metrics(), open.start_step)?;
         let mut notices = std::mem::take(&mut opened.notices);
         let began = opened.file.from.as_ref().map_or(0, |from| from.step);
-        if let Some(gaps) = gaps(&dir.metrics(), began, open.start_step)?
+        let mut course = Course::default();
+        let take = |step: StepMetrics| course.step(step.step, step.loss, step.eval_loss);
+        if let Some(gaps) = gaps(&dir.metrics(), began, open.start_step, take)?
             && !read_notices(&dir.notices(), open.start_step).iter().any(|notice| notice.text == gaps)
         {
             notices.push(gaps);
         }
         self.open_runs.set(open.key, Some(opened.place.clone()));
         let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
-        let course = Course::at(open.start_step);
         let writer = NoticesWriter::new(dir.notices());
         let run = RunFiles {
             opened,
@@ -253,5 +254,79 @@ impl Keeper {
             Err(error) => tracing::warn!(error, "the plot of loss against bytes cannot be drawn"),
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use fusionllm_planner::Simulated;
+    use fusionllm_protocol::{Generation, JobId};
+
+    use super::*;
+    use crate::checkpoint::{FinishSpec, Origin, StoredShard, make_partial};
+    use crate::resume::find_resumption;
+    use crate::testing::{self, OldRuns};
+
+    /// What was seen before a loss still counts when the run goes on by itself from its newest checkpoint.
+    #[tokio::test]
+    async fn the_last_good_checkpoint_outlives_a_recovery() {
+        let old = OldRuns::new();
+        let run_dir = old.path("run");
+        let found = find_resumption(&run_dir, None, None).unwrap();
+        let checkpoint = |step: u64| run_dir.join(format!("checkpoints/step-{step}"));
+        for (step, loss) in [(2, 4.0), (4, 50.0)] {
+            let path = checkpoint(step).join("manifest.json");
+            let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            manifest["loss"] = loss.into();
+            std::fs::write(&path, manifest.to_string()).unwrap();
+        }
+        let metrics = run_dir.join("metrics.jsonl");
+        let mut lines = MetricsWriter::open(&metrics, 0).unwrap();
+        for (step, loss) in [(1, 4.0), (2, 4.0), (3, 4.0), (4, 50.0)] {
+            lines.append(&metrics, &testing::metrics(step, loss)).unwrap();
+        }
+        let key = RunKey { job: JobId(1), generation: Generation(1) };
+        let mut spec = found.checkpoint.manifest().job.clone();
+        spec.checkpoint.keep = 1;
+        let placement = serde_json::from_slice(&std::fs::read(run_dir.join("placement.json")).unwrap()).unwrap();
+        let open = OpenRun {
+            key,
+            run_dir: run_dir.clone(),
+            run: found.start.clone(),
+            spec: spec.clone(),
+            graph: "{}".to_owned(),
+            placement,
+            predicted: Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() },
+            start_step: 4,
+        };
+        let open_runs = OpenRuns::new();
+        let mut keeper = Keeper { open_runs: open_runs.clone(), runs: BTreeMap::new() };
+        keeper.perform(Action::OpenRun(Box::new(open)));
+        for step in [5, 6] {
+            keeper.perform(Action::AppendMetrics { key, metrics: testing::metrics(step, 50.0) });
+        }
+        let place = open_runs.place(key).await.unwrap();
+        let partial = place.partial(6, key.generation);
+        make_partial(&partial, &place.run).unwrap();
+        let shards = found.checkpoint.manifest().shards.iter().map(|shard| {
+            std::fs::copy(checkpoint(4).join(&shard.file), partial.join(&shard.file)).unwrap();
+            let stored = StoredShard { bytes: shard.bytes, blake3: shard.blake3.clone(), not_finite: None };
+            (stored, shard.params.clone())
+        });
+        let spec = FinishSpec {
+            generation: key.generation,
+            step: 6,
+            loss: Some(50.0),
+            spec,
+            dag: Arc::new(found.checkpoint.dag().clone()),
+            origin: Origin::default(),
+            shards: shards.collect(),
+        };
+        let events = keeper.perform(Action::FinishCheckpoint { key, spec: Box::new(spec) });
+        assert!(events.iter().any(|event| matches!(event, CoreEvent::CheckpointFinished { .. })), "{events:?}");
+        let is_there = |step: u64| checkpoint(step).join("manifest.json").is_file();
+        assert_eq!([2, 4, 6].map(is_there), [true, false, true], "step 2 is the last good one");
     }
 }

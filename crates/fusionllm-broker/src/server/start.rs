@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use fusionllm_protocol::{DataSpec, JobSpec, TrainSpec};
 
-use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_newest, remove_partial};
+use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_at, open_newest, remove_partial};
 use crate::cluster_file::read_cluster;
 use crate::core::{Restored, StartPoint, check};
 use crate::metrics::last_step;
 use crate::model::{load_model, model_tokenizer};
 use crate::resume::{goes_on, notices_of};
-use crate::run_dir::{FolderLock, RunDir, RunHome, RunStart};
+use crate::run_dir::{FolderLock, Parent, RunDir, RunHome, RunStart};
 use crate::store::JobRecord;
 use crate::{BrokerError, CheckpointError};
 
@@ -118,7 +118,11 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
     let known = record.run.as_ref();
     let job_notice = home.job_notice(&record.spec, "that the broker remembers");
     let from_the_beginning = || {
-        let mut start = StartPoint { run: goes_on(&home, known, Vec::new())?, ..start_anew(spec)? };
+        let run = goes_on(&home, known, Vec::new())?;
+        let mut start = match home.file.as_ref().and_then(|file| file.from.as_ref()) {
+            Some(parent) => start_at(began_with(parent)?, run, &spec.train)?,
+            None => StartPoint { run, ..start_anew(spec)? },
+        };
         start.notices.append(&mut start.run.notices);
         start.notices.extend(job_notice.clone());
         Ok(start)
@@ -135,6 +139,17 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
         Err(CheckpointError::None { path }) if was_there.is_some() => Err(gone(&path)),
         Err(CheckpointError::None { .. }) if step.is_none() => from_the_beginning(),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// The checkpoint of another run with which one began.
+fn began_with(parent: &Parent) -> Result<Checkpoint, BrokerError> {
+    let checkpoint = open_at(&parent.path, None)?;
+    let manifest = checkpoint.manifest();
+    if (manifest.step, &manifest.run) == (parent.step, &parent.run) {
+        Ok(checkpoint)
+    } else {
+        Err(CheckpointError::Changed { path: parent.path.clone() }.into())
     }
 }
 
@@ -183,12 +198,31 @@ mod tests {
     use fusionllm_protocol::{Generation, JobId, JobState};
 
     use super::*;
-    use crate::testing;
+    use crate::testing::{self, OldRuns};
+
+    /// A job that was stopped after five steps.
+    fn record(run_dir: &Path, spec: JobSpec) -> JobRecord {
+        JobRecord {
+            job: JobId(1),
+            spec,
+            state: JobState::Stopped,
+            step: 5,
+            loss: None,
+            run_dir: run_dir.to_owned(),
+            generation: Generation(1),
+            run: None,
+            checkpoint: None,
+            from_step: None,
+            data: None,
+            members: 0,
+            owner: None,
+        }
+    }
 
     /// A broker that was killed leaves the shards of a checkpoint that never became whole.
     #[test]
     fn half_a_checkpoint_is_gone_after_a_restart() {
-        let old = testing::OldRuns::new();
+        let old = OldRuns::new();
         let run_dir = old.path("run");
         let found = crate::resume::find_resumption(&run_dir, None, None).unwrap();
         let file = crate::run_dir::RunFile {
@@ -200,22 +234,8 @@ mod tests {
         let partial = run_dir.join(format!("checkpoints/step-6.partial-{}-1", file.run.short()));
         crate::checkpoint::make_partial(&partial, &file.run).unwrap();
         std::fs::write(partial.join("shard-0.safetensors"), "half").unwrap();
-        let record = |state| JobRecord {
-            job: JobId(1),
-            spec: found.checkpoint().manifest().job.clone(),
-            state,
-            step: 2,
-            loss: None,
-            run_dir: run_dir.clone(),
-            generation: Generation(1),
-            run: Some(file.run.clone()),
-            checkpoint: None,
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
-        };
+        let spec = found.checkpoint().manifest().job.clone();
+        let record = |state| JobRecord { state, run: Some(file.run.clone()), ..record(&run_dir, spec.clone()) };
         let lock = FolderLock::take(&run_dir, &file.run).unwrap();
         restored(record(JobState::Running));
         assert!(partial.is_dir(), "somebody is at work there");
@@ -223,6 +243,28 @@ mod tests {
         let restored = restored(record(JobState::Running));
         assert!(!partial.exists());
         assert_eq!((restored.reached.map(|(step, _)| step), restored.checkpoint), (Some(4), Some(4)));
+    }
+
+    /// Its first own checkpoint may come to nothing, and a CompNode be lost at the same time.
+    #[test]
+    fn a_run_that_began_with_another_ones_checkpoint_begins_again_with_it() {
+        let old = OldRuns::new();
+        let run_dir = old.path("new");
+        std::fs::create_dir(&run_dir).unwrap();
+        let path = old.path("run/checkpoints/step-4");
+        let parent = Parent { run: None, path: path.clone(), step: 4 };
+        let file = crate::run_dir::RunFile { from: Some(parent), ..testing::run_file(&run_dir) };
+        file.write().unwrap();
+        let spec = open_at(&path, None).unwrap().manifest().job.clone();
+        let record = JobRecord { run: Some(file.run.clone()), ..record(&run_dir, spec.clone()) };
+        let start = resumed_start(&record, &spec, None).unwrap();
+        assert_eq!((start.step, start.weights.is_some(), start.run.run), (4, true, file.run));
+        assert!(start.notices[0].ends_with("step-4 (step 4)"), "{:?}", start.notices);
+        // Another one has come in its place.
+        std::fs::remove_dir_all(&path).unwrap();
+        std::fs::rename(old.path("run/checkpoints/step-2"), &path).unwrap();
+        let error = resumed_start(&record, &spec, None).unwrap_err();
+        assert!(error.to_string().contains("step-4 has changed since it was checked"), "{error}");
     }
 
     /// Where checkpoints lie elsewhere, another run may be at work, and a copy's original may.
@@ -257,20 +299,8 @@ mod tests {
     fn a_run_whose_checkpoints_are_gone_is_not_begun_anew_without_a_word() {
         let folder = tempfile::tempdir().unwrap();
         let record = JobRecord {
-            job: JobId(1),
-            spec: testing::spec(&[]),
-            state: JobState::Stopped,
-            step: 5,
-            loss: None,
-            run_dir: folder.path().join("run"),
-            generation: Generation(1),
-            run: None,
             checkpoint: Some((3, "00".to_owned())),
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
+            ..record(&folder.path().join("run"), testing::spec(&[]))
         };
         let step_of = |record: &JobRecord, step| resumed_start(record, &record.spec, step).map(|start| start.step);
         for dir_is_there in [false, true] {

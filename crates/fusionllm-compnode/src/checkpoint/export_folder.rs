@@ -1,7 +1,7 @@
 //! The folder of an export: it holds one model, whole, and nothing else.
 
 use std::fs::{File, TryLockError};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use fusionllm_transport::{
@@ -98,11 +98,7 @@ impl ExportFolder {
         std::fs::create_dir_all(&self.path).map_err(|e| io(&self.path, e))?;
         let path = self.path.join(MARK);
         let mut mark = open_or_make_regular(&path).map_err(|e| io(&path, e))?;
-        match mark.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(ExportError::Busy { path: self.path.clone() }),
-            Err(TryLockError::Error(e)) => return Err(io(&path, e)),
-        }
+        self.check_lock(mark.try_lock())?;
         let now = Self::look(&self.path)?;
         now.check(of)?;
         if now.holds.is_none() {
@@ -111,6 +107,20 @@ impl ExportFolder {
             written.and_then(|()| mark.sync_all()).map_err(|e| io(&path, e))?;
         }
         Ok(TakenFolder { path: self.path.clone(), _mark: mark, written: Vec::new(), is_replacing: false })
+    }
+
+    /// Whether nobody else writes there, by what became of the attempt to lock its mark.
+    fn check_lock(&self, locked: Result<(), TryLockError>) -> Result<(), ExportError> {
+        match locked {
+            Ok(()) => Ok(()),
+            Err(TryLockError::WouldBlock) => Err(ExportError::Busy { path: self.path.clone() }),
+            // As over some network mounts: nobody is kept out.
+            Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {
+                tracing::warn!(path = %self.path.display(), "the file system knows no locks");
+                Ok(())
+            }
+            Err(TryLockError::Error(source)) => Err(ExportError::Io { path: self.path.join(MARK), source }),
+        }
     }
 
     fn check(&self, of: &str) -> Result<(), ExportError> {
@@ -254,6 +264,15 @@ mod tests {
         assert!(error.contains("run 1") && error.contains("run 2"), "{error}");
         std::fs::write(path.join("model-00001-of-00002.safetensors"), "x").unwrap();
         fails(&path, "`model-00001-of-00002.safetensors`");
+    }
+
+    #[test]
+    fn where_the_file_system_knows_no_locks_an_export_is_written_all_the_same() {
+        let export = ExportFolder { path: PathBuf::from("hf"), holds: None };
+        export.check_lock(Err(TryLockError::Error(ErrorKind::Unsupported.into()))).unwrap();
+        let error = export.check_lock(Err(TryLockError::Error(ErrorKind::StorageFull.into()))).unwrap_err();
+        assert!(error.to_string().contains(MARK), "{error}");
+        assert!(matches!(export.check_lock(Err(TryLockError::WouldBlock)), Err(ExportError::Busy { .. })));
     }
 
     /// A disk error in the middle leaves no model, and what was written.

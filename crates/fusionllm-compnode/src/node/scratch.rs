@@ -9,7 +9,7 @@ use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::TrainSpec;
 use fusionllm_transport::is_shortage;
 
-use crate::checkpoint::ShardFile;
+use crate::checkpoint::{ShardFile, free_room};
 use crate::{CompNodeError, ShardError};
 
 /// What a folder must take so that it is worth joining: no shard of a model is smaller than a few pages.
@@ -67,18 +67,6 @@ pub fn check_run_room(
 /// Bytes of a shard: the parameters of a part, and what the optimizer keeps of them.
 pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
     train.state_bytes(placement.param_bytes_of(dag, node))
-}
-
-/// Bytes that are free where a folder lies, if the system tells.
-#[cfg(unix)]
-pub(crate) fn free_room(folder: &Path) -> Option<u64> {
-    let found = rustix::fs::statvfs(folder).ok()?;
-    Some(found.f_bavail.saturating_mul(found.f_frsize))
-}
-
-#[cfg(not(unix))]
-pub(crate) fn free_room(_folder: &Path) -> Option<u64> {
-    None
 }
 
 #[cfg(test)]

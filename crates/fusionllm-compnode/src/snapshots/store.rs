@@ -10,8 +10,7 @@ use fusionllm_protocol::{Generation, JobId, RunKey, Snapshot, SnapshotId};
 use fusionllm_transport::{PeerId, open_or_make_regular};
 use tempfile::NamedTempFile;
 
-use crate::checkpoint::ShardFile;
-use crate::node::free_room;
+use crate::checkpoint::{ShardFile, free_room};
 use crate::{CompNodeError, ShardError};
 
 /// Held by the process whose folder it is.

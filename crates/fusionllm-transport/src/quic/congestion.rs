@@ -14,8 +14,9 @@
 //! - However slow the model, enough packets go out in each round trip to see that the link is faster, and then the speed
 //!   doubles each round trip. So no mistake of the model lasts.
 //!
-//! It yields when a queue builds up ([`LinkRate::yield_to_queue`]), and so leaves at most about a round trip of queue even where
-//! several connections share a link.
+//! It yields when a queue builds up ([`LinkRate::yield_to_queue`]), and so a connection alone leaves at most about a round trip
+//! of queue. Several that fill one link together without a pause never see it empty: each takes the queue of the others for
+//! a part of the way, and together they fill what the bottleneck holds.
 
 mod controller;
 mod growth;

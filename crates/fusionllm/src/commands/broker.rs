@@ -12,8 +12,6 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     check_folder("--runs", &args.runs)?;
     args.checkpoints.iter().try_for_each(|dir| check_folder("--checkpoints", dir))?;
     args.models.iter().try_for_each(|dir| check_folder("--models", dir))?;
-    // Whoever reads it may be in another folder.
-    let state = args.state.as_deref().map(std::path::absolute).transpose()?;
     let config = BrokerConfig {
         bind: args.bind,
         advertise: args.advertise,
@@ -22,7 +20,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
         checkpoint_dirs: args.checkpoints,
         model_dirs: args.models,
         scratch: None,
-        resumed_by: ResumedBy::Broker { state },
+        resumed_by: ResumedBy::Broker,
     };
     let mut broker = Broker::start(config).await.map_err(super::train::broker_error)?;
     let mut interrupted = std::pin::pin!(super::follow::interrupted());

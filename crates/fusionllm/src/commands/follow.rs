@@ -4,6 +4,7 @@ use fusionllm_protocol::JobState;
 #[cfg(unix)]
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::client::addressed;
 use crate::exit::bad_input;
 
 /// Resolves on Ctrl-C, a request to terminate, or the end of the terminal.
@@ -68,6 +69,16 @@ fn hangup_is_ignored() -> bool {
         // The hangup is signal 1, the lowest bit.
         mask.is_none_or(|mask| mask & 1 == 1)
     })
+}
+
+/// The final state of a job of a broker that was reached by what was `typed`, as the result of the command that followed it.
+pub(super) fn outcome_at(state: &JobState, typed: &str) -> anyhow::Result<()> {
+    match state {
+        JobState::Failed { reason, bad_input } => {
+            outcome(&JobState::Failed { reason: addressed(reason, typed), bad_input: *bad_input })
+        }
+        other => outcome(other),
+    }
 }
 
 /// The final state of a job as the result of the command that ran it.

@@ -4,7 +4,7 @@ use anyhow::bail;
 use fusionllm_protocol::{ClientRequest, ToClient};
 
 use crate::cli;
-use crate::client::Client;
+use crate::client::{Client, addressed};
 use crate::render;
 
 pub(super) async fn run(args: cli::Status) -> anyhow::Result<()> {
@@ -13,7 +13,7 @@ pub(super) async fn run(args: cli::Status) -> anyhow::Result<()> {
     client.close().await;
     match answer {
         ToClient::Status(report) if args.json => render::json(&report, true),
-        ToClient::Status(report) => render::line(&render::status(&report)),
+        ToClient::Status(report) => render::line(&addressed(&render::status(&report), &args.broker.typed())),
         other => bail!("the broker answered something else: {other:?}"),
     }
 }

@@ -88,7 +88,7 @@ async fn followed(client: &mut Client, json: bool, steps: u64, typed: &str) -> a
         if let JobEvent::State { state, .. } = &event
             && state.is_final()
         {
-            return super::follow::outcome(state);
+            return super::follow::outcome_at(state, typed);
         }
     }
 }

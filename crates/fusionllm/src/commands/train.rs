@@ -1,14 +1,17 @@
 //! `fusionllm train`: the main job, all on this machine.
 
+mod finish;
+
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use fusionllm_broker::{
     Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders, default_run_dir,
-    find_resumption, free_run_dir, is_free, load_model, model_tokenizer, newest_checkpoint, read_cluster, resumed_job,
+    find_resumption, free_run_dir, holds_run, is_free, load_model, model_tokenizer, newest_checkpoint, read_cluster,
+    resumed_job,
 };
-use fusionllm_compnode::{Corpus, SamplingSpec, Tokenizer, check_run_room, open_device};
+use fusionllm_compnode::{Corpus, Tokenizer, check_run_room, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
 use fusionllm_transport::{folder_above, shell_path, without_temporary_name};
@@ -22,13 +25,10 @@ use crate::outputs::{check_folder, is_same_file};
 use crate::progress::Progress;
 use crate::render;
 
-/// What the finished model continues.
-const PROMPT: &str = "The ";
-/// Tokens that it writes.
-const SAMPLE_TOKENS: usize = 80;
-
-/// So many processes may end without a step in between before training is given up.
+/// After so many ends in a row of the processes of one CompNode the job is no more waited for that needs it.
 const MOST_DEATHS: u32 = 8;
+/// Where a job has others, it is at work again within this time.
+const OTHERS: Duration = Duration::from_secs(120);
 
 /// Why there is no run.
 const BEFORE_TRAINING: &str = "interrupted before training began";
@@ -139,7 +139,8 @@ fn run_dir_of(args: &cli::Train, spec: &JobSpec, from: Option<&Resumption>) -> a
         (None, None) => free_run_dir(&default_run_dir(Path::new("runs"), &spec.name, SystemTime::now()), |_| false)
             .map_err(broker_error)?,
     };
-    if from.is_none() && run_dir.join("metrics.jsonl").exists() {
+    // Whatever else has such a file is not a run, and not to be removed.
+    if from.is_none() && run_dir.join("metrics.jsonl").exists() && holds_run(&run_dir).unwrap_or(true) {
         let hint = match newest_checkpoint(&run_dir) {
             Ok(None) => "it has no checkpoint to go on from: give another --out, or remove it",
             _ => "give another --out, or go on with it by --resume",
@@ -206,7 +207,9 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
     let no_folder = || format!("{}: no folder for snapshots can be made there", checked.scratch().display());
     let snapshots = snapshots.map_err(without_temporary_name).with_context(no_folder)?;
     let home = checked.home(snapshots.path());
-    let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, &home, args.fresh_profile);
+    // Where a job is to fail by the end of one, there is nothing to start it again for.
+    let options = (args.fresh_profile, checked.spec.survive.enabled);
+    let starting = LocalCompNodes::start(broker, checked.compnodes, &args.device, &home, options);
     let mut interrupts = Interrupts::new();
     let mut compnodes = tokio::select! {
         started = starting => started?,
@@ -219,11 +222,11 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
         Err(error) if !crashed.is_empty() => return Err(error.context(crashed.join(", "))),
         result => result?,
     };
-    finish(args, checked, &report, &mut interrupts).await
+    finish::finish(args, checked, &report, &mut interrupts).await
 }
 
-/// Submits the job and follows it to its end. Ctrl-C stops it, and so does the end of a CompNode's process, or of whoever
-/// reads the output.
+/// Submits the job and follows it to its end. Ctrl-C stops it, and so does the end of whoever reads the output, or a
+/// CompNode that the job needs and whose process cannot be kept going.
 async fn run_job(
     args: &cli::Train,
     checked: &Checked,
@@ -251,7 +254,7 @@ async fn run_job(
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
     let mut cut_short: Option<CutShort> = None;
     let mut step = way.from.as_ref().map_or(0, |from| from.step);
-    let mut deaths = 0;
+    let mut waits_since = Some(Instant::now());
     loop {
         let event = tokio::select! {
             event = events.next() => event.context("the broker ended before the job")?,
@@ -260,22 +263,21 @@ async fn run_job(
                 stop_if_at_work(broker, job).await?;
                 continue;
             }
-            Death { index, status } = compnodes.death(), if cut_short.is_none() => {
-                broker.lost(local_name(index), format!("its process ended ({status})")).await.map_err(broker_error)?;
-                deaths += 1;
-                // Where jobs are to fail by it, the broker has seen to that.
-                if checked.spec.survive.enabled && deaths <= MOST_DEATHS {
-                    compnodes.restart(index)?;
-                } else if checked.spec.survive.enabled {
-                    cut_short = Some(CutShort::Died { name: local_name(index), deaths });
+            death = compnodes.death(broker), if cut_short.is_none() => {
+                cut_short = died(broker, death, waits_since.map(|since| since.elapsed())).await?;
+                if cut_short.is_some() {
                     stop_if_at_work(broker, job).await?;
                 }
                 continue;
             }
         };
         match &event {
-            JobEvent::Step { metrics, .. } => (step, deaths) = (metrics.step, 0),
+            JobEvent::Step { metrics, .. } => (step, waits_since) = (metrics.step, None),
             JobEvent::Checkpoint { step, .. } => way.checkpoint = Some(*step),
+            JobEvent::State { state: JobState::Waiting { .. }, .. } => {
+                waits_since.get_or_insert_with(Instant::now);
+            }
+            JobEvent::State { state: JobState::Running, .. } => waits_since = None,
             _ => {}
         }
         if cut_short.is_none()
@@ -297,6 +299,27 @@ async fn run_job(
     }
 }
 
+/// Tells the broker of a CompNode that has no process any more. Why training ends by it, if it does: for so long the job
+/// has waited, if it waits.
+async fn died(broker: &Broker, death: Death, waits: Option<Duration>) -> anyhow::Result<Option<CutShort>> {
+    let Death { index, how, in_a_row } = death;
+    let name = local_name(index);
+    broker.lost(name.clone(), format!("its process {how}")).await.map_err(broker_error)?;
+    if in_a_row == MOST_DEATHS {
+        tracing::warn!(
+            "the process of {name} {how}, for the {in_a_row}th time in a row: it is tried again once a minute, and training \
+             goes on without it if it can"
+        );
+    }
+    Ok(is_in_vain(in_a_row, waits).then_some(CutShort::Died(name, in_a_row)))
+}
+
+/// Whether a job waits in vain for a CompNode whose processes have ended so many times in a row: others would be at work
+/// by now.
+fn is_in_vain(in_a_row: u32, waits: Option<Duration>) -> bool {
+    in_a_row > MOST_DEATHS && waits.is_some_and(|waits| waits >= OTHERS)
+}
+
 /// Stops a job unless it has ended already.
 async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
     match broker.stop(job).await {
@@ -307,8 +330,8 @@ async fn stop_if_at_work(broker: &Broker, job: JobId) -> anyhow::Result<()> {
 
 /// Why a job was stopped before its end.
 enum CutShort {
-    /// The process of the CompNode `name` ended, the last of so many deaths in a row without a step.
-    Died { name: String, deaths: u32 },
+    /// The job waits for this CompNode, whose processes have ended so many times in a row.
+    Died(String, u32),
     /// Nobody reads the output, or it cannot be written.
     Unread(anyhow::Error),
     /// Whoever ran it has stopped it, after this step of so many.
@@ -319,8 +342,8 @@ impl CutShort {
     /// The same for people, with the way on where it can still be said.
     fn error(self, way: &WayOn) -> anyhow::Error {
         match self {
-            Self::Died { name, deaths } => {
-                anyhow::anyhow!("{name} ended, for the {deaths}th time in a row without a step; {way}")
+            Self::Died(name, times) => {
+                anyhow::anyhow!("{name} was started in vain {times} times in a row, and the job needs it: {way}")
             }
             Self::Unread(error) => anyhow::anyhow!("{error:#}; training was stopped: {way}"),
             Self::Interrupted { step, steps } => {
@@ -399,46 +422,6 @@ impl std::fmt::Display for WayOn {
     }
 }
 
-/// Says what came of it, and lets the model write a line unless that is interrupted.
-async fn finish(
-    args: &cli::Train,
-    checked: &Checked,
-    report: &RunReport,
-    interrupts: &mut Interrupts,
-) -> anyhow::Result<()> {
-    if !args.json {
-        render::line(&format!("\n{}", report.summary()))?;
-    }
-    let sampling = SamplingSpec { tokens: SAMPLE_TOKENS, temperature: 0.8, top_k: 40, seed: checked.spec.train.seed };
-    let (run_dir, device) = (checked.run_dir.clone(), args.device.clone());
-    let writing = tokio::task::spawn_blocking(move || {
-        let model = super::model::open_trained(&run_dir, None)?;
-        let text = super::generate::write(model, PROMPT, sampling, &device)?;
-        anyhow::Ok(format!("{PROMPT}{text}"))
-    });
-    let sample = tokio::select! {
-        // Training is done, whatever becomes of this.
-        written = writing => match written.context("the thread that lets the model write").flatten() {
-            Ok(text) => Some(text),
-            Err(error) => {
-                if !args.json {
-                    render::line(&format!("note: the model writes nothing: {error:#}"))?;
-                }
-                None
-            }
-        },
-        () = interrupts.next() => None,
-    };
-    if args.json {
-        let done = serde_json::json!({ "event": "done", "report": report, "sample": sample });
-        return render::json(&done, false);
-    }
-    if let Some(sample) = sample {
-        render::line(&format!("the model writes: {sample:?}"))?;
-    }
-    render::line(&format!("run directory: {}", checked.run_dir.display()))
-}
-
 /// A broker's error with its exit code.
 pub(super) fn broker_error(error: BrokerError) -> anyhow::Error {
     if error.is_bad_input() { bad_input(error) } else { error.into() }
@@ -447,6 +430,14 @@ pub(super) fn broker_error(error: BrokerError) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_compnode_that_cannot_be_started_ends_only_a_job_that_needs_it() {
+        assert!(!is_in_vain(MOST_DEATHS, Some(OTHERS)));
+        assert!(!is_in_vain(1000, None), "it trains with the others");
+        assert!(!is_in_vain(1000, Some(OTHERS / 2)), "it has just lost another one");
+        assert!(is_in_vain(MOST_DEATHS + 1, Some(OTHERS)));
+    }
 
     #[test]
     fn shards_pass_over_the_disk_where_they_stay() {

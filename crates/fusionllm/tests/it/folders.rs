@@ -132,6 +132,18 @@ fn a_directory_in_use_is_refused_by_name() {
     assert_eq!(steps, (1..=9).collect::<Vec<_>>());
 }
 
+/// Whoever did as told would remove somebody's results.
+#[test]
+fn a_folder_that_is_no_run_is_not_called_one() {
+    let bench = Bench::new();
+    std::fs::create_dir(bench.path("results")).unwrap();
+    bench.write("results/metrics.jsonl", "{\"accuracy\": 0.9}\n");
+    let output = bench.run("train job.toml --out results");
+    let err = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && err.contains("results exists and is not empty"), "{err}");
+    assert!(!err.contains("run already") && !err.contains("remove"), "{err}");
+}
+
 #[test]
 fn a_run_goes_on_past_a_damaged_checkpoint() {
     let bench = Bench::new();

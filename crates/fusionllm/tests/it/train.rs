@@ -384,6 +384,26 @@ fn training_goes_on_after_its_compnodes_were_killed() {
     assert_eq!(bench.processes(), 0, "orphans");
 }
 
+/// The program may be upgraded or removed while it trains.
+#[cfg(target_os = "linux")]
+#[test]
+fn processes_are_started_again_by_the_program_that_runs() {
+    let bench = Bench::new();
+    let (program, built) = (bench.path("fl"), env!("CARGO_BIN_EXE_fusionllm"));
+    std::fs::hard_link(built, &program).or_else(|_| std::fs::copy(built, &program).map(drop)).unwrap();
+    let line = "exec ./fl train job.toml --out run --compnodes 2 --set train.steps=100000 --json";
+    let mut training = crate::process::Running::spawn(bench.shell(line));
+    training.wait_for("\"event\":\"checkpoint\"");
+    std::fs::remove_file(&program).unwrap();
+    kill_a_child(&bench, &training);
+    training.wait_for("goes on from the checkpoint of step");
+    crate::process::wait_until(|| bench.processes() == 3, "the process is started again");
+    training.wait_for("\"event\":\"checkpoint\"");
+    training.signal("INT");
+    let (code, out, err) = training.finish();
+    assert!(code == Some(1) && err.contains("interrupted"), "{out}\n{err}");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_compnode_process_that_crashes_is_named_with_its_signal() {
@@ -394,7 +414,7 @@ fn a_compnode_process_that_crashes_is_named_with_its_signal() {
     kill_a_child(&bench, &training);
     let (code, out, err) = training.finish();
     assert_eq!(code, Some(1), "{out}\n{err}");
-    assert!(err.contains("had ended (signal: 9") && err.contains("vanished after step"), "{err}");
+    assert!(err.contains("the process of compnode-1 ended (signal: 9") && err.contains("vanished after step"), "{err}");
     assert_eq!(bench.processes(), 0, "orphans");
 }
 

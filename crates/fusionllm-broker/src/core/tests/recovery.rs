@@ -387,3 +387,31 @@ fn a_process_that_is_started_again_has_its_name_back() {
     let actions = load(&mut core, actions, 3, NOW);
     assert!(assigned(&actions).contains(&(3, 3)), "{}", waits_for(&core));
 }
+
+/// Machines cloned from one image all ask for the same name.
+#[test]
+fn another_machine_does_not_inherit_the_name_of_who_has_the_data() {
+    let elsewhere = |ip: &str, host: &str| {
+        let mut joining = joining("a");
+        joining.profile.host = host.to_owned();
+        joining.addr.addrs = vec![format!("{ip}:7711").parse().unwrap()];
+        joining
+    };
+    let mut core = at_step(5);
+    let (name, actions) = core.join(ConnectionId(3), elsewhere("10.0.0.9", "a-2f"), NOW);
+    measure(&mut core, actions);
+    assert_eq!(name, "a-2");
+    let actions = tell(&mut core, left(1), NOW);
+    assert_eq!(core.compnodes.name(ConnectionId(3)), "a-2");
+    load(&mut core, actions, 3, NOW);
+    assert_eq!(assigned(&tick(&mut core, NOW + AFTER_RESTART)), []);
+    assert_eq!(waits_for(&core), "CompNode `a`, the data's owner, has not joined; joined are `b`, `a-2`");
+    // The machine itself was started again: only its address is the same.
+    let (_, actions) = core.join(ConnectionId(4), elsewhere("10.0.0.7", "a-30"), NOW);
+    measure(&mut core, actions);
+    let (name, actions) = core.join(ConnectionId(5), elsewhere("10.0.0.7", "a-31"), NOW);
+    measure(&mut core, actions);
+    assert_ne!(name, "a");
+    core.lost("a", "its machine ended", NOW);
+    assert_eq!(core.compnodes.name(ConnectionId(5)), "a");
+}

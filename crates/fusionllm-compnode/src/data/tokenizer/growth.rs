@@ -85,8 +85,8 @@ fn factor(normalizer: &Value) -> Result<u64, String> {
         "NFC" | "NFD" => 4,
         "BertNormalizer" => 6,
         "NFKC" | "NFKD" => 12,
-        // Once, whatever the text.
-        "Prepend" => written(text("prepend").len()).map(|_| 1)?,
+        // Once for each part between added tokens, of which each byte may be one.
+        "Prepend" => written(text("prepend").len())?.saturating_add(1),
         "Replace" => {
             let content = written(text("content").len())?;
             match normalizer.pointer("/pattern/String").and_then(Value::as_str) {
@@ -156,7 +156,7 @@ pub(super) fn normalize_within(
     normalizer.normalize(normalized)?;
     let (got, of) = (normalized.get().len(), normalized.get_original().len());
     if got > most {
-        return Err(format!("its normalizer makes {got} bytes of {of}, expected at most {most}").into());
+        return Err(too_much(got, of, most));
     }
     Ok(())
 }
@@ -188,25 +188,45 @@ impl FileTokenizer {
         while !rest.is_empty() {
             reading.check()?;
             let (slice, after) = rest.split_at(rest.ceil_char_boundary(SLICE_BYTES));
-            let mut normalized = NormalizedString::from(slice);
-            let mut measured = || {
-                if let Some(normalizer) = self.inner.get_normalizer() {
-                    normalize_within(normalizer, &mut normalized, most)?;
+            let measured = self.normalized(slice).and_then(|text| match pre_tokenizer {
+                Some(pre_tokenizer) => {
+                    let mut words = PreTokenizedString::from(NormalizedString::from(text.as_str()));
+                    cut_within(pre_tokenizer, &mut words, (slice.len(), most))
                 }
-                match pre_tokenizer {
-                    Some(pre_tokenizer) => {
-                        let mut words = PreTokenizedString::from(NormalizedString::from(normalized.get()));
-                        cut_within(pre_tokenizer, &mut words, (slice.len(), most))
-                    }
-                    None => Ok(normalized.get().len() as u64),
-                }
-            };
-            grown = grown.saturating_add(measured().map_err(|e| self.fail(e.to_string()))?);
+                None => Ok(text.len() as u64),
+            });
+            grown = grown.saturating_add(measured.map_err(|e| self.fail(e.to_string()))?);
             reading.fits(WORD_BYTES.saturating_mul(grown))?;
             rest = after;
         }
         Ok(())
     }
+}
+
+impl FileTokenizer {
+    /// What becomes of a short text. As when it is encoded, each part between added tokens is normalized by itself.
+    fn normalized(&self, slice: &str) -> tokenizers::Result<String> {
+        let Some(normalizer) = self.inner.get_normalizer() else { return Ok(slice.to_owned()) };
+        let most = MOST_GROWTH as usize * SLICE_BYTES;
+        let parts = self.inner.get_added_vocabulary().extract_and_normalize::<NormalizerWrapper>(None, slice);
+        let mut text = String::new();
+        for (part, _, tokens) in parts.get_splits(OffsetReferential::Original, OffsetType::None) {
+            if tokens.is_some() {
+                continue;
+            }
+            let mut normalized = NormalizedString::from(part);
+            normalize_within(normalizer, &mut normalized, most)?;
+            text.push_str(normalized.get());
+            if text.len() > most {
+                return Err(too_much(text.len(), slice.len(), most));
+            }
+        }
+        Ok(text)
+    }
+}
+
+fn too_much(got: usize, of: usize, most: usize) -> tokenizers::Error {
+    format!("its normalizer makes {got} bytes of {of}, expected at most {most}").into()
 }
 
 #[cfg(test)]
@@ -312,6 +332,21 @@ mod tests {
                 assert!(error.contains("its normalizer makes"), "{error}");
             }
         }
+        // What is put before a text is put before each part between added tokens.
+        let prepend = |text: &str| serde_json::json!({ "type": "Prepend", "prepend": text });
+        let added = serde_json::json!([{ "id": 113, "content": "q", "single_word": false, "lstrip": false, "rstrip": false,
+                                         "normalized": false, "special": false }]);
+        let parts = |prepended: &str| {
+            let mut keys: Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
+            keys["normalizer"] = prepend(prepended);
+            keys["added_tokens"] = added.clone();
+            Tokenizer::from_json(keys.to_string(), "tok.json").unwrap()
+        };
+        let text = "aq".repeat(1000);
+        let error = parts(&"a".repeat(5000)).encode(&text).unwrap_err().to_string();
+        assert!(error.contains("its normalizer makes"), "{error}");
+        assert_eq!(parts("bb").encode(&text).unwrap().len(), 4000);
+        assert_eq!(with(prepend("bb")).unwrap().encode(&text).unwrap().len(), 2002);
         // Here and there it may write much.
         let rare = with(replace("rare", &"a".repeat(5000))).unwrap();
         assert_eq!(rare.encode(&format!("rare {}", "b".repeat(4000))).unwrap().len(), 9001);
