@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::BrokerError;
 use crate::files::{io_error, write_atomic};
-pub(crate) use lock::FolderLock;
+pub(crate) use lock::{FolderLock, RunLocks};
 pub(crate) use notices::{NoticesWriter, read_notices};
 pub(crate) use run_file::{Parent, RunFile, RunHome};
 pub(crate) use start::RunStart;
@@ -83,7 +83,7 @@ impl PlacementFile {
 }
 
 /// The folder in a run directory where its checkpoints are, unless the job names another one.
-const CHECKPOINTS: &str = "checkpoints";
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
 
 /// A run directory.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -148,13 +148,13 @@ fn holder(file: &mut File) -> String {
 /// Locks of a run: of its directory, and of a folder elsewhere where its checkpoints lie.
 #[derive(Debug)]
 pub(crate) struct RunLocks {
-    pub(super) run_dir: FolderLock,
-    pub(super) checkpoints: Option<FolderLock>,
+    pub(crate) run_dir: FolderLock,
+    pub(crate) checkpoints: Option<FolderLock>,
 }
 
 impl RunLocks {
     /// A folder that was renamed or removed since its lock was taken.
-    pub(super) fn missing(&self) -> Option<&Path> {
+    pub(crate) fn missing(&self) -> Option<&Path> {
         let locks = std::iter::once(&self.run_dir).chain(&self.checkpoints);
         locks.filter(|lock| !lock.is_in_place()).map(FolderLock::folder).next()
     }
@@ -163,7 +163,7 @@ impl RunLocks {
     ///
     /// # Errors
     /// [`BrokerError::Foreign`] if something else is there by now, or why it cannot be made or locked.
-    pub(super) fn take_again(&mut self, run: &RunId) -> Result<(), BrokerError> {
+    pub(crate) fn take_again(&mut self, run: &RunId) -> Result<(), BrokerError> {
         for lock in std::iter::once(&mut self.run_dir).chain(&mut self.checkpoints) {
             if !lock.is_in_place() {
                 *lock = make_again(lock.folder(), run)?;

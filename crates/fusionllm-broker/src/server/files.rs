@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use fusionllm_protocol::{Notice, RunKey};
+use fusionllm_protocol::{Notice, RunKey, StepMetrics};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
@@ -15,7 +15,6 @@ use crate::checkpoint::{Course, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun};
 use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
-use crate::opened_run::OpenedRun;
 use crate::plot::LossPlot;
 use crate::report::RunReport;
 use crate::run_dir::{NoticesWriter, RunDir, read_notices};

@@ -8,7 +8,8 @@ use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune};
 use crate::core::CoreEvent;
 use crate::files::io_error;
 use crate::metrics::MetricsWriter;
-use crate::run_dir::{NoticesWriter, OpenedRun, RunDir};
+use crate::opened_run::OpenedRun;
+use crate::run_dir::{NoticesWriter, RunDir};
 
 /// A run at work.
 pub(super) struct RunFiles {

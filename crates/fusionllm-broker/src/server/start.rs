@@ -216,6 +216,7 @@ mod tests {
             data: None,
             members: 0,
             owner: None,
+            snapshots: Vec::new(),
         }
     }
 

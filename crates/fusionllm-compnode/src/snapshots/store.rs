@@ -63,10 +63,8 @@ impl SnapshotStore {
         let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
         let name: String = name.chars().map(plain).collect();
         let of_broker = base.join(broker.to_string());
-        let failed = |path: &Path, source| {
-            let error = ShardError::Io { path: path.to_owned(), source };
-            CompNodeError::Scratch { reason: error.to_string() }
-        };
+        let failed =
+            |path: &Path, source| CompNodeError::Scratch { source: ShardError::Io { path: path.to_owned(), source } };
         for number in 1..=MOST_FOLDERS {
             let folder = of_broker.join(if number == 1 { name.clone() } else { format!("{name}-{number}") });
             std::fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
@@ -81,8 +79,8 @@ impl SnapshotStore {
                 Err(TryLockError::Error(source)) => return Err(failed(&path, source)),
             }
         }
-        let reason = format!("{MOST_FOLDERS} CompNodes named {name} keep snapshots in {}", of_broker.display());
-        Err(CompNodeError::Scratch { reason })
+        let many = std::io::Error::other(format!("{MOST_FOLDERS} CompNodes named {name} keep snapshots there"));
+        Err(failed(&of_broker, many))
     }
 
     /// Those that are here.
