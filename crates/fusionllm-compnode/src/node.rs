@@ -22,7 +22,7 @@ use std::time::Duration;
 use fusionllm_protocol::{DeviceProfile, FromCompNode, RunKey};
 use fusionllm_transport::{Endpoint, EndpointConfig, Members, Purpose, Session, Ticket};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 use crate::open_device::open_device;
 use crate::snapshots::{self, SnapshotStore};
@@ -57,6 +57,8 @@ pub(crate) enum NodeEvent {
     Tell(Box<FromCompNode>),
     /// Whoever runs this CompNode wants it to leave.
     Leave,
+    /// What an earlier process kept is known.
+    Looked,
     /// Something to tell the broker of a job, unless it is not the job at hand any more.
     Report(RunKey, Box<FromCompNode>),
     /// The broker begins to send weights.
@@ -93,7 +95,6 @@ async fn join_with(
     }
     scratch::check_usable(&config.scratch_dir)?;
     let (base, broker, name) = (config.snapshot_dir, config.ticket.broker.id, config.name.clone());
-    // What is there already is read once.
     let snapshots = tokio::task::spawn_blocking(move || SnapshotStore::open(&base, broker, &name)).await??;
     let snapshots = Arc::new(snapshots);
     let surveyor = Surveyor {
@@ -134,15 +135,23 @@ async fn join_with(
         job: None,
         weights: blob::Unclaimed::default(),
         dismissal: Arc::default(),
+        is_leaving: false,
     };
     let (events, dismissal) = (node.events.clone(), Arc::clone(&node.dismissal));
     let leaving = async move {
         leave.await;
-        // The loop takes it in as soon as it can; if that is too late, the time is over all the same.
-        let _ = events.try_send(NodeEvent::Leave);
+        // A loop that does not take it in has no more time than one that does.
+        let _ = timeout(LEAVE_LIMIT / 2, events.send(NodeEvent::Leave)).await;
         sleep(LEAVE_LIMIT).await;
         tracing::warn!("the work did not move away in {} s", LEAVE_LIMIT.as_secs());
     };
+    let (looked, store) = (node.events.clone(), Arc::clone(&node.snapshots));
+    tokio::spawn(async move {
+        // What a process before this one has kept is read meanwhile; should that fail, there is nothing to tell.
+        if tokio::task::spawn_blocking(move || store.look()).await.is_ok() {
+            let _ = looked.send(NodeEvent::Looked).await;
+        }
+    });
     let result = tokio::select! {
         error = node.run(&mut inbox) => Err(error),
         () = dismissal.told.notified() => Ok(()),
@@ -196,6 +205,8 @@ struct Node {
     /// Weights that came before the assignment they belong to.
     weights: blob::Unclaimed,
     dismissal: Arc<Dismissal>,
+    /// Whether it was told to leave.
+    is_leaving: bool,
 }
 
 impl Node {
@@ -257,8 +268,8 @@ impl Node {
             // Another broker process has another clock, and knows nothing of jobs.
             None => {
                 self.forget("the broker was lost");
-                let held = self.snapshots.all();
-                self.tell(held.into_iter().map(|snapshot| FromCompNode::Holds { snapshot, cost_s: 0.0 }));
+                self.tell_held();
+                self.tell(self.is_leaving.then_some(FromCompNode::Leaving));
             }
         }
         self.has_joined = true;
@@ -344,6 +355,12 @@ impl Node {
         if let Some(session) = self.broker.send_replace(None) {
             session.close(code, "leaving");
         }
+    }
+
+    /// Tells the broker which snapshots are here.
+    pub(super) fn tell_held(&mut self) {
+        let held = self.snapshots.all();
+        self.tell(held.into_iter().map(|snapshot| FromCompNode::Holds { snapshot, cost_s: 0.0 }));
     }
 
     /// Queues messages for the broker.

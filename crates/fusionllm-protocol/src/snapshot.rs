@@ -57,5 +57,7 @@ pub enum LoanFrame {
     NotLent {
         /// Why, in one line.
         reason: String,
+        /// Whether that may change in a moment: the broker's word may be on its way to the lender.
+        is_early: bool,
     },
 }

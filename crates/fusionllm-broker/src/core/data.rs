@@ -10,7 +10,7 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Ok(Vec::new()) };
         let mut notes = data.notes.clone();
         if let (Some(run), Some(now)) = (job.run.as_mut(), &data.fingerprint) {
-            let from_step = job.start.as_ref().map_or(0, |start| start.step);
+            let from_step = run.from();
             if let Some(before) = run.origin.data.as_ref().or(job.record.data.as_ref()) {
                 match now.tokenizer_change(before) {
                     Some(reason) if from_step > 0 => return Err(reason),

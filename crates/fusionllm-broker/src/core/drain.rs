@@ -5,11 +5,23 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{Fault, FromBroker, JobState, RunKey};
+use fusionllm_protocol::{Fault, FromBroker, RunKey};
 
+use super::registry::Registry;
 use super::schedule::needed;
 use super::{Action, ConnectionId, Core, Job};
 use crate::BrokerError;
+
+/// A CompNode that is to leave waits no longer than this until others are at work with what it holds.
+const MOST_MOVING: Duration = Duration::from_secs(50);
+
+impl Job {
+    /// Whether it may have to go on from what a CompNode holds that leaves: nobody who stays has all of it.
+    fn needs_what_is_with(&self, leaving: ConnectionId, compnodes: &Registry) -> bool {
+        let is_open = !self.record.state.is_final() && self.record.spec.survive.every != Some(0);
+        is_open && self.snapshots.is_with(leaving) && self.snapshots.is_thin(1, |holder| compnodes.stays(holder))
+    }
+}
 
 impl Core {
     /// An operator wants a CompNode to leave.
@@ -32,14 +44,14 @@ impl Core {
 
     /// A CompNode gets no work any more, and what it does moves away.
     pub(super) fn leaves(&mut self, connection: ConnectionId, now: Duration) -> Vec<Action> {
-        let mut actions = match self.compnodes.leave(connection) {
+        let mut actions = match self.compnodes.leave(connection, now) {
             Some(key) if self.plan_no_more(key.job) => self.schedule(now),
             Some(key) if self.survives(key) => self.move_away(key, now),
             // Its job fails with it, now or later.
-            Some(_) => vec![Action::Send { to: connection, message: FromBroker::Dismiss { keep: false } }],
+            Some(_) => vec![Action::Send { to: connection, message: FromBroker::Dismiss { keep: true } }],
             None => Vec::new(),
         };
-        actions.extend(self.dismiss());
+        actions.extend(self.dismiss(now));
         actions
     }
 
@@ -82,26 +94,24 @@ impl Core {
         self.wait_again(key.job, &reason, checkpoint, now)
     }
 
-    /// Lets those go that are to leave, once nobody needs what they hold, or nobody is there to take it: then they keep it,
-    /// and have it when they come back.
-    pub(super) fn dismiss(&mut self) -> Vec<Action> {
-        let leaving = self.compnodes.ready_to_leave();
-        if leaving.is_empty() {
+    /// Lets those go that are to leave, once nobody needs what they hold; or where nobody is there to take it, or does for
+    /// too long: then they keep it, and have it when they come back.
+    pub(super) fn dismiss(&mut self, now: Duration) -> Vec<Action> {
+        // What takes the place of what they hold must be on disk before they are told.
+        if !self.is_all_written() {
             return Vec::new();
         }
-        let needs_them = |job: &&Job| {
-            let is_placed = matches!(job.record.state, JobState::Waiting { .. } | JobState::Preparing);
-            is_placed && job.recoveries.goes_on || !self.is_kept_by_those_who_stay(job)
-        };
-        let mut keep = false;
-        for job in self.jobs.values().filter(needs_them) {
-            if self.could_be_placed(job) {
-                return Vec::new();
+        let mut actions = Vec::new();
+        for (to, since) in self.compnodes.ready_to_leave() {
+            let needs_it = |job: &&Job| job.needs_what_is_with(to, &self.compnodes);
+            let jobs: Vec<&Job> = self.jobs.values().filter(needs_it).collect();
+            let is_late = now.saturating_sub(since) > MOST_MOVING;
+            if jobs.is_empty() || is_late || !jobs.iter().any(|job| self.could_be_placed(job)) {
+                let message = FromBroker::Dismiss { keep: !jobs.is_empty() };
+                actions.push(Action::Send { to, message });
             }
-            keep = true;
         }
-        let dismiss = |to| Action::Send { to, message: FromBroker::Dismiss { keep } };
-        leaving.into_iter().map(dismiss).collect()
+        actions
     }
 
     /// Whether those who stay are enough for a job, and its data's owner is among them.

@@ -62,6 +62,11 @@ impl Core {
         self.durable.done >= number
     }
 
+    /// Whether all that was asked to be written is on disk.
+    pub(super) fn is_all_written(&self) -> bool {
+        self.durable.done >= self.durable.asked
+    }
+
     /// Why the store cannot be written.
     pub(crate) fn trouble(&self) -> Option<&str> {
         self.durable.trouble.as_ref().map(|t| t.reason.as_str())

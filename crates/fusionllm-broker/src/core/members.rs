@@ -101,9 +101,10 @@ impl Core {
         self.survey.tick(now);
         actions.extend(self.rewrite(now));
         actions.extend(self.stalled(now));
+        self.jobs.values_mut().for_each(|job| job.snapshots.expire(now));
         let runs: Vec<RunKey> = self.jobs.values().filter_map(|job| Some(job.run.as_ref()?.key)).collect();
         actions.extend(runs.into_iter().flat_map(|key| self.take_snapshots(key, now)));
-        actions.extend(self.dismiss());
+        actions.extend(self.dismiss(now));
         actions.extend(self.schedule(now));
         actions
     }

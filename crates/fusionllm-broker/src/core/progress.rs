@@ -95,7 +95,9 @@ impl Core {
                 }
                 let reason = format!("CompNode `{name}`: {reason}");
                 self.fault(key, Fault::Failed, vec![name], Duration::ZERO, now);
-                self.recover(key, reason, false, now)
+                // Where a snapshot was not to be had, the next try goes by another copy, or an older one.
+                let is_chance = self.run_mut(key).is_some_and(|run| run.loan_failed);
+                self.recover(key, reason, is_chance, now)
             }
         }
     }
@@ -123,7 +125,6 @@ impl Core {
             actions.extend(self.set_state(key.job, JobState::Running));
             let start = |to| Action::Send { to, message: FromBroker::Start { key } };
             actions.extend(members.into_iter().map(start));
-            actions.extend(self.dismiss());
             if let Some(job) = self.jobs.get_mut(&key.job) {
                 job.snapshots.at_work(now);
                 job.persisted = now;

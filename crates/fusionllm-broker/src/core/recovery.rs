@@ -123,6 +123,8 @@ impl Core {
         }
         let step = known.record.step;
         known.snapshots.failed(known.record.spec.survive.mtbf_h, now);
+        // What every CompNode had made counts, and is written with the state.
+        known.record.snapshots = known.snapshots.to_store();
         let kept = checkpoint.max(known.snapshots.newest()).unwrap_or(0);
         if let Some(enough) = known.recoveries.again(step, kept, is_lost) {
             return self.fail(key, format!("{reason}; {enough}"), false, now);

@@ -24,8 +24,8 @@ pub(super) struct Member {
     key: [u8; 32],
     /// Why its connection broke, until it has another.
     away: Option<String>,
-    /// Whether it is about to leave.
-    is_leaving: bool,
+    /// Since when it is about to leave, if it is.
+    leaving: Option<Duration>,
 }
 
 impl Member {
@@ -64,7 +64,7 @@ impl Registry {
             rhythm: Rhythm::new(now),
             key,
             away: None,
-            is_leaving: false,
+            leaving: None,
         };
         self.0.insert(connection, member);
         name
@@ -142,20 +142,25 @@ impl Registry {
     }
 
     /// It gets no work any more. The run that it works for.
-    pub(super) fn leave(&mut self, connection: ConnectionId) -> Option<RunKey> {
+    pub(super) fn leave(&mut self, connection: ConnectionId, now: Duration) -> Option<RunKey> {
         let member = self.0.get_mut(&connection)?;
-        member.is_leaving = true;
+        member.leaving.get_or_insert(now);
         member.run
     }
 
     pub(super) fn is_leaving(&self, connection: ConnectionId) -> bool {
-        self.0.get(&connection).is_some_and(|m| m.is_leaving)
+        self.0.get(&connection).is_some_and(|m| m.leaving.is_some())
     }
 
-    /// Those that are about to leave and have no work left.
-    pub(super) fn ready_to_leave(&self) -> Vec<ConnectionId> {
-        let is_ready = |m: &Member| m.is_leaving && m.run.is_none() && m.away.is_none();
-        self.0.iter().filter(|(_, m)| is_ready(m)).map(|(&c, _)| c).collect()
+    /// Whether it is here, and not about to leave.
+    pub(super) fn stays(&self, connection: ConnectionId) -> bool {
+        self.is_here(connection) && !self.is_leaving(connection)
+    }
+
+    /// Those that are about to leave and have no work left, and since when.
+    pub(super) fn ready_to_leave(&self) -> Vec<(ConnectionId, Duration)> {
+        let is_ready = |m: &Member| m.run.is_none() && m.away.is_none();
+        self.0.iter().filter(|(_, m)| is_ready(m)).filter_map(|(&c, m)| Some((c, m.leaving?))).collect()
     }
 
     pub(super) fn is_away(&self, connection: ConnectionId) -> bool {
@@ -168,11 +173,11 @@ impl Registry {
     }
 
     pub(super) fn idle(&self) -> Vec<ConnectionId> {
-        self.0.iter().filter(|(_, m)| m.run.is_none() && !m.is_leaving).map(|(&c, _)| c).collect()
+        self.0.iter().filter(|(_, m)| m.run.is_none() && m.leaving.is_none()).map(|(&c, _)| c).collect()
     }
 
     pub(super) fn is_idle(&self, connection: ConnectionId) -> bool {
-        self.0.get(&connection).is_some_and(|m| m.run.is_none() && !m.is_leaving)
+        self.0.get(&connection).is_some_and(|m| m.run.is_none() && m.leaving.is_none())
     }
 
     pub(super) fn take(&mut self, connection: ConnectionId, run: RunKey) {
@@ -232,7 +237,7 @@ impl Registry {
             id: m.id.clone(),
             device: m.device.clone(),
             job: m.run.map(|key| key.job),
-            is_leaving: m.is_leaving,
+            is_leaving: m.leaving.is_some(),
         };
         self.0.values().map(summary).collect()
     }

@@ -9,7 +9,7 @@ use fusionllm_planner::{
     CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation, Way,
 };
 use fusionllm_protocol::{
-    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, RunKey, StepMetrics, StepReport, StepTrace,
+    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, RunKey, SnapshotId, StepMetrics, StepReport, StepTrace,
     measured_step,
 };
 
@@ -72,6 +72,10 @@ pub(super) struct Run {
     pub(super) checkpoint: Option<u64>,
     /// The step that it began with.
     from: u64,
+    /// Who lends which snapshot to whom for it to begin with: borrower, snapshot, lender.
+    pub(super) loans: Vec<(ConnectionId, SnapshotId, ConnectionId)>,
+    /// Whether one of these came to nothing.
+    pub(super) loan_failed: bool,
     /// Whether the broker sends the weights that it began with.
     pub(super) weights_are_sent: bool,
     /// Checkpoints that are being checked and shown.
@@ -119,6 +123,8 @@ impl Run {
             given_up: BTreeSet::new(),
             checkpoint,
             from: start.step,
+            loans: Vec::new(),
+            loan_failed: false,
             weights_are_sent: start.weights.is_some(),
             finishing: BTreeSet::new(),
             bounds: Bounds::new(&start.dag, &placement, spec, start.step),
@@ -171,9 +177,21 @@ impl Run {
         Some(param_names(&self.dag, &self.placement, node))
     }
 
+    /// The step that it began with.
+    pub(super) fn from(&self) -> u64 {
+        self.from
+    }
+
     /// Steps that every CompNode has reported.
     pub(super) fn merged(&self) -> u64 {
         self.merged
+    }
+
+    /// Who was to lend this one to a member that is not ready yet; a file of its own it lends itself.
+    pub(super) fn lender(&self, borrower: ConnectionId, id: SnapshotId) -> Option<ConnectionId> {
+        let is_waiting = self.node_of(borrower).is_some_and(|node| !self.ready.contains(&node));
+        let loan = self.loans.iter().find(|(to, lent, _)| is_waiting && *to == borrower && *lent == id);
+        loan.map(|(_, _, lender)| *lender)
     }
 
     /// How long a step takes, once one is done.

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RunKey, WeightSource,
+    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RunKey,
+    SnapshotSource, WeightSource,
 };
 
 use super::detector::SUSPECT;
 use super::recovery::KeptAs;
 use super::run::{Run, param_names};
-use super::snapshots::RecoveryPoint;
+use super::snapshots::{RecoveryPoint, Sources};
 use super::survey::WorkKey;
 use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint};
 use crate::run_dir::PlacementFile;
@@ -284,8 +285,11 @@ impl Core {
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
         let owner = members.first().map(|&owner| self.compnodes.name(owner)).unwrap_or_default();
-        let assignments = self.assignments(key, &spec, &start, point.as_ref(), (&placement, &planned), &members);
-        let run = Run::new(key, members, placement, &start, checkpoint, &spec, predicted_s, now);
+        let kept = point.map(|point| self.sources(job, &point, &start.dag, &placement, &members));
+        let Sources { of_members, loans, lends } = kept.unwrap_or_default();
+        let assignments = self.assignments(key, &spec, &start, of_members, (&placement, &planned), &members);
+        let mut run = Run::new(key, members, placement, &start, checkpoint, &spec, predicted_s, now);
+        run.loans = loans;
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.owner = Some(owner);
             known.comeback.iter_mut().for_each(|comeback| comeback.placed(run.members.len(), now));
@@ -295,6 +299,7 @@ impl Core {
         }
         // The number of the placement is on disk before anybody hears it.
         actions.extend(self.set_state(job, JobState::Preparing));
+        actions.extend(lends);
         actions.extend(assignments);
         actions
     }
@@ -314,13 +319,12 @@ impl Core {
         key: RunKey,
         spec: &JobSpec,
         start: &StartPoint,
-        point: Option<&RecoveryPoint>,
+        sources: Vec<Vec<SnapshotSource>>,
         (placement, planned): (&Placement, &[u64]),
         members: &[ConnectionId],
     ) -> Vec<Action> {
         let peers: Vec<PeerRecord> = members.iter().map(|&m| self.compnodes.addr(m)).collect();
-        let kept = point.map(|point| self.sources(key.job, point, &start.dag, placement, members));
-        let (sources, mut actions) = kept.unwrap_or_default();
+        let mut actions = Vec::new();
         let mut sources = sources.into_iter();
         for (node, &to) in (0..).map(NodeIndex).zip(members) {
             let weights = match (sources.next(), &start.weights) {

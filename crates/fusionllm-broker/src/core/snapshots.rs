@@ -13,13 +13,23 @@ use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{FromBroker, Generation, JobId, PeerRecord, RunKey, Snapshot, SnapshotId, SnapshotSource};
 
-use super::registry::Registry;
 use super::run::param_names;
 use super::{Action, ConnectionId, Core, Job};
 pub(super) use book::{RecoveryPoint, Snapshots};
 
 /// A link that has this share of the fastest one's speed does as well for a guardian.
 const SIMILAR_SPEED: f64 = 0.5;
+
+/// What the CompNodes of a placement begin with.
+#[derive(Debug, Default)]
+pub(super) struct Sources {
+    /// By CompNode, in the placement's order.
+    pub(super) of_members: Vec<Vec<SnapshotSource>>,
+    /// Borrower, snapshot and lender; who has a file of its own lends it itself.
+    pub(super) loans: Vec<(ConnectionId, SnapshotId, ConnectionId)>,
+    /// What lenders are told before.
+    pub(super) lends: Vec<Action>,
+}
 
 impl Core {
     /// Has the next snapshots of a run taken, once it is time.
@@ -33,7 +43,7 @@ impl Core {
         let wanted = 1 + (spec.survive.copies as usize).min(run.members.len().saturating_sub(1));
         // Those of an earlier placement, of which some may be gone, are replaced at once.
         let is_old = snapshots.newest_placement().is_some_and(|generation| generation != key.generation);
-        let is_thin = is_old && snapshots.is_thin(wanted, |holder| stays(&self.compnodes, holder));
+        let is_thin = is_old && snapshots.is_thin(wanted, |holder| self.compnodes.stays(holder));
         let due = snapshots.due(spec, run.merged(), step_time.as_secs_f64(), bytes, is_thin, now);
         let Some(step) = due else { return Vec::new() };
         snapshots.begin(key, step, run.params_by_node(), now);
@@ -62,7 +72,7 @@ impl Core {
         vec![release(by, key.job, job.snapshots.needed())]
     }
 
-    /// There is no such snapshot with a CompNode. Training goes on.
+    /// There is no such snapshot with a CompNode: training goes on without it, or cannot begin with it.
     pub(super) fn snapshot_failed(
         &mut self,
         by: ConnectionId,
@@ -71,12 +81,28 @@ impl Core {
         reason: &str,
         now: Duration,
     ) -> Vec<Action> {
+        if let Some(job) = self.jobs.get_mut(&id.key.job)
+            && let Some(run) = &mut job.run
+            && let Some(lender) = run.lender(by, id)
+        {
+            job.snapshots.is_not_with(lender, id);
+            run.loan_failed = true;
+            return Vec::new();
+        }
         let key = id.key;
+        if let Some(job) = self.jobs.get_mut(&key.job) {
+            job.snapshots.is_not_with(by, id);
+        }
         let Some(node) = self.run_mut(key).and_then(|run| run.node_of(by)) else { return Vec::new() };
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         let halts = job.snapshots.halts();
         let is_new = job.snapshots.has_failed(by, id, node == id.node, is_late);
         let mut actions = Vec::new();
+        if job.snapshots.is_abandoned() {
+            // Those who have made their part of it need not keep it.
+            let needed = job.snapshots.needed();
+            actions.extend(self.compnodes.all().map(|to| release(to, key.job, needed.clone())));
+        }
         if is_new {
             let name = self.compnodes.name(by);
             let text = format!(
@@ -110,7 +136,6 @@ impl Core {
         if halts {
             actions.extend(self.move_on(key, now));
         }
-        actions.extend(self.dismiss());
         actions
     }
 
@@ -129,8 +154,9 @@ impl Core {
         dag: &OpDag,
         placement: &Placement,
         members: &[ConnectionId],
-    ) -> (Vec<Vec<SnapshotSource>>, Vec<Action>) {
-        let mut loans: BTreeMap<ConnectionId, Vec<PeerRecord>> = BTreeMap::new();
+    ) -> Sources {
+        let mut borrowers: BTreeMap<ConnectionId, Vec<PeerRecord>> = BTreeMap::new();
+        let mut loans = Vec::new();
         let mut all = Vec::with_capacity(members.len());
         for (node, &to) in (0..).map(NodeIndex).zip(members) {
             let mut wanted = param_names(dag, placement, node);
@@ -148,8 +174,9 @@ impl Core {
                 let speed = |lender: &&ConnectionId| self.survey.bytes_per_s(**lender, to);
                 let fastest = holders.iter().max_by(|a, b| speed(a).total_cmp(&speed(b))).copied();
                 let lender = fastest.filter(|_| !holders.contains(&to));
+                loans.push((to, part.snapshot.id, lender.unwrap_or(to)));
                 if let Some(lender) = lender {
-                    loans.entry(lender).or_default().push(self.compnodes.addr(to));
+                    borrowers.entry(lender).or_default().push(self.compnodes.addr(to));
                 }
                 let from = lender.map(|lender| self.compnodes.addr(lender));
                 sources.push(SnapshotSource { snapshot: part.snapshot, from, params });
@@ -157,13 +184,7 @@ impl Core {
             all.push(sources);
         }
         let lend = |(to, borrowers)| Action::Send { to, message: FromBroker::Lend { job, to: borrowers } };
-        (all, loans.into_iter().map(lend).collect())
-    }
-
-    /// Whether a job could go on from its newest snapshots without those that are leaving.
-    pub(super) fn is_kept_by_those_who_stay(&self, job: &Job) -> bool {
-        let is_wanted = job.record.spec.survive.every != Some(0) && !job.record.state.is_final();
-        !is_wanted || !job.snapshots.is_thin(1, |holder| stays(&self.compnodes, holder))
+        Sources { of_members: all, loans, lends: borrowers.into_iter().map(lend).collect() }
     }
 
     /// A job needs its snapshots no more.
@@ -201,11 +222,6 @@ impl Core {
         others.truncate(record.spec.survive.copies as usize);
         Some(others)
     }
-}
-
-/// Whether what a CompNode holds will be there for a while.
-fn stays(compnodes: &Registry, holder: ConnectionId) -> bool {
-    compnodes.is_here(holder) && !compnodes.is_leaving(holder)
 }
 
 fn release(to: ConnectionId, job: JobId, keep: Vec<(Generation, u64)>) -> Action {

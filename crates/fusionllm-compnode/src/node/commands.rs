@@ -137,12 +137,21 @@ impl Node {
     pub(super) fn handle(&mut self, event: NodeEvent) -> Option<FromCompNode> {
         match event {
             NodeEvent::Tell(message) => Some(*message),
-            // Without a broker nobody can move what it does.
-            NodeEvent::Leave if self.job.is_none() || self.broker.borrow().is_none() => {
+            // Without a broker nobody can move what it does, or fetch what it keeps.
+            NodeEvent::Leave if self.broker.borrow().is_none() => {
                 self.dismissal.told.notify_one();
                 None
             }
-            NodeEvent::Leave => Some(FromCompNode::Leaving),
+            NodeEvent::Leave => {
+                self.is_leaving = true;
+                Some(FromCompNode::Leaving)
+            }
+            NodeEvent::Looked => {
+                if self.has_joined {
+                    self.tell_held();
+                }
+                None
+            }
             NodeEvent::Report(key, message) => self.job.as_ref().filter(|job| job.key == key).map(|_| *message),
             NodeEvent::Weights(weights) => {
                 match self.job.as_mut().filter(|job| job.key == weights.key()) {

@@ -52,7 +52,8 @@ impl Lender {
         loop {
             let reason = match self.connect().await {
                 Ok((session, is_ours)) => {
-                    let fetched = fetch(&session, snapshot, params.cloned(), begin()?, arrived).await;
+                    let fetching = fetch(&session, snapshot, params.cloned(), begin()?, arrived);
+                    let fetched = while_it_comes(fetching, arrived).await;
                     if is_ours {
                         session.close(0, "fetched");
                     }
@@ -80,6 +81,27 @@ impl Lender {
     }
 }
 
+/// What is fetched, unless nothing more of it comes for [`PATIENCE`].
+async fn while_it_comes<T>(
+    fetching: impl Future<Output = Result<T, FetchError>>,
+    arrived: &AtomicU64,
+) -> Result<T, FetchError> {
+    tokio::pin!(fetching);
+    let mut before = None;
+    loop {
+        tokio::select! {
+            biased;
+            fetched = &mut fetching => return fetched,
+            () = sleep(PATIENCE) => {
+                let come = Some(arrived.load(Ordering::Relaxed));
+                if std::mem::replace(&mut before, come) == come {
+                    return Err(FetchError::NotLent(format!("nothing came for {} s", PATIENCE.as_secs())));
+                }
+            }
+        }
+    }
+}
+
 fn lost(snapshot: &Snapshot, reason: &str) -> CompNodeError {
     CompNodeError::Snapshot { step: snapshot.id.step, reason: reason.to_owned() }
 }
@@ -90,24 +112,41 @@ pub(super) async fn gather(
     store: Arc<SnapshotStore>,
     endpoint: Endpoint,
     arrived: Arc<AtomicU64>,
+    events: mpsc::Sender<NodeEvent>,
 ) -> Result<Vec<ShardFile>, CompNodeError> {
     let mut files = Vec::with_capacity(sources.len());
-    for SnapshotSource { snapshot, from, params } in sources {
-        let file = match from {
-            None => {
-                let store = Arc::clone(&store);
-                let own = spawn_blocking(move || store.open_file(&snapshot)).await??;
-                own.ok_or_else(|| lost(&snapshot, "it is not here any more"))?
+    for source in sources {
+        let id = source.snapshot.id;
+        match found(source, &store, &endpoint, &arrived).await {
+            Ok(file) => files.push(file),
+            Err(error) => {
+                // Before it says that it failed: where this one lay, it is not looked for again.
+                let _ = events.send(NodeEvent::Tell(Box::new(failed(id, &error)))).await;
+                return Err(error);
             }
-            Some(peer) => {
-                let lender = Lender { endpoint: endpoint.clone(), addr: peer_addr(&peer), links: None };
-                let part = || Ok(store.part()?);
-                lender.fetch(snapshot, Some(&params), part, &arrived).await?
-            }
-        };
-        files.push(file);
+        }
     }
     Ok(files)
+}
+
+/// The file of one source.
+async fn found(
+    SnapshotSource { snapshot, from, params }: SnapshotSource,
+    store: &Arc<SnapshotStore>,
+    endpoint: &Endpoint,
+    arrived: &AtomicU64,
+) -> Result<ShardFile, CompNodeError> {
+    match from {
+        None => {
+            let store = Arc::clone(store);
+            let own = spawn_blocking(move || store.open_file(&snapshot)).await??;
+            own.ok_or_else(|| lost(&snapshot, "it is not here any more"))
+        }
+        Some(peer) => {
+            let lender = Lender { endpoint: endpoint.clone(), addr: peer_addr(&peer), links: None };
+            lender.fetch(snapshot, Some(&params), || Ok(store.part(snapshot.bytes)?), arrived).await
+        }
+    }
 }
 
 /// Becomes the guardian of a snapshot of somebody else on the same job. Gives what the broker is told.

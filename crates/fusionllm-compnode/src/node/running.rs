@@ -88,8 +88,13 @@ impl RunningJob {
             WeightSource::Seed(_) => (None, None),
             WeightSource::Snapshots(sources) => {
                 let (received, receiver) = oneshot::channel();
-                let gathering =
-                    keeping::gather(sources.clone(), Arc::clone(&snapshots), endpoint.clone(), Arc::clone(&arrived));
+                let gathering = keeping::gather(
+                    sources.clone(),
+                    Arc::clone(&snapshots),
+                    endpoint.clone(),
+                    Arc::clone(&arrived),
+                    events.clone(),
+                );
                 links.spawn(async move {
                     // The receiver is gone only if the job is.
                     let _ = received.send(gathering.await);
@@ -240,6 +245,7 @@ impl RunningJob {
                 snapshots,
                 snapshot_due,
                 runtime,
+                halts: false,
             };
             let mut task_loop = TaskLoop::new(plan, executor, Box::new(exchange), batches);
             let run = std::panic::AssertUnwindSafe(|| task_loop.run(&mut sink));

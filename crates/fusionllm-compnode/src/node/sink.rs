@@ -1,8 +1,7 @@
 //! What the task loop gives: reports, checkpoint shards, snapshots.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
@@ -11,7 +10,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::{NodeEvent, keeping};
-use crate::checkpoint::ShardFile;
+use crate::checkpoint::{ShardFile, free_room};
 use crate::executor::LazyTensor;
 use crate::mailbox::Mailbox;
 use crate::snapshots::SnapshotStore;
@@ -22,30 +21,26 @@ use crate::{CompNodeError, ShardError};
 /// Between two looks at whether a placement that stands still has ended.
 const HALT_LOOK: Duration = Duration::from_millis(10);
 
-/// The snapshot that is asked for next.
+/// The snapshot that is asked for next, if any.
 #[derive(Debug, Default)]
-pub(super) struct SnapshotOrder {
-    /// After which step; 0: none is.
-    step: AtomicU64,
-    halt: AtomicBool,
+pub(super) struct SnapshotOrder(Mutex<Option<Order>>);
+
+#[derive(Clone, Copy, Debug)]
+struct Order {
+    step: u64,
+    /// Whether training stands still after it.
+    halt: bool,
 }
 
 impl SnapshotOrder {
+    /// Takes the place of one that is not done yet.
     pub(super) fn set(&self, step: u64, halt: bool) {
-        self.halt.store(halt, Ordering::Relaxed);
-        // Whoever sees the step sees the rest.
-        self.step.store(step, Ordering::Release);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Order { step, halt });
     }
 
-    /// Takes the order once its step is done, or has passed: its step.
-    fn take(&self, done: u64) -> Option<u64> {
-        let due = self.step.load(Ordering::Acquire);
-        if due == 0 || due > done {
-            return None;
-        }
-        // One that has come meanwhile stays.
-        let taken = self.step.compare_exchange(due, 0, Ordering::Relaxed, Ordering::Relaxed);
-        taken.is_ok().then_some(due)
+    /// Takes the order once its step is done, or has passed.
+    fn take(&self, done: u64) -> Option<Order> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take_if(|order| order.step <= done)
     }
 }
 
@@ -63,6 +58,8 @@ pub(super) struct NodeSink {
     pub(super) snapshots: Arc<SnapshotStore>,
     pub(super) snapshot_due: Arc<SnapshotOrder>,
     pub(super) runtime: Handle,
+    /// Whether training stands still after the snapshot at hand.
+    pub(super) halts: bool,
 }
 
 impl NodeSink {
@@ -92,7 +89,8 @@ impl JobSink for NodeSink {
     }
 
     fn wants_snapshot(&mut self, step: u64) -> Result<bool, CompNodeError> {
-        let Some(due) = self.snapshot_due.take(step) else { return Ok(false) };
+        let Some(Order { step: due, halt }) = self.snapshot_due.take(step) else { return Ok(false) };
+        self.halts = halt;
         if due < step {
             let id = SnapshotId { key: self.key, step: due, node: self.node };
             let reason = format!("it was asked for after step {step} only");
@@ -102,6 +100,16 @@ impl JobSink for NodeSink {
     }
 
     fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+        if free_room(&self.folder).is_some_and(|room| room / 2 < self.shard_bytes) {
+            // A checkpoint goes before snapshots: where both do not fit, these make room.
+            let gone = self.snapshots.all().into_iter().filter(|snapshot| snapshot.id.key.job == self.key.job);
+            let gone: Vec<SnapshotId> = gone.map(|snapshot| snapshot.id).collect();
+            self.snapshots.release(self.key.job, &[]);
+            for id in gone {
+                let reason = "it made room for a checkpoint".to_owned();
+                self.tell(FromCompNode::SnapshotFailed { id, is_late: false, reason })?;
+            }
+        }
         let shard = match ShardFile::write(&self.folder, tensors) {
             Ok(shard) => shard,
             // A full disk costs the checkpoint, and no more.
@@ -124,7 +132,7 @@ impl JobSink for NodeSink {
             Err(error) => return Err(error.into()),
         }
         // What is done from here on would be done again.
-        while self.snapshot_due.halt.load(Ordering::Relaxed) {
+        while self.halts {
             if let Some(error) = self.mailbox.closed() {
                 return Err(error.into());
             }

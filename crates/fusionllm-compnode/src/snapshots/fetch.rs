@@ -16,6 +16,9 @@ pub(crate) enum FetchError {
     /// The other end does not give it, and would not the next time either.
     #[error("{0}")]
     NotLent(String),
+    /// The other end does not give it yet.
+    #[error("{0}")]
+    Early(String),
     /// It broke off.
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -24,7 +27,7 @@ pub(crate) enum FetchError {
 impl FetchError {
     /// Whether it may come the next time.
     pub(crate) fn is_worth_another_try(&self) -> bool {
-        matches!(self, Self::Stream(StreamError::Lost(_) | StreamError::Length { .. }))
+        matches!(self, Self::Early(_) | Self::Stream(StreamError::Lost(_) | StreamError::Length { .. }))
     }
 }
 
@@ -53,7 +56,10 @@ pub(crate) async fn fetch(
     let answer = source.recv_limited(ANSWER_BYTES).await?.ok_or_else(lost)?;
     let bytes = match decode(&answer) {
         Ok(LoanFrame::Lent { bytes }) => bytes,
-        Ok(LoanFrame::NotLent { reason }) => return Err(not_lent(fusionllm_protocol::clean(&reason).into_owned())),
+        Ok(LoanFrame::NotLent { reason, is_early }) => {
+            let reason = fusionllm_protocol::clean(&reason).into_owned();
+            return Err(if is_early { FetchError::Early(reason) } else { not_lent(reason) });
+        }
         Ok(LoanFrame::Fetch { .. }) => return Err(not_lent("it answered by another request".to_owned())),
         Err(error) => return Err(not_lent(error.to_string())),
     };

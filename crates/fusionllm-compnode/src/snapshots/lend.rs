@@ -52,6 +52,8 @@ pub(crate) async fn lend(
     params: Option<Vec<String>>,
     mut sink: FrameSink,
 ) -> Result<(), StreamError> {
+    // Each reads and perhaps writes a file as large as a part.
+    let _one_of_few = store.loan().await;
     // Bulk gives way to OP-Data.
     sink.set_priority(-10);
     let found = match may {
@@ -64,8 +66,8 @@ pub(crate) async fn lend(
     };
     let (answer, shard) = match found {
         Ok(Some(shard)) => (LoanFrame::Lent { bytes: shard.bytes() }, Some(shard)),
-        Ok(None) => (LoanFrame::NotLent { reason: "it is not here".to_owned() }, None),
-        Err(reason) => (LoanFrame::NotLent { reason }, None),
+        Ok(None) => (LoanFrame::NotLent { reason: "it is not here".to_owned(), is_early: false }, None),
+        Err(reason) => (LoanFrame::NotLent { reason, is_early: !may }, None),
     };
     let Ok(frame) = encode(&answer) else { return Ok(()) };
     sink.send(&frame).await?;
@@ -88,5 +90,5 @@ fn wanted(
         states.chain([param.clone()])
     });
     let names: BTreeSet<String> = names.collect();
-    whole.part(store.part()?, |name| TensorName::is_residual(name) || names.contains(name)).map(Some)
+    whole.part(store.part(snapshot.bytes)?, |name| TensorName::is_residual(name) || names.contains(name)).map(Some)
 }

@@ -7,8 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Generation, JobId, RunKey, Snapshot, SnapshotId};
-use fusionllm_transport::{PeerId, open_or_make_regular};
+use fusionllm_transport::{PeerId, open_or_make_regular, sync_folder};
 use tempfile::NamedTempFile;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::checkpoint::{ShardFile, free_room};
 use crate::{CompNodeError, ShardError};
@@ -17,7 +18,12 @@ use crate::{CompNodeError, ShardError};
 const LOCK: &str = "lock";
 /// How the names of files begin that are not whole yet.
 const NEW: &str = ".new-";
-/// Folders that one process after the other may have at once.
+/// A snapshot is begun where there is room for so many: others may begin theirs on the same disk, and a checkpoint needs
+/// room, too.
+const ROOM_LEFT: u64 = 4;
+/// Loans at once.
+const MOST_LOANS: usize = 8;
+/// Folders that processes of one name may have at once.
 const MOST_FOLDERS: u32 = 1000;
 
 /// The snapshots of one CompNode for one broker: files by name, and who may fetch them.
@@ -30,6 +36,7 @@ pub(crate) struct SnapshotStore {
     /// Locked as long as this is.
     _lock: File,
     state: Mutex<State>,
+    loans: Semaphore,
 }
 
 #[derive(Debug, Default)]
@@ -54,8 +61,8 @@ impl NewSnapshot {
 }
 
 impl SnapshotStore {
-    /// Opens a folder for the snapshots that a CompNode of this name keeps for a broker, below `base`, and looks through
-    /// what is there.
+    /// Opens a folder for the snapshots that a CompNode of this name keeps for a broker, below `base`. What is there already
+    /// counts once it was looked through ([`Self::look`]).
     ///
     /// # Errors
     /// [`CompNodeError::Scratch`] if none can be had.
@@ -72,8 +79,9 @@ impl SnapshotStore {
             let lock = open_or_make_regular(&path).map_err(|e| failed(&path, e))?;
             match lock.try_lock() {
                 Ok(()) => {
-                    let state = Mutex::new(State { kept: found_in(&folder), ..State::default() });
-                    return Ok(Self { folder, _lock: lock, state });
+                    remove_halves(&folder);
+                    let loans = Semaphore::new(MOST_LOANS);
+                    return Ok(Self { folder, _lock: lock, state: Mutex::default(), loans });
                 }
                 Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(source)) => return Err(failed(&path, source)),
@@ -83,17 +91,30 @@ impl SnapshotStore {
         Err(failed(&of_broker, many))
     }
 
+    /// Looks through what a process before this one has left, which takes as long as it takes to read all of it.
+    pub(crate) fn look(&self) {
+        found_in(&self.folder, |snapshot| {
+            self.lock().kept.entry(snapshot.id).or_insert(snapshot);
+        });
+    }
+
+    /// Waits until it may lend one more.
+    pub(crate) async fn loan(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.loans.acquire().await.ok()
+    }
+
     /// Those that are here.
     pub(crate) fn all(&self) -> Vec<Snapshot> {
         self.lock().kept.values().copied().collect()
     }
 
-    /// Begins one of about so many bytes. What it leaves free must do for a checkpoint's shard as large.
+    /// Begins one of about so many bytes, where enough is free besides.
     ///
     /// # Errors
     /// [`ShardError::Io`] if there is no room for it.
     pub(crate) fn begin(&self, bytes: u64) -> Result<NewSnapshot, ShardError> {
-        if free_room(&self.folder).is_some_and(|room| room / 2 < bytes) {
+        if free_room(&self.folder).is_some_and(|room| room / ROOM_LEFT < bytes) {
             return Err(self.io(std::io::ErrorKind::StorageFull.into()));
         }
         // A process of the same name that left just now may have taken the empty folder with it.
@@ -124,11 +145,14 @@ impl SnapshotStore {
 
     fn settle(&self, snapshot: Snapshot, new: NewSnapshot) -> Result<(), ShardError> {
         let path = self.path(snapshot.id);
+        // Others go because this one is there: it must be there after a power cut, too.
+        new.0.as_file().sync_all().map_err(|e| self.io(e))?;
         // The lock holds off a release of the same name.
         let mut state = self.lock();
         new.0.persist(&path).map_err(|e| ShardError::Io { path, source: e.error })?;
         state.kept.insert(snapshot.id, snapshot);
-        Ok(())
+        drop(state);
+        sync_folder(&self.folder).map_err(|e| self.io(e))
     }
 
     /// The file of a snapshot, whose content is looked through before: a disk may have lost what it had. Nothing if it is
@@ -145,11 +169,14 @@ impl SnapshotStore {
         Ok(Some(file))
     }
 
-    /// A file without a name, for a part of a snapshot on its way.
+    /// A file without a name, for a part of a snapshot of so many bytes on its way.
     ///
     /// # Errors
     /// [`ShardError::Io`] if none can be made.
-    pub(crate) fn part(&self) -> Result<ShardFile, ShardError> {
+    pub(crate) fn part(&self, bytes: u64) -> Result<ShardFile, ShardError> {
+        if free_room(&self.folder).is_some_and(|room| room / 2 < bytes) {
+            return Err(self.io(std::io::ErrorKind::StorageFull.into()));
+        }
         ShardFile::empty(&self.folder)
     }
 
@@ -239,25 +266,26 @@ fn id_of(name: &str) -> Option<SnapshotId> {
     (file_name(id) == name).then_some(id)
 }
 
-/// The snapshots in a folder. What was being written when a process ended is removed.
-fn found_in(folder: &Path) -> BTreeMap<SnapshotId, Snapshot> {
-    let mut kept = BTreeMap::new();
+/// Gives the snapshots in a folder, one after the other.
+fn found_in(folder: &Path, mut give: impl FnMut(Snapshot)) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let Some(name) = name.to_str() else { continue };
-        if name.starts_with(NEW) {
-            // Should it stay, it is in nobody's way.
-            let _ = std::fs::remove_file(entry.path());
-        }
-        let Some(id) = id_of(name) else { continue };
+        let Some(id) = name.to_str().and_then(id_of) else { continue };
         match ShardFile::open(&entry.path()).and_then(|file| Ok((file.bytes(), file.hash()?))) {
-            Ok((bytes, hash)) => {
-                kept.insert(id, Snapshot { id, bytes, hash });
-            }
+            Ok((bytes, hash)) => give(Snapshot { id, bytes, hash }),
             Err(error) => tracing::warn!(%error, "a snapshot cannot be read"),
         }
     }
-    kept
+}
+
+/// Removes what was being written in a folder when the process before this one ended.
+fn remove_halves(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(NEW) {
+            // Should it stay, it is in nobody's way.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -294,6 +322,8 @@ mod tests {
         std::mem::forget(half.0.into_temp_path());
         drop(store);
         let store = SnapshotStore::open(base.path(), broker(), "a/../b").unwrap();
+        assert!(store.all().is_empty());
+        store.look();
         assert_eq!(store.all(), [first, second]);
         assert_eq!(std::fs::read_dir(&store.folder).unwrap().count(), 3, "two snapshots and the lock");
         assert!(store.open_file(&first).unwrap().is_some());
@@ -339,7 +369,10 @@ mod tests {
     fn one_that_leaves_no_room_for_a_checkpoint_is_not_begun() {
         let base = tempfile::tempdir().unwrap();
         let store = SnapshotStore::open(base.path(), broker(), "n").unwrap();
-        let error = store.begin(u64::MAX / 2).unwrap_err().to_string();
+        let room = free_room(base.path()).unwrap();
+        // Others fill and free the same disk meanwhile.
+        store.begin(room / (ROOM_LEFT + 2)).unwrap();
+        let error = store.begin(room / (ROOM_LEFT - 2)).unwrap_err().to_string();
         assert!(error.contains(&base.path().display().to_string()), "{error}");
     }
 

@@ -8,7 +8,8 @@ use crate::cluster::{broker, join, status, wait_until_done};
 use crate::process::{Bench, Running, losses, wait_until};
 
 /// Long enough for something to happen to it, with nothing at the broker to go back to.
-const JOB: &str = "--set train.steps=2000 --set train.batch=32 --set checkpoint.every=0 --set survive.every=10";
+const JOB: &str = "--set train.steps=500 --set train.batch=32 --set train.eval_every=0 --set checkpoint.every=0 \
+                   --set survive.every=10";
 
 /// Three CompNodes and a job at work on them that has snapshots.
 struct Cluster {
@@ -25,7 +26,7 @@ impl Cluster {
         let nodes = names.iter().map(|&name| (name, join(&bench, &ticket, name))).collect();
         bench.succeed(&format!("submit job.toml --state state {JOB} {sets}"));
         let cluster = Self { bench, broker: Some(broker), ticket, nodes };
-        wait_until(|| cluster.step() > 40, "the job is under way");
+        wait_until(|| cluster.step() > 25, "the job is under way");
         cluster
     }
 
@@ -112,12 +113,12 @@ fn a_restarted_broker_goes_on_from_what_the_compnodes_kept() {
 /// On the same machine nothing crosses a wire, and the same cut gives the same bits.
 #[test]
 fn a_process_that_is_started_again_goes_on_bit_for_bit() {
-    let sets = "--set train.steps=4000 --set train.batch=4 --set checkpoint.every=0 --set survive.every=10 \
+    let sets = "--set train.steps=1200 --set train.batch=8 --set checkpoint.every=0 --set survive.every=10 \
                 --set placement.strategy=equal-compute --set train.eval_every=0";
     let bench = Bench::new();
     let mut train = bench.start(&format!("train job.toml --compnodes 2 --out run --json {sets}"));
     for _ in 0..3 {
-        for _ in 0..60 {
+        for _ in 0..40 {
             train.wait_for("\"event\":\"step\"");
         }
         let child = |pid: &String| {

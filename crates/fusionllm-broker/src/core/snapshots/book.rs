@@ -17,6 +17,8 @@ const MOST_AHEAD: u64 = 10_000;
 const MOST_DOUBLINGS: u32 = 6;
 /// A failure is no rarer than one that has just come this soon.
 const LEAST_MTBF_S: f64 = 10.0;
+/// Guardians that have not answered after this long are not waited for.
+const MOST_GUARDING: Duration = Duration::from_secs(1800);
 /// Sets that are kept at the most: a new one of which guardians have less may not take the place of an older one.
 const MOST_SETS: usize = 2;
 
@@ -40,6 +42,8 @@ pub(in crate::core) struct Snapshots {
     late: u32,
     /// Whether it was told that one could not be kept, since the last set that is in more than one place.
     is_told: bool,
+    /// Whether one was given up that some may have made their part of.
+    is_abandoned: bool,
 }
 
 /// A set, and who has each of its parts.
@@ -75,6 +79,8 @@ struct Part {
     holders: BTreeSet<ConnectionId>,
     /// Guardians that have not answered.
     awaited: BTreeSet<ConnectionId>,
+    /// Seconds that the slowest of them took.
+    guarding_s: f64,
 }
 
 /// Where a job may go on.
@@ -191,10 +197,13 @@ impl Snapshots {
         if self.halts() {
             return None;
         }
-        let step = self.soonest(merged, step_s);
+        let step = merged + 2 * (self.soonest(merged, step_s) - merged);
         if step >= steps {
             return None;
         }
+        // What all have made is not thrown away.
+        self.finish(|_| true);
+        self.is_abandoned |= self.making.is_some();
         self.making = Some(Making { key, step, loss: None, halts: true, params, parts: BTreeMap::new() });
         Some(step)
     }
@@ -231,7 +240,7 @@ impl Snapshots {
         let Some(making) = due.filter(|making| !making.parts.contains_key(&node)) else { return false };
         let is_first = making.parts.is_empty();
         let (holders, awaited) = (BTreeSet::from([by]), guardians.iter().copied().collect());
-        making.parts.insert(node, Part { snapshot, holders, awaited });
+        making.parts.insert(node, Part { snapshot, holders, awaited, guarding_s: 0.0 });
         let cost_s = sane(cost_s);
         self.cost_s = Some(self.cost_s.filter(|_| !is_first).map_or(cost_s, |most| most.max(cost_s)));
         true
@@ -242,7 +251,7 @@ impl Snapshots {
         let mut parts = self.making.iter_mut().flat_map(|making| making.parts.values_mut());
         if let Some(part) = parts.find(|part| part.snapshot == snapshot) {
             if part.awaited.remove(&by) {
-                self.guarding_s = sane(cost_s);
+                part.guarding_s = part.guarding_s.max(sane(cost_s));
             }
             part.holders.insert(by);
             return true;
@@ -271,6 +280,7 @@ impl Snapshots {
             }
         } else if is_its_own {
             self.making = None;
+            self.is_abandoned = true;
             self.late += u32::from(is_late);
         } else {
             return false;
@@ -301,6 +311,7 @@ impl Snapshots {
             making.loss.is_some() && is_made && making.parts.values().all(&is_ready)
         };
         let Some(making) = self.making.take_if(is_whole) else { return false };
+        self.guarding_s = making.parts.values().map(|part| part.guarding_s).fold(0.0, f64::max);
         let (mut parts, mut holders) = (Vec::new(), Vec::new());
         for (part, params) in making.parts.into_values().zip(making.params) {
             parts.push(SnapshotPart { snapshot: part.snapshot, params });
@@ -314,7 +325,8 @@ impl Snapshots {
         self.sets.push(newest);
         let surplus = self.sets.len().saturating_sub(MOST_SETS);
         self.sets.drain(..surplus);
-        self.late = 0;
+        // What was too late once may be so again.
+        self.late = self.late.saturating_sub(1);
         true
     }
 
@@ -344,6 +356,36 @@ impl Snapshots {
         self.sets.last().is_some_and(|held| held.holders.iter().any(|holders| places(holders) < wanted))
     }
 
+    /// Whether a CompNode has a part of the newest set.
+    pub(in crate::core) fn is_with(&self, holder: ConnectionId) -> bool {
+        self.sets.last().is_some_and(|held| held.holders.iter().any(|holders| holders.contains(&holder)))
+    }
+
+    /// A CompNode does not have this one, or does not give it.
+    pub(in crate::core) fn is_not_with(&mut self, holder: ConnectionId, id: SnapshotId) {
+        for held in &mut self.sets {
+            let of_id = held.set.parts.iter().zip(&mut held.holders).filter(|(part, _)| part.snapshot.id == id);
+            of_id.for_each(|(_, holders)| {
+                holders.remove(&holder);
+            });
+        }
+    }
+
+    /// Whether one was given up, of which some may have made their part. It is asked once.
+    pub(in crate::core) fn is_abandoned(&mut self) -> bool {
+        std::mem::take(&mut self.is_abandoned)
+    }
+
+    /// Gives up what is under way for too long: guardians that do not answer are not waited for any more.
+    pub(in crate::core) fn expire(&mut self, now: Duration) {
+        if now.saturating_sub(self.begun) < MOST_GUARDING {
+            return;
+        }
+        if let Some(making) = &mut self.making {
+            making.parts.values_mut().for_each(|part| part.awaited.clear());
+        }
+    }
+
     /// None is needed any more. Whether there may be any.
     pub(in crate::core) fn give_up(&mut self) -> bool {
         let had = self.making.is_some() || !self.sets.is_empty();
@@ -354,5 +396,5 @@ impl Snapshots {
 
 /// Seconds that a CompNode says something took.
 fn sane(seconds: f64) -> f64 {
-    if seconds.is_finite() { seconds.clamp(0.0, 86_400.0) } else { 0.0 }
+    if seconds.is_finite() { seconds.clamp(0.0, MOST_GUARDING.as_secs_f64()) } else { 0.0 }
 }

@@ -214,7 +214,7 @@ fn a_compnode_leaves_when_its_work_has_moved_and_nothing_is_done_again() {
     join(&mut core, 3, "c");
     do_step(&mut core, KEY, &[1, 2], 9);
     let asked = say(&mut core, 2, FromCompNode::Leaving);
-    let order = FromBroker::Snapshot { key: KEY, step: 11, halt: true };
+    let order = FromBroker::Snapshot { key: KEY, step: 13, halt: true };
     assert_eq!(sent(&asked), [(1, &order), (2, &order)]);
     for number in 10..=11 {
         do_step(&mut core, KEY, &[1, 2], number);
@@ -245,8 +245,13 @@ fn a_compnode_leaves_when_its_work_has_moved_and_nothing_is_done_again() {
     for (connection, node) in [(1, 0), (3, 1), (3, 0)] {
         say(&mut core, connection, holds(snapshot(key, 14, node)));
     }
-    let actions = say(&mut core, 1, holds(snapshot(key, 14, 1)));
-    assert!(sent(&actions).contains(&(2, &FromBroker::Dismiss { keep: false })), "{actions:?}");
+    let last = CoreEvent::Said { connection: ConnectionId(1), message: holds(snapshot(key, 14, 1)), at: NOW };
+    let actions = core.handle(last, NOW);
+    let [Action::Persist { number, .. }, ..] = actions[..] else { panic!("{actions:?}") };
+    let dismissed = (2, &FromBroker::Dismiss { keep: false });
+    assert!(!sent(&core.handle(CoreEvent::Tick, NOW)).contains(&dismissed), "the store does not have it yet");
+    core.handle(CoreEvent::Persisted { number }, NOW);
+    assert!(sent(&tick(&mut core, NOW)).contains(&dismissed));
 }
 
 #[test]
@@ -289,7 +294,8 @@ fn who_is_the_last_keeps_what_it_has() {
         do_step(&mut core, KEY, &[1, 2], number);
     }
     say(&mut core, 1, holds(snapshot(KEY, 6, 0)));
-    let actions = say(&mut core, 2, holds(snapshot(KEY, 6, 1)));
+    say(&mut core, 2, holds(snapshot(KEY, 6, 1)));
+    let actions = tick(&mut core, NOW);
     let dismissed: Vec<u64> = sent(&actions)
         .into_iter()
         .filter(|(_, message)| **message == FromBroker::Dismiss { keep: true })
@@ -306,4 +312,57 @@ fn who_is_the_last_keeps_what_it_has() {
         let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
         assert_eq!(begun, if node == 1 { vec![(3, 6), (4, 6)] } else { Vec::new() }, "{actions:?}");
     }
+}
+
+/// A copy that is not to be had is not asked for again, and the others are not given up for it.
+#[test]
+fn the_next_copy_is_taken_where_one_is_not_to_be_had() {
+    let mut core = with_snapshots();
+    tell(&mut core, left(2), NOW);
+    let actions = join(&mut core, 3, "c");
+    assert_eq!(sources(&actions).len(), 2);
+    let id = snapshot(KEY, 8, 1).id;
+    let key = RunKey { generation: Generation(2), ..KEY };
+    let gone = FromCompNode::SnapshotFailed { id, is_late: false, reason: "it is not here any more".to_owned() };
+    say(&mut core, 3, gone);
+    let failed = FromCompNode::Failed { key, reason: "the snapshot is gone".to_owned(), bad_input: false };
+    let actions = say(&mut core, 3, failed);
+    let actions = measure(&mut core, actions);
+    let begins = |(_, message): (u64, &FromBroker)| match message {
+        FromBroker::Assign(assignment) => Some((assignment.start_step, assignment.weights.clone())),
+        _ => None,
+    };
+    let begun: Vec<_> = sent(&actions).into_iter().filter_map(begins).collect();
+    assert!(begun.iter().all(|b| *b == (0, WeightSource::Seed(0))) && begun.len() == 2, "{begun:?}");
+}
+
+/// What all had made when one was lost is used, and still known after a restart of the broker.
+#[test]
+fn a_set_that_a_loss_completes_is_written() {
+    let mut core = running_with(&["survive.every=4", "train.steps=100", "checkpoint.every=0"]);
+    for number in 1..=8 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    for node in [0, 1] {
+        say(&mut core, u64::from(node) + 1, holds(snapshot(KEY, 8, node)));
+    }
+    assert!(core.record(JobId(1)).unwrap().snapshots.is_empty(), "guardians have not answered");
+    let actions = core.handle(left(2), NOW);
+    let written = actions.iter().find_map(|action| match action {
+        Action::Persist { record, .. } => Some(record.snapshots.iter().map(|set| set.step).collect::<Vec<_>>()),
+        _ => None,
+    });
+    assert_eq!(written, Some(vec![8]));
+}
+
+#[test]
+fn what_some_have_made_of_a_set_that_is_given_up_is_released() {
+    let mut core = with_snapshots();
+    for number in 9..=12 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    say(&mut core, 1, holds(snapshot(KEY, 12, 0)));
+    let actions = say(&mut core, 2, failed(snapshot(KEY, 12, 1), false));
+    let release = FromBroker::Release { job: KEY.job, keep: vec![(KEY.generation, 8)] };
+    assert!(sent(&actions).contains(&(1, &release)), "{actions:?}");
 }

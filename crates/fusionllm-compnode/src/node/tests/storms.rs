@@ -185,6 +185,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
         job: None,
         weights: blob::Unclaimed::default(),
         dismissal: Arc::default(),
+        is_leaving: false,
     }
 }
 
