@@ -63,16 +63,38 @@ pub(crate) fn losses(lines: &[Value], calm: &[f64], compnodes: usize) -> (Losses
     (Losses { same_cut_up_to, equal_bits, worst }, failures)
 }
 
-/// What processes took that lived for long, and what has grown of it.
-pub(crate) fn growth(scene: &Scene) -> (Vec<Growth>, Vec<String>) {
+/// The most that processes took.
+#[derive(Clone, Copy)]
+pub(crate) struct Peak {
+    rss_kb: u64,
+    descriptors: usize,
+}
+
+/// The most that CompNodes took, and the broker.
+pub(crate) fn peaks(scene: &Scene) -> [Peak; 2] {
+    [peak(scene.nodes.iter().filter_map(|node| node.process.as_ref())), peak(scene.broker.iter())]
+}
+
+fn peak<'a>(processes: impl Iterator<Item = &'a Process>) -> Peak {
+    let samples: Vec<&Sample> = processes.flat_map(|process| &process.samples).collect();
+    Peak {
+        rss_kb: samples.iter().map(|s| s.rss_kb).max().unwrap_or(0),
+        descriptors: samples.iter().map(|s| s.descriptors).max().unwrap_or(0),
+    }
+}
+
+/// What processes took that lived for long, and what has grown of it. One that had nothing to do at first may take what
+/// the undisturbed ones took at the most.
+pub(crate) fn growth(scene: &Scene, undisturbed: [Peak; 2]) -> (Vec<Growth>, Vec<String>) {
     let nodes = scene.nodes.iter().filter_map(|node| Some((node.name.as_str(), node.process.as_ref()?)));
     let all = nodes.chain(scene.broker.as_ref().map(|broker| ("broker", broker)));
     let growth: Vec<Growth> = all.filter_map(|(who, process)| of(who, process)).collect();
     let (most_kb, most_share, most_descriptors) = LEAST_GROWTH;
     let has_grown = |g: &&Growth| {
-        let [before, after] = g.rss_kb;
-        let by = after.saturating_sub(before);
-        by > most_kb && by as f64 > before as f64 * most_share || g.descriptors[1] > g.descriptors[0] + most_descriptors
+        let peak = undisturbed[usize::from(g.who == "broker")];
+        let (before, descriptors) = (g.rss_kb[0].max(peak.rss_kb), g.descriptors[0].max(peak.descriptors));
+        let by = g.rss_kb[1].saturating_sub(before);
+        by > most_kb && by as f64 > before as f64 * most_share || g.descriptors[1] > descriptors + most_descriptors
     };
     let say = |g: &Growth| format!("{} grows: {:?} kB, {:?} descriptors", g.who, g.rss_kb, g.descriptors);
     let grown = growth.iter().filter(has_grown).map(say).collect();

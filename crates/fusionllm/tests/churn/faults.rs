@@ -98,7 +98,8 @@ impl Faults {
             heals: Vec::new(),
             spares: 0,
         };
-        faults.next += faults.draw_gap();
+        let gap = faults.draw_gap();
+        faults.next += gap;
         faults
     }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::Options;
-use crate::checks::{self, Growth, Losses};
+use crate::checks::{self, Growth, Losses, Peak};
 use crate::faults::{Came, Faults};
 use crate::process::json_lines;
 use crate::scene::Scene;
@@ -25,6 +25,8 @@ pub(crate) struct Calm {
     pub(crate) losses: Vec<f64>,
     pub(crate) step_s: f64,
     pub(crate) wall_s: f64,
+    /// The most that CompNodes took, and the broker.
+    pub(crate) peaks: [Peak; 2],
 }
 
 /// What came of a run with faults.
@@ -51,7 +53,7 @@ pub(crate) fn undisturbed(options: &Options) -> Calm {
     let mut times: Vec<f64> = lines.iter().map(|line| line["step_s"].as_f64().unwrap()).collect();
     times.sort_by(f64::total_cmp);
     let losses = lines.iter().map(|line| line["loss"].as_f64().unwrap()).collect();
-    Calm { losses, step_s: times[times.len() / 2], wall_s }
+    Calm { losses, step_s: times[times.len() / 2], wall_s, peaks: checks::peaks(&scene) }
 }
 
 /// The job with the faults of a seed.
@@ -74,7 +76,7 @@ pub(crate) fn disturbed(options: &Options, calm: &Calm, seed: u64) -> Disturbed 
             failures.push(format!("the job is not done: {job}"));
         }
     }
-    let (growth, grown) = checks::growth(&scene);
+    let (growth, grown) = checks::growth(&scene, calm.peaks);
     failures.extend(grown);
     let (rude, left_over) = scene.end();
     failures.extend(rude);

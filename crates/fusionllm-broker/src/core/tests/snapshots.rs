@@ -216,16 +216,16 @@ fn a_compnode_leaves_when_its_work_has_moved_and_nothing_is_done_again() {
     let asked = say(&mut core, 2, FromCompNode::Leaving);
     let order = FromBroker::Snapshot { key: KEY, step: 13, halt: true };
     assert_eq!(sent(&asked), [(1, &order), (2, &order)]);
-    for number in 10..=11 {
+    for number in 10..=13 {
         do_step(&mut core, KEY, &[1, 2], number);
     }
-    assert!(sent(&say(&mut core, 1, holds(snapshot(KEY, 11, 0)))).is_empty(), "nobody need guard it");
-    let actions = say(&mut core, 2, holds(snapshot(KEY, 11, 1)));
+    assert!(sent(&say(&mut core, 1, holds(snapshot(KEY, 13, 0)))).is_empty(), "nobody need guard it");
+    let actions = say(&mut core, 2, holds(snapshot(KEY, 13, 1)));
     let actions = measure(&mut core, actions);
     let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
-    assert_eq!(begun, [(1, 11), (3, 11)], "{actions:?}");
+    assert_eq!(begun, [(1, 13), (3, 13)], "{actions:?}");
     let told = notices(&actions);
-    let expected = "CompNode `b` leaves; the job goes on from the snapshots of step 11";
+    let expected = "CompNode `b` leaves; the job goes on from the snapshots of step 13";
     assert!(told.iter().any(|text| text == expected), "{told:?}");
     let lends = |(to, message): &(u64, &FromBroker)| *to == 2 && matches!(message, FromBroker::Lend { .. });
     assert!(sent(&actions).iter().any(lends), "who leaves lends what it has: {actions:?}");
@@ -233,19 +233,19 @@ fn a_compnode_leaves_when_its_work_has_moved_and_nothing_is_done_again() {
     assert!(!sent(&say(&mut core, 1, ready(key))).contains(&(2, &FromBroker::Dismiss { keep: false })));
     say(&mut core, 3, ready(key));
     // Until the others have snapshots of their own, part of the newest is with it alone: these come at once.
-    let asked = do_step(&mut core, key, &[1, 3], 12);
-    let order = FromBroker::Snapshot { key, step: 14, halt: false };
+    let asked = do_step(&mut core, key, &[1, 3], 14);
+    let order = FromBroker::Snapshot { key, step: 16, halt: false };
     assert!(
         sent(&asked).contains(&(3, &order)) && !sent(&asked).contains(&(2, &FromBroker::Dismiss { keep: false })),
         "{asked:?}"
     );
-    for number in 13..=14 {
+    for number in 15..=16 {
         do_step(&mut core, key, &[1, 3], number);
     }
     for (connection, node) in [(1, 0), (3, 1), (3, 0)] {
-        say(&mut core, connection, holds(snapshot(key, 14, node)));
+        say(&mut core, connection, holds(snapshot(key, 16, node)));
     }
-    let last = CoreEvent::Said { connection: ConnectionId(1), message: holds(snapshot(key, 14, 1)), at: NOW };
+    let last = CoreEvent::Said { connection: ConnectionId(1), message: holds(snapshot(key, 16, 1)), at: NOW };
     let actions = core.handle(last, NOW);
     let [Action::Persist { number, .. }, ..] = actions[..] else { panic!("{actions:?}") };
     let dismissed = (2, &FromBroker::Dismiss { keep: false });
@@ -276,7 +276,7 @@ fn a_move_without_a_snapshot_goes_back_to_the_one_before() {
     join(&mut core, 3, "c");
     do_step(&mut core, KEY, &[1, 2], 9);
     say(&mut core, 2, FromCompNode::Leaving);
-    let actions = say(&mut core, 1, failed(snapshot(KEY, 11, 0), false));
+    let actions = say(&mut core, 1, failed(snapshot(KEY, 13, 0), false));
     let actions = measure(&mut core, actions);
     let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
     assert_eq!(begun, [(1, 8), (3, 8)], "{actions:?}");
@@ -290,11 +290,11 @@ fn who_is_the_last_keeps_what_it_has() {
     say(&mut core, 1, FromCompNode::Leaving);
     say(&mut core, 2, FromCompNode::Leaving);
     // All the same step.
-    for number in 2..=6 {
+    for number in 2..=11 {
         do_step(&mut core, KEY, &[1, 2], number);
     }
-    say(&mut core, 1, holds(snapshot(KEY, 6, 0)));
-    say(&mut core, 2, holds(snapshot(KEY, 6, 1)));
+    say(&mut core, 1, holds(snapshot(KEY, 11, 0)));
+    say(&mut core, 2, holds(snapshot(KEY, 11, 1)));
     let actions = tick(&mut core, NOW);
     let dismissed: Vec<u64> = sent(&actions)
         .into_iter()
@@ -307,10 +307,10 @@ fn who_is_the_last_keeps_what_it_has() {
     }
     for (connection, name, node) in [(3, "a", 0), (4, "b", 1)] {
         let (_, actions) = core.join(ConnectionId(connection), joining(name), NOW);
-        say(&mut core, connection, holds(snapshot(KEY, 6, node)));
+        say(&mut core, connection, holds(snapshot(KEY, 11, node)));
         let actions = measure(&mut core, actions);
         let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
-        assert_eq!(begun, if node == 1 { vec![(3, 6), (4, 6)] } else { Vec::new() }, "{actions:?}");
+        assert_eq!(begun, if node == 1 { vec![(3, 11), (4, 11)] } else { Vec::new() }, "{actions:?}");
     }
 }
 
