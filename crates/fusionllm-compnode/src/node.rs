@@ -145,13 +145,7 @@ async fn join_with(
         sleep(LEAVE_LIMIT).await;
         tracing::warn!("the work did not move away in {} s", LEAVE_LIMIT.as_secs());
     };
-    let (looked, store) = (node.events.clone(), Arc::clone(&node.snapshots));
-    tokio::spawn(async move {
-        // What a process before this one has kept is read meanwhile; should that fail, there is nothing to tell.
-        if tokio::task::spawn_blocking(move || store.look()).await.is_ok() {
-            let _ = looked.send(NodeEvent::Looked).await;
-        }
-    });
+    node.look();
     let result = tokio::select! {
         error = node.run(&mut inbox) => Err(error),
         () = dismissal.told.notified() => Ok(()),
@@ -355,6 +349,17 @@ impl Node {
         if let Some(session) = self.broker.send_replace(None) {
             session.close(code, "leaving");
         }
+    }
+
+    /// Looks through what a process before this one has kept, while this one joins.
+    fn look(&self) {
+        let (events, store) = (self.events.clone(), Arc::clone(&self.snapshots));
+        tokio::spawn(async move {
+            // Should that fail, there is nothing to tell.
+            if tokio::task::spawn_blocking(move || store.look()).await.is_ok() {
+                let _ = events.send(NodeEvent::Looked).await;
+            }
+        });
     }
 
     /// Tells the broker which snapshots are here.

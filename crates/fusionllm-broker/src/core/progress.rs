@@ -84,22 +84,32 @@ impl Core {
                 let reason = format!("CompNode `{}`: {reason}", self.compnodes.name(connection));
                 self.checkpoint_failed(key, step, &reason, now)
             }
-            FromCompNode::Failed { key, reason, bad_input } => {
-                if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
-                    return Vec::new();
-                }
-                let name = self.compnodes.name(connection);
-                // What is wrong with the input is wrong on every machine.
-                if bad_input {
-                    return self.fail(key, reason, true, now);
-                }
-                let reason = format!("CompNode `{name}`: {reason}");
-                self.fault(key, Fault::Failed, vec![name], Duration::ZERO, now);
-                // Where a snapshot was not to be had, the next try goes by another copy, or an older one.
-                let is_chance = self.run_mut(key).is_some_and(|run| run.loan_failed);
-                self.recover(key, reason, is_chance, now)
-            }
+            FromCompNode::Failed { key, reason, bad_input } => self.failed(key, connection, reason, bad_input, now),
         }
+    }
+
+    /// A CompNode cannot go on.
+    fn failed(
+        &mut self,
+        key: RunKey,
+        connection: ConnectionId,
+        reason: String,
+        bad_input: bool,
+        now: Duration,
+    ) -> Vec<Action> {
+        if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
+            return Vec::new();
+        }
+        let name = self.compnodes.name(connection);
+        // What is wrong with the input is wrong on every machine.
+        if bad_input {
+            return self.fail(key, reason, true, now);
+        }
+        let reason = format!("CompNode `{name}`: {reason}");
+        self.fault(key, Fault::Failed, vec![name], Duration::ZERO, now);
+        // Where a snapshot was not to be had, the next try goes by another copy, or an older one.
+        let is_chance = self.run_mut(key).is_some_and(|run| run.loan_failed);
+        self.recover(key, reason, is_chance, now)
     }
 
     fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {

@@ -1,5 +1,7 @@
 //! One placement of a job at work: who is ready, what was reported, which shards are there.
 
+mod checkpoints;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,7 +75,7 @@ pub(super) struct Run {
     /// The step that it began with.
     from: u64,
     /// Who lends which snapshot to whom for it to begin with: borrower, snapshot, lender.
-    pub(super) loans: Vec<(ConnectionId, SnapshotId, ConnectionId)>,
+    loans: Vec<(ConnectionId, SnapshotId, ConnectionId)>,
     /// Whether one of these came to nothing.
     pub(super) loan_failed: bool,
     /// Whether the broker sends the weights that it began with.
@@ -99,7 +101,6 @@ impl Run {
         members: Vec<ConnectionId>,
         placement: Placement,
         start: &StartPoint,
-        checkpoint: Option<u64>,
         spec: &JobSpec,
         predicted_s: f64,
         now: Duration,
@@ -121,7 +122,7 @@ impl Run {
             checkpoints: spec.checkpoints(),
             open: BTreeMap::new(),
             given_up: BTreeSet::new(),
-            checkpoint,
+            checkpoint: None,
             from: start.step,
             loans: Vec::new(),
             loan_failed: false,
@@ -185,6 +186,11 @@ impl Run {
     /// Steps that every CompNode has reported.
     pub(super) fn merged(&self) -> u64 {
         self.merged
+    }
+
+    /// It goes on in a run that has this checkpoint, and begins with snapshots that are lent: borrower, snapshot, lender.
+    pub(super) fn goes_on(&mut self, checkpoint: Option<u64>, loans: Vec<(ConnectionId, SnapshotId, ConnectionId)>) {
+        (self.checkpoint, self.loans) = (checkpoint, loans);
     }
 
     /// Who was to lend this one to a member that is not ready yet; a file of its own it lends itself.
@@ -370,90 +376,5 @@ impl Run {
             codec: change.codec.to_string(),
             reason: change.reason.clone(),
         }
-    }
-
-    /// Training loss of a step after which a checkpoint is still to come.
-    pub(super) fn loss_of(&self, step: u64) -> Option<f64> {
-        self.open.get(&step).copied()
-    }
-
-    /// A checkpoint is whole and in its place.
-    pub(super) fn checkpoint_finished(&mut self, step: u64) {
-        self.finishing.remove(&step);
-        self.open.remove(&step);
-        self.checkpoint = self.checkpoint.max(Some(step));
-    }
-
-    /// Whether a checkpoint of this step is still to come.
-    fn expects(&self, step: u64) -> bool {
-        let is_ahead = step > self.merged && step <= self.steps && self.checkpoints.is_due(step);
-        self.open.contains_key(&step) || is_ahead && !self.given_up.contains(&step)
-    }
-
-    /// Whether the shard is one that this CompNode owes.
-    pub(super) fn owes_shard(&self, connection: ConnectionId, node: NodeIndex, step: u64) -> bool {
-        let is_known = self.shards.get(&step).is_some_and(|s| s.contains_key(&node));
-        self.node_of(connection) == Some(node) && self.expects(step) && !self.finishing.contains(&step) && !is_known
-    }
-
-    /// A checkpoint cannot be kept. What that means.
-    pub(super) fn checkpoint_failed(&mut self, step: u64) -> Failed {
-        self.finishing.remove(&step);
-        self.shards.remove(&step);
-        let is_new = self.open.remove(&step).is_some() || step > self.merged && self.given_up.insert(step);
-        match step == self.steps {
-            true => Failed::Last,
-            false if is_new => Failed::New,
-            false => Failed::Known,
-        }
-    }
-
-    pub(super) fn shard_stored(&mut self, step: u64, node: NodeIndex, shard: StoredShard) {
-        // One of a checkpoint that has been given up may still come.
-        if node.index() < self.members.len() && self.expects(step) {
-            self.shards.entry(step).or_default().insert(node, shard);
-        }
-    }
-
-    /// Checkpoints of which all shards are there and whose step is known; they count as being finished now.
-    pub(super) fn whole_checkpoints(&mut self) -> Vec<(u64, Shards)> {
-        let (count, merged) = (self.members.len(), self.merged);
-        // Shards have streams of their own, and may be there before the reports of their step, which have its loss.
-        let is_whole =
-            |(step, shards): (&u64, &BTreeMap<_, _>)| (shards.len() == count && *step <= merged).then_some(*step);
-        let whole: Vec<u64> = self.shards.iter().filter_map(is_whole).collect();
-        let mut checkpoints = Vec::new();
-        for step in whole {
-            let shards = self.shards.remove(&step).unwrap_or_default();
-            self.finishing.insert(step);
-            let named =
-                shards.into_iter().map(|(node, s)| (s, param_names(&self.dag, &self.placement, node))).collect();
-            checkpoints.push((step, named));
-        }
-        checkpoints
-    }
-
-    /// Whether all is done and every checkpoint is whole.
-    pub(super) fn is_done(&self) -> bool {
-        self.merged == self.steps && self.finished.len() == self.members.len() && self.open.is_empty()
-    }
-
-    /// Whether the shard is one that this CompNode owes; why it cannot be one if it is too large.
-    pub(super) fn wants_shard(
-        &self,
-        connection: ConnectionId,
-        node: NodeIndex,
-        step: u64,
-        bytes: u64,
-    ) -> Result<bool, String> {
-        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step) {
-            return Ok(false);
-        }
-        self.bounds.check_shard(node, bytes).map(|()| true)
-    }
-
-    /// Whether one more note of a CompNode is kept.
-    pub(super) fn note_comes(&mut self, connection: ConnectionId) -> bool {
-        self.node_of(connection).is_some() && self.bounds.note_comes()
     }
 }

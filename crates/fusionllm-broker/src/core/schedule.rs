@@ -288,8 +288,8 @@ impl Core {
         let kept = point.map(|point| self.sources(job, &point, &start.dag, &placement, &members));
         let Sources { of_members, loans, lends } = kept.unwrap_or_default();
         let assignments = self.assignments(key, &spec, &start, of_members, (&placement, &planned), &members);
-        let mut run = Run::new(key, members, placement, &start, checkpoint, &spec, predicted_s, now);
-        run.loans = loans;
+        let mut run = Run::new(key, members, placement, &start, &spec, predicted_s, now);
+        run.goes_on(checkpoint, loans);
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.owner = Some(owner);
             known.comeback.iter_mut().for_each(|comeback| comeback.placed(run.members.len(), now));

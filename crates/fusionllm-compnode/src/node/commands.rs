@@ -37,34 +37,12 @@ impl Node {
                 self.job_of(key)?.shard_settled(step);
                 None
             }
-            FromBroker::Snapshot { key, step, halt } => {
-                self.job_of(key)?.take_snapshot(step, halt);
-                None
-            }
-            FromBroker::Dismiss { keep } => {
-                match keep {
-                    true => {
-                        tracing::info!("nobody is there to take the work: it stands still, and its snapshots stay here")
-                    }
-                    false => tracing::info!("the work has moved away"),
-                }
-                self.dismissal.keeps_nothing.store(!keep, Ordering::Relaxed);
-                self.dismissal.told.notify_one();
-                None
-            }
-            FromBroker::Guard { snapshot } => {
-                let events = self.events.clone();
-                self.job_of(snapshot.id.key)?.guard(snapshot, events);
-                None
-            }
-            FromBroker::Lend { job, to } => {
-                self.snapshots.lend_to(job, to.iter().map(|peer| peer_addr(peer).id));
-                self.let_in();
-                None
-            }
-            FromBroker::Release { job, keep } => {
-                let store = Arc::clone(&self.snapshots);
-                tokio::task::spawn_blocking(move || store.release(job, &keep));
+            message @ (FromBroker::Snapshot { .. }
+            | FromBroker::Guard { .. }
+            | FromBroker::Lend { .. }
+            | FromBroker::Release { .. }
+            | FromBroker::Dismiss { .. }) => {
+                self.keep(message);
                 None
             }
             FromBroker::PeerMoved { key, peer, addr } => {
@@ -98,6 +76,42 @@ impl Node {
                 self.probes.lead(probe, &peer, self.endpoint.clone(), self.events.clone());
                 None
             }
+        }
+    }
+
+    /// Does what the broker says of snapshots, and of leaving.
+    fn keep(&mut self, message: FromBroker) {
+        match message {
+            FromBroker::Snapshot { key, step, halt } => {
+                if let Some(job) = self.job_of(key) {
+                    job.take_snapshot(step, halt);
+                }
+            }
+            FromBroker::Guard { snapshot } => {
+                let events = self.events.clone();
+                if let Some(job) = self.job_of(snapshot.id.key) {
+                    job.guard(snapshot, events);
+                }
+            }
+            FromBroker::Lend { job, to } => {
+                self.snapshots.lend_to(job, to.iter().map(|peer| peer_addr(peer).id));
+                self.let_in();
+            }
+            FromBroker::Release { job, keep } => {
+                let store = Arc::clone(&self.snapshots);
+                tokio::task::spawn_blocking(move || store.release(job, &keep));
+            }
+            FromBroker::Dismiss { keep } => {
+                let how = match keep {
+                    true => "nobody is there to take the work: it stands still, and its snapshots stay here",
+                    false => "the work has moved away",
+                };
+                tracing::info!("{how}");
+                self.dismissal.keeps_nothing.store(!keep, Ordering::Relaxed);
+                self.dismissal.told.notify_one();
+            }
+            // All others are obeyed elsewhere.
+            _ => {}
         }
     }
 

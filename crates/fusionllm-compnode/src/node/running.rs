@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
-use super::assignment::{BuildSite, Prepared, failed, prepare};
+use super::assignment::{BuildSite, Prepared, WeightsReceiver, failed, prepare};
 use super::scratch::shard_bytes;
 use super::sink::{NodeSink, SnapshotOrder};
 use super::survey::Surveyor;
@@ -81,38 +81,10 @@ impl RunningJob {
     /// that is done.
     pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
         let key = assignment.key;
-        let Place { endpoint, surveyor, memory, readable, scratch, snapshots, events } = place;
-        let links = JobLinks::lending(endpoint.clone(), &assignment, Arc::clone(&snapshots));
+        let links = JobLinks::lending(place.endpoint.clone(), &assignment, Arc::clone(&place.snapshots));
         let arrived = Arc::new(AtomicU64::new(0));
-        let (weights, receiver) = match &assignment.weights {
-            WeightSource::Seed(_) => (None, None),
-            WeightSource::Snapshots(sources) => {
-                let (received, receiver) = oneshot::channel();
-                let gathering = keeping::gather(
-                    sources.clone(),
-                    Arc::clone(&snapshots),
-                    endpoint.clone(),
-                    Arc::clone(&arrived),
-                    events.clone(),
-                );
-                links.spawn(async move {
-                    // The receiver is gone only if the job is.
-                    let _ = received.send(gathering.await);
-                });
-                (None, Some(receiver))
-            }
-            WeightSource::Broker => {
-                let (streams, incoming) = mpsc::channel(1);
-                let (received, receiver) = oneshot::channel();
-                let (folder, arrived) = (Arc::clone(&scratch), Arc::clone(&arrived));
-                links.spawn(async move {
-                    // The receiver is gone only if the job is.
-                    let first = blob::receive_first_whole(incoming, &folder, &arrived).await;
-                    let _ = received.send(first.map(|file| vec![file]));
-                });
-                (Some(streams), Some(receiver))
-            }
-        };
+        let (weights, receiver) = first_weights(&assignment.weights, &links, &place, &arrived);
+        let Place { endpoint, surveyor, memory, readable, scratch, snapshots, events } = place;
         let peers: Vec<PeerId> = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
         let records = assignment.peers.clone();
         // Those who train together keep each other's snapshots.
@@ -271,6 +243,37 @@ impl RunningJob {
             let _ = events.send(NodeEvent::Ended(key, result)).await;
         });
         None
+    }
+}
+
+/// Where weights from the broker go, if they come from there; and the files with what a part begins with, if there are any.
+type FirstWeights = (Option<mpsc::Sender<blob::Incoming>>, Option<WeightsReceiver>);
+
+/// Has what a part begins with brought here.
+fn first_weights(weights: &WeightSource, links: &JobLinks, place: &Place, arrived: &Arc<AtomicU64>) -> FirstWeights {
+    let (received, receiver) = oneshot::channel();
+    match weights {
+        WeightSource::Seed(_) => (None, None),
+        WeightSource::Snapshots(sources) => {
+            let Place { snapshots, endpoint, events, .. } = place;
+            let (store, arrived) = (Arc::clone(snapshots), Arc::clone(arrived));
+            let gathering = keeping::gather(sources.clone(), store, endpoint.clone(), arrived, events.clone());
+            links.spawn(async move {
+                // The receiver is gone only if the job is.
+                let _ = received.send(gathering.await);
+            });
+            (None, Some(receiver))
+        }
+        WeightSource::Broker => {
+            let (streams, incoming) = mpsc::channel(1);
+            let (folder, arrived) = (Arc::clone(&place.scratch), Arc::clone(arrived));
+            links.spawn(async move {
+                let first = blob::receive_first_whole(incoming, &folder, &arrived).await;
+                // The receiver is gone only if the job is.
+                let _ = received.send(first.map(|file| vec![file]));
+            });
+            (Some(streams), Some(receiver))
+        }
     }
 }
 

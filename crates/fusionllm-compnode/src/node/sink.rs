@@ -132,12 +132,14 @@ impl JobSink for NodeSink {
             Err(error) => return Err(error.into()),
         }
         // What is done from here on would be done again.
-        while self.halts {
+        if !self.halts {
+            return Ok(());
+        }
+        loop {
             if let Some(error) = self.mailbox.closed() {
                 return Err(error.into());
             }
             std::thread::sleep(HALT_LOOK);
         }
-        Ok(())
     }
 }

@@ -287,14 +287,15 @@ fn a_move_without_a_snapshot_goes_back_to_the_one_before() {
 fn who_is_the_last_keeps_what_it_has() {
     let mut core = running_with(&["survive.every=4", "train.steps=100", "checkpoint.every=0"]);
     do_step(&mut core, KEY, &[1, 2], 1);
-    say(&mut core, 1, FromCompNode::Leaving);
-    say(&mut core, 2, FromCompNode::Leaving);
-    // All the same step.
-    for number in 2..=11 {
+    let asked = say(&mut core, 1, FromCompNode::Leaving);
+    let [(1, FromBroker::Snapshot { step: last, halt: true, .. }), ..] = sent(&asked)[..] else { panic!("{asked:?}") };
+    assert!(sent(&say(&mut core, 2, FromCompNode::Leaving)).is_empty(), "it stands still there already");
+    let last = *last;
+    for number in 2..=last {
         do_step(&mut core, KEY, &[1, 2], number);
     }
-    say(&mut core, 1, holds(snapshot(KEY, 11, 0)));
-    say(&mut core, 2, holds(snapshot(KEY, 11, 1)));
+    say(&mut core, 1, holds(snapshot(KEY, last, 0)));
+    say(&mut core, 2, holds(snapshot(KEY, last, 1)));
     let actions = tick(&mut core, NOW);
     let dismissed: Vec<u64> = sent(&actions)
         .into_iter()
@@ -307,10 +308,10 @@ fn who_is_the_last_keeps_what_it_has() {
     }
     for (connection, name, node) in [(3, "a", 0), (4, "b", 1)] {
         let (_, actions) = core.join(ConnectionId(connection), joining(name), NOW);
-        say(&mut core, connection, holds(snapshot(KEY, 11, node)));
+        say(&mut core, connection, holds(snapshot(KEY, last, node)));
         let actions = measure(&mut core, actions);
         let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
-        assert_eq!(begun, if node == 1 { vec![(3, 11), (4, 11)] } else { Vec::new() }, "{actions:?}");
+        assert_eq!(begun, if node == 1 { vec![(3, last), (4, last)] } else { Vec::new() }, "{actions:?}");
     }
 }
 
