@@ -38,7 +38,9 @@ use crate::BrokerError;
 use crate::store::JobRecord;
 use comeback::Comeback;
 use durable::Durability;
-pub(crate) use event::{Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint};
+pub(crate) use event::{
+    Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, WEIGHTS,
+};
 use job::Job;
 use recovery::Recoveries;
 use registry::Registry;

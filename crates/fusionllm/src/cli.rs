@@ -35,7 +35,7 @@ pub(crate) enum Command {
     Inventory(Inventory),
     /// Say who may join a broker and who may operate it
     Ticket(Ticket),
-    /// Stop a job; its last checkpoint stays
+    /// Stop a job; its last checkpoint stays, and only that
     Stop(JobCommand),
     /// Move the work of a CompNode to others, after which it leaves
     Drain(DrainCompNode),

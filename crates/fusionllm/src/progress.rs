@@ -20,7 +20,8 @@ pub(crate) struct Progress {
     steps: u64,
     recent: Vec<(f64, u64)>,
     began: Instant,
-    last_eval: Option<f64>,
+    /// The last evaluation, and after which step it was.
+    last_eval: Option<(u64, f64)>,
     /// Whether it was at work before: what it waits for then is how it comes back.
     has_trained: bool,
 }
@@ -84,11 +85,13 @@ impl Progress {
         if self.recent.len() > WINDOW {
             self.recent.remove(0);
         }
-        self.last_eval = metrics.eval_loss.or(self.last_eval);
+        // One of steps that are done again does not count any more.
+        let before = self.last_eval.filter(|(step, _)| *step <= metrics.step);
+        self.last_eval = metrics.eval_loss.map(|loss| (metrics.step, loss)).or(before);
         let seconds: f64 = self.recent.iter().map(|r| r.0).sum();
         let tokens: u64 = self.recent.iter().map(|r| r.1).sum();
         let left = seconds / self.recent.len() as f64 * self.steps.saturating_sub(metrics.step) as f64;
-        let eval = self.last_eval.map_or_else(String::new, |l| format!(" eval {l:.4}"));
+        let eval = self.last_eval.map_or_else(String::new, |(_, loss)| format!(" eval {loss:.4}"));
         let text =
             format!("loss {:.4}{eval} {:.0} tokens/s, {} left", metrics.loss, tokens as f64 / seconds, duration(left));
         match &self.output {

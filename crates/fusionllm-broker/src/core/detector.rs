@@ -110,6 +110,10 @@ impl Core {
                     let ask = |&to| Action::Send { to, message: FromBroker::CheckPeer { key, peer } };
                     questions.extend(witnesses.iter().map(ask));
                 }
+                if self.compnodes.is_replaced(member, now) {
+                    lost.push((member, "its process was started again".to_owned()));
+                    continue;
+                }
                 let silence = self.compnodes.silence(member, now);
                 if phi >= LOST && hearsay.agrees(now) && silence >= worth_waiting(run, snapshot) {
                     let seconds = silence.as_secs_f64();

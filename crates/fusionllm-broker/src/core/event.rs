@@ -32,6 +32,9 @@ pub(crate) struct Joining {
     pub(crate) profile: DeviceProfile,
 }
 
+/// How the notice begins that says whose weights a job starts from.
+pub(crate) const WEIGHTS: &str = "weights: ";
+
 /// What a job starts from.
 #[derive(Clone, Debug)]
 pub(crate) struct StartPoint {

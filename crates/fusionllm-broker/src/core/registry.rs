@@ -24,6 +24,7 @@ pub(super) struct Member {
     key: [u8; 32],
     /// Why its connection broke, until it has another.
     away: Option<String>,
+    joined: Duration,
     /// Since when it is about to leave, if it is.
     leaving: Option<Duration>,
 }
@@ -64,6 +65,7 @@ impl Registry {
             rhythm: Rhythm::new(now),
             key,
             away: None,
+            joined: now,
             leaving: None,
         };
         self.0.insert(connection, member);
@@ -80,6 +82,16 @@ impl Registry {
             heir.name.clone_from(&gone.name);
         }
         Some(gone)
+    }
+
+    /// Whether a process like it has joined on the same machine since its last sign of life: it was started again.
+    pub(super) fn is_replaced(&self, connection: ConnectionId, now: Duration) -> bool {
+        let Some(member) = self.0.get(&connection) else { return false };
+        let last = now.saturating_sub(member.rhythm.silence(now));
+        let others = self.0.iter().filter(|(other, _)| **other != connection).map(|(_, other)| other);
+        others
+            .filter(|other| other.wanted == member.wanted && other.joined >= last)
+            .any(|other| other.is_beside(member))
     }
 
     /// A sign of life. Whether the CompNode is known.

@@ -14,7 +14,7 @@ use super::recovery::KeptAs;
 use super::run::{Run, param_names};
 use super::snapshots::{RecoveryPoint, Sources};
 use super::survey::WorkKey;
-use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint};
+use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint, WEIGHTS};
 use crate::run_dir::PlacementFile;
 
 /// For so long a job that must wait holds back those behind it in any case.
@@ -253,6 +253,8 @@ impl Core {
         let point = self.recovery_point(job, start.step);
         if let Some(RecoveryPoint { set, .. }) = &point {
             (start.step, start.loss, start.weights) = (set.step, set.loss, None);
+            // What the checkpoint has is not used.
+            start.notices.retain(|notice| !notice.starts_with(WEIGHTS));
         }
         let Plan { placement, prediction, simulated: predicted, .. } = plan;
         let predicted_s = prediction.step_s;

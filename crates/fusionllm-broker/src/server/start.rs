@@ -8,7 +8,7 @@ use fusionllm_protocol::{DataSpec, JobSpec, TrainSpec};
 
 use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_at, open_newest, remove_partial};
 use crate::cluster_file::read_cluster;
-use crate::core::{Restored, StartPoint, check};
+use crate::core::{Restored, StartPoint, WEIGHTS, check};
 use crate::metrics::last_step;
 use crate::model::{load_model, model_tokenizer};
 use crate::resume::{goes_on, notices_of};
@@ -173,7 +173,7 @@ pub(super) fn start_at(
     train: &TrainSpec,
 ) -> Result<StartPoint, BrokerError> {
     let (dag, step, loss) = (checkpoint.dag().clone(), checkpoint.manifest().step, checkpoint.manifest().loss);
-    let mut notices = vec![format!("weights: {} (step {step})", checkpoint.path().display())];
+    let mut notices = vec![format!("{WEIGHTS}{} (step {step})", checkpoint.path().display())];
     notices.append(&mut run.notices);
     let before = checkpoint.manifest().job.train.states();
     let unused = before.iter().filter(|kind| !train.states().contains(kind));

@@ -39,7 +39,9 @@ pub(super) async fn stop(args: cli::JobCommand) -> anyhow::Result<()> {
     client.request(&ClientRequest::Stop { job }).await?;
     client.close().await;
     let (number, typed) = (args.job, args.broker.typed());
-    render::line(&format!("{job} stopped; `fusionllm resume {number}{typed}` goes on from its last checkpoint"))
+    render::line(&format!(
+        "{job} stopped; `fusionllm resume {number}{typed}` goes on from its last checkpoint, or begins anew if it has none"
+    ))
 }
 
 /// Hands it in and says under which number.

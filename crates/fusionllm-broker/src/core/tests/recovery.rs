@@ -415,3 +415,25 @@ fn another_machine_does_not_inherit_the_name_of_who_has_the_data() {
     core.lost("a", "its machine ended", NOW);
     assert_eq!(core.compnodes.name(ConnectionId(5)), "a");
 }
+
+/// Nobody is left to say that they hear nothing, but each process is there again: no lease need be waited for.
+#[test]
+fn processes_that_were_all_started_again_are_known_by_those_in_their_places() {
+    let mut core = at_step(5);
+    let second = Duration::from_secs;
+    for (connection, name) in [(3, "a"), (4, "b")] {
+        let (_, actions) = core.join(ConnectionId(connection), joining(name), NOW + second(2));
+        measure_at(&mut core, actions, NOW + second(2));
+    }
+    for after in [3, 4, 5] {
+        for connection in [3, 4] {
+            core.compnodes.seen(ConnectionId(connection), NOW + second(after));
+        }
+        let actions = core.handle(CoreEvent::Tick, NOW + second(after));
+        let actions = measure_at(&mut core, actions, NOW + second(after));
+        load(&mut core, actions, 3, NOW + second(after));
+    }
+    let names: Vec<String> = core.status().compnodes.into_iter().map(|compnode| compnode.name).collect();
+    assert_eq!(names, ["a", "b"], "the others are gone, and their names are given back");
+    assert_eq!(state(&core, 1), JobState::Preparing);
+}
