@@ -11,6 +11,7 @@ mod detector;
 mod drain;
 mod durable;
 mod event;
+mod growth;
 mod hearsay;
 mod hint;
 mod job;
@@ -95,7 +96,11 @@ impl Core {
                 (record.step, record.loss) = (step, Some(loss));
             }
             core.last_job = core.last_job.max(id.0);
+            let has_worked = record.step > 0 || !record.snapshots.is_empty();
             core.jobs.insert(id, Job { is_durable: true, ..Job::new(record, None, Duration::ZERO) });
+            if let Some(job) = core.jobs.get_mut(&id) {
+                job.recoveries.has_worked = has_worked;
+            }
             let is_done = chosen.is_none() && checkpoint.is_some_and(|step| step >= steps);
             if was_at_work {
                 actions.extend(core.was_at_work(id, is_done, chosen.or(checkpoint)));

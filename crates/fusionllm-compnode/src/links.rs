@@ -177,7 +177,7 @@ impl JobLinks {
         self.placement.compnodes.get(node).cloned().unwrap_or_else(|| format!("CompNode {node}"))
     }
 
-    /// How long ago a packet last came from a peer; nothing if there was no connection to it yet.
+    /// How long ago a packet last came from a peer; nothing if none ever came, and it may still be on its way here.
     pub(crate) fn heard(&self, peer: NodeIndex) -> Option<Duration> {
         self.heard.get(peer.index())?.ago()
     }

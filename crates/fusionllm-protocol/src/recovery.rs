@@ -18,6 +18,8 @@ pub enum Fault {
     BrokerRestart,
     /// CompNodes were to leave, and their work moved to others.
     Left,
+    /// CompNodes were there again, and the work moved to them, too.
+    Joined,
 }
 
 impl Fault {
@@ -29,6 +31,7 @@ impl Fault {
             Self::Stalled => "stalled",
             Self::BrokerRestart => "broker restart",
             Self::Left => "left",
+            Self::Joined => "joined",
         }
     }
 }
@@ -85,6 +88,7 @@ pub fn cause(kind: Fault, who: &[String], step: u64) -> String {
         Fault::Stalled if who.is_empty() => format!("nothing went on after step {step}"),
         Fault::Stalled => format!("nothing came from {compnodes} {names} after step {step}"),
         Fault::BrokerRestart => format!("the broker restarted after step {step}"),
+        Fault::Joined => format!("{compnodes} {names} came to the job after step {step}"),
         Fault::Left => format!("{compnodes} {names} left after step {step}"),
     }
 }

@@ -60,7 +60,7 @@ impl Core {
     }
 
     /// Has a run stand still as soon as may be, so that it can go on elsewhere.
-    fn move_away(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+    pub(super) fn move_away(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
         let Some(Job { record, run: Some(run), snapshots, .. }) = self.jobs.get_mut(&key.job) else {
             return Vec::new();
         };
@@ -85,10 +85,17 @@ impl Core {
         };
         let leaving = members.iter().filter(|&&member| self.compnodes.is_leaving(member));
         let leaving: Vec<String> = leaving.map(|&member| self.compnodes.name(member)).collect();
-        self.fault(key, Fault::Left, leaving.clone(), Duration::ZERO, now);
+        let quoted = |names: &[String]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        let (kind, who, reason) = match leaving.is_empty() {
+            false => (Fault::Left, leaving.clone(), format!("CompNode {} leaves", quoted(&leaving))),
+            true => {
+                let more: Vec<String> = self.compnodes.idle().into_iter().map(|c| self.compnodes.name(c)).collect();
+                let reason = format!("the job moves to more CompNodes, {} may work for it", quoted(&more));
+                (Fault::Joined, more, reason)
+            }
+        };
+        self.fault(key, kind, who, Duration::ZERO, now);
         let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
-        let names: Vec<String> = leaving.iter().map(|name| format!("`{name}`")).collect();
-        let reason = format!("CompNode {} leaves", names.join(", "));
         let step = known.record.step;
         known.recoveries.go_on(members.len() - leaving.len(), now, reason.clone(), step);
         self.wait_again(key.job, &reason, checkpoint, now)

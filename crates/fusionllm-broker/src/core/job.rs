@@ -5,6 +5,7 @@ use std::time::Duration;
 use fusionllm_protocol::JobState;
 
 use super::comeback::Comeback;
+use super::growth::Growth;
 use super::notices::Told;
 use super::recovery::Recoveries;
 use super::run::Run;
@@ -40,6 +41,7 @@ pub(super) struct Job {
     pub(super) recoveries: Recoveries,
     /// What CompNodes keep of it.
     pub(super) snapshots: Snapshots,
+    pub(super) growth: Growth,
     /// The recovery under way.
     pub(super) comeback: Option<Comeback>,
     /// Number of the start that is being read.
@@ -66,6 +68,7 @@ impl Job {
             told: Told::default(),
             recoveries: Recoveries::default(),
             snapshots,
+            growth: Growth::default(),
             comeback: None,
             loading: None,
         }

@@ -105,6 +105,7 @@ impl Core {
         let runs: Vec<RunKey> = self.jobs.values().filter_map(|job| Some(job.run.as_ref()?.key)).collect();
         actions.extend(runs.into_iter().flat_map(|key| self.take_snapshots(key, now)));
         actions.extend(self.dismiss(now));
+        actions.extend(self.grow(now));
         actions.extend(self.schedule(now));
         actions
     }

@@ -101,15 +101,21 @@ impl Core {
             return Vec::new();
         }
         let name = self.compnodes.name(connection);
-        // What is wrong with the input is wrong on every machine.
-        if bad_input {
+        // What is wrong with the input is wrong on every machine; but what has been right before may only be away, as a disk
+        // that is not there yet after a restart.
+        let was_right = self.jobs.get(&key.job).is_some_and(|job| job.recoveries.has_worked);
+        if bad_input && !was_right {
             return self.fail(key, reason, true, now);
         }
         let reason = format!("CompNode `{name}`: {reason}");
         self.fault(key, Fault::Failed, vec![name], Duration::ZERO, now);
         // Where a snapshot was not to be had, the next try goes by another copy, or an older one.
-        let is_chance = self.run_mut(key).is_some_and(|run| run.loan_failed);
-        self.recover(key, reason, is_chance, now)
+        let is_loan = self.run_mut(key).is_some_and(|run| run.loan_failed);
+        let may_be_chance = is_loan || self.run_mut(key).is_some_and(|run| run.step_time().is_none());
+        if let Some(job) = self.jobs.get_mut(&key.job).filter(|_| was_right && !is_loan) {
+            job.recoveries.avoid(connection, reason.clone(), now);
+        }
+        self.recover(key, reason, was_right && may_be_chance, now)
     }
 
     fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {
@@ -170,6 +176,7 @@ impl Core {
             job.record.step = metrics.step;
             run.watchdog.moved = now;
             job.record.loss = Some(metrics.loss);
+            job.recoveries.has_worked = true;
             job.snapshots.stepped(metrics.step, metrics.loss);
             actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
             actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));

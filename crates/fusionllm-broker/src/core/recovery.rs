@@ -1,6 +1,7 @@
 //! A job goes on by itself after it has lost a CompNode, or one has failed: from its newest snapshots or checkpoint, on who
 //! is there.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use fusionllm_protocol::{JobId, JobState, RunKey};
@@ -18,6 +19,8 @@ const MOST_WITHOUT_PROGRESS: u32 = 30;
 const SAME_STEP: u64 = 1;
 /// A process that is started again on the same machine is back within this time: it is waited for.
 const RESTART: Duration = Duration::from_secs(5);
+/// Where a job has failed it is tried again after twice this, at the most after the other.
+const AVOIDED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
 /// After the broker's own restart, CompNodes find their way back within this time.
 pub(super) const RETURN: Duration = Duration::from_secs(45);
 
@@ -43,8 +46,12 @@ pub(super) struct Recoveries {
     awaits: Option<(usize, Duration)>,
     /// Whether fewer CompNodes than the job asked for may do: it has been at work, and goes on.
     pub(super) goes_on: bool,
+    /// Whether it has done a step.
+    pub(super) has_worked: bool,
     /// On whom it cannot be placed, and why.
     no_plan: Option<(Vec<ConnectionId>, String)>,
+    /// On whom it has failed: how often in a row, until when it is left out, and why.
+    avoided: BTreeMap<ConnectionId, (u32, Duration, String)>,
     /// Why it goes on, and how far it was: told when it is placed again.
     told: Option<(String, u64)>,
 }
@@ -69,6 +76,27 @@ impl Recoveries {
     /// The job goes on after `step`, with `members` CompNodes if so many are there until `until`.
     pub(super) fn go_on(&mut self, members: usize, until: Duration, why: String, step: u64) {
         (self.goes_on, self.awaits, self.told) = (true, Some((members, until)), Some((why, step)));
+    }
+
+    /// It has failed on this CompNode: that is left out for a while, and each time for longer.
+    pub(super) fn avoid(&mut self, connection: ConnectionId, reason: String, now: Duration) {
+        let times = self.avoided.get(&connection).map_or(0, |(times, ..)| *times) + 1;
+        let pause = AVOIDED.0.saturating_mul(1 << times.min(10)).min(AVOIDED.1);
+        self.avoided.insert(connection, (times, now + pause, reason));
+    }
+
+    /// Whether a CompNode is left out.
+    pub(super) fn avoids(&self, connection: ConnectionId, now: Duration) -> bool {
+        self.avoided.get(&connection).is_some_and(|(_, until, _)| now < *until)
+    }
+
+    /// Why it must wait until one that is left out is tried again.
+    pub(super) fn avoided_for(&self, now: Duration) -> Option<String> {
+        let open = self.avoided.values().filter(|(_, until, _)| now < *until);
+        let (_, until, reason) = open.min_by_key(|(_, until, _)| *until)?;
+        // To whole ten seconds, or it would be told anew each second.
+        let seconds = until.saturating_sub(now).as_secs().div_ceil(10) * 10;
+        Some(format!("{reason}; it is tried again within {seconds} s"))
     }
 
     /// There may be more memory than when it could not be placed.

@@ -188,6 +188,12 @@ impl Registry {
         self.0.iter().filter(|(_, m)| m.run.is_none() && m.leaving.is_none()).map(|(&c, _)| c).collect()
     }
 
+    /// Those that are idle, and joined that long ago.
+    pub(super) fn idle_since(&self, ago: Duration, now: Duration) -> Vec<ConnectionId> {
+        let is_settled = |c: &ConnectionId| self.0.get(c).is_some_and(|m| now.saturating_sub(m.joined) >= ago);
+        self.idle().into_iter().filter(is_settled).collect()
+    }
+
     pub(super) fn is_idle(&self, connection: ConnectionId) -> bool {
         self.0.get(&connection).is_some_and(|m| m.run.is_none() && m.leaving.is_none())
     }

@@ -144,6 +144,15 @@ impl Core {
         if recoveries.goes_on {
             // One that has died with another is silent, and not lost yet.
             idle.retain(|&c| self.compnodes.phi(c, now) < SUSPECT);
+            // One on which it has just failed is left out for a while, if it can be.
+            let others: Vec<ConnectionId> = idle.iter().copied().filter(|&c| !recoveries.avoids(c, now)).collect();
+            let owner_is_left =
+                known.owner().is_none_or(|owner| others.iter().any(|&c| self.compnodes.name(c) == *owner));
+            if others.len() >= needed(spec, start, true) && owner_is_left {
+                idle = others;
+            } else if idle.iter().any(|&c| recoveries.avoids(c, now)) {
+                return Err(recoveries.avoided_for(now).unwrap_or_default());
+            }
         }
         if let Some(owner) = known.owner() {
             let at = idle.iter().position(|&c| self.compnodes.name(c) == *owner);
@@ -266,6 +275,7 @@ impl Core {
         known.record.generation = Generation(known.record.generation.0 + 1);
         known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
         known.recoveries.placed();
+        known.growth.placed(members.len());
         (known.record.step, known.record.loss) = (start.step, start.loss);
         known.record.snapshots = known.snapshots.to_store();
         let kept = if point.is_some() { KeptAs::Snapshots } else { KeptAs::Checkpoint };

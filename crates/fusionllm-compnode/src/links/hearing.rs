@@ -9,14 +9,28 @@ use tokio::time::{Instant, sleep};
 /// How often it is looked whether something has come.
 const EACH: Duration = Duration::from_millis(250);
 
-/// Of one peer, over all connections; nothing before the first.
-#[derive(Debug, Default)]
-pub(super) struct Heard(Mutex<Option<Instant>>);
+/// A peer with which there was no connection yet is silent after this long.
+const NEVER: Duration = Duration::from_secs(10);
+
+/// Of one peer, over all connections.
+#[derive(Debug)]
+pub(super) struct Heard {
+    /// Nothing before the first.
+    last: Mutex<Option<Instant>>,
+    began: Instant,
+}
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self { last: Mutex::default(), began: Instant::now() }
+    }
+}
 
 impl Heard {
-    /// How long ago something came.
+    /// How long ago something came; nothing if nothing ever did, and that is too soon to say.
     pub(super) fn ago(&self) -> Option<Duration> {
-        self.lock().map(|at| at.elapsed())
+        let never = || Some(self.began.elapsed()).filter(|since| *since >= NEVER);
+        self.lock().map(|at| at.elapsed()).or_else(never)
     }
 
     /// Watches a connection to its end. Gives why it ended.
@@ -40,6 +54,6 @@ impl Heard {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{ClientRequest, StatusReport, ToClient};
+use fusionllm_protocol::{ClientRequest, JobState, StatusReport, ToClient};
 use tokio::time::sleep;
 
 use super::follow::Interrupts;
@@ -18,10 +18,16 @@ pub(super) async fn run(args: cli::DrainCompNode) -> anyhow::Result<()> {
     let mut client = Client::connect(&args.broker).await?;
     client.request(&ClientRequest::Drain { compnode: name.clone() }).await?;
     let mut interrupts = Interrupts::new();
-    let mut told = String::new();
+    let mut jobs = Vec::new();
+    let (mut told, mut worked_on) = (String::new(), None);
     loop {
         let ToClient::Status(report) = client.request(&ClientRequest::Status).await? else { break };
-        let Some(waits) = still_here(&report, &name) else { break };
+        let Some(waits) = still_here(&report, &name) else {
+            jobs = report.jobs;
+            break;
+        };
+        let here = report.compnodes.iter().find(|compnode| compnode.name == name);
+        worked_on = here.and_then(|compnode| compnode.job).or(worked_on);
         if waits != told {
             render::line(&waits)?;
             told = waits;
@@ -35,7 +41,13 @@ pub(super) async fn run(args: cli::DrainCompNode) -> anyhow::Result<()> {
         }
     }
     client.close().await;
-    render::line(&format!("`{name}` has left"))
+    render::line(&format!("`{name}` has left"))?;
+    // Where nobody is there to take the work, it stands still.
+    let its = jobs.iter().find(|job| Some(job.job) == worked_on);
+    match its.filter(|job| matches!(job.state, JobState::Waiting { .. })) {
+        Some(job) => render::line(&format!("{} {}", job.job, render::state(&job.state))),
+        None => Ok(()),
+    }
 }
 
 /// What a CompNode that is to leave still waits for; nothing once it has left.

@@ -12,6 +12,9 @@ use crate::store::{SnapshotPart, SnapshotSet};
 /// A step that CompNodes are told of is so many seconds ahead, and [`LEAST_AHEAD`] steps, so that the word is there in time.
 const AHEAD_S: f64 = 0.3;
 const LEAST_AHEAD: u64 = 2;
+/// Before there is any, one is taken after this many seconds, or this many times what it costs.
+const FIRST_PERIOD_S: f64 = 2.0;
+const FIRST_SHARE: f64 = 20.0;
 /// At the most; and how often it is doubled when it was too late.
 const MOST_AHEAD: u64 = 10_000;
 const MOST_DOUBLINGS: u32 = 6;
@@ -173,7 +176,11 @@ impl Snapshots {
             Some(every) => soonest.next_multiple_of(every),
             None => {
                 let since = now.saturating_sub(self.begun).as_secs_f64();
-                Some(soonest).filter(|_| since >= self.period_s(spec.survive.mtbf_h, bytes, now))?
+                let period_s = self.period_s(spec.survive.mtbf_h, bytes, now);
+                // The first one comes soon: without any, all is done again.
+                let first_s = FIRST_PERIOD_S.max(FIRST_SHARE * snapshot_cost_s(bytes)).min(period_s);
+                let wait_s = if self.sets.is_empty() { first_s } else { period_s };
+                Some(soonest).filter(|_| since >= wait_s)?
             }
         };
         (step < spec.train.steps).then_some(step)

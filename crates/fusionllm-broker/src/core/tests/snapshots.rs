@@ -367,3 +367,60 @@ fn what_some_have_made_of_a_set_that_is_given_up_is_released() {
     let release = FromBroker::Release { job: KEY.job, keep: vec![(KEY.generation, 8)] };
     assert!(sent(&actions).contains(&(1, &release)), "{actions:?}");
 }
+
+/// A machine takes longer to start again than a process: the job goes on without it, and takes it in when it is there.
+#[test]
+fn a_job_moves_to_those_who_are_there_again() {
+    let mut core = with_snapshots();
+    tell(&mut core, left(2), NOW);
+    tick(&mut core, NOW + AFTER_RESTART);
+    let key = RunKey { generation: Generation(2), ..KEY };
+    say(&mut core, 1, ready(key));
+    do_step(&mut core, key, &[1], 9);
+    let minute = Duration::from_secs(60);
+    join(&mut core, 3, "b");
+    let asked = tick(&mut core, NOW + minute);
+    let halts = |(_, message): (u64, &FromBroker)| match message {
+        FromBroker::Snapshot { step, halt: true, .. } => Some(*step),
+        _ => None,
+    };
+    let Some(last) = sent(&asked).into_iter().find_map(halts) else { panic!("{asked:?}") };
+    for number in 10..=last {
+        do_step(&mut core, key, &[1], number);
+    }
+    let actions = say(&mut core, 1, holds(snapshot(key, last, 0)));
+    let actions = measure(&mut core, actions);
+    let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
+    assert_eq!(begun, [(1, last), (3, last)], "{actions:?}");
+    let told = notices(&actions);
+    assert!(told.iter().any(|text| text.starts_with("the job moves to more CompNodes, `b` may work")), "{told:?}");
+    // Whoever the plan leaves out is not moved to again and again.
+    let key = RunKey { generation: Generation(3), ..KEY };
+    for connection in [1, 3] {
+        say(&mut core, connection, ready(key));
+    }
+    do_step(&mut core, key, &[1, 3], last + 1);
+    let asked = tick(&mut core, NOW + 10 * minute);
+    assert!(!sent(&asked).into_iter().any(|m| halts(m).is_some()), "{asked:?}");
+}
+
+/// What has been right before may only be away, and one machine that fails does not end what others can do.
+#[test]
+fn who_fails_a_job_that_has_worked_is_left_out_for_a_while() {
+    let mut core = with_snapshots();
+    let failed = |key| FromCompNode::Failed { key, reason: "there is no room".to_owned(), bad_input: true };
+    let actions = say(&mut core, 2, failed(KEY));
+    let actions = measure(&mut core, actions);
+    let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
+    assert_eq!(begun, [(1, 8)], "the other can do it: {actions:?}");
+    // The owner of the data is not to be replaced, but waited for.
+    let key = RunKey { generation: Generation(2), ..KEY };
+    say(&mut core, 1, failed(key));
+    assert!(
+        waits_for(&core).contains("CompNode `a`: there is no room; it is tried again within"),
+        "{}",
+        waits_for(&core)
+    );
+    let actions = tick(&mut core, NOW + Duration::from_secs(30));
+    assert!(!sources(&actions).is_empty(), "{actions:?}");
+}
