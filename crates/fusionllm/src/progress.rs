@@ -137,9 +137,10 @@ fn recovered(recovery: &Recovery) -> String {
     let [all, detect, decide, build, refill] =
         [recovery.total_s(), recovery.detect_s, recovery.decide_s, recovery.build_s, recovery.refill_s]
             .map(format_seconds);
+    let on = if *compnodes == 1 { "1 CompNode".to_owned() } else { format!("{compnodes} CompNodes") };
     format!(
         "training again after {all}: noticed after {detect}, placed after {decide}, ready after {build}, first step after \
-         {refill}; {lost_steps} steps are done again, on {compnodes} CompNodes"
+         {refill}; {lost_steps} steps are done again, on {on}"
     )
 }
 

@@ -87,7 +87,14 @@ impl Core {
         let leaving: Vec<String> = leaving.map(|&member| self.compnodes.name(member)).collect();
         let quoted = |names: &[String]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let (kind, who, reason) = match leaving.is_empty() {
-            false => (Fault::Left, leaving.clone(), format!("CompNode {} leaves", quoted(&leaving))),
+            false => (
+                Fault::Left,
+                leaving.clone(),
+                match leaving.len() {
+                    1 => format!("CompNode {} leaves", quoted(&leaving)),
+                    _ => format!("CompNodes {} leave", quoted(&leaving)),
+                },
+            ),
             true => {
                 let more: Vec<String> = self.compnodes.idle().into_iter().map(|c| self.compnodes.name(c)).collect();
                 let reason = format!("the job moves to more CompNodes, {} may work for it", quoted(&more));

@@ -139,6 +139,12 @@ impl Core {
             reason.push_str(&format!("; no sign of life of `{other}` either"));
             who.push(other);
         }
+        // One that is gone before it has done a step may be so again and again: the others need not wait for it each time.
+        let is_early =
+            self.jobs.get(&key.job).and_then(|job| job.run.as_ref()).is_some_and(|r| r.step_time().is_none());
+        if let Some(job) = self.jobs.get_mut(&key.job).filter(|job| is_early && job.recoveries.has_worked) {
+            who.iter().for_each(|name| job.recoveries.avoid(name, reason.clone(), true, now));
+        }
         self.fault(key, Fault::Lost, who, silence, now);
         self.recover(key, reason, true, now)
     }

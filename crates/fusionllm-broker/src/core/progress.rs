@@ -108,12 +108,12 @@ impl Core {
             return self.fail(key, reason, true, now);
         }
         let reason = format!("CompNode `{name}`: {reason}");
-        self.fault(key, Fault::Failed, vec![name], Duration::ZERO, now);
+        self.fault(key, Fault::Failed, vec![name.clone()], Duration::ZERO, now);
         // Where a snapshot was not to be had, the next try goes by another copy, or an older one.
         let is_loan = self.run_mut(key).is_some_and(|run| run.loan_failed);
         let may_be_chance = is_loan || self.run_mut(key).is_some_and(|run| run.step_time().is_none());
         if let Some(job) = self.jobs.get_mut(&key.job).filter(|_| was_right && !is_loan) {
-            job.recoveries.avoid(connection, reason.clone(), now);
+            job.recoveries.avoid(&name, reason.clone(), false, now);
         }
         self.recover(key, reason, was_right && may_be_chance, now)
     }
@@ -176,7 +176,7 @@ impl Core {
             job.record.step = metrics.step;
             run.watchdog.moved = now;
             job.record.loss = Some(metrics.loss);
-            job.recoveries.has_worked = true;
+            job.recoveries.works_on(run.names());
             job.snapshots.stepped(metrics.step, metrics.loss);
             actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
             actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));

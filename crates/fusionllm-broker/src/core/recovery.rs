@@ -50,8 +50,8 @@ pub(super) struct Recoveries {
     pub(super) has_worked: bool,
     /// On whom it cannot be placed, and why.
     no_plan: Option<(Vec<ConnectionId>, String)>,
-    /// On whom it has failed: how often in a row, until when it is left out, and why.
-    avoided: BTreeMap<ConnectionId, (u32, Duration, String)>,
+    /// On whom it has failed, by name: how often in a row, until when it is left out, and why.
+    avoided: BTreeMap<String, (u32, Duration, String)>,
     /// Why it goes on, and how far it was: told when it is placed again.
     told: Option<(String, u64)>,
 }
@@ -78,16 +78,26 @@ impl Recoveries {
         (self.goes_on, self.awaits, self.told) = (true, Some((members, until)), Some((why, step)));
     }
 
-    /// It has failed on this CompNode: that is left out for a while, and each time for longer.
-    pub(super) fn avoid(&mut self, connection: ConnectionId, reason: String, now: Duration) {
-        let times = self.avoided.get(&connection).map_or(0, |(times, ..)| *times) + 1;
-        let pause = AVOIDED.0.saturating_mul(1 << times.min(10)).min(AVOIDED.1);
-        self.avoided.insert(connection, (times, now + pause, reason));
+    /// It has failed on this CompNode: that is left out for a while, and each time for longer. Where the CompNode was lost it
+    /// is so from the second time on.
+    pub(super) fn avoid(&mut self, name: &str, reason: String, is_lost: bool, now: Duration) {
+        let times = self.avoided.get(name).map_or(0, |(times, ..)| *times) + 1;
+        let pause = match (is_lost, times) {
+            (true, 1) => Duration::ZERO,
+            _ => AVOIDED.0.saturating_mul(1 << times.min(10)).min(AVOIDED.1),
+        };
+        self.avoided.insert(name.to_owned(), (times, now + pause, reason));
+    }
+
+    /// It has done a step on these.
+    pub(super) fn works_on(&mut self, names: &[String]) {
+        self.has_worked = true;
+        self.avoided.retain(|name, _| !names.contains(name));
     }
 
     /// Whether a CompNode is left out.
-    pub(super) fn avoids(&self, connection: ConnectionId, now: Duration) -> bool {
-        self.avoided.get(&connection).is_some_and(|(_, until, _)| now < *until)
+    pub(super) fn avoids(&self, name: &str, now: Duration) -> bool {
+        self.avoided.get(name).is_some_and(|(_, until, _)| now < *until)
     }
 
     /// Why it must wait until one that is left out is tried again.

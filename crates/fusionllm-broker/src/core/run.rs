@@ -183,6 +183,11 @@ impl Run {
         self.from
     }
 
+    /// Names of its CompNodes.
+    pub(super) fn names(&self) -> &[String] {
+        &self.placement.compnodes
+    }
+
     /// Steps that every CompNode has reported.
     pub(super) fn merged(&self) -> u64 {
         self.merged

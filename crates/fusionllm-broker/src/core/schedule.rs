@@ -145,12 +145,13 @@ impl Core {
             // One that has died with another is silent, and not lost yet.
             idle.retain(|&c| self.compnodes.phi(c, now) < SUSPECT);
             // One on which it has just failed is left out for a while, if it can be.
-            let others: Vec<ConnectionId> = idle.iter().copied().filter(|&c| !recoveries.avoids(c, now)).collect();
+            let others: Vec<ConnectionId> =
+                idle.iter().copied().filter(|&c| !recoveries.avoids(&self.compnodes.name(c), now)).collect();
             let owner_is_left =
                 known.owner().is_none_or(|owner| others.iter().any(|&c| self.compnodes.name(c) == *owner));
             if others.len() >= needed(spec, start, true) && owner_is_left {
                 idle = others;
-            } else if idle.iter().any(|&c| recoveries.avoids(c, now)) {
+            } else if idle.iter().any(|&c| recoveries.avoids(&self.compnodes.name(c), now)) {
                 return Err(recoveries.avoided_for(now).unwrap_or_default());
             }
         }
