@@ -169,6 +169,15 @@ impl Core {
         if idle.len() < needed {
             return Err(format!("{} of {needed} CompNodes are idle", idle.len()));
         }
+        if recoveries.goes_on
+            && let Some((step, worth)) = known.snapshots.missing(start.step, |c| self.compnodes.is_here(c))
+            && now.saturating_sub(known.waits_since.unwrap_or(now)) < worth
+        {
+            let minutes = worth.as_secs().div_ceil(60);
+            return Err(format!(
+                "a part of the snapshots of step {step} is with nobody who is here: its CompNode is waited for, up to {minutes} min"
+            ));
+        }
         if spec.placement.compnodes.is_some() || !spec.placement.stages.is_empty() || start.cluster.is_some() {
             idle.truncate(most);
         }

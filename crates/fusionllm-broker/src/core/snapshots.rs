@@ -39,6 +39,7 @@ impl Core {
         };
         let spec = &record.spec;
         let Some(step_time) = run.step_time() else { return Vec::new() };
+        snapshots.step_time = step_time;
         let bytes = spec.train.state_bytes(run.dag.param_bytes());
         let wanted = 1 + (spec.survive.copies as usize).min(run.members.len().saturating_sub(1));
         // Those of an earlier placement, of which some may be gone, are replaced at once.

@@ -20,6 +20,8 @@ const MOST_AHEAD: u64 = 10_000;
 const MOST_DOUBLINGS: u32 = 6;
 /// A failure is no rarer than one that has just come this soon.
 const LEAST_MTBF_S: f64 = 10.0;
+/// Parts of snapshots that may come back are waited for, however few steps that would save, and however many.
+const WORTH_WAITING: (Duration, Duration) = (Duration::from_secs(45), Duration::from_secs(3600));
 /// Guardians that have not answered after this long are not waited for.
 const MOST_GUARDING: Duration = Duration::from_secs(1800);
 /// Sets that are kept at the most: a new one of which guardians have less may not take the place of an older one.
@@ -41,6 +43,8 @@ pub(in crate::core) struct Snapshots {
     mtbf_s: Option<f64>,
     /// When it last failed, or was begun.
     failed: Duration,
+    /// How long a step took.
+    pub(in crate::core) step_time: Duration,
     /// How often in a row a step was passed before the word of it was there.
     late: u32,
     /// Whether it was told that one could not be kept, since the last set that is in more than one place.
@@ -391,6 +395,22 @@ impl Snapshots {
         if let Some(making) = &mut self.making {
             making.parts.values_mut().for_each(|part| part.awaited.clear());
         }
+    }
+
+    /// The newest set after `step` of which some part is with nobody who `is_here`, and for how long it is worth waiting for
+    /// that: as long as it would take to be there again without it.
+    pub(in crate::core) fn missing(
+        &self,
+        step: u64,
+        is_here: impl Fn(ConnectionId) -> bool,
+    ) -> Option<(u64, Duration)> {
+        let newest = self.sets.last().filter(|held| held.set.step > step)?;
+        let is_there = |holders: &BTreeSet<ConnectionId>| holders.iter().any(|&holder| is_here(holder));
+        if newest.holders.iter().all(is_there) {
+            return None;
+        }
+        let again = self.step_time.saturating_mul(u32::try_from(newest.set.step - step).unwrap_or(u32::MAX));
+        Some((newest.set.step, again.clamp(WORTH_WAITING.0, WORTH_WAITING.1)))
     }
 
     /// None is needed any more. Whether there may be any.

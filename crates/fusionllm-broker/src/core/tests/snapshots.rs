@@ -150,7 +150,9 @@ fn without_a_part_the_job_goes_back_to_its_checkpoint() {
     }
     assert_eq!(core.record(JobId(1)).unwrap().snapshots.len(), 1);
     tell(&mut core, left(2), NOW);
-    let actions = tick(&mut core, NOW + AFTER_RESTART);
+    tick(&mut core, NOW + AFTER_RESTART);
+    assert!(waits_for(&core).contains("snapshots of step 8"), "{}", waits_for(&core));
+    let actions = tick(&mut core, NOW + Duration::from_secs(60));
     let begins = sent(&actions).into_iter().find_map(|(_, message)| match message {
         FromBroker::Assign(assignment) => Some((assignment.start_step, assignment.weights.clone())),
         _ => None,
@@ -327,8 +329,9 @@ fn the_next_copy_is_taken_where_one_is_not_to_be_had() {
     let gone = FromCompNode::SnapshotFailed { id, is_late: false, reason: "it is not here any more".to_owned() };
     say(&mut core, 3, gone);
     let failed = FromCompNode::Failed { key, reason: "the snapshot is gone".to_owned(), bad_input: false };
-    let actions = say(&mut core, 3, failed);
-    let actions = measure(&mut core, actions);
+    say(&mut core, 3, failed);
+    tick(&mut core, NOW + AFTER_RESTART);
+    let actions = tick(&mut core, NOW + Duration::from_secs(60));
     let begins = |(_, message): (u64, &FromBroker)| match message {
         FromBroker::Assign(assignment) => Some((assignment.start_step, assignment.weights.clone())),
         _ => None,
@@ -409,8 +412,8 @@ fn a_job_moves_to_those_who_are_there_again() {
 fn who_fails_a_job_that_has_worked_is_left_out_for_a_while() {
     let mut core = with_snapshots();
     let failed = |key| FromCompNode::Failed { key, reason: "there is no room".to_owned(), bad_input: true };
-    let actions = say(&mut core, 2, failed(KEY));
-    let actions = measure(&mut core, actions);
+    say(&mut core, 2, failed(KEY));
+    let actions = tick(&mut core, NOW + AFTER_RESTART);
     let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
     assert_eq!(begun, [(1, 8)], "the other can do it: {actions:?}");
     // The owner of the data is not to be replaced, but waited for.
