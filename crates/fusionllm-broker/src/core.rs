@@ -22,7 +22,9 @@ mod recovery;
 mod registry;
 mod run;
 mod schedule;
+mod snapshot_book;
 mod snapshots;
+mod standstill;
 mod survey;
 mod watchdog;
 

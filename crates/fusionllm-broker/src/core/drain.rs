@@ -1,17 +1,21 @@
-//! A CompNode that is to leave: its work moves to others before, and nothing that is done is done again.
+//! A job moves while all its CompNodes are well, and nothing that is done is done again: away from one that is to leave, or
+//! to those that are there again.
 //!
 //! All take a snapshot after the same step and stand still. The job is placed anew without those that leave, which lend
 //! what they hold, and go when the others have snapshots of their own.
 
 use std::time::Duration;
 
-use fusionllm_protocol::{Fault, FromBroker, RunKey};
+use fusionllm_protocol::{Fault, FromBroker, JobState, RunKey};
 
+use super::detector::SUSPECT;
 use super::registry::Registry;
 use super::schedule::needed;
 use super::{Action, ConnectionId, Core, Job};
 use crate::BrokerError;
 
+/// A CompNode that has been here and idle for so long is there to stay.
+const SETTLED: Duration = Duration::from_secs(10);
 /// A CompNode that is to leave waits no longer than this until others are at work with what it holds.
 const MOST_MOVING: Duration = Duration::from_secs(50);
 
@@ -106,6 +110,29 @@ impl Core {
         let step = known.record.step;
         known.recoveries.go_on(members.len() - leaving.len(), now, reason.clone(), step);
         self.wait_again(key.job, &reason, checkpoint, now)
+    }
+
+    /// Has a job move that is on fewer CompNodes than it was, where others are idle.
+    pub(super) fn grow(&mut self, now: Duration) -> Vec<Action> {
+        // Whoever waits has the idle ones first.
+        let waits = |job: &Job| matches!(job.record.state, JobState::Waiting { .. } | JobState::Preparing);
+        if self.jobs.values().any(waits) {
+            return Vec::new();
+        }
+        let mut idle = self.compnodes.idle_since(SETTLED, now);
+        idle.retain(|&c| self.compnodes.phi(c, now) < SUSPECT);
+        let could_grow = |job: &mut Job| -> Option<RunKey> {
+            let run = job.run.as_ref().filter(|run| run.step_time().is_some())?;
+            let left = run.watchdog.time_of(job.record.spec.train.steps.saturating_sub(run.merged()));
+            let survive = &job.record.spec.survive;
+            let may = survive.enabled && survive.every != Some(0);
+            (may && job.growth.is_due(run.members.len(), left, &idle, now)).then(|| {
+                job.growth.moves(idle.clone(), now);
+                run.key
+            })
+        };
+        let key = self.jobs.values_mut().find_map(could_grow);
+        key.map_or_else(Vec::new, |key| self.move_away(key, now))
     }
 
     /// Lets those go that are to leave, once nobody needs what they hold; or where nobody is there to take it, or does for

@@ -9,7 +9,7 @@ use super::growth::Growth;
 use super::notices::Told;
 use super::recovery::Recoveries;
 use super::run::Run;
-use super::snapshots::Snapshots;
+use super::snapshot_book::Snapshots;
 use super::{Action, ConnectionId, StartPoint};
 use crate::store::JobRecord;
 

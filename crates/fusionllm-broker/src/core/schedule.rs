@@ -12,7 +12,8 @@ use fusionllm_protocol::{
 use super::detector::SUSPECT;
 use super::recovery::KeptAs;
 use super::run::{Run, param_names};
-use super::snapshots::{RecoveryPoint, Sources};
+use super::snapshot_book::RecoveryPoint;
+use super::snapshots::Sources;
 use super::survey::WorkKey;
 use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint, WEIGHTS};
 use crate::run_dir::PlacementFile;

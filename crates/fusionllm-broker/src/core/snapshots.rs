@@ -4,8 +4,6 @@
 //! two machines. A set is whole when each part is there; it takes the place of the one before, which is released then. One
 //! is under way at a time, so that a CompNode keeps few: two of its own, and two of each that it guards.
 
-mod book;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -14,8 +12,8 @@ use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{FromBroker, Generation, JobId, PeerRecord, RunKey, Snapshot, SnapshotId, SnapshotSource};
 
 use super::run::param_names;
+use super::snapshot_book::RecoveryPoint;
 use super::{Action, ConnectionId, Core, Job};
-pub(super) use book::{RecoveryPoint, Snapshots};
 
 /// A link that has this share of the fastest one's speed does as well for a guardian.
 const SIMILAR_SPEED: f64 = 0.5;

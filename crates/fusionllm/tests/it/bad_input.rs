@@ -239,6 +239,8 @@ fn folders_and_files_that_cannot_be_used_are_bad_input() {
     std::fs::create_dir(bench.path("state")).unwrap();
     std::fs::set_permissions(bench.path("state"), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
     bench.write("state/broker.redb", "not a store");
+    let own = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(bench.path("state/broker.redb"), own).unwrap();
     refuses(&bench, "broker --bind 127.0.0.1:0 --state state", &["broker.redb", "it may be damaged"]);
     bench.succeed(resume);
 }

@@ -80,9 +80,14 @@ fn a_plan_says_what_failures_leave_of_the_time() {
     };
     let often = share("--mtbf 10m");
     assert!(often > 0.5 && often < share("--mtbf 4h"));
-    assert!(share("--mtbf 10m --set checkpoint.every=0") < often, "without checkpoints it begins anew");
+    let by_checkpoints = share("--mtbf 10m --set survive.every=0");
+    assert!(by_checkpoints < often, "snapshots come more often");
+    let anew = share("--mtbf 10m --set survive.every=0 --set checkpoint.every=0");
+    assert!(anew < by_checkpoints, "without checkpoints it begins anew");
     let out = bench.succeed("plan job.toml --cluster cluster.toml --mtbf 4h");
     assert!(out.contains("useful share") && out.contains("if the job is hit each 4h"), "{out}");
+    assert!(out.contains("half of the time from one set of snapshots to the next, which is worked out"), "{out}");
+    let out = bench.succeed("plan job.toml --cluster cluster.toml --mtbf 4h --set survive.every=0");
     assert!(out.contains("half of the 4 steps from one checkpoint to the next"), "{out}");
     for (arguments, words) in [
         ("plan job.toml --mtbf 4h", "--cluster FILE"),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fusionllm_planner::{NodeIndex, snapshot_cost_s, snapshot_period_s};
 use fusionllm_protocol::{Generation, JobSpec, RunKey, Snapshot, SnapshotId};
 
-use crate::core::ConnectionId;
+use super::ConnectionId;
 use crate::store::{SnapshotPart, SnapshotSet};
 
 /// A step that CompNodes are told of is so many seconds ahead, and [`LEAST_AHEAD`] steps, so that the word is there in time.
@@ -29,7 +29,7 @@ const MOST_SETS: usize = 2;
 
 /// What is kept of a job, and how often.
 #[derive(Debug, Default)]
-pub(in crate::core) struct Snapshots {
+pub(super) struct Snapshots {
     /// Whole ones, oldest first.
     sets: Vec<HeldSet>,
     making: Option<Making>,
@@ -44,7 +44,7 @@ pub(in crate::core) struct Snapshots {
     /// When it last failed, or was begun.
     failed: Duration,
     /// How long a step took.
-    pub(in crate::core) step_time: Duration,
+    pub(super) step_time: Duration,
     /// How often in a row a step was passed before the word of it was there.
     late: u32,
     /// Whether it was told that one could not be kept, since the last set that is in more than one place.
@@ -92,48 +92,48 @@ struct Part {
 
 /// Where a job may go on.
 #[derive(Clone, Debug)]
-pub(in crate::core) struct RecoveryPoint {
-    pub(in crate::core) set: SnapshotSet,
+pub(super) struct RecoveryPoint {
+    pub(super) set: SnapshotSet,
     /// By part, who has it now.
-    pub(in crate::core) holders: Vec<Vec<ConnectionId>>,
+    pub(super) holders: Vec<Vec<ConnectionId>>,
 }
 
 impl Snapshots {
     /// Those of a job that the store knows of. Who has them is still to be heard.
-    pub(in crate::core) fn of_store(sets: Vec<SnapshotSet>) -> Self {
+    pub(super) fn of_store(sets: Vec<SnapshotSet>) -> Self {
         let held = |set: SnapshotSet| HeldSet { holders: vec![BTreeSet::new(); set.parts.len()], set };
         Self { sets: sets.into_iter().map(held).collect(), ..Self::default() }
     }
 
     /// As the store keeps them.
-    pub(in crate::core) fn to_store(&self) -> Vec<SnapshotSet> {
+    pub(super) fn to_store(&self) -> Vec<SnapshotSet> {
         self.sets.iter().map(|held| held.set.clone()).collect()
     }
 
     /// Step of the newest whole set.
-    pub(in crate::core) fn newest(&self) -> Option<u64> {
+    pub(super) fn newest(&self) -> Option<u64> {
         self.sets.last().map(|held| held.set.step)
     }
 
     /// Step and loss of the newest whole set, if it is after that step.
-    pub(in crate::core) fn newest_after(&self, (step, loss): (u64, Option<f64>)) -> (u64, Option<f64>) {
+    pub(super) fn newest_after(&self, (step, loss): (u64, Option<f64>)) -> (u64, Option<f64>) {
         let newest = self.sets.last().filter(|held| held.set.step > step);
         newest.map_or((step, loss), |held| (held.set.step, held.set.loss))
     }
 
     /// The placement of the newest whole set.
-    pub(in crate::core) fn newest_placement(&self) -> Option<Generation> {
+    pub(super) fn newest_placement(&self) -> Option<Generation> {
         self.sets.last().map(|held| held.set.generation)
     }
 
     /// By placement and step, what must not be released.
-    pub(in crate::core) fn needed(&self) -> Vec<(Generation, u64)> {
+    pub(super) fn needed(&self) -> Vec<(Generation, u64)> {
         let sets = self.sets.iter().map(|held| (held.set.generation, held.set.step));
         sets.chain(self.making.iter().map(|making| (making.key.generation, making.step))).collect()
     }
 
     /// A placement is at work now.
-    pub(in crate::core) fn at_work(&mut self, now: Duration) {
+    pub(super) fn at_work(&mut self, now: Duration) {
         (self.begun, self.making) = (now, None);
         if self.mtbf_s.is_none() {
             self.failed = now;
@@ -142,7 +142,7 @@ impl Snapshots {
 
     /// The job has lost a CompNode, or one has failed. What is known of the time between two failures moves half of the
     /// way, by orders of magnitude, to how long it lasted this time.
-    pub(in crate::core) fn failed(&mut self, mtbf_h: f64, now: Duration) {
+    pub(super) fn failed(&mut self, mtbf_h: f64, now: Duration) {
         let lasted = now.saturating_sub(self.failed).as_secs_f64().max(LEAST_MTBF_S);
         self.mtbf_s = Some((self.mtbf_s.unwrap_or(mtbf_h * 3600.0) * lasted).sqrt());
         self.failed = now;
@@ -161,7 +161,7 @@ impl Snapshots {
 
     /// The step for the next one, if it is time to tell it: `merged` steps of `step_s` seconds are done, and all parts
     /// together have so many bytes. What is kept in too few places is replaced at once.
-    pub(in crate::core) fn due(
+    pub(super) fn due(
         &self,
         spec: &JobSpec,
         merged: u64,
@@ -191,14 +191,14 @@ impl Snapshots {
     }
 
     /// All CompNodes are told to take one after this step. `params` are the parameters of each.
-    pub(in crate::core) fn begin(&mut self, key: RunKey, step: u64, params: Vec<Vec<String>>, now: Duration) {
+    pub(super) fn begin(&mut self, key: RunKey, step: u64, params: Vec<Vec<String>>, now: Duration) {
         self.begun = now;
         self.making = Some(Making { key, step, loss: None, halts: false, params, parts: BTreeMap::new() });
     }
 
     /// The same, after which training stands still, as soon as may be. Gives the step; nothing if it is the last one, or one
     /// to halt at is told already.
-    pub(in crate::core) fn begin_halt(
+    pub(super) fn begin_halt(
         &mut self,
         key: RunKey,
         (merged, steps): (u64, u64),
@@ -220,7 +220,7 @@ impl Snapshots {
     }
 
     /// Whether training is to stand still after the one that is under way.
-    pub(in crate::core) fn halts(&self) -> bool {
+    pub(super) fn halts(&self) -> bool {
         self.making.as_ref().is_some_and(|making| making.halts)
     }
 
@@ -231,7 +231,7 @@ impl Snapshots {
     }
 
     /// A step is done everywhere.
-    pub(in crate::core) fn stepped(&mut self, step: u64, loss: f64) {
+    pub(super) fn stepped(&mut self, step: u64, loss: f64) {
         if let Some(making) = self.making.as_mut().filter(|making| making.step == step) {
             making.loss = Some(loss);
         }
@@ -239,7 +239,7 @@ impl Snapshots {
 
     /// A CompNode of the placement has made its part, which stopped it for `cost_s` seconds; `guardians` are to fetch it.
     /// Whether that was due.
-    pub(in crate::core) fn is_made(
+    pub(super) fn is_made(
         &mut self,
         by: ConnectionId,
         snapshot: Snapshot,
@@ -258,7 +258,7 @@ impl Snapshots {
     }
 
     /// A CompNode has a snapshot that somebody made, for whose fetching it took `cost_s` seconds. Whether it is known.
-    pub(in crate::core) fn is_held(&mut self, by: ConnectionId, snapshot: Snapshot, cost_s: f64) -> bool {
+    pub(super) fn is_held(&mut self, by: ConnectionId, snapshot: Snapshot, cost_s: f64) -> bool {
         let mut parts = self.making.iter_mut().flat_map(|making| making.parts.values_mut());
         if let Some(part) = parts.find(|part| part.snapshot == snapshot) {
             if part.awaited.remove(&by) {
@@ -277,13 +277,7 @@ impl Snapshots {
 
     /// A CompNode does not get, or does not make, a snapshot; with the latter the whole set fails. Whether that must be told:
     /// once, until it succeeds, and not if the word only came too late.
-    pub(in crate::core) fn has_failed(
-        &mut self,
-        by: ConnectionId,
-        id: SnapshotId,
-        is_its_own: bool,
-        is_late: bool,
-    ) -> bool {
+    pub(super) fn has_failed(&mut self, by: ConnectionId, id: SnapshotId, is_its_own: bool, is_late: bool) -> bool {
         let Some(making) = self.making.as_mut().filter(|m| (m.key, m.step) == (id.key, id.step)) else { return false };
         if let Some(part) = making.parts.get_mut(&id.node) {
             if !part.awaited.remove(&by) {
@@ -300,7 +294,7 @@ impl Snapshots {
     }
 
     /// A CompNode has gone, with what it had.
-    pub(in crate::core) fn gone(&mut self, connection: ConnectionId) {
+    pub(super) fn gone(&mut self, connection: ConnectionId) {
         for part in self.making.iter_mut().flat_map(|making| making.parts.values_mut()) {
             part.holders.remove(&connection);
             part.awaited.remove(&connection);
@@ -312,7 +306,7 @@ impl Snapshots {
 
     /// The one under way becomes the newest set if its step is done, each CompNode has made its part, and guardians have
     /// answered. Whether it does.
-    pub(in crate::core) fn is_complete(&mut self) -> bool {
+    pub(super) fn is_complete(&mut self) -> bool {
         self.finish(|part| part.awaited.is_empty())
     }
 
@@ -343,7 +337,7 @@ impl Snapshots {
 
     /// The newest set after `step` of which each part is with somebody who `is_here`. Later ones are given up with that: they
     /// are not the job's future any more.
-    pub(in crate::core) fn recovery_point(
+    pub(super) fn recovery_point(
         &mut self,
         step: u64,
         is_here: impl Fn(ConnectionId) -> bool,
@@ -362,18 +356,18 @@ impl Snapshots {
     }
 
     /// Whether some part of the newest set is in fewer than `wanted` places that are to stay.
-    pub(in crate::core) fn is_thin(&self, wanted: usize, stays: impl Fn(ConnectionId) -> bool) -> bool {
+    pub(super) fn is_thin(&self, wanted: usize, stays: impl Fn(ConnectionId) -> bool) -> bool {
         let places = |holders: &BTreeSet<ConnectionId>| holders.iter().filter(|&&holder| stays(holder)).count();
         self.sets.last().is_some_and(|held| held.holders.iter().any(|holders| places(holders) < wanted))
     }
 
     /// Whether a CompNode has a part of the newest set.
-    pub(in crate::core) fn is_with(&self, holder: ConnectionId) -> bool {
+    pub(super) fn is_with(&self, holder: ConnectionId) -> bool {
         self.sets.last().is_some_and(|held| held.holders.iter().any(|holders| holders.contains(&holder)))
     }
 
     /// A CompNode does not have this one, or does not give it.
-    pub(in crate::core) fn is_not_with(&mut self, holder: ConnectionId, id: SnapshotId) {
+    pub(super) fn is_not_with(&mut self, holder: ConnectionId, id: SnapshotId) {
         for held in &mut self.sets {
             let of_id = held.set.parts.iter().zip(&mut held.holders).filter(|(part, _)| part.snapshot.id == id);
             of_id.for_each(|(_, holders)| {
@@ -383,12 +377,12 @@ impl Snapshots {
     }
 
     /// Whether one was given up, of which some may have made their part. It is asked once.
-    pub(in crate::core) fn is_abandoned(&mut self) -> bool {
+    pub(super) fn is_abandoned(&mut self) -> bool {
         std::mem::take(&mut self.is_abandoned)
     }
 
     /// Gives up what is under way for too long: guardians that do not answer are not waited for any more.
-    pub(in crate::core) fn expire(&mut self, now: Duration) {
+    pub(super) fn expire(&mut self, now: Duration) {
         if now.saturating_sub(self.begun) < MOST_GUARDING {
             return;
         }
@@ -399,11 +393,7 @@ impl Snapshots {
 
     /// The newest set after `step` of which some part is with nobody who `is_here`, and for how long it is worth waiting for
     /// that: as long as it would take to be there again without it.
-    pub(in crate::core) fn missing(
-        &self,
-        step: u64,
-        is_here: impl Fn(ConnectionId) -> bool,
-    ) -> Option<(u64, Duration)> {
+    pub(super) fn missing(&self, step: u64, is_here: impl Fn(ConnectionId) -> bool) -> Option<(u64, Duration)> {
         let newest = self.sets.last().filter(|held| held.set.step > step)?;
         let is_there = |holders: &BTreeSet<ConnectionId>| holders.iter().any(|&holder| is_here(holder));
         if newest.holders.iter().all(is_there) {
@@ -414,7 +404,7 @@ impl Snapshots {
     }
 
     /// None is needed any more. Whether there may be any.
-    pub(in crate::core) fn give_up(&mut self) -> bool {
+    pub(super) fn give_up(&mut self) -> bool {
         let had = self.making.is_some() || !self.sets.is_empty();
         (self.sets, self.making) = (Vec::new(), None);
         had
