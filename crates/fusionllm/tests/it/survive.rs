@@ -74,6 +74,8 @@ fn what_a_lost_machine_held_is_at_its_guardian() {
     let notices = cluster.finish("");
     let told: Vec<&String> = notices.iter().filter(|text| text.contains("`b` vanished")).collect();
     assert!(told.len() == 1 && told[0].contains("goes on from the snapshots of step"), "{notices:?}");
+    // What it had on its own disk is given up when it is back.
+    let _back = join(&cluster.bench, &cluster.ticket, "b");
     wait_until(|| cluster.snapshots_left() == 0, "what is not needed any more is gone");
 }
 
