@@ -30,5 +30,7 @@ pub use files::write_atomic;
 pub use model::{LoadedModel, ModelNote, load_model, load_model_dir, model_tokenizer, read_model};
 pub use report::RunReport;
 pub use resume::{Resumption, find_resumption, holds_run, is_of_a_run, newest_checkpoint, resumed_job};
-pub use run_dir::{PlacementFile, StageSummary, check_run_folders, default_run_dir, free_run_dir, is_free};
+pub use run_dir::{
+    PlacementFile, SNAPSHOT_FOLDER, StageSummary, check_run_folders, default_run_dir, free_run_dir, is_free,
+};
 pub use server::{Broker, BrokerConfig, JobEvents, Submitted};

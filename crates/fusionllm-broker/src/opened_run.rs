@@ -8,7 +8,9 @@ use crate::BrokerError;
 use crate::checkpoint::{Abandoned, ShardPlace, abandon, checkpoints_of, free_name, recover, remove_partial, steps_in};
 use crate::files::{io_error, write_atomic};
 use crate::metrics::{copy_after, each_line};
-use crate::run_dir::{CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart};
+use crate::run_dir::{
+    CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart, is_of_snapshots,
+};
 
 /// What a folder may have in it that nobody uses: our lock, and what a new disk comes with.
 const EMPTY: [&str; 2] = [FolderLock::FILE, "lost+found"];
@@ -211,7 +213,7 @@ impl RunDir {
         }
         let entries = std::fs::read_dir(folder).map_err(|e| io_error(folder, e))?;
         let mut others: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-        others.retain(|path| !EMPTY.iter().any(|name| path.ends_with(name)));
+        others.retain(|path| !EMPTY.iter().any(|name| path.ends_with(name)) && !is_of_snapshots(path));
         others.sort();
         for path in others {
             if is_other(&path)? {

@@ -208,17 +208,26 @@ fn check_writable(folder: &Path) -> Result<(), BrokerError> {
     }
 }
 
-/// Whether nothing would be overwritten there; the lock of a run that did not begin is nothing.
+/// How the folder begins in which the CompNodes of `train` keep snapshots, beside the run or in its still empty folder.
+pub const SNAPSHOT_FOLDER: &str = ".fusionllm-snapshots-";
+
+/// Whether a path is such a folder, which is gone when `train` ends.
+pub(crate) fn is_of_snapshots(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(SNAPSHOT_FOLDER))
+}
+
+/// Whether nothing would be overwritten there; the lock of a run that did not begin is nothing, and neither are snapshots.
 ///
 /// # Errors
 /// [`BrokerError::Io`] if that cannot be told now, as with too many open files.
 pub fn is_free(path: &Path) -> Result<bool, BrokerError> {
-    let is_lock =
-        |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == FolderLock::FILE);
+    let is_nothing = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.is_ok_and(|entry| entry.file_name() == FolderLock::FILE || is_of_snapshots(&entry.path()))
+    };
     let Some(mut entries) = if_usable(std::fs::read_dir(path)).map_err(|e| io_error(path, e))? else {
         return Ok(!path.exists());
     };
-    match entries.all(is_lock).then(|| FolderLock::check(path)) {
+    match entries.all(is_nothing).then(|| FolderLock::check(path)) {
         Some(Err(error)) if error.is_shortage() => Err(error),
         checked => Ok(checked.is_some_and(|checked| checked.is_ok())),
     }
@@ -259,6 +268,7 @@ mod tests {
     #[test]
     fn only_a_missing_or_empty_folder_is_free() {
         let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(format!("{SNAPSHOT_FOLDER}x"))).unwrap();
         assert!(is_free(folder.path()).unwrap());
         assert!(is_free(&folder.path().join("none")).unwrap());
         write_atomic(&folder.path().join("x"), b"").unwrap();

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use fusionllm_broker::{
-    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, Submitted, check_run_folders, default_run_dir,
-    find_resumption, free_run_dir, holds_run, is_free, load_model, model_tokenizer, newest_checkpoint, read_cluster,
-    resumed_job,
+    Broker, BrokerConfig, BrokerError, ResumedBy, Resumption, RunReport, SNAPSHOT_FOLDER, Submitted, check_run_folders,
+    default_run_dir, find_resumption, free_run_dir, holds_run, is_free, load_model, model_tokenizer, newest_checkpoint,
+    read_cluster, resumed_job,
 };
 use fusionllm_compnode::{Corpus, Tokenizer, check_run_room, open_device};
 use fusionllm_planner::{Cluster, place};
@@ -203,7 +203,7 @@ async fn train(args: &cli::Train, checked: &Checked, from: Option<Resumption>, b
         render::line(&format!("starting {} CompNode processes on this machine", checked.compnodes))?;
     }
     // Those of a process that ends stay there for the one that takes its place.
-    let snapshots = tempfile::Builder::new().prefix(".fusionllm-snapshots-").tempdir_in(checked.scratch());
+    let snapshots = tempfile::Builder::new().prefix(SNAPSHOT_FOLDER).tempdir_in(checked.scratch());
     let no_folder = || format!("{}: no folder for snapshots can be made there", checked.scratch().display());
     let snapshots = snapshots.map_err(without_temporary_name).with_context(no_folder)?;
     let home = checked.home(snapshots.path());

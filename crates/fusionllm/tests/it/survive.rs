@@ -118,7 +118,11 @@ fn a_process_that_is_started_again_goes_on_bit_for_bit() {
     let sets = "--set train.steps=1200 --set train.batch=8 --set checkpoint.every=0 --set survive.every=10 \
                 --set placement.strategy=equal-compute --set train.eval_every=0";
     let bench = Bench::new();
-    let mut train = bench.start(&format!("train job.toml --compnodes 2 --out run --json {sets}"));
+    // Folders that are there, and empty, will do.
+    std::fs::create_dir(bench.path("run")).unwrap();
+    std::fs::create_dir(bench.path("kept")).unwrap();
+    let kept = format!("--set checkpoint.to={}", bench.path("kept").display());
+    let mut train = bench.start(&format!("train job.toml --compnodes 2 --out run --json {sets} {kept}"));
     for _ in 0..3 {
         for _ in 0..40 {
             train.wait_for("\"event\":\"step\"");
@@ -138,7 +142,9 @@ fn a_process_that_is_started_again_goes_on_bit_for_bit() {
     assert_eq!(notices.matches("goes on from the snapshots of step").count(), 3, "{notices}");
     bench.succeed(&format!("train job.toml --compnodes 2 --out calm {sets}"));
     assert_eq!(losses(&bench.path("run")), losses(&bench.path("calm")));
-    let hidden = std::fs::read_dir(bench.path("")).unwrap().flatten();
+    assert!(bench.path("kept/step-1200/manifest.json").is_file(), "nobody else uses it");
+    let hidden =
+        ["", "run", "kept"].into_iter().flat_map(|name| std::fs::read_dir(bench.path(name)).unwrap().flatten());
     let left: Vec<_> = hidden.filter(|e| e.file_name().to_string_lossy().starts_with(".fusionllm")).collect();
     assert!(left.is_empty(), "{left:?}");
 }
