@@ -67,7 +67,8 @@ fn a_plan_on_a_cluster_predicts_and_draws() {
 fn a_plan_says_what_failures_leave_of_the_time() {
     let bench = bench();
     let share = |more: &str| {
-        let plan = format!("plan job.toml --cluster cluster.toml --json {more}");
+        let long = "--set train.steps=4000 --set checkpoint.every=1000";
+        let plan = format!("plan job.toml --cluster cluster.toml --json {long} {more}");
         let json: Value = serde_json::from_str(&bench.succeed(&plan)).unwrap();
         let survival = &json["survival"];
         let number = |value: &Value| value.as_f64().unwrap();
