@@ -9,8 +9,9 @@ use fusionllm_protocol::{Generation, JobSpec, Manifest, RunId, ShardEntry};
 use fusionllm_transport::sync_folder;
 use safetensors::tensor::Dtype;
 
+use super::find::loss_of;
 use super::names::{ABANDONED, ASIDE, LEFTOVER, MANIFEST, free_name, partial_folder, shard_name, step_name, step_of};
-use super::place::{Found, brief_of, checkpoints_of, is_of};
+use super::place::{Found, checkpoints_of, is_of};
 use super::remove::remove;
 use super::tensor_file::TensorFile;
 use super::{Origin, Removal, StoredShard, tensor_set};
@@ -246,7 +247,7 @@ impl Course {
 }
 
 /// Drops all but the newest `keep` checkpoints of a run; 0 keeps all. If none of these is known to be good, the newest
-/// that is stays too.
+/// that is stays too; if none is at all, that of the lowest loss.
 pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
     let mut pruned = Pruned::default();
     if keep == 0 {
@@ -259,16 +260,21 @@ pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
             return pruned;
         }
     };
-    let is_good = |f: &Found| {
-        let loss = || brief_of(&f.path).ok().flatten().and_then(|brief| brief.loss);
-        f.step <= course.vouched && loss().is_none_or(|loss| !has_exploded(loss, course.lowest))
-    };
+    let loss = |f: &Found| loss_of(&f.path);
+    let is_good = |f: &Found| f.step <= course.vouched && loss(f).is_none_or(|loss| !has_exploded(loss, course.lowest));
     let (newest, older) = found.split_at(found.len().min(keep as usize));
-    let mut spared = newest.iter().any(is_good);
-    for old in older.iter().filter(|f| f.is_certain) {
-        if !spared && is_good(old) {
-            spared = true;
-        } else if pruned.removal.remove(&old.path) {
+    let ours = || older.iter().filter(|f| f.is_certain);
+    let spared = if newest.iter().any(is_good) {
+        None
+    } else {
+        // Where the loss has risen slowly, no checkpoint may be known to be good.
+        let lowest_of_newest = newest.iter().filter_map(loss).fold(f64::INFINITY, f64::min);
+        let with_loss = ours().filter_map(|f| Some((f, loss(f)?)));
+        let lowest = with_loss.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|(_, loss)| *loss < lowest_of_newest);
+        ours().find(|f| is_good(f)).or(lowest.map(|(f, _)| f)).map(|f| f.step)
+    };
+    for old in ours().filter(|f| Some(f.step) != spared) {
+        if pruned.removal.remove(&old.path) {
             pruned.dropped.push(old.step);
         }
     }

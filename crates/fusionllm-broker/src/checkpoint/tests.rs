@@ -181,6 +181,20 @@ fn a_good_checkpoint_outlives_those_of_a_loss_that_has_exploded() {
 }
 
 #[test]
+fn the_lowest_loss_outlives_a_slow_explosion_before_any_good_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut course = Course::default();
+    course.step(1, 3.0, None);
+    for (step, loss) in [(2, 5.5), (3, 6.0), (4, 8.0), (5, 30.0), (6, 1e12)] {
+        course.step(step, loss, None);
+        make_of(folder.path(), 1, step, loss);
+        prune(&home(folder.path(), 1), 1, course);
+    }
+    assert_eq!(course.vouched, 0, "all of them have exploded");
+    assert_eq!(steps(folder.path()), [2, 6]);
+}
+
+#[test]
 fn two_runs_in_one_folder_leave_each_other_alone() {
     let folder = tempfile::tempdir().unwrap();
     for step in [2, 4, 6] {
