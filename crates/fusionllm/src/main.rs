@@ -20,6 +20,10 @@ use clap::Parser;
 #[global_allocator]
 static ALLOCATOR: fusionllm_compnode::Allocator = fusionllm_compnode::Allocator;
 
+/// Files that the runtime opens at its start: two to wait for events, three for signals.
+#[cfg(unix)]
+const RUNTIME_FILES: usize = 5;
+
 fn main() -> ExitCode {
     fusionllm_compnode::keep_freed_memory();
     let cli = match cli::Cli::try_parse() {
@@ -34,7 +38,7 @@ fn main() -> ExitCode {
     let log = tracing_subscriber::fmt().log_internal_errors(false);
     log.with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     std::panic::set_hook(Box::new(report_panic));
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match start_runtime() {
         Ok(runtime) => runtime,
         Err(error) => return exit::failed(&anyhow::Error::new(error).context("cannot start the async runtime"), false),
     };
@@ -51,6 +55,18 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::failed(&error, only_tells),
     }
+}
+
+/// Without the few open files that it needs, the runtime would panic.
+fn start_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    #[cfg(unix)]
+    {
+        use std::os::fd::AsFd;
+        let stderr = std::io::stderr();
+        let needed = (0..RUNTIME_FILES).map(|_| stderr.as_fd().try_clone_to_owned());
+        needed.collect::<std::io::Result<Vec<_>>>()?;
+    }
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }
 
 /// A file that may not grow any more, by `ulimit -f`, is an error for whoever writes it, as a full disk is. Without a handler

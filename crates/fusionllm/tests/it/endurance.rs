@@ -108,11 +108,10 @@ fn too_many_open_files_are_named_as_such() {
     let bench = Bench::new();
     bench.succeed("train job.toml --out run --compnodes 1");
     let mut seen = 0;
-    // The asynchronous runtime itself needs some.
     for (line, limits) in [
         ("export run hf", 10..24),
         ("generate run --prompt a --tokens 1", 10..24),
-        ("plan job.toml", 10..24),
+        ("plan job.toml", 6..24),
         ("train --resume run --compnodes 1 --set train.steps=9", 12..40),
         ("train job.toml --compnodes 1 --out other", 12..40),
     ] {
