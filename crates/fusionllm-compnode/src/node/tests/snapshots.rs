@@ -95,14 +95,18 @@ async fn a_snapshot_that_is_gone_fails_the_placement_and_says_so() {
     let key = snapshot.id.key;
     let other = Snapshot { hash: [0; 32], ..snapshot };
     broker.assign(from_snapshot(&house, other, None)).await;
-    let reason = loop {
+    let (mut told, gone) = (None, "the snapshot of step 3: it is not here any more");
+    let failed = loop {
         match broker.hear().await {
             FromCompNode::Failed { reason, bad_input, .. } => break (reason, bad_input),
             FromCompNode::Finished { key: of } => assert_eq!(of, key),
+            FromCompNode::SnapshotFailed { id, is_late, reason } => told = Some((id, is_late, reason)),
             message => panic!("{message:?}"),
         }
     };
-    assert_eq!(reason, ("the snapshot of step 3: it is not here any more".to_owned(), false));
+    assert_eq!(failed, (gone.to_owned(), false));
+    // So that no other placement begins with it.
+    assert_eq!(told, Some((snapshot.id, false, gone.to_owned())));
     house.compnode.abort();
 }
 
