@@ -518,8 +518,10 @@ async fn a_part_whose_shard_has_no_place_fails_before_it_trains() {
 /// A disk that takes no shard costs the checkpoint, and training goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_that_cannot_be_written_is_reported() {
-    let scratch = tempfile::tempdir().unwrap();
-    let house = House::with(None, Patience::default(), scratch.path().to_owned()).await;
+    let outside = tempfile::tempdir().unwrap();
+    let place = outside.path().join("scratch");
+    std::fs::create_dir(&place).unwrap();
+    let house = House::with(None, Patience::default(), place.clone()).await;
     let mut broker = house.admit().await;
     let dag = dag(256);
     let mut spec = spec(house.folder.path(), "steps = 2");
@@ -527,8 +529,9 @@ async fn a_shard_that_cannot_be_written_is_reported() {
     let job = assignment(spec, &dag, 1, WeightSource::Seed(1));
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
-    let place = scratch.path().to_owned();
-    drop(scratch);
+    // A folder that is only gone would be made again.
+    std::fs::remove_dir_all(&place).unwrap();
+    std::fs::write(&place, b"a file").unwrap();
     broker.say(FromBroker::Start { key: key(1) }).await;
     let (mut steps, mut failed) = (0, Vec::new());
     while failed.len() < 2 {
