@@ -268,10 +268,13 @@ pub(crate) fn prune(home: &RunHome, keep: u32, course: Course) -> Pruned {
         None
     } else {
         // Where the loss has risen slowly, no checkpoint may be known to be good.
-        let lowest_of_newest = newest.iter().filter_map(loss).fold(f64::INFINITY, f64::min);
-        let with_loss = ours().filter_map(|f| Some((f, loss(f)?)));
-        let lowest = with_loss.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|(_, loss)| *loss < lowest_of_newest);
-        ours().find(|f| is_good(f)).or(lowest.map(|(f, _)| f)).map(|f| f.step)
+        let of_lowest_loss = || {
+            let lowest_of_newest = newest.iter().filter_map(loss).fold(f64::INFINITY, f64::min);
+            let with_loss = ours().filter_map(|f| Some((f, loss(f)?)));
+            let lowest = with_loss.min_by(|a, b| a.1.total_cmp(&b.1));
+            lowest.filter(|(_, loss)| *loss < lowest_of_newest).map(|(f, _)| f)
+        };
+        ours().find(|f| is_good(f)).or_else(of_lowest_loss).map(|f| f.step)
     };
     for old in ours().filter(|f| Some(f.step) != spared) {
         if pruned.removal.remove(&old.path) {
