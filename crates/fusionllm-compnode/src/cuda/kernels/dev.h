@@ -24,6 +24,8 @@ DEV float shfl_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEV double shfl_xor(double v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEV u32 shfl_xor(u32 v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEV float shfl(float v, int lane) { return __shfl_sync(~0u, v, lane); }
+// 2^v, to 2 units in the last place; results below 2^-126 are 0.
+DEV float exp2_fast(float v) { float r; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(v)); return r; }
 #if __CUDA_ARCH__ >= 800
 // Two floats to bf16, rounded to nearest even; `lo` in the lower half.
 DEV u32 pack(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
@@ -92,14 +94,51 @@ DEV Words4 pack16(const float* v, const u16*) {
 template <class T> DEV Words4 raw16(const T* p) { check16(p); return *(const Words4*)p; }
 template <class T> DEV void load16(float* v, const T* p) { unpack16(v, raw16(p), p); }
 template <class T> DEV void store16(T* p, const float* v) { check16(p); *(Words4*)p = pack16(v, p); }
-// Four elements: 16 bytes of f32, 8 of bf16.
-DEV void load4(float* v, const float* p) { load16(v, p); }
-DEV void load4(float* v, const u16* p) {
-    Words2 r = *(const Words2*)p;
-    v[0] = lo_bf16(r.w[0]); v[1] = hi_bf16(r.w[0]); v[2] = lo_bf16(r.w[1]); v[3] = hi_bf16(r.w[1]);
+// N elements: one, four, or a multiple of 16 bytes. The address must be a multiple of the bytes of one access.
+template <int N> DEV void load(float* v, const float* p) {
+    if constexpr (N == 1) v[0] = *p;
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 4) load16(v + i, p + i);
 }
-DEV void store4(float* p, const float* v) { store16(p, v); }
-DEV void store4(u16* p, const float* v) { *(Words2*)p = Words2{{pack(v[0], v[1]), pack(v[2], v[3])}}; }
+template <int N> DEV void load(float* v, const u16* p) {
+    if constexpr (N == 1) v[0] = get(*p);
+    else if constexpr (N == 4) {
+        Words2 r = *(const Words2*)p;
+        v[0] = lo_bf16(r.w[0]); v[1] = hi_bf16(r.w[0]); v[2] = lo_bf16(r.w[1]); v[3] = hi_bf16(r.w[1]);
+    } else
+#pragma unroll
+        for (int i = 0; i < N; i += 8) load16(v + i, p + i);
+}
+template <int N> DEV void store(float* p, const float* v) {
+    if constexpr (N == 1) *p = v[0];
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 4) store16(p + i, v + i);
+}
+template <int N> DEV void store(u16* p, const float* v) {
+    if constexpr (N == 1) put(p, v[0]);
+    else if constexpr (N == 4) *(Words2*)p = Words2{{pack(v[0], v[1]), pack(v[2], v[3])}};
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 8) store16(p + i, v + i);
+}
+// Calls f(Width<N>(), column) for the columns of a row that this thread takes, N = 16 bytes of T at a time where rows of
+// `columns` elements are aligned, else one. `lane` of `lanes` threads.
+template <int N> struct Width { static constexpr int n = N; };
+template <class T, class F> DEV void each_column(u32 columns, u32 lane, u32 lanes, const F& f) {
+    constexpr int N = Per16<T>::n;
+    if (columns % N == 0)
+        for (u32 c = lane * N; c < columns; c += lanes * N) f(Width<N>(), c);
+    else
+        for (u32 c = lane; c < columns; c += lanes) f(Width<1>(), c);
+}
+
+// e^v: to the last bits for f32, by the fast instruction (1e-6) where the result goes to bf16.
+template <class T> DEV float exp_for(float v) {
+    if constexpr (sizeof(T) == 2) return __expf(v);
+    else return expf(v);
+}
 
 // Sum and maximum over a warp, the same in every lane.
 template <class F> DEV F warp_sum(F v) {
@@ -111,4 +150,70 @@ DEV float warp_max(float v) {
 #pragma unroll
     for (int m = 16; m; m >>= 1) v = fmaxf(v, shfl_xor(v, m));
     return v;
+}
+
+#if defined(EMU) || __CUDA_ARCH__ >= 800
+// Tiles of bf16 in shared memory for mma: rows of D values (32, 64 or 128), each row's 16-byte chunks in an order that depends on
+// the row, so that eight rows of one chunk column lie in different banks. A tile must start at a multiple of 16 rows' bytes or 128.
+template <int D> DEV int tile_index(int row, int chunk) {
+    return row * D + ((chunk ^ (D >= 64 ? row & 7 : (row >> 1) & 3)) << 3);
+}
+// Starts copying ROWS rows of a tensor, from row `first`; rows from `end` on become zeros. `stride` is in values.
+template <int D, int ROWS, int THREADS> DEV void copy_tile(u16* tile, const u16* g, size_t stride, int first, int end) {
+    constexpr int CHUNKS = D / 8;
+#pragma unroll
+    for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
+        int at = i + (int)threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+        bool valid = first + row < end;
+        if (ROWS * CHUNKS % THREADS == 0 || at < ROWS * CHUNKS)
+            cp16z(tile + tile_index<D>(row, chunk), g + (size_t)(valid ? first + row : 0) * stride + chunk * 8, valid);
+    }
+}
+// Fragments of mma from 16 rows of a tile, columns 16k..16k+16. `lane_*` is the lane's place, the same for all of a kernel.
+//   load_a: the rows are the rows of a.   load_b: the rows are the columns of two b (b[0..2], b[2..4]).
+//   load_b_rows: the rows are the rows of two b, columns 16k..16k+8 and 16k+8..16k+16.
+template <int D> DEV int lane_a(int lane) { return tile_index<D>(lane & 15, lane >> 4); }
+template <int D> DEV int lane_b(int lane) { return tile_index<D>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1); }
+DEV void load_a(u32* a, const u16* rows, int lane_a, int k) { ldm4(a, rows + (lane_a ^ (k * 16))); }
+DEV void load_b(u32* b, const u16* rows, int lane_b, int k) { ldm4(b, rows + (lane_b ^ (k * 16))); }
+DEV void load_b_rows(u32* b, const u16* rows, int lane_a, int k) { ldm4t(b, rows + (lane_a ^ (k * 16))); }
+// An accumulator c of mma holds rows mma_row(lane, i) and columns mma_column(lane, i) in c[i].
+DEV int mma_row(int lane, int i) { return lane / 4 + (i >> 1) * 8; }
+DEV int mma_column(int lane, int i) { return lane % 4 * 2 + (i & 1); }
+// Two accumulators side by side (16x16), rounded to bf16, as the next product's a.
+DEV void accumulators_to_a(u32* a, const float* left, const float* right) {
+    a[0] = pack(left[0], left[1]);
+    a[1] = pack(left[2], left[3]);
+    a[2] = pack(right[0], right[1]);
+    a[3] = pack(right[2], right[3]);
+}
+// Writes 16 rows of D accumulated values times a factor for each half of them, rounded to bf16, by way of 16 rows of a tile that only
+// this warp uses; the rows from `end` on are not written.
+template <int D> DEV void store_rows(const float (*acc)[4], float factor0, float factor1, u16* rows, u16* g, size_t stride, int first, int end) {
+    constexpr int CHUNKS = D / 8;
+    int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < CHUNKS; n++) {
+        *(u32*)(rows + tile_index<D>(lane / 4, n) + lane % 4 * 2) = pack(acc[n][0] * factor0, acc[n][1] * factor0);
+        *(u32*)(rows + tile_index<D>(lane / 4 + 8, n) + lane % 4 * 2) = pack(acc[n][2] * factor1, acc[n][3] * factor1);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < 16 * CHUNKS; i += 32) {
+        int row = i / CHUNKS, chunk = i % CHUNKS;
+        if (first + row < end) *(Words4*)(g + (size_t)(first + row) * stride + chunk * 8) = *(const Words4*)(rows + tile_index<D>(row, chunk));
+    }
+}
+#endif
+// Sum over a block, the same in every thread, added in the same order always. `shared` has one place a warp and must not be in
+// use: a barrier lies between two uses of it.
+template <int THREADS, class F> DEV F block_sum(F v, F* shared) {
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    F sum = shared[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / 32; i++) sum += shared[i];
+    return sum;
 }

@@ -200,6 +200,7 @@ template <class V> DEV V shfl_xor(V v, int mask) { return emu::exchange(v, emu::
 template <class V> DEV V shfl(V v, int lane) { return emu::exchange(v, lane); }
 #define __expf expf  // the C library has hidden functions of these names
 #define __logf logf
+DEV float exp2_fast(float v) { return exp2f(v); }
 DEV float __fdividef(float x, float y) { return x / y; }
 DEV float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 template <class V> DEV V min(V x, V y) { return y < x ? y : x; }

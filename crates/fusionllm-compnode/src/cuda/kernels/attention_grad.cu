@@ -1,0 +1,307 @@
+#include "dev.h"
+
+// Gradients of attention.cu's attention, bf16, from sm_80 (FlashAttention-2: Dao, arXiv 2307.08691). The probabilities are computed
+// again from the log-sum-exp that the forward kept: p = exp(q k^T * scale - lse), ds = p * (d_out v^T - dot), and then
+// d_v = p^T d_out, d_k = ds^T q * scale, d_q = ds k * scale. Keys and queries have a kernel each: every sum has a fixed order, at the
+// price of computing p and ds twice.
+//
+// Tiles (threads a block: 128; shared memory at most 48 KB):
+//   attention_dot      grid = ceil(batch * seq * heads * D / 1024)
+//   attention_kv_grad  grid = (ceil(seq / 64), batch * heads), 64 keys a block
+//   attention_q_grad   grid = (ceil(seq / 64), batch * heads), 64 queries a block
+struct attention_dot_args {
+    const u16* out;    // [batch, seq, heads, D]
+    const u16* d_out;  // the same
+    float* dot;        // [batch, heads, seq]
+    u32 batch, seq, heads;
+};
+using attention_dot_bf16_d32_args = attention_dot_args;
+using attention_dot_bf16_d64_args = attention_dot_args;
+using attention_dot_bf16_d128_args = attention_dot_args;
+struct attention_grad_args {
+    const u16* qkv;    // [batch, seq, 3, heads, D]
+    const u16* d_out;  // [batch, seq, heads, D]
+    const float* lse;  // [batch, heads, seq]
+    const float* dot;  // the same
+    u16* d_qkv;        // [batch, seq, 3, heads, D]: attention_kv_grad writes parts 1 and 2, attention_q_grad part 0
+    u32 batch, seq, heads, causal;
+    float scale;       // positive
+};
+using attention_kv_grad_bf16_d32_args = attention_grad_args;
+using attention_kv_grad_bf16_d64_args = attention_grad_args;
+using attention_kv_grad_bf16_d128_args = attention_grad_args;
+using attention_q_grad_bf16_d32_args = attention_grad_args;
+using attention_q_grad_bf16_d64_args = attention_grad_args;
+using attention_q_grad_bf16_d128_args = attention_grad_args;
+
+constexpr float LOG2_E = 1.44269504f;
+
+// dot[b, h, s] = sum of out * d_out over a head's values: what softmax's gradient subtracts. D / 8 lanes have a row, 16 bytes each.
+template <int D> DEV void attention_dot(const attention_dot_args& a) {
+    constexpr int LANES = D / 8;
+    const size_t row = ((size_t)blockIdx.x * 128 + threadIdx.x) / LANES;
+    const bool valid = row < (size_t)a.batch * a.seq * a.heads;
+    float sum = 0.f;
+    if (valid) {
+        size_t at = row * D + threadIdx.x % LANES * 8;
+        float x[8], y[8];
+        load16(x, a.out + at);
+        load16(y, a.d_out + at);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += x[i] * y[i];
+    }
+#pragma unroll
+    for (int m = LANES / 2; m; m >>= 1) sum += shfl_xor(sum, m);
+    if (valid && threadIdx.x % LANES == 0) {
+        size_t head = row % a.heads, position = row / a.heads;
+        a.dot[(position / a.seq * a.heads + head) * a.seq + position % a.seq] = sum;
+    }
+}
+KERNEL(attention_dot_bf16_d32, attention_dot_bf16_d32_args, 128) { attention_dot<32>(a); }
+KERNEL(attention_dot_bf16_d64, attention_dot_bf16_d64_args, 128) { attention_dot<64>(a); }
+KERNEL(attention_dot_bf16_d128, attention_dot_bf16_d128_args, 128) { attention_dot<128>(a); }
+
+// acc[n] (16 rows, 8 columns each) += the 16 rows whose fragments are a[0..D/16], times COLUMNS rows of a tile, transposed.
+template <int D, int COLUMNS> DEV void add_dots(float (*acc)[4], const u32 (*a)[4], const u16* tile, int at_b) {
+#pragma unroll
+    for (int c = 0; c < D / 16; c++)
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 16; n++) {
+            u32 b[4];
+            load_b(b, tile + n * 16 * D, at_b, c);
+            mma(acc[2 * n], a[c], b);
+            mma(acc[2 * n + 1], a[c], b + 2);
+        }
+}
+// The same with the 16 rows in shared memory.
+template <int D, int COLUMNS> DEV void add_dots(float (*acc)[4], const u16* rows, int at_a, const u16* tile, int at_b) {
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+        u32 a[4];
+        load_a(a, rows, at_a, c);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 16; n++) {
+            u32 b[4];
+            load_b(b, tile + n * 16 * D, at_b, c);
+            mma(acc[2 * n], a, b);
+            mma(acc[2 * n + 1], a, b + 2);
+        }
+    }
+}
+// acc (16 rows, D columns) += p (16 rows, INNER columns, rounded to bf16) times INNER rows of a tile.
+template <int D, int INNER> DEV void add_product(float (*acc)[4], const float (*p)[4], const u16* tile, int at_a) {
+#pragma unroll
+    for (int c = 0; c < INNER / 16; c++) {
+        u32 a[4];
+        accumulators_to_a(a, p[2 * c], p[2 * c + 1]);
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            u32 b[4];
+            load_b_rows(b, tile + c * 16 * D, at_a, n);
+            mma(acc[2 * n], a, b);
+            mma(acc[2 * n + 1], a, b + 2);
+        }
+    }
+}
+
+// d_k and d_v of 64 keys of one head. A warp has 16 keys and computes transposed, keys by queries, so that p^T and ds^T come out of
+// one product as the next one needs them. All warps go over the same tiles of QUERIES queries, of which the next is copied while one
+// is computed with. IN_REGISTERS says whether the warp's rows of k and v stay there, or are read from shared memory for each tile.
+template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(const attention_grad_args& a) {
+    constexpr int THREADS = 128, KEYS = 64;
+    static_assert(QUERIES <= 32, "a lane keeps the log-sum-exp of one query");
+    __shared__ __align__(128) u16 k_tile[KEYS * D];
+    __shared__ __align__(128) u16 v_tile[KEYS * D];
+    __shared__ __align__(128) u16 q_tile[2][QUERIES * D];
+    __shared__ __align__(128) u16 g_tile[2][QUERIES * D];  // d_out
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int seq = (int)a.seq, heads = (int)a.heads;
+    const int batch = (int)blockIdx.y / heads, head = (int)blockIdx.y % heads;
+    // With a causal mask the first keys have the most queries, and their blocks start first.
+    const int first_key = (int)blockIdx.x * KEYS, warp_key = first_key + warp * 16;
+    const int first_tile = a.causal ? first_key / QUERIES : 0, tiles = (seq + QUERIES - 1) / QUERIES;
+    const size_t stride = (size_t)3 * heads * D, part = (size_t)heads * D;
+    const size_t start = (size_t)batch * seq * stride + (size_t)head * D;
+    const u16* q = a.qkv + start;
+    const u16* g = a.d_out + (size_t)batch * seq * part + (size_t)head * D;
+    const float* lse = a.lse + (size_t)blockIdx.y * seq;
+    const float* dot = a.dot + (size_t)blockIdx.y * seq;
+    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
+    u16* const my_k = k_tile + warp * 16 * D;
+    u16* const my_v = v_tile + warp * 16 * D;
+    const float scale = a.scale * LOG2_E;
+
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    u32 ka[IN_REGISTERS ? D / 16 : 1][4], va[IN_REGISTERS ? D / 16 : 1][4];
+
+    copy_tile<D, KEYS, THREADS>(k_tile, q + part, stride, first_key, seq);
+    copy_tile<D, KEYS, THREADS>(v_tile, q + 2 * part, stride, first_key, seq);
+    copy_tile<D, QUERIES, THREADS>(q_tile[first_tile & 1], q, stride, first_tile * QUERIES, seq);
+    copy_tile<D, QUERIES, THREADS>(g_tile[first_tile & 1], g, part, first_tile * QUERIES, seq);
+    cp_commit();
+    const int lane_query = lane % QUERIES;
+    int at = min(first_tile * QUERIES + lane_query, seq - 1);
+    float next_lse = lse[at], next_dot = dot[at];
+    for (int i = first_tile; i < tiles; i++) {
+        // After the barrier tile i is there for all warps, and none reads tile i-1 any more.
+        cp_wait<0>();
+        __syncthreads();
+        const float my_lse = next_lse * LOG2_E, my_dot = next_dot;
+        if (i + 1 < tiles) {
+            copy_tile<D, QUERIES, THREADS>(q_tile[(i + 1) & 1], q, stride, (i + 1) * QUERIES, seq);
+            copy_tile<D, QUERIES, THREADS>(g_tile[(i + 1) & 1], g, part, (i + 1) * QUERIES, seq);
+            cp_commit();
+            at = min((i + 1) * QUERIES + lane_query, seq - 1);
+            next_lse = lse[at];
+            next_dot = dot[at];
+        }
+        if (IN_REGISTERS && i == first_tile) {
+#pragma unroll
+            for (int c = 0; c < D / 16; c++) {
+                load_a(ka[IN_REGISTERS ? c : 0], my_k, at_a, c);
+                load_a(va[IN_REGISTERS ? c : 0], my_v, at_a, c);
+            }
+        }
+        const u16* qt = q_tile[i & 1];
+        const u16* gt = g_tile[i & 1];
+        const int first_query = i * QUERIES;
+        if (warp_key >= seq || (a.causal && first_query + QUERIES <= warp_key)) continue;
+
+        float p[QUERIES / 8][4] = {}, ds[QUERIES / 8][4];
+        if constexpr (IN_REGISTERS) add_dots<D, QUERIES>(p, ka, qt, at_b);
+        else add_dots<D, QUERIES>(p, my_k, at_a, qt, at_b);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+            float l[2], d[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                l[i] = shfl(my_lse, n * 8 + mma_column(lane, i));
+                d[i] = shfl(my_dot, n * 8 + mma_column(lane, i));
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                p[n][i] = exp2_fast(p[n][i] * scale - l[i & 1]);
+                ds[n][i] = -d[i & 1];
+            }
+        }
+        // Only tiles on the diagonal and the last one have queries to hide.
+        if (first_query + QUERIES > seq || (a.causal && first_query < warp_key + 15)) {
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int query = first_query + n * 8 + mma_column(lane, i), key = warp_key + mma_row(lane, i);
+                    if (query >= seq || (a.causal && key > query)) p[n][i] = 0.f;
+                }
+        }
+        add_product<D, QUERIES>(dv, p, gt, at_a);
+        if constexpr (IN_REGISTERS) add_dots<D, QUERIES>(ds, va, gt, at_b);
+        else add_dots<D, QUERIES>(ds, my_v, at_a, gt, at_b);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[n][i] *= p[n][i];
+        add_product<D, QUERIES>(dk, ds, qt, at_a);
+    }
+    if (warp_key >= seq) return;
+    store_rows<D>(dk, a.scale, a.scale, my_k, a.d_qkv + start + part, stride, warp_key, seq);
+    store_rows<D>(dv, 1.f, 1.f, my_v, a.d_qkv + start + 2 * part, stride, warp_key, seq);
+}
+KERNEL_RESIDENT(attention_kv_grad_bf16_d32, attention_kv_grad_bf16_d32_args, 128, 3) { attention_kv_grad<32, 32, true>(a); }
+KERNEL_RESIDENT(attention_kv_grad_bf16_d64, attention_kv_grad_bf16_d64_args, 128, 3) { attention_kv_grad<64, 32, true>(a); }
+KERNEL_RESIDENT(attention_kv_grad_bf16_d128, attention_kv_grad_bf16_d128_args, 128, 2) { attention_kv_grad<128, 16, false>(a); }
+
+// d_q of QUERIES queries of one head: a warp has STRIPS * 16 of them, whose rows of q and d_out stay in registers; all warps go over
+// the same tiles of keys, of which the next is copied while one is computed with.
+template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention_grad_args& a) {
+    constexpr int THREADS = 128, ROWS = 16 * STRIPS, QUERIES = THREADS / 32 * ROWS;
+    __shared__ __align__(128) u16 q_tile[QUERIES * D];
+    __shared__ __align__(128) u16 g_tile[QUERIES * D];  // d_out
+    __shared__ __align__(128) u16 k_tile[2][KEYS * D];
+    __shared__ __align__(128) u16 v_tile[2][KEYS * D];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int seq = (int)a.seq, heads = (int)a.heads;
+    const int batch = (int)blockIdx.y / heads, head = (int)blockIdx.y % heads;
+    // With a causal mask the last queries have the most keys: they go first.
+    const int first_query = (int)(gridDim.x - 1 - blockIdx.x) * QUERIES, warp_query = first_query + warp * ROWS;
+    const int keys = a.causal ? min(first_query + QUERIES, seq) : seq, tiles = (keys + KEYS - 1) / KEYS;
+    const size_t stride = (size_t)3 * heads * D, part = (size_t)heads * D;
+    const size_t start = (size_t)batch * seq * stride + (size_t)head * D;
+    const u16* q = a.qkv + start;
+    const u16* k = q + part;
+    const u16* v = k + part;
+    const u16* g = a.d_out + (size_t)batch * seq * part + (size_t)head * D;
+    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
+    u16* const my_q = q_tile + warp * ROWS * D;
+    u16* const my_g = g_tile + warp * ROWS * D;
+    const float scale = a.scale * LOG2_E;
+
+    float dq[STRIPS][D / 8][4] = {};
+    float lse[STRIPS][2], dot[STRIPS][2];
+#pragma unroll
+    for (int m = 0; m < STRIPS; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            size_t at = (size_t)blockIdx.y * seq + min(warp_query + m * 16 + mma_row(lane, 2 * h), seq - 1);
+            lse[m][h] = a.lse[at] * LOG2_E;
+            dot[m][h] = a.dot[at];
+        }
+    u32 qa[STRIPS][D / 16][4], ga[STRIPS][D / 16][4];
+
+    copy_tile<D, QUERIES, THREADS>(q_tile, q, stride, first_query, seq);
+    copy_tile<D, QUERIES, THREADS>(g_tile, g, part, first_query, seq);
+    copy_tile<D, KEYS, THREADS>(k_tile[0], k, stride, 0, seq);
+    copy_tile<D, KEYS, THREADS>(v_tile[0], v, stride, 0, seq);
+    cp_commit();
+    for (int j = 0; j < tiles; j++) {
+        // After the barrier tile j is there for all warps, and none reads tile j-1 any more.
+        cp_wait<0>();
+        __syncthreads();
+        if (j + 1 < tiles) {
+            copy_tile<D, KEYS, THREADS>(k_tile[(j + 1) & 1], k, stride, (j + 1) * KEYS, seq);
+            copy_tile<D, KEYS, THREADS>(v_tile[(j + 1) & 1], v, stride, (j + 1) * KEYS, seq);
+            cp_commit();
+        }
+        if (j == 0) {
+#pragma unroll
+            for (int m = 0; m < STRIPS; m++)
+#pragma unroll
+                for (int c = 0; c < D / 16; c++) {
+                    load_a(qa[m][c], my_q + m * 16 * D, at_a, c);
+                    load_a(ga[m][c], my_g + m * 16 * D, at_a, c);
+                }
+        }
+        const u16* kt = k_tile[j & 1];
+        const u16* vt = v_tile[j & 1];
+        const int first_key = j * KEYS;
+        if (warp_query >= seq || (a.causal && first_key >= warp_query + ROWS)) continue;
+
+        float p[KEYS / 8][4] = {}, ds[KEYS / 8][4];
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[n][i] = -dot[0][i >> 1];
+        add_dots<D, KEYS>(p, qa[0], kt, at_b);
+        add_dots<D, KEYS>(ds, ga[0], vt, at_b);
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[n][i] *= exp2_fast(p[n][i] * scale - lse[0][i >> 1]);
+        // Only tiles on the diagonal and the last one have keys to hide.
+        if (first_key + KEYS > seq || (a.causal && first_key + KEYS - 1 > warp_query)) {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int key = first_key + n * 8 + mma_column(lane, i), query = warp_query + mma_row(lane, i);
+                    if (key >= seq || (a.causal && key > query)) ds[n][i] = 0.f;
+                }
+        }
+        add_product<D, KEYS>(dq[0], ds, kt, at_a);
+    }
+    if (warp_query >= seq) return;
+    store_rows<D>(dq[0], a.scale, a.scale, my_q, a.d_qkv + start, stride, warp_query, seq);
+}
+KERNEL(attention_q_grad_bf16_d32, attention_q_grad_bf16_d32_args, 128) { attention_q_grad<32, 32, 1>(a); }
+KERNEL(attention_q_grad_bf16_d64, attention_q_grad_bf16_d64_args, 128) { attention_q_grad<64, 32, 1>(a); }
+KERNEL(attention_q_grad_bf16_d128, attention_q_grad_bf16_d128_args, 128) { attention_q_grad<128, 16, 1>(a); }
