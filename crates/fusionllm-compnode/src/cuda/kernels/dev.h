@@ -159,14 +159,16 @@ template <int D> DEV int tile_index(int row, int chunk) {
     return row * D + ((chunk ^ (D >= 64 ? row & 7 : (row >> 1) & 3)) << 3);
 }
 // Starts copying ROWS rows of a tensor, from row `first`; rows from `end` on become zeros. `stride` is in values.
-template <int D, int ROWS, int THREADS> DEV void copy_tile(u16* tile, const u16* g, size_t stride, int first, int end) {
-    constexpr int CHUNKS = D / 8;
+template <int D, int ROWS, int THREADS> DEV void copy_tile(u16* tile, const u16* g, u32 stride, int first, int end) {
+    constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "a thread's rows are alike in the order of their chunks");
+    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, left = end - first - row;
+    u16* to = tile + tile_index<D>(row, chunk);
+    const u16* from = g + (u64)(u32)(first + row) * stride + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
-        int at = i + (int)threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-        bool valid = first + row < end;
-        if (ROWS * CHUNKS % THREADS == 0 || at < ROWS * CHUNKS)
-            cp16z(tile + tile_index<D>(row, chunk), g + (size_t)(valid ? first + row : 0) * stride + chunk * 8, valid);
+    for (int i = 0; i < ROWS; i += STEP) {
+        cp16z(to + i * D, from, i < left);
+        from += (u64)stride * STEP;
     }
 }
 // Fragments of mma from 16 rows of a tile, columns 16k..16k+16. `lane_*` is the lane's place, the same for all of a kernel.
@@ -189,7 +191,7 @@ DEV void accumulators_to_a(u32* a, const float* left, const float* right) {
 }
 // Writes 16 rows of D accumulated values times a factor for each half of them, rounded to bf16, by way of 16 rows of a tile that only
 // this warp uses; the rows from `end` on are not written.
-template <int D> DEV void store_rows(const float (*acc)[4], float factor0, float factor1, u16* rows, u16* g, size_t stride, int first, int end) {
+template <int D> DEV void store_rows(const float (*acc)[4], float factor0, float factor1, u16* rows, u16* g, u32 stride, int first, int end) {
     constexpr int CHUNKS = D / 8;
     int lane = threadIdx.x % 32;
     __syncwarp();
@@ -202,7 +204,7 @@ template <int D> DEV void store_rows(const float (*acc)[4], float factor0, float
 #pragma unroll
     for (int i = lane; i < 16 * CHUNKS; i += 32) {
         int row = i / CHUNKS, chunk = i % CHUNKS;
-        if (first + row < end) *(Words4*)(g + (size_t)(first + row) * stride + chunk * 8) = *(const Words4*)(rows + tile_index<D>(row, chunk));
+        if (first + row < end) *(Words4*)(g + (u64)(u32)(first + row) * stride + chunk * 8) = *(const Words4*)(rows + tile_index<D>(row, chunk));
     }
 }
 #endif
