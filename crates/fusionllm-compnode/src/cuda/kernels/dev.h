@@ -70,6 +70,17 @@ template <class T> DEV float round_to(float v) {
 // 16 bytes of a tensor: 4 floats or 8 bf16 values. The address must be a multiple of 16.
 struct alignas(16) Words4 { u32 w[4]; };
 struct alignas(8) Words2 { u32 w[2]; };
+#ifdef EMU
+DEV Words4 fixed16(const void* p) { check16(p); return *(const Words4*)p; }
+DEV float fixed(const float* p) { return *p; }
+#else
+// From memory that the kernel does not write: these loads may be moved before stores.
+DEV Words4 fixed16(const void* p) {
+    uint4 v = __ldg((const uint4*)p);
+    return Words4{{v.x, v.y, v.z, v.w}};
+}
+DEV float fixed(const float* p) { return __ldg(p); }
+#endif
 template <class T> struct Per16 { static constexpr int n = 16 / sizeof(T); };
 DEV void unpack16(float* v, const Words4& r, const float*) {
 #pragma unroll
@@ -122,6 +133,12 @@ template <int N> DEV void store(u16* p, const float* v) {
     else
 #pragma unroll
         for (int i = 0; i < N; i += 8) store16(p + i, v + i);
+}
+template <int N> DEV void load_fixed(float* v, const float* p) {
+    if constexpr (N == 1) v[0] = fixed(p);
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 4) unpack16(v + i, fixed16(p + i), p);
 }
 // Calls f(Width<N>(), column) for the columns of a row that this thread takes, N = 16 bytes of T at a time where rows of
 // `columns` elements are aligned, else one. `lane` of `lanes` threads.
