@@ -33,11 +33,11 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
     // Blocks start in the order of blockIdx.x. With a causal mask the last queries have the most keys: they go first.
     const int first_query = (int)(gridDim.x - 1 - blockIdx.x) * QUERIES, warp_query = first_query + warp * ROWS;
     const int keys = a.causal ? min(first_query + QUERIES, seq) : seq, tiles = (keys + KEYS - 1) / KEYS;
-    const size_t stride = (size_t)3 * heads * D;
+    const u32 part = a.heads * D, stride = 3 * part;
     const u16* q = a.qkv + (size_t)batch * seq * stride + (size_t)head * D;
-    const u16* k = q + (size_t)heads * D;
-    const u16* v = k + (size_t)heads * D;
-    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
+    const u16* k = q + part;
+    const u16* v = k + part;
+    const int place = lane_place<D>(lane);
     u16* const my_rows = q_tile + warp * ROWS * D;
 
     float acc[STRIPS][D / 8][4] = {};
@@ -71,7 +71,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
 #pragma unroll
             for (int m = 0; m < STRIPS; m++)
 #pragma unroll
-                for (int c = 0; c < D / 16; c++) load_a(qa[m][c], my_rows + m * 16 * D, at_a, c);
+                for (int c = 0; c < D / 16; c++) load_a(qa[m][c], my_rows + m * 16 * D, place, c);
         }
         const int first_key = j * KEYS;
         if (warp_query >= seq || (a.causal && first_key >= warp_query + ROWS)) continue;
@@ -82,7 +82,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
 #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) {
                 u32 b[4];
-                load_b(b, kt + n * 16 * D, at_b, c);
+                load_b(b, kt + n * 16 * D, place, c);
 #pragma unroll
                 for (int m = 0; m < STRIPS; m++) {
                     mma(s[m][2 * n], qa[m][c], b);
@@ -94,12 +94,12 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
 #pragma unroll
             for (int m = 0; m < STRIPS; m++)
 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
+                for (int i = 0; i < 4; i++) {
+                    const int end = a.causal ? min(warp_query + m * 16 + mma_row(lane, i) + 1, seq) : seq;
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        int key = first_key + n * 8 + mma_column(lane, i), query = warp_query + m * 16 + mma_row(lane, i);
-                        if (key >= seq || (a.causal && key > query)) s[m][n][i] = minus_infinity;
-                    }
+                    for (int n = 0; n < KEYS / 8; n++)
+                        s[m][n][i] = first_key + n * 8 + mma_column(lane, i) < end ? s[m][n][i] : minus_infinity;
+                }
         }
         // Every query sees key 0, so after the first tile the maximum is a number.
 #pragma unroll
@@ -136,7 +136,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 u32 b[4];
-                load_b_rows(b, vt + c * 16 * D, at_a, n);
+                load_b_rows(b, vt + c * 16 * D, place, n);
 #pragma unroll
                 for (int m = 0; m < STRIPS; m++) {
                     mma(acc[m][2 * n], p[m], b);
@@ -159,9 +159,9 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
             int query = warp_query + m * 16 + mma_row(lane, 2 * h);
             if (a.lse && lane % 4 == 0 && query < seq) a.lse[(size_t)blockIdx.y * seq + query] = top[m][h] * a.scale + logf(total);
         }
-        store_rows<D>(acc[m], inverse[0], inverse[1], my_rows + m * 16 * D, out, (size_t)heads * D, warp_query + m * 16, seq);
+        store_rows<D>(acc[m], inverse[0], inverse[1], my_rows + m * 16 * D, out, part, warp_query + m * 16, seq);
     }
 }
-KERNEL(attention_bf16_d32, attention_bf16_d32_args, 128) { attention<32, 64, 1>(a); }
-KERNEL(attention_bf16_d64, attention_bf16_d64_args, 128) { attention<64, 64, 1>(a); }
-KERNEL(attention_bf16_d128, attention_bf16_d128_args, 128) { attention<128, 32, 1>(a); }
+KERNEL_RESIDENT(attention_bf16_d32, attention_bf16_d32_args, 128, 4) { attention<32, 64, 1>(a); }
+KERNEL_RESIDENT(attention_bf16_d64, attention_bf16_d64_args, 128, 3) { attention<64, 64, 1>(a); }
+KERNEL_RESIDENT(attention_bf16_d128, attention_bf16_d128_args, 128, 2) { attention<128, 32, 1>(a); }

@@ -61,45 +61,37 @@ KERNEL(attention_dot_bf16_d32, attention_dot_bf16_d32_args, 128) { attention_dot
 KERNEL(attention_dot_bf16_d64, attention_dot_bf16_d64_args, 128) { attention_dot<64>(a); }
 KERNEL(attention_dot_bf16_d128, attention_dot_bf16_d128_args, 128) { attention_dot<128>(a); }
 
-// acc[n] (16 rows, 8 columns each) += the 16 rows whose fragments are a[0..D/16], times COLUMNS rows of a tile, transposed.
-template <int D, int COLUMNS> DEV void add_dots(float (*acc)[4], const u32 (*a)[4], const u16* tile, int at_b) {
+// The fragments of 16 rows of a tile as the rows of a.
+template <int D> DEV void load_rows(u32 (*a)[4], const u16* rows, int place) {
 #pragma unroll
-    for (int c = 0; c < D / 16; c++)
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 16; n++) {
-            u32 b[4];
-            load_b(b, tile + n * 16 * D, at_b, c);
-            mma(acc[2 * n], a[c], b);
-            mma(acc[2 * n + 1], a[c], b + 2);
-        }
+    for (int c = 0; c < D / 16; c++) load_a(a[c], rows, place, c);
 }
-// The same with the 16 rows in shared memory.
-template <int D, int COLUMNS> DEV void add_dots(float (*acc)[4], const u16* rows, int at_a, const u16* tile, int at_b) {
+// acc[m] (16x16) += the 16 rows whose fragments are a[m], times 16 rows of a tile, transposed.
+template <int D, int STRIPS> DEV void add_dots(float (*acc)[2][4], const u32 (*a)[D / 16][4], const u16* rows, int place) {
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
-        u32 a[4];
-        load_a(a, rows, at_a, c);
+        u32 b[4];
+        load_b(b, rows, place, c);
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 16; n++) {
-            u32 b[4];
-            load_b(b, tile + n * 16 * D, at_b, c);
-            mma(acc[2 * n], a, b);
-            mma(acc[2 * n + 1], a, b + 2);
+        for (int m = 0; m < STRIPS; m++) {
+            mma(acc[m][0], a[m][c], b);
+            mma(acc[m][1], a[m][c], b + 2);
         }
     }
 }
-// acc (16 rows, D columns) += p (16 rows, INNER columns, rounded to bf16) times INNER rows of a tile.
-template <int D, int INNER> DEV void add_product(float (*acc)[4], const float (*p)[4], const u16* tile, int at_a) {
+// acc[m] (16 rows, D columns) += p[m] (16x16, rounded to bf16) times 16 rows of a tile.
+template <int D, int STRIPS> DEV void add_product(float (*acc)[D / 8][4], const float (*p)[2][4], const u16* rows, int place) {
+    u32 a[STRIPS][4];
 #pragma unroll
-    for (int c = 0; c < INNER / 16; c++) {
-        u32 a[4];
-        accumulators_to_a(a, p[2 * c], p[2 * c + 1]);
+    for (int m = 0; m < STRIPS; m++) accumulators_to_a(a[m], p[m][0], p[m][1]);
 #pragma unroll
-        for (int n = 0; n < D / 16; n++) {
-            u32 b[4];
-            load_b_rows(b, tile + c * 16 * D, at_a, n);
-            mma(acc[2 * n], a, b);
-            mma(acc[2 * n + 1], a, b + 2);
+    for (int n = 0; n < D / 16; n++) {
+        u32 b[4];
+        load_b_rows(b, rows, place, n);
+#pragma unroll
+        for (int m = 0; m < STRIPS; m++) {
+            mma(acc[m][2 * n], a[m], b);
+            mma(acc[m][2 * n + 1], a[m], b + 2);
         }
     }
 }
@@ -120,28 +112,27 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
     // With a causal mask the first keys have the most queries, and their blocks start first.
     const int first_key = (int)blockIdx.x * KEYS, warp_key = first_key + warp * 16;
     const int first_tile = a.causal ? first_key / QUERIES : 0, tiles = (seq + QUERIES - 1) / QUERIES;
-    const size_t stride = (size_t)3 * heads * D, part = (size_t)heads * D;
+    const u32 part = a.heads * D, stride = 3 * part;
     const size_t start = (size_t)batch * seq * stride + (size_t)head * D;
     const u16* q = a.qkv + start;
     const u16* g = a.d_out + (size_t)batch * seq * part + (size_t)head * D;
-    const float* lse = a.lse + (size_t)blockIdx.y * seq;
-    const float* dot = a.dot + (size_t)blockIdx.y * seq;
-    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
+    const int place = lane_place<D>(lane);
     u16* const my_k = k_tile + warp * 16 * D;
     u16* const my_v = v_tile + warp * 16 * D;
     const float scale = a.scale * LOG2_E;
 
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    u32 ka[IN_REGISTERS ? D / 16 : 1][4], va[IN_REGISTERS ? D / 16 : 1][4];
+    u32 ka[D / 16][4], va[D / 16][4];
 
     copy_tile<D, KEYS, THREADS>(k_tile, q + part, stride, first_key, seq);
     copy_tile<D, KEYS, THREADS>(v_tile, q + 2 * part, stride, first_key, seq);
     copy_tile<D, QUERIES, THREADS>(q_tile[first_tile & 1], q, stride, first_tile * QUERIES, seq);
     copy_tile<D, QUERIES, THREADS>(g_tile[first_tile & 1], g, part, first_tile * QUERIES, seq);
     cp_commit();
-    const int lane_query = lane % QUERIES;
-    int at = min(first_tile * QUERIES + lane_query, seq - 1);
-    float next_lse = lse[at], next_dot = dot[at];
+    // Each lane keeps the log-sum-exp and the dot of one query of the tile, loaded one tile ahead.
+    const u64 first_row = (u64)blockIdx.y * a.seq;
+    u64 row = first_row + min(first_tile * QUERIES + lane % QUERIES, seq - 1);
+    float next_lse = a.lse[row], next_dot = a.dot[row];
     for (int i = first_tile; i < tiles; i++) {
         // After the barrier tile i is there for all warps, and none reads tile i-1 any more.
         cp_wait<0>();
@@ -151,57 +142,60 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
             copy_tile<D, QUERIES, THREADS>(q_tile[(i + 1) & 1], q, stride, (i + 1) * QUERIES, seq);
             copy_tile<D, QUERIES, THREADS>(g_tile[(i + 1) & 1], g, part, (i + 1) * QUERIES, seq);
             cp_commit();
-            at = min((i + 1) * QUERIES + lane_query, seq - 1);
-            next_lse = lse[at];
-            next_dot = dot[at];
+            row = first_row + min((i + 1) * QUERIES + lane % QUERIES, seq - 1);
+            next_lse = a.lse[row];
+            next_dot = a.dot[row];
         }
         if (IN_REGISTERS && i == first_tile) {
-#pragma unroll
-            for (int c = 0; c < D / 16; c++) {
-                load_a(ka[IN_REGISTERS ? c : 0], my_k, at_a, c);
-                load_a(va[IN_REGISTERS ? c : 0], my_v, at_a, c);
-            }
+            load_rows<D>(ka, my_k, place);
+            load_rows<D>(va, my_v, place);
         }
         const u16* qt = q_tile[i & 1];
         const u16* gt = g_tile[i & 1];
         const int first_query = i * QUERIES;
         if (warp_key >= seq || (a.causal && first_query + QUERIES <= warp_key)) continue;
 
-        float p[QUERIES / 8][4] = {}, ds[QUERIES / 8][4];
-        if constexpr (IN_REGISTERS) add_dots<D, QUERIES>(p, ka, qt, at_b);
-        else add_dots<D, QUERIES>(p, my_k, at_a, qt, at_b);
 #pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++) {
-            float l[2], d[2];
+        for (int step = 0; step < QUERIES; step += 16) {
+            const int query = first_query + step;
+            float p[2][4] = {}, ds[2][4];
+            if (!IN_REGISTERS) load_rows<D>(ka, my_k, place);
+            add_dots<D, 1>(&p, &ka, qt + step * D, place);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                l[i] = shfl(my_lse, n * 8 + mma_column(lane, i));
-                d[i] = shfl(my_dot, n * 8 + mma_column(lane, i));
-            }
+            for (int n = 0; n < 2; n++) {
+                float l[2], d[2];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2_fast(p[n][i] * scale - l[i & 1]);
-                ds[n][i] = -d[i & 1];
-            }
-        }
-        // Only tiles on the diagonal and the last one have queries to hide.
-        if (first_query + QUERIES > seq || (a.causal && first_query < warp_key + 15)) {
-#pragma unroll
-            for (int n = 0; n < QUERIES / 8; n++)
+                for (int i = 0; i < 2; i++) {
+                    l[i] = shfl(my_lse, step + n * 8 + mma_column(lane, i));
+                    d[i] = shfl(my_dot, step + n * 8 + mma_column(lane, i));
+                }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    int query = first_query + n * 8 + mma_column(lane, i), key = warp_key + mma_row(lane, i);
-                    if (query >= seq || (a.causal && key > query)) p[n][i] = 0.f;
+                    p[n][i] = exp2_fast(p[n][i] * scale - l[i & 1]);
+                    ds[n][i] = -d[i & 1];
                 }
+            }
+            // Only tiles on the diagonal and the last one have queries to hide.
+            if (query + 16 > seq || (a.causal && query < warp_key + 15)) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int begin = a.causal ? warp_key + mma_row(lane, i) : 0;
+#pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        int column = query + n * 8 + mma_column(lane, i);
+                        p[n][i] = (column < begin) | (column >= seq) ? 0.f : p[n][i];
+                    }
+                }
+            }
+            add_product<D, 1>(&dv, &p, gt + step * D, place);
+            if (!IN_REGISTERS) load_rows<D>(va, my_v, place);
+            add_dots<D, 1>(&ds, &va, gt + step * D, place);
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) ds[n][i] *= p[n][i];
+            add_product<D, 1>(&dk, &ds, qt + step * D, place);
         }
-        add_product<D, QUERIES>(dv, p, gt, at_a);
-        if constexpr (IN_REGISTERS) add_dots<D, QUERIES>(ds, va, gt, at_b);
-        else add_dots<D, QUERIES>(ds, my_v, at_a, gt, at_b);
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) ds[n][i] *= p[n][i];
-        add_product<D, QUERIES>(dk, ds, qt, at_a);
     }
     if (warp_key >= seq) return;
     store_rows<D>(dk, a.scale, a.scale, my_k, a.d_qkv + start + part, stride, warp_key, seq);
@@ -225,13 +219,13 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
     // With a causal mask the last queries have the most keys: they go first.
     const int first_query = (int)(gridDim.x - 1 - blockIdx.x) * QUERIES, warp_query = first_query + warp * ROWS;
     const int keys = a.causal ? min(first_query + QUERIES, seq) : seq, tiles = (keys + KEYS - 1) / KEYS;
-    const size_t stride = (size_t)3 * heads * D, part = (size_t)heads * D;
+    const u32 part = a.heads * D, stride = 3 * part;
     const size_t start = (size_t)batch * seq * stride + (size_t)head * D;
     const u16* q = a.qkv + start;
     const u16* k = q + part;
     const u16* v = k + part;
     const u16* g = a.d_out + (size_t)batch * seq * part + (size_t)head * D;
-    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
+    const int place = lane_place<D>(lane);
     u16* const my_q = q_tile + warp * ROWS * D;
     u16* const my_g = g_tile + warp * ROWS * D;
     const float scale = a.scale * LOG2_E;
@@ -264,44 +258,53 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
         }
         if (j == 0) {
 #pragma unroll
-            for (int m = 0; m < STRIPS; m++)
-#pragma unroll
-                for (int c = 0; c < D / 16; c++) {
-                    load_a(qa[m][c], my_q + m * 16 * D, at_a, c);
-                    load_a(ga[m][c], my_g + m * 16 * D, at_a, c);
-                }
+            for (int m = 0; m < STRIPS; m++) {
+                load_rows<D>(qa[m], my_q + m * 16 * D, place);
+                load_rows<D>(ga[m], my_g + m * 16 * D, place);
+            }
         }
         const u16* kt = k_tile[j & 1];
         const u16* vt = v_tile[j & 1];
         const int first_key = j * KEYS;
         if (warp_query >= seq || (a.causal && first_key >= warp_query + ROWS)) continue;
 
-        float p[KEYS / 8][4] = {}, ds[KEYS / 8][4];
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+        for (int step = 0; step < KEYS; step += 16) {
+            const int key = first_key + step;
+            float p[STRIPS][2][4] = {}, ds[STRIPS][2][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) ds[n][i] = -dot[0][i >> 1];
-        add_dots<D, KEYS>(p, qa[0], kt, at_b);
-        add_dots<D, KEYS>(ds, ga[0], vt, at_b);
+            for (int m = 0; m < STRIPS; m++)
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+                for (int n = 0; n < 2; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) ds[n][i] *= exp2_fast(p[n][i] * scale - lse[0][i >> 1]);
-        // Only tiles on the diagonal and the last one have keys to hide.
-        if (first_key + KEYS > seq || (a.causal && first_key + KEYS - 1 > warp_query)) {
+                    for (int i = 0; i < 4; i++) ds[m][n][i] = -dot[m][i >> 1];
+            add_dots<D, STRIPS>(p, qa, kt + step * D, place);
+            add_dots<D, STRIPS>(ds, ga, vt + step * D, place);
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int m = 0; m < STRIPS; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int key = first_key + n * 8 + mma_column(lane, i), query = warp_query + mma_row(lane, i);
-                    if (key >= seq || (a.causal && key > query)) ds[n][i] = 0.f;
-                }
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) ds[m][n][i] *= exp2_fast(p[m][n][i] * scale - lse[m][i >> 1]);
+            // Only tiles on the diagonal and the last one have keys to hide.
+            if (key + 16 > seq || (a.causal && key + 15 > warp_query)) {
+#pragma unroll
+                for (int m = 0; m < STRIPS; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int end = a.causal ? min(warp_query + m * 16 + mma_row(lane, i) + 1, seq) : seq;
+#pragma unroll
+                        for (int n = 0; n < 2; n++) ds[m][n][i] = key + n * 8 + mma_column(lane, i) < end ? ds[m][n][i] : 0.f;
+                    }
+            }
+            add_product<D, STRIPS>(dq, ds, kt + step * D, place);
         }
-        add_product<D, KEYS>(dq[0], ds, kt, at_a);
     }
     if (warp_query >= seq) return;
-    store_rows<D>(dq[0], a.scale, a.scale, my_q, a.d_qkv + start, stride, warp_query, seq);
+#pragma unroll
+    for (int m = 0; m < STRIPS; m++)
+        store_rows<D>(dq[m], a.scale, a.scale, my_q + m * 16 * D, a.d_qkv + start, stride, warp_query + m * 16, seq);
 }
-KERNEL(attention_q_grad_bf16_d32, attention_q_grad_bf16_d32_args, 128) { attention_q_grad<32, 32, 1>(a); }
-KERNEL(attention_q_grad_bf16_d64, attention_q_grad_bf16_d64_args, 128) { attention_q_grad<64, 32, 1>(a); }
-KERNEL(attention_q_grad_bf16_d128, attention_q_grad_bf16_d128_args, 128) { attention_q_grad<128, 16, 1>(a); }
+KERNEL_RESIDENT(attention_q_grad_bf16_d32, attention_q_grad_bf16_d32_args, 128, 4) { attention_q_grad<32, 32, 1>(a); }
+KERNEL_RESIDENT(attention_q_grad_bf16_d64, attention_q_grad_bf16_d64_args, 128, 3) { attention_q_grad<64, 32, 1>(a); }
+KERNEL_RESIDENT(attention_q_grad_bf16_d128, attention_q_grad_bf16_d128_args, 128, 2) { attention_q_grad<128, 16, 1>(a); }
