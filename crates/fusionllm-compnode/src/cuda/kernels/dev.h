@@ -157,6 +157,8 @@ template <class T> DEV float exp_for(float v) {
     else return expf(v);
 }
 
+#define LOWEST (-3.402823466e38f)  // of the finite floats
+
 // Sum and maximum over a warp, the same in every lane.
 template <class F> DEV F warp_sum(F v) {
 #pragma unroll
@@ -188,20 +190,15 @@ template <int D, int ROWS, int THREADS> DEV void copy_tile(u16* tile, const u16*
         from += (u64)stride * STEP;
     }
 }
-// Fragments of mma from 16 rows of a tile, columns 16k..16k+16; `place` is lane_place's, the same for all of a kernel.
+// Fragments of mma from 16 rows of a tile, columns 16k..16k+16; `at` is the lane's place, the same for all of a kernel: lane_b's for
+// load_b, lane_a's for the others.
 //   load_a: the rows are the rows of a.   load_b: the rows are the columns of two b (b[0..2], b[2..4]).
 //   load_b_rows: the rows are the rows of two b, columns 16k..16k+8 and 16k+8..16k+16.
-template <int D> DEV int lane_place(int lane) { return tile_index<D>(lane & 15, lane >> 4); }
-DEV void load_a(u32* a, const u16* rows, int place, int k) { ldm4(a, rows + (place ^ (k * 16))); }
-DEV void load_b(u32* b, const u16* rows, int place, int k) {
-    u32 r[4];
-    ldm4(r, rows + (place ^ (k * 16)));
-    b[0] = r[0];
-    b[1] = r[2];
-    b[2] = r[1];
-    b[3] = r[3];
-}
-DEV void load_b_rows(u32* b, const u16* rows, int place, int k) { ldm4t(b, rows + (place ^ (k * 16))); }
+template <int D> DEV int lane_a(int lane) { return tile_index<D>(lane & 15, lane >> 4); }
+template <int D> DEV int lane_b(int lane) { return tile_index<D>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1); }
+DEV void load_a(u32* a, const u16* rows, int at, int k) { ldm4(a, rows + (at ^ (k * 16))); }
+DEV void load_b(u32* b, const u16* rows, int at, int k) { ldm4(b, rows + (at ^ (k * 16))); }
+DEV void load_b_rows(u32* b, const u16* rows, int at, int k) { ldm4t(b, rows + (at ^ (k * 16))); }
 // An accumulator c of mma holds rows mma_row(lane, i) and columns mma_column(lane, i) in c[i].
 DEV int mma_row(int lane, int i) { return lane / 4 + (i >> 1) * 8; }
 DEV int mma_column(int lane, int i) { return lane % 4 * 2 + (i & 1); }

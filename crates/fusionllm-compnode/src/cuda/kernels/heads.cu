@@ -38,7 +38,6 @@ KERNEL(from_heads_bf16, from_heads_bf16_args, 256) { move_heads<false>(a); }
 
 // The keys that query row % seq sees: all, or those up to itself.
 DEV u32 seen_keys(u32 seq, u32 causal) { return causal ? blockIdx.x % seq + 1 : seq; }
-constexpr float LOWEST = -3.402823466e38f;
 
 // scores[row] = softmax(scores[row] * scale) in place, 0 where the query may not look; lse[row] (if not null) = log sum e^(score * scale).
 // scores [batch * heads * seq, seq]; row r is query r % seq. A block takes a row: grid = batch * heads * seq, 256 threads.

@@ -19,7 +19,6 @@ template <int N, class T> DEV void see(Running& r, const float* x) {
     for (int i = 0; i < N; i++) s += exp_for<T>(x[i] - m);
     r = {m, s};
 }
-constexpr float LOWEST = -3.402823466e38f;
 // losses[row] = log sum e^x - x[label]; grad[row] = (softmax - onehot(label)) * scale, 0 in the columns vocab..stride.
 // logits, grad? [rows, stride], may be the same memory; labels, losses [rows]; stride is a multiple of 16 bytes and what logits hold
 // behind vocab does not matter. A block takes a row (grid = rows). The thread's first CHUNKS times 16 bytes stay in registers, so

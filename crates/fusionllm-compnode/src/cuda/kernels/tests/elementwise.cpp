@@ -20,7 +20,7 @@ static double slope(double x, u32 f) {
     return s + x * s * (1 - s);
 }
 template <class T> void test(u32 n) {
-    u32 grid = blocks(n, 1024);
+    u32 grid = blocks(n, 256 * Per16<T>::n);
     Tensor<T> x(n, 9.f), y(n, 2.f), z(n, 2.f);
     double b = bound<T>(1e-6);
     {
@@ -65,17 +65,17 @@ template <class T> void far() {
     }
 }
 int main() {
-    for (u32 n : {1u, 3u, 4u, 1000u, 1024u, 1025u, 5003u}) { test<float>(n); test<u16>(n); }
+    for (u32 n : {1u, 3u, 4u, 1000u, 1024u, 1025u, 2048u, 5003u}) { test<float>(n); test<u16>(n); }
     far<float>();
     far<u16>();
-    for (u32 n : {1u, 1023u, 3000u}) {
+    for (u32 n : {1u, 1023u, 2048u, 5001u}) {
         Tensor<float> x(n, 100.f), back(n);
         Tensor<u16> out(n);
         cast_f32_bf16_args a{x.data(), out.data(), n};
-        emu_cast_f32_bf16(&a, blocks(n, 1024), 1, 1);
+        emu_cast_f32_bf16(&a, blocks(n, 2048), 1, 1);
         compare("cast_f32_bf16", out, [&](size_t i) { return x.at(i); }, 1. / 256, 0.);
         cast_bf16_f32_args c{out.data(), back.data(), n};
-        emu_cast_bf16_f32(&c, blocks(n, 1024), 1, 1);
+        emu_cast_bf16_f32(&c, blocks(n, 2048), 1, 1);
         compare("cast_bf16_f32", back, [&](size_t i) { return out.at(i); }, 0., 1e-30);
     }
     return report();
