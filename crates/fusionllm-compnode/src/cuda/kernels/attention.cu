@@ -37,7 +37,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
     const u16* q = a.qkv + (size_t)batch * seq * stride + (size_t)head * D;
     const u16* k = q + part;
     const u16* v = k + part;
-    const int place = lane_place<D>(lane);
+    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
     u16* const my_rows = q_tile + warp * ROWS * D;
 
     float acc[STRIPS][D / 8][4] = {};
@@ -71,7 +71,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
 #pragma unroll
             for (int m = 0; m < STRIPS; m++)
 #pragma unroll
-                for (int c = 0; c < D / 16; c++) load_a(qa[m][c], my_rows + m * 16 * D, place, c);
+                for (int c = 0; c < D / 16; c++) load_a(qa[m][c], my_rows + m * 16 * D, at_a, c);
         }
         const int first_key = j * KEYS;
         if (warp_query >= seq || (a.causal && first_key >= warp_query + ROWS)) continue;
@@ -82,7 +82,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
 #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) {
                 u32 b[4];
-                load_b(b, kt + n * 16 * D, place, c);
+                load_b(b, kt + n * 16 * D, at_b, c);
 #pragma unroll
                 for (int m = 0; m < STRIPS; m++) {
                     mma(s[m][2 * n], qa[m][c], b);
@@ -136,7 +136,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 u32 b[4];
-                load_b_rows(b, vt + c * 16 * D, place, n);
+                load_b_rows(b, vt + c * 16 * D, at_a, n);
 #pragma unroll
                 for (int m = 0; m < STRIPS; m++) {
                     mma(acc[m][2 * n], p[m], b);
@@ -157,7 +157,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
             total += shfl_xor(total, 2);
             inverse[h] = 1.f / total;
             int query = warp_query + m * 16 + mma_row(lane, 2 * h);
-            if (a.lse && lane % 4 == 0 && query < seq) a.lse[(size_t)blockIdx.y * seq + query] = top[m][h] * a.scale + logf(total);
+            if (a.lse && lane % 4 == 0 && query < seq) a.lse[blockIdx.y * a.seq + query] = top[m][h] * a.scale + logf(total);
         }
         store_rows<D>(acc[m], inverse[0], inverse[1], my_rows + m * 16 * D, out, part, warp_query + m * 16, seq);
     }

@@ -62,16 +62,16 @@ KERNEL(attention_dot_bf16_d64, attention_dot_bf16_d64_args, 128) { attention_dot
 KERNEL(attention_dot_bf16_d128, attention_dot_bf16_d128_args, 128) { attention_dot<128>(a); }
 
 // The fragments of 16 rows of a tile as the rows of a.
-template <int D> DEV void load_rows(u32 (*a)[4], const u16* rows, int place) {
+template <int D> DEV void load_rows(u32 (*a)[4], const u16* rows, int at_a) {
 #pragma unroll
-    for (int c = 0; c < D / 16; c++) load_a(a[c], rows, place, c);
+    for (int c = 0; c < D / 16; c++) load_a(a[c], rows, at_a, c);
 }
 // acc[m] (16x16) += the 16 rows whose fragments are a[m], times 16 rows of a tile, transposed.
-template <int D, int STRIPS> DEV void add_dots(float (*acc)[2][4], const u32 (*a)[D / 16][4], const u16* rows, int place) {
+template <int D, int STRIPS> DEV void add_dots(float (*acc)[2][4], const u32 (*a)[D / 16][4], const u16* rows, int at_b) {
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
         u32 b[4];
-        load_b(b, rows, place, c);
+        load_b(b, rows, at_b, c);
 #pragma unroll
         for (int m = 0; m < STRIPS; m++) {
             mma(acc[m][0], a[m][c], b);
@@ -80,14 +80,14 @@ template <int D, int STRIPS> DEV void add_dots(float (*acc)[2][4], const u32 (*a
     }
 }
 // acc[m] (16 rows, D columns) += p[m] (16x16, rounded to bf16) times 16 rows of a tile.
-template <int D, int STRIPS> DEV void add_product(float (*acc)[D / 8][4], const float (*p)[2][4], const u16* rows, int place) {
+template <int D, int STRIPS> DEV void add_product(float (*acc)[D / 8][4], const float (*p)[2][4], const u16* rows, int at_a) {
     u32 a[STRIPS][4];
 #pragma unroll
     for (int m = 0; m < STRIPS; m++) accumulators_to_a(a[m], p[m][0], p[m][1]);
 #pragma unroll
     for (int n = 0; n < D / 16; n++) {
         u32 b[4];
-        load_b_rows(b, rows, place, n);
+        load_b_rows(b, rows, at_a, n);
 #pragma unroll
         for (int m = 0; m < STRIPS; m++) {
             mma(acc[m][2 * n], a[m], b);
@@ -116,7 +116,7 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
     const size_t start = (size_t)batch * seq * stride + (size_t)head * D;
     const u16* q = a.qkv + start;
     const u16* g = a.d_out + (size_t)batch * seq * part + (size_t)head * D;
-    const int place = lane_place<D>(lane);
+    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
     u16* const my_k = k_tile + warp * 16 * D;
     u16* const my_v = v_tile + warp * 16 * D;
     const float scale = a.scale * LOG2_E;
@@ -130,14 +130,14 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
     copy_tile<D, QUERIES, THREADS>(g_tile[first_tile & 1], g, part, first_tile * QUERIES, seq);
     cp_commit();
     // Each lane keeps the log-sum-exp and the dot of one query of the tile, loaded one tile ahead.
-    const u64 first_row = (u64)blockIdx.y * a.seq;
-    u64 row = first_row + min(first_tile * QUERIES + lane % QUERIES, seq - 1);
+    const u32 first_row = blockIdx.y * a.seq;
+    u32 row = first_row + min(first_tile * QUERIES + lane % QUERIES, seq - 1);
     float next_lse = a.lse[row], next_dot = a.dot[row];
     for (int i = first_tile; i < tiles; i++) {
         // After the barrier tile i is there for all warps, and none reads tile i-1 any more.
         cp_wait<0>();
         __syncthreads();
-        const float my_lse = next_lse * LOG2_E, my_dot = next_dot;
+        const float my_lse = next_lse * LOG2_E, minus_dot = -next_dot;
         if (i + 1 < tiles) {
             copy_tile<D, QUERIES, THREADS>(q_tile[(i + 1) & 1], q, stride, (i + 1) * QUERIES, seq);
             copy_tile<D, QUERIES, THREADS>(g_tile[(i + 1) & 1], g, part, (i + 1) * QUERIES, seq);
@@ -147,32 +147,34 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
             next_dot = a.dot[row];
         }
         if (IN_REGISTERS && i == first_tile) {
-            load_rows<D>(ka, my_k, place);
-            load_rows<D>(va, my_v, place);
+            load_rows<D>(ka, my_k, at_a);
+            load_rows<D>(va, my_v, at_a);
         }
-        const u16* qt = q_tile[i & 1];
-        const u16* gt = g_tile[i & 1];
+        const u16* q_rows = q_tile[i & 1];
+        const u16* g_rows = g_tile[i & 1];
         const int first_query = i * QUERIES;
-        if (warp_key >= seq || (a.causal && first_query + QUERIES <= warp_key)) continue;
+        if (warp_key >= seq) continue;
 
-#pragma unroll
-        for (int step = 0; step < QUERIES; step += 16) {
+// Not unrolled: two steps at once need more registers than three blocks on a multiprocessor leave.
+#pragma unroll 1
+        for (int step = 0; step < QUERIES; step += 16, q_rows += 16 * D, g_rows += 16 * D) {
             const int query = first_query + step;
+            if (a.causal && query + 16 <= warp_key) continue;
             float p[2][4] = {}, ds[2][4];
-            if (!IN_REGISTERS) load_rows<D>(ka, my_k, place);
-            add_dots<D, 1>(&p, &ka, qt + step * D, place);
+            if (!IN_REGISTERS) load_rows<D>(ka, my_k, at_a);
+            add_dots<D, 1>(&p, &ka, q_rows, at_b);
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 float l[2], d[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     l[i] = shfl(my_lse, step + n * 8 + mma_column(lane, i));
-                    d[i] = shfl(my_dot, step + n * 8 + mma_column(lane, i));
+                    d[i] = shfl(minus_dot, step + n * 8 + mma_column(lane, i));
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     p[n][i] = exp2_fast(p[n][i] * scale - l[i & 1]);
-                    ds[n][i] = -d[i & 1];
+                    ds[n][i] = d[i & 1];
                 }
             }
             // Only tiles on the diagonal and the last one have queries to hide.
@@ -187,14 +189,14 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
                     }
                 }
             }
-            add_product<D, 1>(&dv, &p, gt + step * D, place);
-            if (!IN_REGISTERS) load_rows<D>(va, my_v, place);
-            add_dots<D, 1>(&ds, &va, gt + step * D, place);
+            add_product<D, 1>(&dv, &p, g_rows, at_a);
+            if (!IN_REGISTERS) load_rows<D>(va, my_v, at_a);
+            add_dots<D, 1>(&ds, &va, g_rows, at_b);
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) ds[n][i] *= p[n][i];
-            add_product<D, 1>(&dk, &ds, qt + step * D, place);
+            add_product<D, 1>(&dk, &ds, q_rows, at_a);
         }
     }
     if (warp_key >= seq) return;
@@ -225,20 +227,20 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
     const u16* k = q + part;
     const u16* v = k + part;
     const u16* g = a.d_out + (size_t)batch * seq * part + (size_t)head * D;
-    const int place = lane_place<D>(lane);
+    const int at_a = lane_a<D>(lane), at_b = lane_b<D>(lane);
     u16* const my_q = q_tile + warp * ROWS * D;
     u16* const my_g = g_tile + warp * ROWS * D;
     const float scale = a.scale * LOG2_E;
 
     float dq[STRIPS][D / 8][4] = {};
-    float lse[STRIPS][2], dot[STRIPS][2];
+    float lse[STRIPS][2], minus_dot[STRIPS][2];
 #pragma unroll
     for (int m = 0; m < STRIPS; m++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            size_t at = (size_t)blockIdx.y * seq + min(warp_query + m * 16 + mma_row(lane, 2 * h), seq - 1);
+            u32 at = blockIdx.y * a.seq + min(warp_query + m * 16 + mma_row(lane, 2 * h), seq - 1);
             lse[m][h] = a.lse[at] * LOG2_E;
-            dot[m][h] = a.dot[at];
+            minus_dot[m][h] = -a.dot[at];
         }
     u32 qa[STRIPS][D / 16][4], ga[STRIPS][D / 16][4];
 
@@ -259,8 +261,8 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
         if (j == 0) {
 #pragma unroll
             for (int m = 0; m < STRIPS; m++) {
-                load_rows<D>(qa[m], my_q + m * 16 * D, place);
-                load_rows<D>(ga[m], my_g + m * 16 * D, place);
+                load_rows<D>(qa[m], my_q + m * 16 * D, at_a);
+                load_rows<D>(ga[m], my_g + m * 16 * D, at_a);
             }
         }
         const u16* kt = k_tile[j & 1];
@@ -277,9 +279,9 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
 #pragma unroll
                 for (int n = 0; n < 2; n++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) ds[m][n][i] = -dot[m][i >> 1];
-            add_dots<D, STRIPS>(p, qa, kt + step * D, place);
-            add_dots<D, STRIPS>(ds, ga, vt + step * D, place);
+                    for (int i = 0; i < 4; i++) ds[m][n][i] = minus_dot[m][i >> 1];
+            add_dots<D, STRIPS>(p, qa, kt + step * D, at_b);
+            add_dots<D, STRIPS>(ds, ga, vt + step * D, at_b);
 #pragma unroll
             for (int m = 0; m < STRIPS; m++)
 #pragma unroll
@@ -297,7 +299,7 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
                         for (int n = 0; n < 2; n++) ds[m][n][i] = key + n * 8 + mma_column(lane, i) < end ? ds[m][n][i] : 0.f;
                     }
             }
-            add_product<D, STRIPS>(dq, ds, kt + step * D, place);
+            add_product<D, STRIPS>(dq, ds, kt + step * D, at_a);
         }
     }
     if (warp_query >= seq) return;

@@ -140,16 +140,8 @@ template <int N> DEV void load_fixed(float* v, const float* p) {
 #pragma unroll
         for (int i = 0; i < N; i += 4) unpack16(v + i, fixed16(p + i), p);
 }
-// Calls f(Width<N>(), column) for the columns of a row that this thread takes, N = 16 bytes of T at a time where rows of
-// `columns` elements are aligned, else one. `lane` of `lanes` threads.
-template <int N> struct Width { static constexpr int n = N; };
-template <class T, class F> DEV void each_column(u32 columns, u32 lane, u32 lanes, const F& f) {
-    constexpr int N = Per16<T>::n;
-    if (columns % N == 0)
-        for (u32 c = lane * N; c < columns; c += lanes * N) f(Width<N>(), c);
-    else
-        for (u32 c = lane; c < columns; c += lanes) f(Width<1>(), c);
-}
+// f<N>(...) with N = 16 bytes of T where rows of `columns` elements begin at multiples of 16 bytes, else with N = 1.
+#define BY_WIDTH(f, T, columns, ...) ((columns) % Per16<T>::n == 0 ? f<Per16<T>::n>(__VA_ARGS__) : f<1>(__VA_ARGS__))
 
 // e^v: to the last bits for f32, by the fast instruction (1e-6) where the result goes to bf16.
 template <class T> DEV float exp_for(float v) {
