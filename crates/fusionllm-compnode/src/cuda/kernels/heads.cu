@@ -42,25 +42,25 @@ DEV u32 seen_keys(u32 seq, u32 causal) { return causal ? blockIdx.x % seq + 1 : 
 // scores[row] = softmax(scores[row] * scale) in place, 0 where the query may not look; lse[row] (if not null) = log sum e^(score * scale).
 // scores [batch * heads * seq, seq]; row r is query r % seq. A block takes a row: grid = batch * heads * seq, 256 threads.
 struct softmax_args { float *scores, *lse; u32 seq, causal; float scale; };
-KERNEL(softmax, softmax_args, 256) {
+template <int N> DEV void softmax_row(const softmax_args& a) {
     __shared__ float shared[2][8];
     float* row = a.scores + (size_t)blockIdx.x * a.seq;
     u32 seen = seen_keys(a.seq, a.causal), warp = threadIdx.x / 32;
     float m = LOWEST, s = 0.f;
-    each_column<float>(a.seq, threadIdx.x, 256, [&](auto width, u32 c) {
-        if (c >= seen) return;
-        float v[width.n], top = m;
-        load<width.n>(v, row + c);
+    for (u32 c = threadIdx.x * N; c < a.seq; c += 256 * N) {
+        if (c >= seen) break;
+        float v[N], top = m;
+        load<N>(v, row + c);
 #pragma unroll
-        for (int i = 0; i < width.n; i++) {
+        for (int i = 0; i < N; i++) {
             v[i] = c + i < seen ? v[i] * a.scale : LOWEST;
             top = fmaxf(top, v[i]);
         }
         s *= expf(m - top);
 #pragma unroll
-        for (int i = 0; i < width.n; i++) s += expf(v[i] - top);
+        for (int i = 0; i < N; i++) s += expf(v[i] - top);
         m = top;
-    });
+    }
     float warp_m = warp_max(m);
     s = warp_sum(s * expf(m - warp_m));
     if (threadIdx.x % 32 == 0) { shared[0][warp] = warp_m; shared[1][warp] = s; }
@@ -72,58 +72,60 @@ KERNEL(softmax, softmax_args, 256) {
     for (int w = 0; w < 8; w++) s += shared[1][w] * expf(shared[0][w] - m);
     if (a.lse && threadIdx.x == 0) a.lse[blockIdx.x] = m + logf(s);
     float inverse = 1.f / s;
-    each_column<float>(a.seq, threadIdx.x, 256, [&](auto width, u32 c) {
-        float v[width.n] = {};
+    for (u32 c = threadIdx.x * N; c < a.seq; c += 256 * N) {
+        float v[N] = {};
         if (c < seen) {
-            load<width.n>(v, row + c);
+            load<N>(v, row + c);
 #pragma unroll
-            for (int i = 0; i < width.n; i++) v[i] = c + i < seen ? expf(v[i] * a.scale - m) * inverse : 0.f;
+            for (int i = 0; i < N; i++) v[i] = c + i < seen ? expf(v[i] * a.scale - m) * inverse : 0.f;
         }
-        store<width.n>(row + c, v);
-    });
+        store<N>(row + c, v);
+    }
 }
+KERNEL(softmax, softmax_args, 256) { BY_WIDTH(softmax_row, float, a.seq, a); }
 
 // p = e^(scores * scale - lse[row]), 0 where the query may not look, written over scores; dp = p * (dp - dot[row]) * scale, written
 // over dp: the gradient of the unscaled scores, dot[row] being sum of p * dp. Shapes and grid as in softmax.
 struct softmax_grad_args { float *scores, *dp; const float *lse, *dot; u32 seq, causal; float scale; };
-KERNEL(softmax_grad, softmax_grad_args, 256) {
+template <int N> DEV void softmax_grad_row(const softmax_grad_args& a) {
     size_t at = (size_t)blockIdx.x * a.seq;
     u32 seen = seen_keys(a.seq, a.causal);
     float lse = a.lse[blockIdx.x], dot = a.dot[blockIdx.x];
-    each_column<float>(a.seq, threadIdx.x, 256, [&](auto width, u32 c) {
-        float p[width.n] = {}, d[width.n] = {};
+    for (u32 c = threadIdx.x * N; c < a.seq; c += 256 * N) {
+        float p[N] = {}, d[N] = {};
         if (c < seen) {
-            load<width.n>(p, a.scores + at + c);
-            load<width.n>(d, a.dp + at + c);
+            load<N>(p, a.scores + at + c);
+            load<N>(d, a.dp + at + c);
 #pragma unroll
-            for (int i = 0; i < width.n; i++) {
+            for (int i = 0; i < N; i++) {
                 p[i] = c + i < seen ? expf(p[i] * a.scale - lse) : 0.f;
                 d[i] = c + i < seen ? p[i] * (d[i] - dot) * a.scale : 0.f;
             }
         }
-        store<width.n>(a.scores + at + c, p);
-        store<width.n>(a.dp + at + c, d);
-    });
+        store<N>(a.scores + at + c, p);
+        store<N>(a.dp + at + c, d);
+    }
 }
+KERNEL(softmax_grad, softmax_grad_args, 256) { BY_WIDTH(softmax_grad_row, float, a.seq, a); }
 
 // out[r] = sum of a[r] * b[r]; a, b [rows, dim]. One warp a row; grid = ceil(rows / 8), 256 threads.
 template <class T> struct row_dot_args { const T *a, *b; float* out; u32 rows, dim; };
-template <class T> DEV void row_dot(const row_dot_args<T>& a) {
+template <int N, class T> DEV void row_dot(const row_dot_args<T>& a) {
     u32 r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (r >= a.rows) return;
     size_t at = (size_t)r * a.dim;
     float sum = 0.f;
-    each_column<T>(a.dim, lane, 32, [&](auto width, u32 c) {
-        float v[width.n], w[width.n];
-        load<width.n>(v, a.a + at + c);
-        load<width.n>(w, a.b + at + c);
+    for (u32 c = lane * N; c < a.dim; c += 32 * N) {
+        float v[N], w[N];
+        load<N>(v, a.a + at + c);
+        load<N>(w, a.b + at + c);
 #pragma unroll
-        for (int i = 0; i < width.n; i++) sum += v[i] * w[i];
-    });
+        for (int i = 0; i < N; i++) sum += v[i] * w[i];
+    }
     sum = warp_sum(sum);
     if (lane == 0) a.out[r] = sum;
 }
 using row_dot_f32_args = row_dot_args<float>;
 using row_dot_bf16_args = row_dot_args<u16>;
-KERNEL(row_dot_f32, row_dot_f32_args, 256) { row_dot(a); }
-KERNEL(row_dot_bf16, row_dot_bf16_args, 256) { row_dot(a); }
+KERNEL(row_dot_f32, row_dot_f32_args, 256) { BY_WIDTH(row_dot, float, a.dim, a); }
+KERNEL(row_dot_bf16, row_dot_bf16_args, 256) { BY_WIDTH(row_dot, u16, a.dim, a); }

@@ -80,29 +80,29 @@ template <int CHUNKS, class T> DEV void norm_in_registers(const layer_norm_args<
     }
 }
 // Any other row is read three times.
-template <class T> DEV void norm_from_memory(const layer_norm_args<T>& a, Row<T> row, size_t at, u32 lane, float& mean, float& rstd) {
+template <int N, class T> DEV void norm_from_memory(const layer_norm_args<T>& a, Row<T> row, size_t at, u32 lane, float& mean, float& rstd) {
     float sum = 0.f, squares = 0.f;
-    each_column<T>(a.dim, lane, 32, [&](auto width, u32 c) {
-        float v[width.n];
-        load_row<width.n>(v, row, c);
-        if (row.residual && a.sum) store<width.n>(a.sum + at + c, v);
+    for (u32 c = lane * N; c < a.dim; c += 32 * N) {
+        float v[N];
+        load_row<N>(v, row, c);
+        if (row.residual && a.sum) store<N>(a.sum + at + c, v);
 #pragma unroll
-        for (int i = 0; i < width.n; i++) sum += v[i];
-    });
+        for (int i = 0; i < N; i++) sum += v[i];
+    }
     if (row.residual && a.sum) row = {a.sum + at, nullptr};
     mean = warp_sum(sum) / (float)a.dim;
-    each_column<T>(a.dim, lane, 32, [&](auto width, u32 c) {
-        float v[width.n];
-        load_row<width.n>(v, row, c);
+    for (u32 c = lane * N; c < a.dim; c += 32 * N) {
+        float v[N];
+        load_row<N>(v, row, c);
 #pragma unroll
-        for (int i = 0; i < width.n; i++) squares += (v[i] - mean) * (v[i] - mean);
-    });
+        for (int i = 0; i < N; i++) squares += (v[i] - mean) * (v[i] - mean);
+    }
     rstd = rsqrtf(warp_sum(squares) / (float)a.dim + a.eps);
-    each_column<T>(a.dim, lane, 32, [&](auto width, u32 c) {
-        float v[width.n];
-        load_row<width.n>(v, row, c);
-        normalize<width.n>(a.out + at, v, a.weight, a.bias, c, mean, rstd);
-    });
+    for (u32 c = lane * N; c < a.dim; c += 32 * N) {
+        float v[N];
+        load_row<N>(v, row, c);
+        normalize<N>(a.out + at, v, a.weight, a.bias, c, mean, rstd);
+    }
 }
 // v = x, or x + residual rounded to T and stored in sum (if not null); out = (v - mean) * rstd * weight + bias by rows of dim,
 // rstd = 1 / sqrt(variance + eps), variance over dim (not dim - 1). x, residual?, sum?, out [rows, dim]; weight, bias [dim];
@@ -114,7 +114,7 @@ template <class T> DEV void layer_norm(const layer_norm_args<T>& a) {
     size_t at = (size_t)r * a.dim;
     Row<T> row = {a.x + at, a.residual ? a.residual + at : nullptr};
     float mean, rstd;
-    if (a.dim % Per16<T>::n || a.dim > 16 * CHUNK) norm_from_memory(a, row, at, lane, mean, rstd);
+    if (a.dim % Per16<T>::n || a.dim > 16 * CHUNK) BY_WIDTH(norm_from_memory, T, a.dim, a, row, at, lane, mean, rstd);
     else if (a.dim > 4 * CHUNK) norm_in_registers<16>(a, row, at, lane, mean, rstd);
     else norm_in_registers<4>(a, row, at, lane, mean, rstd);
     if (lane == 0) {
@@ -236,14 +236,13 @@ template <int CHUNKS, class T> DEV void norm_grad_by_teams(const layer_norm_grad
     }
 }
 // Any other row: the block takes rows one by one, reads each twice, and adds to the sums where they lie in memory.
-template <class T> DEV void norm_grad_by_blocks(const layer_norm_grad_args<T>& a, u32 first, u32 last) {
+template <int N, class T> DEV void norm_grad_by_blocks(const layer_norm_grad_args<T>& a, u32 first, u32 last) {
     __shared__ float sums[2][2][8];
     float* out = a.partial + (size_t)blockIdx.x * 2 * a.dim;
     for (u32 r = first, turn = 0; r < last; r++, turn ^= 1) {
         const T *x = a.x + (size_t)r * a.dim, *dy = a.dy + (size_t)r * a.dim;
         float mean = a.mean[r], rstd = a.rstd[r], sum_g = 0.f, sum_gx = 0.f;
-        each_column<T>(a.dim, threadIdx.x, 256, [&](auto width, u32 c) {
-            constexpr int N = width.n;
+        for (u32 c = threadIdx.x * N; c < a.dim; c += 256 * N) {
             float vx[N], vdy[N], xhat[N], g[N], w[N], b[N];
             load<N>(vx, x + c);
             load<N>(vdy, dy + c);
@@ -258,17 +257,16 @@ template <class T> DEV void norm_grad_by_blocks(const layer_norm_grad_args<T>& a
             }
             store<N>(out + c, w);
             store<N>(out + a.dim + c, b);
-        });
+        }
         float mean_g = block_sum<256>(sum_g, sums[turn][0]) / (float)a.dim, mean_gx = block_sum<256>(sum_gx, sums[turn][1]) / (float)a.dim;
-        each_column<T>(a.dim, threadIdx.x, 256, [&](auto width, u32 c) {
-            constexpr int N = width.n;
+        for (u32 c = threadIdx.x * N; c < a.dim; c += 256 * N) {
             float vx[N], vdy[N], xhat[N], g[N], d[N] = {};
             load<N>(vx, x + c);
             load<N>(vdy, dy + c);
             if (a.addend) load<N>(d, a.addend + (size_t)r * a.dim + c);
             centre<N>(xhat, g, vx, vdy, a.weight, c, mean, rstd);
             store_dx<N>(a.dx + (size_t)r * a.dim + c, d, xhat, g, rstd, mean_g, mean_gx);
-        });
+        }
     }
 }
 // dx = BP of the layer norm at its input v (here x), plus addend unless it is null; partial[block][0] = sum over the block's rows of
@@ -277,7 +275,7 @@ template <class T> DEV void norm_grad_by_blocks(const layer_norm_grad_args<T>& a
 template <class T> DEV void layer_norm_grad(const layer_norm_grad_args<T>& a) {
     constexpr u32 CHUNKS = sizeof(T) == 2 ? 3 : 4, WARP = 32 * CHUNKS * Per16<T>::n;
     u32 first = blockIdx.x * a.rows_per_block, last = min(a.rows, first + a.rows_per_block);
-    if (a.dim % Per16<T>::n || a.dim > 8 * WARP) norm_grad_by_blocks(a, first, last);
+    if (a.dim % Per16<T>::n || a.dim > 8 * WARP) BY_WIDTH(norm_grad_by_blocks, T, a.dim, a, first, last);
     else norm_grad_by_teams<CHUNKS>(a, first, last, a.dim <= WARP ? 1 : a.dim <= 2 * WARP ? 2 : a.dim <= 4 * WARP ? 4 : 8);
 }
 using layer_norm_grad_f32_args = layer_norm_grad_args<float>;
