@@ -147,14 +147,18 @@ inline void start_block(State& s, u32* random) {
     s.current = order[0];
     change(s.back, s.fibers[order[0]].context);
 }
-template <class F> void launch(dim3 grid, unsigned threads, const F& body) {
+// The calling thread's emulator, kept from launch to launch.
+inline State& prepare(unsigned threads) {
     static thread_local std::unique_ptr<State> owner(new State());
     state = owner.get();
-    State& s = *state;
+    while (state->fibers.size() < threads) { state->fibers.emplace_back(); state->fibers.back().stack.reset(new char[STACK]); }
+    return *state;
+}
+template <class F> void launch(dim3 grid, unsigned threads, const F& body) {
+    State& s = prepare(threads);
     s.threads = (int)threads;
     s.grid = grid;
     s.block_size = {threads, 1, 1};
-    while (s.fibers.size() < threads) { s.fibers.emplace_back(); s.fibers.back().stack.reset(new char[STACK]); }
     s.run = [](const void* f) { (*(const F*)f)(); };
     s.body = &body;
     const char* seed = getenv("EMU_SEED");
