@@ -129,10 +129,16 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
     copy_tile<D, QUERIES, THREADS>(q_tile[first_tile & 1], q, stride, first_tile * QUERIES, seq);
     copy_tile<D, QUERIES, THREADS>(g_tile[first_tile & 1], g, part, first_tile * QUERIES, seq);
     cp_commit();
-    // Each lane keeps the log-sum-exp and the dot of one query of the tile, loaded one tile ahead.
-    const u32 first_row = blockIdx.y * a.seq;
-    u32 row = first_row + min(first_tile * QUERIES + lane % QUERIES, seq - 1);
-    float next_lse = a.lse[row], next_dot = a.dot[row];
+    // Each lane keeps the log-sum-exp and the dot of one query of the tile, loaded one tile ahead. Queries past the end have zeros in q
+    // and d_out and so add nothing, as long as their p is a number: it is 1 with a log-sum-exp of 0.
+    float next_lse = 0.f, next_dot = 0.f;
+    auto load_queries = [&](int tile) {
+        const int query = tile * QUERIES + lane % QUERIES;
+        const u32 row = blockIdx.y * a.seq + query;
+        next_lse = query < seq ? a.lse[row] : 0.f;
+        next_dot = query < seq ? a.dot[row] : 0.f;
+    };
+    load_queries(first_tile);
     for (int i = first_tile; i < tiles; i++) {
         // After the barrier tile i is there for all warps, and none reads tile i-1 any more.
         cp_wait<0>();
@@ -142,9 +148,7 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
             copy_tile<D, QUERIES, THREADS>(q_tile[(i + 1) & 1], q, stride, (i + 1) * QUERIES, seq);
             copy_tile<D, QUERIES, THREADS>(g_tile[(i + 1) & 1], g, part, (i + 1) * QUERIES, seq);
             cp_commit();
-            row = first_row + min((i + 1) * QUERIES + lane % QUERIES, seq - 1);
-            next_lse = a.lse[row];
-            next_dot = a.dot[row];
+            load_queries(i + 1);
         }
         if (IN_REGISTERS && i == first_tile) {
             load_rows<D>(ka, my_k, at_a);
@@ -177,17 +181,15 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
                     ds[n][i] = d[i & 1];
                 }
             }
-            // Only tiles on the diagonal and the last one have queries to hide.
-            if (query + 16 > seq || (a.causal && query < warp_key + 15)) {
+            // Only steps on the diagonal have queries to hide.
+            if (a.causal && query < warp_key + 15) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int begin = a.causal ? warp_key + mma_row(lane, i) : 0;
+                for (int n = 0; n < 2; n++)
 #pragma unroll
-                    for (int n = 0; n < 2; n++) {
+                    for (int i = 0; i < 4; i++) {
                         int column = query + n * 8 + mma_column(lane, i);
-                        p[n][i] = (column < begin) | (column >= seq) ? 0.f : p[n][i];
+                        p[n][i] = column < warp_key + mma_row(lane, i) ? 0.f : p[n][i];
                     }
-                }
             }
             add_product<D, 1>(&dv, &p, g_rows, at_a);
             if (!IN_REGISTERS) load_rows<D>(va, my_v, at_a);
