@@ -25,21 +25,51 @@ DEV double shfl_xor(double v, int mask) { return __shfl_xor_sync(~0u, v, mask); 
 DEV u32 shfl_xor(u32 v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEV float shfl(float v, int lane) { return __shfl_sync(~0u, v, lane); }
 // 2^v, to 2 units in the last place; results below 2^-126 are 0.
-DEV float exp2_fast(float v) { float r; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(v)); return r; }
+DEV float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(v));
+    return r;
+}
 #if __CUDA_ARCH__ >= 800
 // Two floats to bf16, rounded to nearest even; `lo` in the lower half.
-DEV u32 pack(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
+DEV u32 pack(float lo, float hi) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(hi), "f"(lo));
+    return d;
+}
 DEV u16 to_bf16(float v) { return (u16)pack(v, 0.f); }
-// 16 bytes from global to shared memory, done only after cp_wait. cp16z writes zeros (and reads nothing) unless `valid`.
-DEV void cp16(void* s, const void* g) { asm volatile("cp.async.cg.shared.global [%0],[%1],16;\n" ::"r"(shared_address(s)), "l"(g) : "memory"); }
-DEV void cp16z(void* s, const void* g, bool valid) { asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;\n" ::"r"(shared_address(s)), "l"(g), "r"(valid ? 16 : 0) : "memory"); }
+// 16 bytes from global to shared memory, done only after cp_wait. cp16z writes zeros (and reads nothing) unless
+// `valid`.
+DEV void cp16(void* s, const void* g) {
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16;\n" ::"r"(shared_address(s)), "l"(g) : "memory");
+}
+DEV void cp16z(void* s, const void* g, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;\n" ::"r"(shared_address(s)), "l"(g), "r"(valid ? 16 : 0)
+                 : "memory");
+}
 DEV void cp_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 template <int N> DEV void cp_wait() { asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory"); }
-// Four 8x8 matrices of bf16 from shared memory; lane l gives the address of row l%8 of matrix l/8. ldm4t transposes each.
-DEV void ldm4(u32* r, const void* p) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory"); }
-DEV void ldm4t(u32* r, const void* p) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory"); }
+// Four 8x8 matrices of bf16 from shared memory; lane l gives the address of row l%8 of matrix l/8. ldm4t transposes
+// each.
+DEV void ldm4(u32* r, const void* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p))
+                 : "memory");
+}
+DEV void ldm4t(u32* r, const void* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p))
+                 : "memory");
+}
 // c (16x8, f32) += a (16x16, bf16, row major) * b (16x8, bf16, column major).
-DEV void mma(float* c, const u32* a, const u32* b) { asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); }
+DEV void mma(float* c, const u32* a, const u32* b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 #else
 // Before sm_80 there is no instruction for it; NaN stays NaN.
 DEV u16 to_bf16(float v) {
@@ -68,10 +98,17 @@ template <class T> DEV float round_to(float v) {
 }
 
 // 16 bytes of a tensor: 4 floats or 8 bf16 values. The address must be a multiple of 16.
-struct alignas(16) Words4 { u32 w[4]; };
-struct alignas(8) Words2 { u32 w[2]; };
+struct alignas(16) Words4 {
+    u32 w[4];
+};
+struct alignas(8) Words2 {
+    u32 w[2];
+};
 #ifdef EMU
-DEV Words4 fixed16(const void* p) { check16(p); return *(const Words4*)p; }
+DEV Words4 fixed16(const void* p) {
+    check16(p);
+    return *(const Words4*)p;
+}
 DEV float fixed(const float* p) { return *p; }
 #else
 // From memory that the kernel does not write: these loads may be moved before stores.
@@ -81,14 +118,19 @@ DEV Words4 fixed16(const void* p) {
 }
 DEV float fixed(const float* p) { return __ldg(p); }
 #endif
-template <class T> struct Per16 { static constexpr int n = 16 / sizeof(T); };
+template <class T> struct Per16 {
+    static constexpr int n = 16 / sizeof(T);
+};
 DEV void unpack16(float* v, const Words4& r, const float*) {
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = bits_f32(r.w[i]);
 }
 DEV void unpack16(float* v, const Words4& r, const u16*) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) { v[2 * i] = lo_bf16(r.w[i]); v[2 * i + 1] = hi_bf16(r.w[i]); }
+    for (int i = 0; i < 4; i++) {
+        v[2 * i] = lo_bf16(r.w[i]);
+        v[2 * i + 1] = hi_bf16(r.w[i]);
+    }
 }
 DEV Words4 pack16(const float* v, const float*) {
     Words4 r;
@@ -102,40 +144,55 @@ DEV Words4 pack16(const float* v, const u16*) {
     for (int i = 0; i < 4; i++) r.w[i] = pack(v[2 * i], v[2 * i + 1]);
     return r;
 }
-template <class T> DEV Words4 raw16(const T* p) { check16(p); return *(const Words4*)p; }
+template <class T> DEV Words4 raw16(const T* p) {
+    check16(p);
+    return *(const Words4*)p;
+}
 template <class T> DEV void load16(float* v, const T* p) { unpack16(v, raw16(p), p); }
-template <class T> DEV void store16(T* p, const float* v) { check16(p); *(Words4*)p = pack16(v, p); }
+template <class T> DEV void store16(T* p, const float* v) {
+    check16(p);
+    *(Words4*)p = pack16(v, p);
+}
 // N elements: one, four, or a multiple of 16 bytes. The address must be a multiple of the bytes of one access.
 template <int N> DEV void load(float* v, const float* p) {
-    if constexpr (N == 1) v[0] = *p;
+    if constexpr (N == 1)
+        v[0] = *p;
     else
 #pragma unroll
         for (int i = 0; i < N; i += 4) load16(v + i, p + i);
 }
 template <int N> DEV void load(float* v, const u16* p) {
-    if constexpr (N == 1) v[0] = get(*p);
+    if constexpr (N == 1)
+        v[0] = get(*p);
     else if constexpr (N == 4) {
         Words2 r = *(const Words2*)p;
-        v[0] = lo_bf16(r.w[0]); v[1] = hi_bf16(r.w[0]); v[2] = lo_bf16(r.w[1]); v[3] = hi_bf16(r.w[1]);
+        v[0] = lo_bf16(r.w[0]);
+        v[1] = hi_bf16(r.w[0]);
+        v[2] = lo_bf16(r.w[1]);
+        v[3] = hi_bf16(r.w[1]);
     } else
 #pragma unroll
         for (int i = 0; i < N; i += 8) load16(v + i, p + i);
 }
 template <int N> DEV void store(float* p, const float* v) {
-    if constexpr (N == 1) *p = v[0];
+    if constexpr (N == 1)
+        *p = v[0];
     else
 #pragma unroll
         for (int i = 0; i < N; i += 4) store16(p + i, v + i);
 }
 template <int N> DEV void store(u16* p, const float* v) {
-    if constexpr (N == 1) put(p, v[0]);
-    else if constexpr (N == 4) *(Words2*)p = Words2{{pack(v[0], v[1]), pack(v[2], v[3])}};
+    if constexpr (N == 1)
+        put(p, v[0]);
+    else if constexpr (N == 4)
+        *(Words2*)p = Words2{{pack(v[0], v[1]), pack(v[2], v[3])}};
     else
 #pragma unroll
         for (int i = 0; i < N; i += 8) store16(p + i, v + i);
 }
 template <int N> DEV void load_fixed(float* v, const float* p) {
-    if constexpr (N == 1) v[0] = fixed(p);
+    if constexpr (N == 1)
+        v[0] = fixed(p);
     else
 #pragma unroll
         for (int i = 0; i < N; i += 4) unpack16(v + i, fixed16(p + i), p);
@@ -145,8 +202,10 @@ template <int N> DEV void load_fixed(float* v, const float* p) {
 
 // e^v: to the last bits for f32, by the fast instruction (1e-6) where the result goes to bf16.
 template <class T> DEV float exp_for(float v) {
-    if constexpr (sizeof(T) == 2) return __expf(v);
-    else return expf(v);
+    if constexpr (sizeof(T) == 2)
+        return __expf(v);
+    else
+        return expf(v);
 }
 
 #define LOWEST (-3.402823466e38f)  // of the finite floats
@@ -164,8 +223,9 @@ DEV float warp_max(float v) {
 }
 
 #if defined(EMU) || __CUDA_ARCH__ >= 800
-// Tiles of bf16 in shared memory for mma: rows of D values (32, 64 or 128), each row's 16-byte chunks in an order that depends on
-// the row, so that eight rows of one chunk column lie in different banks. A tile must start at a multiple of 16 rows' bytes or 128.
+// Tiles of bf16 in shared memory for mma: rows of D values (32, 64 or 128), each row's 16-byte chunks in an order that
+// depends on the row, so that eight rows of one chunk column lie in different banks. A tile must start at a multiple of
+// 16 rows' bytes or 128.
 template <int D> DEV int tile_index(int row, int chunk) {
     return row * D + ((chunk ^ (D >= 64 ? row & 7 : (row >> 1) & 3)) << 3);
 }
@@ -182,8 +242,8 @@ template <int D, int ROWS, int THREADS> DEV void copy_tile(u16* tile, const u16*
         from += (u64)stride * STEP;
     }
 }
-// Fragments of mma from 16 rows of a tile, columns 16k..16k+16; `at` is the lane's place, the same for all of a kernel: lane_b's for
-// load_b, lane_a's for the others.
+// Fragments of mma from 16 rows of a tile, columns 16k..16k+16; `at` is the lane's place, the same for all of a kernel:
+// lane_b's for load_b, lane_a's for the others.
 //   load_a: the rows are the rows of a.   load_b: the rows are the columns of two b (b[0..2], b[2..4]).
 //   load_b_rows: the rows are the rows of two b, columns 16k..16k+8 and 16k+8..16k+16.
 template <int D> DEV int lane_a(int lane) { return tile_index<D>(lane & 15, lane >> 4); }
@@ -201,9 +261,11 @@ DEV void accumulators_to_a(u32* a, const float* left, const float* right) {
     a[2] = pack(right[0], right[1]);
     a[3] = pack(right[2], right[3]);
 }
-// Writes 16 rows of D accumulated values times a factor for each half of them, rounded to bf16, by way of 16 rows of a tile that only
-// this warp uses; the rows from `end` on are not written.
-template <int D> DEV void store_rows(const float (*acc)[4], float factor0, float factor1, u16* rows, u16* g, u32 stride, int first, int end) {
+// Writes 16 rows of D accumulated values times a factor for each half of them, rounded to bf16, by way of 16 rows of a
+// tile that only this warp uses; the rows from `end` on are not written.
+template <int D>
+DEV void store_rows(const float (*acc)[4], float factor0, float factor1, u16* rows, u16* g, u32 stride, int first,
+                    int end) {
     constexpr int CHUNKS = D / 8;
     int lane = threadIdx.x % 32;
     __syncwarp();
@@ -216,12 +278,14 @@ template <int D> DEV void store_rows(const float (*acc)[4], float factor0, float
 #pragma unroll
     for (int i = lane; i < 16 * CHUNKS; i += 32) {
         int row = i / CHUNKS, chunk = i % CHUNKS;
-        if (first + row < end) *(Words4*)(g + (u64)(u32)(first + row) * stride + chunk * 8) = *(const Words4*)(rows + tile_index<D>(row, chunk));
+        if (first + row < end)
+            *(Words4*)(g + (u64)(u32)(first + row) * stride + chunk * 8) =
+                *(const Words4*)(rows + tile_index<D>(row, chunk));
     }
 }
 #endif
-// Sum over a block, the same in every thread, added in the same order always. `shared` has one place a warp and must not be in
-// use: a barrier lies between two uses of it.
+// Sum over a block, the same in every thread, added in the same order always. `shared` has one place a warp and must
+// not be in use: a barrier lies between two uses of it.
 template <int THREADS, class F> DEV F block_sum(F v, F* shared) {
     v = warp_sum(v);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;

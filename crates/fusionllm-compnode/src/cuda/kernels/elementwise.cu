@@ -1,22 +1,28 @@
 #include "dev.h"
-// Kernels without reductions. A thread takes 16 bytes of T, N neighbours; a block of 256 threads 1024 elements of f32, 2048 of
-// bf16 and of casts; grid = ceil(count / that). More blocks do no harm. An output may be one of the inputs.
+// Kernels without reductions. A thread takes 16 bytes of T, N neighbours; a block of 256 threads 1024 elements of f32,
+// 2048 of bf16 and of casts; grid = ceil(count / that). More blocks do no harm. An output may be one of the inputs.
 
 template <int N> DEV u32 first_place() { return (blockIdx.x * 256 + threadIdx.x) * N; }
 template <int N, class T> DEV void load_some(float* v, const T* p, u32 i, u32 count) {
-    if (i + N <= count) load<N>(v, p + i);
+    if (i + N <= count)
+        load<N>(v, p + i);
     else
         for (int k = 0; k < N; k++) v[k] = i + k < count ? get(p[i + k]) : 0.f;
 }
 template <int N, class T> DEV void store_some(T* p, const float* v, u32 i, u32 count) {
-    if (i + N <= count) store<N>(p + i, v);
+    if (i + N <= count)
+        store<N>(p + i, v);
     else
         for (int k = 0; k < N; k++)
             if (i + k < count) put(p + i + k, v[k]);
 }
 
 // out = a + b
-template <class T> struct add_args { const T *a, *b; T* out; u32 count; };
+template <class T> struct add_args {
+    const T *a, *b;
+    T* out;
+    u32 count;
+};
 template <class T> DEV void add(const add_args<T>& a) {
     constexpr int N = Per16<T>::n;
     u32 i = first_place<N>();
@@ -34,7 +40,11 @@ KERNEL(add_f32, add_f32_args, 256) { add(a); }
 KERNEL(add_bf16, add_bf16_args, 256) { add(a); }
 
 // out = a * b, plus addend unless it is null
-template <class T> struct product_args { const T *a, *b, *addend; T* out; u32 count; };
+template <class T> struct product_args {
+    const T *a, *b, *addend;
+    T* out;
+    u32 count;
+};
 template <class T> DEV void product(const product_args<T>& a) {
     constexpr int N = Per16<T>::n;
     u32 i = first_place<N>();
@@ -53,7 +63,12 @@ KERNEL(product_f32, product_f32_args, 256) { product(a); }
 KERNEL(product_bf16, product_bf16_args, 256) { product(a); }
 
 // out = x * factor
-template <class T> struct scale_args { const T* x; T* out; u32 count; float factor; };
+template <class T> struct scale_args {
+    const T* x;
+    T* out;
+    u32 count;
+    float factor;
+};
 template <class T> DEV void scale(const scale_args<T>& a) {
     constexpr int N = Per16<T>::n;
     u32 i = first_place<N>();
@@ -71,8 +86,10 @@ KERNEL(scale_bf16, scale_bf16_args, 256) { scale(a); }
 
 // 1 / (1 + e^-v). Where e^-v is infinite it is 0.
 template <class T> DEV float sigmoid(float v) {
-    if constexpr (sizeof(T) == 2) return __fdividef(1.f, 1.f + __expf(-v));
-    else return 1.f / (1.f + expf(-v));
+    if constexpr (sizeof(T) == 2)
+        return __fdividef(1.f, 1.f + __expf(-v));
+    else
+        return 1.f / (1.f + expf(-v));
 }
 enum { GELU_TANH = 0, GELU_ERF = 1, RELU = 2, SILU = 3 };
 // GELU by tanh is x * sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 x^3): no cancellation far below zero.
@@ -86,7 +103,8 @@ template <class T> DEV float activation(float x, u32 function) {
 template <class T> DEV float activation_slope(float x, u32 function) {
     if (function == RELU) return x > 0.f ? 1.f : 0.f;
     x = fminf(fmaxf(x, -1e4f), 1e4f);
-    if (function == GELU_ERF) return 0.5f * (1.f + erff(0.70710678118f * x)) + 0.39894228040f * x * exp_for<T>(-0.5f * x * x);
+    if (function == GELU_ERF)
+        return 0.5f * (1.f + erff(0.70710678118f * x)) + 0.39894228040f * x * exp_for<T>(-0.5f * x * x);
     bool tanh = function == GELU_TANH;
     float z = tanh ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
     float inner = tanh ? 1.5957691216f + 0.21406164f * x * x : 1.f;
@@ -95,7 +113,12 @@ template <class T> DEV float activation_slope(float x, u32 function) {
 }
 
 // out = f(x); function: 0 GELU by tanh, 1 GELU by erf, 2 ReLU, 3 SiLU
-template <class T> struct activation_args { const T* x; T* out; u32 count; u32 function; };
+template <class T> struct activation_args {
+    const T* x;
+    T* out;
+    u32 count;
+    u32 function;
+};
 template <class T> DEV void activate(const activation_args<T>& a) {
     constexpr int N = Per16<T>::n;
     u32 i = first_place<N>();
@@ -112,7 +135,12 @@ KERNEL(activation_f32, activation_f32_args, 256) { activate(a); }
 KERNEL(activation_bf16, activation_bf16_args, 256) { activate(a); }
 
 // dx = dy * f'(x), plus addend unless it is null
-template <class T> struct activation_grad_args { const T *x, *dy, *addend; T* dx; u32 count; u32 function; };
+template <class T> struct activation_grad_args {
+    const T *x, *dy, *addend;
+    T* dx;
+    u32 count;
+    u32 function;
+};
 template <class T> DEV void activation_grad(const activation_grad_args<T>& a) {
     constexpr int N = Per16<T>::n;
     u32 i = first_place<N>();
@@ -131,7 +159,11 @@ KERNEL(activation_grad_f32, activation_grad_f32_args, 256) { activation_grad(a);
 KERNEL(activation_grad_bf16, activation_grad_bf16_args, 256) { activation_grad(a); }
 
 // out = x, in the other storage type
-template <class From, class To> struct cast_args { const From* x; To* out; u32 count; };
+template <class From, class To> struct cast_args {
+    const From* x;
+    To* out;
+    u32 count;
+};
 template <class From, class To> DEV void cast(const cast_args<From, To>& a) {
     constexpr int N = 8;
     u32 i = first_place<N>();

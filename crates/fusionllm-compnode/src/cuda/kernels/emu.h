@@ -1,7 +1,7 @@
 #pragma once
 // dev.h's vocabulary on the CPU, for tests: each thread of a block is a fiber, blocks run one after the other.
-// Fibers run until a barrier, a shuffle or a matrix instruction; EMU_SEED=n runs them in an order drawn from n, so that a missing
-// barrier shows. Copies by cp16 happen at cp_wait and not before. Bad use ends the process with a message.
+// Fibers run until a barrier, a shuffle or a matrix instruction; EMU_SEED=n runs them in an order drawn from n, so that
+// a missing barrier shows. Copies by cp16 happen at cp_wait and not before. Bad use ends the process with a message.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -22,15 +22,18 @@ typedef unsigned long long u64;
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__
 
-struct dim3 { unsigned x, y, z; };
+struct dim3 {
+    unsigned x, y, z;
+};
 namespace emu {
 #ifdef __x86_64__
 // Saves the registers a call must keep, changes the stack, and goes on where that stack was left.
 extern "C" void emu_switch(void** save, void* load) __asm__("emu_switch_stack");
-__asm__(".text\nemu_switch_stack:\n"
-        "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
-        "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
-        "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+__asm__(
+    ".text\nemu_switch_stack:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
 struct Context {
     void* sp;
     void start(char* stack, size_t size, void (*entry)()) {
@@ -56,7 +59,11 @@ struct Context {
 inline void change(Context& from, Context& to) { swapcontext(&from.c, &to.c); }
 #endif
 
-struct Copy { char* to; const char* from; int group; };
+struct Copy {
+    char* to;
+    const char* from;
+    int group;
+};
 constexpr size_t STACK = 128 << 10;
 struct Fiber {
     Context context;
@@ -67,7 +74,10 @@ struct Fiber {
     int group;                 // of copies: those committed so far
     std::vector<Copy> copies;  // not done yet
 };
-struct Barrier { int waiting, left; unsigned long turn; };
+struct Barrier {
+    int waiting, left;
+    unsigned long turn;
+};
 struct State {
     std::vector<Fiber> fibers;
     Context back;
@@ -82,7 +92,8 @@ struct State {
 inline thread_local State* state = nullptr;
 
 [[noreturn]] inline void die(const char* what) {
-    fprintf(stderr, "kernel emulator: %s (block %u,%u thread %d)\n", what, state ? state->block.x : 0, state ? state->block.y : 0, state ? state->current : 0);
+    fprintf(stderr, "kernel emulator: %s (block %u,%u thread %d)\n", what, state ? state->block.x : 0,
+            state ? state->block.y : 0, state ? state->current : 0);
     abort();
 }
 inline void yield() {
@@ -94,7 +105,11 @@ inline void yield() {
 }
 inline void wait(Barrier& b, int size) {
     unsigned long turn = b.turn;
-    if (++b.waiting == size) { b.waiting = 0; b.turn++; return; }
+    if (++b.waiting == size) {
+        b.waiting = 0;
+        b.turn++;
+        return;
+    }
     while (b.turn == turn) {
         if (b.left) die("a thread ended before a barrier that others of its group wait at");
         yield();
@@ -108,8 +123,14 @@ inline void finish_copies(int up_to) {
     auto& copies = state->fibers[state->current].copies;
     size_t kept = 0;
     for (auto& c : copies) {
-        if (c.group > up_to) { copies[kept++] = c; continue; }
-        if (c.from) memcpy(c.to, c.from, 16); else memset(c.to, 0, 16);
+        if (c.group > up_to) {
+            copies[kept++] = c;
+            continue;
+        }
+        if (c.from)
+            memcpy(c.to, c.from, 16);
+        else
+            memset(c.to, 0, 16);
     }
     copies.resize(kept);
 }
@@ -132,7 +153,10 @@ inline void start_block(State& s, u32* random) {
     int order[1024];
     for (int i = 0; i < n; i++) order[i] = i;
     if (*random)
-        for (int i = n - 1; i > 0; i--) { *random = *random * 1664525u + 1013904223u; std::swap(order[i], order[(*random >> 8) % (u32)(i + 1)]); }
+        for (int i = n - 1; i > 0; i--) {
+            *random = *random * 1664525u + 1013904223u;
+            std::swap(order[i], order[(*random >> 8) % (u32)(i + 1)]);
+        }
     for (auto& w : s.warps) w = Barrier{};
     s.all = Barrier{};
     for (int k = 0; k < n; k++) {
@@ -151,7 +175,10 @@ inline void start_block(State& s, u32* random) {
 inline State& prepare(unsigned threads) {
     static thread_local std::unique_ptr<State> owner(new State());
     state = owner.get();
-    while (state->fibers.size() < threads) { state->fibers.emplace_back(); state->fibers.back().stack.reset(new char[STACK]); }
+    while (state->fibers.size() < threads) {
+        state->fibers.emplace_back();
+        state->fibers.back().stack.reset(new char[STACK]);
+    }
     return *state;
 }
 template <class F> void launch(dim3 grid, unsigned threads, const F& body) {
@@ -165,7 +192,10 @@ template <class F> void launch(dim3 grid, unsigned threads, const F& body) {
     u32 random = seed ? (u32)strtoul(seed, nullptr, 10) * 2654435761u : 0;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) { s.block = {x, y, z}; start_block(s, &random); }
+            for (unsigned x = 0; x < grid.x; x++) {
+                s.block = {x, y, z};
+                start_block(s, &random);
+            }
 }
 template <class V> V exchange(V v, int lane) {
     static_assert(sizeof(V) <= 32);
@@ -183,21 +213,31 @@ template <class V> V exchange(V v, int lane) {
 #define blockIdx (emu::state->block)
 #define gridDim (emu::state->grid)
 #define blockDim (emu::state->block_size)
-#define KERNEL(name, args_type, threads)                                                         \
-    static void name(const args_type& a);                                                        \
-    extern "C" void emu_##name(const void* args, unsigned gx, unsigned gy, unsigned gz) {        \
-        args_type a;                                                                             \
-        memcpy(&a, args, sizeof a);                                                              \
-        emu::launch(dim3{gx, gy, gz}, threads, [&] { name(a); });                                \
-    }                                                                                            \
+#define KERNEL(name, args_type, threads)                                                  \
+    static void name(const args_type& a);                                                 \
+    extern "C" void emu_##name(const void* args, unsigned gx, unsigned gy, unsigned gz) { \
+        args_type a;                                                                      \
+        memcpy(&a, args, sizeof a);                                                       \
+        emu::launch(dim3{gx, gy, gz}, threads, [&] { name(a); });                         \
+    }                                                                                     \
     static void name(const args_type& a)
 #define KERNEL_RESIDENT(name, args_type, threads, blocks) KERNEL(name, args_type, threads)
 
 DEV void __syncthreads() { emu::wait(emu::state->all, emu::state->threads); }
 DEV void __syncwarp() { emu::wait_warp(); }
-DEV void check16(const void* p) { if ((uintptr_t)p & 15) emu::die("an address is not a multiple of 16"); }
-DEV u32 f32_bits(float v) { u32 x; memcpy(&x, &v, 4); return x; }
-DEV float bits_f32(u32 x) { float v; memcpy(&v, &x, 4); return v; }
+DEV void check16(const void* p) {
+    if ((uintptr_t)p & 15) emu::die("an address is not a multiple of 16");
+}
+DEV u32 f32_bits(float v) {
+    u32 x;
+    memcpy(&x, &v, 4);
+    return x;
+}
+DEV float bits_f32(u32 x) {
+    float v;
+    memcpy(&v, &x, 4);
+    return v;
+}
 DEV u32 __float_as_uint(float v) { return f32_bits(v); }
 DEV float __uint_as_float(u32 v) { return bits_f32(v); }
 template <class V> DEV V shfl_xor(V v, int mask) { return emu::exchange(v, emu::state->current ^ mask); }
@@ -234,7 +274,8 @@ template <bool TRANSPOSED> DEV void load_matrices(u32* r, const void* p) {
     for (int i = 0; i < 4; i++) {
         const void* const* rows = s.addresses + w + 8 * i;
         u16 e[2];
-        for (int k = 0; k < 2; k++) e[k] = TRANSPOSED ? ((const u16*)rows[2 * (l % 4) + k])[l / 4] : ((const u16*)rows[l / 4])[2 * (l % 4) + k];
+        for (int k = 0; k < 2; k++)
+            e[k] = TRANSPOSED ? ((const u16*)rows[2 * (l % 4) + k])[l / 4] : ((const u16*)rows[l / 4])[2 * (l % 4) + k];
         r[i] = e[0] | ((u32)e[1] << 16);
     }
     emu::wait_warp();
@@ -251,7 +292,8 @@ DEV void mma(float* c, const u32* a, const u32* b) {
         int row = l / 4 + (o >> 1) * 8, n = 2 * (l % 4) + (o & 1);
         float sum = c[o];
         for (int k = 0; k < 16; k++) {
-            u32 x = s.slots[w + (row % 8) * 4 + (k % 8) / 2][(row >= 8) + 2 * (k >= 8)], y = s.slots[w + n * 4 + (k % 8) / 2][4 + (k >= 8)];
+            u32 x = s.slots[w + (row % 8) * 4 + (k % 8) / 2][(row >= 8) + 2 * (k >= 8)],
+                y = s.slots[w + n * 4 + (k % 8) / 2][4 + (k >= 8)];
             sum += bits_f32(k & 1 ? x & 0xffff0000u : x << 16) * bits_f32(k & 1 ? y & 0xffff0000u : y << 16);
         }
         c[o] = sum;

@@ -3,7 +3,11 @@
 
 // x [batch, seq, parts, heads, dim] -> out [parts, batch, heads, seq, dim], and back. A thread moves four neighbours;
 // grid = ceil(elements / 1024), 256 threads.
-template <class T> struct heads_args { const T* x; T* out; u32 batch, seq, parts, heads, dim; };
+template <class T> struct heads_args {
+    const T* x;
+    T* out;
+    u32 batch, seq, parts, heads, dim;
+};
 // Where element i of [batch, seq, parts, heads, dim] lies in [parts, batch, heads, seq, dim].
 template <class T> DEV u32 by_heads(const heads_args<T>& a, u32 i) {
     u32 c = i % a.dim, row = i / a.dim;
@@ -39,9 +43,14 @@ KERNEL(from_heads_bf16, from_heads_bf16_args, 256) { move_heads<false>(a); }
 // The keys that query row % seq sees: all, or those up to itself.
 DEV u32 seen_keys(u32 seq, u32 causal) { return causal ? blockIdx.x % seq + 1 : seq; }
 
-// scores[row] = softmax(scores[row] * scale) in place, 0 where the query may not look; lse[row] (if not null) = log sum e^(score * scale).
-// scores [batch * heads * seq, seq]; row r is query r % seq. A block takes a row: grid = batch * heads * seq, 256 threads.
-struct softmax_args { float *scores, *lse; u32 seq, causal; float scale; };
+// scores[row] = softmax(scores[row] * scale) in place, 0 where the query may not look; lse[row] (if not null) = log sum
+// e^(score * scale). scores [batch * heads * seq, seq]; row r is query r % seq. A block takes a row: grid = batch *
+// heads * seq, 256 threads.
+struct softmax_args {
+    float *scores, *lse;
+    u32 seq, causal;
+    float scale;
+};
 template <int N> DEV void softmax_row(const softmax_args& a) {
     __shared__ float shared[2][8];
     float* row = a.scores + (size_t)blockIdx.x * a.seq;
@@ -63,7 +72,10 @@ template <int N> DEV void softmax_row(const softmax_args& a) {
     }
     float warp_m = warp_max(m);
     s = warp_sum(s * expf(m - warp_m));
-    if (threadIdx.x % 32 == 0) { shared[0][warp] = warp_m; shared[1][warp] = s; }
+    if (threadIdx.x % 32 == 0) {
+        shared[0][warp] = warp_m;
+        shared[1][warp] = s;
+    }
     __syncthreads();
     m = LOWEST, s = 0.f;
 #pragma unroll
@@ -84,9 +96,15 @@ template <int N> DEV void softmax_row(const softmax_args& a) {
 }
 KERNEL(softmax, softmax_args, 256) { BY_WIDTH(softmax_row, float, a.seq, a); }
 
-// p = e^(scores * scale - lse[row]), 0 where the query may not look, written over scores; dp = p * (dp - dot[row]) * scale, written
-// over dp: the gradient of the unscaled scores, dot[row] being sum of p * dp. Shapes and grid as in softmax.
-struct softmax_grad_args { float *scores, *dp; const float *lse, *dot; u32 seq, causal; float scale; };
+// p = e^(scores * scale - lse[row]), 0 where the query may not look, written over scores; dp = p * (dp - dot[row]) *
+// scale, written over dp: the gradient of the unscaled scores, dot[row] being sum of p * dp. Shapes and grid as in
+// softmax.
+struct softmax_grad_args {
+    float *scores, *dp;
+    const float *lse, *dot;
+    u32 seq, causal;
+    float scale;
+};
 template <int N> DEV void softmax_grad_row(const softmax_grad_args& a) {
     size_t at = (size_t)blockIdx.x * a.seq;
     u32 seen = seen_keys(a.seq, a.causal);
@@ -109,7 +127,11 @@ template <int N> DEV void softmax_grad_row(const softmax_grad_args& a) {
 KERNEL(softmax_grad, softmax_grad_args, 256) { BY_WIDTH(softmax_grad_row, float, a.seq, a); }
 
 // out[r] = sum of a[r] * b[r]; a, b [rows, dim]. One warp a row; grid = ceil(rows / 8), 256 threads.
-template <class T> struct row_dot_args { const T *a, *b; float* out; u32 rows, dim; };
+template <class T> struct row_dot_args {
+    const T *a, *b;
+    float* out;
+    u32 rows, dim;
+};
 template <int N, class T> DEV void row_dot(const row_dot_args<T>& a) {
     u32 r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (r >= a.rows) return;

@@ -9,7 +9,9 @@ template <class T> struct cross_entropy_args {
     float scale;
 };
 // The maximum m and the sum s of e^(x - m) over what was seen so far.
-struct Running { float m, s; };
+struct Running {
+    float m, s;
+};
 template <int N, class T> DEV void see(Running& r, const float* x) {
     float m = r.m;
 #pragma unroll
@@ -20,9 +22,10 @@ template <int N, class T> DEV void see(Running& r, const float* x) {
     r = {m, s};
 }
 // losses[row] = log sum e^x - x[label]; grad[row] = (softmax - onehot(label)) * scale, 0 in the columns vocab..stride.
-// logits, grad? [rows, stride], may be the same memory; labels, losses [rows]; stride is a multiple of 16 bytes and what logits hold
-// behind vocab does not matter. A block takes a row (grid = rows). The thread's first CHUNKS times 16 bytes stay in registers, so
-// that a row of up to THREADS * CHUNKS * 16 bytes is read once; what is beyond is read again for grad.
+// logits, grad? [rows, stride], may be the same memory; labels, losses [rows]; stride is a multiple of 16 bytes and
+// what logits hold behind vocab does not matter. A block takes a row (grid = rows). The thread's first CHUNKS times 16
+// bytes stay in registers, so that a row of up to THREADS * CHUNKS * 16 bytes is read once; what is beyond is read
+// again for grad.
 template <int THREADS, int CHUNKS, class T> DEV void cross_entropy(const cross_entropy_args<T>& a) {
     constexpr int N = Per16<T>::n;
     constexpr u32 STEP = THREADS * N;
@@ -54,7 +57,10 @@ template <int THREADS, int CHUNKS, class T> DEV void cross_entropy(const cross_e
     }
     float m = warp_max(r.m), s = warp_sum(r.s * exp_for<T>(r.m - m));
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) { shared[0][warp] = m; shared[1][warp] = s; }
+    if (lane == 0) {
+        shared[0][warp] = m;
+        shared[1][warp] = s;
+    }
     __syncthreads();
     float warp_m = lane < THREADS / 32 ? shared[0][lane] : LOWEST, warp_s = lane < THREADS / 32 ? shared[1][lane] : 0.f;
     m = warp_max(warp_m);
@@ -80,7 +86,8 @@ template <int THREADS, int CHUNKS, class T> DEV void cross_entropy(const cross_e
         for (int i = 0; i < N; i++) x[i] = slope(x[i], c + i);
         store<N>(grad + c, x);
     }
-    for (u32 c = whole + threadIdx.x; c < a.stride; c += THREADS) put(grad + c, c < a.vocab ? slope(get(row[c]), c) : 0.f);
+    for (u32 c = whole + threadIdx.x; c < a.stride; c += THREADS)
+        put(grad + c, c < a.vocab ? slope(get(row[c]), c) : 0.f);
 }
 using cross_entropy_f32_args = cross_entropy_args<float>;
 using cross_entropy_bf16_args = cross_entropy_args<u16>;

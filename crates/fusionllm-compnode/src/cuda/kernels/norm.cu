@@ -1,7 +1,10 @@
 #include "dev.h"
 
-// Where a row of v = x + residual (rounded as T is stored) is read from: x may be a sum stored before, then residual is null.
-template <class T> struct Row { const T *x, *residual; };
+// Where a row of v = x + residual (rounded as T is stored) is read from: x may be a sum stored before, then residual is
+// null.
+template <class T> struct Row {
+    const T *x, *residual;
+};
 template <int N, class T> DEV void load_row(float* v, Row<T> row, u32 c) {
     load<N>(v, row.x + c);
     if (row.residual) {
@@ -11,7 +14,8 @@ template <int N, class T> DEV void load_row(float* v, Row<T> row, u32 c) {
         for (int i = 0; i < N; i++) v[i] = round_to<T>(v[i] + r[i]);
     }
 }
-template <int N, class T> DEV void normalize(T* out, const float* v, const float* weight, const float* bias, u32 c, float mean, float rstd) {
+template <int N, class T>
+DEV void normalize(T* out, const float* v, const float* weight, const float* bias, u32 c, float mean, float rstd) {
     float w[N], b[N], o[N];
     load_fixed<N>(w, weight + c);
     load_fixed<N>(b, bias + c);
@@ -30,7 +34,8 @@ template <class T> struct layer_norm_args {
     float eps;
 };
 // A row that fits into CHUNKS times 16 bytes a lane stays in registers, as stored: it is read once.
-template <int CHUNKS, class T> DEV void norm_in_registers(const layer_norm_args<T>& a, Row<T> row, size_t at, u32 lane, float& mean, float& rstd) {
+template <int CHUNKS, class T>
+DEV void norm_in_registers(const layer_norm_args<T>& a, Row<T> row, size_t at, u32 lane, float& mean, float& rstd) {
     constexpr int N = Per16<T>::n, TOGETHER = 4;
     Words4 kept[CHUNKS];
     float v[N], sum = 0.f, squares = 0.f;
@@ -80,7 +85,8 @@ template <int CHUNKS, class T> DEV void norm_in_registers(const layer_norm_args<
     }
 }
 // Any other row is read three times.
-template <int N, class T> DEV void norm_from_memory(const layer_norm_args<T>& a, Row<T> row, size_t at, u32 lane, float& mean, float& rstd) {
+template <int N, class T>
+DEV void norm_from_memory(const layer_norm_args<T>& a, Row<T> row, size_t at, u32 lane, float& mean, float& rstd) {
     float sum = 0.f, squares = 0.f;
     for (u32 c = lane * N; c < a.dim; c += 32 * N) {
         float v[N];
@@ -104,9 +110,10 @@ template <int N, class T> DEV void norm_from_memory(const layer_norm_args<T>& a,
         normalize<N>(a.out + at, v, a.weight, a.bias, c, mean, rstd);
     }
 }
-// v = x, or x + residual rounded to T and stored in sum (if not null); out = (v - mean) * rstd * weight + bias by rows of dim,
-// rstd = 1 / sqrt(variance + eps), variance over dim (not dim - 1). x, residual?, sum?, out [rows, dim]; weight, bias [dim];
-// mean?, rstd? [rows]. One warp a row; grid = ceil(rows / 8). sum may be x or residual, but not out.
+// v = x, or x + residual rounded to T and stored in sum (if not null); out = (v - mean) * rstd * weight + bias by rows
+// of dim, rstd = 1 / sqrt(variance + eps), variance over dim (not dim - 1). x, residual?, sum?, out [rows, dim];
+// weight, bias [dim]; mean?, rstd? [rows]. One warp a row; grid = ceil(rows / 8). sum may be x or residual, but not
+// out.
 template <class T> DEV void layer_norm(const layer_norm_args<T>& a) {
     constexpr u32 CHUNK = 32 * Per16<T>::n;
     u32 r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -114,9 +121,12 @@ template <class T> DEV void layer_norm(const layer_norm_args<T>& a) {
     size_t at = (size_t)r * a.dim;
     Row<T> row = {a.x + at, a.residual ? a.residual + at : nullptr};
     float mean, rstd;
-    if (a.dim % Per16<T>::n || a.dim > 16 * CHUNK) BY_WIDTH(norm_from_memory, T, a.dim, a, row, at, lane, mean, rstd);
-    else if (a.dim > 4 * CHUNK) norm_in_registers<16>(a, row, at, lane, mean, rstd);
-    else norm_in_registers<4>(a, row, at, lane, mean, rstd);
+    if (a.dim % Per16<T>::n || a.dim > 16 * CHUNK)
+        BY_WIDTH(norm_from_memory, T, a.dim, a, row, at, lane, mean, rstd);
+    else if (a.dim > 4 * CHUNK)
+        norm_in_registers<16>(a, row, at, lane, mean, rstd);
+    else
+        norm_in_registers<4>(a, row, at, lane, mean, rstd);
     if (lane == 0) {
         if (a.mean) a.mean[r] = mean;
         if (a.rstd) a.rstd[r] = rstd;
@@ -136,22 +146,30 @@ template <class T> struct layer_norm_grad_args {
     u32 rows, dim, rows_per_block;
 };
 // xhat = (x - mean) * rstd and g = dy * weight of N columns.
-template <int N> DEV void centre(float* xhat, float* g, const float* x, const float* dy, const float* weight, u32 c, float mean, float rstd) {
+template <int N>
+DEV void centre(float* xhat, float* g, const float* x, const float* dy, const float* weight, u32 c, float mean,
+                float rstd) {
     float w[N];
     load_fixed<N>(w, weight + c);
 #pragma unroll
-    for (int i = 0; i < N; i++) { xhat[i] = (x[i] - mean) * rstd; g[i] = dy[i] * w[i]; }
+    for (int i = 0; i < N; i++) {
+        xhat[i] = (x[i] - mean) * rstd;
+        g[i] = dy[i] * w[i];
+    }
 }
-template <int N, class T> DEV void store_dx(T* dx, float* addend, const float* xhat, const float* g, float rstd, float mean_g, float mean_gx) {
+template <int N, class T>
+DEV void store_dx(T* dx, float* addend, const float* xhat, const float* g, float rstd, float mean_g, float mean_gx) {
 #pragma unroll
     for (int i = 0; i < N; i++) addend[i] += rstd * (g[i] - mean_g - xhat[i] * mean_gx);
     store<N>(dx, addend);
 }
-// Rows of up to 8 * 32 * CHUNKS * 16 bytes: a team of 1, 2, 4 or 8 warps takes a row; each thread has the same CHUNKS * 16 bytes of
-// columns in each row, and keeps their sums for weight and bias in registers.
-template <int CHUNKS, class T> DEV void norm_grad_by_teams(const layer_norm_grad_args<T>& a, u32 first, u32 last, u32 warps) {
+// Rows of up to 8 * 32 * CHUNKS * 16 bytes: a team of 1, 2, 4 or 8 warps takes a row; each thread has the same CHUNKS *
+// 16 bytes of columns in each row, and keeps their sums for weight and bias in registers.
+template <int CHUNKS, class T>
+DEV void norm_grad_by_teams(const layer_norm_grad_args<T>& a, u32 first, u32 last, u32 warps) {
     constexpr int N = Per16<T>::n;
-    // By columns, so that teams can add what they have one after the other; a row is at most 4 warps' columns where teams > 1.
+    // By columns, so that teams can add what they have one after the other; a row is at most 4 warps' columns where
+    // teams > 1.
     __shared__ __align__(16) float columns[2][4 * 32 * CHUNKS * N];
     __shared__ float sums[2][8][2];
     u32 warp = threadIdx.x / 32, team = warp / warps, teams = 8 / warps, lane = threadIdx.x % (32 * warps);
@@ -193,10 +211,16 @@ template <int CHUNKS, class T> DEV void norm_grad_by_teams(const layer_norm_grad
         sum_g = warp_sum(sum_g);
         sum_gx = warp_sum(sum_gx);
         if (warps > 1) {
-            if (threadIdx.x % 32 == 0) { sums[turn][warp][0] = sum_g; sums[turn][warp][1] = sum_gx; }
+            if (threadIdx.x % 32 == 0) {
+                sums[turn][warp][0] = sum_g;
+                sums[turn][warp][1] = sum_gx;
+            }
             __syncthreads();
             sum_g = sum_gx = 0.f;
-            for (u32 w = team * warps; w < (team + 1) * warps; w++) { sum_g += sums[turn][w][0]; sum_gx += sums[turn][w][1]; }
+            for (u32 w = team * warps; w < (team + 1) * warps; w++) {
+                sum_g += sums[turn][w][0];
+                sum_gx += sums[turn][w][1];
+            }
         }
         if (!mine) continue;
 #pragma unroll
@@ -247,7 +271,10 @@ template <int N, class T> DEV void norm_grad_by_blocks(const layer_norm_grad_arg
             load<N>(vx, x + c);
             load<N>(vdy, dy + c);
             centre<N>(xhat, g, vx, vdy, a.weight, c, mean, rstd);
-            if (r > first) { load<N>(w, out + c); load<N>(b, out + a.dim + c); }
+            if (r > first) {
+                load<N>(w, out + c);
+                load<N>(b, out + a.dim + c);
+            }
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 sum_g += g[i];
@@ -258,7 +285,8 @@ template <int N, class T> DEV void norm_grad_by_blocks(const layer_norm_grad_arg
             store<N>(out + c, w);
             store<N>(out + a.dim + c, b);
         }
-        float mean_g = block_sum<256>(sum_g, sums[turn][0]) / (float)a.dim, mean_gx = block_sum<256>(sum_gx, sums[turn][1]) / (float)a.dim;
+        float mean_g = block_sum<256>(sum_g, sums[turn][0]) / (float)a.dim,
+              mean_gx = block_sum<256>(sum_gx, sums[turn][1]) / (float)a.dim;
         for (u32 c = threadIdx.x * N; c < a.dim; c += 256 * N) {
             float vx[N], vdy[N], xhat[N], g[N], d[N] = {};
             load<N>(vx, x + c);
@@ -269,14 +297,21 @@ template <int N, class T> DEV void norm_grad_by_blocks(const layer_norm_grad_arg
         }
     }
 }
-// dx = BP of the layer norm at its input v (here x), plus addend unless it is null; partial[block][0] = sum over the block's rows of
-// dy * xhat, partial[block][1] = sum of dy: what `fold` adds up to the gradients of weight and bias. dy, x, addend?, dx [rows, dim];
-// partial [blocks, 2, dim]; grid = ceil(rows / rows_per_block), 256 threads. dx may be dy or addend.
+// dx = BP of the layer norm at its input v (here x), plus addend unless it is null; partial[block][0] = sum over the
+// block's rows of dy * xhat, partial[block][1] = sum of dy: what `fold` adds up to the gradients of weight and bias.
+// dy, x, addend?, dx [rows, dim]; partial [blocks, 2, dim]; grid = ceil(rows / rows_per_block), 256 threads. dx may be
+// dy or addend.
 template <class T> DEV void layer_norm_grad(const layer_norm_grad_args<T>& a) {
     constexpr u32 CHUNKS = sizeof(T) == 2 ? 3 : 4, WARP = 32 * CHUNKS * Per16<T>::n;
     u32 first = blockIdx.x * a.rows_per_block, last = min(a.rows, first + a.rows_per_block);
-    if (a.dim % Per16<T>::n || a.dim > 8 * WARP) BY_WIDTH(norm_grad_by_blocks, T, a.dim, a, first, last);
-    else norm_grad_by_teams<CHUNKS>(a, first, last, a.dim <= WARP ? 1 : a.dim <= 2 * WARP ? 2 : a.dim <= 4 * WARP ? 4 : 8);
+    if (a.dim % Per16<T>::n || a.dim > 8 * WARP)
+        BY_WIDTH(norm_grad_by_blocks, T, a.dim, a, first, last);
+    else
+        norm_grad_by_teams<CHUNKS>(a, first, last,
+                                   a.dim <= WARP       ? 1
+                                   : a.dim <= 2 * WARP ? 2
+                                   : a.dim <= 4 * WARP ? 4
+                                                       : 8);
 }
 using layer_norm_grad_f32_args = layer_norm_grad_args<float>;
 using layer_norm_grad_bf16_args = layer_norm_grad_args<u16>;

@@ -1,8 +1,11 @@
 #include "dev.h"
-// Updates over all parameters of the device, which lie one after the other in each buffer. Blocks of 256 threads take chunks of
-// 1024 parameters; decay has one byte for 256 parameters: 1 where weight decay applies. grid = chunks.
+// Updates over all parameters of the device, which lie one after the other in each buffer. Blocks of 256 threads take
+// chunks of 1024 parameters; decay has one byte for 256 parameters: 1 where weight decay applies. grid = chunks.
 
-struct Place { size_t at; float keep; };
+struct Place {
+    size_t at;
+    float keep;
+};
 // The thread's four parameters, and what weight decay multiplies them with.
 DEV Place place(const u8* decay, float factor) {
     size_t at = (size_t)blockIdx.x * 1024 + threadIdx.x * 4;
@@ -10,8 +13,8 @@ DEV Place place(const u8* decay, float factor) {
 }
 
 // AdamW: g = grad * scale; m = m * beta1 + g * rest1; v = v * beta2 + g * g * rest2;
-// param = param * (decay ? factor : 1) - m / (sqrt(v) * root + epsilon) * rate; copy (if not null) = bf16 of param; grad = 0.
-// The host puts both bias corrections into root and rate, and lr * weight decay into factor.
+// param = param * (decay ? factor : 1) - m / (sqrt(v) * root + epsilon) * rate; copy (if not null) = bf16 of param;
+// grad = 0. The host puts both bias corrections into root and rate, and lr * weight decay into factor.
 struct adamw_args {
     float *param, *grad, *m, *v;
     u16* copy;
@@ -41,8 +44,8 @@ KERNEL(adamw, adamw_args, 256) {
     if (a.copy) store<4>(a.copy + p.at, param);
 }
 
-// SGD: g = grad * scale; velocity = velocity * momentum + g; param = param * (decay ? factor : 1) - velocity * lr, or - g * lr where
-// velocity is null; copy (if not null) = bf16 of param; grad = 0.
+// SGD: g = grad * scale; velocity = velocity * momentum + g; param = param * (decay ? factor : 1) - velocity * lr, or -
+// g * lr where velocity is null; copy (if not null) = bf16 of param; grad = 0.
 struct sgd_args {
     float *param, *grad, *velocity;
     u16* copy;

@@ -2,10 +2,14 @@
 // Sums, in two stages where more than one block adds, always in the same order.
 
 // partial[part][c] = sum of x[r][c] over the rows r of the part; x [rows, columns], partial [parts, columns];
-// grid = (ceil(columns / 128), ceil(rows / rows_per_part)), 128 threads. 128 / N threads stand side by side on a row, N = 16 bytes of
-// T; the N lines of threads take rows in turn, and are added up at the end. Eight blocks on a multiprocessor leave the registers for
-// eight loads of 16 bytes at a time.
-template <class T> struct column_sum_args { const T* x; float* partial; u32 rows, columns, rows_per_part; };
+// grid = (ceil(columns / 128), ceil(rows / rows_per_part)), 128 threads. 128 / N threads stand side by side on a row, N
+// = 16 bytes of T; the N lines of threads take rows in turn, and are added up at the end. Eight blocks on a
+// multiprocessor leave the registers for eight loads of 16 bytes at a time.
+template <class T> struct column_sum_args {
+    const T* x;
+    float* partial;
+    u32 rows, columns, rows_per_part;
+};
 template <class T> DEV void column_sum(const column_sum_args<T>& a) {
     constexpr int N = Per16<T>::n, AHEAD = 8;
     __shared__ __align__(16) float shared[N][128];
@@ -55,9 +59,14 @@ using column_sum_bf16_args = column_sum_args<u16>;
 KERNEL_RESIDENT(column_sum_f32, column_sum_f32_args, 128, 8) { column_sum(a); }
 KERNEL_RESIDENT(column_sum_bf16, column_sum_bf16_args, 128, 8) { column_sum(a); }
 
-// out[c] += sum over p of partial[p * stride + c], c < columns. A warp takes 32 neighbouring columns and every eighth p; the eight
-// warps are added up at the end. 256 threads; grid = ceil(columns / 32), or fewer: blocks go on to further columns.
-struct fold_args { const float* partial; float* out; u32 parts, stride, columns; };
+// out[c] += sum over p of partial[p * stride + c], c < columns. A warp takes 32 neighbouring columns and every eighth
+// p; the eight warps are added up at the end. 256 threads; grid = ceil(columns / 32), or fewer: blocks go on to further
+// columns.
+struct fold_args {
+    const float* partial;
+    float* out;
+    u32 parts, stride, columns;
+};
 KERNEL(fold, fold_args, 256) {
     __shared__ float shared[8][32];
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -82,7 +91,11 @@ KERNEL(fold, fold_args, 256) {
 }
 
 // partial[block] = sum of x^2 over its per_block elements, in double; grid = ceil(count / per_block), 256 threads.
-struct sum_of_squares_args { const float* x; double* partial; u32 count, per_block; };
+struct sum_of_squares_args {
+    const float* x;
+    double* partial;
+    u32 count, per_block;
+};
 KERNEL(sum_of_squares, sum_of_squares_args, 256) {
     __shared__ double shared[8];
     u32 first = blockIdx.x * a.per_block, last = min(a.count, first + a.per_block);
@@ -105,7 +118,11 @@ KERNEL(sum_of_squares, sum_of_squares_args, 256) {
 }
 
 // out = sum of partial[0..count]; one block of 256 threads.
-struct sum_doubles_args { const double* partial; double* out; u32 count; };
+struct sum_doubles_args {
+    const double* partial;
+    double* out;
+    u32 count;
+};
 KERNEL(sum_doubles, sum_doubles_args, 256) {
     __shared__ double shared[8];
     double sum = 0.;
@@ -116,7 +133,11 @@ KERNEL(sum_doubles, sum_doubles_args, 256) {
 }
 
 // out = (sum of losses[0..count], in double) / count; one block of 256 threads.
-struct mean_loss_args { const float* losses; float* out; u32 count; };
+struct mean_loss_args {
+    const float* losses;
+    float* out;
+    u32 count;
+};
 KERNEL(mean_loss, mean_loss_args, 256) {
     __shared__ double shared[8];
     double sum = 0.;

@@ -48,7 +48,9 @@ template <class T> void test(u32 n) {
         for (bool with : {false, true}) {
             Tensor<T> dx(n);
             RUN(activation_grad, T, grid, 1, x.data(), y.data(), with ? z.data() : nullptr, dx.data(), n, f);
-            compare(named<T>("activation_grad") + " " + std::to_string(f), dx, [&](size_t i) { return slope(x.at(i), f) * y.at(i) + (with ? z.at(i) : 0); }, bound<T>(2e-6));
+            compare(
+                named<T>("activation_grad") + " " + std::to_string(f), dx,
+                [&](size_t i) { return slope(x.at(i), f) * y.at(i) + (with ? z.at(i) : 0); }, bound<T>(2e-6));
         }
     }
 }
@@ -56,16 +58,26 @@ template <class T> void test(u32 n) {
 template <class T> void far() {
     Tensor<T> x(8), dy(8), out(8);
     double values[8] = {0, 1e3, -1e3, 1e20, -1e20, 3e38, -3e38, -100};
-    for (int i = 0; i < 8; i++) { x.set(i, values[i]); dy.set(i, 1); }
+    for (int i = 0; i < 8; i++) {
+        x.set(i, values[i]);
+        dy.set(i, 1);
+    }
     for (u32 f = 0; f < 4; f++) {
         RUN(activation, T, 1, 1, x.data(), out.data(), 8, f);
-        compare(named<T>("activation") + " far from 0", out, [&](size_t i) { return i == 0 || x.at(i) < 0 ? 0 : x.at(i); }, bound<T>(1e-6));
+        compare(
+            named<T>("activation") + " far from 0", out, [&](size_t i) { return i == 0 || x.at(i) < 0 ? 0 : x.at(i); },
+            bound<T>(1e-6));
         RUN(activation_grad, T, 1, 1, x.data(), dy.data(), nullptr, out.data(), 8, f);
-        compare(named<T>("activation_grad") + " far from 0", out, [&](size_t i) { return i == 0 ? (f == 2 ? 0 : 0.5) : x.at(i) > 0; }, bound<T>(1e-6));
+        compare(
+            named<T>("activation_grad") + " far from 0", out,
+            [&](size_t i) { return i == 0 ? (f == 2 ? 0 : 0.5) : x.at(i) > 0; }, bound<T>(1e-6));
     }
 }
 int main() {
-    for (u32 n : {1u, 3u, 4u, 1000u, 1024u, 1025u, 2048u, 5003u}) { test<float>(n); test<u16>(n); }
+    for (u32 n : {1u, 3u, 4u, 1000u, 1024u, 1025u, 2048u, 5003u}) {
+        test<float>(n);
+        test<u16>(n);
+    }
     far<float>();
     far<u16>();
     for (u32 n : {1u, 1023u, 2048u, 5001u}) {

@@ -22,25 +22,37 @@ template <class T> void test(u32 rows, u32 vocab, float range, bool small) {
         Tensor<T> in = logits.copy(), apart((size_t)rows * stride), &grad = kind == 2 ? in : apart;
         Tensor<float> losses(rows);
         T* to = kind ? grad.data() : nullptr;
-        if (small) RUN(cross_entropy_small, T, rows, 1, in.data(), labels.data(), losses.data(), to, vocab, stride, scale);
-        else RUN(cross_entropy, T, rows, 1, in.data(), labels.data(), losses.data(), to, vocab, stride, scale);
+        if (small)
+            RUN(cross_entropy_small, T, rows, 1, in.data(), labels.data(), losses.data(), to, vocab, stride, scale);
+        else
+            RUN(cross_entropy, T, rows, 1, in.data(), labels.data(), losses.data(), to, vocab, stride, scale);
         std::string name = named<T>(small ? "cross_entropy_small" : "cross_entropy") + (range > 1e3f ? " large" : "");
-        compare(name, losses, [&](size_t r) { return top[r] - logits.at(r * stride + labels.at(r)) + log(sum[r]); }, 3e-6);
+        compare(
+            name, losses, [&](size_t r) { return top[r] - logits.at(r * stride + labels.at(r)) + log(sum[r]); }, 3e-6);
         if (kind == 0) continue;
         // The parts of the gradient are about scale / vocab or scale; both are to be right.
-        compare(name + " grad", grad, [&](size_t i) {
-            u32 r = i / stride, c = i % stride;
-            return c < vocab ? (exp(logits.at(i) - top[r]) / sum[r] - (c == (u32)labels.at(r))) * scale : 0.;
-        }, bound<T>(1e-5), 1e-4 * scale);
+        compare(
+            name + " grad", grad,
+            [&](size_t i) {
+                u32 r = i / stride, c = i % stride;
+                return c < vocab ? (exp(logits.at(i) - top[r]) / sum[r] - (c == (u32)labels.at(r))) * scale : 0.;
+            },
+            bound<T>(1e-5), 1e-4 * scale);
     }
 }
 int main() {
     for (u32 vocab : {1u, 2u, 7u, 8u, 63u, 64u, 65u, 257u, 5000u, 8192u}) {
-        for (float range : {5.f, 1e4f}) { test<float>(2, vocab, range, true); test<u16>(2, vocab, range, true); }
+        for (float range : {5.f, 1e4f}) {
+            test<float>(2, vocab, range, true);
+            test<u16>(2, vocab, range, true);
+        }
         test<float>(2, vocab, 5.f, false);
         test<u16>(2, vocab, 5.f, false);
     }
-    for (u32 vocab : {50257u, 70001u}) { test<float>(2, vocab, 8.f, false); test<u16>(2, vocab, 8.f, false); }
+    for (u32 vocab : {50257u, 70001u}) {
+        test<float>(2, vocab, 8.f, false);
+        test<u16>(2, vocab, 8.f, false);
+    }
     test<u16>(1, 50257, 1e30f, false);
     test<float>(1, 50257, 1e38f, false);
     test<float>(1, 20001, 5.f, true);

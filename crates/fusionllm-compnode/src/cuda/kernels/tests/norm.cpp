@@ -16,16 +16,29 @@ template <class T> void forward(u32 rows, u32 dim, float offset) {
     for (size_t i = 0; i < n; i++) x.set(i, x.at(i) + offset);
     Tensor<float> weight(dim, 1.f), bias(dim, 1.f);
     float eps = 1e-5f;
-    for (int kind = 0; kind < 4; kind++) {  // alone; with a residual; its sum over x; its sum not wanted, nor mean and rstd
+    // Alone; with a residual; its sum over x; its sum not wanted, nor mean and rstd.
+    for (int kind = 0; kind < 4; kind++) {
         Tensor<T> v(n), sum(n), out(n), in = x.copy();
-        for (size_t i = 0; i < n; i++) v.set(i, kind == 0 ? x.at(i) : round_to<T>((float)x.at(i) + (float)residual.at(i)));
+        for (size_t i = 0; i < n; i++)
+            v.set(i, kind == 0 ? x.at(i) : round_to<T>((float)x.at(i) + (float)residual.at(i)));
         Tensor<float> mean(rows), rstd(rows);
-        RUN(layer_norm, T, blocks(rows, 8), 1, in.data(), kind ? residual.data() : nullptr, kind == 1 ? sum.data() : kind == 2 ? in.data() : nullptr, weight.data(),
-            bias.data(), out.data(), kind == 3 ? nullptr : mean.data(), kind == 3 ? nullptr : rstd.data(), rows, dim, eps);
+        RUN(layer_norm, T, blocks(rows, 8), 1, in.data(), kind ? residual.data() : nullptr,
+            kind == 1   ? sum.data()
+            : kind == 2 ? in.data()
+                        : nullptr,
+            weight.data(), bias.data(), out.data(), kind == 3 ? nullptr : mean.data(),
+            kind == 3 ? nullptr : rstd.data(), rows, dim, eps);
         std::vector<double> m(rows), s(rows);
         for (u32 r = 0; r < rows; r++) statistics(v, (size_t)r * dim, dim, eps, m[r], s[r]);
-        compare(named<T>("layer_norm"), out, [&](size_t i) { size_t r = i / dim, c = i % dim; return (v.at(i) - m[r]) * s[r] * weight.at(c) + bias.at(c); }, bound<T>(2e-5));
-        if (kind == 1 || kind == 2) compare(named<T>("layer_norm") + " sum", kind == 1 ? sum : in, [&](size_t i) { return v.at(i); }, 0.);
+        compare(
+            named<T>("layer_norm"), out,
+            [&](size_t i) {
+                size_t r = i / dim, c = i % dim;
+                return (v.at(i) - m[r]) * s[r] * weight.at(c) + bias.at(c);
+            },
+            bound<T>(2e-5));
+        if (kind == 1 || kind == 2)
+            compare(named<T>("layer_norm") + " sum", kind == 1 ? sum : in, [&](size_t i) { return v.at(i); }, 0.);
         if (kind == 3) continue;
         compare(named<T>("layer_norm") + " mean", mean, [&](size_t r) { return m[r]; }, 1e-6);
         compare(named<T>("layer_norm") + " rstd", rstd, [&](size_t r) { return s[r]; }, 1e-5);
@@ -53,17 +66,25 @@ template <class T> void backward(u32 rows, u32 dim, u32 rows_per_block) {
             dw[(size_t)(r / rows_per_block) * dim + c] += d * xhat(c);
             db[(size_t)(r / rows_per_block) * dim + c] += d;
         }
-        for (u32 c = 0; c < dim; c++) dx[(size_t)r * dim + c] = rstd.at(r) * (dy.at((size_t)r * dim + c) * weight.at(c) - g / dim - xhat(c) * gx / dim);
+        for (u32 c = 0; c < dim; c++)
+            dx[(size_t)r * dim + c] =
+                rstd.at(r) * (dy.at((size_t)r * dim + c) * weight.at(c) - g / dim - xhat(c) * gx / dim);
     }
     for (bool with : {false, true}) {
         Tensor<T> source = dy.copy(), apart(n), &out = with ? source : apart;
         Tensor<float> partial((size_t)parts * 2 * dim);
-        RUN(layer_norm_grad, T, parts, 1, source.data(), x.data(), weight.data(), mean.data(), rstd.data(), with ? addend.data() : nullptr, out.data(), partial.data(), rows, dim, rows_per_block);
-        compare(named<T>("layer_norm_grad"), out, [&](size_t i) { return dx[i] + (with ? addend.at(i) : 0); }, bound<T>(1e-5));
-        compare(named<T>("layer_norm_grad") + " partial", partial, [&](size_t i) {
-            size_t part = i / (2 * dim), c = i % dim;
-            return (i / dim % 2 ? db : dw)[part * dim + c];
-        }, 1e-5);
+        RUN(layer_norm_grad, T, parts, 1, source.data(), x.data(), weight.data(), mean.data(), rstd.data(),
+            with ? addend.data() : nullptr, out.data(), partial.data(), rows, dim, rows_per_block);
+        compare(
+            named<T>("layer_norm_grad"), out, [&](size_t i) { return dx[i] + (with ? addend.at(i) : 0); },
+            bound<T>(1e-5));
+        compare(
+            named<T>("layer_norm_grad") + " partial", partial,
+            [&](size_t i) {
+                size_t part = i / (2 * dim), c = i % dim;
+                return (i / dim % 2 ? db : dw)[part * dim + c];
+            },
+            1e-5);
     }
 }
 int main() {
@@ -75,7 +96,12 @@ int main() {
     }
     forward<float>(3, 768, 30.f);
     forward<u16>(1, 16384, 3.f);
-    for (u32 rows : {1u, 7u, 40u}) { backward<float>(rows, 768, 11); backward<u16>(rows, 768, 11); backward<u16>(rows, 1536, 40); backward<float>(rows, 24, 3); }
+    for (u32 rows : {1u, 7u, 40u}) {
+        backward<float>(rows, 768, 11);
+        backward<u16>(rows, 768, 11);
+        backward<u16>(rows, 1536, 40);
+        backward<float>(rows, 24, 3);
+    }
     backward<float>(3, 16384, 2);
     backward<u16>(3, 16384, 2);
     backward<u16>(5, 6144, 2);
