@@ -19,8 +19,9 @@ using attention_bf16_d64_args = attention_args;
 using attention_bf16_d128_args = attention_args;
 
 // out = softmax(q k^T * scale) v, a block for QUERIES queries of one head, and the log-sum-exp of each query's scores.
-// A warp has STRIPS * 16 queries, whose rows of q stay in registers; all warps go over the same tiles of keys, and the next tile is
-// copied while one is computed with. The maximum and the sum of each query are kept over the tiles and the output scaled at the end.
+// A warp has STRIPS * 16 queries, whose rows of q stay in registers; all warps go over the same tiles of keys, and the
+// next tile is copied while one is computed with. The maximum and the sum of each query are kept over the tiles and the
+// output scaled at the end.
 template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& a) {
     constexpr int THREADS = 128, ROWS = 16 * STRIPS, QUERIES = THREADS / 32 * ROWS;
     constexpr float LOG2_E = 1.44269504f;
@@ -157,7 +158,8 @@ template <int D, int KEYS, int STRIPS> DEV void attention(const attention_args& 
             total += shfl_xor(total, 2);
             inverse[h] = 1.f / total;
             int query = warp_query + m * 16 + mma_row(lane, 2 * h);
-            if (a.lse && lane % 4 == 0 && query < seq) a.lse[blockIdx.y * a.seq + query] = top[m][h] * a.scale + logf(total);
+            if (a.lse && lane % 4 == 0 && query < seq)
+                a.lse[blockIdx.y * a.seq + query] = top[m][h] * a.scale + logf(total);
         }
         store_rows<D>(acc[m], inverse[0], inverse[1], my_rows + m * 16 * D, out, part, warp_query + m * 16, seq);
     }

@@ -1,9 +1,9 @@
 #include "dev.h"
 
-// Gradients of attention.cu's attention, bf16, from sm_80 (FlashAttention-2: Dao, arXiv 2307.08691). The probabilities are computed
-// again from the log-sum-exp that the forward kept: p = exp(q k^T * scale - lse), ds = p * (d_out v^T - dot), and then
-// d_v = p^T d_out, d_k = ds^T q * scale, d_q = ds k * scale. Keys and queries have a kernel each: every sum has a fixed order, at the
-// price of computing p and ds twice.
+// Gradients of attention.cu's attention, bf16, from sm_80 (FlashAttention-2: Dao, arXiv 2307.08691). The probabilities
+// are computed again from the log-sum-exp that the forward kept: p = exp(q k^T * scale - lse), ds = p * (d_out v^T -
+// dot), and then d_v = p^T d_out, d_k = ds^T q * scale, d_q = ds k * scale. Keys and queries have a kernel each: every
+// sum has a fixed order, at the price of computing p and ds twice.
 //
 // Tiles (threads a block: 128; shared memory at most 48 KB):
 //   attention_dot      grid = ceil(batch * seq * heads * D / 1024)
@@ -36,7 +36,8 @@ using attention_q_grad_bf16_d128_args = attention_grad_args;
 
 constexpr float LOG2_E = 1.44269504f;
 
-// dot[b, h, s] = sum of out * d_out over a head's values: what softmax's gradient subtracts. D / 8 lanes have a row, 16 bytes each.
+// dot[b, h, s] = sum of out * d_out over a head's values: what softmax's gradient subtracts. D / 8 lanes have a row, 16
+// bytes each.
 template <int D> DEV void attention_dot(const attention_dot_args& a) {
     constexpr int LANES = D / 8;
     const size_t row = ((size_t)blockIdx.x * 128 + threadIdx.x) / LANES;
@@ -67,7 +68,8 @@ template <int D> DEV void load_rows(u32 (*a)[4], const u16* rows, int at_a) {
     for (int c = 0; c < D / 16; c++) load_a(a[c], rows, at_a, c);
 }
 // acc[m] (16x16) += the 16 rows whose fragments are a[m], times 16 rows of a tile, transposed.
-template <int D, int STRIPS> DEV void add_dots(float (*acc)[2][4], const u32 (*a)[D / 16][4], const u16* rows, int at_b) {
+template <int D, int STRIPS>
+DEV void add_dots(float (*acc)[2][4], const u32 (*a)[D / 16][4], const u16* rows, int at_b) {
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
         u32 b[4];
@@ -80,7 +82,8 @@ template <int D, int STRIPS> DEV void add_dots(float (*acc)[2][4], const u32 (*a
     }
 }
 // acc[m] (16 rows, D columns) += p[m] (16x16, rounded to bf16) times 16 rows of a tile.
-template <int D, int STRIPS> DEV void add_product(float (*acc)[D / 8][4], const float (*p)[2][4], const u16* rows, int at_a) {
+template <int D, int STRIPS>
+DEV void add_product(float (*acc)[D / 8][4], const float (*p)[2][4], const u16* rows, int at_a) {
     u32 a[STRIPS][4];
 #pragma unroll
     for (int m = 0; m < STRIPS; m++) accumulators_to_a(a[m], p[m][0], p[m][1]);
@@ -96,9 +99,10 @@ template <int D, int STRIPS> DEV void add_product(float (*acc)[D / 8][4], const 
     }
 }
 
-// d_k and d_v of 64 keys of one head. A warp has 16 keys and computes transposed, keys by queries, so that p^T and ds^T come out of
-// one product as the next one needs them. All warps go over the same tiles of QUERIES queries, of which the next is copied while one
-// is computed with. IN_REGISTERS says whether the warp's rows of k and v stay there, or are read from shared memory for each tile.
+// d_k and d_v of 64 keys of one head. A warp has 16 keys and computes transposed, keys by queries, so that p^T and ds^T
+// come out of one product as the next one needs them. All warps go over the same tiles of QUERIES queries, of which the
+// next is copied while one is computed with. IN_REGISTERS says whether the warp's rows of k and v stay there, or are
+// read from shared memory for each tile.
 template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(const attention_grad_args& a) {
     constexpr int THREADS = 128, KEYS = 64;
     static_assert(QUERIES <= 32, "a lane keeps the log-sum-exp of one query");
@@ -129,8 +133,8 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
     copy_tile<D, QUERIES, THREADS>(q_tile[first_tile & 1], q, stride, first_tile * QUERIES, seq);
     copy_tile<D, QUERIES, THREADS>(g_tile[first_tile & 1], g, part, first_tile * QUERIES, seq);
     cp_commit();
-    // Each lane keeps the log-sum-exp and the dot of one query of the tile, loaded one tile ahead. Queries past the end have zeros in q
-    // and d_out and so add nothing, as long as their p is a number: it is 1 with a log-sum-exp of 0.
+    // Each lane keeps the log-sum-exp and the dot of one query of the tile, loaded one tile ahead. Queries past the end
+    // have zeros in q and d_out and so add nothing, as long as their p is a number: it is 1 with a log-sum-exp of 0.
     float next_lse = 0.f, next_dot = 0.f;
     auto load_queries = [&](int tile) {
         const int query = tile * QUERIES + lane % QUERIES;
@@ -205,12 +209,18 @@ template <int D, int QUERIES, bool IN_REGISTERS> DEV void attention_kv_grad(cons
     store_rows<D>(dk, a.scale, a.scale, my_k, a.d_qkv + start + part, stride, warp_key, seq);
     store_rows<D>(dv, 1.f, 1.f, my_v, a.d_qkv + start + 2 * part, stride, warp_key, seq);
 }
-KERNEL_RESIDENT(attention_kv_grad_bf16_d32, attention_kv_grad_bf16_d32_args, 128, 3) { attention_kv_grad<32, 32, true>(a); }
-KERNEL_RESIDENT(attention_kv_grad_bf16_d64, attention_kv_grad_bf16_d64_args, 128, 3) { attention_kv_grad<64, 32, true>(a); }
-KERNEL_RESIDENT(attention_kv_grad_bf16_d128, attention_kv_grad_bf16_d128_args, 128, 2) { attention_kv_grad<128, 16, false>(a); }
+KERNEL_RESIDENT(attention_kv_grad_bf16_d32, attention_kv_grad_bf16_d32_args, 128, 3) {
+    attention_kv_grad<32, 32, true>(a);
+}
+KERNEL_RESIDENT(attention_kv_grad_bf16_d64, attention_kv_grad_bf16_d64_args, 128, 3) {
+    attention_kv_grad<64, 32, true>(a);
+}
+KERNEL_RESIDENT(attention_kv_grad_bf16_d128, attention_kv_grad_bf16_d128_args, 128, 2) {
+    attention_kv_grad<128, 16, false>(a);
+}
 
-// d_q of QUERIES queries of one head: a warp has STRIPS * 16 of them, whose rows of q and d_out stay in registers; all warps go over
-// the same tiles of keys, of which the next is copied while one is computed with.
+// d_q of QUERIES queries of one head: a warp has STRIPS * 16 of them, whose rows of q and d_out stay in registers; all
+// warps go over the same tiles of keys, of which the next is copied while one is computed with.
 template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention_grad_args& a) {
     constexpr int THREADS = 128, ROWS = 16 * STRIPS, QUERIES = THREADS / 32 * ROWS;
     __shared__ __align__(128) u16 q_tile[QUERIES * D];
@@ -298,7 +308,8 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
                     for (int i = 0; i < 4; i++) {
                         const int end = a.causal ? min(warp_query + m * 16 + mma_row(lane, i) + 1, seq) : seq;
 #pragma unroll
-                        for (int n = 0; n < 2; n++) ds[m][n][i] = key + n * 8 + mma_column(lane, i) < end ? ds[m][n][i] : 0.f;
+                        for (int n = 0; n < 2; n++)
+                            ds[m][n][i] = key + n * 8 + mma_column(lane, i) < end ? ds[m][n][i] : 0.f;
                     }
             }
             add_product<D, STRIPS>(dq, ds, kt + step * D, at_a);
@@ -311,4 +322,6 @@ template <int D, int KEYS, int STRIPS> DEV void attention_q_grad(const attention
 }
 KERNEL_RESIDENT(attention_q_grad_bf16_d32, attention_q_grad_bf16_d32_args, 128, 4) { attention_q_grad<32, 32, 1>(a); }
 KERNEL_RESIDENT(attention_q_grad_bf16_d64, attention_q_grad_bf16_d64_args, 128, 3) { attention_q_grad<64, 32, 1>(a); }
-KERNEL_RESIDENT(attention_q_grad_bf16_d128, attention_q_grad_bf16_d128_args, 128, 2) { attention_q_grad<128, 16, 1>(a); }
+KERNEL_RESIDENT(attention_q_grad_bf16_d128, attention_q_grad_bf16_d128_args, 128, 2) {
+    attention_q_grad<128, 16, 1>(a);
+}

@@ -55,15 +55,17 @@ KERNELS_OF(32)
 KERNELS_OF(64)
 KERNELS_OF(128)
 
-// bf16 keeps 8 bits: rounding changes a value by at most 2^-8 of it. Probabilities and their gradients are rounded before they are
-// summed over, and each result once.
+// bf16 keeps 8 bits: rounding changes a value by at most 2^-8 of it. Probabilities and their gradients are rounded
+// before they are summed over, and each result once.
 constexpr double ROUNDING = 1.0 / 256, SINGLE = 2e-5;
 
-// Values of q, k and v are drawn from -range..range; `shift` is added to q and taken from k, which makes all scores negative.
+// Values of q, k and v are drawn from -range..range; `shift` is added to q and taken from k, which makes all scores
+// negative.
 template <int D> void check(int batch, int seq, int heads, bool causal, float range, float shift = 0) {
     const size_t tokens = (size_t)batch * seq;
     const float scale = 1.f / std::sqrt((float)D);
-    Guarded<u16> qkv(tokens * 3 * heads * D), out(tokens * heads * D), bare(tokens * heads * D), d_out(tokens * heads * D), d_qkv(tokens * 3 * heads * D);
+    const size_t count = tokens * heads * D;
+    Guarded<u16> qkv(3 * count), out(count), bare(count), d_out(count), d_qkv(3 * count);
     Guarded<float> lse(tokens * heads), dot(tokens * heads);
     for (size_t i = 0; i < qkv.count; i++) {
         size_t part = i / ((size_t)heads * D) % 3;
@@ -81,7 +83,8 @@ template <int D> void check(int batch, int seq, int heads, bool causal, float ra
     bool same = !memcmp(out.data(), bare.data(), out.count * 2);
     attention_dot_args products{out.data(), d_out.data(), dot.data(), (u32)batch, (u32)seq, (u32)heads};
     Kernels<D>::dot(&products, blocks(d_out.count, 1024), 1, 1);
-    attention_grad_args backward{qkv.data(), d_out.data(), lse.data(), dot.data(), d_qkv.data(), (u32)batch, (u32)seq, (u32)heads, causal, scale};
+    attention_grad_args backward{qkv.data(), d_out.data(), lse.data(),  dot.data(), d_qkv.data(),
+                                 (u32)batch, (u32)seq,     (u32)heads, causal,     scale};
     Kernels<D>::kv_grad(&backward, blocks(seq, 64), pairs, 1);
     Kernels<D>::q_grad(&backward, blocks(seq, 64), pairs, 1);
 
@@ -89,13 +92,15 @@ template <int D> void check(int batch, int seq, int heads, bool causal, float ra
     std::vector<double> p(seq), dp(seq), sums(3 * (size_t)seq * D), sizes(3 * (size_t)seq * D);
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {
-            auto in = [&](int s, int part, int c) { return (double)from_bf16(qkv[(((size_t)(b * seq + s) * 3 + part) * heads + h) * D + c]); };
+            auto in = [&](int s, int part, int c) {
+                return (double)from_bf16(qkv[(((size_t)(b * seq + s) * 3 + part) * heads + h) * D + c]);
+            };
             auto row = [&](int s, int c) { return ((size_t)(b * seq + s) * heads + h) * D + c; };
             std::fill(sums.begin(), sums.end(), 0.0);
             std::fill(sizes.begin(), sizes.end(), 0.0);
-            auto add = [&](int part, int s, int c, double v) {
+            auto add = [&](int part, int s, int c, double v, double single) {
                 sums[((size_t)part * seq + s) * D + c] += v;
-                sizes[((size_t)part * seq + s) * D + c] += std::fabs(v);
+                sizes[((size_t)part * seq + s) * D + c] += std::fabs(v) + single / ROUNDING;
             };
             for (int i = 0; i < seq; i++) {
                 const int keys = causal ? i + 1 : seq;
@@ -107,7 +112,8 @@ template <int D> void check(int batch, int seq, int heads, bool causal, float ra
                     top = std::max(top, p[j]);
                 }
                 for (int j = 0; j < keys; j++) sum += p[j] = std::exp(p[j] - top);
-                errors[1].add(lse[((size_t)b * heads + h) * seq + i], top + std::log(sum), SINGLE * (1 + std::fabs(top)));
+                double log_sum = top + std::log(sum);
+                errors[1].add(lse[((size_t)b * heads + h) * seq + i], log_sum, SINGLE * (1 + std::fabs(top)));
                 for (int j = 0; j < keys; j++) p[j] /= sum;
                 for (int c = 0; c < D; c++) {
                     double value = 0, size = 0;
@@ -122,13 +128,18 @@ template <int D> void check(int batch, int seq, int heads, bool causal, float ra
                 }
                 errors[2].add(dot[((size_t)b * heads + h) * seq + i], product, SINGLE * (product_size + 1e-3));
                 for (int j = 0; j < keys; j++) {
-                    double d = -product;
-                    for (int c = 0; c < D; c++) d += from_bf16(d_out[row(i, c)]) * in(j, 2, c);
-                    const double ds = p[j] * d * scale;
+                    // The difference may be small beside what it is the difference of, which f32 rounds.
+                    double d = -product, d_size = product_size;
                     for (int c = 0; c < D; c++) {
-                        add(0, i, c, ds * in(j, 1, c));
-                        add(1, j, c, ds * in(i, 0, c));
-                        add(2, j, c, p[j] * from_bf16(d_out[row(i, c)]));
+                        double term = from_bf16(d_out[row(i, c)]) * in(j, 2, c);
+                        d += term;
+                        d_size += std::fabs(term);
+                    }
+                    const double ds = p[j] * d * scale, single = p[j] * d_size * scale * 1e-7;
+                    for (int c = 0; c < D; c++) {
+                        add(0, i, c, ds * in(j, 1, c), single * std::fabs(in(j, 1, c)));
+                        add(1, j, c, ds * in(i, 0, c), single * std::fabs(in(i, 0, c)));
+                        add(2, j, c, p[j] * from_bf16(d_out[row(i, c)]), 0);
                     }
                 }
             }
@@ -137,13 +148,15 @@ template <int D> void check(int batch, int seq, int heads, bool causal, float ra
                     for (int c = 0; c < D; c++) {
                         size_t at = ((size_t)part * seq + s) * D + c;
                         double value = from_bf16(d_qkv[(((size_t)(b * seq + s) * 3 + part) * heads + h) * D + c]);
-                        errors[3 + part].add(value, sums[at], (ROUNDING + 4 * SINGLE) * (sizes[at] + std::fabs(sums[at])) + SINGLE);
+                        double bound = (ROUNDING + 4 * SINGLE) * (sizes[at] + std::fabs(sums[at])) + SINGLE;
+                        errors[3 + part].add(value, sums[at], bound);
                     }
         }
     printf("d%-3d seq %3d %s x%g%+g:", D, seq, causal ? "causal" : "full  ", range, -shift);
     const char* names[] = {"out", "lse", "dot", "dQ", "dK", "dV"};
     for (int i = 0; i < 6; i++) errors[i].print(names[i]);
-    bool intact = qkv.intact() && out.intact() && bare.intact() && d_out.intact() && d_qkv.intact() && lse.intact() && dot.intact();
+    bool intact = qkv.intact() && out.intact() && bare.intact() && d_out.intact() && d_qkv.intact() && lse.intact() &&
+                  dot.intact();
     if (!same) printf(" OUTPUT DIFFERS WITHOUT LSE");
     if (!intact) printf(" WRITES OUTSIDE");
     failures += !same + !intact;
