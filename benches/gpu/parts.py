@@ -85,10 +85,14 @@ def device(check):
     check.results.add("device", "host", cpu=processor(), cpus=os.cpu_count(), commit=commit(check), python=sys.version.split()[0])
     if check.options.device.startswith("cuda"):
         check.attempt("device", "gpu", lambda: gpu(check))
-    version = lambda: {"path": check.options.binary, "version": check.runner.run("version", [check.options.binary, "--version"], 10).strip()}
-    check.attempt("device", "fusionllm", version)
+    check.attempt("device", "fusionllm", lambda: version(check))
     for library in ("libcuda.so", "libnvrtc.so", "libcublasLt.so"):
         check.results.add("device", library, found=where(library))
+
+
+def version(check):
+    said = check.runner.run("version", [check.options.binary, "--version"], 10)
+    return {"path": check.options.binary, "version": said.strip()}
 
 
 def gpu(check):
@@ -228,7 +232,7 @@ def more(check):
 def peer(check, shape, precision, mode):
     form = "eager" if mode is None else "compile" if mode == "default" else f"compile {mode}"
     s = check.shapes[shape]
-    steps = 20 if check.options.tiny else 50 if s.tokens() > 10000 else 200
+    steps = 20 if check.options.tiny else 30 if s.tokens() > 10000 else 100 if s.layers > 4 else 200
     command = [sys.executable, PYTORCH, "--device", check.options.device, "--precision", precision, "--steps", steps]
     command += ["--warmup", 20, "--block", 10]
     for name in ("layers", "width", "heads", "vocab", "seq", "batch"):
@@ -238,7 +242,7 @@ def peer(check, shape, precision, mode):
     env = {"TORCHINDUCTOR_CACHE_DIR": str(check.runner.work / "inductor"), "TRITON_CACHE_DIR": str(check.runner.work / "triton")}
 
     def measured():
-        said = check.runner.run(f"pytorch {shape} {precision} {form}", command, 90 if mode else 40, env=env)
+        said = check.runner.run(f"pytorch {shape} {precision} {form}", command, 90 if mode else 60, env=env)
         return json.loads(said.strip().splitlines()[-1])
 
     check.attempt("pytorch", f"{shape} {precision} {form}", measured, shape=shape, precision=precision, form=form)
@@ -275,9 +279,10 @@ def boundary(precision):
 def equal(check, precision):
     """One micro-batch and no clipping: with more, a cut changes the order of sums over micro-batches and CompNodes."""
     job, sets = check.trainer.job(PARITY), [*boundary(precision), "train.micro_batches=1", "train.clip=0.0"]
-    train = lambda title, more=(), **options: check.trainer.train(
-        f"cut {precision} {title}", job, 20, 30, sets=[*sets, *more], **options
-    ).losses()
+
+    def train(title, more=(), **options):
+        return check.trainer.train(f"cut {precision} {title}", job, 20, 30, sets=[*sets, *more], **options).losses()
+
     one = train("one")
     runs = {name: train(name, [stages(op, 1)], compnodes=2) for name, op in CUTS.items()}
     runs["private"] = train("private", ["data.private=true", "placement.strategy=equal-compute"], compnodes=2)
@@ -323,20 +328,20 @@ def cut_speed(check, precision):
 def text(check):
     """Some hundred steps of the repository's own text in f32 and in bf16."""
     shape, steps = (TINY_TEXT, 40) if check.options.tiny else (TEXT, 300)
-    sources = [REPOSITORY / name for name in ("crates", "docs", "README.md", "ARCHITECTURE.md")]
     corpus = check.runner.work / "corpus.txt"
-    corpus.write_text("\n".join(corpus_of(sources)))
+    corpus.write_text("\n".join(corpus_of(REPOSITORY / name for name in ("crates", "docs", "README.md", "ARCHITECTURE.md"))))
     job = check.trainer.job(shape, text=corpus)
-    more = ["train.lr=1e-3", "train.warmup=30", "train.eval_batches=8"]
-    train = lambda precision: check.trainer.train(f"text {precision}", job, steps, 40, sets=[f"train.precision={precision}", *more])
-    f32 = train("f32")
-    check.results.add("text", "f32", **ending(f32))
+
+    def ended(precision):
+        sets = [f"train.precision={precision}", "train.lr=1e-3", "train.warmup=30", "train.eval_batches=8"]
+        return ending(check.trainer.train(f"text {precision}", job, steps, 40, sets=sets))
+
+    f32 = check.results.add("text", "f32", **ended("f32"))
 
     def beside():
-        run = train("bf16")
-        apart = abs(ending(run)["last_losses"] - ending(f32)["last_losses"])
-        evals = abs(ending(run)["eval_loss"] - ending(f32)["eval_loss"])
-        return {"ok": max(apart, evals) <= TEXT_LIMIT, "apart": apart, "eval_apart": evals, "limit": TEXT_LIMIT, **ending(run)}
+        bf16 = ended("bf16")
+        apart, evals = (abs(bf16[key] - f32[key]) for key in ("last_losses", "eval_loss"))
+        return {"ok": apart <= TEXT_LIMIT and evals <= TEXT_LIMIT, "apart": apart, "eval_apart": evals, "limit": TEXT_LIMIT, **bf16}
 
     check.attempt("text", "bf16", beside)
 
@@ -351,7 +356,8 @@ def corpus_of(sources):
 def ending(run):
     """The mean of the last losses, and the evaluation at the end."""
     last = run.losses()[-20:]
-    return {"steps": len(run.metrics), "first_loss": run.losses()[0], "last_losses": sum(last) / len(last), "eval_loss": run.metrics[-1]["eval_loss"]}
+    first, evaluation = run.losses()[0], run.metrics[-1]["eval_loss"]
+    return {"steps": len(run.metrics), "first_loss": first, "last_losses": sum(last) / len(last), "eval_loss": evaluation}
 
 
 def sanitizer(check):
@@ -370,15 +376,20 @@ def sanitized(check, tool, kind, precision):
     logs.mkdir()
     sets = [f"train.precision={precision}", f"placement.cluster={check.trainer.cluster()}"]
     prefix = [tool, "--tool", kind, "--target-processes", "all", "--log-file", logs / "%p.log"]
+    problem = None
     try:
-        run = check.trainer.train(f"{kind} {precision}", check.trainer.job(SANITIZED), 2, 30, sets=sets, prefix=prefix)
-    finally:
-        said = "\n".join(file.read_text(errors="replace") for file in sorted(logs.iterdir()))
-        check.results.note(f"{kind} {precision}", said[-20000:])
-    errors = sum(int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", said))
-    hazards = sum(int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", said))
-    summaries = len(re.findall(r"(?:ERROR|RACECHECK) SUMMARY", said))
-    return {"ok": summaries > 0 and errors + hazards == 0, "errors": errors, "hazards": hazards, "processes": summaries, "steps": len(run.metrics)}
+        check.trainer.train(f"{kind} {precision}", check.trainer.job(SANITIZED), 2, 30, sets=sets, prefix=prefix)
+    except RuntimeError as error:
+        problem = str(error)
+    said = "\n".join(file.read_text(errors="replace") for file in sorted(logs.iterdir()))
+    check.results.note(f"{kind} {precision}", said[-20000:])
+    found = {
+        "errors": sum(int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", said)),
+        "hazards": sum(int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", said)),
+        "processes": len(re.findall(r"(?:ERROR|RACECHECK) SUMMARY", said)),
+    }
+    ok = problem is None and found["processes"] > 0 and found["errors"] + found["hazards"] == 0
+    return {"ok": ok, **found, "error": problem}
 
 
 # The parts, most valuable first, and the seconds that each may take.

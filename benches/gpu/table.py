@@ -44,7 +44,7 @@ def verdict(record):
 
 def seen(record):
     if record.get("skipped") or record.get("error"):
-        return (record.get("skipped") or record["error"]).replace("\n", " ").replace("|", "/")[:160]
+        return shortened((record.get("skipped") or record["error"]).replace("\n", " ").replace("|", "/"))
     if "passed" in record:
         return f"{record['passed']} passed, {record['failed']} failed, {record['ignored']} ignored {' '.join(record['failures'][:5])}"
     if "unequal_from_step" in record:
@@ -53,6 +53,11 @@ def seen(record):
         evals = f", evaluation {record['eval_apart']:.1e}" if "eval_apart" in record else ""
         return f"{record['apart']:.1e} apart{evals}, limit {record['limit']:.0e}"
     return f"{record['errors']} errors, {record['hazards']} hazards in {record['processes']} processes"
+
+
+def shortened(text):
+    """A text's beginning, and its end, where errors say what they are."""
+    return text if len(text) <= 170 else f"{text[:60]} … {text[-100:]}"
 
 
 def speeds(results):
@@ -75,32 +80,45 @@ def speeds(results):
 
 
 def goals(results):
-    """Each goal that something was measured for."""
-    rows = []
+    """Each goal of the parts that were run."""
+    rows = [*ratio_goals(results), *own_goals(results), *cut_goals(results)]
+    parts = {record["part"] for record in results.records}
+    shown = [row[1:] for row in rows if row[0] in parts]
+    return markdown(["goal", "what", "measured", "wanted", "met"], shown) if shown else ""
+
+
+def ratio_goals(results):
     for goal, precision, form, least in RATIO_GOALS:
         for shape in RATIO_SHAPES:
             ours = results.find("speed", shape=shape, precision=precision)
             value = ratio(ours, results.find("pytorch", shape=shape, precision=precision, form=form))
-            rows.append(goal_row(goal, f"{precision} of {form}, {shape}", value, f"{least} ×", value and value >= least, "×"))
+            yield goal_row("speed", goal, f"{precision} over PyTorch {form}, {shape}", value, least, "×")
+
+
+def own_goals(results):
     for start, most in FIRST_STEP_S.items():
-        first = results.find("speed", start=start)
-        value = first.get("until_first_step_s")
-        rows.append(goal_row("G5", f"start to end of first step, {start}", value, f"{most} s", value and value <= most, "s"))
+        value = results.find("speed", start=start).get("until_first_step_s")
+        yield goal_row("speed", "G5", f"start to end of first step, {start}", value, most, "s", at_most=True)
     value = results.find("speed", shape=LONG, precision="bf16").get("tokens_per_s")
-    rows.append(goal_row("G6", f"bf16, {LONG}", value, f"{LONG_TOKENS_PER_S} tokens/s", value and value >= LONG_TOKENS_PER_S, "tokens/s"))
+    yield goal_row("speed", "G6", f"bf16, {LONG}", value, LONG_TOKENS_PER_S, "tokens/s")
+
+
+def cut_goals(results):
     for precision in ("bf16", "f32"):
         one = results.find("cut", precision=precision, placement="one stage")
         for placement in ("two CompNodes", "two stages of one CompNode"):
             value = ratio(results.find("cut", precision=precision, placement=placement), one)
-            rows.append(goal_row("G7", f"{placement}, {precision}", value, f"{CUT_RATIO} ×", value and value >= CUT_RATIO, "×"))
-    return markdown(["goal", "what", "measured", "goal's figure", "met"], [row for row in rows if row])
+            yield goal_row("cut", "G7", f"{placement} over one stage, {precision}", value, CUT_RATIO, "×")
 
 
-def goal_row(goal, what, value, wanted, met, unit):
+def goal_row(part, goal, what, value, wanted, unit, at_most=False):
+    """A row of the table of goals, the part that measures it in front."""
+    bound = f"{'≤' if at_most else '≥'} {wanted:,} {unit}"
     if value is None:
-        return [goal, what, "not measured", wanted, ""]
+        return [part, goal, what, "not measured", bound, ""]
+    met = value <= wanted if at_most else value >= wanted
     shown = f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
-    return [goal, what, f"{shown} {unit}", wanted, "yes" if met else "**no**"]
+    return [part, goal, what, f"{shown} {unit}", bound, "yes" if met else "**no**"]
 
 
 def ratio(ours, other):

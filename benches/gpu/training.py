@@ -223,7 +223,8 @@ def memory_used(runner, device):
     """MiB that are taken on the GPU, by all processes; None where it cannot be told."""
     if not device.startswith("cuda"):
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    card = device.partition(":")[2] or "0"
+    query = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return int(subprocess.run(query, capture_output=True, text=True, timeout=5).stdout.split()[0])
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):

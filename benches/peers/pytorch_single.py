@@ -198,6 +198,8 @@ def parse_args():
 def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
+    if on_gpu(args):
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     print(json.dumps(measure(args)))
 
 
