@@ -1,13 +1,17 @@
-"""Trains a GPT-2 shape in plain PyTorch eager, f32, and measures its speed.
+"""Trains a GPT-2 shape in plain PyTorch, eager or compiled, and measures its speed.
 
 Prints one JSON line: tokens_per_s is the tokens of a whole step over the median step time.
 A step is all micro-batches' forward and backward passes and one AdamW update.
+On a GPU nothing waits for a step: blocks of steps are timed, and the median block counts.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
+
+BEGAN = time.perf_counter()
 
 import torch
 import torch.nn as nn
@@ -64,14 +68,98 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def train_step(model, optimizer, ids, labels, micro_batches):
-    """One update over the batch, its gradient accumulated over the micro-batches."""
+def mean_loss(model, ids, labels):
+    """The mean cross-entropy of the model's logits."""
+    logits = model(ids)
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1))
+
+
+def train_step(loss_of, optimizer, ids, labels, micro_batches, autocast):
+    """One update over the batch, its gradient accumulated over the micro-batches; the last one's loss."""
     optimizer.zero_grad()
     for x, y in zip(ids.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
-        logits = model(x)
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.reshape(-1))
+        with autocast():
+            loss = loss_of(x, y)
         (loss / micro_batches).backward()
     optimizer.step()
+    return loss.detach()
+
+
+def make_step(args):
+    """A function that makes one training step, in the precision and form that was asked for."""
+    torch.set_float32_matmul_precision("highest" if args.precision == "f32" else "high")
+    torch.manual_seed(0)
+    model = Gpt2(args.layers, args.width, args.heads, args.vocab, args.seq).to(args.device)
+    fused = {"fused": True} if on_gpu(args) else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, **fused)
+    ids = torch.randint(args.vocab, (args.batch, args.seq)).to(args.device)
+    labels = torch.randint(args.vocab, (args.batch, args.seq)).to(args.device)
+
+    def loss_of(x, y):
+        return mean_loss(model, x, y)
+
+    if args.compile:
+        loss_of = torch.compile(loss_of, mode=args.compile_mode)
+
+    def autocast():
+        if args.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16)
+
+    return lambda: train_step(loss_of, optimizer, ids, labels, args.micro_batches, autocast)
+
+
+def on_gpu(args):
+    return args.device.startswith("cuda")
+
+
+def timed(args, step, steps):
+    """Seconds that so many steps take, with all of the device's work done, and the last loss."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        loss = step()
+    if on_gpu(args):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, loss
+
+
+def measure(args):
+    """Trains, and gives the figures to print."""
+    step = make_step(args)
+    first_s, _ = timed(args, step, 1)
+    until_first_s = time.perf_counter() - BEGAN
+    if args.warmup > 1:
+        timed(args, step, args.warmup - 1)
+
+    block = args.block or (10 if on_gpu(args) else 1)
+    times = []
+    for done in range(0, args.steps, block):
+        steps = min(block, args.steps - done)
+        seconds, loss = timed(args, step, steps)
+        times.append(seconds / steps)
+
+    median = statistics.median(times)
+    result = {
+        "framework": "pytorch",
+        "tokens_per_s": args.batch * args.seq / median,
+        "step_s_median": median,
+    }
+    if on_gpu(args):
+        result |= {
+            "step_s_min": min(times),
+            "step_s_max": max(times),
+            "blocks": len(times),
+            "first_step_s": first_s,
+            "until_first_step_s": until_first_s,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_memory_bytes": torch.cuda.max_memory_reserved(),
+            "loss": loss.item(),
+            "precision": args.precision,
+            "compile": args.compile_mode if args.compile else None,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(),
+        }
+    return result
 
 
 def positive(text):
@@ -92,9 +180,13 @@ def parse_args():
     parser.add_argument("--batch", type=positive, default=4, help="rows a step, all micro-batches")
     parser.add_argument("--micro-batches", type=positive, default=1)
     parser.add_argument("--steps", type=positive, default=10, help="measured steps")
+    parser.add_argument("--block", type=positive, help="steps timed together [default: 10 on a GPU, else 1]")
     parser.add_argument("--warmup", type=positive, default=2, help="steps before measuring")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--precision", choices=["f32", "tf32", "bf16"], default="f32", help="f32 is strict, bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="compile forward pass, loss and their gradient")
+    parser.add_argument("--compile-mode", default="default", help="such as reduce-overhead, which replays CUDA graphs")
     args = parser.parse_args()
     if args.width % args.heads:
         parser.error(f"--width {args.width} must divide by --heads {args.heads}")
@@ -106,28 +198,9 @@ def parse_args():
 def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    model = Gpt2(args.layers, args.width, args.heads, args.vocab, args.seq).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    ids = torch.randint(args.vocab, (args.batch, args.seq)).to(args.device)
-    labels = torch.randint(args.vocab, (args.batch, args.seq)).to(args.device)
-
-    times = []
-    for step in range(args.warmup + args.steps):
-        start = time.perf_counter()
-        train_step(model, optimizer, ids, labels, args.micro_batches)
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        if step >= args.warmup:
-            times.append(time.perf_counter() - start)
-
-    median = statistics.median(times)
-    result = {
-        "framework": "pytorch",
-        "tokens_per_s": args.batch * args.seq / median,
-        "step_s_median": median,
-    }
-    print(json.dumps(result))
+    if on_gpu(args):
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+    print(json.dumps(measure(args)))
 
 
 if __name__ == "__main__":
