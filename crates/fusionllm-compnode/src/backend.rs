@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use fusionllm_graph::{Kernels, OpDag, OpId, ParamId};
 use fusionllm_planner::{Measured, NodeIndex, Placement, StageId, may_defer};
+use fusionllm_protocol::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::ExecutorError;
@@ -66,6 +67,8 @@ pub struct MeasureSpec {
     pub optimizer: OptimizerSpec,
     /// Memory that may be filled, if that is known.
     pub free_bytes: Option<u64>,
+    /// As of [`ExecutorSpec`].
+    pub precision: Precision,
 }
 
 /// What an executor holds and computes.
@@ -83,6 +86,8 @@ pub struct ExecutorSpec {
     pub seed: u64,
     /// Where the first parameters come from.
     pub first: FirstParams,
+    /// What it computes in, where the device can choose; CPUs compute in f32.
+    pub precision: Precision,
 }
 
 /// Where the first parameters of an executor come from.
@@ -124,7 +129,13 @@ impl ExecutorSpec {
             StageOps { id: stage.id, ops: stage.ops.clone(), leaving, deferring: deferring.copied().collect() }
         });
         let (stages, params) = (stages.collect(), placement.params_of(&dag, node));
-        Self { dag, stages, params, optimizer, seed, first }
+        Self { dag, stages, params, optimizer, seed, first, precision: Precision::F32 }
+    }
+
+    /// The same, in another precision than f32.
+    #[must_use]
+    pub fn computing_in(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// One stage 0 of the ops up to `last`, whose output leaves it, with imported parameters: for inference.
@@ -150,6 +161,7 @@ impl ExecutorSpec {
         let params: BTreeSet<ParamId> = ops.iter().flat_map(|&op| dag.op(op).params.iter().copied()).collect();
         let stage = StageOps { id: StageId(0), ops, leaving, deferring: BTreeSet::new() };
         let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
-        Self { dag, stages: vec![stage], params: params.into_iter().collect(), optimizer, seed: 0, first }
+        let (stages, params, precision) = (vec![stage], params.into_iter().collect(), Precision::F32);
+        Self { dag, stages, params, optimizer, seed: 0, first, precision }
     }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use fusionllm_codec::HostTensor;
+use fusionllm_graph::{DType, OpDag, OpId};
 
 use crate::ExecutorError;
 
@@ -62,5 +63,50 @@ impl BorderTensor {
 impl From<HostTensor> for BorderTensor {
     fn from(tensor: HostTensor) -> Self {
         Self::Host(Arc::new(tensor))
+    }
+}
+
+/// Holds a tensor from outside against the graph, since kernels trust shapes.
+///
+/// # Errors
+/// [`ExecutorError::Element`] and [`ExecutorError::Shape`] say what would be right.
+pub(crate) fn check_input(dag: &OpDag, op: OpId, tensor: &BorderTensor) -> Result<(), ExecutorError> {
+    let Some(entry) = dag.ops().get(op.index()) else {
+        return Err(ExecutorError::Internal { what: format!("no op has number {}", op.0) });
+    };
+    let batch = tensor.shape().first().copied().unwrap_or(1);
+    let expected = entry.output.shape.resolve(batch);
+    let element = match tensor {
+        BorderTensor::Host(tensor) if tensor.as_f32().is_none() => DType::I32,
+        BorderTensor::Host(_) | BorderTensor::Device(_) => DType::F32,
+    };
+    if element != entry.output.dtype {
+        return Err(ExecutorError::Element { op: entry.name.clone(), expected: entry.output.dtype, got: element });
+    }
+    if expected != tensor.shape() {
+        return Err(ExecutorError::Shape { op: entry.name.clone(), expected, got: tensor.shape().to_vec() });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_codec::{HostTensor, Values};
+    use fusionllm_graph::{Gpt2Config, gpt2};
+
+    use super::*;
+
+    #[test]
+    fn a_tensor_that_is_not_the_graphs_is_told_by_what_is_wrong_with_it() {
+        let config = Gpt2Config { n_layer: 1, n_embd: 4, n_head: 2, ..Gpt2Config::named("gpt2").unwrap() };
+        let dag = gpt2(&config, 3).unwrap();
+        let error = |shape: &[usize], values: Values| {
+            let tensor = HostTensor::new(shape.to_vec(), values).unwrap();
+            check_input(&dag, dag.find("wpe").unwrap(), &tensor.into()).unwrap_err().to_string()
+        };
+        let integers = error(&[2, 3, 4], Values::I32(vec![0; 24]));
+        assert_eq!(integers, "tensor of op `wpe` has i32 elements, expected f32");
+        let narrow = error(&[2, 3, 3], Values::F32(vec![0.0; 18]));
+        assert_eq!(narrow, "tensor of op `wpe` has shape [2, 3, 3], expected [2, 3, 4]");
     }
 }

@@ -4,10 +4,10 @@ use std::str::FromStr;
 
 use crate::CompNodeError;
 
-/// A device by kind; the GPU kinds exist in builds with their feature.
+/// A device by kind; GPU kinds other than NVIDIA's exist in builds with their feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
-    /// The first GPU kind of this build, else the CPU.
+    /// An NVIDIA device that works, else the first GPU kind of this build, else the CPU.
     #[default]
     Auto,
     /// The CPU, which every build has.
@@ -23,9 +23,9 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Whether this is, in this build, the CPU.
-    pub fn is_cpu(self) -> bool {
-        let has_gpu = cfg!(any(feature = "cuda", feature = "vulkan", feature = "metal", feature = "rocm"));
+    /// Whether this is, in this build and without NVIDIA's devices, the CPU.
+    pub(crate) fn is_cpu(self) -> bool {
+        let has_gpu = cfg!(any(feature = "vulkan", feature = "metal", feature = "rocm"));
         match self {
             Self::Cpu => true,
             Self::Auto => !has_gpu,

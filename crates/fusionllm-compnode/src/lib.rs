@@ -11,6 +11,7 @@ mod burn;
 mod channel_codec;
 mod checkpoint;
 mod codec_table;
+mod cuda;
 mod data;
 mod device;
 mod error;

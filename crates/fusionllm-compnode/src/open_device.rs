@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::CompNodeError;
 use crate::backend::Backend;
 use crate::burn::BurnBackend;
+use crate::cuda::CudaBackend;
 use crate::device::DeviceChoice;
 
 /// Opens a device and has it compute something.
@@ -12,5 +13,12 @@ use crate::device::DeviceChoice;
 /// # Errors
 /// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
 pub fn open_device(choice: DeviceChoice) -> Result<Arc<dyn Backend>, CompNodeError> {
-    Ok(Arc::new(BurnBackend::open(choice)?))
+    match choice {
+        DeviceChoice::Cuda(index) => Ok(Arc::new(CudaBackend::open(index)?)),
+        DeviceChoice::Auto => match CudaBackend::open_if_any() {
+            Some(backend) => Ok(Arc::new(backend)),
+            None => Ok(Arc::new(BurnBackend::open(choice)?)),
+        },
+        _ => Ok(Arc::new(BurnBackend::open(choice)?)),
+    }
 }

@@ -16,6 +16,8 @@ pub(crate) use room::check_room;
 
 use std::time::{Duration, Instant};
 
+use fusionllm_graph::{OpDag, OpId, OpKind};
+
 use crate::ExecutorError;
 
 /// Runs of one thing that are timed, unless they take long.
@@ -46,4 +48,14 @@ pub(crate) fn median_of_runs<const N: usize>(
 /// Values that are neither all alike nor subnormal.
 pub(crate) fn pattern(count: usize) -> Vec<f32> {
     (0..count as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 24) as f32 - 0.5).collect()
+}
+
+/// Ids that the op `reader` takes: rows of its table, or columns of its logits.
+pub(crate) fn token_ids(dag: &OpDag, reader: OpId, count: usize) -> Vec<i32> {
+    let op = dag.op(reader);
+    let below = match &op.kind {
+        OpKind::Embedding { vocab, .. } => *vocab,
+        _ => op.inputs.first().and_then(|&logits| dag.op(logits).output.shape.resolve(1).last().copied()).unwrap_or(1),
+    };
+    (0..count).map(|i| (i * 31 % below.max(1)) as i32).collect()
 }

@@ -192,6 +192,11 @@ pub enum Precision {
     /// 32-bit floats.
     #[default]
     F32,
+    /// As f32, with the operands of matrix products rounded to 10 bits of mantissa, on devices that can.
+    Tf32,
+    /// Activations and the operands of matrix products in bf16, on devices that can; parameters, their gradients, the
+    /// optimizer's state and all sums stay f32.
+    Bf16,
 }
 
 /// `[placement]`.

@@ -36,7 +36,7 @@ fn probe(device: Device, name: &str) -> Result<(), CompNodeError> {
 
 fn select(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
     #[cfg_attr(
-        all(feature = "cuda", feature = "vulkan", feature = "metal", feature = "rocm"),
+        all(feature = "vulkan", feature = "metal", feature = "rocm"),
         expect(unused_variables, reason = "only builds that lack a kind say so")
     )]
     let lacking = |feature: &str| CompNodeError::DeviceChoice {
@@ -45,10 +45,9 @@ fn select(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
     match choice {
         DeviceChoice::Auto => auto_device(),
         DeviceChoice::Cpu => Ok(cpu_device()),
-        #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(index) => Ok((Device::cuda(index), format!("cuda:{index}"))),
-        #[cfg(not(feature = "cuda"))]
-        DeviceChoice::Cuda(_) => Err(lacking("cuda")),
+        DeviceChoice::Cuda(_) => {
+            Err(CompNodeError::DeviceChoice { reason: "NVIDIA's devices are opened without Burn".to_owned() })
+        }
         #[cfg(feature = "vulkan")]
         DeviceChoice::Vulkan(Some(index)) => {
             Ok((Device::wgpu(burn_tensor::DeviceKind::DiscreteGpu(index)), format!("vulkan:{index}")))
@@ -74,27 +73,22 @@ fn cpu_device() -> (Device, String) {
     (Device::flex(), format!("cpu ({threads} thread{plural})"))
 }
 
-#[cfg(feature = "cuda")]
-fn auto_device() -> Result<(Device, String), CompNodeError> {
-    select(DeviceChoice::Cuda(0))
-}
-
-#[cfg(all(feature = "metal", not(feature = "cuda")))]
+#[cfg(feature = "metal")]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
     select(DeviceChoice::Metal)
 }
 
-#[cfg(all(feature = "rocm", not(any(feature = "cuda", feature = "metal"))))]
+#[cfg(all(feature = "rocm", not(feature = "metal")))]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
     select(DeviceChoice::Rocm(0))
 }
 
-#[cfg(all(feature = "vulkan", not(any(feature = "cuda", feature = "metal", feature = "rocm"))))]
+#[cfg(all(feature = "vulkan", not(any(feature = "metal", feature = "rocm"))))]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
     select(DeviceChoice::Vulkan(None))
 }
 
-#[cfg(not(any(feature = "cuda", feature = "vulkan", feature = "metal", feature = "rocm")))]
+#[cfg(not(any(feature = "vulkan", feature = "metal", feature = "rocm")))]
 fn auto_device() -> Result<(Device, String), CompNodeError> {
     Ok(cpu_device())
 }

@@ -18,7 +18,7 @@ use crate::burn::optimizer::{self, ParamState};
 use crate::burn::owed::Owed;
 use crate::burn::stage::{BurnStage, Kept, StageContext};
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
-use crate::params::initial_values;
+use crate::params::{check_values, initial_values};
 use crate::stop::StopFlag;
 use crate::{CompNodeError, ExecutorError, OptimizerSpec};
 
@@ -49,7 +49,7 @@ impl BurnExecutor {
     /// # Errors
     /// [`ExecutorError::Param`] if a parameter cannot be initialised.
     pub(super) fn new(spec: ExecutorSpec, device: Device, stop: StopFlag) -> Result<Self, ExecutorError> {
-        let ExecutorSpec { dag, stages, params: held, optimizer, seed, first } = spec;
+        let ExecutorSpec { dag, stages, params: held, optimizer, seed, first, precision: _ } = spec;
         let on_cpu = fused::is_cpu(&device);
         let build = |of: StageOps| {
             let stage = BurnStage::new(&dag, of.ops, of.leaving).deferring(of.deferring);
@@ -93,16 +93,7 @@ impl BurnExecutor {
     }
 
     fn checked(&self, tensor: NamedTensor, shape: &[usize]) -> Result<Tensor<1>, ExecutorError> {
-        let count: usize = shape.iter().product();
-        if tensor.shape != shape || tensor.values.len() != count {
-            let reason = format!("shape {:?}, expected {shape:?}", tensor.shape);
-            return Err(ExecutorError::Param { name: tensor.name, reason });
-        }
-        if let Some(at) = tensor.values.iter().position(|value| !value.is_finite()) {
-            let value = tensor.values.get(at).copied().unwrap_or(f32::NAN);
-            let reason = format!("element {at} is {value}, expected finite numbers: these weights cannot be trained");
-            return Err(ExecutorError::Param { name: tensor.name, reason });
-        }
+        check_values(&tensor, shape)?;
         Ok(flat(tensor.values, &self.device))
     }
 

@@ -20,7 +20,7 @@ use crate::burn::host::{download, rows_and_columns, upload};
 use crate::burn::kernels::{self, Arguments, IntegerValue, KernelContext, RealValue, Value};
 use crate::burn::optimizer::{self, ParamState};
 use crate::executor::{Executor, MicroBatch, UpdateSpec};
-use crate::profile::{median_of_runs, pattern};
+use crate::profile::{median_of_runs, pattern, token_ids};
 use crate::stop::StopFlag;
 use crate::{ExecutorError, OptimizerSpec};
 
@@ -43,7 +43,7 @@ pub(super) fn measure_ops(
     device: &Device,
     stop: &StopFlag,
 ) -> Result<Measured, ExecutorError> {
-    let MeasureSpec { batch, ref optimizer, free_bytes } = *spec;
+    let MeasureSpec { batch, ref optimizer, free_bytes, precision: _ } = *spec;
     let mut ops: BTreeMap<String, FpBp> = BTreeMap::new();
     for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
         if let Entry::Vacant(place) = ops.entry(dag.work(op, batch)) {
@@ -139,16 +139,6 @@ fn input_value(dag: &OpDag, input: OpId, reader: OpId, batch: usize, device: &De
             Value::Integer(IntegerValue { tensor, shape })
         }
     }
-}
-
-/// Ids that the op `reader` takes: rows of its table, or columns of its logits.
-fn token_ids(dag: &OpDag, reader: OpId, count: usize) -> Vec<i32> {
-    let op = dag.op(reader);
-    let below = match &op.kind {
-        OpKind::Embedding { vocab, .. } => *vocab,
-        _ => op.inputs.first().and_then(|&logits| dag.op(logits).output.shape.resolve(1).last().copied()).unwrap_or(1),
-    };
-    (0..count).map(|i| (i * 31 % below.max(1)) as i32).collect()
 }
 
 /// Seconds of UPDATE per byte of f32 parameters.
@@ -265,6 +255,7 @@ fn correct(
 #[cfg(test)]
 mod tests {
     use fusionllm_graph::{Gpt2Config, gpt2};
+    use fusionllm_protocol::Precision;
 
     use super::*;
 
@@ -275,7 +266,7 @@ mod tests {
         config.dropout = 0.1;
         let dag = Arc::new(gpt2(&config, 16).unwrap());
         let optimizer = OptimizerSpec::AdamW { betas: [0.9, 0.95], epsilon: 1e-8, weight_decay: 0.1 };
-        let spec = MeasureSpec { batch: 2, optimizer, free_bytes: None };
+        let spec = MeasureSpec { batch: 2, optimizer, free_bytes: None, precision: Precision::F32 };
         let measured = measure_ops(&dag, &spec, &Device::flex(), &StopFlag::default()).unwrap();
         for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
             let seconds = measured.ops[&dag.work(op, 2)];
@@ -289,7 +280,8 @@ mod tests {
     fn measuring_ends_soon_after_it_is_cancelled() {
         let dag = Arc::new(gpt2(&Gpt2Config::named("gpt2").unwrap(), 1024).unwrap());
         let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
-        let (spec, stop) = (MeasureSpec { batch: 1, optimizer, free_bytes: None }, StopFlag::default());
+        let (spec, stop) =
+            (MeasureSpec { batch: 1, optimizer, free_bytes: None, precision: Precision::F32 }, StopFlag::default());
         stop.set();
         let began = std::time::Instant::now();
         let error = measure_ops(&dag, &spec, &Device::flex(), &stop).unwrap_err();

@@ -106,6 +106,7 @@ pub(super) fn prepare(
     site.check()?;
     let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
     let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
+    let held = held.computing_in(spec.train.precision);
     let mut executor = site.backend.build(held, site.mailbox.stop_flag())?;
     let mut residuals = Vec::new();
     if let Some(weights) = weights {

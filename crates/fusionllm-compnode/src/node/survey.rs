@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
-use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
+use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord, Precision};
 use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Purpose, Session, answer_probe, probe};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
@@ -93,7 +93,11 @@ impl Surveyor {
     fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);
         let batch = spec.micro_batch_size() as usize;
-        let mut cache = ProfileCache::open(self.folder.as_deref(), self.backend.name());
+        let device = match spec.train.precision {
+            Precision::F32 => self.backend.name().to_owned(),
+            other => format!("{} {other:?}", self.backend.name()),
+        };
+        let mut cache = ProfileCache::open(self.folder.as_deref(), &device);
         let work = work_of(&dag, batch);
         if let Some(measured) = cache.job(&work) {
             return Ok(measured);
@@ -103,7 +107,7 @@ impl Surveyor {
             check_room(&dag, batch, room)?;
         }
         let optimizer = OptimizerSpec::of(&spec.train);
-        let spec = MeasureSpec { batch, optimizer, free_bytes: room };
+        let spec = MeasureSpec { batch, optimizer, free_bytes: room, precision: spec.train.precision };
         let measured = self.backend.measure_ops(&dag, &spec, stop)?;
         cache.set_job(&work, measured.clone());
         Ok(measured)

@@ -16,9 +16,7 @@ pub(crate) fn free_bytes(device: DeviceChoice) -> Option<u64> {
         DeviceChoice::Rocm(index) => amd_free(index),
         // Vulkan numbers devices its own way; with a single one there is no doubt which is meant.
         DeviceChoice::Vulkan(_) => only(nvidia_free).or_else(|| only(amd_free)),
-        DeviceChoice::Auto if cfg!(any(feature = "cuda", feature = "rocm", feature = "vulkan")) => {
-            nvidia_free(0).or_else(|| amd_free(0))
-        }
+        DeviceChoice::Auto if cfg!(any(feature = "rocm", feature = "vulkan")) => nvidia_free(0).or_else(|| amd_free(0)),
         DeviceChoice::Auto => Some(host_free()),
     }
 }

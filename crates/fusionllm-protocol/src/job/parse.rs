@@ -93,11 +93,14 @@ fn train(s: &Section<'_>) -> Result<TrainSpec, JobError> {
         momentum: s.real("momentum", 0.9)?,
         clip: s.real("clip", 1.0)?,
         seed: s.integer("seed")?.unwrap_or(0),
-        precision: s.choice("precision", &[("f32", Precision::F32)])?,
+        precision: s.choice("precision", &PRECISIONS)?,
         eval_every: s.integer("eval_every")?.unwrap_or(0),
         eval_batches: s.integer("eval_batches")?.unwrap_or(8),
     })
 }
+
+const PRECISIONS: [(&str, Precision); 3] =
+    [("f32", Precision::F32), ("tf32", Precision::Tf32), ("bf16", Precision::Bf16)];
 
 fn placement(s: &Section<'_>) -> Result<PlacementSection, JobError> {
     let strategy = match s.text("strategy")? {

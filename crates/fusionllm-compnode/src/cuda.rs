@@ -1,0 +1,119 @@
+//! The backend on NVIDIA's GPUs: kernels of our own, compiled for the device at hand when it is first used, and matrix
+//! products by cuBLASLt.
+//!
+//! Nothing of CUDA is needed to build this: the driver and two libraries are opened at run time ([`libraries`]). What a
+//! stage does is planned as data ([`plan`]), so that all but the driver's own calls runs in tests without a GPU: there
+//! the same kernels are compiled for the CPU.
+
+mod blas;
+mod driver;
+#[cfg(test)]
+mod emulated;
+mod executor;
+mod gpu;
+mod kernel;
+mod layout;
+mod libraries;
+mod measure;
+mod modules;
+mod plan;
+mod store;
+mod tensor;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use fusionllm_graph::{Kernels, OpDag};
+use fusionllm_planner::Measured;
+use fusionllm_protocol::Precision;
+
+use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, MeasureSpec};
+use crate::executor::Executor;
+use crate::stop::StopFlag;
+use crate::{CompNodeError, ExecutorError};
+use driver::Driver;
+use executor::CudaExecutor;
+use gpu::Gpu;
+
+/// An NVIDIA device.
+#[derive(Debug)]
+pub(crate) struct CudaBackend {
+    driver: Arc<Driver>,
+    gpu: Arc<dyn Gpu>,
+    name: String,
+}
+
+impl CudaBackend {
+    /// Opens the device of this number.
+    ///
+    /// # Errors
+    /// [`CompNodeError::DeviceChoice`] says what is missing and how to get it.
+    pub(crate) fn open(index: usize) -> Result<Self, CompNodeError> {
+        let fail = |error: ExecutorError| {
+            let reason = match error {
+                ExecutorError::Device { reason } => reason,
+                other => other.to_string(),
+            };
+            CompNodeError::DeviceChoice { reason: format!("device cuda:{index} does not work: {reason}") }
+        };
+        let driver = Arc::new(Driver::open(index).map_err(fail)?);
+        let name = format!("cuda:{index} ({})", driver.name());
+        let gpu = Arc::clone(&driver) as Arc<dyn Gpu>;
+        Ok(Self { driver, gpu, name })
+    }
+
+    /// The first device, where there is one. One that lacks something is passed over with a warning.
+    pub(crate) fn open_if_any() -> Option<Self> {
+        if !driver::has_devices() {
+            return None;
+        }
+        match Self::open(0) {
+            Ok(backend) => Some(backend),
+            Err(error) => {
+                tracing::warn!(%error, "the NVIDIA GPU is not used");
+                None
+            }
+        }
+    }
+
+    fn check(&self, precision: Precision) -> Result<(), ExecutorError> {
+        if precision == Precision::Bf16 && !self.driver.has_bf16() {
+            let reason = format!("{} does not compute in bf16: set train.precision to \"f32\"", self.name);
+            return Err(ExecutorError::Device { reason });
+        }
+        Ok(())
+    }
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn is_cpu(&self) -> bool {
+        false
+    }
+
+    fn kernels(&self) -> Kernels {
+        Kernels::Fused
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        self.driver.free_bytes()
+    }
+
+    fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError> {
+        measure::measure_speed(&self.gpu)
+    }
+
+    fn measure_ops(&self, dag: &Arc<OpDag>, spec: &MeasureSpec, stop: &StopFlag) -> Result<Measured, ExecutorError> {
+        self.check(spec.precision)?;
+        measure::measure_ops(dag, spec, &self.gpu, stop)
+    }
+
+    fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {
+        self.check(spec.precision)?;
+        Ok(Box::new(CudaExecutor::new(spec, &self.gpu, stop)?))
+    }
+}

@@ -1,0 +1,294 @@
+//! The whole executor over an emulated GPU, against the CPU's.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use fusionllm_codec::{HostTensor, Values};
+use fusionllm_graph::{Gpt2Config, OpDag, OpId, gpt2};
+use fusionllm_planner::StageId;
+use fusionllm_protocol::{Pass, Precision};
+
+use super::emulated::Emulated;
+use super::executor::CudaExecutor;
+use super::gpu::Gpu;
+use crate::backend::{ExecutorSpec, FirstParams, StageOps};
+use crate::border::BorderTensor;
+use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, UpdateSpec};
+use crate::stop::StopFlag;
+use crate::{DeviceChoice, OptimizerSpec, open_device};
+
+const SEQ: usize = 20;
+const VOCAB: usize = 97;
+const BATCH: usize = 2;
+const MICRO_BATCHES: u32 = 2;
+const ADAMW: OptimizerSpec = OptimizerSpec::AdamW { betas: [0.9, 0.95], epsilon: 1e-8, weight_decay: 0.1 };
+
+/// Two blocks, with heads of the given width.
+fn model(head_width: usize, dropout: f64) -> Arc<OpDag> {
+    let config = Gpt2Config {
+        vocab_size: VOCAB,
+        n_positions: 32,
+        n_embd: 2 * head_width,
+        n_layer: 2,
+        n_head: 2,
+        layer_norm_epsilon: 1e-5,
+        dropout,
+    };
+    Arc::new(gpt2(&config, SEQ).unwrap())
+}
+
+/// A run of one or several executors, each with one or more stages.
+struct Trial {
+    dag: Arc<OpDag>,
+    /// The last op of each stage, and who holds it.
+    cuts: Vec<(&'static str, usize)>,
+    precision: Precision,
+    defers: bool,
+    optimizer: OptimizerSpec,
+}
+
+/// What came of it.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    tensors: BTreeMap<String, NamedTensor>,
+}
+
+impl Trial {
+    fn new(dag: &Arc<OpDag>) -> Self {
+        let (dag, cuts) = (Arc::clone(dag), vec![("loss", 0)]);
+        Self { dag, cuts, precision: Precision::F32, defers: false, optimizer: ADAMW }
+    }
+
+    fn cut(self, cuts: &[(&'static str, usize)]) -> Self {
+        Self { cuts: cuts.to_vec(), ..self }
+    }
+
+    fn stages(&self) -> Vec<(StageOps, usize)> {
+        let mut first = 0;
+        let mut stages = Vec::new();
+        for (index, (last, holder)) in self.cuts.iter().enumerate() {
+            let end = self.dag.find(last).unwrap().0 + 1;
+            let ops: Vec<OpId> = (first..end).map(OpId).collect();
+            let outside = |op: &&OpId| self.dag.consumers(**op).iter().any(|c| !ops.contains(c));
+            let leaving = ops.iter().filter(outside).copied().collect();
+            let linear = |op: &&OpId| self.dag.op(**op).kind.family() == "linear";
+            let deferring = ops.iter().filter(linear).filter(|_| self.defers).copied().collect();
+            stages.push((StageOps { id: StageId(index as u32), ops, leaving, deferring }, *holder));
+            first = end;
+        }
+        stages
+    }
+
+    fn executors(&self, build: &dyn Fn(ExecutorSpec) -> Box<dyn Executor>) -> Vec<Box<dyn Executor>> {
+        let stages = self.stages();
+        let count = stages.iter().map(|(_, holder)| holder + 1).max().unwrap();
+        let spec = |of: usize| {
+            let stages: Vec<StageOps> = stages.iter().filter(|(_, h)| *h == of).map(|(s, _)| s.clone()).collect();
+            let ops = stages.iter().flat_map(|stage| &stage.ops);
+            let params: BTreeSet<_> = ops.flat_map(|&op| self.dag.op(op).params.iter().copied()).collect();
+            let (dag, first) = (Arc::clone(&self.dag), FirstParams::Drawn);
+            let (params, optimizer) = (params.into_iter().collect(), self.optimizer);
+            ExecutorSpec { dag, stages, params, optimizer, seed: 7, first, precision: self.precision }
+        };
+        (0..count).map(|of| build(spec(of))).collect()
+    }
+
+    fn on_gpu(&self, steps: u64) -> Outcome {
+        let gpu = Emulated::open();
+        self.run(steps, &|spec| executor(spec, &gpu))
+    }
+
+    fn on_cpu(&self, steps: u64) -> Outcome {
+        let cpu = open_device(DeviceChoice::Cpu).unwrap();
+        self.run(steps, &|spec| cpu.build(spec, StopFlag::default()).unwrap())
+    }
+
+    fn run(&self, steps: u64, build: &dyn Fn(ExecutorSpec) -> Box<dyn Executor>) -> Outcome {
+        let (stages, mut executors) = (self.stages(), self.executors(build));
+        let mut outcome = Outcome { losses: Vec::new(), norms: Vec::new(), tensors: BTreeMap::new() };
+        for step in 0..steps {
+            let mut loss = 0.0;
+            for index in 0..MICRO_BATCHES {
+                let at = MicroBatch { step, pass: Pass::Train, index };
+                let mut tensors = self.data(step, index);
+                for (stage, holder) in &stages {
+                    let inputs = entering(&self.dag, stage).into_iter().map(|op| (op, tensors[&op].clone())).collect();
+                    let output = executors[*holder].forward(stage.id, at, inputs).unwrap();
+                    tensors.extend(output.tensors);
+                    loss += output.loss.unwrap_or(0.0) / f64::from(MICRO_BATCHES);
+                }
+                let mut gradients: Vec<(OpId, BorderTensor)> = Vec::new();
+                for (stage, holder) in stages.iter().rev() {
+                    let mine = gradients.iter().filter(|(op, _)| stage.leaving.contains(op)).cloned().collect();
+                    let scale = 1.0 / f64::from(MICRO_BATCHES);
+                    gradients.extend(executors[*holder].backward(stage.id, at, mine, scale).unwrap());
+                }
+            }
+            outcome.losses.push(loss);
+            outcome.norms.push(self.update(&mut executors, step));
+        }
+        for executor in &executors {
+            let tensors = executor.export().into_iter().map(|tensor| LazyTensor::read(tensor).unwrap());
+            outcome.tensors.extend(tensors.map(|tensor| (tensor.name.clone(), tensor)));
+        }
+        outcome
+    }
+
+    /// As the task loop: tied gradients meet, the norm is that of all parameters, each counted once.
+    fn update(&self, executors: &mut [Box<dyn Executor>], step: u64) -> f64 {
+        let held = |executor: &dyn Executor, name: &str| executor.export().iter().any(|tensor| tensor.name == name);
+        let (mut squares, mut counted) = (0.0, BTreeSet::new());
+        for param in self.dag.param_ids() {
+            let name = &self.dag.param(param).name;
+            let holders: Vec<usize> = (0..executors.len()).filter(|&i| held(&*executors[i], name)).collect();
+            let count = self.dag.param(param).shape.iter().product();
+            if let [first, second] = holders[..] {
+                let other = executors[second].gradient(param, 0..count).unwrap();
+                executors[first].add_gradient(param, 0, other).unwrap();
+                let sum = executors[first].gradient(param, 0..count).unwrap();
+                executors[second].set_gradient(param, 0, sum).unwrap();
+            }
+            if counted.insert(param) {
+                squares += executors[holders[0]].squared_norm(&[param]).unwrap();
+            }
+        }
+        let norm = squares.sqrt();
+        for executor in executors {
+            executor.update(UpdateSpec { step, lr: 1e-2, gradient_scale: (1.0 / norm).min(1.0) }).unwrap();
+        }
+        norm
+    }
+
+    fn data(&self, step: u64, index: u32) -> BTreeMap<OpId, BorderTensor> {
+        let ids = |salt: u64| {
+            let at = |i: u64| ((i * 31 + step * 7 + u64::from(index) * 13 + salt) * 2_654_435_761 >> 7) % VOCAB as u64;
+            let ids = (0..(BATCH * SEQ) as u64).map(|i| at(i) as i32).collect();
+            BorderTensor::from(HostTensor::new(vec![BATCH, SEQ], Values::I32(ids)).unwrap())
+        };
+        BTreeMap::from([(self.dag.input().unwrap(), ids(0)), (self.dag.label().unwrap(), ids(1))])
+    }
+}
+
+fn executor(spec: ExecutorSpec, gpu: &Arc<dyn Gpu>) -> Box<dyn Executor> {
+    Box::new(CudaExecutor::new(spec, gpu, StopFlag::default()).unwrap())
+}
+
+fn entering(dag: &OpDag, stage: &StageOps) -> BTreeSet<OpId> {
+    let mut entering: BTreeSet<OpId> = stage.ops.iter().filter(|op| dag.op(**op).inputs.is_empty()).copied().collect();
+    entering.extend(stage.ops.iter().flat_map(|op| &dag.op(*op).inputs).filter(|input| !stage.ops.contains(input)));
+    entering
+}
+
+/// Asserts that two runs agree: losses within `relative`, and so norms and what became of the parameters.
+fn assert_close(got: &Outcome, expected: &Outcome, relative: f64) {
+    for (what, got, expected) in [("loss", &got.losses, &expected.losses), ("norm", &got.norms, &expected.norms)] {
+        for (step, (a, b)) in got.iter().zip(expected).enumerate() {
+            assert!((a - b).abs() <= relative * b.abs(), "{what} of step {step}: {a} against {b}");
+        }
+    }
+    assert_eq!(got.tensors.keys().collect::<Vec<_>>(), expected.tensors.keys().collect::<Vec<_>>());
+    for (name, tensor) in &got.tensors {
+        let other = &expected.tensors[name].values;
+        let distance: f64 = tensor.values.iter().zip(other).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        let size: f64 = other.iter().map(|v| f64::from(*v).powi(2)).sum();
+        // AdamW's first updates have the size of the learning rate whatever the gradient's.
+        assert!(distance.sqrt() <= 20.0 * relative * size.sqrt() + 1e-6, "{name}: {distance:e} of {size:e}");
+    }
+}
+
+#[test]
+fn one_stage_in_f32_trains_as_the_cpu_does() {
+    let trial = Trial::new(&model(16, 0.0));
+    assert_close(&trial.on_gpu(3), &trial.on_cpu(3), 2e-5);
+}
+
+#[test]
+fn dropout_draws_the_cpus_own_mask() {
+    let trial = Trial::new(&model(16, 0.2));
+    assert_close(&trial.on_gpu(2), &trial.on_cpu(2), 2e-5);
+}
+
+#[test]
+fn sgd_trains_as_the_cpu_does() {
+    for momentum in [0.0, 0.9] {
+        let optimizer = OptimizerSpec::Sgd { momentum, weight_decay: 0.1 };
+        let trial = Trial { optimizer, ..Trial::new(&model(16, 0.0)) };
+        assert_close(&trial.on_gpu(3), &trial.on_cpu(3), 2e-5);
+    }
+}
+
+#[test]
+fn flash_attention_in_bf16_trains_nearly_as_the_cpu_does() {
+    let dag = model(64, 0.0);
+    let trial = Trial { precision: Precision::Bf16, ..Trial::new(&dag) };
+    let (got, expected) = (trial.on_gpu(2), trial.on_cpu(2));
+    for (a, b) in got.losses.iter().zip(&expected.losses) {
+        assert!((a - b).abs() < 2e-2, "{got:?}");
+    }
+    for (a, b) in got.norms.iter().zip(&expected.norms) {
+        assert!((a - b).abs() < 2e-2 * b, "{a} against {b}");
+    }
+}
+
+#[test]
+fn any_cut_gives_the_same_bits() {
+    let cuts: [&[(&str, usize)]; 4] = [
+        &[("h.0.add_2", 0), ("loss", 1)],
+        &[("h.1.attn", 0), ("loss", 1)],
+        &[("wpe", 0), ("h.1.ln_1", 1), ("loss", 0)],
+        &[("h.0.mlp.act", 0), ("loss", 0)],
+    ];
+    for precision in [Precision::F32, Precision::Bf16] {
+        // Heads of 24 have no flash attention.
+        let trial = |dag: &Arc<OpDag>| Trial { precision, ..Trial::new(dag) };
+        let dag = model(if precision == Precision::F32 { 24 } else { 64 }, 0.1);
+        let whole = trial(&dag).on_gpu(2);
+        for list in cuts {
+            for defers in [false, true] {
+                let cut = Trial { defers, ..trial(&dag).cut(list) }.on_gpu(2);
+                assert!(cut == whole, "{precision:?}, {list:?}, defers {defers}: {:?} {:?}", cut.losses, whole.losses);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_exported_goes_on_where_it_stood() {
+    let trial = Trial::new(&model(16, 0.0));
+    let gpu = Emulated::open();
+    let after = |steps| trial.run(steps, &|spec| executor(spec, &gpu));
+    let (three, two) = (after(3), after(2));
+    let continued = trial.run(1, &|spec| {
+        let mut executor = executor(spec, &gpu);
+        executor.import(&mut two.tensors.clone()).unwrap();
+        executor
+    });
+    // The one step of this run is the first of its data, not the third.
+    assert_ne!(continued.losses[0], three.losses[0]);
+    let back = {
+        let executors = trial.executors(&|spec| {
+            let mut executor = executor(spec, &gpu);
+            executor.import(&mut two.tensors.clone()).unwrap();
+            executor
+        });
+        let tensors = executors[0].export().into_iter().map(|tensor| tensor.read().unwrap());
+        tensors.map(|tensor| (tensor.name.clone(), tensor)).collect::<BTreeMap<_, _>>()
+    };
+    assert_eq!(back, two.tensors);
+}
+
+#[test]
+fn an_id_beyond_the_table_is_refused() {
+    let dag = model(16, 0.0);
+    let trial = Trial::new(&dag);
+    let gpu = Emulated::open();
+    let mut executors = trial.executors(&|spec| executor(spec, &gpu));
+    let mut inputs = trial.data(0, 0);
+    let ids = HostTensor::new(vec![BATCH, SEQ], Values::I32(vec![VOCAB as i32; BATCH * SEQ])).unwrap();
+    inputs.insert(dag.input().unwrap(), ids.into());
+    let at = MicroBatch { step: 0, pass: Pass::Train, index: 0 };
+    let error = executors[0].forward(StageId(0), at, inputs.into_iter().collect()).unwrap_err().to_string();
+    assert!(error.contains("97") && error.contains("0 to 96"), "{error}");
+}
