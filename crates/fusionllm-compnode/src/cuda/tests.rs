@@ -8,6 +8,7 @@ use fusionllm_graph::{Gpt2Config, OpDag, OpId, gpt2};
 use fusionllm_planner::StageId;
 use fusionllm_protocol::{Pass, Precision};
 
+use super::driver::{self, Driver};
 use super::emulated::Emulated;
 use super::executor::CudaExecutor;
 use super::gpu::Gpu;
@@ -234,6 +235,11 @@ fn flash_attention_in_bf16_trains_nearly_as_the_cpu_does() {
 
 #[test]
 fn any_cut_gives_the_same_bits() {
+    any_cut_gives_the_same_bits_on(&Emulated::open());
+}
+
+fn any_cut_gives_the_same_bits_on(gpu: &Arc<dyn Gpu>) {
+    let run = |trial: &Trial| trial.run(2, &|spec| executor(spec, gpu));
     let cuts: [&[(&str, usize)]; 4] = [
         &[("h.0.add_2", 0), ("loss", 1)],
         &[("h.1.attn", 0), ("loss", 1)],
@@ -244,10 +250,10 @@ fn any_cut_gives_the_same_bits() {
         // Heads of 24 have no flash attention.
         let trial = |dag: &Arc<OpDag>| Trial { precision, ..Trial::new(dag) };
         let dag = model(if precision == Precision::F32 { 24 } else { 64 }, 0.1);
-        let whole = trial(&dag).on_gpu(2);
+        let whole = run(&trial(&dag));
         for list in cuts {
             for defers in [false, true] {
-                let cut = Trial { defers, ..trial(&dag).cut(list) }.on_gpu(2);
+                let cut = run(&Trial { defers, ..trial(&dag).cut(list) });
                 assert!(cut == whole, "{precision:?}, {list:?}, defers {defers}: {:?} {:?}", cut.losses, whole.losses);
             }
         }
@@ -291,4 +297,32 @@ fn an_id_beyond_the_table_is_refused() {
     let at = MicroBatch { step: 0, pass: Pass::Train, index: 0 };
     let error = executors[0].forward(StageId(0), at, inputs.into_iter().collect()).unwrap_err().to_string();
     assert!(error.contains("97") && error.contains("0 to 96"), "{error}");
+}
+
+/// Only where there is a GPU; `benches/gpu` runs it there.
+#[test]
+fn a_real_gpu_trains_as_the_cpu_does() {
+    if !driver::has_devices() {
+        return;
+    }
+    let gpu = Arc::new(Driver::open(0).unwrap()) as Arc<dyn Gpu>;
+    for (precision, dropout, width, relative) in [
+        (Precision::F32, 0.0, 16, 2e-5),
+        (Precision::F32, 0.1, 24, 2e-5),
+        (Precision::Tf32, 0.0, 64, 2e-3),
+        (Precision::Bf16, 0.0, 24, 2e-2),
+        (Precision::Bf16, 0.1, 64, 2e-2),
+        (Precision::Bf16, 0.0, 128, 2e-2),
+    ] {
+        let trial = Trial { precision, ..Trial::new(&model(width, dropout)) };
+        let got = trial.run(3, &|spec| executor(spec, &gpu));
+        let expected = trial.on_cpu(3);
+        for (step, (a, b)) in got.losses.iter().zip(&expected.losses).enumerate() {
+            assert!((a - b).abs() <= relative * b, "{precision:?}, heads of {width}, step {step}: {a} against {b}");
+        }
+        for (a, b) in got.norms.iter().zip(&expected.norms).take(1) {
+            assert!((a - b).abs() <= 2.0 * relative * b, "{precision:?}, heads of {width}: norm {a} against {b}");
+        }
+    }
+    any_cut_gives_the_same_bits_on(&gpu);
 }
