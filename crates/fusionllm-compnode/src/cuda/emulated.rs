@@ -196,6 +196,36 @@ fn libraries() -> &'static BTreeMap<&'static str, Library> {
     })
 }
 
+/// Runs the programs that hold kernels against plain loops, with threads in order and shuffled; what they say of faults.
+pub(super) fn run_kernel_tests() -> Vec<String> {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda/kernels/tests");
+    let mut programs: Vec<PathBuf> = std::fs::read_dir(&tests).unwrap().map(|entry| entry.unwrap().path()).collect();
+    programs.retain(|path| path.extension().is_some_and(|end| end == "cpp"));
+    let folder = tempfile::tempdir().unwrap();
+    let fault = |path: &PathBuf| {
+        let program = folder.path().join(path.file_stem().unwrap());
+        let mut compile = Command::new(compiler());
+        compile.args(["-std=c++17", "-O2", "-DEMU", "-Wno-unknown-pragmas", "-o"]).arg(&program).arg(path);
+        let mut runs = [compile, Command::new(&program), Command::new(&program)];
+        runs[2].env("EMU_SEED", "7");
+        let failed = runs.iter_mut().map(|run| run.output().unwrap()).find(|output| !output.status.success())?;
+        let said = [failed.stdout, failed.stderr].concat();
+        Some(format!("{}: {}", path.display(), String::from_utf8_lossy(&said)))
+    };
+    std::thread::scope(|scope| {
+        let half = programs.len().div_ceil(2);
+        let halves: Vec<_> = programs
+            .chunks(half)
+            .map(|some| scope.spawn(|| some.iter().filter_map(fault).collect::<Vec<_>>()))
+            .collect();
+        halves.into_iter().flat_map(|half| half.join().unwrap()).collect()
+    })
+}
+
+fn compiler() -> String {
+    std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned())
+}
+
 fn compile(sources: &Path, words: &[u8], file: &str) -> PathBuf {
     let source = kernel::source(file).unwrap();
     let hash = blake3::hash(&[words, source.as_bytes()].concat()).to_hex();
@@ -203,7 +233,7 @@ fn compile(sources: &Path, words: &[u8], file: &str) -> PathBuf {
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join(format!("{file}-{}.so", &hash[..16]));
     if !path.exists() {
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+        let compiler = compiler();
         let new = tempfile::Builder::new().suffix(".so").tempfile_in(&folder).unwrap().into_temp_path();
         let output = Command::new(&compiler)
             .args(["-x", "c++", "-std=c++17", "-O2", "-DEMU", "-shared", "-fPIC", "-ffp-contract=off", "-o"])

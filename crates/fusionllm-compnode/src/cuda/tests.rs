@@ -1,5 +1,7 @@
 //! The whole executor over an emulated GPU, against the CPU's.
 
+mod launches;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -9,7 +11,7 @@ use fusionllm_planner::StageId;
 use fusionllm_protocol::{Pass, Precision};
 
 use super::driver::{self, Driver};
-use super::emulated::Emulated;
+use super::emulated::{self, Emulated};
 use super::executor::CudaExecutor;
 use super::gpu::Gpu;
 use crate::backend::{ExecutorSpec, FirstParams, StageOps};
@@ -46,6 +48,8 @@ struct Trial {
     precision: Precision,
     defers: bool,
     optimizer: OptimizerSpec,
+    batch: usize,
+    micro_batches: u32,
 }
 
 /// What came of it.
@@ -59,7 +63,8 @@ struct Outcome {
 impl Trial {
     fn new(dag: &Arc<OpDag>) -> Self {
         let (dag, cuts) = (Arc::clone(dag), vec![("loss", 0)]);
-        Self { dag, cuts, precision: Precision::F32, defers: false, optimizer: ADAMW }
+        let (precision, defers, batch, micro_batches) = (Precision::F32, false, BATCH, MICRO_BATCHES);
+        Self { dag, cuts, precision, defers, optimizer: ADAMW, batch, micro_batches }
     }
 
     fn cut(self, cuts: &[(&'static str, usize)]) -> Self {
@@ -107,34 +112,40 @@ impl Trial {
     }
 
     fn run(&self, steps: u64, build: &dyn Fn(ExecutorSpec) -> Box<dyn Executor>) -> Outcome {
-        let (stages, mut executors) = (self.stages(), self.executors(build));
+        let mut executors = self.executors(build);
         let mut outcome = Outcome { losses: Vec::new(), norms: Vec::new(), tensors: BTreeMap::new() };
         for step in 0..steps {
-            let mut loss = 0.0;
-            for index in 0..MICRO_BATCHES {
-                let at = MicroBatch { step, pass: Pass::Train, index };
-                let mut tensors = self.data(step, index);
-                for (stage, holder) in &stages {
-                    let inputs = entering(&self.dag, stage).into_iter().map(|op| (op, tensors[&op].clone())).collect();
-                    let output = executors[*holder].forward(stage.id, at, inputs).unwrap();
-                    tensors.extend(output.tensors);
-                    loss += output.loss.unwrap_or(0.0) / f64::from(MICRO_BATCHES);
-                }
-                let mut gradients: Vec<(OpId, BorderTensor)> = Vec::new();
-                for (stage, holder) in stages.iter().rev() {
-                    let mine = gradients.iter().filter(|(op, _)| stage.leaving.contains(op)).cloned().collect();
-                    let scale = 1.0 / f64::from(MICRO_BATCHES);
-                    gradients.extend(executors[*holder].backward(stage.id, at, mine, scale).unwrap());
-                }
-            }
+            let (loss, norm) = self.step(&mut executors, step);
             outcome.losses.push(loss);
-            outcome.norms.push(self.update(&mut executors, step));
+            outcome.norms.push(norm);
         }
         for executor in &executors {
             let tensors = executor.export().into_iter().map(|tensor| LazyTensor::read(tensor).unwrap());
             outcome.tensors.extend(tensors.map(|tensor| (tensor.name.clone(), tensor)));
         }
         outcome
+    }
+
+    /// One step, and its loss and norm.
+    fn step(&self, executors: &mut [Box<dyn Executor>], step: u64) -> (f64, f64) {
+        let (stages, scale) = (self.stages(), 1.0 / f64::from(self.micro_batches));
+        let mut loss = 0.0;
+        for index in 0..self.micro_batches {
+            let at = MicroBatch { step, pass: Pass::Train, index };
+            let mut tensors = self.data(step, index);
+            for (stage, holder) in &stages {
+                let inputs = entering(&self.dag, stage).into_iter().map(|op| (op, tensors[&op].clone())).collect();
+                let output = executors[*holder].forward(stage.id, at, inputs).unwrap();
+                tensors.extend(output.tensors);
+                loss += output.loss.unwrap_or(0.0) * scale;
+            }
+            let mut gradients: Vec<(OpId, BorderTensor)> = Vec::new();
+            for (stage, holder) in stages.iter().rev() {
+                let mine = gradients.iter().filter(|(op, _)| stage.leaving.contains(op)).cloned().collect();
+                gradients.extend(executors[*holder].backward(stage.id, at, mine, scale).unwrap());
+            }
+        }
+        (loss, self.update(executors, step))
     }
 
     /// As the task loop: tied gradients meet, the norm is that of all parameters, each counted once.
@@ -163,10 +174,11 @@ impl Trial {
     }
 
     fn data(&self, step: u64, index: u32) -> BTreeMap<OpId, BorderTensor> {
+        let (seq, vocab) = (self.dag.seq_len().unwrap(), self.dag.vocab().unwrap() as u64);
         let ids = |salt: u64| {
-            let at = |i: u64| ((i * 31 + step * 7 + u64::from(index) * 13 + salt) * 2_654_435_761 >> 7) % VOCAB as u64;
-            let ids = (0..(BATCH * SEQ) as u64).map(|i| at(i) as i32).collect();
-            BorderTensor::from(HostTensor::new(vec![BATCH, SEQ], Values::I32(ids)).unwrap())
+            let at = |i: u64| ((i * 31 + step * 7 + u64::from(index) * 13 + salt) * 2_654_435_761 >> 7) % vocab;
+            let ids = (0..(self.batch * seq) as u64).map(|i| at(i) as i32).collect();
+            BorderTensor::from(HostTensor::new(vec![self.batch, seq], Values::I32(ids)).unwrap())
         };
         BTreeMap::from([(self.dag.input().unwrap(), ids(0)), (self.dag.label().unwrap(), ids(1))])
     }
@@ -297,6 +309,20 @@ fn an_id_beyond_the_table_is_refused() {
     let at = MicroBatch { step: 0, pass: Pass::Train, index: 0 };
     let error = executors[0].forward(StageId(0), at, inputs.into_iter().collect()).unwrap_err().to_string();
     assert!(error.contains("97") && error.contains("0 to 96"), "{error}");
+}
+
+#[test]
+fn a_cut_before_the_loss_gives_nearly_the_same() {
+    // The logits' rows are filled up only where they do not leave the stage.
+    let dag = model(16, 0.0);
+    let (whole, cut) = (Trial::new(&dag), Trial::new(&dag).cut(&[("lm_head", 0), ("loss", 1)]));
+    assert_close(&cut.on_gpu(2), &whole.on_gpu(2), 2e-5);
+}
+
+#[test]
+fn each_kernel_computes_what_plain_loops_do() {
+    let faults = emulated::run_kernel_tests();
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
 /// Only where there is a GPU; `benches/gpu` runs it there.

@@ -22,8 +22,8 @@ template <int N, class T> DEV void see(Running& r, const float* x) {
     r = {m, s};
 }
 // losses[row] = log sum e^x - x[label]; grad[row] = (softmax - onehot(label)) * scale, 0 in the columns vocab..stride.
-// logits, grad? [rows, stride], may be the same memory; labels, losses [rows]; stride is a multiple of 16 bytes and
-// what logits hold behind vocab does not matter. A block takes a row (grid = rows). The thread's first CHUNKS times 16
+// logits, grad? [rows, stride], may be the same memory; labels, losses [rows]; what logits hold behind vocab does not
+// matter. Where a row is no multiple of 16 bytes, elements go one by one. A block takes a row (grid = rows). The thread's first CHUNKS times 16
 // bytes stay in registers, so that a row of up to THREADS * CHUNKS * 16 bytes is read once; what is beyond is read
 // again for grad.
 template <int THREADS, int CHUNKS, class T> DEV void cross_entropy(const cross_entropy_args<T>& a) {
@@ -32,7 +32,7 @@ template <int THREADS, int CHUNKS, class T> DEV void cross_entropy(const cross_e
     __shared__ float shared[2][THREADS / 32];
     const T* row = a.logits + (size_t)blockIdx.x * a.stride;
     // Columns from `whole` on, fewer than 16 bytes of vocab and what follows it, go one by one.
-    u32 start = threadIdx.x * N, whole = a.vocab / N * N, label = (u32)a.labels[blockIdx.x];
+    u32 start = threadIdx.x * N, whole = a.stride % N ? 0 : a.vocab / N * N, label = (u32)a.labels[blockIdx.x];
     float at_label = threadIdx.x == 0 ? get(row[label]) : 0.f;
     Words4 kept[CHUNKS];
     Running r = {LOWEST, 0.f};

@@ -91,6 +91,11 @@ inline int report() {
 }
 inline u32 blocks(size_t count, size_t per_block) { return (u32)((count + per_block - 1) / per_block); }
 // RUN(kernel, T, grid x, grid y, struct fields...): the f32 or the bf16 kernel, by T.
+#define RUN_PLAIN(kernel, gx, gy, ...)      \
+    do {                                    \
+        kernel##_args args{__VA_ARGS__};    \
+        emu_##kernel(&args, gx, gy, 1);     \
+    } while (0)
 #define RUN(kernel, T, gx, gy, ...)                \
     do {                                           \
         if constexpr (sizeof(T) == 2) {            \
