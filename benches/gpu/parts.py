@@ -18,7 +18,7 @@ PRECISIONS = ("f32", "tf32", "bf16")
 
 # How far a loss may be from the CPU's in f32, in nats.
 LOSS_LIMITS = {"f32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}
-# How far the losses of bf16 may be from those of f32 after some hundred steps of text, in nats.
+# How much worse the losses of bf16 may be than those of f32 after some hundred steps of text, in nats.
 TEXT_LIMIT = 2e-2
 
 SHAPES = {
@@ -72,7 +72,7 @@ class Check:
     def attempt(self, part, name, function, **values):
         """Adds the record that a function gives; where it fails, one that says why, and the part goes on."""
         try:
-            return self.results.add(part, name, **values, **function())
+            return self.results.add(part, name, **{**function(), **values})
         except OutOfTime:
             raise
         except Exception as error:
@@ -340,8 +340,8 @@ def text(check):
 
     def beside():
         bf16 = ended("bf16")
-        apart, evals = (abs(bf16[key] - f32[key]) for key in ("last_losses", "eval_loss"))
-        return {"ok": apart <= TEXT_LIMIT and evals <= TEXT_LIMIT, "apart": apart, "eval_apart": evals, "limit": TEXT_LIMIT, **bf16}
+        worse, evals = (bf16[key] - f32[key] for key in ("last_losses", "eval_loss"))
+        return {"ok": worse <= TEXT_LIMIT and evals <= TEXT_LIMIT, "worse": worse, "eval_worse": evals, "limit": TEXT_LIMIT, **bf16}
 
     check.attempt("text", "bf16", beside)
 

@@ -50,8 +50,9 @@ def seen(record):
     if "unequal_from_step" in record:
         return f"{record['apart']:.1e} apart; unequal from step: {record['unequal_from_step']}" if not record["ok"] else "equal bit for bit"
     if "limit" in record:
-        evals = f", evaluation {record['eval_apart']:.1e}" if "eval_apart" in record else ""
-        return f"{record['apart']:.1e} apart{evals}, limit {record['limit']:.0e}"
+        if "worse" in record:
+            return f"{record['worse']:+.1e} of f32's loss, evaluation {record['eval_worse']:+.1e}, limit {record['limit']:.0e}"
+        return f"{record['apart']:.1e} apart, limit {record['limit']:.0e}"
     return f"{record['errors']} errors, {record['hazards']} hazards in {record['processes']} processes"
 
 

@@ -60,12 +60,12 @@ fn open_each() -> Result<(), Missing> {
     let folders = folders();
     // SAFETY: as above.
     let blas = || unsafe { cudarc::cublaslt::sys::is_culib_present() };
-    if !blas() && !(open_in(&folders, "cublasLt") && blas()) {
+    if !(blas() || open_in(&folders, "cublasLt") && blas()) {
         return Err(Missing::Toolkit { library: "libcublasLt.so", wheel: "nvidia-cublas" });
     }
     // SAFETY: as above.
     let compiler = || unsafe { cudarc::nvrtc::sys::is_culib_present() };
-    if !compiler() && !(open_in(&folders, "nvrtc") && compiler()) {
+    if !(compiler() || open_in(&folders, "nvrtc") && compiler()) {
         return Err(Missing::Toolkit { library: "libnvrtc.so", wheel: "nvidia-cuda-nvrtc" });
     }
     Ok(())

@@ -270,7 +270,7 @@ impl Store {
     pub(super) fn squares(&mut self, dag: &OpDag, params: &[ParamId]) -> Result<Vec<f64>, ExecutorError> {
         self.meet(dag)?;
         let (chunks, count) = (self.layout.elements() / CHUNK, self.layout.iter().count());
-        if count == 0 {
+        if params.is_empty() {
             return Ok(Vec::new());
         }
         let [partial, sums] = [chunks, count].map(|doubles| Buffer::take(&self.gpu, doubles * 8));

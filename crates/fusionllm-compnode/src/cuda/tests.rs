@@ -176,7 +176,7 @@ impl Trial {
     fn data(&self, step: u64, index: u32) -> BTreeMap<OpId, BorderTensor> {
         let (seq, vocab) = (self.dag.seq_len().unwrap(), self.dag.vocab().unwrap() as u64);
         let ids = |salt: u64| {
-            let at = |i: u64| ((i * 31 + step * 7 + u64::from(index) * 13 + salt) * 2_654_435_761 >> 7) % vocab;
+            let at = |i: u64| (((i * 31 + step * 7 + u64::from(index) * 13 + salt) * 2_654_435_761) >> 7) % vocab;
             let ids = (0..(self.batch * seq) as u64).map(|i| at(i) as i32).collect();
             BorderTensor::from(HostTensor::new(vec![self.batch, seq], Values::I32(ids)).unwrap())
         };

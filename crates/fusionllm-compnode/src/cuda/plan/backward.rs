@@ -4,6 +4,7 @@
 //! is added in place, so that a gradient may stand for several tensors.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use fusionllm_graph::{DType, OpId, OpKind, ParamId, WeightLayout};
 
@@ -154,8 +155,8 @@ impl Planner<'_> {
         if !self.spec.dag.carries_gradient(input) {
             return Ok(());
         }
-        if !known.0.contains_key(&input) {
-            known.0.insert(input, Gradient { value: dy, factor: ONE });
+        if let Entry::Vacant(first) = known.0.entry(input) {
+            first.insert(Gradient { value: dy, factor: ONE });
             return Ok(());
         }
         let (sum, addend) = self.next(input, known)?;
