@@ -27,6 +27,9 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// How it computes ops of several steps, which decides what FP keeps for BP. Plans count by it.
     fn kernels(&self) -> Kernels;
 
+    /// Whether it computes in this precision; what does not computes in f32.
+    fn has(&self, precision: Precision) -> bool;
+
     /// Bytes of its memory that a job may fill now; nothing where nobody tells.
     fn free_bytes(&self) -> Option<u64>;
 

@@ -17,6 +17,7 @@ use std::time::Instant;
 use burn_tensor::Device;
 use fusionllm_graph::{Kernels, OpDag};
 use fusionllm_planner::Measured;
+use fusionllm_protocol::Precision;
 
 use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, MeasureSpec};
 use crate::executor::Executor;
@@ -57,6 +58,10 @@ impl Backend for BurnBackend {
 
     fn kernels(&self) -> Kernels {
         if fused::is_cpu(&self.device) { Kernels::Fused } else { Kernels::Plain }
+    }
+
+    fn has(&self, precision: Precision) -> bool {
+        precision == Precision::F32
     }
 
     fn free_bytes(&self) -> Option<u64> {

@@ -78,7 +78,7 @@ impl CudaBackend {
     }
 
     fn check(&self, precision: Precision) -> Result<(), ExecutorError> {
-        if precision == Precision::Bf16 && !self.driver.has_bf16() {
+        if !self.has(precision) {
             let reason = format!("{} does not compute in bf16: set train.precision to \"f32\"", self.name);
             return Err(ExecutorError::Device { reason });
         }
@@ -97,6 +97,10 @@ impl Backend for CudaBackend {
 
     fn kernels(&self) -> Kernels {
         Kernels::Fused
+    }
+
+    fn has(&self, precision: Precision) -> bool {
+        precision != Precision::Bf16 || self.driver.has_bf16()
     }
 
     fn free_bytes(&self) -> Option<u64> {

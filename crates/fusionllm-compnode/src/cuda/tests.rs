@@ -311,6 +311,62 @@ fn an_id_beyond_the_table_is_refused() {
     assert!(error.contains("97") && error.contains("0 to 96"), "{error}");
 }
 
+/// Every op that trains, in ways that GPT-2 does not use them.
+fn every_op() -> Arc<OpDag> {
+    use fusionllm_graph::{
+        ActivationFunction as Function, DType, DagBuilder, Init, OpKind, Param, Shape, WeightLayout,
+    };
+    let (dim, ids) = (48, Shape::batched(&[SEQ]));
+    let mut dag = DagBuilder::new("every-op");
+    let input = dag.op("input", OpKind::Input { dtype: DType::I32, shape: ids.clone() }, &[], &[]).unwrap();
+    let label = dag.op("label", OpKind::Label { shape: ids }, &[], &[]).unwrap();
+    let param = |dag: &mut DagBuilder, name: &str, shape: &[usize]| {
+        let (shape, init) = (shape.to_vec(), Init::Normal { std: 0.2 });
+        dag.param(Param { name: name.to_owned(), shape, init, decay: name.len() % 2 == 0 }).unwrap()
+    };
+    let linear = |dag: &mut DagBuilder, name: &str, from: OpId, [inputs, outputs]: [usize; 2], layout, bias| {
+        let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };
+        let mut params = vec![param(dag, &format!("{name}.weight"), &shape)];
+        if bias {
+            params.push(param(dag, &format!("{name}.bias"), &[outputs]));
+        }
+        dag.op(name, OpKind::Linear { inputs, outputs, bias, layout }, &[from], &params).unwrap()
+    };
+    let act = |dag: &mut DagBuilder, name: &str, from: OpId, function| {
+        dag.op(name, OpKind::Activation { function }, &[from], &[]).unwrap()
+    };
+    let table = param(&mut dag, "table", &[VOCAB, dim]);
+    let looked_up = dag.op("wte", OpKind::Embedding { vocab: VOCAB, dim }, &[input], &[table]).unwrap();
+    let positions = param(&mut dag, "positions", &[32, dim]);
+    let x = dag.op("wpe", OpKind::Position { positions: 32, dim }, &[looked_up], &[positions]).unwrap();
+    let packed = linear(&mut dag, "qkv", x, [dim, 3 * dim], WeightLayout::OutIn, true);
+    let attended = dag.op("attn", OpKind::Attention { heads: 3, causal: false }, &[packed], &[]).unwrap();
+    let kept = dag.op("keep", OpKind::Dropout { p: 0.0 }, &[attended], &[]).unwrap();
+    let up = linear(&mut dag, "up", kept, [dim, dim], WeightLayout::InOut, false);
+    let gate = linear(&mut dag, "gate", kept, [dim, dim], WeightLayout::OutIn, false);
+    let (up, gate) = (act(&mut dag, "erf", up, Function::GeluErf), act(&mut dag, "silu", gate, Function::Silu));
+    let gated = dag.op("gated", OpKind::Mul, &[up, gate], &[]).unwrap();
+    let squared = dag.op("squared", OpKind::Mul, &[gated, gated], &[]).unwrap();
+    let positive = act(&mut dag, "relu", squared, Function::Relu);
+    let doubled = dag.op("doubled", OpKind::Add, &[positive, positive], &[]).unwrap();
+    let sum = dag.op("sum", OpKind::Add, &[x, doubled], &[]).unwrap();
+    let logits = linear(&mut dag, "head", sum, [dim, VOCAB], WeightLayout::InOut, true);
+    dag.op("loss", OpKind::CrossEntropy, &[logits, label], &[]).unwrap();
+    Arc::new(dag.build().unwrap())
+}
+
+#[test]
+fn every_op_trains_as_on_the_cpu() {
+    let dag = every_op();
+    let trial = Trial::new(&dag);
+    let expected = trial.on_cpu(2);
+    assert_close(&trial.on_gpu(2), &expected, 2e-5);
+    let cut = Trial { defers: true, ..Trial::new(&dag).cut(&[("attn", 0), ("gated", 1), ("loss", 0)]) };
+    assert_close(&cut.on_gpu(2), &expected, 2e-5);
+    let bf16 = Trial { precision: Precision::Bf16, ..Trial::new(&dag) }.on_gpu(2);
+    assert!(bf16.losses.iter().zip(&expected.losses).all(|(a, b)| (a - b).abs() < 2e-2 * b), "{:?}", bf16.losses);
+}
+
 #[test]
 fn a_cut_before_the_loss_gives_nearly_the_same() {
     // The logits' rows are filled up only where they do not leave the stage.

@@ -107,6 +107,9 @@ pub(super) fn prepare(
     let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
     let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
     let held = held.computing_in(spec.train.precision);
+    if !site.backend.has(spec.train.precision) {
+        tracing::warn!(device = site.backend.name(), precision = ?spec.train.precision, "this device computes in f32");
+    }
     let mut executor = site.backend.build(held, site.mailbox.stop_flag())?;
     let mut residuals = Vec::new();
     if let Some(weights) = weights {
