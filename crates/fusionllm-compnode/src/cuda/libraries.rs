@@ -63,12 +63,17 @@ fn open_each() -> Result<(), Missing> {
     if !(blas() || open_in(&folders, "cublasLt") && blas()) {
         return Err(Missing::Toolkit { library: "libcublasLt.so", wheel: "nvidia-cublas" });
     }
-    // SAFETY: as above.
-    let compiler = || unsafe { cudarc::nvrtc::sys::is_culib_present() };
-    if !(compiler() || open_in(&folders, "nvrtc") && compiler()) {
-        return Err(Missing::Toolkit { library: "libnvrtc.so", wheel: "nvidia-cuda-nvrtc" });
+    open_compiler(&folders)
+}
+
+/// Opens NVRTC, which needs no device.
+pub(super) fn open_compiler(folders: &[PathBuf]) -> Result<(), Missing> {
+    // SAFETY: asks whether the loader finds the library that the calls use.
+    let present = || unsafe { cudarc::nvrtc::sys::is_culib_present() };
+    if present() || open_in(folders, "nvrtc") && present() {
+        return Ok(());
     }
-    Ok(())
+    Err(Missing::Toolkit { library: "libnvrtc.so", wheel: "nvidia-cuda-nvrtc" })
 }
 
 /// Opens the library of this name in the first folder that has it, in the best version that is there.
@@ -95,7 +100,7 @@ fn keep_open(path: &Path) -> bool {
 }
 
 /// Where the libraries may be, in the order in which they are looked for.
-fn folders() -> Vec<PathBuf> {
+pub(super) fn folders() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = Vec::new();
     if let Some(folder) = std::env::var_os(FOLDER) {
         let folder = PathBuf::from(folder);
