@@ -59,7 +59,7 @@ DEV void add_dots(float (*sums)[4], const float* x, const float* y, const Place&
             }
         }
 }
-// sums += x y, over the rows 4 * from..4 * to of y; both are multiples of 4.
+// sums += x y, over the rows 4 * from..4 * to of y; both are even.
 DEV void add_product(float (*sums)[4], const float* x, const float* y, const Place& at, int from, int to) {
 #pragma unroll 1
     for (int k = from; k < to; k += 2)
