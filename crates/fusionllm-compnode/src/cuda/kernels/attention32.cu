@@ -105,6 +105,14 @@ template <int N> DEV void wait_tiles() {
 #endif
 }
 
+// Blocks start in the order of blockIdx.x, then y. This gives each its place in the order of work, longest first, with
+// the middle third turned round: where all blocks run at once, three on a multiprocessor, those then have about the
+// same work in all.
+DEV u32 work_order() {
+    const u32 order = blockIdx.y * gridDim.x + blockIdx.x, third = gridDim.x * gridDim.y / 3;
+    return order - third < third ? 3 * third - 1 - order : order;
+}
+
 // out = softmax(q k^T * scale) v, a block for 64 queries of one head, and the log-sum-exp of each query's scores. The
 // maximum and the sum of each query are kept over the tiles of keys and the output scaled at the end. The probabilities
 // take the place of the tile of k; while they are computed, the tile of v is copied.
@@ -114,9 +122,8 @@ KERNEL_RESIDENT(attention_f32_d64, attention_f32_d64_args, 128, 3) {
     __shared__ __align__(128) float v_tile[TILE];
     const Place at = place();
     const int seq = (int)a.seq, heads = (int)a.heads;
-    // Blocks start in the order of blockIdx.x, then y. With a causal mask the last queries have the most keys: those of
-    // all heads go first.
-    const u32 order = blockIdx.y * gridDim.x + blockIdx.x, pair = order % gridDim.y;
+    // With a causal mask the last queries have the most keys: those of all heads go first.
+    const u32 order = work_order(), pair = order % gridDim.y;
     const int first_query = (int)(gridDim.x - 1 - order / gridDim.y) * 64, query = first_query + at.row;
     const int warp_end = first_query + (at.row & ~15) + 16;
     const int batch = (int)pair / heads, head = (int)pair % heads;

@@ -1,9 +1,9 @@
 #include "dev.h"
 
-// Gradients of attention32.cu's attention, f32 (FlashAttention-2: Dao, arXiv 2307.08691). The probabilities are computed
-// again from the log-sum-exp that the forward kept: p = exp(q k^T * scale - lse), ds = p * (d_out v^T - dot), and then
-// d_v = p^T d_out, d_k = ds^T q * scale, d_q = ds k * scale. Keys and queries have a kernel each: every sum has a fixed
-// order, at the price of computing p and ds twice.
+// Gradients of attention32.cu's attention, f32 (FlashAttention-2: Dao, arXiv 2307.08691). The probabilities are
+// computed again from the log-sum-exp that the forward kept: p = exp(q k^T * scale - lse), ds = p * (d_out v^T - dot),
+// and then d_v = p^T d_out, d_k = ds^T q * scale, d_q = ds k * scale. Keys and queries have a kernel each: every sum
+// has a fixed order, at the price of computing p and ds twice.
 //
 // Launches, of 128 threads a block (shared memory: 48 KB, none for attention_dot):
 //   attention_dot      any grid; best ceil(batch * seq * heads * 64 / 1024) blocks
@@ -31,9 +31,10 @@ using attention_q_grad_f32_d64_args = attention_grad_args;
 
 constexpr float LOG2_E = 1.44269504f;
 
-// Products of tiles of 64 x 64 floats by 128 threads, as in attention32.cu. A warp has 16 rows of a product, a thread 8 rows and 4 columns:
-// rows row..row+8, columns 4 * column..4 * column+4. Bit 1 of the lane chooses the rows, the other bits the columns, so
-// that each 16-byte load of a warp takes few passes: of four neighboring lanes two read the same address.
+// Products of tiles of 64 x 64 floats by 128 threads, as in attention32.cu. A warp has 16 rows of a product, a thread 8
+// rows and 4 columns: rows row..row+8, columns 4 * column..4 * column+4. Bit 1 of the lane chooses the rows, the other
+// bits the columns, so that each 16-byte load of a warp takes few passes: of four neighboring lanes two read the same
+// address.
 //
 // In shared memory a tile's row has 16 chunks of 16 bytes, whose order depends on the row. Offsets are in bytes; the
 // offset of chunk k is that of chunk 0 ^ 16 * k.
@@ -57,51 +58,47 @@ DEV Place place() {
 }
 // Where chunk k of row i (0..8) of the thread's rows lies.
 DEV int row_chunk(const Place& at, int i, int k) { return (at.rows ^ ((k ^ (i >> 2)) << 4)) + i * ROW; }
-// sums += x y^T
+// sums += x y^T (not unrolled over k, for want of registers)
 DEV void add_dots(float (*sums)[4], const float* x, const float* y, const Place& at) {
 #pragma unroll 1
-    for (int k = 0; k < 16; k += 2)
+    for (int k = 0; k < 16; k++) {
+        float v[4][4], u[4];
 #pragma unroll
-        for (int n = k; n < k + 2; n++) {
-            float v[4][4], u[4];
+        for (int j = 0; j < 4; j++) load16(v[j], chunk_at(y, (at.columns ^ (k << 4)) + j * ROW));
 #pragma unroll
-            for (int j = 0; j < 4; j++) load16(v[j], chunk_at(y, (at.columns ^ (n << 4)) + j * ROW));
+        for (int i = 0; i < 8; i++) {
+            load16(u, chunk_at(x, row_chunk(at, i, k)));
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                load16(u, chunk_at(x, row_chunk(at, i, n)));
+            for (int l = 0; l < 4; l++)
 #pragma unroll
-                for (int l = 0; l < 4; l++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) sums[i][j] += u[l] * v[j][l];
-            }
+                for (int j = 0; j < 4; j++) sums[i][j] += u[l] * v[j][l];
         }
+    }
 }
-// sums += x y, over the rows 4 * from..4 * to of y; both are even.
+// sums += x y, over the rows 4 * from..4 * to of y.
 DEV void add_product(float (*sums)[4], const float* x, const float* y, const Place& at, int from, int to) {
 #pragma unroll 1
-    for (int k = from; k < to; k += 2)
+    for (int k = from; k < to; k++) {
+        float v[4][4], u[4];
 #pragma unroll
-        for (int n = k; n < k + 2; n++) {
-            float v[4][4], u[4];
+        for (int j = 0; j < 4; j++) load16(v[j], chunk_at(y, chunk_offset(4 * k, at.column) + j * ROW));
 #pragma unroll
-            for (int j = 0; j < 4; j++) load16(v[j], chunk_at(y, chunk_offset(4 * n, at.column) + j * ROW));
+        for (int i = 0; i < 8; i++) {
+            load16(u, chunk_at(x, row_chunk(at, i, k)));
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                load16(u, chunk_at(x, row_chunk(at, i, n)));
+            for (int j = 0; j < 4; j++)
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-#pragma unroll
-                    for (int l = 0; l < 4; l++) sums[i][l] += u[j] * v[j][l];
-            }
+                for (int l = 0; l < 4; l++) sums[i][l] += u[j] * v[j][l];
         }
+    }
 }
 // Starts copying 64 rows of a tensor, from row `first`; rows from `end` on become zeros. Each warp copies the rows that
-// it has of a product. Before sm_80 the copy is done at once.
+// it has of a product. Before sm_80 the copy is done at once. (Unrolled, copies keep many addresses in registers.)
 DEV void copy_tile(float* tile, const float* g, u32 stride, int first, int end) {
     const int row = threadIdx.x / 32 * 16 + threadIdx.x / 16 % 2, chunk = threadIdx.x % 16;
     const int offset = chunk_offset(row, chunk), left = end - first - row;
     const float* from = g + (u64)(u32)(first + row) * stride + chunk * 4;
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < 8; i++) {
         float* to = chunk_at(tile, (offset ^ ((i >> 1) << 4)) + i * 2 * ROW);
 #if defined(EMU) || __CUDA_ARCH__ >= 800
@@ -122,7 +119,7 @@ template <int N> DEV void wait_tiles() {
 #endif
 }
 
-// Writes a thread's rows and columns of a product, times a factor; `g` is the tensor's row `first`, the product's first.
+// Writes a thread's rows and columns of a product, times a factor; `g` is row `first` of the tensor and 0 of the product.
 DEV void store_tile(float (*sums)[4], float factor, float* g, u32 stride, int first, int end, const Place& at) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -136,6 +133,14 @@ DEV void store_tile(float (*sums)[4], float factor, float* g, u32 stride, int fi
 DEV void keep_tile(float* tile, const float (*sums)[4], const Place& at) {
 #pragma unroll
     for (int i = 0; i < 8; i++) store16(chunk_at(tile, row_chunk(at, i, at.column)), sums[i]);
+}
+
+// Blocks start in the order of blockIdx.x, then y. This gives each its place in the order of work, longest first, with
+// the middle third turned round: where all blocks run at once, three on a multiprocessor, those then have about the
+// same work in all.
+DEV u32 work_order() {
+    const u32 order = blockIdx.y * gridDim.x + blockIdx.x, third = gridDim.x * gridDim.y / 3;
+    return order - third < third ? 3 * third - 1 - order : order;
 }
 
 // dot[b, h, s] = sum of out * d_out over a head's values: what softmax's gradient subtracts. Eight lanes have a row.
@@ -165,16 +170,16 @@ KERNEL(attention_dot_f32_d64, attention_dot_f32_d64_args, 128) {
     }
 }
 
-// d_k and d_v of 64 keys of one head. Products are transposed, keys by queries, so that the rows of the left factors (k,
-// v, p and ds) are a warp's own and need no barrier.
+// d_k and d_v of 64 keys of one head. Products are transposed, keys by queries, so that the rows of the left factors
+// (k, v, p and ds) are a warp's own and need no barrier.
 KERNEL_RESIDENT(attention_kv_grad_f32_d64, attention_kv_grad_f32_d64_args, 128, 3) {
     __shared__ __align__(128) float key_tile[TILE];    // k, then v
     __shared__ __align__(128) float inner_tile[TILE];  // q, then p, then ds
     __shared__ __align__(128) float query_tile[TILE];  // d_out, then q
     const Place at = place();
     const int seq = (int)a.seq, heads = (int)a.heads;
-    // With a causal mask the first keys have the most queries, and their blocks start first, those of all heads.
-    const u32 order = blockIdx.y * gridDim.x + blockIdx.x, pair = order % gridDim.y;
+    // With a causal mask the first keys have the most queries: those of all heads go first.
+    const u32 order = work_order(), pair = order % gridDim.y;
     const int first_key = (int)(order / gridDim.y) * 64, key = first_key + at.row;
     const int batch = (int)pair / heads, head = (int)pair % heads, tiles = (seq + 63) / 64;
     const u32 part = heads * 64, stride = 3 * part;
@@ -258,7 +263,7 @@ KERNEL_RESIDENT(attention_q_grad_f32_d64, attention_q_grad_f32_d64_args, 128, 3)
     const Place at = place();
     const int seq = (int)a.seq, heads = (int)a.heads;
     // With a causal mask the last queries have the most keys: those of all heads go first.
-    const u32 order = blockIdx.y * gridDim.x + blockIdx.x, pair = order % gridDim.y;
+    const u32 order = work_order(), pair = order % gridDim.y;
     const int first_query = (int)(gridDim.x - 1 - order / gridDim.y) * 64, query = first_query + at.row;
     const int warp_end = first_query + (at.row & ~15) + 16;
     const int batch = (int)pair / heads, head = (int)pair % heads;
@@ -268,13 +273,7 @@ KERNEL_RESIDENT(attention_q_grad_f32_d64, attention_q_grad_f32_d64_args, 128, 3)
     const float* q = a.qkv + start;
     const float* g = a.d_out + (size_t)batch * seq * part + (size_t)head * 64;
 
-    float dq[8][4] = {}, lse[8], dot[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const u32 row = pair * a.seq + min(query + i, seq - 1);
-        lse[i] = a.lse[row];
-        dot[i] = a.dot[row];
-    }
+    float dq[8][4] = {};
     copy_tile(query_tile, q, stride, first_query, seq);
     copy_tile(k_tile, q + part, stride, 0, seq);
     for (int first_key = 0; first_key < keys; first_key += 64) {
@@ -287,12 +286,15 @@ KERNEL_RESIDENT(attention_q_grad_f32_d64, attention_q_grad_f32_d64_args, 128, 3)
         __syncwarp();
         copy_tile(query_tile, g, part, first_query, seq);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < 8; i++) {
+            const u32 row = pair * a.seq + min(query + i, seq - 1);
+            const float lse = a.lse[row], dot = a.dot[row];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                p[i][j] = exp2_fast((p[i][j] * a.scale - lse[i]) * LOG2_E);
-                ds[i][j] = -dot[i];
+                p[i][j] = exp2_fast((p[i][j] * a.scale - lse) * LOG2_E);
+                ds[i][j] = -dot;
             }
+        }
         // Only tiles on the diagonal and the last one have keys to hide.
         if (first_key + 64 > seq || (a.causal && first_key + 64 > first_query)) {
 #pragma unroll
