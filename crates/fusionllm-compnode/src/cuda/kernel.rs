@@ -6,9 +6,11 @@ use super::gpu::{Element, Kernel};
 const WORDS: &str = include_str!("kernels/dev.h");
 
 /// The files of kernels, by name.
-const FILES: [(&str, &str); 12] = [
+const FILES: [(&str, &str); 14] = [
     ("attention", include_str!("kernels/attention.cu")),
     ("attention_grad", include_str!("kernels/attention_grad.cu")),
+    ("attention32", include_str!("kernels/attention32.cu")),
+    ("attention32_grad", include_str!("kernels/attention32_grad.cu")),
     ("dropout", include_str!("kernels/dropout.cu")),
     ("elementwise", include_str!("kernels/elementwise.cu")),
     ("embedding", include_str!("kernels/embedding.cu")),
@@ -130,37 +132,31 @@ pub(super) struct Flash {
     pub(super) dot: Kernel,
     pub(super) kv_grad: Kernel,
     pub(super) q_grad: Kernel,
-    /// Queries that a block of `forward` covers.
-    pub(super) forward_rows: usize,
-    /// Keys that a block of `kv_grad` covers.
-    pub(super) kv_rows: usize,
-    /// Queries that a block of `q_grad` covers.
-    pub(super) q_rows: usize,
-    /// Elements that a block of `dot` covers.
-    pub(super) dot_elements: usize,
 }
 
+/// Queries that a block of [`Flash::forward`] and of [`Flash::q_grad`] covers, and keys that one of [`Flash::kv_grad`] does.
+pub(super) const FLASH_ROWS: usize = 64;
+/// Elements that a block of [`Flash::dot`] covers.
+pub(super) const DOT_ELEMENTS: usize = 1024;
+
 macro_rules! flash {
-    ($width:literal) => {
+    ($file:literal, $element:literal, $width:literal) => {
         Flash {
-            forward: kernel("attention", concat!("attention_bf16_d", $width), 128),
-            dot: kernel("attention_grad", concat!("attention_dot_bf16_d", $width), 128),
-            kv_grad: kernel("attention_grad", concat!("attention_kv_grad_bf16_d", $width), 128),
-            q_grad: kernel("attention_grad", concat!("attention_q_grad_bf16_d", $width), 128),
-            forward_rows: 64,
-            kv_rows: 64,
-            q_rows: 64,
-            dot_elements: 1024,
+            forward: kernel($file, concat!("attention_", $element, "_d", $width), 128),
+            dot: kernel(concat!($file, "_grad"), concat!("attention_dot_", $element, "_d", $width), 128),
+            kv_grad: kernel(concat!($file, "_grad"), concat!("attention_kv_grad_", $element, "_d", $width), 128),
+            q_grad: kernel(concat!($file, "_grad"), concat!("attention_q_grad_", $element, "_d", $width), 128),
         }
     };
 }
 
-/// Flash attention in bf16 for heads of this width, where there is one.
-pub(super) fn flash(head_width: usize) -> Option<Flash> {
-    match head_width {
-        32 => Some(flash!("32")),
-        64 => Some(flash!("64")),
-        128 => Some(flash!("128")),
+/// Flash attention for heads of this width, where there is one.
+pub(super) fn flash(element: Element, head_width: usize) -> Option<Flash> {
+    match (element, head_width) {
+        (Element::F32, 64) => Some(flash!("attention32", "f32", "64")),
+        (Element::Bf16, 32) => Some(flash!("attention", "bf16", "32")),
+        (Element::Bf16, 64) => Some(flash!("attention", "bf16", "64")),
+        (Element::Bf16, 128) => Some(flash!("attention", "bf16", "128")),
         _ => None,
     }
 }

@@ -1,4 +1,4 @@
-//! Attention: flash kernels in bf16 for the usual widths of heads, else matrix products over whole rows of scores.
+//! Attention: flash kernels for the usual widths of heads, else matrix products over whole rows of scores.
 
 use fusionllm_graph::OpId;
 use fusionllm_protocol::Precision;
@@ -55,10 +55,6 @@ impl Planner<'_> {
         Sizes { batch: qkv.rows / seq.max(1), seq, heads, width: qkv.columns / 3 / heads.max(1), causal }
     }
 
-    fn flash(&self, sizes: Sizes) -> Option<Flash> {
-        kernel::flash(sizes.width).filter(|_| self.spec.precision == Precision::Bf16)
-    }
-
     /// qkv [B, S, 3·D] → softmax(q·kᵀ/√K + causal mask)·v, heads joined: [B, S, D] (Vaswani et al., section 3.2.1).
     pub(super) fn attention(&mut self, op: OpId, heads: usize, causal: bool) -> Result<Value, ExecutorError> {
         let (input, qkv) = self.input(op, 0)?;
@@ -69,11 +65,11 @@ impl Planner<'_> {
         if let Some(sums) = sums {
             self.kept.insert(op, [sums, sums]);
         }
-        match self.flash(sizes) {
+        match kernel::flash(self.element, sizes.width) {
             Some(flash) => {
                 let at = [Argument::At(qkv.place), Argument::At(value.place), super::backward::or_null(sums)];
                 let arguments = [at.as_slice(), &flash_numbers(sizes)?].concat();
-                let grid = [blocks(sizes.seq, flash.forward_rows)?, number(sizes.all_heads())?];
+                let grid = [blocks(sizes.seq, kernel::FLASH_ROWS)?, number(sizes.all_heads())?];
                 self.plan.forward.push(launch(flash.forward, grid, arguments));
             }
             None => self.forward_by_products(&qkv, &value, sums, sizes)?,
@@ -123,7 +119,7 @@ impl Planner<'_> {
             (self.value(op, op)?, self.kept.get(&op).copied().ok_or_else(|| self.without_gradient(op))?);
         let shaped = self.shaped(input);
         let dx = Value { place: self.temporary(self.bytes(&shaped)), ..shaped };
-        match self.flash(sizes) {
+        match kernel::flash(self.element, sizes.width) {
             Some(flash) => self.backward_by_flash(flash, [qkv, value, dy, dx], sums, sizes)?,
             None => self.backward_by_products([qkv, value, dy, dx], sums, sizes)?,
         }
@@ -142,11 +138,11 @@ impl Planner<'_> {
         let at = [value.place, dy.place, dot].map(Argument::At);
         let numbers = [number(sizes.batch)?, number(sizes.seq)?, number(sizes.heads)?].map(Argument::U32);
         let arguments = [at.as_slice(), &numbers].concat();
-        self.plan.backward.push(launch(flash.dot, [blocks(rows * sizes.width, flash.dot_elements)?, 1], arguments));
+        self.plan.backward.push(launch(flash.dot, [blocks(rows * sizes.width, kernel::DOT_ELEMENTS)?, 1], arguments));
         let at = [qkv.place, dy.place, sums, dot, dx.place].map(Argument::At);
         let arguments = [at.as_slice(), &flash_numbers(sizes)?].concat();
-        for (kernel, rows) in [(flash.kv_grad, flash.kv_rows), (flash.q_grad, flash.q_rows)] {
-            let grid = [blocks(sizes.seq, rows)?, number(sizes.all_heads())?];
+        for kernel in [flash.kv_grad, flash.q_grad] {
+            let grid = [blocks(sizes.seq, kernel::FLASH_ROWS)?, number(sizes.all_heads())?];
             self.plan.backward.push(launch(kernel, grid, arguments.clone()));
         }
         Ok(())
