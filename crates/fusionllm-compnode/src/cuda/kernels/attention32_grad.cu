@@ -119,7 +119,7 @@ template <int N> DEV void wait_tiles() {
 #endif
 }
 
-// Writes a thread's rows and columns of a product, times a factor; `g` is row `first` of the tensor and 0 of the product.
+// Writes a thread's rows and columns of a product, times a factor; `g` is row `first` of the tensor, 0 of the product.
 DEV void store_tile(float (*sums)[4], float factor, float* g, u32 stride, int first, int end, const Place& at) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
