@@ -7,14 +7,14 @@ namespace backward {
 }
 
 // Values of q, k and v are drawn from -range..range; `shift` is added to q and taken from k, which makes all scores
-// negative. Errors are shares of the sum of |terms|; with large scores, also of the sum of |terms| of a score, which f32
-// holds only to its last bits: e to its power is off by as much.
+// negative. Errors are shares of the sum of |terms|; with large scores, times the sum of |terms| of a score, which f32
+// holds only to its last bits, so that e to its power is off by as much.
 static void test(u32 batch, u32 seq, u32 heads, bool causal, float range, float shift = 0.f) {
     constexpr int D = 64;
     const bool large = range > 2.f || shift != 0.f;
     auto hold = [&](const char* name, double got, double wanted, double size) {
-        note(std::string("attention_f32 ") + name + (large ? ", large scores" : ""), fabs(got - wanted) / (size + 1e-30),
-             large ? 1e-6 : 5e-6);
+        const double error = fabs(got - wanted) / (size + 1e-30);
+        note(std::string("attention_f32 ") + name + (large ? ", large scores" : ""), error, large ? 1e-6 : 5e-6);
     };
     const size_t tokens = (size_t)batch * seq, count = tokens * heads * D;
     const float scale = 0.125f;
