@@ -294,9 +294,9 @@ impl Core {
                 Some(_) => self.notices(key.job, vec![text]),
                 None => Vec::new(),
             },
-            CoreEvent::CheckpointsGone { key } => {
+            CoreEvent::CheckpointsGone { key, left } => {
                 if let Some(run) = self.run_mut(key) {
-                    run.checkpoint = None;
+                    run.checkpoints_gone(left);
                 }
                 Vec::new()
             }
@@ -325,11 +325,13 @@ impl Core {
     }
 
     fn fail(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
-        let Some(checkpoint) = self.run_mut(key).map(|run| run.checkpoint) else { return Vec::new() };
+        let Some((checkpoint, gone)) = self.run_mut(key).map(|run| (run.checkpoint, run.gone)) else {
+            return Vec::new();
+        };
         // With the same input it would only fail again.
         let told = match bad_input {
             true => reason.clone(),
-            false => format!("{reason}; {}", self.resume_hint(key.job, checkpoint)),
+            false => format!("{reason}; {}", self.resume_hint(key.job, checkpoint, gone)),
         };
         let mut actions = self.end(key.job, JobState::Failed { reason: told, bad_input }, &reason);
         actions.extend(self.schedule(now));

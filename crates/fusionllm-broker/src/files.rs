@@ -1,6 +1,6 @@
 //! Files with errors that name them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fusionllm_transport::{FileMode, is_shortage, write_whole};
 
@@ -30,6 +30,42 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
 /// The same, readable by the owner alone.
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), BrokerError> {
     write_whole(path, bytes, FileMode::Private).map_err(|e| io_error(path, e))
+}
+
+/// A name beside `path` that is free: its own with `suffix`, and a number if that is taken.
+pub(crate) fn free_name(path: &Path, suffix: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let numbered = (2u64..).map(|n| path.with_file_name(format!("{name}{suffix}-{n}")));
+    let first = path.with_file_name(format!("{name}{suffix}"));
+    std::iter::once(first.clone()).chain(numbered).find(|p| p.symlink_metadata().is_err()).unwrap_or(first)
+}
+
+/// What marks something that others have put under the name of a file of a run.
+const OTHER: &str = ".other";
+
+/// Renames what others have put under the name of a file of ours. Gives its new name.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn put_aside(path: &Path) -> std::io::Result<PathBuf> {
+    let to = free_name(path, OTHER);
+    std::fs::rename(path, &to)?;
+    Ok(to)
+}
+
+/// Which file has a name, or which link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileKey(#[cfg(unix)] (u64, u64));
+
+impl FileKey {
+    /// Nothing if none has the name.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        let found = path.symlink_metadata().ok()?;
+        #[cfg(unix)]
+        return Some(Self((std::os::unix::fs::MetadataExt::dev(&found), std::os::unix::fs::MetadataExt::ino(&found))));
+        #[cfg(not(unix))]
+        return found.is_file().then_some(Self());
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod cluster_file;
 mod core;
 mod error;
 mod files;
+mod line_writer;
 mod metrics;
 mod model;
 mod opened_run;

@@ -1,16 +1,17 @@
 //! `metrics.jsonl`: one line a step. It grows for as long as a run lasts, so it is never read as a whole.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fusionllm_protocol::{Recovery, StepMetrics};
-use fusionllm_transport::{FileMode, folder_of, io_reason, leads_to, open_regular, sync_folder, temporary_for};
+use fusionllm_transport::{io_reason, open_regular};
 use serde::Deserialize;
 
 use crate::BrokerError;
 use crate::files::io_error;
+use crate::line_writer::LineWriter;
 
 /// A longer line is no line of ours.
 const MAX_LINE_BYTES: u64 = 16 << 20;
@@ -27,63 +28,6 @@ pub(crate) struct MetricsWriter {
     carried: Vec<Recovery>,
     /// Whether no line was written yet.
     begins: bool,
-}
-
-/// Appends whole lines to a file, or nothing.
-#[derive(Debug)]
-pub(crate) struct LineWriter {
-    file: File,
-    /// Bytes of whole lines in the file.
-    length: u64,
-    /// Whether the file may end with half a line.
-    is_torn: bool,
-}
-
-impl LineWriter {
-    /// Goes on after the first `length` bytes, and drops what lies behind them before it writes.
-    pub(crate) fn new(file: File, length: u64) -> Self {
-        Self { file, length, is_torn: true }
-    }
-
-    /// Writes and takes what waits: one write, so that a reader never sees half a line but at a crash.
-    pub(crate) fn write(&mut self, waiting: &mut Vec<u8>) -> io::Result<()> {
-        if self.is_torn && self.file.metadata()?.len() > self.length {
-            self.file.set_len(self.length)?;
-        }
-        // Half a line would end the file for every reader: it is cut off before the next attempt.
-        self.is_torn = true;
-        self.file.write_all(waiting)?;
-        self.is_torn = false;
-        self.length += waiting.len() as u64;
-        waiting.clear();
-        Ok(())
-    }
-
-    /// Whether a path leads to this file.
-    pub(crate) fn is_at(&self, path: &Path) -> bool {
-        leads_to(path, &self.file)
-    }
-
-    /// Goes on in a file of this path, with all lines so far; another file there is replaced.
-    pub(crate) fn move_to(&mut self, path: &Path) -> io::Result<()> {
-        if self.is_at(path) {
-            return Ok(());
-        }
-        let mut temporary = temporary_for(path, FileMode::Shared)?;
-        self.file.seek(SeekFrom::Start(0))?;
-        io::copy(&mut Read::take(&self.file, self.length), temporary.as_file_mut())?;
-        temporary.as_file().sync_all()?;
-        temporary.persist(path).map_err(|e| e.error)?;
-        sync_folder(folder_of(path))?;
-        self.file = OpenOptions::new().read(true).append(true).open(path)?;
-        self.is_torn = true;
-        Ok(())
-    }
-
-    #[cfg(test)]
-    pub(crate) fn set_file(&mut self, file: File) {
-        self.file = file;
-    }
 }
 
 impl MetricsWriter {
@@ -118,9 +62,9 @@ impl MetricsWriter {
         }
     }
 
-    /// Whether the lines go to the file of this path; not if it was renamed or removed.
-    pub(crate) fn is_at(&self, path: &Path) -> bool {
-        self.lines.is_at(path)
+    /// The lines of its file.
+    pub(crate) fn lines(&mut self) -> &mut LineWriter {
+        &mut self.lines
     }
 
     /// Goes on in a file of this path, with all lines so far.
@@ -343,6 +287,8 @@ impl<T> Thinned<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use crate::testing;
 
@@ -522,12 +468,12 @@ mod tests {
         let mut writer = MetricsWriter::open(&path, 0).unwrap();
         for step in 1..=3 {
             writer.append(&path, &testing::metrics(step, 2.0)).unwrap();
-            assert!(writer.is_at(&path));
+            assert!(writer.lines().is_at(&path));
             std::fs::remove_file(&path).unwrap();
             if step == 2 {
                 std::fs::write(&path, "another").unwrap();
             }
-            assert!(!writer.is_at(&path));
+            assert!(!writer.lines().is_at(&path));
             writer.move_to(&path).unwrap();
         }
         assert_eq!(steps(&path), [1, 2, 3]);
@@ -546,7 +492,8 @@ mod tests {
         let notice = writer.append(path, &testing::metrics(1, 2.0)).unwrap().unwrap();
         assert!(notice.contains("No space left on device"), "{notice}");
         assert_eq!(writer.append(path, &testing::metrics(2, 2.0)).unwrap(), None, "it is said once");
-        writer.lines.file = OpenOptions::new().create(true).append(true).open(&real).unwrap();
+        let file = OpenOptions::new().read(true).create(true).append(true).open(&real).unwrap();
+        writer.lines().set_file(file);
         assert_eq!(writer.append(&real, &testing::metrics(3, 2.0)).unwrap(), None);
         assert_eq!(steps(&real), [1, 2, 3]);
     }

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::{JobSpec, Notice};
+use fusionllm_transport::{KnownFolder, Stands};
 
 use crate::BrokerError;
-use crate::checkpoint::{Abandoned, ShardPlace, abandon, checkpoints_of, free_name, recover, remove_partial, steps_in};
-use crate::files::{io_error, write_atomic};
+use crate::checkpoint::{Abandoned, ShardPlace, abandon, checkpoints_of, recover, remove_partial, steps_in};
+use crate::files::{free_name, io_error, write_atomic};
 use crate::metrics::{copy_after, each_line};
 use crate::run_dir::{
-    CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart, is_of_snapshots,
+    CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart, SPARE_FOLDERS,
+    is_of_snapshots, spare_name,
 };
 
 /// What a folder may have in it that nobody uses: our lock, and what a new disk comes with.
@@ -29,6 +31,8 @@ pub(crate) struct OpenedRun {
     /// The graph and the placement, as they were written.
     beginning: (String, PlacementFile),
     locks: RunLocks,
+    /// The folder for checkpoints that takes the place of one that has gone, and is not made yet.
+    next: Option<PathBuf>,
 }
 
 impl OpenedRun {
@@ -37,8 +41,8 @@ impl OpenedRun {
         RunHome { dir: self.file.dir.clone(), file: Some(self.file.clone()), spec: Some(self.spec.clone()) }
     }
 
-    /// A folder of the run that was renamed or removed meanwhile.
-    pub(crate) fn missing(&self) -> Option<&Path> {
+    /// A locked folder of the run that was renamed, removed or replaced meanwhile.
+    pub(crate) fn missing(&self) -> Option<&KnownFolder> {
         self.locks.missing()
     }
 
@@ -48,11 +52,88 @@ impl OpenedRun {
     /// [`BrokerError`] if something else is there by now, or it cannot be made.
     pub(crate) fn make_again(&mut self) -> Result<(), BrokerError> {
         self.locks.take_again(&self.file.run)?;
-        std::fs::create_dir_all(&self.place.folder).map_err(|e| io_error(&self.place.folder, e))?;
+        let folder = self.place.folder.clone();
+        std::fs::create_dir_all(&folder).map_err(|e| io_error(&folder, e))?;
+        self.place = ShardPlace::new(self.file.run.clone(), folder)?;
+        self.next = None;
+        self.forget_what_is_gone()?;
+        RunDir::new(&self.file.dir).write_beginning(&self.spec, &self.beginning)
+    }
+
+    /// Whether others have removed a lock of the run's folders, or its folder for checkpoints.
+    pub(crate) fn is_going(&self) -> bool {
+        self.locks.is_let_go() || self.place.known().stands() == Stands::Nothing
+    }
+
+    /// Takes such locks again: what its user must know of that.
+    ///
+    /// # Errors
+    /// [`BrokerError::InUse`] if another process has come into such a folder meanwhile, or why one cannot be taken.
+    pub(crate) fn hold_on(&mut self) -> Result<Vec<String>, BrokerError> {
+        let taken = self.locks.hold_on(&self.file.run)?;
+        Ok(taken.iter().map(|lock| format!("{} was removed or replaced: it is locked again", lock.display())).collect())
+    }
+
+    /// Looks whether others have renamed, removed or replaced the folder for checkpoints in the run directory, which must be in
+    /// its place. Gives what its user must know, once.
+    ///
+    /// # Errors
+    /// [`BrokerError::Foreign`] if there is no name for another one.
+    pub(crate) fn look_at_checkpoints(&mut self) -> Result<Option<String>, BrokerError> {
+        let known = self.place.known();
+        let stands = known.stands();
+        if stands == Stands::Itself || self.locks.checkpoints.is_some() {
+            self.next = None;
+            return Ok(None);
+        }
+        let is_replaced = stands == Stands::Other;
+        if self.next.as_ref().is_some_and(|next| !(is_replaced && *next == self.place.folder)) {
+            return Ok(None);
+        }
+        let went = match known.name() {
+            Some(name) => format!("it is {} now, with the checkpoints so far", name.display()),
+            None => "it was renamed or removed".to_owned(),
+        };
+        let gone = self.place.folder.display();
+        if !is_replaced {
+            let told = format!(
+                "{gone} is not there any more ({went}): training goes on, and the folder is made again with the next \
+                 checkpoint or at the end"
+            );
+            self.next = Some(self.place.folder.clone());
+            return Ok(Some(told));
+        }
+        let run = &self.file.run;
+        let mut spare = (1..=SPARE_FOLDERS).map(|n| self.file.dir.join(spare_name(run, n)));
+        let Some(folder) = spare.find(|folder| folder.symlink_metadata().is_err()) else {
+            return Err(BrokerError::Foreign { path: self.place.folder.clone(), run: run.clone() });
+        };
+        let told = format!(
+            "{gone} is not there any more ({went}), and something else is in its place, which stays as it is: checkpoints \
+             go to {}",
+            folder.display()
+        );
+        self.next = Some(folder);
+        Ok(Some(told))
+    }
+
+    /// Makes the folder where checkpoints go by what [`Self::look_at_checkpoints`] has found. Whether it is another one.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if it cannot be made.
+    pub(crate) fn make_checkpoints(&mut self) -> Result<bool, BrokerError> {
+        let Some(folder) = self.next.clone() else { return Ok(false) };
+        std::fs::create_dir(&folder).map_err(|e| io_error(&folder, e))?;
+        self.place = ShardPlace::new(self.file.run.clone(), folder)?;
+        self.next = None;
+        self.forget_what_is_gone()?;
+        Ok(true)
+    }
+
+    fn forget_what_is_gone(&mut self) -> Result<(), BrokerError> {
         let there: Vec<u64> = checkpoints_of(&self.home())?.into_iter().map(|found| found.step).collect();
         self.file.manifests.retain(|step, _| there.contains(step));
-        self.file.write()?;
-        RunDir::new(&self.file.dir).write_beginning(&self.spec, &self.beginning)
+        self.file.write()
     }
 
     /// Remembers the manifest of a new checkpoint, and forgets those that have gone.
@@ -79,7 +160,7 @@ impl RunDir {
         let mut file = self.claim(start, spec)?;
         let mut notices = Vec::new();
         let (folder, lock) = self.checkpoint_folder(&file, spec, &mut notices)?;
-        if folder != self.path().join(CHECKPOINTS) {
+        if lock.is_some() {
             file.checkpoints = Some(folder.clone());
         }
         // The lock is ours: nobody else puts these right at the same time.
@@ -115,9 +196,9 @@ impl RunDir {
         file.write()?;
         let beginning = (graph.to_owned(), placement.clone());
         self.write_beginning(spec, &beginning)?;
-        let place = ShardPlace { run: file.run.clone(), folder };
+        let place = ShardPlace::new(file.run.clone(), folder)?;
         let locks = RunLocks { run_dir: run_lock, checkpoints: lock };
-        Ok(OpenedRun { file, spec: spec.clone(), place, notices, beginning, locks })
+        Ok(OpenedRun { file, spec: spec.clone(), place, notices, beginning, locks, next: None })
     }
 
     fn write_beginning(&self, spec: &JobSpec, (graph, placement): &(String, PlacementFile)) -> Result<(), BrokerError> {
@@ -166,7 +247,9 @@ impl RunDir {
     ) -> Result<(PathBuf, Option<FolderLock>), BrokerError> {
         let make = |folder: &Path| std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e));
         let Some(shared) = &spec.checkpoint.to else {
-            let folder = self.path().join(CHECKPOINTS);
+            let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: None };
+            // Where something else came in the place of the first one, it may be there still.
+            let folder = home.spare_folders().pop().unwrap_or_else(|| self.path().join(CHECKPOINTS));
             make(&folder)?;
             return Ok((folder, None));
         };

@@ -3,7 +3,7 @@
 mod recoveries;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use fusionllm_planner::{format_bytes, format_seconds};
 use fusionllm_protocol::{DataReport, JobId, JobState, Notice, Recovery, StepMetrics};
@@ -86,19 +86,41 @@ pub struct RunReport {
     pub useful_share: Option<f64>,
 }
 
+/// What was read, or its default and why.
+fn or_without<T: Default>(read: Result<T, BrokerError>, unread: &mut Vec<String>) -> Result<T, BrokerError> {
+    read.or_else(|error| match error.is_shortage() {
+        true => Err(error),
+        false => {
+            unread.push(format!("{error}: the report goes without it"));
+            Ok(T::default())
+        }
+    })
+}
+
 impl RunReport {
-    /// Reads a run directory, step by step; `each` sees every step too.
-    pub(crate) fn read(record: &JobRecord, mut each: impl FnMut(&StepMetrics)) -> Result<Self, BrokerError> {
+    /// Reads a run directory and the file of its steps, step by step; `each` sees every step too. It goes without a file that
+    /// is damaged or no file at all, with a notice.
+    ///
+    /// # Errors
+    /// [`BrokerError::Io`] if a file cannot be opened for a reason that says nothing of it.
+    pub(crate) fn read(
+        record: &JobRecord,
+        metrics: &Path,
+        mut each: impl FnMut(&StepMetrics),
+    ) -> Result<Self, BrokerError> {
         let dir = RunDir::new(&record.run_dir);
         let mut totals = Totals::default();
-        let figures = each_step(&dir.metrics(), |step| {
+        let mut unread = Vec::new();
+        let steps = each_step(metrics, |step| {
             totals.add(&step);
             each(&step);
-        })?;
+        });
+        let figures = or_without(steps, &mut unread)?;
         let missing_steps = RunFile::first_step(&record.run_dir).map(|first| figures.missing(first, record.step));
-        let data: Option<DataReport> = dir.read_json(&dir.data())?;
-        let notices = read_notices(&dir.notices(), record.step);
-        let placement: Option<PlacementFile> = dir.read_json(&dir.placement())?;
+        let data: Option<DataReport> = or_without(dir.read_json(&dir.data()), &mut unread)?;
+        let placement: Option<PlacementFile> = or_without(dir.read_json(&dir.placement()), &mut unread)?;
+        let mut notices = read_notices(&dir.notices(), record.step);
+        notices.extend(unread.into_iter().map(|text| Notice { step: record.step, text }));
         Ok(Self { missing_steps, notices, ..Self::of(record, totals, data, placement) })
     }
 

@@ -38,13 +38,25 @@ impl Resumption {
     }
 }
 
+/// Steps of the whole checkpoints that a run has in its directory, newest first; none if the directory is another run's by
+/// now. Shards are not read.
+///
+/// # Errors
+/// [`BrokerError`] if the directory or the folder of its checkpoints cannot be read.
+pub(crate) fn checkpoints_in(run_dir: &Path, run: Option<&RunId>) -> Result<Vec<u64>, BrokerError> {
+    let Some(home) = RunHome::read(run_dir)? else { return Ok(Vec::new()) };
+    if run.is_some_and(|run| home.file.as_ref().is_none_or(|file| file.run != *run)) {
+        return Ok(Vec::new());
+    }
+    Ok(checkpoints_of(&home)?.into_iter().map(|found| found.step).collect())
+}
+
 /// The step of the newest whole checkpoint of the run in a directory; nothing if it has none. Shards are not read.
 ///
 /// # Errors
 /// [`BrokerError`] if the directory or the folder of its checkpoints cannot be read.
 pub fn newest_checkpoint(run_dir: &Path) -> Result<Option<u64>, BrokerError> {
-    let Some(home) = RunHome::read(run_dir)? else { return Ok(None) };
-    Ok(checkpoints_of(&home)?.first().map(|found| found.step))
+    Ok(checkpoints_in(run_dir, None)?.first().copied())
 }
 
 /// Whether a run is in a directory.

@@ -10,7 +10,7 @@
 //! | `data.json` | what the data owner found |
 //! | `metrics.jsonl` | a line a step |
 //! | `notices.jsonl` | a line for each thing that the user must see |
-//! | `checkpoints/step-N/` | checkpoints |
+//! | `checkpoints/step-N/` | checkpoints; `checkpoints-ID/` if something else came in the place of that folder |
 //! | `trace.json` | one step, measured and predicted, for <https://ui.perfetto.dev> |
 //! | `loss-bytes.svg` | loss against bytes sent |
 //! | `report.md` | what came out |
@@ -20,6 +20,7 @@ mod notices;
 mod run_file;
 mod start;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::{OpDag, read_json};
@@ -34,7 +35,7 @@ use crate::BrokerError;
 use crate::files::{io_error, write_atomic};
 pub(crate) use lock::{FolderLock, RunLocks};
 pub(crate) use notices::{NoticesWriter, read_notices};
-pub(crate) use run_file::{Parent, RunFile, RunHome};
+pub(crate) use run_file::{Parent, RunFile, RunHome, SPARE_FOLDERS, spare_name};
 pub(crate) use start::RunStart;
 
 /// One stage, for people.
@@ -145,7 +146,7 @@ impl RunDir {
             Ok(text) => {
                 read_json(&text).map(Some).map_err(|reason| BrokerError::Unreadable { path: path.to_owned(), reason })
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(io_error(path, e)),
         }
     }

@@ -41,7 +41,7 @@ use crate::core::{Core, Restored, ResumedBy};
 use crate::files::io_error;
 use crate::reach::Reach;
 use crate::report::RunReport;
-use crate::resume::Resumption;
+use crate::resume::{Resumption, checkpoints_in};
 use crate::store::Store;
 use command::{Command, RunDirChoice};
 use gate::Gate;
@@ -210,6 +210,15 @@ impl Broker {
     /// [`BrokerError`] if there is no such job or its run directory is not readable.
     pub async fn report(&self, job: JobId) -> Result<RunReport, BrokerError> {
         self.handle.ask(|reply| Command::Report { job, reply }).await?
+    }
+
+    /// Steps of the whole checkpoints that a job has in its run directory now, newest first.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if there is no such job, or the directory or the folder of its checkpoints cannot be read.
+    pub async fn checkpoints(&self, job: JobId) -> Result<Vec<u64>, BrokerError> {
+        let record = self.handle.ask(|reply| Command::Record { job, reply }).await??;
+        blocking(move || checkpoints_in(&record.run_dir, record.run.as_ref())).await
     }
 
     /// Resolves when the broker has ended without having been asked to, by a defect of ours.

@@ -39,6 +39,9 @@ pub fn in_plain_words(path: &str, said: &str) -> String {
 fn reworded(path: &str, said: &str) -> String {
     // Where a text breaks off, there is no key yet.
     let path = path.trim_end_matches('?').trim_matches('.');
+    if said.starts_with("recursion limit exceeded") {
+        return "it is nested too deep".to_owned();
+    }
     let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
     let at = |what: String| if path.is_empty() { format!("it {what}") } else { format!("`{path}` {what}") };
     let quoted = |begins: &str| said.strip_prefix(begins).and_then(|rest| rest.split_once('`'));
@@ -181,6 +184,8 @@ mod tests {
             assert!(said.contains(words), "{change}: {said}");
         }
         assert_eq!(read_json::<Outer>(b"[]").unwrap_err(), "it has 0 entries, expected an object (line 1, column 2)");
+        let deep = read_json::<serde_json::Value>("[".repeat(200_000).as_bytes()).unwrap_err();
+        assert!(deep.starts_with("it is nested too deep (line 1, column 12"), "{deep}");
         assert_eq!(read_json::<Outer>(b"{").unwrap_err(), "EOF while parsing an object (line 1, column 1)");
         assert!(read_json::<usize>(b"1 2").unwrap_err().contains("trailing characters"));
     }

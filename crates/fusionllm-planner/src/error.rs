@@ -1,5 +1,11 @@
 //! Why no placement could be made.
 
+/// So many gigabytes; of few of them to the byte, where two digits would say nothing.
+fn gigabytes(gigabytes: &f64) -> String {
+    let digits = if *gigabytes >= 0.01 { 2 } else { 9 };
+    format!("{gigabytes:.digits$} GB")
+}
+
 /// Why a job cannot be placed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -84,8 +90,10 @@ pub enum PlanError {
     },
     /// One op alone is too large for every CompNode.
     #[error(
-        "op `{op}` alone needs {needed_gb:.2} GB with its optimizer state and one micro-batch, the largest CompNode \
-         `{compnode}` has {memory_gb:.2} GB: use smaller micro-batches (more train.micro_batches) or a larger device"
+        "op `{op}` alone needs {needed} with its optimizer state and one micro-batch, the largest CompNode `{compnode}` has \
+         {memory}: use smaller micro-batches (more train.micro_batches) or a larger device",
+        needed = gigabytes(needed_gb),
+        memory = gigabytes(memory_gb)
     )]
     OpTooLarge {
         /// Name of the op.
@@ -112,9 +120,11 @@ pub enum PlanError {
     },
     /// No cut fits the CompNodes' memories.
     #[error(
-        "the job needs {needed_gb:.2} GB with optimizer state and one micro-batch in flight per stage, the \
-         {compnodes} CompNodes have {memory_gb:.2} GB in all and no cut fits: add CompNodes, or use smaller \
-         micro-batches (more train.micro_batches), or a smaller data.seq_len"
+        "the job needs {needed} with optimizer state and one micro-batch in flight per stage, the {compnodes} CompNodes have \
+         {memory} in all and no cut fits: add CompNodes, or use smaller micro-batches (more train.micro_batches), or a \
+         smaller data.seq_len",
+        needed = gigabytes(needed_gb),
+        memory = gigabytes(memory_gb)
     )]
     NoFit {
         /// What it needs at least, in GB.
@@ -126,7 +136,9 @@ pub enum PlanError {
     },
     /// A strategy's placement does not fit a CompNode's memory.
     #[error(
-        "CompNode `{compnode}` would need {needed_gb:.2} GB and has {memory_gb:.2} GB; strategy `op-fence` heeds memory"
+        "CompNode `{compnode}` would need {} and has {}; strategy `op-fence` heeds memory",
+        gigabytes(needed_gb),
+        gigabytes(memory_gb)
     )]
     OverMemory {
         /// Name of the CompNode.

@@ -1,5 +1,6 @@
 //! Files whose paths others may have named or whose folders others may write to: opening them, and writing whole ones.
 
+mod known;
 mod reason;
 mod whole;
 
@@ -7,6 +8,7 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::path::Path;
 
+pub use known::{KnownFolder, Stands};
 pub use reason::{IoReason, if_usable, io_reason, is_of_path, is_shortage};
 pub use whole::{
     FileMode, folder_of, remove_if_there, sync_folder, temporary_for, without_temporary_name, write_new_whole,

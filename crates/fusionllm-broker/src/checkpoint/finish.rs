@@ -6,16 +6,16 @@ use std::sync::Arc;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Generation, JobSpec, Manifest, RunId, ShardEntry};
-use fusionllm_transport::sync_folder;
+use fusionllm_transport::{KnownFolder, sync_folder};
 use safetensors::tensor::Dtype;
 
 use super::find::loss_of;
-use super::names::{ABANDONED, ASIDE, LEFTOVER, MANIFEST, free_name, partial_folder, shard_name, step_name, step_of};
+use super::names::{ABANDONED, ASIDE, LEFTOVER, MANIFEST, partial_folder, shard_name, step_name, step_of};
 use super::place::{Found, checkpoints_of, is_of};
 use super::remove::remove;
 use super::tensor_file::TensorFile;
 use super::{Origin, Removal, StoredShard, tensor_set};
-use crate::files::{io_error, write_atomic};
+use crate::files::{free_name, io_error, write_atomic};
 use crate::run_dir::{RunFile, RunHome};
 use crate::{BrokerError, CheckpointError};
 
@@ -44,15 +44,30 @@ pub(crate) struct FinishSpec {
 }
 
 /// Where a run that is open keeps its checkpoints.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct ShardPlace {
     /// The run that writes there.
     pub(crate) run: RunId,
     /// The folder in which `step-N` lie.
     pub(crate) folder: PathBuf,
+    known: Arc<KnownFolder>,
 }
 
 impl ShardPlace {
+    /// A folder that is there.
+    ///
+    /// # Errors
+    /// [`BrokerError::Io`] that names it.
+    pub(crate) fn new(run: RunId, folder: PathBuf) -> Result<Self, BrokerError> {
+        let known = KnownFolder::open(&folder).map_err(|e| io_error(&folder, e))?;
+        Ok(Self { run, folder, known: Arc::new(known) })
+    }
+
+    /// The folder, as it was when the run was opened.
+    pub(crate) fn known(&self) -> &KnownFolder {
+        &self.known
+    }
+
     /// Where the shards of a step are gathered.
     pub(crate) fn partial(&self, step: u64, generation: Generation) -> PathBuf {
         partial_folder(&self.folder, &self.run, step, generation)

@@ -46,11 +46,3 @@ pub(crate) const REMOVED: &str = ".removed";
 pub(crate) fn partial_folder(folder: &Path, run: &RunId, step: u64, generation: Generation) -> PathBuf {
     folder.join(format!("step-{step}{PARTIAL}{}-{}", run.short(), generation.0))
 }
-
-/// A name beside `path` that is free: its own with `suffix`, and a number if that is taken.
-pub(crate) fn free_name(path: &Path, suffix: &str) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let numbered = (2u64..).map(|n| path.with_file_name(format!("{name}{suffix}-{n}")));
-    let first = path.with_file_name(format!("{name}{suffix}"));
-    std::iter::once(first.clone()).chain(numbered).find(|p| p.symlink_metadata().is_err()).unwrap_or(first)
-}

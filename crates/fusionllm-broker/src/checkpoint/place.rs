@@ -206,7 +206,8 @@ pub(crate) fn steps_in(folder: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointE
     Ok(steps)
 }
 
-/// Makes the folder in which shards are gathered, marked as the run's, if it is not there.
+/// Makes the folder in which shards are gathered, marked as the run's, if it is not there. The one in which it lies is never
+/// made here: if it is gone, something else may come in its place.
 ///
 /// # Errors
 /// [`BrokerError::Foreign`] if something else is in the way, or [`BrokerError::Io`].
@@ -214,9 +215,6 @@ pub(crate) fn make_partial(path: &Path, run: &RunId) -> Result<(), BrokerError> 
     // All shards of a checkpoint come to this process: one makes the folder, the others find it marked.
     static MAKING: Mutex<()> = Mutex::new(());
     let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e))?;
-    }
     match std::fs::create_dir(path) {
         Ok(()) => {}
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {

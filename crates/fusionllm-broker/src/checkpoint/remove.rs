@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use fusionllm_protocol::Manifest;
 use fusionllm_transport::{if_usable, read_regular_text, remove_if_there};
 
-use super::names::{LEFTOVER, MANIFEST, MARK, PARTIAL, REMOVED, free_name, step_name, step_of};
-use crate::files::io_error;
+use super::names::{LEFTOVER, MANIFEST, MARK, PARTIAL, REMOVED, step_name, step_of};
+use crate::files::{free_name, io_error};
 
 /// Names that are listed in a sentence.
 const NAMED: usize = 3;

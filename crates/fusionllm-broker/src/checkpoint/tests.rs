@@ -43,7 +43,8 @@ fn gather(folder: &Path, id: u8, step: u64, loss: f64) -> (FinishSpec, ShardPlac
     let dag = load_model(&spec).unwrap().dag;
     let names: Vec<String> = dag.params().iter().map(|p| p.name.clone()).collect();
     let (head, tail) = names.split_at(4);
-    let place = ShardPlace { run: RunId::from_bytes([id; 16]), folder: folder.to_owned() };
+    std::fs::create_dir_all(folder).unwrap();
+    let place = ShardPlace::new(RunId::from_bytes([id; 16]), folder.to_owned()).unwrap();
     let partial = place.partial(step, GENERATION);
     make_partial(&partial, &place.run).unwrap();
     let shard = |node: u32, params: &[String]| {
@@ -248,7 +249,7 @@ fn what_others_made_is_neither_overwritten_nor_removed() {
         assert_eq!(std::fs::read(keep(name)).unwrap(), b"mine", "{name}");
     }
     assert_eq!(std::fs::read(folder.path().join("step-4")).unwrap(), b"a file");
-    let place = ShardPlace { run: file.run.clone(), folder: folder.path().to_owned() };
+    let place = ShardPlace::new(file.run.clone(), folder.path().to_owned()).unwrap();
     let error = make_partial(&place.partial(8, GENERATION), &file.run).unwrap_err().to_string();
     assert!(error.contains("step-8.partial-01010101-1 is in the way"), "{error}");
 }
@@ -312,7 +313,9 @@ fn files_of_others_outlive_the_checkpoint_that_they_lie_in() {
 #[test]
 fn shards_that_come_at_once_share_their_folder() {
     let folder = tempfile::tempdir().unwrap();
-    let place = ShardPlace { run: RunId::from_bytes([1; 16]), folder: folder.path().join("checkpoints") };
+    let inside = folder.path().join("checkpoints");
+    std::fs::create_dir(&inside).unwrap();
+    let place = ShardPlace::new(RunId::from_bytes([1; 16]), inside).unwrap();
     for step in 0..100 {
         let partial = place.partial(step, GENERATION);
         std::thread::scope(|scope| {
@@ -337,7 +340,7 @@ fn a_shard_that_comes_while_its_folder_is_removed_leaves_none_without_a_mark() {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     let folder = tempfile::tempdir().unwrap();
-    let place = ShardPlace { run: RunId::from_bytes([1; 16]), folder: folder.path().to_owned() };
+    let place = ShardPlace::new(RunId::from_bytes([1; 16]), folder.path().to_owned()).unwrap();
     let partial = place.partial(3, GENERATION);
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -365,7 +368,7 @@ fn a_shard_that_comes_while_its_folder_is_removed_leaves_none_without_a_mark() {
 #[test]
 fn shards_without_room_for_a_mark_are_dropped_too() {
     let folder = tempfile::tempdir().unwrap();
-    let place = ShardPlace { run: RunId::from_bytes([1; 16]), folder: folder.path().to_owned() };
+    let place = ShardPlace::new(RunId::from_bytes([1; 16]), folder.path().to_owned()).unwrap();
     let partial = place.partial(3, GENERATION);
     for mark in [None, Some("")] {
         std::fs::create_dir(&partial).unwrap();

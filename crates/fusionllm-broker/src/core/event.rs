@@ -76,8 +76,8 @@ pub(crate) enum CoreEvent {
     CheckpointFailed { key: RunKey, step: u64, reason: String },
     /// Something that a job's user must see.
     Noticed { key: RunKey, text: String },
-    /// The checkpoints so far are not where they were.
-    CheckpointsGone { key: RunKey },
+    /// Newer checkpoints than that of step `left` are not where they were, or there is none any more.
+    CheckpointsGone { key: RunKey, left: Option<u64> },
     /// The broker itself cannot go on with a job; `bad_input` says whether that is the job's fault.
     RunFailed { key: RunKey, reason: String, bad_input: bool },
     /// What was to be worked out or read for a job was not, by a defect of ours.

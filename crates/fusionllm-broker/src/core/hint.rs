@@ -7,9 +7,22 @@ use super::{Core, ResumedBy};
 use crate::run_dir::Parent;
 
 impl Core {
-    /// How a job goes on, for whoever reads why it ended. Where a broker is reached is for whoever asks it to know: on
-    /// another machine, or under another name, the way there is not the broker's own.
-    pub(super) fn resume_hint(&self, job: JobId, checkpoint: Option<u64>) -> String {
+    /// How a job goes on, for whoever reads why it ended, from its newest checkpoint; others may have renamed or removed one
+    /// that is `gone`. Where a broker is reached is for whoever asks it to know: on another machine, or under another name,
+    /// the way there is not the broker's own.
+    pub(super) fn resume_hint(&self, job: JobId, checkpoint: Option<u64>, gone: Option<u64>) -> String {
+        let dir = || self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
+        if let (None, Some(step)) = (checkpoint, gone) {
+            let then = match &self.resumed_by {
+                ResumedBy::Broker => format!("`fusionllm resume {}` goes on once it is back in {}", job.0, dir()),
+                ResumedBy::Train => {
+                    "`fusionllm train --resume` with the folder where it is now goes on from it".to_owned()
+                }
+            };
+            return format!(
+                "the checkpoint of step {step} is not where it was, others have renamed or removed it: {then}"
+            );
+        }
         match (&self.resumed_by, checkpoint) {
             (ResumedBy::Broker, checkpoint) => {
                 // Until the job does a step after the one that was asked for, a newer checkpoint may be there.
@@ -23,8 +36,7 @@ impl Core {
                 format!("`fusionllm resume {}{option}` {then}", job.0)
             }
             (ResumedBy::Train, Some(step)) => {
-                let dir = self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
-                format!("`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
+                format!("`fusionllm train --resume {}` goes on from the checkpoint of step {step}", dir())
             }
             (ResumedBy::Train, None) => {
                 let start = self.jobs.get(&job).and_then(|j| j.start.as_ref());

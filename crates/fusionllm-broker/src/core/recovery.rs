@@ -226,7 +226,7 @@ impl Core {
         }
         let reason = format!("{restarted} after step {step}");
         if !known.record.spec.survive.enabled {
-            let reason = format!("{reason}; {}", self.resume_hint(id, from));
+            let reason = format!("{reason}; {}", self.resume_hint(id, from, None));
             return self.end(id, JobState::Failed { reason, bad_input: false }, restarted);
         }
         known.recoveries.go_on(awaited(&known.record), RETURN, reason.clone(), step);

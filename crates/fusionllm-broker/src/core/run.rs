@@ -72,6 +72,8 @@ pub(super) struct Run {
     given_up: BTreeSet<u64>,
     /// The newest whole one, to go on from.
     pub(super) checkpoint: Option<u64>,
+    /// A newer one that others have renamed or removed.
+    pub(super) gone: Option<u64>,
     /// The step that it began with.
     from: u64,
     /// Who lends which snapshot to whom for it to begin with: borrower, snapshot, lender.
@@ -123,6 +125,7 @@ impl Run {
             open: BTreeMap::new(),
             given_up: BTreeSet::new(),
             checkpoint: None,
+            gone: None,
             from: start.step,
             loans: Vec::new(),
             loan_failed: false,

@@ -653,6 +653,24 @@ fn what_goes_on_from_where_is_named_when_a_job_ends() {
 }
 
 #[test]
+fn a_checkpoint_that_others_have_moved_is_not_named_as_if_it_were_there() {
+    for (resumed_by, left, hint) in [
+        (ResumedBy::Train, None, "`fusionllm train --resume` with the folder where it is now goes on from it"),
+        (ResumedBy::default(), None, "`fusionllm resume 1` goes on once it is back in /runs/x"),
+        (ResumedBy::default(), Some(2), "`fusionllm resume 1` goes on from the checkpoint of step 2"),
+    ] {
+        let mut core = running_mortal();
+        core.resumed_by = resumed_by;
+        let path = PathBuf::from("/runs/x/checkpoints/step-3");
+        tell(&mut core, CoreEvent::CheckpointFinished { key: KEY, step: 3, path, checksum: String::new() }, NOW);
+        tell(&mut core, CoreEvent::CheckpointsGone { key: KEY, left }, NOW);
+        core.lost("b", "its process ended", NOW);
+        assert!(failure(&core).ends_with(hint), "{}", failure(&core));
+        assert_eq!(failure(&core).contains("the checkpoint of step 3 is not where it was"), left.is_none());
+    }
+}
+
+#[test]
 fn what_cannot_be_run_is_refused() {
     let mut core = core(1);
     let refusal = |overrides: &[&str], step| {

@@ -277,9 +277,9 @@ fn a_run_directory_that_was_renamed_is_made_again_unless_something_else_is_there
     let (dir, moved) = (folder.path().join("run"), folder.path().join("moved"));
     let (spec, start) = (testing::spec(&[]), RunStart::new());
     let mut opened = open(&dir, &start, &spec, 0).unwrap();
-    assert_eq!(opened.missing(), None);
+    assert_eq!(opened.missing().map(|folder| folder.path()), None);
     std::fs::rename(&dir, &moved).unwrap();
-    assert_eq!(opened.missing(), Some(dir.as_path()));
+    assert_eq!(opened.missing().map(|folder| folder.path()), Some(dir.as_path()));
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("mine"), "mine").unwrap();
     let error = opened.make_again().unwrap_err().to_string();
@@ -289,7 +289,7 @@ fn a_run_directory_that_was_renamed_is_made_again_unless_something_else_is_there
     // A shard may have come meanwhile.
     std::fs::create_dir_all(dir.join("checkpoints/step-3.partial-x")).unwrap();
     opened.make_again().unwrap();
-    assert_eq!(opened.missing(), None);
+    assert_eq!(opened.missing().map(|folder| folder.path()), None);
     for name in ["run.json", "job.json", "graph.json", "placement.json"] {
         assert_eq!(std::fs::read(dir.join(name)).unwrap(), std::fs::read(moved.join(name)).unwrap(), "{name}");
     }

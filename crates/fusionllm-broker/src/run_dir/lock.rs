@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fusionllm_protocol::RunId;
-use fusionllm_transport::{folder_of, leads_to, open_or_make_regular, open_regular};
+use fusionllm_transport::{KnownFolder, Stands, leads_to, open_or_make_regular, open_regular};
 use time::OffsetDateTime;
 
 use super::CHECKPOINTS;
@@ -27,6 +27,7 @@ const BEGINS: &str = "run ";
 #[derive(Debug)]
 pub(crate) struct FolderLock {
     path: PathBuf,
+    folder: KnownFolder,
     /// Closing it lets go.
     file: File,
 }
@@ -74,17 +75,18 @@ impl FolderLock {
         if let Err(error) = write(&mut file) {
             tracing::debug!(%error, path = %path.display(), "a lock without its holder's name");
         }
-        Ok(Self { path, file })
+        let known = KnownFolder::open(folder).map_err(|e| io_error(folder, e))?;
+        Ok(Self { path, folder: known, file })
     }
 
-    /// Whether the folder is still there under its name: it may have been renamed or removed.
-    pub(crate) fn is_in_place(&self) -> bool {
-        leads_to(&self.path, &self.file)
+    /// Whether the folder is still there under its name: it may have been renamed, removed or replaced.
+    fn is_in_place(&self) -> bool {
+        self.folder.stands() == Stands::Itself
     }
 
-    /// The folder.
-    pub(crate) fn folder(&self) -> &Path {
-        folder_of(&self.path)
+    /// Whether the folder is ours, but not for others who look: its lock was removed or replaced.
+    fn is_let_go(&self) -> bool {
+        self.is_in_place() && !leads_to(&self.path, &self.file)
     }
 
     /// Whether somebody has ever taken the lock of a folder.
@@ -153,10 +155,30 @@ pub(crate) struct RunLocks {
 }
 
 impl RunLocks {
-    /// A folder that was renamed or removed since its lock was taken.
-    pub(crate) fn missing(&self) -> Option<&Path> {
+    /// A folder that was renamed, removed or replaced since its lock was taken.
+    pub(crate) fn missing(&self) -> Option<&KnownFolder> {
         let locks = std::iter::once(&self.run_dir).chain(&self.checkpoints);
-        locks.filter(|lock| !lock.is_in_place()).map(FolderLock::folder).next()
+        locks.filter(|lock| !lock.is_in_place()).map(|lock| &lock.folder).next()
+    }
+
+    /// Whether a lock was removed from its folder.
+    pub(crate) fn is_let_go(&self) -> bool {
+        std::iter::once(&self.run_dir).chain(&self.checkpoints).any(FolderLock::is_let_go)
+    }
+
+    /// Takes such locks again. Gives their paths.
+    ///
+    /// # Errors
+    /// [`BrokerError::InUse`] if another process has come into such a folder meanwhile, or why one cannot be taken.
+    pub(crate) fn hold_on(&mut self, run: &RunId) -> Result<Vec<PathBuf>, BrokerError> {
+        let mut taken = Vec::new();
+        for lock in std::iter::once(&mut self.run_dir).chain(&mut self.checkpoints) {
+            if lock.is_let_go() {
+                *lock = FolderLock::take(lock.folder.path(), run)?;
+                taken.push(lock.path.clone());
+            }
+        }
+        Ok(taken)
     }
 
     /// Takes the locks of such folders anew, where they are made again under their names.
@@ -166,7 +188,7 @@ impl RunLocks {
     pub(crate) fn take_again(&mut self, run: &RunId) -> Result<(), BrokerError> {
         for lock in std::iter::once(&mut self.run_dir).chain(&mut self.checkpoints) {
             if !lock.is_in_place() {
-                *lock = make_again(lock.folder(), run)?;
+                *lock = make_again(lock.folder.path(), run)?;
             }
         }
         Ok(())
@@ -176,6 +198,9 @@ impl RunLocks {
 /// Makes a folder again and locks it. What lies there by now must be nothing but checkpoints that are on their way.
 fn make_again(folder: &Path, run: &RunId) -> Result<FolderLock, BrokerError> {
     let fail = |e| io_error(folder, e);
+    if folder.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
+        return Err(BrokerError::Foreign { path: folder.to_owned(), run: run.clone() });
+    }
     std::fs::create_dir_all(folder).map_err(fail)?;
     let is_ours =
         |name: &OsStr| name == FolderLock::FILE || name == CHECKPOINTS || name.to_string_lossy().contains(run.short());

@@ -1,14 +1,14 @@
 //! `notices.jsonl`: a line for each thing that the user must see.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::Notice;
 use fusionllm_transport::io_reason;
 
-use crate::metrics::{LineWriter, each_line};
+use crate::line_writer::LineWriter;
+use crate::metrics::each_line;
 
 /// Notices that a report shows, the last ones.
 const NOTICES_SHOWN: usize = 1000;
@@ -48,9 +48,9 @@ impl NoticesWriter {
         Some(format!("{}: {error}: notices wait until they can be written", self.path.display()))
     }
 
-    /// Whether notices go to the file of their path; not if it was renamed or removed.
-    pub(crate) fn is_in_place(&self) -> bool {
-        self.lines.as_ref().is_none_or(|lines| lines.is_at(&self.path))
+    /// The lines of their file; nothing before the first one.
+    pub(crate) fn lines(&mut self) -> Option<&mut LineWriter> {
+        self.lines.as_mut()
     }
 
     /// Goes on in a new file of the same path, with all notices so far, and writes what waits.
@@ -83,7 +83,7 @@ impl NoticesWriter {
         }
         let lines = match &mut self.lines {
             Some(lines) => lines,
-            None => self.lines.insert(open(&self.path)?),
+            None => self.lines.insert(LineWriter::open(&self.path)?),
         };
         lines.write(&mut self.waiting)
     }
@@ -94,30 +94,6 @@ fn line(notice: &Notice) -> serde_json::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(notice)?;
     line.push(b'\n');
     Ok(line)
-}
-
-/// Opens the file after its last whole line.
-fn open(path: &Path) -> io::Result<LineWriter> {
-    let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
-    let length = whole_lines(&mut file)?;
-    Ok(LineWriter::new(file, length))
-}
-
-/// Bytes up to the last line end.
-fn whole_lines(file: &mut File) -> io::Result<u64> {
-    const PART_BYTES: u64 = 64 << 10;
-    let mut end = file.metadata()?.len();
-    while end > 0 {
-        let start = end.saturating_sub(PART_BYTES);
-        let mut part = Vec::new();
-        file.seek(SeekFrom::Start(start))?;
-        file.take(end - start).read_to_end(&mut part)?;
-        if let Some(at) = part.iter().rposition(|&byte| byte == b'\n') {
-            return Ok(start + at as u64 + 1);
-        }
-        end = start;
-    }
-    Ok(0)
 }
 
 /// The last notices, oldest first; none if there is no file. The last of them says what could not be read, at `step`.
@@ -146,6 +122,7 @@ pub(crate) fn read_notices(path: &Path, step: u64) -> Vec<Notice> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
     use std::io::Write;
 
     use super::*;

@@ -10,7 +10,7 @@ use fusionllm_transport::{is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
-use super::RunDir;
+use super::{CHECKPOINTS, RunDir};
 use crate::BrokerError;
 use crate::files::io_error;
 
@@ -51,6 +51,15 @@ pub(crate) struct RunFile {
     /// Of each checkpoint, by its step, the manifest's checksum.
     #[serde(default)]
     pub(crate) manifests: BTreeMap<u64, String>,
+}
+
+/// So many times something else may come in the place of a run's folder for checkpoints.
+pub(crate) const SPARE_FOLDERS: u32 = 9;
+
+/// Name of a folder for checkpoints that is used where something else has come in the place of the one before.
+pub(crate) fn spare_name(run: &RunId, number: u32) -> String {
+    let counted = if number == 1 { String::new() } else { format!("-{number}") };
+    format!("{CHECKPOINTS}-{}{counted}", run.short())
 }
 
 impl RunFile {
@@ -175,12 +184,20 @@ impl RunHome {
         ))
     }
 
+    /// Folders in the directory where its checkpoints lie since something else came in the place of `checkpoints`.
+    pub(crate) fn spare_folders(&self) -> Vec<PathBuf> {
+        let runs = self.file.iter().flat_map(|file| std::iter::once(&file.run).chain(&file.copy_of));
+        let names = runs.flat_map(|run| (1..=SPARE_FOLDERS).map(|n| self.dir.join(spare_name(run, n))));
+        names.filter(|folder| folder.is_dir()).collect()
+    }
+
     /// Folders where its checkpoints may lie.
     pub(crate) fn places(&self) -> Vec<PathBuf> {
         let recorded = self.file.as_ref().and_then(|file| file.checkpoints.clone());
         let asked = self.spec.as_ref().and_then(|spec| spec.checkpoint.to.clone());
         let mut places = Vec::new();
-        for folder in [Some(self.dir.join("checkpoints")), recorded, asked].into_iter().flatten() {
+        let inside = std::iter::once(self.dir.join(CHECKPOINTS)).chain(self.spare_folders());
+        for folder in inside.chain(recorded).chain(asked) {
             let own = self.file.as_ref().map(|file| file.subfolder(&folder));
             places.push(folder);
             places.extend(own);

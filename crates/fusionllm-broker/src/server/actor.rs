@@ -206,6 +206,7 @@ impl Actor {
                 self.send(connection, FromBroker::ShardSettled { key, step });
             }
             Command::Flush { reply } => self.files.flush(reply),
+            Command::PlaceShards { key, reply } => self.files.place_shards(key, reply),
             Command::Shutdown { reply } => {
                 let _ = reply.send(());
             }

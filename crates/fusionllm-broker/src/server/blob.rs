@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{BlobHeader, BlobKind, RunKey, decode, encode};
-use fusionllm_transport::{FileMode, FrameSource, Session, temporary_for, without_temporary_name};
+use fusionllm_transport::{FileMode, FrameSource, Session, Stands, temporary_for, without_temporary_name};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -52,7 +52,11 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
         Ok(true) => {
             // Only once the run is open is it settled where its checkpoints lie, and what earlier ones left is gone.
             let place = handle.open_runs.place(key).await.ok_or("its run is not open")?;
-            match store(stream, &header, &place, step, node, handle).await {
+            let stored = match in_its_place(place, key, handle).await {
+                Ok(place) => store(stream, &header, &place, step, node, handle).await,
+                Err(reason) => Err(Dropped::Unusable(reason)),
+            };
+            match stored {
                 Ok(shard) => (Some(CoreEvent::ShardStored { key, step, node, shard }), Ok(())),
                 Err(Dropped::Lost(reason)) => return Err(reason),
                 Err(Dropped::Unusable(reason)) => (Some(CoreEvent::CheckpointFailed { key, step, reason }), Ok(())),
@@ -67,6 +71,15 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
     }
     let _ = handle.commands.send(Command::ShardSettled { connection, key, step }).await;
     result
+}
+
+/// Where shards go, if others have renamed, removed or replaced that folder since: nothing is written into what stands there.
+async fn in_its_place(place: ShardPlace, key: RunKey, handle: &Handle) -> Result<ShardPlace, String> {
+    let looking = blocking(move || Ok((place.known().stands() == Stands::Itself).then_some(place)));
+    match looking.await.map_err(|e| e.to_string())? {
+        Some(place) => Ok(place),
+        None => handle.ask(|reply| Command::PlaceShards { key, reply }).await.map_err(|e| e.to_string())?,
+    }
 }
 
 /// Why a shard was not kept.

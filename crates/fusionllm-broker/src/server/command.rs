@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::events::Submitted;
 use crate::BrokerError;
-use crate::checkpoint::TensorSet;
+use crate::checkpoint::{ShardPlace, TensorSet};
 use crate::core::{ConnectionId, CoreEvent, Joining, StartPoint};
 use crate::report::RunReport;
 use crate::store::JobRecord;
@@ -110,6 +110,11 @@ pub(super) enum Command {
         connection: ConnectionId,
         header: BlobHeader,
         reply: Reply<Result<bool, String>>,
+    },
+    /// Where the shards of a run go, once that is put right: its folder is not where it was.
+    PlaceShards {
+        key: RunKey,
+        reply: Reply<Result<ShardPlace, String>>,
     },
     Shutdown {
         reply: Reply<()>,

@@ -1,8 +1,10 @@
 //! The thread that writes run directories, in the order of the core's decisions.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
-use fusionllm_protocol::{Notice, RunKey, StepMetrics};
+use fusionllm_protocol::{JobId, Notice, RunKey, StepMetrics};
+use fusionllm_transport::io_reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
@@ -11,13 +13,13 @@ use super::open_runs::OpenRuns;
 use super::run_files::RunFiles;
 use super::watched::Watched;
 use crate::BrokerError;
-use crate::checkpoint::{Course, remove_partial};
+use crate::checkpoint::{Course, ShardPlace, remove_partial};
 use crate::core::{Action, CoreEvent, OpenRun};
 use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
-use crate::run_dir::{NoticesWriter, RunDir, read_notices};
+use crate::run_dir::{RunDir, read_notices};
 use crate::store::JobRecord;
 
 /// The way to the thread.
@@ -27,11 +29,11 @@ pub(super) struct Files {
     thread: Watched,
 }
 
-#[expect(clippy::large_enum_variant, reason = "nearly all of them are actions")]
 enum Work {
     Action(Action),
     Flush(oneshot::Sender<()>),
     Report { record: Box<JobRecord>, reply: oneshot::Sender<Result<RunReport, BrokerError>> },
+    PlaceShards { key: RunKey, reply: oneshot::Sender<Result<ShardPlace, String>> },
 }
 
 impl Files {
@@ -46,7 +48,7 @@ impl Files {
         // A weak one: the actor ends when all who may ask it have gone.
         let commands = commands.downgrade();
         let thread = spawn_blocking(move || {
-            let mut keeper = Keeper { open_runs, runs: BTreeMap::new() };
+            let mut keeper = Keeper { open_runs, runs: BTreeMap::new(), metrics: BTreeMap::new() };
             while let Some(next) = work.blocking_recv() {
                 let events = match next {
                     Work::Action(action) => keeper.perform(action),
@@ -57,8 +59,14 @@ impl Files {
                     }
                     Work::Report { record, reply } => {
                         // Nobody may be waiting for it any more.
-                        let _ = reply.send(RunReport::read(&record, |_| {}));
+                        let _ = reply.send(keeper.report(&record));
                         Vec::new()
+                    }
+                    Work::PlaceShards { key, reply } => {
+                        let (events, place) = keeper.place_shards(key);
+                        // Nobody may be waiting for it any more.
+                        let _ = reply.send(place);
+                        events
                     }
                 };
                 for event in events {
@@ -87,6 +95,11 @@ impl Files {
         let _ = self.queue.send(Work::Flush(reply));
     }
 
+    /// Queues the question where the shards of a run go, whose folder for them is not where it was.
+    pub(super) fn place_shards(&self, key: RunKey, reply: oneshot::Sender<Result<ShardPlace, String>>) {
+        let _ = self.queue.send(Work::PlaceShards { key, reply });
+    }
+
     /// Resolves when the thread has ended, which it does by itself only by a panic.
     pub(super) async fn failed(&mut self) {
         self.thread.ended().await;
@@ -102,6 +115,8 @@ impl Files {
 struct Keeper {
     open_runs: OpenRuns,
     runs: BTreeMap<RunKey, RunFiles>,
+    /// Where the steps of jobs that have ended are, if others kept them from their place.
+    metrics: BTreeMap<JobId, PathBuf>,
 }
 
 impl Keeper {
@@ -140,22 +155,22 @@ impl Keeper {
             }
             Action::WriteTrace { key, measured, .. } => {
                 if let Some(run) = self.runs.get_mut(&key) {
-                    events = run.write_trace(key, &measured);
+                    events = run.write_trace(&measured);
                 }
             }
             Action::AppendMetrics { key, metrics, .. } => {
                 if let Some(run) = self.runs.get_mut(&key) {
-                    events = run.append(key, &metrics)?;
+                    events = run.append(&metrics)?;
                 }
             }
             Action::FinishCheckpoint { key, spec } => {
                 if let Some(run) = self.runs.get_mut(&key) {
-                    events = run.finish(key, &spec);
+                    events = run.finish(&spec);
                 }
             }
             Action::DropCheckpoint { key, step } => {
                 if let Some(run) = self.runs.get(&key) {
-                    events.extend(run.drop_partial(key, step));
+                    events.extend(run.drop_partial(step));
                 }
             }
             Action::Notice { run_dir, notice } => {
@@ -179,8 +194,14 @@ impl Keeper {
     }
 
     fn open(&mut self, open: OpenRun) -> Result<Vec<CoreEvent>, BrokerError> {
+        self.metrics.remove(&open.key.job);
+        let mut there = None;
         // An earlier placement's lock must not stand in the way.
-        self.runs.retain(|key, _| key.job != open.key.job);
+        for mut earlier in self.take(open.key.job) {
+            // Else the run would begin in whatever stands in the place of its directory by now.
+            earlier.come_back()?;
+            there = Some(earlier.there);
+        }
         let dir = RunDir::new(&open.run_dir);
         let mut opened = dir.open(&open.run, &open.spec, &open.graph, &open.placement, open.start_step)?;
         let metrics = MetricsWriter::open(&dir.metrics(), open.start_step)?;
@@ -193,49 +214,63 @@ impl Keeper {
         {
             notices.push(gaps);
         }
-        self.open_runs.set(open.key, Some(opened.place.clone()));
-        let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
-        let writer = NoticesWriter::new(dir.notices());
-        let run = RunFiles {
-            opened,
-            dir,
-            metrics,
-            notices: writer,
-            predicted,
-            course,
-            unpruned: None,
-            data: None,
-            is_away: false,
-        };
+        let predicted = (open.placement.placement.compnodes.clone(), open.predicted);
+        let run = RunFiles::new(open.key, opened, metrics, predicted, course, there, self.open_runs.clone());
         self.runs.insert(open.key, run);
         Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
+    }
+
+    /// Where the shards of a run go that is at work.
+    fn place_shards(&mut self, key: RunKey) -> (Vec<CoreEvent>, Result<ShardPlace, String>) {
+        let Some(run) = self.runs.get_mut(&key) else { return (Vec::new(), Err("its run is not open".to_owned())) };
+        let events = run.look_now();
+        let place = run.come_back().map(|()| run.opened.place.clone());
+        (events, place.map_err(|error| error.to_string()))
+    }
+
+    /// The placements of a job that are open.
+    fn take(&mut self, job: JobId) -> Vec<RunFiles> {
+        self.runs.extract_if(.., |key, _| key.job == job).map(|(_, run)| run).collect()
+    }
+
+    fn report(&self, record: &JobRecord) -> Result<RunReport, BrokerError> {
+        let metrics = self.metrics.get(&record.job).cloned();
+        RunReport::read(record, &metrics.unwrap_or_else(|| RunDir::new(&record.run_dir).metrics()), |_| {})
     }
 
     /// The job has ended: its report is written, and its directory let go.
     fn close(&mut self, record: &JobRecord) -> Result<(), BrokerError> {
         self.open_runs.close(record.job);
         // Held until the report is there.
-        let mut ended = Vec::new();
-        while let Some(key) = self.runs.keys().find(|key| key.job == record.job).copied() {
-            ended.extend(self.runs.remove(&key));
-        }
+        let mut ended = self.take(record.job);
+        let mut metrics = RunDir::new(&record.run_dir).metrics();
         for run in &mut ended {
-            if let Err(error) = run.come_back() {
-                tracing::error!(%error, "the run directory cannot be made again");
-            }
-            if let Err(error) = run.metrics.flush() {
-                tracing::error!(%error, path = %run.dir.metrics().display(), "the last steps are not written");
+            let mut texts = Vec::new();
+            match run.come_back() {
+                Ok(()) => (metrics, texts) = run.last_look(),
+                Err(error) => {
+                    tracing::error!(%error, "the run directory cannot be made again");
+                    if let Err(error) = run.metrics.flush() {
+                        let error = io_reason(&error);
+                        tracing::error!(%error, "the last steps are not written");
+                    }
+                }
             }
             let removal = remove_partial(&run.opened.place.folder, &run.opened.file.run);
             for why in removal.failures {
                 tracing::warn!(why, "an unfinished checkpoint was not removed");
             }
-            for text in removal.leftovers {
+            for text in &texts {
+                // Nobody follows the job any more.
+                tracing::warn!(text, "notice");
+            }
+            for text in texts.into_iter().chain(removal.leftovers) {
                 let notice = Notice { step: record.step, text };
                 // The report matters more than why it cannot be written.
                 let _ = run.notices.append(&notice);
             }
             if let Err(error) = run.notices.flush() {
+                let error = io_reason(&error);
                 tracing::error!(%error, path = %run.dir.notices().display(), "the last notices are not written");
             }
         }
@@ -244,8 +279,11 @@ impl Keeper {
             return Ok(());
         }
         let mut plot = LossPlot::default();
-        let report = RunReport::read(record, |step| plot.add(step))?;
+        let report = RunReport::read(record, &metrics, |step| plot.add(step))?;
         let dir = RunDir::new(&record.run_dir);
+        if metrics != dir.metrics() {
+            self.metrics.insert(record.job, metrics);
+        }
         write_atomic(&dir.report(), report.markdown().as_bytes())?;
         match plot.svg() {
             Ok(Some(svg)) => write_atomic(&dir.plot(), svg.as_bytes())?,
@@ -261,7 +299,7 @@ mod tests {
     use std::sync::Arc;
 
     use fusionllm_planner::Simulated;
-    use fusionllm_protocol::{Generation, JobId};
+    use fusionllm_protocol::Generation;
 
     use super::*;
     use crate::checkpoint::{FinishSpec, Origin, StoredShard, make_partial};
@@ -301,7 +339,7 @@ mod tests {
             start_step: 4,
         };
         let open_runs = OpenRuns::new();
-        let mut keeper = Keeper { open_runs: open_runs.clone(), runs: BTreeMap::new() };
+        let mut keeper = Keeper { open_runs: open_runs.clone(), runs: BTreeMap::new(), metrics: BTreeMap::new() };
         keeper.perform(Action::OpenRun(Box::new(open)));
         for step in [5, 6] {
             keeper.perform(Action::AppendMetrics { key, metrics: testing::metrics(step, 50.0) });

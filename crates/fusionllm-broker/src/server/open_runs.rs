@@ -62,7 +62,8 @@ mod tests {
     #[tokio::test]
     async fn a_shard_waits_until_its_run_is_open() {
         let runs = OpenRuns::new();
-        let place = ShardPlace { run: RunId::from_bytes([1; 16]), folder: "/c".into() };
+        let folder = tempfile::tempdir().unwrap();
+        let place = ShardPlace::new(RunId::from_bytes([1; 16]), folder.path().to_owned()).unwrap();
         let waiting = tokio::spawn({
             let runs = runs.clone();
             async move { runs.place(key(1)).await }
@@ -70,12 +71,12 @@ mod tests {
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
         runs.set(key(1), Some(place.clone()));
-        assert_eq!(waiting.await.unwrap(), Some(place.clone()));
+        assert_eq!(waiting.await.unwrap().map(|place| place.folder), Some(place.folder.clone()));
         runs.set(key(2), None);
-        assert_eq!(runs.place(key(1)).await, None, "an earlier placement's");
-        assert_eq!(runs.place(key(2)).await, None, "it could not be opened");
+        assert!(runs.place(key(1)).await.is_none(), "an earlier placement's");
+        assert!(runs.place(key(2)).await.is_none(), "it could not be opened");
         runs.set(key(3), Some(place));
         runs.close(JobId(1));
-        assert_eq!(runs.place(key(3)).await, None, "it has ended");
+        assert!(runs.place(key(3)).await.is_none(), "it has ended");
     }
 }

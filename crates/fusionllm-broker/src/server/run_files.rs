@@ -1,37 +1,104 @@
 //! The files of a run at work.
 
+mod look;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
 use fusionllm_planner::{Simulated, Trace};
 use fusionllm_protocol::{DataReport, Notice, RunKey, StepMetrics};
 
+use super::open_runs::OpenRuns;
 use crate::BrokerError;
 use crate::checkpoint::{Course, FinishSpec, drop_partial, finish, prune};
 use crate::core::CoreEvent;
-use crate::files::io_error;
+use crate::files::{FileKey, io_error, put_aside};
 use crate::metrics::MetricsWriter;
 use crate::opened_run::OpenedRun;
 use crate::run_dir::{NoticesWriter, RunDir};
+use look::NewestCheckpoint;
+
+/// Which files there were of those that are written as a whole.
+pub(super) type There = BTreeMap<PathBuf, Option<FileKey>>;
 
 /// A run at work.
 pub(super) struct RunFiles {
+    key: RunKey,
     pub(super) opened: OpenedRun,
     pub(super) dir: RunDir,
     pub(super) metrics: MetricsWriter,
     pub(super) notices: NoticesWriter,
     /// CompNodes and predicted step, until the measured one is there.
-    pub(super) predicted: Option<(Vec<String>, Simulated)>,
-    pub(super) course: Course,
+    predicted: Option<(Vec<String>, Simulated)>,
+    /// One step, measured and predicted.
+    trace: Option<Trace>,
+    course: Course,
     /// The newest checkpoint, if there are more than are to be kept since it is not known yet whether it is good.
-    pub(super) unpruned: Option<u64>,
+    unpruned: Option<u64>,
+    newest: Option<NewestCheckpoint>,
     /// What the data owner found.
     pub(super) data: Option<DataReport>,
     /// Whether a folder of the run was renamed or removed, and is not made again yet.
     pub(super) is_away: bool,
+    /// Whether the lock of a folder was removed, and cannot be taken again.
+    is_unlocked: bool,
+    /// Since when the lock or the folder for checkpoints is gone.
+    let_go_since: Option<Instant>,
+    /// What there was, when the run was opened, of files that are written as a whole.
+    pub(super) there: There,
+    open_runs: OpenRuns,
 }
 
 impl RunFiles {
+    /// The files of a run that was opened, by an earlier placement of the job as well if it left what it knew of them. Where
+    /// its shards go is said in `open_runs`.
+    pub(super) fn new(
+        key: RunKey,
+        opened: OpenedRun,
+        metrics: MetricsWriter,
+        predicted: (Vec<String>, Simulated),
+        course: Course,
+        there: Option<There>,
+        open_runs: OpenRuns,
+    ) -> Self {
+        let dir = RunDir::new(&opened.file.dir);
+        let now = || [dir.trace(), dir.plot(), dir.report()].map(|path| (path.clone(), FileKey::of(&path))).into();
+        let there = there.unwrap_or_else(now);
+        let run = Self {
+            key,
+            newest: NewestCheckpoint::of(&opened.home()),
+            opened,
+            metrics,
+            notices: NoticesWriter::new(dir.notices()),
+            dir,
+            predicted: Some(predicted),
+            trace: None,
+            course,
+            unpruned: None,
+            data: None,
+            is_away: false,
+            is_unlocked: false,
+            let_go_since: None,
+            there,
+            open_runs,
+        };
+        run.say_where();
+        run
+    }
+
+    /// Says where shards may be written.
+    fn say_where(&self) {
+        self.open_runs.set(self.key, Some(self.opened.place.clone()));
+    }
+
+    fn noticed(&self, texts: impl IntoIterator<Item = String>) -> Vec<CoreEvent> {
+        texts.into_iter().map(|text| CoreEvent::Noticed { key: self.key, text }).collect()
+    }
+
     /// Appends a step. Gives what its user must know.
-    pub(super) fn append(&mut self, key: RunKey, metrics: &StepMetrics) -> Result<Vec<CoreEvent>, BrokerError> {
-        let mut events = self.look(key);
+    pub(super) fn append(&mut self, metrics: &StepMetrics) -> Result<Vec<CoreEvent>, BrokerError> {
+        let mut events = self.look();
         let mut notices: Vec<String> = self.metrics.append(&self.dir.metrics(), metrics)?.into_iter().collect();
         // Why they wait was said.
         let _ = self.notices.flush();
@@ -39,71 +106,8 @@ impl RunFiles {
         if self.unpruned.is_some_and(|newest| newest <= self.course.vouched) {
             notices.extend(self.prune());
         }
-        events.extend(notices.into_iter().map(|text| CoreEvent::Noticed { key, text }));
+        events.extend(self.noticed(notices));
         Ok(events)
-    }
-
-    /// Looks whether the folders of the run are where they were: others may rename or remove them while it trains. What is
-    /// written meanwhile goes where they went, and comes back with [`Self::come_back`].
-    fn look(&mut self, key: RunKey) -> Vec<CoreEvent> {
-        let missing = self.opened.missing().map(|folder| folder.display().to_string());
-        let Some(folder) = missing else {
-            self.is_away = false;
-            return self.look_at_files(key);
-        };
-        if std::mem::replace(&mut self.is_away, true) {
-            return Vec::new();
-        }
-        let text = format!(
-            "{folder} is not there any more, it was renamed or removed: training goes on, and the folder is made again with \
-             the next checkpoint or at the end, with the metrics and notices so far; checkpoints so far are where it went"
-        );
-        vec![CoreEvent::Noticed { key, text }, CoreEvent::CheckpointsGone { key }]
-    }
-
-    /// The same for its metrics and notices, which are written again at once.
-    fn look_at_files(&mut self, key: RunKey) -> Vec<CoreEvent> {
-        let mut events = Vec::new();
-        let (metrics, notices) = (self.dir.metrics(), self.dir.notices());
-        let are_there = [self.metrics.is_at(&metrics), self.notices.is_in_place()];
-        for (path, is_there) in [metrics, notices].into_iter().zip(are_there) {
-            if !is_there {
-                let path = path.display();
-                let text =
-                    format!("{path} was renamed, removed or replaced: it is written again, with all that was in it");
-                events.push(CoreEvent::Noticed { key, text });
-            }
-        }
-        if !events.is_empty()
-            && let Err(error) = self.write_again()
-        {
-            tracing::warn!(%error, "what was removed is not written again");
-        }
-        events
-    }
-
-    fn write_again(&mut self) -> Result<(), BrokerError> {
-        self.metrics.move_to(&self.dir.metrics())?;
-        self.notices.write_again().map_err(|e| io_error(&self.dir.notices(), e))
-    }
-
-    /// Makes the folders of the run again if they were renamed or removed, with all that is still known.
-    ///
-    /// # Errors
-    /// [`BrokerError`] if something else is there by now, or they cannot be made.
-    pub(super) fn come_back(&mut self) -> Result<(), BrokerError> {
-        if self.opened.missing().is_none() {
-            self.is_away = false;
-            return Ok(());
-        }
-        self.is_away = true;
-        self.opened.make_again()?;
-        if let Some(data) = &self.data {
-            self.dir.write_json(&self.dir.data(), data)?;
-        }
-        self.write_again()?;
-        self.is_away = false;
-        Ok(())
     }
 
     /// Keeps a notice. Gives why it has to wait, if that is not known yet.
@@ -111,18 +115,43 @@ impl RunFiles {
         self.notices.append(notice).filter(|_| !self.is_away)
     }
 
+    /// Makes room for a file that is written as a whole: what others have put under its name since the run was opened is
+    /// kept. Gives what its user must know.
+    ///
+    /// # Errors
+    /// [`BrokerError::Io`] if it cannot be put aside.
+    pub(super) fn make_room(&mut self, path: &Path) -> Result<Option<String>, BrokerError> {
+        let there = FileKey::of(path);
+        let is_known = self.there.insert(path.to_owned(), None).is_none_or(|before| before == there);
+        if there.is_none() || (is_known && path.is_file()) {
+            return Ok(None);
+        }
+        let aside = put_aside(path).map_err(|e| io_error(path, e))?;
+        let (path, aside) = (path.display(), aside.display());
+        Ok(Some(format!("something else was in the place of {path}: it is kept as {aside}")))
+    }
+
     /// Writes the step that was measured beside the one that was predicted, once.
-    pub(super) fn write_trace(&mut self, key: RunKey, measured: &Simulated) -> Vec<CoreEvent> {
-        let Some((names, predicted)) = self.predicted.take().filter(|_| !self.is_away) else { return Vec::new() };
+    pub(super) fn write_trace(&mut self, measured: &Simulated) -> Vec<CoreEvent> {
+        let Some((names, predicted)) = self.predicted.take() else { return Vec::new() };
         let trace = Trace::side_by_side(&[("measured", measured), ("predicted", &predicted)], &names);
-        let written = self.dir.write_json(&self.dir.trace(), &trace);
-        written.err().map(|error| CoreEvent::Noticed { key, text: error.to_string() }).into_iter().collect()
+        let path = self.dir.trace();
+        let mut texts = Vec::new();
+        if !self.is_away {
+            let made_room = self.make_room(&path);
+            let written = made_room.and_then(|said| self.dir.write_json(&path, &trace).map(|()| said));
+            texts.extend(written.unwrap_or_else(|error| Some(error.to_string())));
+            self.there.insert(path.clone(), FileKey::of(&path));
+        }
+        self.trace = Some(trace);
+        self.noticed(texts)
     }
 
     /// Makes shards that are all there a checkpoint.
-    pub(super) fn finish(&mut self, key: RunKey, spec: &FinishSpec) -> Vec<CoreEvent> {
-        let step = spec.step;
-        let mut events = self.look(key);
+    pub(super) fn finish(&mut self, spec: &FinishSpec) -> Vec<CoreEvent> {
+        let (key, step) = (self.key, spec.step);
+        self.try_again();
+        let mut events = self.look_now();
         let finished = self.come_back().and_then(|()| finish(spec, &self.opened.place, &self.opened.file));
         let finished = match finished {
             Ok(finished) => finished,
@@ -136,7 +165,8 @@ impl RunFiles {
         notices.extend(recorded.err().map(|error| error.to_string()));
         self.unpruned = Some(step);
         notices.extend(self.prune());
-        events.extend(notices.into_iter().map(|text| CoreEvent::Noticed { key, text }));
+        self.newest = Some(NewestCheckpoint::new(step, &finished.path));
+        events.extend(self.noticed(notices));
         events.push(CoreEvent::CheckpointFinished { key, step, path: finished.path, checksum: finished.checksum });
         events
     }
@@ -157,9 +187,8 @@ impl RunFiles {
     }
 
     /// Removes the shards of a checkpoint that cannot be kept: on a full disk they take the room of the next one.
-    pub(super) fn drop_partial(&self, key: RunKey, step: u64) -> Vec<CoreEvent> {
-        let removal = drop_partial(&self.opened.place.partial(step, key.generation), &self.opened.place.run);
-        let texts = removal.failures.into_iter().chain(removal.leftovers);
-        texts.map(|text| CoreEvent::Noticed { key, text }).collect()
+    pub(super) fn drop_partial(&self, step: u64) -> Vec<CoreEvent> {
+        let removal = drop_partial(&self.opened.place.partial(step, self.key.generation), &self.opened.place.run);
+        self.noticed(removal.failures.into_iter().chain(removal.leftovers))
     }
 }

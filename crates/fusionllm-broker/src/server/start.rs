@@ -278,6 +278,7 @@ mod tests {
         let partial = shared.join(format!("step-6.partial-{}-1", file.run.short()));
         let prepare = || {
             std::fs::create_dir_all(&run_dir).unwrap();
+            std::fs::create_dir_all(&shared).unwrap();
             file.write().unwrap();
             crate::checkpoint::make_partial(&partial, &file.run).unwrap();
         };

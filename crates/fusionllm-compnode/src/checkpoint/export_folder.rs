@@ -23,6 +23,8 @@ const FILES: [&str; 6] = [
 ];
 /// What a file is called until it is whole.
 const PARTIAL: &str = ".partial";
+/// What a file of an earlier export is called until the new one is whole.
+const EARLIER: &str = ".earlier";
 
 /// A folder that is new, empty, or holds an earlier export and nothing else.
 #[derive(Debug)]
@@ -40,7 +42,7 @@ pub(super) struct TakenFolder {
     _mark: File,
     /// What is written, in that order.
     written: Vec<&'static str>,
-    /// Whether files of an earlier export may have gone.
+    /// Whether what was written is, with an earlier export gone, all there is.
     is_replacing: bool,
 }
 
@@ -62,7 +64,8 @@ impl ExportFolder {
         for entry in std::fs::read_dir(path).map_err(io)? {
             let entry = entry.map_err(io)?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            let is_ours = name == MARK || FILES.contains(&name.strip_suffix(PARTIAL).unwrap_or(&name));
+            let whole = name.strip_suffix(PARTIAL).or(name.strip_suffix(EARLIER)).unwrap_or(&name);
+            let is_ours = name == MARK || FILES.contains(&whole);
             // A link may lead to a file of somebody else.
             if !is_ours || !entry.file_type().map_err(io)?.is_file() {
                 return Err(ExportError::Holds { path: path.to_owned(), what: name });
@@ -163,32 +166,68 @@ impl TakenFolder {
     /// meanwhile, it holds the earlier export, this one, or none, and never a mixture.
     ///
     /// # Errors
-    /// [`ShardError`] if the system refuses. What was written stays under its temporary names then.
+    /// [`ShardError`] if the system refuses. An earlier export is whole again then; without one, what was written stays.
     pub(super) fn finish(mut self) -> Result<(), ShardError> {
-        let io = |path: &Path, source| ShardError::Io { path: path.to_owned(), source };
-        let remove = |path: &Path| remove_if_there(path).map_err(|e| io(path, e));
-        let sync = |path: &Path| sync_folder(path).map_err(|e| io(path, e));
-        let [config, others @ ..] = FILES;
+        let is_whole = self.path.join(FILES[0]).is_file();
         self.is_replacing = true;
-        remove(&self.path.join(config))?;
+        // What an interrupted one left.
+        self.remove_earlier()?;
+        let mut renamed = Vec::new();
+        if let Err(error) = self.replace(&mut renamed) {
+            if is_whole {
+                let back = |(from, to): (PathBuf, PathBuf)| std::fs::rename(to, from);
+                self.is_replacing = renamed.into_iter().rev().try_for_each(back).is_err();
+            }
+            return Err(error);
+        }
+        self.remove_earlier()
+    }
+
+    /// Puts the new files in the place of the earlier ones, which are kept beside them, and lists what was renamed.
+    fn replace(&self, renamed: &mut Vec<(PathBuf, PathBuf)>) -> Result<(), ShardError> {
+        let io = |path: &Path, source| ShardError::Io { path: path.to_owned(), source };
+        let sync = |path: &Path| sync_folder(path).map_err(|e| io(path, e));
+        let mut rename = |from: PathBuf, to: PathBuf, path: &Path| -> Result<(), ShardError> {
+            std::fs::rename(&from, &to).map_err(|e| io(path, e))?;
+            renamed.push((from, to));
+            Ok(())
+        };
+        let [config, others @ ..] = FILES;
+        let path = self.path.join(config);
+        if path.symlink_metadata().is_ok() {
+            rename(path.clone(), self.earlier(config), &path)?;
+        }
         // On the disk, too, nothing may come before this.
         sync(&self.path)?;
         for name in others {
-            let (path, temporary) = (self.path.join(name), self.temporary(name));
+            let path = self.path.join(name);
+            if path.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
+                rename(path.clone(), self.earlier(name), &path)?;
+            }
             if self.written.contains(&name) {
-                std::fs::rename(temporary, &path).map_err(|e| io(&path, e))?;
+                rename(self.temporary(name), path.clone(), &path)?;
             } else {
-                remove(&path)?;
-                remove(&temporary)?;
+                remove_if_there(&path).map_err(|e| io(&path, e))?;
             }
         }
         sync(&self.path)?;
-        let (path, temporary) = (self.path.join(config), self.temporary(config));
         if self.written.contains(&config) {
-            std::fs::rename(temporary, &path).map_err(|e| io(&path, e))?;
-            return sync(&self.path);
+            rename(self.temporary(config), path.clone(), &path)?;
         }
-        remove(&temporary)
+        sync(&self.path)
+    }
+
+    /// Removes what an earlier export left under its temporary names, and those of this one that are not used.
+    fn remove_earlier(&self) -> Result<(), ShardError> {
+        let unused = FILES.iter().filter(|name| !self.written.contains(*name)).map(|name| self.temporary(name));
+        for path in FILES.iter().map(|name| self.earlier(name)).chain(unused) {
+            remove_if_there(&path).map_err(|source| ShardError::Io { path, source })?;
+        }
+        Ok(())
+    }
+
+    fn earlier(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}{EARLIER}"))
     }
 
     fn temporary(&self, name: &str) -> PathBuf {
@@ -296,6 +335,27 @@ mod tests {
         write(&mut taken, "config.json", "new");
         taken.finish().unwrap();
         assert_eq!(names(&path), ["config.json", MARK]);
+    }
+
+    /// As where a file of it cannot be changed.
+    #[test]
+    fn an_export_that_cannot_be_replaced_stays_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("hf");
+        let mut taken = ExportFolder::look(&path).unwrap().take("run 1").unwrap();
+        write(&mut taken, "config.json", "old");
+        write(&mut taken, "model.safetensors", "old");
+        taken.finish().unwrap();
+        let mut taken = ExportFolder::look(&path).unwrap().take("run 1").unwrap();
+        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+            write(&mut taken, name, "new");
+        }
+        std::fs::create_dir_all(path.join("tokenizer.json/in the way")).unwrap();
+        let error = taken.finish().unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json") && !error.contains("partial"), "{error}");
+        assert_eq!(names(&path), ["config.json", MARK, "model.safetensors", "tokenizer.json"]);
+        let read = |name: &str| std::fs::read_to_string(path.join(name)).unwrap();
+        assert_eq!((read("config.json"), read("model.safetensors")), ("old".to_owned(), "old".to_owned()));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
 
 use super::files::{Content, LeftOut, TextFile, read, shown, text_files};
-use super::tokenizer::{Coverage, pieces};
+use super::tokenizer::{Coverage, Told, pieces};
 use super::{ReadableData, Reading, Tokenizer, Tokens};
 use crate::DataError;
 
@@ -42,6 +42,7 @@ pub struct Corpus {
     train: Tokens,
     eval: Tokens,
     coverage: Coverage,
+    told: Told,
     files: Vec<FileFingerprint>,
     tokenizer: TokenizerFingerprint,
     trained_entries: usize,
@@ -113,6 +114,7 @@ impl Corpus {
             train: Tokens::new(tokenizer.entries()),
             eval: Tokens::new(tokenizer.entries()),
             coverage: Coverage::default(),
+            told: Told::default(),
             files: Vec::new(),
             tokenizer: tokenizer.fingerprint(),
             trained_entries: tokenizer.trained_entries(),
@@ -149,6 +151,7 @@ impl Corpus {
             for piece in pieces(part) {
                 reading.moved(piece.len())?;
                 self.coverage.add(&tokenizer.coverage(piece)?);
+                tokenizer.tell(piece, &mut self.told)?;
             }
         }
         let hash = content_hash(text.as_bytes());
@@ -178,7 +181,8 @@ impl Corpus {
     /// About how many bytes of the text can be had back from its tokens.
     fn told_bytes(&self) -> f64 {
         let tokens = (self.train.len() + self.eval.len()).max(1);
-        self.coverage.covered_bytes as f64 * (1.0 - self.unknown as f64 / tokens as f64)
+        let known = self.coverage.covered_bytes as f64 * (1.0 - self.unknown as f64 / tokens as f64);
+        known.min(self.coverage.bytes as f64 * (1.0 - self.told.lost_share()))
     }
 
     /// What the user must know.

@@ -6,6 +6,7 @@ mod guard;
 mod ids;
 mod normalizer;
 mod pieces;
+mod told;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -24,6 +25,7 @@ pub(crate) use coverage::{Coverage, pieces};
 use guard::guarded;
 pub use guard::is_guarded;
 use normalizer::Effects;
+pub(crate) use told::Told;
 
 /// Where the tokenizer of a model's directory is said to lie.
 const OF_MODEL: &str = "tokenizer.json of model.path";
@@ -115,6 +117,10 @@ impl Tokenizer {
         let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
         let text = source.trim_start_matches('\u{feff}');
         let keys: Value = read_json(text.as_bytes()).map_err(fail)?;
+        // The library does not call it by its name.
+        if keys.is_object() && keys.get("model").is_none() {
+            return Err(fail("`model` is missing".to_owned()));
+        }
         ids::check(&keys).map_err(fail)?;
         let tokenizer = guarded(|| {
             let mut inner: tokenizers::Tokenizer =
@@ -154,6 +160,25 @@ impl Tokenizer {
             }),
             Self::Bytes | Self::HuggingFace(_) => Ok(Coverage::whole(text)),
         }
+    }
+
+    /// Takes in what the tokens of a part of a text stand for.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if the tokenizer refuses it.
+    pub(crate) fn tell(&self, part: &str, told: &mut Told) -> Result<(), DataError> {
+        let Self::HuggingFace(tokenizer) = self else { return Ok(()) };
+        if tokenizer.keeps_everything || !told.is_due() {
+            return Ok(());
+        }
+        tokenizer.guarded(|| {
+            tokenizer.check_growth(part, &Reading::default())?;
+            let encoding = tokenizer.inner.encode(part, false).map_err(|e| tokenizer.fail(e.to_string()))?;
+            let tokens = encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().copied());
+            let added = tokenizer.inner.get_added_tokens_decoder();
+            told.add(part, &tokens.collect::<Vec<_>>(), |id| added.contains_key(&id));
+            Ok(())
+        })
     }
 
     /// The characters of a text that give no token, for a message; nothing if all do.
@@ -305,6 +330,7 @@ fn keeps_everything(tokenizer: &tokenizers::Tokenizer, keys: &Value) -> bool {
     let removes = |step: &Value| step.get("behavior").and_then(Value::as_str) == Some("Removed");
     let keeps = |step: &Value| ["ByteLevel", "Split", "Digits"].contains(&kind(step).as_str()) && !removes(step);
     tokenizer.get_normalizer().is_none()
+        && tokenizer.get_added_tokens_decoder().values().all(|token| !token.lstrip && !token.rstrip)
         && steps.iter().all(keeps)
         && steps.iter().any(|step| kind(step) == "ByteLevel")
         && bpe.continuing_subword_prefix.is_none()
@@ -433,6 +459,12 @@ mod tests {
         file.as_file().set_len(1 << 30).unwrap();
         let error = Tokenizer::open(file.path().to_str().unwrap()).unwrap_err().to_string();
         assert!(error.contains("it is longer than 256 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_file_without_a_model_says_which_key_is_missing() {
+        let error = Tokenizer::from_json("{}".to_owned(), "tok.json").unwrap_err().to_string();
+        assert!(error.contains("`model` is missing"), "{error}");
     }
 
     #[test]

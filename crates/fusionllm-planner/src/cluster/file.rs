@@ -184,7 +184,23 @@ impl ClusterFile {
         }
         let cluster = Cluster { compnodes, links };
         cluster.validate()?;
+        self.check_links()?;
         Ok(cluster)
+    }
+
+    /// Holds the numbers of all link rules against their ranges, also of those that fit no pair.
+    fn check_links(&self) -> Result<(), PlanError> {
+        for LinkEntry { from, to, latency_ms, mbit_per_s, .. } in &self.link {
+            let is_above = mbit_per_s.is_finite() && *mbit_per_s > 0.0;
+            let (key, value, expected) = match latency_ms.is_finite() && *latency_ms >= 0.0 {
+                true if is_above => continue,
+                true => ("mbit_per_s", mbit_per_s, "a number above 0"),
+                false => ("latency_ms", latency_ms, "a number of at least 0"),
+            };
+            let reason = format!("link `{from}` to `{to}`: {key} is {value}, expected {expected}");
+            return Err(PlanError::ClusterFile { reason });
+        }
+        Ok(())
     }
 
     /// Holds names, number and memory of the devices against their ranges, in the file's own words.

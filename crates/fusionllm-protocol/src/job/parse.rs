@@ -8,7 +8,7 @@ use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use toml::{Table, Value};
 
 use super::keys::{check_keys, full_key};
-use super::refusal::describe;
+use super::refusal::{EMPTY, describe};
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
     OptimizerKind, PlacementSection, Precision, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice,
@@ -199,9 +199,7 @@ impl<'a> Section<'a> {
     /// The same for a path. An empty one, as from an unset variable, would become the job file's folder.
     fn filled(&self, key: &str) -> Result<Option<String>, JobError> {
         match self.text(key)? {
-            Some(text) if text.trim().is_empty() => {
-                Err(self.value(key, "is empty, expected a value; leave the key out for its default".to_owned()))
-            }
+            Some(text) if text.trim().is_empty() => Err(self.value(key, EMPTY.to_owned())),
             text => Ok(text),
         }
     }

@@ -4,6 +4,9 @@ use toml::Value;
 
 use crate::JobError;
 
+/// Why a value is refused that is none, as from an unset variable.
+pub(super) const EMPTY: &str = "is empty, expected a value; leave the key out for its default";
+
 /// Refuses the value of `key`. `reason` says what it is and what would be right.
 pub(super) fn fail<T>(key: &str, reason: String) -> Result<T, JobError> {
     Err(JobError::Value { key: key.to_owned(), reason })

@@ -26,7 +26,11 @@ pub(super) struct TrainedModel {
 
 /// Reads whatever `path` is. A tokenizer that is given goes before the model's own.
 pub(super) fn open(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
-    if path.join("config.json").is_file() { open_hugging_face(path, tokenizer) } else { open_trained(path, tokenizer) }
+    // Also where that is no regular file, which is said then.
+    match path.join("config.json").symlink_metadata() {
+        Ok(_) => open_hugging_face(path, tokenizer),
+        Err(_) => open_trained(path, tokenizer),
+    }
 }
 
 /// Reads a checkpoint, or a run directory's newest one.

@@ -1,6 +1,7 @@
 //! `fusionllm train`: the main job, all on this machine.
 
 mod finish;
+mod way_on;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -14,7 +15,7 @@ use fusionllm_broker::{
 use fusionllm_compnode::{Corpus, Tokenizer, check_run_room, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
-use fusionllm_transport::{folder_above, shell_path, without_temporary_name};
+use fusionllm_transport::{folder_above, without_temporary_name};
 
 use super::follow::Interrupts;
 use super::plan::DEFAULT_COMPNODES;
@@ -24,6 +25,7 @@ use crate::local::{Death, Home, LocalCompNodes, local_name};
 use crate::outputs::{check_folder, is_same_file};
 use crate::progress::Progress;
 use crate::render;
+use way_on::WayOn;
 
 /// After so many ends in a row of the processes of one CompNode the job is no more waited for that needs it.
 const MOST_DEATHS: u32 = 8;
@@ -253,7 +255,7 @@ async fn run_job(
     let Submitted { job, mut events, .. } = submitted.map_err(broker_error)?;
     let mut progress = Progress::new(args.json, checked.spec.train.steps);
     let mut cut_short: Option<CutShort> = None;
-    let mut step = way.from.as_ref().map_or(0, |from| from.step);
+    let mut step = way.began_after();
     let mut waits_since = Some(Instant::now());
     loop {
         let event = tokio::select! {
@@ -291,6 +293,7 @@ async fn run_job(
         {
             if *state == JobState::Stopped {
                 let steps = checked.spec.train.steps;
+                way.look(broker, job).await;
                 return Err(cut_short.unwrap_or(CutShort::Interrupted { step, steps }).error(&way));
             }
             super::follow::outcome(state)?;
@@ -349,75 +352,6 @@ impl CutShort {
             Self::Interrupted { step, steps } => {
                 anyhow::anyhow!("interrupted, the job was stopped after step {step} of {steps}: {way}")
             }
-        }
-    }
-}
-
-/// How a run goes on that was stopped. Nothing is read for it before it is asked for, and no checkpoint as a whole:
-/// whoever stops a run waits for that.
-struct WayOn {
-    run_dir: PathBuf,
-    /// The checkpoint that it began with.
-    from: Option<Began>,
-    /// The last checkpoint that this command saw.
-    checkpoint: Option<u64>,
-}
-
-/// A checkpoint with which a run began or went on.
-struct Began {
-    path: PathBuf,
-    step: u64,
-    /// Whether it is another run's.
-    is_anothers: bool,
-    /// Whether it was asked for; else it is the newest.
-    is_chosen: bool,
-}
-
-impl WayOn {
-    fn new(args: &cli::Train, run_dir: &Path, from: Option<&Resumption>) -> Self {
-        let began = |from: &Resumption| {
-            let (path, step) = (from.checkpoint().path(), from.checkpoint().manifest().step);
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-            let is_named = args.resume.as_deref().is_some_and(|named| is_same_file(named, &path));
-            Began { path, step, is_anothers: from.begins_anew(), is_chosen: args.step.is_some() || is_named }
-        };
-        Self { run_dir: run_dir.to_owned(), from: from.map(began), checkpoint: None }
-    }
-}
-
-impl std::fmt::Display for WayOn {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let dir = shell_path(&self.run_dir);
-        let own = self.from.as_ref().filter(|from| !from.is_anothers);
-        // Until the run has put them aside, later ones than the chosen one are there.
-        if let Some(Began { step, .. }) = own.filter(|from| from.is_chosen && self.checkpoint.is_none()) {
-            return write!(
-                f,
-                "`fusionllm train --resume {dir} --step {step}` goes on from the checkpoint of step {step}"
-            );
-        }
-        let known = self.checkpoint.or(own.map(|from| from.step));
-        let newest = match newest_checkpoint(&self.run_dir) {
-            Ok(Some(there)) => Ok(Some(known.unwrap_or(there))),
-            // What was known of may have been renamed or removed since.
-            other => other,
-        };
-        match (newest, &self.from) {
-            (Ok(Some(step)), _) => {
-                write!(f, "`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
-            }
-            (Ok(None), Some(Began { path, step, .. })) => {
-                let path = shell_path(path);
-                write!(
-                    f,
-                    "there is no checkpoint in {dir} yet; `fusionllm train --resume {path} --out DIR` begins again with the \
-                     one of step {step}, in another folder or in the same once that is removed"
-                )
-            }
-            (Ok(None), None) => {
-                write!(f, "there is no checkpoint yet to go on from; to train anew, remove {dir} or give another --out")
-            }
-            (Err(error), _) => write!(f, "it cannot be said how it goes on: {error}"),
         }
     }
 }

@@ -7,6 +7,8 @@ use serde_json::Value;
 use crate::copy::copy_fixture;
 #[cfg(target_os = "linux")]
 use crate::disk::Disk;
+#[cfg(unix)]
+use crate::process::wait_until;
 use crate::process::{Bench, json_lines, losses, text};
 
 /// Names in a folder, in order.
@@ -327,6 +329,9 @@ fn a_run_directory_that_goes_away_while_it_trains_is_told_once_and_made_again() 
                     --set checkpoint.every=1000 --set checkpoint.keep=0";
         let mut run = bench.start(line);
         run.wait_for("\"step\":50,");
+        // Steps are told as they come, and written by and by.
+        let has_lines = || std::fs::metadata(bench.path("run/metrics.jsonl")).is_ok_and(|found| found.len() > 0);
+        wait_until(has_lines, "metrics");
         match removed {
             true => std::fs::remove_dir_all(bench.path("run")).unwrap(),
             false => std::fs::rename(bench.path("run"), bench.path("moved")).unwrap(),

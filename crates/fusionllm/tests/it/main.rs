@@ -13,6 +13,8 @@ mod endurance;
 mod fixtures;
 mod folders;
 mod input;
+#[cfg(unix)]
+mod meddling;
 mod plan;
 mod process;
 mod state;

@@ -19,6 +19,13 @@ impl Run {
         self.finishing.remove(&step);
         self.open.remove(&step);
         self.checkpoint = self.checkpoint.max(Some(step));
+        self.gone = self.gone.filter(|gone| *gone > step);
+    }
+
+    /// Others have renamed or removed checkpoints: the newest that is left is that of this step.
+    pub(in crate::core) fn checkpoints_gone(&mut self, left: Option<u64>) {
+        self.gone = self.gone.max(self.checkpoint).filter(|gone| Some(*gone) > left);
+        self.checkpoint = left;
     }
 
     /// Whether a checkpoint of this step is still to come.

@@ -243,6 +243,61 @@ fn bits_per_byte_of_a_text_that_tokens_do_not_tell_are_left_out_with_a_word() {
     assert_eq!(report.bits_per_byte(1.0), None, "{report:?}");
 }
 
+/// What stands for two texts cannot be read back, whatever made one token of them.
+#[test]
+fn bits_per_byte_are_left_out_where_a_token_stands_for_two_texts() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.txt");
+    let read = |text: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        std::fs::write(&file, text).unwrap();
+        let vocab: serde_json::Map<String, serde_json::Value> =
+            "abdehnot _\u{2581}\n".chars().zip(0..).map(|(c, id)| (c.to_string(), id.into())).collect();
+        let mut keys = serde_json::json!({
+            "version": "1.0", "added_tokens": [], "model": { "type": "BPE", "merges": [], "vocab": vocab }
+        });
+        change(&mut keys);
+        let tokenizer = Tokenizer::from_json(keys.to_string(), "tok.json").unwrap();
+        Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(20)
+    };
+    let metaspace = |replacement: &str, scheme: &str| {
+        let step = serde_json::json!({
+            "type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": true
+        });
+        move |keys: &mut serde_json::Value| keys["pre_tokenizer"] = step.clone()
+    };
+    let sentence_piece = |keys: &mut serde_json::Value| {
+        let replace = serde_json::json!({ "type": "Replace", "pattern": { "String": " " }, "content": "\u{2581}" });
+        let prepend = serde_json::json!({ "type": "Prepend", "prepend": "\u{2581}" });
+        keys["normalizer"] = serde_json::json!({ "type": "Sequence", "normalizers": [prepend, replace] });
+    };
+    let added = |lstrip: bool, rstrip: bool, single_word: bool| {
+        let token = serde_json::json!({
+            "id": 12, "content": "the", "single_word": single_word, "lstrip": lstrip, "rstrip": rstrip,
+            "normalized": false, "special": false
+        });
+        move |keys: &mut serde_json::Value| keys["added_tokens"] = serde_json::json!([token])
+    };
+    let (plain, signs) = ("the note on hand\n".repeat(500), "the_note on the_hand\n".repeat(500));
+    let sparks = "the note\u{2581}on hand\n".repeat(500);
+    let is_left_out = |text: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        let report = read(text, change);
+        let is_said = report.notes.iter().any(|note| note.contains("there are no bits per byte"));
+        assert_eq!(is_said, report.bits_per_byte(1.0).is_none(), "{report:?}");
+        is_said
+    };
+    assert!(is_left_out(&signs, &metaspace("_", "never")));
+    assert!(is_left_out(&plain, &metaspace("a", "never")));
+    assert!(is_left_out(&sparks, &metaspace("\u{2581}", "always")));
+    assert!(is_left_out(&sparks, &sentence_piece));
+    assert!(is_left_out(&plain, &added(true, false, false)));
+    assert!(is_left_out(&plain, &added(false, true, true)));
+    // What tells one from the other loses nothing.
+    assert!(!is_left_out(&plain, &metaspace("_", "never")));
+    assert!(!is_left_out(&signs, &metaspace("\u{2581}", "always")));
+    assert!(!is_left_out(&plain, &sentence_piece));
+    assert!(!is_left_out(&plain, &added(false, false, false)));
+}
+
 #[test]
 fn words_without_the_space_between_them_are_said() {
     let folder = tempfile::tempdir().unwrap();

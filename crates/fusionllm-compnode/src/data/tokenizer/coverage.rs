@@ -122,14 +122,29 @@ fn count_piece(
     let mut sum = Coverage::default();
     let parts = tokenizer.get_added_vocabulary().extract_and_normalize(None::<&NormalizerWrapper>, piece);
     for (part, _, tokens) in parts.get_splits(OffsetReferential::Normalized, OffsetType::Byte) {
-        if tokens.is_some() {
-            let chars = part.chars().count() as u64;
-            sum.add(&Coverage { chars, ..Coverage::whole(part) });
+        if let Some(tokens) = tokens {
+            sum.add(&added(tokenizer, tokens.first().map(|token| token.id), part));
         } else {
             sum.add(&count_words(tokenizer, effects, part)?);
         }
     }
     Ok(sum)
+}
+
+/// The text of an added token. Some take in the white space around them, and nothing tells how much that was.
+fn added(tokenizer: &tokenizers::Tokenizer, id: Option<u32>, part: &str) -> Coverage {
+    let chars = part.chars().count() as u64;
+    let whole = Coverage { chars, ..Coverage::whole(part) };
+    let added = tokenizer.get_added_tokens_decoder();
+    let Some(token) = id.and_then(|id| added.get(&id)).filter(|token| token.lstrip || token.rstrip) else {
+        return whole;
+    };
+    let blank = |from: &str| from.len() - from.trim_start().len();
+    let reversed = |from: &str| from.len() - from.trim_end().len();
+    let own = [blank(&token.content), reversed(&token.content)];
+    let taken_in = [blank(part).saturating_sub(own[0]), reversed(part).saturating_sub(own[1])];
+    let lost: usize = taken_in.into_iter().sum();
+    Coverage { spaces: lost as u64, covered_bytes: part.len().saturating_sub(lost) as u64, ..whole }
 }
 
 fn count_words(
