@@ -118,6 +118,11 @@ impl MetricsWriter {
         }
     }
 
+    /// Whether no line waits.
+    pub(crate) fn is_written(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
     /// Whether the lines go to the file of this path; not if it was renamed or removed.
     pub(crate) fn is_at(&self, path: &Path) -> bool {
         self.lines.is_at(path)

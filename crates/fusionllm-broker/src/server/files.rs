@@ -194,7 +194,8 @@ impl Keeper {
             notices.push(gaps);
         }
         self.open_runs.set(open.key, Some(opened.place.clone()));
-        let predicted = Some((open.placement.placement.compnodes.clone(), open.predicted));
+        let names = open.placement.placement.compnodes.clone();
+        let predicted = open.predicted.map(|predicted| (names, predicted));
         let writer = NoticesWriter::new(dir.notices());
         let run = RunFiles {
             opened,
@@ -297,7 +298,7 @@ mod tests {
             spec: spec.clone(),
             graph: "{}".to_owned(),
             placement,
-            predicted: Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() },
+            predicted: Some(Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() }),
             start_step: 4,
         };
         let open_runs = OpenRuns::new();

@@ -40,6 +40,9 @@ impl RunFiles {
             notices.extend(self.prune());
         }
         events.extend(notices.into_iter().map(|text| CoreEvent::Noticed { key, text }));
+        if self.metrics.is_written() {
+            events.push(CoreEvent::Recorded { key, step: metrics.step });
+        }
         Ok(events)
     }
 
