@@ -3,6 +3,7 @@
 //! Everything that happens is a [`CoreEvent`]; everything that follows is an [`Action`] for the shell in
 //! [`crate::server`]. So every order of events can be tried in a test.
 
+mod awaited;
 mod bounds;
 mod checkpoints;
 mod comeback;
@@ -26,6 +27,7 @@ mod snapshot_book;
 mod snapshots;
 mod standstill;
 mod survey;
+mod takeback;
 mod watchdog;
 
 use std::collections::BTreeMap;
@@ -39,6 +41,7 @@ use fusionllm_protocol::{
 
 use crate::BrokerError;
 use crate::store::JobRecord;
+use awaited::TakeBack;
 use comeback::Comeback;
 use durable::Durability;
 pub(crate) use event::{
@@ -86,7 +89,7 @@ impl Core {
     pub(crate) fn restore(jobs: Vec<Restored>, resumed_by: ResumedBy) -> (Self, Vec<Action>) {
         let mut core = Self { resumed_by, ..Self::default() };
         let mut actions = Vec::new();
-        for Restored { mut record, reached, gone_for, checkpoint } in jobs {
+        for Restored { mut record, reached, gone_for, checkpoint, placement } in jobs {
             let id = record.job;
             let is_open = !record.state.is_final();
             let was_at_work = is_open && !matches!(record.state, JobState::Waiting { .. });
@@ -98,17 +101,23 @@ impl Core {
                 (record.step, record.loss) = (step, Some(loss));
             }
             core.last_job = core.last_job.max(id.0);
+            let takeback = TakeBack::of(&record, reached, checkpoint, placement).filter(|_| is_open);
+            record.placed.take_if(|_| takeback.is_none());
             let has_worked = record.step > 0 || !record.snapshots.is_empty();
             core.jobs.insert(id, Job { is_durable: true, ..Job::new(record, None, Duration::ZERO) });
             if let Some(job) = core.jobs.get_mut(&id) {
                 job.recoveries.has_worked = has_worked;
             }
             let is_done = chosen.is_none() && checkpoint.is_some_and(|step| step >= steps);
+            if let Some(job) = core.jobs.get_mut(&id) {
+                job.takeback = takeback;
+            }
             if was_at_work {
                 actions.extend(core.was_at_work(id, is_done, chosen.or(checkpoint)));
             } else if is_open {
                 actions.extend(core.waited(id, is_done));
             }
+            actions.extend(core.tell_awaited(id));
             if let Some(job) = core.jobs.get_mut(&id).filter(|job| job.recoveries.goes_on) {
                 // Where it waited to go on, its metrics still tell how far it was.
                 let step = reached.filter(|_| chosen.is_none()).map_or(0, |(step, _)| step).max(job.record.step);
@@ -150,6 +159,7 @@ impl Core {
             members: 0,
             owner: None,
             snapshots: Vec::new(),
+            placed: None,
         };
         let mut actions = vec![self.persist(record.clone(), true)];
         // Until this is on disk the job may be forgotten again, and whoever submitted it is told that it was not taken in.
@@ -290,6 +300,12 @@ impl Core {
                 self.checkpoint_finished(key, step, &path, checksum, now)
             }
             CoreEvent::CheckpointFailed { key, step, reason } => self.checkpoint_failed(key, step, &reason, now),
+            CoreEvent::Recorded { key, step } => {
+                if let Some(run) = self.run_mut(key) {
+                    run.recorded(step);
+                }
+                Vec::new()
+            }
             CoreEvent::Noticed { key, text } => match self.run_mut(key) {
                 Some(_) => self.notices(key.job, vec![text]),
                 None => Vec::new(),
@@ -342,9 +358,11 @@ impl Core {
     fn end(&mut self, job: JobId, state: JobState, reason: &str) -> Vec<Action> {
         let mut actions = self.measure_no_more(job);
         self.plan_no_more(job);
+        actions.extend(self.await_no_more(job, reason));
         actions.extend(self.told_last(job));
         if let Some(known) = self.jobs.get_mut(&job) {
             known.comeback.take_if(|_| state.is_final());
+            known.record.placed = None;
             // What was not sent yet is not needed any more.
             known.held.retain(|(_, action)| !matches!(action, Action::Send { .. } | Action::SendWeights { .. }));
         }

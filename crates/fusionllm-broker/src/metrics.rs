@@ -67,6 +67,11 @@ impl MetricsWriter {
         &mut self.lines
     }
 
+    /// Whether no line waits.
+    pub(crate) fn is_written(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
     /// Goes on in a file of this path, with all lines so far.
     ///
     /// # Errors

@@ -361,6 +361,7 @@ mod tests {
             members: 0,
             owner: None,
             snapshots: Vec::new(),
+            placed: None,
         };
         let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
         let data = DataReport {
@@ -414,6 +415,7 @@ mod tests {
             members: 0,
             owner: None,
             snapshots: Vec::new(),
+            placed: None,
         };
         let report = RunReport::of(&record, Totals::default(), None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));

@@ -55,6 +55,31 @@ pub(crate) struct JobRecord {
     /// The snapshots that CompNodes keep of it, oldest first.
     #[serde(default)]
     pub(crate) snapshots: Vec<SnapshotSet>,
+    /// Its last placement, from its start until it has ended.
+    #[serde(default)]
+    pub(crate) placed: Option<Placed>,
+}
+
+/// A placement that was started. The rest of it is in the run directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Placed {
+    /// What tells it from others: [`fusionllm_protocol::placement_hash`].
+    pub(crate) placement: String,
+    /// The step that it began with.
+    pub(crate) from: u64,
+    /// Its CompNodes, in its order.
+    pub(crate) members: Vec<PlacedMember>,
+}
+
+/// A CompNode of a placement.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PlacedMember {
+    /// Its name there.
+    pub(crate) name: String,
+    /// Its public key, which is that of one process.
+    pub(crate) key: [u8; 32],
+    /// The machine that it runs on.
+    pub(crate) host: String,
 }
 
 /// What all CompNodes of a placement held after a step.
@@ -222,6 +247,7 @@ mod tests {
             members: 0,
             owner: None,
             snapshots: Vec::new(),
+            placed: None,
         }
     }
 
@@ -251,7 +277,7 @@ mod tests {
         let path = folder.path().join("broker.redb");
         let store = Store::open(&path).unwrap();
         let mut old = serde_json::to_value(record(4)).unwrap();
-        for key in ["run", "checkpoint", "from_step", "data"] {
+        for key in ["run", "checkpoint", "from_step", "data", "placed"] {
             old.as_object_mut().unwrap().remove(key);
         }
         let write = store.database.begin_write().unwrap();

@@ -8,6 +8,7 @@ mod broker_wire;
 mod commands;
 mod config;
 mod keeping;
+mod kept;
 mod patience;
 mod running;
 mod scratch;
@@ -37,6 +38,8 @@ use survey::{Probes, Surveyor};
 
 /// The broker takes a CompNode for lost after several of these.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// After so many that are not answered checkpoints do not wait for the broker.
+const SILENT: u32 = 4;
 /// After so many of them the broker is told again how much memory is free.
 const ROOM_EVERY: u32 = 30;
 /// Largest control message: an assignment holds the graph and the task orders.
@@ -209,12 +212,14 @@ impl Node {
         let mut pause = BACK_OFF.0;
         let mut joined_before = false;
         loop {
-            let dialling = dial(self.endpoint.clone(), self.ticket.broker.clone(), self.hello());
+            let standing = self.standing();
+            let said = standing.as_ref().map(|standing| standing.key);
+            let dialling = dial(self.endpoint.clone(), self.ticket.broker.clone(), self.hello(standing));
             match self.meanwhile(inbox, dialling).await {
                 Ok(connected) => {
                     (joined_before, pause) = (true, BACK_OFF.0);
                     tracing::info!(name = %connected.name, device = self.surveyor.backend.name(), "joined the broker");
-                    let reason = self.session(connected, inbox).await;
+                    let reason = self.session(connected, said, inbox).await;
                     tracing::warn!(reason, "lost the broker, dialling until it is back");
                 }
                 // It would be refused again, however often it asks.
@@ -230,6 +235,11 @@ impl Node {
         }
     }
 
+    /// Whether more may be reported: jobs wait for a broker that takes nothing in.
+    fn has_room(&self) -> bool {
+        self.outbox.has_room() && self.job.as_ref().is_none_or(|job| job.kept.has_room())
+    }
+
     /// Waits for something without a broker; the job goes on meanwhile, as long as what it reports finds room.
     async fn meanwhile<T>(&mut self, inbox: &mut mpsc::Receiver<NodeEvent>, awaited: impl Future<Output = T>) -> T {
         tokio::pin!(awaited);
@@ -240,7 +250,7 @@ impl Node {
                 result = &mut awaited => return result,
                 () = sleep_until(given_up), if self.job.is_some() => self.give_job_up(),
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
-                Some(event) = inbox.recv(), if self.outbox.has_room() => {
+                Some(event) = inbox.recv(), if self.has_room() => {
                     let messages = self.handle(event);
                     self.tell(messages);
                 }
@@ -248,8 +258,13 @@ impl Node {
         }
     }
 
-    /// One connection to the broker, to its end. Gives why it ended.
-    async fn session(&mut self, connected: Connected, inbox: &mut mpsc::Receiver<NodeEvent>) -> String {
+    /// One connection to the broker, to its end. `said` is the job that it was told of. Gives why it ended.
+    async fn session(
+        &mut self,
+        connected: Connected,
+        said: Option<RunKey>,
+        inbox: &mut mpsc::Receiver<NodeEvent>,
+    ) -> String {
         let Connected { session, mut wire, resumed, .. } = connected;
         match resumed.map(|received| self.outbox.resume(received)) {
             Some(Ok(())) => {}
@@ -259,15 +274,17 @@ impl Node {
                 session.close(1, "its numbers are not ours");
                 return error.to_string();
             }
-            // Another broker process has another clock, and knows nothing of jobs.
             None => {
-                self.forget("the broker was lost");
+                self.begin_anew(said);
                 self.tell_held();
                 self.tell(self.is_leaving.then_some(FromCompNode::Leaving));
             }
         }
         self.has_joined = true;
         self.broker.send_replace(Some(session.clone()));
+        if let Some(job) = &self.job {
+            job.has_broker(Some(&session));
+        }
         let mut hearing = Hearing::new();
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -283,6 +300,9 @@ impl Node {
                     let unanswered = hearing.heartbeat(wire.heard());
                     if unanswered >= self.patience.heartbeats {
                         break format!("it says nothing to {unanswered} heartbeats");
+                    }
+                    if let Some(job) = &self.job {
+                        job.hears_of_broker(unanswered < SILENT);
                     }
                     let number = self.heartbeats.send();
                     self.tell_room();
@@ -301,7 +321,7 @@ impl Node {
                 Some(peer) = self.endpoint.accept() => self.accept_peer(peer),
                 Ok(stream) = session.accept_uni() => blob::announce(stream, self.events.clone()),
                 () = room => {}
-                Some(event) = inbox.recv(), if self.outbox.has_room() => {
+                Some(event) = inbox.recv(), if self.has_room() => {
                     let messages = self.handle(event);
                     self.tell(messages);
                 }
@@ -319,8 +339,28 @@ impl Node {
 
     /// All that was begun with the broker is over: it is joined as if for the first time.
     fn forget(&mut self, reason: &str) {
-        self.clock.forget();
         self.drop_job(reason);
+        self.forget_talk();
+    }
+
+    /// A broker process that knows nothing of this CompNode but what it said when it came: a job that is at work goes on until
+    /// that process has decided whether it takes it back.
+    fn begin_anew(&mut self, said: Option<RunKey>) {
+        match &mut self.job {
+            Some(job) if said == Some(job.key) => job.kept.wait(),
+            _ => self.drop_job("the broker was lost"),
+        }
+        self.forget_talk();
+        // It waits for what is gone by now.
+        let lost = said.filter(|_| self.job.is_none());
+        let reason = "it was dropped while the broker was away".to_owned();
+        self.tell(lost.map(|key| FromCompNode::Failed { key, reason, bad_input: false }));
+    }
+
+    /// What was said to a broker process, and by it, is nothing to another one.
+    fn forget_talk(&mut self) {
+        // It has another clock.
+        self.clock.forget();
         // Nobody waits for what comes of them, and another broker might take it for its own.
         self.surveyor.cancel_all();
         self.probes.end();
@@ -346,6 +386,9 @@ impl Node {
     }
 
     fn lose_broker(&mut self, code: u32) {
+        if let Some(job) = &self.job {
+            job.has_broker(None);
+        }
         if let Some(session) = self.broker.send_replace(None) {
             session.close(code, "leaving");
         }

@@ -2,6 +2,7 @@
 
 mod client;
 mod numbered;
+mod standing;
 
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
@@ -16,6 +17,7 @@ pub use client::{
     ClientRequest, CompNodeSummary, JobSummary, StatusReport, TicketRole, TicketState, TicketSummary, ToClient,
 };
 pub use numbered::{ControlStream, MOST_UNCONFIRMED, Numbered};
+pub use standing::{Standing, placement_hash};
 
 /// Second frame from whoever connects to the broker, after its [`crate::Greeting`].
 #[derive(Clone, Serialize, Deserialize)]
@@ -49,6 +51,8 @@ pub enum Role {
         /// After a break: number of the last message that it received from this broker, so that both can go on where
         /// they were ([`ControlStream::resume`]). Nothing: it has no past here.
         resume: Option<u64>,
+        /// The job that it is at work on, which a broker that was started again may take back.
+        standing: Option<Standing>,
     },
     /// A command such as `submit` or `status`, of an operator.
     Client,
@@ -117,6 +121,13 @@ pub enum FromBroker {
     Start {
         /// Which placement of which job it belongs to.
         key: RunKey,
+    },
+    /// A broker that was started again has the job back as it is: report what it has not written.
+    TakenBack {
+        /// Which placement of which job it belongs to.
+        key: RunKey,
+        /// The last step that it has written.
+        recorded: u64,
     },
     /// Encode one direction of a boundary edge by another codec from now on.
     SetCodec {
@@ -227,6 +238,8 @@ pub enum FromBroker {
         number: u64,
         /// The broker's clock, in seconds since it started.
         now_s: f64,
+        /// The last step of the receiver's job that is written: reports up to it need not be kept.
+        recorded: Option<(RunKey, u64)>,
     },
 }
 

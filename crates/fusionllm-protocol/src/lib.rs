@@ -25,8 +25,8 @@ mod wire;
 
 pub use control::{
     Assignment, BlobHeader, BlobKind, ClientRequest, CompNodeSummary, ControlStream, FromBroker, FromCompNode, Hello,
-    JobSummary, LinkSpeed, MOST_UNCONFIRMED, Numbered, Role, StatusReport, StepReport, TicketRole, TicketState,
-    TicketSummary, ToClient, WeightSource, Welcome,
+    JobSummary, LinkSpeed, MOST_UNCONFIRMED, Numbered, Role, Standing, StatusReport, StepReport, TicketRole,
+    TicketState, TicketSummary, ToClient, WeightSource, Welcome, placement_hash,
 };
 pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};

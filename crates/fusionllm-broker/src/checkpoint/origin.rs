@@ -39,6 +39,16 @@ impl Origin {
         carried.extend(source.map(|source| (TOKENIZER.to_owned(), source)));
     }
 
+    /// It is trained on this data by now. A tokenizer that is not the one of the data is left out.
+    pub(crate) fn trained_on(&mut self, data: Option<DataFingerprint>) {
+        let Some(data) = data else { return };
+        let is_other = |source: &str| content_hash(source.as_bytes()) != data.tokenizer.hash;
+        if self.tokenizer().is_some_and(is_other) {
+            self.set_tokenizer(None);
+        }
+        self.data = Some(data);
+    }
+
     /// Writes the files beside the shards.
     pub(super) fn write(&self, folder: &Path) -> Result<Vec<CarriedFile>, BrokerError> {
         let write = |(name, text): (&String, &String)| {

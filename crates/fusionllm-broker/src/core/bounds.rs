@@ -6,7 +6,7 @@ use fusionllm_protocol::{JobSpec, StepReport};
 
 /// Steps that the reports of one CompNode may be ahead of those of the slowest: what tiny steps amount to while a
 /// connection is out for as long as a lease lasts.
-const MOST_AHEAD: u64 = 100_000;
+pub(super) const MOST_AHEAD: u64 = 100_000;
 /// Checkpoints that a CompNode's shards may be ahead of its reports, which come by another stream.
 const SHARDS_AHEAD: u64 = 16;
 /// Notes that one placement's CompNodes may make.
@@ -63,9 +63,9 @@ impl Bounds {
         }
     }
 
-    /// Whether the CompNode can have come as far as this step, by what it reported.
-    pub(super) fn is_near(&self, node: NodeIndex, step: u64) -> bool {
-        let reported = self.reported.get(node.index()).copied().unwrap_or(0);
+    /// Whether the CompNode can have come as far as this step, by what it reported, or said before: it was at `said`.
+    pub(super) fn is_near(&self, node: NodeIndex, step: u64, said: u64) -> bool {
+        let reported = self.reported.get(node.index()).copied().unwrap_or(0).max(said);
         step.saturating_sub(reported) <= self.every.max(1).saturating_mul(SHARDS_AHEAD)
     }
 

@@ -56,6 +56,15 @@ impl Comeback {
         }
     }
 
+    /// Of a job on which so many CompNodes have trained on while the broker was away, which had written `step` steps: it did
+    /// not stand still.
+    pub(super) fn trained_on(step: u64, compnodes: usize, now: Duration) -> Self {
+        let mut comeback = Self::new(Fault::BrokerRestart, Vec::new(), step, Duration::ZERO, now);
+        comeback.placed(compnodes, now);
+        comeback.enter(Phase::Refill, now);
+        comeback
+    }
+
     /// Goes on with another phase.
     pub(super) fn enter(&mut self, phase: Phase, now: Duration) {
         let took = now.saturating_sub(self.since);

@@ -10,6 +10,7 @@ use fusionllm_protocol::{Fault, FromBroker, JobState, RunKey};
 
 use super::detector::SUSPECT;
 use super::registry::Registry;
+use super::run::Run;
 use super::schedule::needed;
 use super::{Action, ConnectionId, Core, Job};
 use crate::BrokerError;
@@ -79,6 +80,15 @@ impl Core {
         };
         let tell = |&to| Action::Send { to, message: FromBroker::Snapshot { key, step, halt: true } };
         run.members.iter().map(tell).collect()
+    }
+
+    /// A CompNode may have said that it leaves when its run was not taken back yet, or had not caught up.
+    pub(super) fn move_those_that_leave(&mut self, now: Duration) -> Vec<Action> {
+        let leaves = |run: &&Run| run.members.iter().any(|&member| self.compnodes.is_leaving(member));
+        let runs = self.jobs.values().filter_map(|job| job.run.as_ref());
+        let late = runs.filter(|run| run.was_taken_back() && run.has_caught_up()).filter(leaves);
+        let keys: Vec<RunKey> = late.map(|run| run.key).filter(|&key| self.survives(key)).collect();
+        keys.into_iter().flat_map(|key| self.move_away(key, now)).collect()
     }
 
     /// A run ends so that the job goes on without those that leave.

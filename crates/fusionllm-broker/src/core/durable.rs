@@ -188,6 +188,7 @@ fn told_to(action: &Action) -> Option<(ConnectionId, RunKey)> {
             let key = match message {
                 FromBroker::Assign(assignment) => assignment.key,
                 FromBroker::Start { key }
+                | FromBroker::TakenBack { key, .. }
                 | FromBroker::SetCodec { key, .. }
                 | FromBroker::PeerMoved { key, .. }
                 | FromBroker::Snapshot { key, .. } => *key,

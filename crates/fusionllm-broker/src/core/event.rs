@@ -8,7 +8,7 @@ use fusionllm_graph::OpDag;
 use fusionllm_planner::{Cluster, NodeIndex, Plan, PlanError, PlanSpec, Simulated};
 use fusionllm_protocol::{
     DataReport, DeviceProfile, FromBroker, FromCompNode, JobEvent, JobId, JobSpec, Notice, PeerRecord, RunKey,
-    StepMetrics,
+    Standing, StepMetrics,
 };
 
 use crate::BrokerError;
@@ -30,6 +30,8 @@ pub(crate) struct Joining {
     pub(crate) device: String,
     pub(crate) addr: PeerRecord,
     pub(crate) profile: DeviceProfile,
+    /// The job that it is at work on.
+    pub(crate) standing: Option<Standing>,
 }
 
 /// How the notice begins that says whose weights a job starts from.
@@ -74,6 +76,8 @@ pub(crate) enum CoreEvent {
     CheckpointFinished { key: RunKey, step: u64, path: PathBuf, checksum: String },
     /// A checkpoint cannot be kept.
     CheckpointFailed { key: RunKey, step: u64, reason: String },
+    /// All steps up to this one stand in the metrics.
+    Recorded { key: RunKey, step: u64 },
     /// Something that a job's user must see.
     Noticed { key: RunKey, text: String },
     /// Newer checkpoints than that of step `left` are not where they were, or there is none any more.
@@ -142,6 +146,8 @@ pub(crate) struct Restored {
     pub(crate) gone_for: Duration,
     /// Step of its newest whole checkpoint.
     pub(crate) checkpoint: Option<u64>,
+    /// The placement that may still be at work, as the record says.
+    pub(crate) placement: Option<PlacementFile>,
 }
 
 /// What a job starts from is to be read.
@@ -181,7 +187,7 @@ pub(crate) struct OpenRun {
     pub(crate) spec: JobSpec,
     pub(crate) graph: String,
     pub(crate) placement: PlacementFile,
-    /// The step as it was predicted.
-    pub(crate) predicted: Simulated,
+    /// The step as it was predicted, if that is still known.
+    pub(crate) predicted: Option<Simulated>,
     pub(crate) start_step: u64,
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::JobState;
 
+use super::awaited::TakeBack;
 use super::comeback::Comeback;
 use super::growth::Growth;
 use super::notices::Told;
@@ -44,6 +45,8 @@ pub(super) struct Job {
     pub(super) growth: Growth,
     /// The recovery under way.
     pub(super) comeback: Option<Comeback>,
+    /// The placement from before the broker's restart, while it may still be taken back.
+    pub(super) takeback: Option<TakeBack>,
     /// Number of the start that is being read.
     pub(super) loading: Option<u64>,
 }
@@ -70,6 +73,7 @@ impl Job {
             snapshots,
             growth: Growth::default(),
             comeback: None,
+            takeback: None,
             loading: None,
         }
     }

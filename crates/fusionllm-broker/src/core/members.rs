@@ -15,10 +15,12 @@ const LATE_TICK: Duration = Duration::from_secs(3);
 impl Core {
     /// A CompNode joins. Gives its name here.
     pub(crate) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> (String, Vec<Action>) {
-        let name = self.compnodes.join(connection, joining, now);
+        let (wanted, standing) = (joining.name.clone(), joining.standing.clone());
+        self.compnodes.join(connection, joining, now);
         self.survey.joined(connection, self.compnodes.all());
-        let actions = self.schedule(now);
-        (name, self.hold(actions))
+        let mut actions = self.stands(connection, &wanted, standing, now);
+        actions.extend(self.schedule(now));
+        (self.compnodes.name(connection), self.hold(actions))
     }
 
     /// The CompNode with this key, if it is here or may come back.
@@ -104,6 +106,8 @@ impl Core {
         self.jobs.values_mut().for_each(|job| job.snapshots.expire(now));
         let runs: Vec<RunKey> = self.jobs.values().filter_map(|job| Some(job.run.as_ref()?.key)).collect();
         actions.extend(runs.into_iter().flat_map(|key| self.take_snapshots(key, now)));
+        actions.extend(self.awaited_jobs(now));
+        actions.extend(self.move_those_that_leave(now));
         actions.extend(self.dismiss(now));
         actions.extend(self.grow(now));
         actions.extend(self.schedule(now));
@@ -120,6 +124,9 @@ impl Core {
         let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
         self.survey.left(connection);
         self.jobs.values_mut().for_each(|job| job.snapshots.gone(connection));
+        if let Some(key) = gone.run.filter(|&key| self.is_awaited(key)) {
+            return self.give_back(key.job, format!("CompNode `{}` vanished: {reason}", gone.name), now);
+        }
         let Some(key) = gone.run else {
             let mut actions = self.gone_too(connection, &gone.name);
             actions.extend(self.schedule(now));
@@ -185,25 +192,27 @@ impl Core {
         let is_wanted = |job: &&mut Job| !job.record.state.is_final() && job.loading == Some(number);
         let Some(known) = self.jobs.get_mut(&job).filter(is_wanted) else { return Vec::new() };
         known.loading = None;
-        let mut actions = Vec::new();
-        match result {
+        let mut actions = match result {
             Ok(start) => {
                 (known.record.step, known.record.loss) = match known.recoveries.goes_on {
+                    // How far it is the metrics say.
+                    true if known.takeback.is_some() => (known.record.step, known.record.loss),
                     true => known.snapshots.newest_after((start.step, start.loss)),
                     false => (start.step, start.loss),
                 };
                 known.record.run = Some(start.run.run.clone());
                 known.start = Some(start);
+                self.take_back(job, now)
             }
             // Its last checkpoint became whole after all.
             Err(BrokerError::NothingLeft { .. }) if known.recoveries.goes_on => {
-                actions = self.end(job, JobState::Done, "the job is done");
+                self.end(job, JobState::Done, "the job is done")
             }
             Err(error) => {
                 let state = JobState::Failed { reason: error.to_string(), bad_input: error.is_bad_input() };
-                actions = self.end(job, state, "what it starts from cannot be read");
+                self.end(job, state, "what it starts from cannot be read")
             }
-        }
+        };
         actions.extend(self.schedule(now));
         actions
     }

@@ -10,6 +10,7 @@ use super::comeback::Phase;
 use super::run::{MergedStep, Run};
 use super::{Action, ConnectionId, Core};
 use crate::checkpoint::FinishSpec;
+use crate::store::{Placed, PlacedMember};
 
 /// A job's progress is written to the store at most this often.
 const PERSIST_EVERY: Duration = Duration::from_secs(5);
@@ -20,7 +21,8 @@ impl Core {
         match message {
             FromCompNode::Heartbeat { number } => {
                 self.compnodes.beat(connection, now);
-                let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64() };
+                let recorded = self.recorded(connection);
+                let message = FromBroker::HeartbeatAck { number, now_s: now.as_secs_f64(), recorded };
                 vec![Action::Send { to: connection, message }]
             }
             FromCompNode::PeerHeard { key, peer, ago_s } => {
@@ -88,6 +90,13 @@ impl Core {
         }
     }
 
+    /// The placement on which a CompNode is at work, and how much of it is written.
+    fn recorded(&self, connection: ConnectionId) -> Option<(RunKey, u64)> {
+        let key = self.compnodes.run_of(connection)?;
+        let run = self.jobs.get(&key.job)?.run.as_ref().filter(|run| run.key == key)?;
+        Some((key, run.last_recorded()?))
+    }
+
     /// A CompNode cannot go on.
     fn failed(
         &mut self,
@@ -97,10 +106,13 @@ impl Core {
         bad_input: bool,
         now: Duration,
     ) -> Vec<Action> {
+        let name = self.compnodes.name(connection);
+        if self.is_awaited(key) && self.compnodes.run_of(connection) == Some(key) {
+            return self.give_back(key.job, format!("CompNode `{name}`: {reason}"), now);
+        }
         if self.run_mut(key).is_none_or(|run| run.node_of(connection).is_none()) {
             return Vec::new();
         }
-        let name = self.compnodes.name(connection);
         // What is wrong with the input is wrong on every machine; but what has been right before may only be away, as a disk
         // that is not there yet after a restart.
         let was_right = self.jobs.get(&key.job).is_some_and(|job| job.recoveries.has_worked);
@@ -133,7 +145,10 @@ impl Core {
         let Some(run) = self.run_mut(key) else { return actions };
         if run.ready(connection, now) {
             let members = run.members.clone();
+            let placed = self.placed(&members, key);
             if let Some(job) = self.jobs.get_mut(&key.job) {
+                // Whoever reads it after a restart knows who may be at work.
+                job.record.placed = placed;
                 // What lay after its start has been put aside.
                 job.record.from_step = None;
                 job.comeback.iter_mut().for_each(|comeback| comeback.enter(Phase::Refill, now));
@@ -147,6 +162,18 @@ impl Core {
             }
         }
         actions
+    }
+
+    /// What a restarted broker must know of a placement that starts now.
+    fn placed(&self, members: &[ConnectionId], key: RunKey) -> Option<Placed> {
+        let run = self.jobs.get(&key.job)?.run.as_ref()?;
+        let member = |(name, &c): (&String, &ConnectionId)| PlacedMember {
+            name: name.clone(),
+            key: self.compnodes.key(c),
+            host: self.compnodes.host(c).to_owned(),
+        };
+        let members = run.names().iter().zip(members).map(member).collect();
+        Some(Placed { placement: run.placement_hash()?, from: run.from(), members })
     }
 
     /// After a report: what is complete now?

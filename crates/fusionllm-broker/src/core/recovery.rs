@@ -119,6 +119,12 @@ impl Recoveries {
         (self.awaits, self.no_plan) = (None, None);
     }
 
+    /// It is at work as before: all that it waited for is there.
+    pub(super) fn taken_back(&mut self, has_worked: bool) {
+        (self.awaits, self.no_plan, self.told) = (None, None, None);
+        self.has_worked |= has_worked;
+    }
+
     /// It cannot be placed on these, for this reason: it waits until others are there.
     pub(super) fn cannot_be_placed(&mut self, members: Vec<ConnectionId>, reason: String) {
         self.no_plan = Some((members, reason));
@@ -249,7 +255,7 @@ impl Core {
 }
 
 /// How many CompNodes come back to a job after a restart; where that is not known, all that come in time.
-fn awaited(record: &JobRecord) -> usize {
+pub(super) fn awaited(record: &JobRecord) -> usize {
     if record.members == 0 { usize::MAX } else { record.members as usize }
 }
 

@@ -47,15 +47,15 @@ impl Member {
 pub(super) struct Registry(BTreeMap<ConnectionId, Member>);
 
 impl Registry {
-    /// Adds a CompNode under its name, or if that is taken, under one with a number. Gives the name.
-    pub(super) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> String {
-        let Joining { name: wanted, id, key, device, addr, profile } = joining;
+    /// Adds a CompNode under its name, or if that is taken, under one with a number.
+    pub(super) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) {
+        let Joining { name: wanted, id, key, device, addr, profile, standing: _ } = joining;
         let is_free = |name: &String| self.0.values().all(|m| m.name != *name);
         let numbered = (2..).map(|n| format!("{wanted}-{n}"));
         let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or_else(|| wanted.clone());
         let run = None;
         let member = Member {
-            name: name.clone(),
+            name,
             run,
             wanted,
             id,
@@ -69,7 +69,6 @@ impl Registry {
             leaving: None,
         };
         self.0.insert(connection, member);
-        name
     }
 
     /// Takes a CompNode out. Whoever waits for its name on the same machine, as its own process that was started again, has
@@ -214,6 +213,27 @@ impl Registry {
 
     pub(super) fn name(&self, connection: ConnectionId) -> String {
         self.0.get(&connection).map_or_else(|| "unknown".to_owned(), |m| m.name.clone())
+    }
+
+    /// Gives a CompNode this name; another that has it gets this one's.
+    pub(super) fn rename(&mut self, connection: ConnectionId, name: &str) {
+        let before = self.name(connection);
+        let other = self.0.iter().find(|(_, m)| m.name == *name).map(|(&other, _)| other);
+        for (who, name) in [(other, before.as_str()), (Some(connection), name)] {
+            if let Some(member) = who.and_then(|who| self.0.get_mut(&who)) {
+                name.clone_into(&mut member.name);
+            }
+        }
+    }
+
+    /// Its public key.
+    pub(super) fn key(&self, connection: ConnectionId) -> [u8; 32] {
+        self.0.get(&connection).map_or([0; 32], |m| m.key)
+    }
+
+    /// What it is at work on.
+    pub(super) fn run_of(&self, connection: ConnectionId) -> Option<RunKey> {
+        self.0.get(&connection)?.run
     }
 
     /// The machine that a CompNode runs on.

@@ -1,6 +1,7 @@
 //! One placement of a job at work: who is ready, what was reported, which shards are there.
 
 mod checkpoints;
+mod taken_back;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -76,6 +77,10 @@ pub(super) struct Run {
     pub(super) gone: Option<u64>,
     /// The step that it began with.
     from: u64,
+    /// Steps that are written.
+    recorded: u64,
+    /// Of one that was taken back: how far its CompNodes were then.
+    catches_up_at: u64,
     /// Who lends which snapshot to whom for it to begin with: borrower, snapshot, lender.
     loans: Vec<(ConnectionId, SnapshotId, ConnectionId)>,
     /// Whether one of these came to nothing.
@@ -127,6 +132,8 @@ impl Run {
             checkpoint: None,
             gone: None,
             from: start.step,
+            recorded: start.step,
+            catches_up_at: 0,
             loans: Vec::new(),
             loan_failed: false,
             weights_are_sent: start.weights.is_some(),

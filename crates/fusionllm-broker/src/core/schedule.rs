@@ -140,6 +140,9 @@ impl Core {
         let Some(known @ Job { record, start: Some(start), recoveries, .. }) = self.jobs.get(&job) else {
             return Err("what it starts from is being read".to_owned());
         };
+        if let Some(takeback) = &known.takeback {
+            return Err(takeback.waits());
+        }
         let (spec, now) = (&record.spec, self.ticked.unwrap_or_default());
         let mut idle = self.compnodes.idle();
         if recoveries.goes_on {
@@ -284,6 +287,7 @@ impl Core {
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         known.record.generation = Generation(known.record.generation.0 + 1);
+        known.record.placed = None;
         known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
         known.recoveries.placed();
         known.growth.placed(members.len());
@@ -303,7 +307,7 @@ impl Core {
             spec: spec.clone(),
             graph: start.graph.clone(),
             placement: PlacementFile::of(&placement, &start.dag, key.generation, prediction),
-            predicted,
+            predicted: Some(predicted),
             start_step: start.step,
         }))];
         actions.extend(self.notices(job, start.notices.clone()));

@@ -36,7 +36,8 @@ impl Core {
             return Vec::new();
         };
         let spec = &record.spec;
-        let Some(step_time) = run.step_time() else { return Vec::new() };
+        // Of a step that has passed already they would hear too late.
+        let Some(step_time) = run.step_time().filter(|_| run.has_caught_up()) else { return Vec::new() };
         snapshots.step_time = step_time;
         let bytes = spec.train.state_bytes(run.dag.param_bytes());
         let wanted = 1 + (spec.survive.copies as usize).min(run.members.len().saturating_sub(1));

@@ -7,12 +7,13 @@ use fusionllm_graph::Kernels;
 use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
 use fusionllm_protocol::{
     BlobHeader, BlobKind, DataFingerprint, DataReport, DeviceProfile, FileFingerprint, FromCompNode, LinkBytes,
-    PairProfile, PeerRecord, StepReport, TokenizerFingerprint, content_hash,
+    PairProfile, PeerRecord, Standing, StepReport, TokenizerFingerprint, content_hash,
 };
 
 mod comeback;
 mod recovery;
 mod snapshots;
+mod takeback;
 
 use super::members::LEASE;
 use super::*;
@@ -47,7 +48,8 @@ fn joining(name: &str) -> Joining {
         cpu: None,
         kernels: Kernels::Plain,
     };
-    Joining { name: name.to_owned(), id: "0707".to_owned(), key: [7; 32], device: "cpu".to_owned(), addr, profile }
+    let (id, device) = ("0707".to_owned(), "cpu".to_owned());
+    Joining { name: name.to_owned(), id, key: [7; 32], device, addr, profile, standing: None }
 }
 
 /// A CompNode joins and is measured. Gives what else happened.
@@ -292,7 +294,7 @@ fn a_silent_compnode_loses_its_lease() {
     let alive = CoreEvent::Said { connection: ConnectionId(1), message, at: almost };
     assert_eq!(
         sent(&tell(&mut core, alive, almost)),
-        [(1, &FromBroker::HeartbeatAck { number: 7, now_s: almost.as_secs_f64() })]
+        [(1, &FromBroker::HeartbeatAck { number: 7, now_s: almost.as_secs_f64(), recorded: None })]
     );
     let actions = tell(&mut core, CoreEvent::Tick, almost + Duration::from_secs(1));
     assert!(actions.iter().any(|a| matches!(a, Action::Disconnect { to: ConnectionId(2), .. })));
@@ -695,7 +697,8 @@ fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
     submit(&mut core, &["survive.enabled=false"]);
     let at_work = core.record(JobId(1)).unwrap().clone();
     let done = JobRecord { job: JobId(2), state: JobState::Done, ..at_work.clone() };
-    let known = |record| Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: None };
+    let known =
+        |record| Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: None, placement: None };
     let (mut core, actions) = Core::restore(vec![known(at_work), known(done)], ResumedBy::default());
     assert!(matches!(&actions[..], [Action::Persist { .. }, Action::WriteReport { .. }]), "{actions:?}");
     assert!(failure(&core).starts_with("the broker restarted after step 0; `fusionllm resume 1` begins anew"));
@@ -721,6 +724,7 @@ fn record(job: u64, state: JobState) -> JobRecord {
         members: 0,
         owner: None,
         snapshots: Vec::new(),
+        placed: None,
     }
 }
 
@@ -733,6 +737,7 @@ fn a_restart_goes_by_what_the_run_directory_knows() {
             reached: Some((reached, 1.5)),
             gone_for: Duration::ZERO,
             checkpoint: Some(checkpoint),
+            placement: None,
         }
     };
     let (core, _) = Core::restore(vec![at_work(1, 5, 3), at_work(2, 6, 6)], ResumedBy::default());
@@ -759,13 +764,25 @@ fn a_chosen_step_outlives_the_broker() {
     // It waits, and has not put the later steps aside yet.
     let waiting = JobRecord { state: JobState::Waiting { reason: String::new() }, ..kept.clone() };
     let (waits, _) = Core::restore(
-        vec![Restored { record: waiting, reached: Some((6, 1.5)), gone_for: Duration::ZERO, checkpoint: Some(6) }],
+        vec![Restored {
+            record: waiting,
+            reached: Some((6, 1.5)),
+            gone_for: Duration::ZERO,
+            checkpoint: Some(6),
+            placement: None,
+        }],
         ResumedBy::default(),
     );
     assert_eq!((waits.record(JobId(1)).unwrap().step, waits.record(JobId(1)).unwrap().loss), (3, None));
     let at_work = JobRecord { state: JobState::Preparing, ..kept };
     let (core_then, _) = Core::restore(
-        vec![Restored { record: at_work, reached: Some((6, 1.5)), gone_for: Duration::ZERO, checkpoint: Some(6) }],
+        vec![Restored {
+            record: at_work,
+            reached: Some((6, 1.5)),
+            gone_for: Duration::ZERO,
+            checkpoint: Some(6),
+            placement: None,
+        }],
         ResumedBy::default(),
     );
     assert!(failure(&core_then).starts_with("the broker restarted"), "the checkpoint of step 6 is not its future");
@@ -816,7 +833,7 @@ fn a_measurement_for_an_earlier_broker_is_not_believed() {
 fn what_waited_goes_on_waiting_after_a_restart() {
     let waiting = |job| {
         let record = record(job, JobState::Waiting { reason: "job 1 comes first".to_owned() });
-        Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: None }
+        Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: None, placement: None }
     };
     let (mut core, actions) = Core::restore(vec![waiting(1), waiting(2)], ResumedBy::default());
     assert!(matches!(&actions[..], [Action::Load(_), Action::Load(_)]), "{actions:?}");

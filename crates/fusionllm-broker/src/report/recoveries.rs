@@ -25,7 +25,8 @@ impl Recoveries {
         self.timed += 1;
         self.wall_s += match before {
             // Clocks may be set back.
-            Some(before) => (now - before).max(step.step_s),
+            // Reports of several steps may come at once.
+            Some(before) => (now - before).max(0.0),
             None => {
                 // The lines before were dropped, as their steps are done again.
                 let stood = |r: &Recovery| r.total_s() + r.lost_steps as f64 * step.step_s;

@@ -214,7 +214,8 @@ impl Keeper {
         {
             notices.push(gaps);
         }
-        let predicted = (open.placement.placement.compnodes.clone(), open.predicted);
+        let names = open.placement.placement.compnodes.clone();
+        let predicted = open.predicted.map(|predicted| (names, predicted));
         let run = RunFiles::new(open.key, opened, metrics, predicted, course, there, self.open_runs.clone());
         self.runs.insert(open.key, run);
         Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
@@ -335,7 +336,7 @@ mod tests {
             spec: spec.clone(),
             graph: "{}".to_owned(),
             placement,
-            predicted: Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() },
+            predicted: Some(Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() }),
             start_step: 4,
         };
         let open_runs = OpenRuns::new();

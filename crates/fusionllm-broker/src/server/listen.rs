@@ -71,14 +71,14 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
     session.admitted();
     let handle = door.handle.clone();
     match hello.role {
-        Role::CompNode { name, device, mut addr, mut profile, resume } => {
+        Role::CompNode { name, device, mut addr, mut profile, resume, standing } => {
             let device = clean_to(&device, DESCRIPTION_CHARS).into_owned();
             profile.host = clean_to(&profile.host, DESCRIPTION_CHARS).into_owned();
             addr.addrs.truncate(MOST_ADDRS);
             // Others let in who it says it is.
             addr.id = *session.peer().as_bytes();
             let (id, key) = (session.peer().to_string(), *session.peer().as_bytes());
-            let joining = crate::core::Joining { name, id, key, device, addr, profile };
+            let joining = crate::core::Joining { name, id, key, device, addr, profile, standing };
             compnode::serve(pass, session, joining, resume, sink, source, handle).await;
         }
         Role::Client => client::serve(pass, session, sink, source, handle).await,

@@ -177,6 +177,7 @@ mod tests {
             members: 0,
             owner: None,
             snapshots: Vec::new(),
+            placed: None,
         }
     }
 

@@ -57,7 +57,7 @@ impl RunFiles {
         key: RunKey,
         opened: OpenedRun,
         metrics: MetricsWriter,
-        predicted: (Vec<String>, Simulated),
+        predicted: Option<(Vec<String>, Simulated)>,
         course: Course,
         there: Option<There>,
         open_runs: OpenRuns,
@@ -72,7 +72,7 @@ impl RunFiles {
             metrics,
             notices: NoticesWriter::new(dir.notices()),
             dir,
-            predicted: Some(predicted),
+            predicted,
             trace: None,
             course,
             unpruned: None,
@@ -107,6 +107,9 @@ impl RunFiles {
             notices.extend(self.prune());
         }
         events.extend(self.noticed(notices));
+        if self.metrics.is_written() {
+            events.push(CoreEvent::Recorded { key: self.key, step: metrics.step });
+        }
         Ok(events)
     }
 

@@ -56,7 +56,11 @@ pub(super) fn restored(record: JobRecord) -> Restored {
     let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
     let checkpoint = if is_open { newest() } else { None };
     let gone_for = reached.and_then(|_| age(&RunDir::new(&record.run_dir).metrics())).unwrap_or_default();
-    Restored { record, reached, gone_for, checkpoint }
+    let run_dir = RunDir::new(&record.run_dir);
+    // Without it the job is placed anew.
+    let of_file = || run_dir.read_json(&run_dir.placement()).ok().flatten();
+    let placement = if is_open && record.placed.is_some() { of_file() } else { None };
+    Restored { record, reached, gone_for, checkpoint, placement }
 }
 
 /// How long ago a file was written last.
@@ -217,6 +221,7 @@ mod tests {
             members: 0,
             owner: None,
             snapshots: Vec::new(),
+            placed: None,
         }
     }
 

@@ -3,12 +3,14 @@
 use std::collections::VecDeque;
 
 use fusionllm_protocol::{
-    ControlStream, FromBroker, FromCompNode, Hello, MOST_UNCONFIRMED, Numbered, ProtocolError, Role, decode, encode,
+    ControlStream, FromBroker, FromCompNode, Hello, MOST_UNCONFIRMED, Numbered, ProtocolError, Role, Standing, decode,
+    encode,
 };
 use fusionllm_transport::{Endpoint, FrameSink, FrameSource, PeerAddr, Session, StreamMeter};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::running::RunningJob;
 use super::{CONTROL_MESSAGE_BYTES, Node};
 use crate::CompNodeError;
 use crate::knock::{Admitted, knock};
@@ -21,15 +23,21 @@ const OUTBOX: usize = 4096;
 
 impl Node {
     /// What it says of itself when it joins, or comes back.
-    pub(super) fn hello(&self) -> Hello {
+    pub(super) fn hello(&self, standing: Option<Standing>) -> Hello {
         let role = Role::CompNode {
             name: self.name.clone(),
             device: self.surveyor.backend.name().to_owned(),
             addr: peer_record(&self.endpoint.addr()),
             profile: self.profile.clone(),
             resume: self.has_joined.then(|| self.outbox.received()),
+            standing,
         };
         Hello { secret: *self.ticket.secret.as_bytes(), role }
+    }
+
+    /// The job that it is at work on, if there is one.
+    pub(super) fn standing(&self) -> Option<Standing> {
+        self.job.as_ref().and_then(RunningJob::standing)
     }
 }
 

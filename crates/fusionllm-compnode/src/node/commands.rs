@@ -14,20 +14,21 @@ impl Node {
     /// Does what the broker says. Gives the answer, if there is one at once.
     pub(super) fn obey(&mut self, message: FromBroker) -> Option<FromCompNode> {
         match message {
-            FromBroker::HeartbeatAck { number, now_s } => {
+            FromBroker::HeartbeatAck { number, now_s, recorded } => {
                 if let Some(sent) = self.heartbeats.answered(number) {
                     self.clock.learn(sent, now_s);
                 }
+                self.recorded(recorded);
                 None
             }
             FromBroker::Assign(assignment) => {
                 self.assign(*assignment);
                 None
             }
-            FromBroker::Start { key } => {
-                let (broker, clock) = (self.broker.subscribe(), Arc::clone(&self.clock));
-                let events = self.events.clone();
-                self.job_of(key)?.start(broker, events, clock)
+            FromBroker::Start { key } => self.start(key),
+            FromBroker::TakenBack { key, recorded } => {
+                self.taken_back(key, recorded);
+                None
             }
             FromBroker::SetCodec { key, edge, way, codec } => {
                 self.job_of(key)?.set_codec(edge, way, codec);
@@ -77,6 +78,32 @@ impl Node {
                 None
             }
         }
+    }
+
+    fn start(&mut self, key: RunKey) -> Option<FromCompNode> {
+        let (broker, clock, events) = (self.broker.borrow().clone(), Arc::clone(&self.clock), self.events.clone());
+        let job = self.job_of(key)?;
+        job.has_broker(broker.as_ref());
+        job.start(events, clock)
+    }
+
+    /// So much of a job is written.
+    fn recorded(&mut self, recorded: Option<(RunKey, u64)>) {
+        if let Some((key, step)) = recorded
+            && let Some(job) = self.job_of(key)
+        {
+            job.kept.recorded(step);
+        }
+    }
+
+    /// A broker that was started again has the job back: it hears of all that it has not written.
+    fn taken_back(&mut self, key: RunKey, recorded: u64) {
+        let broker = self.broker.borrow().clone();
+        let Some(job) = self.job_of(key) else { return };
+        let (told, has_finished) = job.kept.taken_back(recorded);
+        job.has_broker(broker.as_ref());
+        tracing::info!(job = %key.job, reports = told.len(), "the broker was started again and has the job back");
+        self.tell(told.into_iter().chain(has_finished.then_some(FromCompNode::Finished { key })));
     }
 
     /// Does what the broker says of snapshots, and of leaving.
@@ -166,7 +193,7 @@ impl Node {
                 }
                 None
             }
-            NodeEvent::Report(key, message) => self.job.as_ref().filter(|job| job.key == key).map(|_| *message),
+            NodeEvent::Report(key, message) => self.job_of(key)?.kept.report(*message),
             NodeEvent::Weights(weights) => {
                 match self.job.as_mut().filter(|job| job.key == weights.key()) {
                     Some(job) => job.receive(*weights),
@@ -183,10 +210,10 @@ impl Node {
     }
 
     fn ended(&mut self, key: RunKey, result: Result<(), CompNodeError>) -> Option<FromCompNode> {
-        self.job.as_ref().filter(|job| job.key == key)?;
+        let job = self.job_of(key)?;
         match result {
             // The wires stay up until the next assignment: peers may still wait for confirmations.
-            Ok(()) => Some(FromCompNode::Finished { key }),
+            Ok(()) => job.kept.finish().then_some(FromCompNode::Finished { key }),
             Err(error) => {
                 self.drop_job("failed on this CompNode");
                 Some(assignment::failed(key, &error))

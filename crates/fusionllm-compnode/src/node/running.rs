@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, NodeIndex, Way};
-use fusionllm_protocol::{Assignment, BlobHeader, BlobKind, FromCompNode, PeerRecord, RunKey, Snapshot, WeightSource};
+use fusionllm_protocol::{
+    Assignment, BlobHeader, BlobKind, FromCompNode, PeerRecord, RunKey, Snapshot, Standing, WeightSource,
+    placement_hash,
+};
 use fusionllm_transport::{Endpoint, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -15,8 +18,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::assignment::{BuildSite, Prepared, WeightsReceiver, failed, prepare};
+use super::kept::Kept;
 use super::scratch::shard_bytes;
-use super::sink::{NodeSink, SnapshotOrder};
+use super::sink::{BrokerAbsence, NodeSink, SnapshotOrder};
 use super::survey::Surveyor;
 use super::{NodeEvent, blob, keeping};
 use crate::CompNodeError;
@@ -64,6 +68,15 @@ pub(super) struct RunningJob {
     /// The step whose shard the broker has last settled.
     settled: watch::Sender<u64>,
     prepared: Option<Prepared>,
+    /// The [`placement_hash`] of its placement; nothing if that has none.
+    placement: Option<String>,
+    /// The connection to the broker, while there is one that has this job.
+    broker: watch::Sender<Option<Session>>,
+    /// Whether that broker is there: something was heard of it lately.
+    is_there: watch::Sender<bool>,
+    /// What the broker may not have written yet.
+    pub(super) kept: Kept,
+    has_started: bool,
 }
 
 impl RunningJob {
@@ -87,6 +100,7 @@ impl RunningJob {
         let Place { endpoint, surveyor, memory, readable, scratch, snapshots, events } = place;
         let peers: Vec<PeerId> = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
         let records = assignment.peers.clone();
+        let (placement, kept) = (placement_hash(&assignment.placement).ok(), Kept::new(assignment.start_step));
         // Those who train together keep each other's snapshots.
         snapshots.lend_to(key.job, peers.iter().copied());
         let mailbox = Arc::clone(&links.mailbox);
@@ -133,7 +147,39 @@ impl RunningJob {
             scratch,
             settled: watch::Sender::new(0),
             prepared: None,
+            placement,
+            broker: watch::Sender::new(None),
+            is_there: watch::Sender::new(true),
+            kept,
+            has_started: false,
         }
+    }
+
+    /// How it stands, once it has started.
+    pub(super) fn standing(&self) -> Option<Standing> {
+        let placement = self.placement.clone().filter(|_| self.has_started)?;
+        Some(Standing {
+            key: self.key,
+            placement,
+            kept_from: self.kept.first(),
+            done: self.kept.done(),
+            settled: *self.settled.borrow(),
+            halts: self.snapshot_due.halts(),
+        })
+    }
+
+    /// There is a connection to the broker, or there is none. One that has not taken the job back gets no shard: it would
+    /// not want it.
+    pub(super) fn has_broker(&self, session: Option<&Session>) {
+        let session = session.filter(|_| !self.kept.is_awaited());
+        self.hears_of_broker(session.is_some());
+        self.broker.send_replace(session.cloned());
+    }
+
+    /// Something is heard of the broker, or nothing is.
+    pub(super) fn hears_of_broker(&self, something: bool) {
+        let is_there = something && !self.kept.is_awaited();
+        self.is_there.send_if_modified(|was| std::mem::replace(was, is_there) != is_there);
     }
 
     /// What is held after this step, which is still to come, becomes a snapshot; if `halt` says so training ends with it.
@@ -179,18 +225,14 @@ impl RunningJob {
     }
 
     /// Starts the compute thread. Gives a message if that is not possible.
-    pub(super) fn start(
-        &mut self,
-        broker: watch::Receiver<Option<Session>>,
-        events: mpsc::Sender<NodeEvent>,
-        clock: Arc<ClockOffset>,
-    ) -> Option<FromCompNode> {
+    pub(super) fn start(&mut self, events: mpsc::Sender<NodeEvent>, clock: Arc<ClockOffset>) -> Option<FromCompNode> {
         let prepared = self.prepared.take()?;
+        self.has_started = true;
         let (key, links, runtime) = (self.key, Arc::clone(&self.links), Handle::current());
         links.dial_all();
         let (shards, shard_queue) = mpsc::channel(1);
         let (uploaded, all_uploaded) = oneshot::channel();
-        let line = blob::BrokerLine { broker, settled: self.settled.subscribe() };
+        let line = blob::BrokerLine { broker: self.broker.subscribe(), settled: self.settled.subscribe() };
         let uploads = upload_shards(line, key, prepared.plan.node, shard_queue);
         links.spawn(async move {
             // If nobody waits for it the job has ended.
@@ -201,6 +243,7 @@ impl RunningJob {
         let mailbox = Arc::clone(&links.mailbox);
         let (reports, codecs, folder) = (events.clone(), Arc::clone(&self.codecs), Arc::clone(&self.scratch));
         let (snapshots, snapshot_due) = (Arc::clone(&self.snapshots), Arc::clone(&self.snapshot_due));
+        let broker = BrokerAbsence::of(self.is_there.subscribe());
         let compute = move || {
             let exchange = NetworkExchange::new(exchange_links, runtime.clone());
             let Prepared { mut plan, executor, batches, permit, .. } = prepared;
@@ -209,8 +252,10 @@ impl RunningJob {
                 key,
                 node: plan.node,
                 shard_bytes: shard_bytes(&plan.dag, &plan.placement, plan.node, &plan.spec.train),
+                steps: plan.spec.train.steps,
                 events: reports,
                 shards,
+                broker,
                 mailbox,
                 clock,
                 folder,

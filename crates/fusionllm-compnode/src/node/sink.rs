@@ -1,13 +1,15 @@
 //! What the task loop gives: reports, checkpoint shards, snapshots.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{FromCompNode, RunKey, SnapshotId, StepReport};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 
 use super::{NodeEvent, keeping};
 use crate::checkpoint::{ShardFile, free_room};
@@ -21,9 +23,16 @@ use crate::{CompNodeError, ShardError};
 /// Between two looks at whether a placement that stands still has ended.
 const HALT_LOOK: Duration = Duration::from_millis(10);
 
+/// A shard for which there is no room waits so long for a broker that is away; then checkpoints are left out until it is back.
+const ABSENCE: Duration = Duration::from_secs(2);
+
 /// The snapshot that is asked for next, if any.
 #[derive(Debug, Default)]
-pub(super) struct SnapshotOrder(Mutex<Option<Order>>);
+pub(super) struct SnapshotOrder {
+    next: Mutex<Option<Order>>,
+    /// Whether training was ever to stand still: it does so until the placement ends.
+    halts: AtomicBool,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Order {
@@ -35,12 +44,46 @@ struct Order {
 impl SnapshotOrder {
     /// Takes the place of one that is not done yet.
     pub(super) fn set(&self, step: u64, halt: bool) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Order { step, halt });
+        self.halts.fetch_or(halt, Ordering::Relaxed);
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(Order { step, halt });
+    }
+
+    /// Whether training stands still, or is to.
+    pub(super) fn halts(&self) -> bool {
+        self.halts.load(Ordering::Relaxed)
     }
 
     /// Takes the order once its step is done, or has passed.
     fn take(&self, done: u64) -> Option<Order> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take_if(|order| order.step <= done)
+        self.next.lock().unwrap_or_else(PoisonError::into_inner).take_if(|order| order.step <= done)
+    }
+}
+
+/// Whether there is a broker that takes shards.
+pub(super) struct BrokerAbsence {
+    is_there: watch::Receiver<bool>,
+    /// Whether it was waited for in vain.
+    is_long: bool,
+}
+
+impl BrokerAbsence {
+    pub(super) fn of(is_there: watch::Receiver<bool>) -> Self {
+        Self { is_there, is_long: false }
+    }
+
+    /// Resolves once it is away for [`ABSENCE`], or is still away since that was last so.
+    async fn is_long(&mut self) {
+        loop {
+            if self.is_long && !*self.is_there.borrow() {
+                return;
+            }
+            self.is_long = false;
+            // Where the other end is gone the job is, and whoever waits for room learns that.
+            if self.is_there.wait_for(|is_there| !is_there).await.is_err() {
+                return std::future::pending().await;
+            }
+            self.is_long = timeout(ABSENCE, self.is_there.wait_for(|is_there| *is_there)).await.is_err();
+        }
     }
 }
 
@@ -50,8 +93,11 @@ pub(super) struct NodeSink {
     pub(super) node: NodeIndex,
     /// Bytes of a shard, nearly.
     pub(super) shard_bytes: u64,
+    /// The last step.
+    pub(super) steps: u64,
     pub(super) events: mpsc::Sender<NodeEvent>,
     pub(super) shards: mpsc::Sender<(u64, ShardFile)>,
+    pub(super) broker: BrokerAbsence,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) clock: Arc<ClockOffset>,
     pub(super) folder: Arc<Path>,
@@ -66,6 +112,20 @@ impl NodeSink {
     fn tell(&self, message: FromCompNode) -> Result<(), CompNodeError> {
         let sent = self.events.blocking_send(NodeEvent::Report(self.key, Box::new(message)));
         sent.map_err(|_| CompNodeError::Broker { reason: "the connection is gone".to_owned() })
+    }
+
+    /// Waits for a place for the shard of this step; nothing if the checkpoint is left out, since nobody takes those before it.
+    fn place(&mut self, step: u64) -> Result<Option<mpsc::OwnedPermit<(u64, ShardFile)>>, CompNodeError> {
+        let gone = |_| CompNodeError::Broker { reason: "it does not take checkpoint shards any more".to_owned() };
+        let (place, is_last) = (self.shards.clone().reserve_owned(), step == self.steps);
+        let absence = &mut self.broker;
+        self.runtime.block_on(async move {
+            tokio::select! {
+                biased;
+                place = place => place.map(Some).map_err(gone),
+                () = absence.is_long(), if !is_last => Ok(None),
+            }
+        })
     }
 
     fn write_snapshot(&self, id: SnapshotId, tensors: Vec<LazyTensor<'_>>) -> Result<(), ShardError> {
@@ -100,6 +160,10 @@ impl JobSink for NodeSink {
     }
 
     fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+        let Some(place) = self.place(step)? else {
+            let reason = "the broker was away, and those before it were waiting for it".to_owned();
+            return self.tell(FromCompNode::ShardFailed { key: self.key, step, reason });
+        };
         if free_room(&self.folder).is_some_and(|room| room / 2 < self.shard_bytes) {
             // A checkpoint goes before snapshots: where both do not fit, these make room.
             let gone = self.snapshots.all().into_iter().filter(|snapshot| snapshot.id.key.job == self.key.job);
@@ -119,8 +183,8 @@ impl JobSink for NodeSink {
             }
             Err(error) => return Err(error.into()),
         };
-        let sent = self.shards.blocking_send((step, shard));
-        sent.map_err(|_| CompNodeError::Broker { reason: "it does not take checkpoint shards any more".to_owned() })
+        place.send((step, shard));
+        Ok(())
     }
 
     fn snapshot(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {

@@ -10,7 +10,7 @@ use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, place};
 use fusionllm_protocol::{
     Assignment, BlobHeader, BlobKind, Channel, ControlStream, FromBroker, Generation, Greeting, Hello, JobId, JobSpec,
-    PeerFrame, PeerRecord, Role, RunKey, WeightSource, Welcome, decode, encode,
+    PeerFrame, PeerRecord, Role, RunKey, Standing, WeightSource, Welcome, decode, encode, placement_hash,
 };
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
@@ -44,6 +44,8 @@ struct BrokerEnd {
     control: ControlStream<FromBroker>,
     /// Where the CompNode is.
     addr: PeerAddr,
+    /// What it says that it is at work on.
+    standing: Option<Standing>,
 }
 
 impl House {
@@ -100,10 +102,11 @@ impl House {
         let (mut sink, mut source) = session.accept_bi().await.unwrap();
         assert_eq!(Greeting::from_bytes(&source.recv().await.unwrap().unwrap()), Some(Greeting::OURS));
         let hello = decode::<Hello>(&source.recv().await.unwrap().unwrap()).unwrap();
-        let Role::CompNode { addr, resume, .. } = hello.role else { panic!("a client") };
+        let Role::CompNode { addr, resume, standing, .. } = hello.role else { panic!("a client") };
         sink.send(&Greeting::OURS.to_bytes()).await.unwrap();
         sink.send(&encode(&Welcome::Accepted { name: "n".to_owned(), resumed }).unwrap()).await.unwrap();
-        (BrokerEnd { session, sink, source, control: ControlStream::default(), addr: peer_addr(&addr) }, resume)
+        let (control, addr) = (ControlStream::default(), peer_addr(&addr));
+        (BrokerEnd { session, sink, source, control, addr, standing }, resume)
     }
 }
 
@@ -144,7 +147,9 @@ impl BrokerEnd {
     async fn hear(&mut self) -> FromCompNode {
         loop {
             match self.hear_any().await {
-                FromCompNode::Heartbeat { number } => self.say(FromBroker::HeartbeatAck { number, now_s: 1.0 }).await,
+                FromCompNode::Heartbeat { number } => {
+                    self.say(FromBroker::HeartbeatAck { number, now_s: 1.0, recorded: None }).await
+                }
                 message => return message,
             }
         }
@@ -329,7 +334,9 @@ async fn what_does_not_fit_is_refused_with_the_numbers_before_it_is_tried() {
     loop {
         match broker.hear_all().await {
             FromCompNode::Room { bytes } => break assert!(bytes <= 1_000_000, "{bytes}"),
-            FromCompNode::Heartbeat { number } => broker.say(FromBroker::HeartbeatAck { number, now_s: 1.0 }).await,
+            FromCompNode::Heartbeat { number } => {
+                broker.say(FromBroker::HeartbeatAck { number, now_s: 1.0, recorded: None }).await
+            }
             message => panic!("{message:?}"),
         }
     }
@@ -436,7 +443,7 @@ async fn a_broker_that_answers_no_heartbeat_is_dialled_anew() {
     // One that answers is stayed with: it hears of probes after several heartbeats.
     for probe in 0..2 {
         let FromCompNode::Heartbeat { number } = broker.hear_any().await else { panic!() };
-        broker.say(FromBroker::HeartbeatAck { number, now_s: 1.0 }).await;
+        broker.say(FromBroker::HeartbeatAck { number, now_s: 1.0, recorded: None }).await;
         broker.say(FromBroker::AwaitProbe { probe, peer: PeerRecord { id: [0; 32], addrs: Vec::new() } }).await;
         assert!(matches!(broker.hear_any().await, FromCompNode::ProbeAwaited { .. }));
     }

@@ -1,6 +1,7 @@
 //! The binary as its users run it: real processes, real sockets on loopback.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a helper that fails is a test that fails")]
 
+mod away;
 mod bad_input;
 mod circles;
 mod cluster;

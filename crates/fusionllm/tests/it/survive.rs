@@ -98,15 +98,19 @@ fn a_machine_that_leaves_hands_its_work_over_and_nothing_is_done_again() {
     assert!(moves.len() == 2 && moves.iter().all(|text| !text.contains("done again")), "{notices:?}");
 }
 
+/// Where all its CompNodes are still at work it takes the job back as it is; here one dies with it.
 #[test]
 fn a_restarted_broker_goes_on_from_what_the_compnodes_kept() {
     let mut cluster = Cluster::at_work(&["a", "b"], "");
     cluster.broker.take().unwrap().signal("KILL");
+    cluster.kill("b");
     let known: fusionllm::transport::Ticket = cluster.ticket.parse().unwrap();
     let again = format!("broker --bind {} --state state --runs runs --json", known.broker.addrs[0]);
     let mut broker = cluster.bench.start(&again);
     broker.wait_for("ticket");
     cluster.broker = Some(broker);
+    let back = join(&cluster.bench, &cluster.ticket, "b");
+    cluster.nodes.push(("b", back));
     let notices = cluster.finish("");
     let told = |text: &String| text.contains("the broker restarted") && text.contains("from the snapshots of step");
     assert!(notices.iter().any(told), "{notices:?}");

@@ -90,7 +90,7 @@ impl Run {
         step: u64,
         bytes: u64,
     ) -> Result<bool, String> {
-        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step) {
+        if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step, self.catches_up_at) {
             return Ok(false);
         }
         self.bounds.check_shard(node, bytes).map(|()| true)

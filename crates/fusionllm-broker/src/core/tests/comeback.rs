@@ -168,7 +168,7 @@ fn who_goes_right_after_another_is_named_too() {
 fn after_a_restart_the_time_counts_for_which_the_broker_was_gone() {
     let record = JobRecord { members: 2, ..at_step_five(2).record(JobId(1)).unwrap().clone() };
     let gone_for = Duration::from_secs(7);
-    let known = Restored { record, reached: Some((5, 1.5)), gone_for, checkpoint: Some(3) };
+    let known = Restored { record, reached: Some((5, 1.5)), gone_for, checkpoint: Some(3), placement: None };
     let (mut core, actions) = Core::restore(vec![known], ResumedBy::default());
     loads(&mut core, actions, 0);
     for (connection, name) in [(1, "a"), (2, "b")] {

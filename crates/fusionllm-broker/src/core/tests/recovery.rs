@@ -182,7 +182,13 @@ fn a_job_that_does_not_fit_on_the_rest_waits() {
 fn a_restarted_broker_takes_its_jobs_back() {
     let record = JobRecord { step: 5, members: 2, ..at_step(5).record(JobId(1)).unwrap().clone() };
     let (mut core, actions) = Core::restore(
-        vec![Restored { record, reached: Some((5, 1.5)), gone_for: Duration::ZERO, checkpoint: Some(3) }],
+        vec![Restored {
+            record,
+            reached: Some((5, 1.5)),
+            gone_for: Duration::ZERO,
+            checkpoint: Some(3),
+            placement: None,
+        }],
         ResumedBy::default(),
     );
     let actions = measure(&mut core, actions);
@@ -201,7 +207,7 @@ fn a_compnode_that_stays_away_from_a_restarted_broker_is_done_without() {
     let state = JobState::Waiting { reason: "1 of 2 CompNodes are there".to_owned() };
     let record = JobRecord { state, members: 2, ..at_step(5).record(JobId(1)).unwrap().clone() };
     let (mut core, actions) = Core::restore(
-        vec![Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: Some(3) }],
+        vec![Restored { record, reached: None, gone_for: Duration::ZERO, checkpoint: Some(3), placement: None }],
         ResumedBy::default(),
     );
     load(&mut core, actions, 3, NOW);

@@ -186,7 +186,8 @@ fn what_cannot_be_kept_is_told_once_and_what_comes_too_late_is_not() {
 fn a_restarted_broker_goes_on_from_what_its_compnodes_still_have() {
     let before = with_snapshots();
     let record = JobRecord { step: 9, members: 2, ..before.record(JobId(1)).unwrap().clone() };
-    let restored = Restored { record, reached: Some((9, 1.5)), gone_for: Duration::ZERO, checkpoint: None };
+    let restored =
+        Restored { record, reached: Some((9, 1.5)), gone_for: Duration::ZERO, checkpoint: None, placement: None };
     let (mut core, actions) = Core::restore(vec![restored], ResumedBy::default());
     let actions = measure(&mut core, actions);
     load(&mut core, actions, 0, NOW);

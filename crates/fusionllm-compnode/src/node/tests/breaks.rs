@@ -152,3 +152,65 @@ async fn weights_that_broke_off_with_the_connection_are_taken_from_the_next_one(
     assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
     house.compnode.abort();
 }
+
+/// Waits for a sign of life, before which nothing must be told of the job.
+async fn hears_nothing_of_the_job(broker: &mut BrokerEnd) {
+    for _ in 0..2 {
+        let heard = broker.hear_any().await;
+        assert!(matches!(heard, FromCompNode::Heartbeat { .. }), "{heard:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_was_started_again_hears_of_all_that_it_has_not_written() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    assert_eq!(broker.standing, None);
+    let job = assignment(spec(house.folder.path(), "steps = 300"), &dag(256), 1, WeightSource::Seed(1));
+    let placement = placement_hash(&job.placement).unwrap();
+    broker.set_to_work(job).await;
+    steps_to(&mut broker, 5).await;
+    broker.say(FromBroker::HeartbeatAck { number: 0, now_s: 1.0, recorded: Some((key(1), 2)) }).await;
+    while broker.control.unconfirmed() > 0 {
+        broker.hear_any().await;
+    }
+    broker.session.close(1, "killed");
+    let (mut broker, _) = house.admit_to(None).await;
+    let standing = broker.standing.clone().unwrap();
+    assert_eq!((standing.key, standing.placement, standing.kept_from), (key(1), placement, 3));
+    assert!(standing.done >= 5 && standing.settled == 0 && !standing.halts);
+    // One that is killed again before it has decided has heard nothing.
+    hears_nothing_of_the_job(&mut broker).await;
+    broker.session.close(1, "killed again");
+    let (mut broker, _) = house.admit_to(None).await;
+    assert_eq!(broker.standing.as_ref().map(|standing| standing.kept_from), Some(3));
+    hears_nothing_of_the_job(&mut broker).await;
+    broker.say(FromBroker::TakenBack { key: key(1), recorded: 4 }).await;
+    assert_eq!(steps_to(&mut broker, 300).await, (5..=300).collect::<Vec<_>>());
+    assert_eq!(whole_shard(&broker.session).await, BlobKind::Shard { step: 300, node: NodeIndex(0) });
+    broker.say(FromBroker::ShardSettled { key: key(1), step: 300 }).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
+    // Whoever heard of the end may be killed, too.
+    broker.session.close(1, "killed once more");
+    let (mut broker, _) = house.admit_to(None).await;
+    let standing = broker.standing.clone().unwrap();
+    assert_eq!((standing.kept_from, standing.done, standing.settled), (5, 300, 300));
+    broker.say(FromBroker::TakenBack { key: key(1), recorded: 300 }).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Finished { .. }));
+    house.compnode.abort();
+}
+
+/// What was not at work yet is begun anew by the next broker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_has_not_started_is_nothing_to_another_broker() {
+    let house = House::new(None).await;
+    let mut broker = house.admit().await;
+    broker.assign(assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1))).await;
+    assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
+    broker.session.close(1, "killed");
+    let (mut broker, _) = house.admit_to(None).await;
+    assert_eq!(broker.standing, None);
+    broker.say(FromBroker::Start { key: key(1) }).await;
+    hears_nothing_of_the_job(&mut broker).await;
+    house.compnode.abort();
+}

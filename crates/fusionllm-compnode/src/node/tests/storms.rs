@@ -129,7 +129,7 @@ impl Broker {
             FromCompNode::Heartbeat { number } => {
                 life.has_spoken = true;
                 drop(life);
-                self.say(FromBroker::HeartbeatAck { number, now_s: 0.0 });
+                self.say(FromBroker::HeartbeatAck { number, now_s: 0.0, recorded: None });
             }
             FromCompNode::ProbeAwaited { probe } => {
                 life.answered.push(probe);
