@@ -52,7 +52,7 @@ EAGER = [
     ("41M", "tf32"),
     ("124M-32x1024", "bf16"),
 ]
-COMPILED = [("124M", "bf16", "default"), ("41M", "bf16", "default"), ("124M-32x1024", "bf16", "default")]
+COMPILED = [("41M", "bf16", "default"), ("124M", "bf16", "default"), ("124M-32x1024", "bf16", "default")]
 MORE = [
     ("41M", "bf16", "reduce-overhead"),
     ("124M", "bf16", "reduce-overhead"),

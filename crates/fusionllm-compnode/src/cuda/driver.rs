@@ -117,10 +117,12 @@ impl Driver {
         self.capability >= OLDEST_BF16
     }
 
-    /// Bytes of its memory that are free.
+    /// Bytes of its memory that are free: with the driver, or here for who takes memory next.
     pub(super) fn free_bytes(&self) -> Option<u64> {
         self.enter().ok()?;
-        result::mem_get_info().ok().map(|(free, _)| free as u64)
+        let (free, _) = result::mem_get_info().ok()?;
+        let here: usize = self.free().iter().map(|(bytes, addresses)| bytes * addresses.len()).sum();
+        Some((free + here) as u64)
     }
 
     /// Makes the context that of this thread.

@@ -76,13 +76,25 @@ pub(super) fn open_compiler(folders: &[PathBuf]) -> Result<(), Missing> {
     Err(Missing::Toolkit { library: "libnvrtc.so", wheel: "nvidia-cuda-nvrtc" })
 }
 
-/// Opens the library of this name in the first folder that has it, in the best version that is there.
+/// Opens the library of this name in the first folder that has it, in the best version that is there and that the driver
+/// can work with.
 fn open_in(folders: &[PathBuf], name: &str) -> bool {
-    let versions = MAJORS.iter().flat_map(|major| folders.iter().map(move |folder| (folder, major)));
+    let newest = driver_major();
+    let known =
+        MAJORS.iter().filter(|major| newest.is_none_or(|newest| major.parse::<i32>().is_ok_and(|m| m <= newest)));
+    let versions = known.flat_map(|major| folders.iter().map(move |folder| (folder, major)));
     versions.into_iter().any(|(folder, major)| {
         let path = folder.join(format!("lib{name}.so.{major}"));
         path.exists() && keep_open(&path)
     })
+}
+
+/// The newest major version of CUDA that the driver can work with.
+fn driver_major() -> Option<i32> {
+    let mut version = 0;
+    // SAFETY: the driver is there, and the number outlives the call.
+    let asked = has_driver() && unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version) }.result().is_ok();
+    asked.then_some(version / 1000)
 }
 
 fn keep_open(path: &Path) -> bool {

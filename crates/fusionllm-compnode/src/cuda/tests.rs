@@ -162,9 +162,12 @@ impl Trial {
                 let sum = executors[first].gradient(param, 0..count).unwrap();
                 executors[second].set_gradient(param, 0, sum).unwrap();
             }
-            if counted.insert(param) {
+            if executors.len() > 1 && counted.insert(param) {
                 squares += executors[holders[0]].squared_norm(&[param]).unwrap();
             }
+        }
+        if let [alone] = executors {
+            squares = alone.squared_norm(&self.dag.param_ids().collect::<Vec<_>>()).unwrap();
         }
         let norm = squares.sqrt();
         for executor in executors {
