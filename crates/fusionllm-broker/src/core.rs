@@ -144,23 +144,8 @@ impl Core {
         self.check_durable()?;
         self.last_job += 1;
         let job = JobId(self.last_job);
-        let record = JobRecord {
-            job,
-            spec,
-            state: JobState::Waiting { reason: String::new() },
-            step: start.step,
-            loss: start.loss,
-            run_dir,
-            generation: Generation(0),
-            run: Some(start.run.run.clone()),
-            checkpoint: None,
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
-            placed: None,
-        };
+        let (step, loss, run) = (start.step, start.loss, Some(start.run.run.clone()));
+        let record = JobRecord { step, loss, run, ..JobRecord::new(job, spec, run_dir) };
         let mut actions = vec![self.persist(record.clone(), true)];
         // Until this is on disk the job may be forgotten again, and whoever submitted it is told that it was not taken in.
         let first_number = self.last_write();

@@ -347,21 +347,11 @@ mod tests {
     #[test]
     fn a_report_says_what_came_out() {
         let record = JobRecord {
-            job: JobId(3),
-            spec: testing::spec(&[]),
             state: JobState::Done,
             step: 6,
             loss: Some(2.0),
-            run_dir: PathBuf::from("/runs/x"),
             generation: Generation(1),
-            run: None,
-            checkpoint: None,
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
-            placed: None,
+            ..JobRecord::new(JobId(3), testing::spec(&[]), PathBuf::from("/runs/x"))
         };
         let metrics: Vec<_> = (1..=6).map(|step| testing::metrics(step, 4.0 - step as f64 / 2.0)).collect();
         let data = DataReport {
@@ -401,21 +391,9 @@ mod tests {
     #[test]
     fn a_run_without_a_step_has_a_report_too() {
         let record = JobRecord {
-            job: JobId(1),
-            spec: testing::spec(&[]),
             state: JobState::Stopped,
-            step: 0,
-            loss: None,
-            run_dir: PathBuf::from("/runs/x"),
             generation: Generation(1),
-            run: None,
-            checkpoint: None,
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
-            placed: None,
+            ..JobRecord::new(JobId(1), testing::spec(&[]), PathBuf::from("/runs/x"))
         };
         let report = RunReport::of(&record, Totals::default(), None, None);
         assert_eq!((report.loss, report.tokens_per_s), (None, None));

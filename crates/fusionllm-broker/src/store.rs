@@ -105,6 +105,27 @@ pub(crate) struct SnapshotPart {
 }
 
 impl JobRecord {
+    /// A job of which nothing is done yet.
+    pub(crate) fn new(job: JobId, spec: JobSpec, run_dir: PathBuf) -> Self {
+        Self {
+            job,
+            spec,
+            state: JobState::Waiting { reason: String::new() },
+            step: 0,
+            loss: None,
+            run_dir,
+            generation: Generation(0),
+            run: None,
+            checkpoint: None,
+            from_step: None,
+            data: None,
+            members: 0,
+            owner: None,
+            snapshots: Vec::new(),
+            placed: None,
+        }
+    }
+
     /// As a line of a status report.
     pub(crate) fn summary(&self) -> JobSummary {
         JobSummary {
@@ -233,21 +254,13 @@ mod tests {
 
     fn record(job: u64) -> JobRecord {
         JobRecord {
-            job: JobId(job),
-            spec: testing::spec(&[]),
             state: JobState::Running,
             step: 3,
             loss: Some(2.5),
-            run_dir: PathBuf::from("/runs/x"),
             generation: Generation(1),
             run: Some(RunId::from_bytes([1; 16])),
             checkpoint: Some((3, "00".to_owned())),
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
-            placed: None,
+            ..JobRecord::new(JobId(job), testing::spec(&[]), PathBuf::from("/runs/x"))
         }
     }
 

@@ -1,6 +1,6 @@
 //! The seam behind which a framework and its devices stand: what a device is and can do, and who computes on it.
 //!
-//! All that knows a framework is one folder that implements [`Backend`] and [`Executor`]; today that is `burn`.
+//! All that knows a framework is one folder that implements [`Backend`] and [`Executor`]: `burn`, and `cuda`.
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -19,7 +19,7 @@ pub enum BorderTensor {
     Device(Arc<dyn DeviceTensor>),
 }
 
-/// An f32 tensor that an executor keeps on its device.
+/// A real tensor that an executor keeps on its device, in the type that it computes in; on the host it is f32.
 pub trait DeviceTensor: Any + fmt::Debug + Send + Sync {
     /// Its shape, outermost first.
     fn shape(&self) -> &[usize];

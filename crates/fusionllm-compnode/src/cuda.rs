@@ -58,31 +58,26 @@ impl CudaBackend {
             CompNodeError::DeviceChoice { reason: format!("device cuda:{index} does not work: {reason}") }
         };
         let driver = Arc::new(Driver::open(index).map_err(fail)?);
+        measure::try_out(&(Arc::clone(&driver) as Arc<dyn Gpu>)).map_err(fail)?;
         let name = format!("cuda:{index} ({})", driver.name());
         let gpu = Arc::clone(&driver) as Arc<dyn Gpu>;
         Ok(Self { driver, gpu, name })
     }
 
-    /// The first device, where there is one. One that lacks something is passed over with a warning.
+    /// The first device that works, where there is one. Those that lack something are passed over with a warning.
     pub(crate) fn open_if_any() -> Option<Self> {
-        if !driver::has_devices() {
-            return None;
-        }
-        match Self::open(0) {
+        (0..driver::devices()).find_map(|index| match Self::open(index) {
             Ok(backend) => Some(backend),
             Err(error) => {
-                tracing::warn!(%error, "the NVIDIA GPU is not used");
+                tracing::warn!(%error, "an NVIDIA GPU is not used");
                 None
             }
-        }
+        })
     }
 
-    fn check(&self, precision: Precision) -> Result<(), ExecutorError> {
-        if !self.has(precision) {
-            let reason = format!("{} does not compute in bf16: set train.precision to \"f32\"", self.name);
-            return Err(ExecutorError::Device { reason });
-        }
-        Ok(())
+    /// What it computes in where this is asked for.
+    fn precision(&self, asked: Precision) -> Precision {
+        if self.has(asked) { asked } else { Precision::F32 }
     }
 }
 
@@ -108,16 +103,22 @@ impl Backend for CudaBackend {
     }
 
     fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError> {
-        measure::measure_speed(&self.gpu)
+        let speed = measure::measure_speed(&self.gpu);
+        self.gpu.trim();
+        speed
     }
 
     fn measure_ops(&self, dag: &Arc<OpDag>, spec: &MeasureSpec, stop: &StopFlag) -> Result<Measured, ExecutorError> {
-        self.check(spec.precision)?;
-        measure::measure_ops(dag, spec, &self.gpu, stop)
+        let spec = MeasureSpec { precision: self.precision(spec.precision), ..*spec };
+        let measured = measure::measure_ops(dag, &spec, &self.gpu, stop);
+        self.gpu.trim();
+        measured
     }
 
     fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {
-        self.check(spec.precision)?;
-        Ok(Box::new(CudaExecutor::new(spec, &self.gpu, stop)?))
+        let precision = self.precision(spec.precision);
+        // What an earlier job has left has other sizes.
+        self.gpu.trim();
+        Ok(Box::new(CudaExecutor::new(spec.computing_in(precision), &self.gpu, stop)?))
     }
 }

@@ -1,4 +1,4 @@
-//! What a framework must be able to do to run a sub-DAG: the one seam behind which Burn stands.
+//! What a framework must be able to do to run a sub-DAG.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

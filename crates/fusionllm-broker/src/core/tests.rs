@@ -709,23 +709,9 @@ fn a_restart_fails_what_was_at_work_and_keeps_the_rest() {
 
 /// A record of a job of six steps.
 fn record(job: u64, state: JobState) -> JobRecord {
-    JobRecord {
-        job: JobId(job),
-        spec: testing::spec(&["placement.compnodes=1", "survive.enabled=false"]),
-        state,
-        step: 1,
-        loss: None,
-        run_dir: PathBuf::from(format!("/runs/{job}")),
-        generation: Generation(1),
-        run: None,
-        checkpoint: None,
-        from_step: None,
-        data: None,
-        members: 0,
-        owner: None,
-        snapshots: Vec::new(),
-        placed: None,
-    }
+    let spec = testing::spec(&["placement.compnodes=1", "survive.enabled=false"]);
+    let new = JobRecord::new(JobId(job), spec, PathBuf::from(format!("/runs/{job}")));
+    JobRecord { state, step: 1, generation: Generation(1), ..new }
 }
 
 #[test]

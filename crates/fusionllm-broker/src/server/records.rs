@@ -162,23 +162,7 @@ mod tests {
 
     fn record(job: u64, state: JobState) -> JobRecord {
         let (spec, run_dir) = (testing::spec(&[]), PathBuf::from("/r"));
-        JobRecord {
-            job: JobId(job),
-            spec,
-            state,
-            step: 0,
-            loss: None,
-            run_dir,
-            generation: Generation(1),
-            run: None,
-            checkpoint: None,
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
-            placed: None,
-        }
+        JobRecord { state, generation: Generation(1), ..JobRecord::new(JobId(job), spec, run_dir) }
     }
 
     #[test]

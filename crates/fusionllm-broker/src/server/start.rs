@@ -206,23 +206,8 @@ mod tests {
 
     /// A job that was stopped after five steps.
     fn record(run_dir: &Path, spec: JobSpec) -> JobRecord {
-        JobRecord {
-            job: JobId(1),
-            spec,
-            state: JobState::Stopped,
-            step: 5,
-            loss: None,
-            run_dir: run_dir.to_owned(),
-            generation: Generation(1),
-            run: None,
-            checkpoint: None,
-            from_step: None,
-            data: None,
-            members: 0,
-            owner: None,
-            snapshots: Vec::new(),
-            placed: None,
-        }
+        let (state, generation) = (JobState::Stopped, Generation(1));
+        JobRecord { state, generation, step: 5, ..JobRecord::new(JobId(1), spec, run_dir.to_owned()) }
     }
 
     /// A broker that was killed leaves the shards of a checkpoint that never became whole.

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_int};
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -21,8 +22,15 @@ const OLDEST: (i32, i32) = (7, 5);
 /// The oldest that computes in bf16: Ampere.
 const OLDEST_BF16: (i32, i32) = (8, 0);
 
-/// Memory is taken in multiples of so many bytes.
+/// The least bytes that are taken.
 const GRAIN: usize = 512;
+
+/// Bytes that are taken for so many: there are eight sizes between a power of two and the next, so that what one leaves
+/// fits the next.
+fn rounded(bytes: usize) -> usize {
+    let step = (1usize << bytes.max(1).ilog2()) / 8;
+    bytes.next_multiple_of(step.max(GRAIN))
+}
 
 /// An open device with one stream.
 pub(super) struct Driver {
@@ -35,7 +43,8 @@ pub(super) struct Driver {
     functions: Mutex<HashMap<Kernel, Function>>,
     /// Memory that was given back, by bytes: taking memory from the driver and giving it back makes the device wait.
     free: Mutex<BTreeMap<usize, Vec<u64>>>,
-    blas: Blas,
+    /// Closed before the context is.
+    blas: ManuallyDrop<Blas>,
 }
 
 /// A kernel's handle, valid as long as the context is.
@@ -56,9 +65,19 @@ impl fmt::Debug for Driver {
     }
 }
 
-/// Whether there is a driver with a device. It asks for nothing else, and quickly where there is none.
-pub(super) fn has_devices() -> bool {
-    libraries::has_driver() && result::init().is_ok() && result::device::get_count().is_ok_and(|count| count > 0)
+/// How many devices the driver has, which asks for nothing else. There may be no driver, or one that does not start.
+pub(super) fn devices() -> usize {
+    if !libraries::has_driver() {
+        return 0;
+    }
+    match result::init().and_then(|()| result::device::get_count()) {
+        Ok(count) => usize::try_from(count).unwrap_or(0),
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+        Err(error) => {
+            tracing::warn!(error = words(error), "the NVIDIA driver does not start, its GPUs are not used");
+            0
+        }
+    }
 }
 
 impl Driver {
@@ -75,7 +94,10 @@ impl Driver {
         let ordinal =
             ordinal.ok_or_else(|| fail(format!("there is no cuda:{index}, the driver has {count} devices")))?;
         let device = result::device::get(ordinal).map_err(failed)?;
-        let name = result::device::get_name(device).map_err(failed)?;
+        // The number of a device depends on what the process may see; its own id does not.
+        let id = result::device::get_uuid(device).map_err(failed)?.bytes;
+        let id: String = id.iter().take(4).map(|byte| format!("{:02x}", byte.to_ne_bytes()[0])).collect();
+        let name = format!("{}, GPU-{id}", result::device::get_name(device).map_err(failed)?);
         let attribute = |attribute| {
             // SAFETY: the device was just given by the driver.
             unsafe { result::device::get_attribute(device, attribute) }.map_err(failed)
@@ -93,7 +115,7 @@ impl Driver {
         // SAFETY: the context was just given by the driver.
         unsafe { result::ctx::set_current(context) }.map_err(failed)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
-        let (compiler, blas) = (Compiler::new(capability)?, Blas::new(capability)?);
+        let (compiler, blas) = (Compiler::new(capability)?, ManuallyDrop::new(Blas::new(capability)?));
         Ok(Self {
             device,
             context,
@@ -177,7 +199,7 @@ impl Driver {
 impl Gpu for Driver {
     fn take(&self, bytes: usize) -> Result<u64, ExecutorError> {
         self.enter()?;
-        let bytes = bytes.next_multiple_of(GRAIN);
+        let bytes = rounded(bytes);
         if let Some(address) = self.free().get_mut(&bytes).and_then(Vec::pop) {
             return Ok(address);
         }
@@ -195,7 +217,7 @@ impl Gpu for Driver {
 
     fn give_back(&self, address: u64, bytes: usize) {
         // What is still to be done with it comes before what its next owner does, on the one stream.
-        self.free().entry(bytes.next_multiple_of(GRAIN)).or_default().push(address);
+        self.free().entry(rounded(bytes)).or_default().push(address);
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), ExecutorError> {
@@ -244,6 +266,12 @@ impl Gpu for Driver {
         self.blas.multiply(product, operands, self.stream)
     }
 
+    fn trim(&self) {
+        if self.enter().is_ok() {
+            self.release();
+        }
+    }
+
     fn sync(&self) -> Result<(), ExecutorError> {
         self.enter()?;
         // SAFETY: the stream lives as long as this.
@@ -277,6 +305,8 @@ impl Drop for Driver {
         if self.enter().is_ok() {
             self.release();
         }
+        // SAFETY: nothing uses it after this.
+        unsafe { ManuallyDrop::drop(&mut self.blas) };
         // SAFETY: nothing uses stream and context after this.
         let freed = self.enter().is_ok() && unsafe { result::stream::destroy(self.stream) }.is_ok();
         // SAFETY: as above.

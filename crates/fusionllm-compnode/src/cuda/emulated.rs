@@ -142,6 +142,8 @@ impl Gpu for Emulated {
         Ok(())
     }
 
+    fn trim(&self) {}
+
     fn prepare(&self, _: &[Kernel]) -> Result<(), ExecutorError> {
         Ok(())
     }
@@ -222,6 +224,15 @@ pub(super) fn run_kernel_tests() -> Vec<String> {
     })
 }
 
+/// Whether there is no compiler for the kernels; says so.
+pub(super) fn is_left_out() -> bool {
+    let missing = Command::new(compiler()).arg("--version").output().is_err();
+    if missing {
+        eprintln!("left out: there is no C++ compiler ({})", compiler());
+    }
+    missing
+}
+
 fn compiler() -> String {
     std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned())
 }
@@ -229,7 +240,8 @@ fn compiler() -> String {
 fn compile(sources: &Path, words: &[u8], file: &str) -> PathBuf {
     let source = kernel::source(file).unwrap();
     let hash = blake3::hash(&[words, source.as_bytes()].concat()).to_hex();
-    let folder = std::env::temp_dir().join("fusionllm-emulated");
+    // Beside the test itself, where nobody else writes.
+    let folder = std::env::current_exe().unwrap().with_file_name("emulated-kernels");
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join(format!("{file}-{}.so", &hash[..16]));
     if !path.exists() {

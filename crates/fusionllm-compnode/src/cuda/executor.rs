@@ -32,18 +32,22 @@ pub(super) struct CudaExecutor {
     seed: u64,
     stages: BTreeMap<StageId, StageOps>,
     store: Store,
-    plans: BTreeMap<(StageId, usize, Pass), Arc<StagePlan>>,
+    plans: BTreeMap<SlotKey, Arc<StagePlan>>,
     scratch: Buffer,
     /// Slots that no micro-batch has.
-    slots: Vec<Buffer>,
+    slots: BTreeMap<SlotKey, Vec<Buffer>>,
     live: BTreeMap<(StageId, u32), Live>,
     owed: VecDeque<Owing>,
     stop: StopFlag,
 }
 
+/// What a slot is for: a stage, the rows of its micro-batches, and what they are for.
+type SlotKey = (StageId, usize, Pass);
+
 /// A micro-batch between FP and BP.
 #[derive(Debug)]
 struct Live {
+    key: SlotKey,
     plan: Arc<StagePlan>,
     slot: Buffer,
     context: Context,
@@ -91,7 +95,7 @@ impl CudaExecutor {
             store,
             plans: BTreeMap::new(),
             scratch: Buffer::take(gpu, 1)?,
-            slots: Vec::new(),
+            slots: BTreeMap::new(),
             live: BTreeMap::new(),
             owed: VecDeque::new(),
             stop,
@@ -123,12 +127,15 @@ impl CudaExecutor {
     }
 
     /// Memory for what a micro-batch keeps.
-    fn slot(&mut self, bytes: usize) -> Result<Buffer, ExecutorError> {
-        let fitting = self.slots.iter().enumerate().filter(|(_, slot)| slot.bytes() >= bytes);
-        match fitting.min_by_key(|(_, slot)| slot.bytes()).map(|(index, _)| index) {
-            Some(index) => Ok(self.slots.swap_remove(index)),
+    fn slot(&mut self, key: SlotKey, bytes: usize) -> Result<Buffer, ExecutorError> {
+        match self.slots.get_mut(&key).and_then(Vec::pop) {
+            Some(slot) => Ok(slot),
             None => Buffer::take(&self.gpu, bytes),
         }
+    }
+
+    fn give_back(&mut self, key: SlotKey, slot: Buffer) {
+        self.slots.entry(key).or_default().push(slot);
     }
 
     fn settle(&mut self) -> Result<(), ExecutorError> {
@@ -174,7 +181,8 @@ impl Executor for CudaExecutor {
     ) -> Result<StageOutput, ExecutorError> {
         let batch = inputs.iter().find_map(|(_, tensor)| tensor.shape().first().copied()).unwrap_or(1);
         let plan = self.plan(stage, batch, micro_batch.pass)?;
-        let slot = self.slot(plan.slot_bytes)?;
+        let key = (stage, batch, micro_batch.pass);
+        let slot = self.slot(key, plan.slot_bytes)?;
         let rows = self.fill(&plan, &slot, inputs)?;
         let context = Context { at: micro_batch, loss_scale: 1.0, rows };
         self.run(&plan.forward, &slot, &context)?;
@@ -189,9 +197,9 @@ impl Executor for CudaExecutor {
         }
         match micro_batch.pass {
             Pass::Train => {
-                self.live.insert((stage, micro_batch.index), Live { plan, slot, context });
+                self.live.insert((stage, micro_batch.index), Live { key, plan, slot, context });
             }
-            _ => self.slots.push(slot),
+            _ => self.give_back(key, slot),
         }
         Ok(output)
     }
@@ -216,7 +224,7 @@ impl Executor for CudaExecutor {
         let leave = |&(op, value): &(OpId, Value)| self.leave(op, value, &live.slot);
         let result = live.plan.input_gradients.iter().map(leave).collect::<Result<_, _>>()?;
         if live.plan.put_off.is_empty() {
-            self.slots.push(live.slot);
+            self.give_back(live.key, live.slot);
         } else {
             self.owed.push_back(Owing { stage, live, made: 0 });
         }
@@ -231,12 +239,14 @@ impl Executor for CudaExecutor {
         let Some(owing) = self.owed.front() else { return Ok(()) };
         if let Some(weight) = owing.live.plan.put_off.get(owing.made) {
             self.run(&weight.steps, &owing.live.slot, &owing.live.context)?;
+            // More would stand before what comes next, which others wait for.
+            self.gpu.sync()?;
         }
         if let Some(owing) = self.owed.front_mut() {
             owing.made += 1;
         }
         if let Some(done) = self.owed.pop_front_if(|owing| owing.made >= owing.live.plan.put_off.len()) {
-            self.slots.push(done.live.slot);
+            self.give_back(done.live.key, done.live.slot);
         }
         Ok(())
     }
@@ -259,6 +269,7 @@ impl Executor for CudaExecutor {
 
     fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
         self.check_range(param, &(start..start + values.len()))?;
+        self.settle_if_owed(param)?;
         self.store.write_gradient(&self.dag, param, start, values, false)
     }
 

@@ -39,6 +39,9 @@ pub(super) trait Gpu: fmt::Debug + Send + Sync {
     /// Waits until all is done.
     fn sync(&self) -> Result<(), ExecutorError>;
 
+    /// Gives memory that nobody has to whoever else uses the GPU.
+    fn trim(&self);
+
     /// Makes kernels ready that will be launched soon.
     fn prepare(&self, kernels: &[Kernel]) -> Result<(), ExecutorError>;
 }

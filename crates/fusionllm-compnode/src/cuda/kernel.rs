@@ -121,6 +121,7 @@ pub(super) const SOFTMAX_GRAD: Kernel = kernel("heads", "softmax_grad", 256);
 both!(ROW_DOT, "heads", "row_dot", 256);
 
 pub(super) const ADD_ROWS: Kernel = kernel("rows", "add_rows", 128);
+pub(super) const ADD_LISTED: Kernel = kernel("rows", "add_listed", 128);
 pub(super) const GATHER_ROWS: Kernel = kernel("rows", "gather_rows", 128);
 pub(super) const CHUNK_SQUARES: Kernel = kernel("squares", "chunk_squares", 256);
 pub(super) const SEGMENT_SUMS: Kernel = kernel("squares", "segment_sums", 256);

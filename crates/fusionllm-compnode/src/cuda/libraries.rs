@@ -57,20 +57,25 @@ fn open_each() -> Result<(), Missing> {
     if !has_driver() {
         return Err(Missing::Driver);
     }
-    let folders = folders();
-    // SAFETY: as above.
+    // SAFETY: asks whether the loader finds the library that the calls use.
     let blas = || unsafe { cudarc::cublaslt::sys::is_culib_present() };
-    if !(blas() || open_in(&folders, "cublasLt") && blas()) {
+    if !open_one("cublasLt", blas) {
         return Err(Missing::Toolkit { library: "libcublasLt.so", wheel: "nvidia-cublas" });
     }
-    open_compiler(&folders)
+    open_compiler()
+}
+
+/// Opens a library: in the folder that is named, else as the loader finds it, else where toolkits and wheels put it.
+fn open_one(name: &str, present: impl Fn() -> bool) -> bool {
+    let is_named = open_in(&named(), name);
+    (is_named || present() || open_in(&folders(), name)) && present()
 }
 
 /// Opens NVRTC, which needs no device.
-pub(super) fn open_compiler(folders: &[PathBuf]) -> Result<(), Missing> {
-    // SAFETY: asks whether the loader finds the library that the calls use.
+pub(super) fn open_compiler() -> Result<(), Missing> {
+    // SAFETY: as above.
     let present = || unsafe { cudarc::nvrtc::sys::is_culib_present() };
-    if present() || open_in(folders, "nvrtc") && present() {
+    if open_one("nvrtc", present) {
         return Ok(());
     }
     Err(Missing::Toolkit { library: "libnvrtc.so", wheel: "nvidia-cuda-nvrtc" })
@@ -111,14 +116,15 @@ fn keep_open(path: &Path) -> bool {
     }
 }
 
+/// The folder that the user names, and where it may have libraries.
+fn named() -> Vec<PathBuf> {
+    let folder = std::env::var_os(FOLDER).filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    folder.map_or(Vec::new(), |folder| vec![folder.join("lib64"), folder.join("lib"), folder])
+}
+
 /// Where the libraries may be, in the order in which they are looked for.
-pub(super) fn folders() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = Vec::new();
-    if let Some(folder) = std::env::var_os(FOLDER) {
-        let folder = PathBuf::from(folder);
-        folders.extend([folder.clone(), folder.join("lib64"), folder.join("lib")]);
-    }
-    folders.push(PathBuf::from("/usr/local/cuda/lib64"));
+fn folders() -> Vec<PathBuf> {
+    let mut folders = vec![PathBuf::from("/usr/local/cuda/lib64")];
     let mut toolkits = entries_of(Path::new("/usr/local"), "cuda-");
     toolkits.sort();
     folders.extend(toolkits.into_iter().rev().map(|toolkit| toolkit.join("lib64")));

@@ -11,7 +11,7 @@ use fusionllm_planner::{FpBp, Measured, StageId};
 use fusionllm_protocol::Pass;
 
 use super::executor::CudaExecutor;
-use super::gpu::{Buffer, Element, Gpu, Matrix, Operands, Packed, Product, bytes_of_f32};
+use super::gpu::{Buffer, Element, Gpu, Matrix, Operands, Packed, Product, bytes_of_f32, f32_of_bytes};
 use super::kernel;
 use super::layout::{CHUNK, DECAY_ELEMENTS};
 use crate::ExecutorError;
@@ -28,6 +28,41 @@ const ELEMENTS: usize = 16 << 20;
 /// What is timed is done so often in a row, since single launches are shorter than the clock can tell.
 const REPEATS: usize = 8;
 
+/// Has a kernel and a matrix product compute something, and compares.
+///
+/// # Errors
+/// [`ExecutorError::Device`] if the device fails or computes something else.
+pub(super) fn try_out(gpu: &Arc<dyn Gpu>) -> Result<(), ExecutorError> {
+    const SIDE: usize = 32;
+    let (ones, result) = (Buffer::take(gpu, SIDE * SIDE * 4)?, Buffer::take(gpu, SIDE * SIDE * 4)?);
+    gpu.upload(ones.address(), &bytes_of_f32(&[1.0; SIDE * SIDE]))?;
+    let (a, d) = (ones.address(), result.address());
+    gpu.multiply(&square(SIDE), Operands { a, b: a, c: 0, d, bias: 0, alpha: 1.0 })?;
+    add(gpu, [a, d, d], SIDE * SIDE)?;
+    let mut bytes = [0; SIDE * SIDE * 4];
+    gpu.download(d, &mut bytes)?;
+    if f32_of_bytes(&bytes).iter().all(|&value| value == (SIDE + 1) as f32) {
+        return Ok(());
+    }
+    Err(ExecutorError::Device { reason: "it computes wrong sums".to_owned() })
+}
+
+/// A product of square f32 matrices.
+fn square(side: usize) -> Product {
+    let matrix = Matrix::new(Element::F32, side);
+    let [m, n, k] = [side; 3];
+    Product { m, n, k, a: matrix, b: matrix, d: matrix, batch: 1, tf32: false, adds: false, bias: false }
+}
+
+/// Adds tensors of f32: a, b, and where the sum goes.
+fn add(gpu: &Arc<dyn Gpu>, addresses: [u64; 3], count: usize) -> Result<(), ExecutorError> {
+    let mut arguments = Packed::default();
+    addresses.into_iter().for_each(|address| arguments.pointer(address));
+    arguments.u32(count as u32);
+    let grid = [count.div_ceil(kernel::elements(Element::F32)) as u32, 1];
+    gpu.launch(kernel::ADD.of(Element::F32), grid, arguments.bytes())
+}
+
 /// S and the speed of memory.
 ///
 /// # Errors
@@ -35,31 +70,11 @@ const REPEATS: usize = 8;
 pub(super) fn measure_speed(gpu: &Arc<dyn Gpu>) -> Result<DeviceSpeed, ExecutorError> {
     let side = filled(gpu, SIDE * SIDE)?;
     let (other, result) = (filled(gpu, SIDE * SIDE)?, Buffer::take(gpu, SIDE * SIDE * 4)?);
-    let matrix = Matrix::new(Element::F32, SIDE);
-    let product = Product {
-        m: SIDE,
-        n: SIDE,
-        k: SIDE,
-        a: matrix,
-        b: matrix,
-        d: matrix,
-        batch: 1,
-        tf32: false,
-        adds: false,
-        bias: false,
-    };
+    let product = square(SIDE);
     let (a, b, d) = (side.address(), other.address(), result.address());
     let operands = Operands { a, b, c: 0, d, bias: 0, alpha: 1.0 };
     let [product_s] = median_of_runs(|| Ok([timed(gpu, || gpu.multiply(&product, operands))?]))?;
-    let [sum_s] = median_of_runs(|| {
-        Ok([timed(gpu, || {
-            let mut arguments = Packed::default();
-            [a, b, d].into_iter().for_each(|address| arguments.pointer(address));
-            arguments.u32((SIDE * SIDE) as u32);
-            let grid = [(SIDE * SIDE / kernel::elements(Element::F32)) as u32, 1];
-            gpu.launch(kernel::ADD.of(Element::F32), grid, arguments.bytes())
-        })?])
-    })?;
+    let [sum_s] = median_of_runs(|| Ok([timed(gpu, || add(gpu, [a, b, d], SIDE * SIDE))?]))?;
     let flops = 2.0 * (SIDE as f64).powi(3);
     Ok(DeviceSpeed { flop_per_s: flops / product_s, memory_bytes_per_s: (3 * 4 * SIDE * SIDE) as f64 / sum_s })
 }

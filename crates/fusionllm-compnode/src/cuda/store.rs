@@ -256,14 +256,14 @@ impl Store {
         values: &[f32],
     ) -> Result<(), ExecutorError> {
         self.meet(dag)?;
-        let (Extent { start, .. }, columns) = (self.extent(param)?, columns(dag, param)? as usize);
-        let old = self.gradient_of_rows(dag, param, rows)?;
-        for ((&row, values), old) in rows.iter().zip(values.chunks_exact(columns)).zip(old.chunks_exact(columns)) {
-            let sums: Vec<f32> = values.iter().zip(old).map(|(value, old)| value + old).collect();
-            let at = self.gradients.address() + (start + row as usize * columns) as u64 * 4;
-            self.gpu.upload(at, &bytes_of_f32(&sums))?;
-        }
-        Ok(())
+        let (Extent { start, .. }, columns) = (self.extent(param)?, columns(dag, param)?);
+        let (listed, values) = (self.list(rows)?, uploaded(&self.gpu, &bytes_of_f32(values))?);
+        let mut arguments = Packed::default();
+        arguments.pointer(self.gradients.address() + start as u64 * 4);
+        arguments.pointer(values.address());
+        arguments.pointer(listed.address());
+        arguments.u32(columns);
+        self.gpu.launch(kernel::ADD_LISTED, [number(rows.len())?, 1], arguments.bytes())
     }
 
     /// Sums of squares of the gradients of these parameters, in their order.

@@ -32,6 +32,7 @@ impl CudaExecutor {
             };
             let tensor = inputs.remove(&op).ok_or_else(missing)?;
             check_input(&self.dag, op, &tensor)?;
+            self.check_rows_of(op, &tensor, &value)?;
             match dtype {
                 DType::F32 => self.bring(tensor, slot.address() + value.place.offset as u64)?,
                 DType::I32 => {
@@ -49,6 +50,15 @@ impl CudaExecutor {
         }
         self.gpu.upload(slot.address(), &integers)?;
         Ok(rows)
+    }
+
+    /// Memory is planned for micro-batches of so many rows.
+    fn check_rows_of(&self, op: OpId, tensor: &BorderTensor, value: &Value) -> Result<(), ExecutorError> {
+        if tensor.shape().iter().product::<usize>() == value.rows * value.columns {
+            return Ok(());
+        }
+        let (op, got) = (self.dag.op(op).name.clone(), tensor.shape().to_vec());
+        Err(ExecutorError::Shape { op, expected: vec![value.rows, value.columns], got })
     }
 
     /// Kernels trust that ids are rows of the table and labels columns of the logits.
@@ -109,7 +119,11 @@ impl CudaExecutor {
         for &(op, value) in &live.plan.seeds {
             let (at, bytes) =
                 (self.address(value.place, &live.slot), value.rows * value.columns * self.element().bytes());
-            let mut came = by_op.remove(&op).unwrap_or_default().into_iter();
+            let came = by_op.remove(&op).unwrap_or_default();
+            for gradient in &came {
+                self.check_rows_of(op, gradient, &value)?;
+            }
+            let mut came = came.into_iter();
             match came.next() {
                 Some(first) => self.bring(first, at)?,
                 None => self.gpu.zero(at, bytes)?,

@@ -1,4 +1,5 @@
-//! Attention: flash kernels for the usual widths of heads, else matrix products over whole rows of scores.
+//! Attention: flash kernels for the usual widths of heads, else matrix products over whole rows of scores. In tf32 the
+//! flash kernels compute in f32: what they save in memory traffic is more than what tensor cores would.
 
 use fusionllm_graph::OpId;
 use fusionllm_protocol::Precision;
@@ -69,7 +70,7 @@ impl Planner<'_> {
             Some(flash) => {
                 let at = [Argument::At(qkv.place), Argument::At(value.place), super::backward::or_null(sums)];
                 let arguments = [at.as_slice(), &flash_numbers(sizes)?].concat();
-                let grid = [blocks(sizes.seq, kernel::FLASH_ROWS)?, number(sizes.all_heads())?];
+                let grid = [blocks(sizes.seq, kernel::FLASH_ROWS)?, grid_heads(sizes)?];
                 self.plan.forward.push(launch(flash.forward, grid, arguments));
             }
             None => self.forward_by_products(&qkv, &value, sums, sizes)?,
@@ -142,7 +143,7 @@ impl Planner<'_> {
         let at = [qkv.place, dy.place, sums, dot, dx.place].map(Argument::At);
         let arguments = [at.as_slice(), &flash_numbers(sizes)?].concat();
         for kernel in [flash.kv_grad, flash.q_grad] {
-            let grid = [blocks(sizes.seq, kernel::FLASH_ROWS)?, number(sizes.all_heads())?];
+            let grid = [blocks(sizes.seq, kernel::FLASH_ROWS)?, grid_heads(sizes)?];
             self.plan.backward.push(launch(kernel, grid, arguments.clone()));
         }
         Ok(())
@@ -256,6 +257,13 @@ enum Kind {
     Mix,
     /// aᵀ [S, S] · b [S, K].
     MixTransposed,
+}
+
+/// The second dimension of a grid, which NVIDIA bounds.
+fn grid_heads(sizes: Sizes) -> Result<u32, ExecutorError> {
+    u16::try_from(sizes.all_heads()).map(u32::from).map_err(|_| ExecutorError::Device {
+        reason: format!("{} sequences of {} heads are more than the GPU's attention takes at once (65,535 in all): take smaller micro-batches", sizes.batch, sizes.heads),
+    })
 }
 
 fn flash_numbers(sizes: Sizes) -> Result<Vec<Argument>, ExecutorError> {

@@ -274,7 +274,9 @@ impl Planner<'_> {
         let [(input, logits), (_, labels)] = [self.input(op, 0)?, self.input(op, 1)?];
         let losses = self.temporary(logits.rows * 4);
         let mean = self.keep(4);
-        let alone = self.spec.dag.consumers(input).iter().filter(|c| self.inside.contains(c)).count() == 1
+        let made_by_product = matches!(self.spec.dag.op(input).kind, OpKind::Linear { .. });
+        let alone = made_by_product
+            && self.spec.dag.consumers(input).iter().filter(|c| self.inside.contains(c)).count() == 1
             && !self.spec.stage.leaving.contains(&input);
         let gradient = if !self.spec.training {
             Argument::Null

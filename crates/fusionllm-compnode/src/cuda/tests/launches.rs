@@ -7,7 +7,7 @@ use std::time::Instant;
 use fusionllm_graph::{Gpt2Config, gpt2};
 use fusionllm_protocol::Precision;
 
-use super::{Driver, Trial, driver, executor};
+use super::{Trial, a_real_gpu, executor};
 use crate::ExecutorError;
 use crate::cuda::gpu::{Gpu, Kernel, Operands, Product};
 
@@ -78,6 +78,10 @@ impl Gpu for Timed {
         self.inner.sync()
     }
 
+    fn trim(&self) {
+        self.inner.trim();
+    }
+
     fn prepare(&self, kernels: &[Kernel]) -> Result<(), ExecutorError> {
         self.inner.prepare(kernels)
     }
@@ -86,10 +90,7 @@ impl Gpu for Timed {
 #[test]
 #[ignore = "prints times, on a real GPU"]
 fn time_per_launch() {
-    if !driver::has_devices() {
-        return;
-    }
-    let device = Arc::new(Driver::open(0).unwrap()) as Arc<dyn Gpu>;
+    let Some(device) = a_real_gpu() else { return };
     for (layers, vocab, seq, batch) in [(4, 8192, 256, 4), (12, 50257, 512, 4), (12, 50257, 1024, 32)] {
         for precision in [Precision::F32, Precision::Tf32, Precision::Bf16] {
             if seq == 1024 && precision != Precision::Bf16 {

@@ -11,6 +11,11 @@ void test(u32 dim) {
     auto is_listed = [&](size_t i) { return i / dim == 1 || i / dim == 4 || i / dim == 8; };
     compare("add_rows into", sum, [&](size_t i) { return into.at(i) + (is_listed(i) ? from.at(i) : 0.); }, 1e-6);
     compare("add_rows from", rest, [&](size_t i) { return is_listed(i) ? 0. : from.at(i); }, 0.);
+    Tensor<float> values((size_t)3 * dim, 2.f), more = into.copy();
+    RUN_PLAIN(add_listed, 3, 1, more.data(), values.data(), listed.data(), dim);
+    auto place = [&](size_t row) { return row == 1 ? 0 : row == 4 ? 1 : 2; };
+    auto added = [&](size_t i) { return is_listed(i) ? values.at((size_t)place(i / dim) * dim + i % dim) : 0.; };
+    compare("add_listed", more, [&](size_t i) { return into.at(i) + added(i); }, 1e-6);
     RUN_PLAIN(gather_rows, 3, 1, into.data(), listed.data(), out.data(), dim);
     compare("gather_rows", out, [&](size_t i) { return into.at((size_t)rows[i / dim] * dim + i % dim); }, 0.);
 }
