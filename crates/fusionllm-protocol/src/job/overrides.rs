@@ -10,10 +10,6 @@ pub(super) fn apply(table: &mut Table, given: &str) -> Result<(), JobError> {
     let (path, value) = given.split_once('=').ok_or_else(malformed)?;
     let path = path.trim();
     let value = read_value(value.trim());
-    // In a file it is the default, written out.
-    if path == "placement.stages" && matches!(&value, Value::Array(entries) if entries.is_empty()) {
-        return Err(JobError::Value { key: path.to_owned(), reason: super::refusal::EMPTY.to_owned() });
-    }
     let (section, key) = match path.split_once('.') {
         Some((section, key)) => (section, key),
         None if path == "name" => ("", path),

@@ -127,7 +127,6 @@ fn an_empty_value_is_not_a_path() {
         check_error(&[&format!("{key}=")], &format!("`{key}`: {empty}"));
         check_error(&[&format!("{key}=\" \"")], &format!("`{key}`: {empty}"));
     }
-    check_error(&["placement.stages=[]"], &format!("`placement.stages`: {empty}"));
     let model = read("[model]\npath = \"\"\n[data]\npath = \"text\"\n", &[]).unwrap_err().to_string();
     assert_eq!(model, format!("`model.path`: {empty}"));
     let expected = "`data.path`: is empty, expected the path of a file or folder, or a list of paths";
