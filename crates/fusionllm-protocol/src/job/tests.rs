@@ -181,7 +181,7 @@ fn a_value_of_the_wrong_type_says_what_came_and_what_is_expected() {
     );
     check_error(&["name=3"], "`name`: is 3, expected a string");
     check_error(&["train.schedule=linear"], "`train.schedule`: is `linear`, expected `cosine` or `constant`");
-    check_error(&["train.precision=bf16"], "`train.precision`: is `bf16`, expected `f32`");
+    check_error(&["train.precision=fp8"], "`train.precision`: is `fp8`, expected `f32` or `tf32` or `bf16`");
 }
 
 #[test]
