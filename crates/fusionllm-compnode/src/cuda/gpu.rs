@@ -197,6 +197,16 @@ impl Packed {
     }
 }
 
+/// A count as kernels take it.
+///
+/// # Errors
+/// [`ExecutorError::Device`] if it has more than 32 bits.
+pub(super) fn number(count: usize) -> Result<u32, ExecutorError> {
+    u32::try_from(count).map_err(|_| ExecutorError::Device {
+        reason: format!("{count} elements are too many for the GPU's kernels: take smaller micro-batches or stages"),
+    })
+}
+
 /// The bytes of numbers, as they lie in memory.
 pub(super) fn bytes_of_f32(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_ne_bytes()).collect()

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fusionllm_graph::{DType, OpDag, OpId, OpKind, ParamId};
 use fusionllm_protocol::Precision;
 
-use super::gpu::{Element, Kernel, Matrix, Product};
+use super::gpu::{Element, Kernel, Matrix, Product, number};
 use super::layout::{Extent, Layout};
 use crate::ExecutorError;
 use crate::backend::StageOps;
@@ -393,13 +393,6 @@ pub(super) fn tied_tables(dag: &OpDag, layout: &Layout) -> BTreeSet<ParamId> {
         users.iter().any(looks_up) && !users.iter().all(looks_up)
     };
     layout.iter().map(|(param, _)| param).filter(tied).collect()
-}
-
-/// A count as kernels take it.
-fn number(count: usize) -> Result<u32, ExecutorError> {
-    u32::try_from(count).map_err(|_| ExecutorError::Device {
-        reason: format!("a tensor of {count} elements is too large for the GPU's kernels: take smaller micro-batches"),
-    })
 }
 
 /// Blocks that cover `count` things.

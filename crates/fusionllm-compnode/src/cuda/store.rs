@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fusionllm_graph::{OpDag, ParamId};
 use fusionllm_protocol::{Precision, StateKind};
 
-use super::gpu::{Buffer, Gpu, Packed, bytes_of_f32, f32_of_bytes};
+use super::gpu::{Buffer, Gpu, Packed, bytes_of_f32, f32_of_bytes, number};
 use super::kernel;
 use super::layout::{CHUNK, Extent, Layout};
 use super::plan::{Region, tied_tables};
@@ -335,10 +335,4 @@ fn uploaded(gpu: &Arc<dyn Gpu>, bytes: &[u8]) -> Result<Buffer, ExecutorError> {
 
 fn columns(dag: &OpDag, param: ParamId) -> Result<u32, ExecutorError> {
     number(dag.param(param).shape.iter().skip(1).product())
-}
-
-fn number(count: usize) -> Result<u32, ExecutorError> {
-    u32::try_from(count).map_err(|_| ExecutorError::Device {
-        reason: format!("{count} elements are too many for the GPU's kernels: take more, smaller stages"),
-    })
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fusionllm_codec::Values;
 use fusionllm_graph::{DType, OpId, OpKind};
 
-use super::super::gpu::{Buffer, Element, Packed};
+use super::super::gpu::{Buffer, Element, Packed, bytes_of_f32, number};
 use super::super::kernel;
 use super::super::plan::{Entering, Lookup, Place, StagePlan, Value};
 use super::super::tensor::CudaTensor;
@@ -93,7 +93,7 @@ impl CudaExecutor {
         let host = tensor.into_host()?;
         let values = host.as_f32().unwrap_or_default();
         let bytes: Vec<u8> = match self.element() {
-            Element::F32 => values.iter().flat_map(|v| v.to_ne_bytes()).collect(),
+            Element::F32 => bytes_of_f32(values),
             Element::Bf16 => values.iter().flat_map(|&v| half::bf16::from_f32(v).to_ne_bytes()).collect(),
         };
         self.gpu.upload(to, &bytes)
@@ -131,7 +131,7 @@ impl CudaExecutor {
             for more in came {
                 let term = Buffer::take(&self.gpu, bytes)?;
                 self.bring(more, term.address())?;
-                let count = (value.rows * value.columns) as u32;
+                let count = number(value.rows * value.columns)?;
                 let mut arguments = Packed::default();
                 [at, term.address(), at].into_iter().for_each(|address| arguments.pointer(address));
                 arguments.u32(count);
