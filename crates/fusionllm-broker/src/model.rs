@@ -1,4 +1,4 @@
-//! The model of a job: a GPT-2 by name, a Hugging Face directory, or an OP-DAG file.
+//! The model of a job: one by name, a Hugging Face directory, or an OP-DAG file.
 
 mod folder;
 
@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fusionllm_graph::{Gpt2Config, OpDag, gpt2, resnet101};
+use fusionllm_graph::{Model, OpDag, resnet101};
 use fusionllm_protocol::{DataSpec, JobSpec, WeightsChoice};
 use fusionllm_transport::read_regular_text;
 
@@ -20,8 +20,8 @@ use folder::Purpose;
 pub struct LoadedModel {
     /// The OP-DAG.
     pub dag: OpDag,
-    /// Its sizes, if it is a GPT-2 by name or from a Hugging Face directory.
-    pub config: Option<Gpt2Config>,
+    /// Its sizes and settings, if it is of a family by name or from a Hugging Face directory.
+    pub config: Option<Model>,
     /// Its parameters, if it has been trained before.
     pub weights: Option<Arc<TensorSet>>,
     /// What else lies in its Hugging Face directory and training does not change, by file name: `tokenizer.json`,
@@ -50,7 +50,7 @@ impl std::fmt::Display for ModelNote {
 }
 
 impl LoadedModel {
-    fn new(dag: OpDag, config: Option<Gpt2Config>) -> Self {
+    fn new(dag: OpDag, config: Option<Model>) -> Self {
         Self { dag, config, weights: None, carried: Arc::default(), notes: Vec::new() }
     }
 
@@ -122,12 +122,14 @@ fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
                 let dag = resnet101(IMAGE_SIDE, IMAGE_CLASSES).map_err(|source| graph_error(&name, source))?;
                 return Ok(LoadedModel::new(dag, None));
             }
-            let Some(config) = spec.gpt2_config() else {
+            let Some(model) = spec.named_model() else {
                 spec.validate()?;
                 return Err(model_error(Path::new(&name), "not a model known by name".to_owned()));
             };
-            let dag = gpt2(&config, spec.data.seq_len).map_err(|source| graph_error(&name, source))?;
-            LoadedModel::new(dag, Some(config))
+            let fail = |source| graph_error(&name, source);
+            let model = model.with_dropout(spec.model.dropout).map_err(fail)?;
+            let dag = model.build(spec.data.seq_len).map_err(fail)?;
+            LoadedModel::new(dag, Some(model))
         }
     };
     Ok(model)
@@ -172,13 +174,16 @@ pub fn model_tokenizer(spec: &JobSpec) -> Result<Option<String>, BrokerError> {
     })
 }
 
-/// Reads a Hugging Face directory of a GPT-2 with its weights, as a model for its longest sequences.
+/// Longest sequences that a model is read for, to go on with a prompt: many are made for longer ones than a prompt has.
+const LONGEST_PROMPT: usize = 4096;
+
+/// Reads a Hugging Face directory with its weights, as a model for its longest sequences, or those of 4096 tokens.
 ///
 /// # Errors
 /// [`BrokerError`] that names the file; each is bad input.
 pub fn load_model_dir(folder: &Path) -> Result<LoadedModel, BrokerError> {
     let purpose = Purpose::Weights { choice: WeightsChoice::Model, seed: 0 };
-    folder::read(folder, 0.0, |config| config.n_positions, purpose)
+    folder::read(folder, 0.0, |model| model.longest_sequence().min(LONGEST_PROMPT), purpose)
 }
 
 fn new_weights(seed: u64) -> ModelNote {
@@ -237,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hugging_face_folder_needs_a_config_of_gpt2() {
+    fn a_hugging_face_folder_needs_a_config_of_a_family() {
         let folder = tempfile::tempdir().unwrap();
         let mut spec = testing::spec(&[]);
         spec.model = fusionllm_protocol::ModelSpec { path: Some(folder.path().to_owned()), ..Default::default() };
@@ -247,8 +252,8 @@ mod tests {
                 "{{\"model_type\":\"{kind}\",\"vocab_size\":256,\"n_positions\":8,\"n_embd\":8,\"n_layer\":1,\"n_head\":2}}"
             )
         };
-        std::fs::write(folder.path().join("config.json"), config("llama")).unwrap();
-        assert!(error(&spec).contains("gpt2"));
+        std::fs::write(folder.path().join("config.json"), config("bert")).unwrap();
+        assert!(error(&spec).contains("model_type is \"bert\", expected `gpt2`, `llama`"));
         std::fs::write(folder.path().join("config.json"), config("gpt2")).unwrap();
         std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
         let model = read_model(&spec).unwrap();

@@ -181,9 +181,17 @@ pub enum GraphError {
         /// What the parser found, with line and column.
         reason: String,
     },
-    /// The text is not the configuration of a GPT-2.
-    #[error("not the config.json of a GPT-2: {reason}")]
+    /// The text is not the configuration of a model that is known here.
+    #[error("config.json: {reason}")]
+    ConfigJson {
+        /// What the parser found, with line and column, or which model it is.
+        reason: String,
+    },
+    /// A model's configuration lacks a key, or one has a value of another kind.
+    #[error("config.json of a {model}: {reason}")]
     Config {
+        /// The model's family.
+        model: &'static str,
         /// What the parser found, with line and column, or which setting is wrong.
         reason: String,
     },

@@ -31,6 +31,7 @@ mod plain;
 mod print;
 #[cfg(test)]
 mod properties;
+mod rotary;
 mod rule;
 mod shape;
 mod validate;
@@ -42,8 +43,11 @@ pub use dtype::DType;
 pub use error::{GraphError, Misfit};
 pub use json::{JSON_FORMAT, JSON_VERSION};
 pub use kind::{ActivationFunction, OpClass, ParamRole, WeightLayout};
-pub use models::{Gpt2Config, MAX_LAYERS, gpt2, resnet101};
+pub use models::{
+    DecoderConfig, DecoderFamily, Gpt2Config, HuggingFaceModel, MAX_LAYERS, Model, decoder, gpt2, resnet101,
+};
 pub use op::OpKind;
 pub use param::{Init, Param};
 pub use plain::{in_plain_words, read_json, read_value};
+pub use rotary::RotaryScaling;
 pub use shape::{Dim, Shape, TensorType};

@@ -1,7 +1,16 @@
 //! Builders of known models.
 
+mod decoder;
+mod families;
 mod gpt2;
+mod model;
 mod resnet;
 
-pub use gpt2::{Gpt2Config, MAX_LAYERS, gpt2};
+pub use decoder::{DecoderConfig, decoder};
+pub use families::DecoderFamily;
+pub use gpt2::{Gpt2Config, gpt2};
+pub use model::{HuggingFaceModel, Model};
 pub use resnet::resnet101;
+
+/// Most blocks of a model: more would have more ops than [`MAX_OPS`](crate::MAX_OPS).
+pub const MAX_LAYERS: usize = 4096;

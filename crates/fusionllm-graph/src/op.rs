@@ -14,6 +14,7 @@ use crate::ops::dropout::Dropout;
 use crate::ops::elementwise::Elementwise;
 use crate::ops::embedding::Embedding;
 use crate::ops::global_avg_pool::GlobalAvgPool;
+use crate::ops::grouped_attention::GroupedAttention;
 use crate::ops::image::Window;
 use crate::ops::linear::Linear;
 use crate::ops::loss::CrossEntropy;
@@ -21,6 +22,9 @@ use crate::ops::max_pool2d::MaxPool2d;
 use crate::ops::norm::LayerNorm;
 use crate::ops::placeholder::Placeholder;
 use crate::ops::position::Position;
+use crate::ops::rms_norm::RmsNorm;
+use crate::ops::rotary::Rotary;
+use crate::rotary::RotaryScaling;
 use crate::rule::{Io, Rule};
 use crate::shape::{Shape, TensorType};
 
@@ -62,6 +66,25 @@ pub enum OpKind {
         /// Added to the variance.
         eps: f64,
     },
+    /// Root-mean-square norm of each group of `dim` elements of the last dimension, which is a multiple of `dim`: a head
+    /// for example. Parameters: weight `[dim]`.
+    RmsNorm {
+        /// Size of a group.
+        dim: usize,
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// Turns each head of `[B, S, H * head_dim]` by its position: element i of a head's first half goes with element i of
+    /// its second half, as in Hugging Face's models.
+    Rotary {
+        /// Size of a head, even.
+        head_dim: usize,
+        /// The longest wavelength is 2π times about this many positions. Hugging Face's `rope_theta`.
+        base: f64,
+        /// How frequencies change for sequences longer than the model was made for.
+        #[serde(default, skip_serializing_if = "RotaryScaling::is_none")]
+        scaling: RotaryScaling,
+    },
     /// Affine map of the last dimension. Parameters: weight (see [`WeightLayout`]), bias `[outputs]` if `bias`.
     Linear {
         /// Size of the input's last dimension.
@@ -77,6 +100,16 @@ pub enum OpKind {
     Attention {
         /// Heads; divides D.
         heads: usize,
+        /// Whether a position sees only itself and those before it.
+        causal: bool,
+    },
+    /// Scaled dot-product attention core of three inputs: query `[B, S, heads * K]`, key and value
+    /// `[B, S, kv_heads * K]`, each head of which serves heads / kv_heads heads of queries, to `[B, S, heads * K]`.
+    GroupedAttention {
+        /// Heads of queries.
+        heads: usize,
+        /// Heads of keys and values; divides `heads`.
+        kv_heads: usize,
         /// Whether a position sees only itself and those before it.
         causal: bool,
     },
@@ -190,9 +223,12 @@ impl OpKind {
             Self::Embedding { vocab, dim } => Box::new(Embedding { vocab, dim }),
             Self::Position { positions, dim } => Box::new(Position { positions, dim }),
             Self::LayerNorm { dim, eps } => Box::new(LayerNorm { dim, eps }),
+            Self::RmsNorm { dim, eps } => Box::new(RmsNorm { dim, eps }),
+            Self::Rotary { head_dim, base, ref scaling } => Box::new(Rotary { head_dim, base, scaling }),
             Self::Linear { inputs, outputs, bias, layout } => Box::new(Linear { inputs, outputs, bias, layout }),
             // The mask changes neither shape nor cost.
             Self::Attention { heads, causal: _ } => Box::new(Attention { heads }),
+            Self::GroupedAttention { heads, kv_heads, causal: _ } => Box::new(GroupedAttention { heads, kv_heads }),
             Self::Activation { function } => Box::new(Activation { function }),
             Self::Add => Box::new(Elementwise::Add),
             Self::Mul => Box::new(Elementwise::Mul),
@@ -222,8 +258,12 @@ mod tests {
             OpKind::Embedding { vocab: 9, dim: 6 },
             OpKind::Position { positions: 4, dim: 6 },
             OpKind::LayerNorm { dim: 6, eps: 1e-5 },
+            OpKind::RmsNorm { dim: 6, eps: 1e-5 },
+            OpKind::Rotary { head_dim: 6, base: 1e4, scaling: RotaryScaling::None },
+            OpKind::Rotary { head_dim: 6, base: 1e4, scaling: RotaryScaling::Linear { factor: 2.0 } },
             OpKind::Linear { inputs: 6, outputs: 3, bias: true, layout: WeightLayout::InOut },
             OpKind::Attention { heads: 2, causal: true },
+            OpKind::GroupedAttention { heads: 4, kv_heads: 2, causal: true },
             OpKind::Activation { function: ActivationFunction::GeluTanh },
             OpKind::Add,
             OpKind::Mul,

@@ -8,6 +8,7 @@ pub(crate) mod dropout;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;
 pub(crate) mod global_avg_pool;
+pub(crate) mod grouped_attention;
 pub(crate) mod image;
 pub(crate) mod linear;
 pub(crate) mod loss;
@@ -15,6 +16,8 @@ pub(crate) mod max_pool2d;
 pub(crate) mod norm;
 pub(crate) mod placeholder;
 pub(crate) mod position;
+pub(crate) mod rms_norm;
+pub(crate) mod rotary;
 
 #[cfg(test)]
 pub(crate) mod checks {

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 use crate::{
-    ActivationFunction, DType, DagBuilder, GraphError, Init, OpDag, OpId, OpKind, Param, ParamId, Shape, WeightLayout,
+    ActivationFunction, DType, DagBuilder, GraphError, Init, OpDag, OpId, OpKind, Param, ParamId, RotaryScaling, Shape,
+    WeightLayout,
 };
 
 const SEQ_LEN: usize = 3;
@@ -50,13 +51,26 @@ impl Grower {
             ActivationFunction::Relu,
             ActivationFunction::Silu,
         ];
-        let grown = match what % 8 {
+        let grown = match what % 11 {
             0 => self.add(linear(DIM), &[a]),
             1 => self.add(OpKind::LayerNorm { dim: DIM, eps: f64::from(attribute) / 3.0 + 1e-5 }, &[a]),
             2 => self.add(OpKind::Activation { function: functions[usize::from(attribute) % 4] }, &[a]),
             3 => self.add(OpKind::Add, &[a, b]),
             4 => self.add(OpKind::Mul, &[a, b]),
             5 => self.add(OpKind::Dropout { p: f64::from(attribute) / 256.0 }, &[a]),
+            7 => self.add(OpKind::RmsNorm { dim: DIM / 2, eps: f64::from(attribute) / 3.0 + 1e-5 }, &[a]),
+            8 => {
+                let scaling = if attribute % 2 == 0 {
+                    RotaryScaling::None
+                } else {
+                    RotaryScaling::Linear { factor: f64::from(attribute) }
+                };
+                self.add(OpKind::Rotary { head_dim: DIM / 2, base: 1e4 + f64::from(attribute), scaling }, &[a])
+            }
+            9 => {
+                let (key, value) = (self.add(linear(DIM / 2), &[a]), self.add(linear(DIM / 2), &[b]));
+                self.add(OpKind::GroupedAttention { heads: 2, kv_heads: 1, causal: attribute > 99 }, &[a, key, value])
+            }
             6 => self.add(OpKind::Position { positions: SEQ_LEN + usize::from(attribute), dim: DIM }, &[a]),
             _ => {
                 let packed = self.add(linear(3 * DIM), &[a]);

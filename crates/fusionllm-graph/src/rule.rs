@@ -114,8 +114,29 @@ pub(crate) fn two<'a>(inputs: &[&'a TensorType]) -> Result<(&'a TensorType, &'a 
     }
 }
 
+/// The three inputs.
+pub(crate) fn three<'a>(inputs: &[&'a TensorType]) -> Result<(&'a TensorType, &'a TensorType, &'a TensorType), Misfit> {
+    match *inputs {
+        [first, second, third] => Ok((first, second, third)),
+        _ => Err(Misfit::InputCount { expected: 3, got: inputs.len() }),
+    }
+}
+
 pub(crate) fn wrong_input(input: &TensorType, expected: impl Into<String>) -> Misfit {
-    Misfit::Input { input: "input", expected: expected.into(), got: input.to_string() }
+    wrong_role("input", input, expected)
+}
+
+/// One of several inputs, by its role.
+pub(crate) fn wrong_role(role: &'static str, input: &TensorType, expected: impl Into<String>) -> Misfit {
+    Misfit::Input { input: role, expected: expected.into(), got: input.to_string() }
+}
+
+/// The input must be `f32 [.., a multiple of dim]`.
+pub(crate) fn groups_of(input: &TensorType, dim: usize) -> Result<(), Misfit> {
+    match input.shape.dims().last() {
+        Some(&Dim::Fixed(last)) if input.dtype == DType::F32 && last.is_multiple_of(dim) => Ok(()),
+        _ => Err(wrong_input(input, format!("f32 [.., a multiple of {dim}]"))),
+    }
 }
 
 /// The input must be `f32 [.., dim]`.

@@ -41,10 +41,10 @@ pub struct JobSpec {
     pub survive: SurviveSpec,
 }
 
-/// `[model]`: a GPT-2 by name and sizes, a Hugging Face directory, or an OP-DAG file.
+/// `[model]`: a model by name (a GPT-2 with sizes of one's own too), a Hugging Face directory, or an OP-DAG file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
-    /// `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the sizes below replace its own.
+    /// A published model, such as `gpt2` or `llama-3.2-1b`; the sizes below replace a GPT-2's own.
     pub name: Option<String>,
     /// A Hugging Face directory (config.json, model.safetensors) or an OP-DAG's JSON file, on the broker's machine.
     pub path: Option<PathBuf>,

@@ -4,18 +4,15 @@ use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_graph::OpDag;
+use fusionllm_graph::{Model, OpDag};
 use fusionllm_protocol::{StateKind, TensorHeader, TensorName};
 use safetensors::tensor::Dtype;
 
 use super::tensor_file::{TensorFile, header_error, io};
 use crate::CheckpointError;
 
-/// Hugging Face's names of a GPT-2 with a head begin like this, those of one without do not.
-const PREFIX: &str = "transformer.";
-/// The head, which is tied to the embedding, and may be stored all the same.
+/// The head, which may be stored where it is tied to the embedding too.
 const HEAD: &str = "lm_head.weight";
-const EMBEDDING: &str = "transformer.wte.weight";
 
 /// Where each tensor lies.
 #[derive(Debug, Default)]
@@ -32,18 +29,22 @@ pub(crate) fn optimizer_names(param: &str) -> impl Iterator<Item = String> + '_ 
 
 impl TensorSet {
     /// The parameters of `dag` in plain Hugging Face files, and the names of the tensors that the graph does not know.
-    /// Keys may lack the prefix `transformer.`; a head that is tied to the embedding counts as known.
+    /// Keys may lack the prefix of the model's family; a head that is tied to the embedding counts as known.
     ///
     /// # Errors
     /// [`CheckpointError`] if a file is unreadable, a tensor is there twice, or a parameter is missing, or of another
     /// shape or type.
-    pub(crate) fn of_hugging_face(paths: &[PathBuf], dag: &OpDag) -> Result<(Self, Vec<String>), CheckpointError> {
+    pub(crate) fn of_hugging_face(
+        paths: &[PathBuf],
+        dag: &OpDag,
+        model: &Model,
+    ) -> Result<(Self, Vec<String>), CheckpointError> {
+        let bare = |name: &str| name.strip_prefix(model.prefix()).unwrap_or(name).to_owned();
         let files: Vec<TensorFile> = paths.iter().map(|path| TensorFile::open(path)).collect::<Result<_, _>>()?;
         let mut found: BTreeMap<String, (usize, String)> = BTreeMap::new();
         for (index, file) in files.iter().enumerate() {
             for name in file.names() {
-                let key = name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
-                if let Some((other, twin)) = found.insert(key, (index, name.to_owned())) {
+                if let Some((other, twin)) = found.insert(bare(name), (index, name.to_owned())) {
                     let other = files.get(other).map(|f| f.path().display().to_string()).unwrap_or_default();
                     let reason = format!("is there twice, as `{twin}` in {other} too: which one counts is not known");
                     return Err(CheckpointError::Tensor {
@@ -56,7 +57,7 @@ impl TensorSet {
         }
         let mut places = BTreeMap::new();
         for param in dag.params() {
-            let place = found.remove(param.name.strip_prefix(PREFIX).unwrap_or(&param.name));
+            let place = found.remove(&bare(&param.name));
             let Some((index, stored)) = place else {
                 let path = match paths {
                     [path] => path.clone(),
@@ -91,9 +92,11 @@ impl TensorSet {
     ///
     /// # Errors
     /// [`CheckpointError`] if a file cannot be read.
-    pub(crate) fn untied_head(&self, dag: &OpDag) -> Result<Option<String>, CheckpointError> {
-        let Some(head) = self.files.iter().find(|f| f.info(HEAD).is_some()) else { return Ok(None) };
-        let same = dag.find_param(EMBEDDING).map(|_| self.find(EMBEDDING)).transpose()?.map(|(file, stored)| {
+    pub(crate) fn untied_head(&self, dag: &OpDag, model: &Model) -> Result<Option<String>, CheckpointError> {
+        let stored = self.files.iter().find(|f| f.info(HEAD).is_some());
+        let Some(head) = stored.filter(|_| dag.find_param(HEAD).is_none()) else { return Ok(None) };
+        let embedding = model.embedding();
+        let same = dag.find_param(embedding).map(|_| self.find(embedding)).transpose()?.map(|(file, stored)| {
             let of = |file: &TensorFile, name: &str| -> Result<_, CheckpointError> {
                 let mut hash = blake3::Hasher::new();
                 file.copy_to(name, &mut hash, file.path())?;

@@ -1,10 +1,10 @@
-//! A Hugging Face directory of a GPT-2: sizes, weights in one file or in shards, and the files beside them.
+//! A Hugging Face directory: sizes, weights in one file or in shards, and the files beside them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fusionllm_graph::{Gpt2Config, OpDag, gpt2, read_json};
+use fusionllm_graph::{HuggingFaceModel, Model, OpDag, read_json};
 use fusionllm_protocol::WeightsChoice;
 use fusionllm_transport::read_regular_text;
 use serde_json::Value;
@@ -22,8 +22,6 @@ const CARRIED: [&str; 5] =
     [CONFIG, "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"];
 /// Names that are listed one by one in a sentence.
 const LISTED: usize = 4;
-/// GPT-2's `initializer_range`, with which new weights are drawn.
-const INITIALIZER_RANGE: f64 = 0.02;
 
 /// What a directory is read for.
 #[derive(Clone, Copy, Debug)]
@@ -38,36 +36,41 @@ pub(super) enum Purpose {
 pub(super) fn read(
     folder: &Path,
     dropout: f64,
-    seq_len: impl FnOnce(&Gpt2Config) -> usize,
+    seq_len: impl FnOnce(&Model) -> usize,
     purpose: Purpose,
 ) -> Result<LoadedModel, BrokerError> {
     let path = folder.join(CONFIG);
     let text = read_regular_text(&path).map_err(|e| {
         named_error(&path, e, |e| {
-            model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a GPT-2"))
+            model_error(&path, format!("not readable ({e}), expected a Hugging Face directory of a model"))
         })
     })?;
-    let mut config = Gpt2Config::from_json(&text).map_err(|source| graph_error(&path.display().to_string(), source))?;
+    let fail = |source| graph_error(&path.display().to_string(), source);
+    let HuggingFaceModel { model, passed_over } = Model::from_hugging_face(&text).map_err(fail)?;
     let mut notes = Vec::new();
-    config.dropout = dropout;
-    let seq_len = seq_len(&config);
-    let dag = gpt2(&config, seq_len).map_err(|source| graph_error(&path.display().to_string(), source))?;
+    if !passed_over.is_empty() {
+        let keys = listed(&backticked(&passed_over));
+        notes.push(ModelNote::Unusual(format!("keys of config.json that are not known here, and passed over: {keys}")));
+    }
+    let model = model.with_dropout(dropout).map_err(fail)?;
+    let seq_len = seq_len(&model);
+    let dag = model.build(seq_len).map_err(fail)?;
     let weights = match purpose {
         Purpose::Graph => None,
         Purpose::Weights { choice: WeightsChoice::New, seed } => {
             notes.push(super::new_weights(seed));
-            notes.extend(other_initial_values(&text).map(ModelNote::Unusual));
+            notes.extend(other_initial_values(&text, &model).map(ModelNote::Unusual));
             None
         }
         Purpose::Weights { choice: WeightsChoice::Model, .. } => {
-            let (weights, said) = read_weights(folder, &dag)?;
+            let (weights, said) = read_weights(folder, &dag, &model)?;
             notes.extend(said);
             Some(Arc::new(weights))
         }
     };
     notes.extend(other_dropout(&text, dropout).map(ModelNote::Unusual));
     let carried = Arc::new(carried(folder)?);
-    Ok(LoadedModel { dag, config: Some(config), weights, carried, notes })
+    Ok(LoadedModel { dag, config: Some(model), weights, carried, notes })
 }
 
 /// The files that training does not change, by name.
@@ -87,10 +90,10 @@ fn carried(folder: &Path) -> Result<BTreeMap<String, String>, BrokerError> {
 /// Dropout that the config asks for and the job does not.
 fn other_dropout(config: &str, dropout: f64) -> Option<String> {
     let keys: Value = serde_json::from_str(config.trim_start_matches('\u{feff}')).ok()?;
-    let asked: Vec<String> = ["embd_pdrop", "resid_pdrop", "attn_pdrop"]
+    let asked: Vec<String> = ["embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout"]
         .into_iter()
         .filter_map(|key| Some((key, keys.get(key)?.as_f64()?)))
-        .filter(|&(key, p)| p != if key == "attn_pdrop" { 0.0 } else { dropout })
+        .filter(|&(key, p)| p != if key.starts_with("att") { 0.0 } else { dropout })
         .map(|(key, p)| format!("{key} = {p}"))
         .collect();
     (!asked.is_empty()).then(|| {
@@ -102,19 +105,20 @@ fn other_dropout(config: &str, dropout: f64) -> Option<String> {
 }
 
 /// Initial values that the config asks for and new weights do not have.
-fn other_initial_values(config: &str) -> Option<String> {
+fn other_initial_values(config: &str, model: &Model) -> Option<String> {
     let keys: Value = serde_json::from_str(config.trim_start_matches('\u{feff}')).ok()?;
     let range = keys.get("initializer_range")?.as_f64()?;
-    (range != INITIALIZER_RANGE).then(|| {
-        format!("initial values: standard deviation {INITIALIZER_RANGE}, config.json's initializer_range = {range} is passed over")
+    let drawn = model.initial_deviation();
+    (range != drawn).then(|| {
+        format!("initial values: standard deviation {drawn}, config.json's initializer_range = {range} is passed over")
     })
 }
 
 /// The weights, and what must be said of them.
-fn read_weights(folder: &Path, dag: &OpDag) -> Result<(TensorSet, Vec<ModelNote>), BrokerError> {
+fn read_weights(folder: &Path, dag: &OpDag, model: &Model) -> Result<(TensorSet, Vec<ModelNote>), BrokerError> {
     let mut unusual = Vec::new();
     let (files, index) = find_weights(folder, &mut unusual)?;
-    let (set, unused) = TensorSet::of_hugging_face(&files, dag)?;
+    let (set, unused) = TensorSet::of_hugging_face(&files, dag, model)?;
     if let Some(index) = &index {
         index.check(&set, dag)?;
     }
@@ -124,7 +128,7 @@ fn read_weights(folder: &Path, dag: &OpDag) -> Result<(TensorSet, Vec<ModelNote>
     if !unused.is_empty() {
         unusual.push(format!("tensors of these files that the model does not use: {}", listed(&backticked(&unused))));
     }
-    unusual.extend(set.untied_head(dag)?);
+    unusual.extend(set.untied_head(dag, model)?);
     let notes = std::iter::once(ModelNote::Weights(format!("{first}{others}")));
     let notes = notes.chain(unusual.into_iter().map(ModelNote::Unusual)).collect();
     Ok((set, notes))

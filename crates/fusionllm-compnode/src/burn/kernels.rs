@@ -14,6 +14,7 @@ mod linear;
 mod loss;
 mod norm;
 mod position;
+mod rotary;
 
 use burn_tensor::{Device, Int, Tensor};
 use fusionllm_graph::{Op, OpKind};
@@ -97,10 +98,15 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
         OpKind::Embedding { vocab, dim } => real(embedding::forward(arguments, *vocab, *dim)),
         OpKind::Position { positions, dim } => real(position::forward(arguments, *positions, *dim)),
         OpKind::LayerNorm { eps, .. } => real(norm::forward(arguments, *eps)),
+        OpKind::RmsNorm { eps, .. } => real(norm::rms(arguments, *eps)),
+        OpKind::Rotary { head_dim, base, scaling } => real(rotary::forward(arguments, *head_dim, *base, scaling)),
         OpKind::Linear { inputs, outputs, bias, layout } => {
             real(linear::forward(arguments, *inputs, *outputs, *bias, *layout))
         }
         OpKind::Attention { heads, causal } => real(attention::forward(arguments, *heads, *causal)),
+        OpKind::GroupedAttention { heads, kv_heads, causal } => {
+            real(attention::grouped(arguments, *heads, *kv_heads, *causal))
+        }
         OpKind::Activation { function } => real(activation::forward(arguments, *function)),
         OpKind::Add => real(elementwise::add(arguments)),
         OpKind::Mul => real(elementwise::mul(arguments)),

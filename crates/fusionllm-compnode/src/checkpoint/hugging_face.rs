@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use fusionllm_graph::{Gpt2Config, OpDag};
-use serde_json::Value;
+use fusionllm_graph::{Model, OpDag};
+use serde_json::{Map, Value};
 
 use super::export_folder::ExportFolder;
 use super::shard::write_shard_to;
@@ -16,7 +16,7 @@ use crate::{ExportError, ShardError};
 const END: [&str; 4] = ["<|endoftext|>", "</s>", "<eos>", "[EOS]"];
 const BEGIN: [&str; 4] = ["<|endoftext|>", "<s>", "<bos>", "[BOS]"];
 
-/// Writes the Hugging Face layout of a GPT-2 to a folder, in place of an earlier export of the same there; `of` says of
+/// Writes the Hugging Face layout of a model to a folder, in place of an earlier export of the same there; `of` says of
 /// what. What training did not change of the directory that the model came from is in `carried`, by file name, and stays
 /// as it was.
 ///
@@ -25,7 +25,7 @@ const BEGIN: [&str; 4] = ["<|endoftext|>", "<s>", "<bos>", "[BOS]"];
 pub fn export_hugging_face(
     (folder, of): (&ExportFolder, &str),
     dag: &OpDag,
-    config: &Gpt2Config,
+    model: &Model,
     tensors: Vec<NamedTensor>,
     tokenizer: &Tokenizer,
     carried: &BTreeMap<String, String>,
@@ -50,8 +50,7 @@ pub fn export_hugging_face(
         out.write(name, |out| out.write_all(text.as_bytes()).map_err(io))
     };
     write_text("tokenizer.json", &tokenizer.to_json())?;
-    let tokenizer_config =
-        serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions });
+    let tokenizer_config = serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.longest_sequence() });
     let kept = |name: &str| carried.get(name).cloned();
     let tokenizer_config = kept("tokenizer_config.json").unwrap_or_else(|| format!("{tokenizer_config:#}\n"));
     write_text("tokenizer_config.json", &tokenizer_config)?;
@@ -60,62 +59,68 @@ pub fn export_hugging_face(
             write_text(name, &text)?;
         }
     }
-    let config = config_json(config, carried.get("config.json").map(String::as_str), tokenizer);
+    let config = config_json(model, carried.get("config.json").map(String::as_str), tokenizer);
     write_text("config.json", &format!("{config:#}\n"))?;
     Ok(out.finish()?)
 }
 
 /// The config of the directory that the model came from, with what training may have changed; a new one if it came
 /// from none.
-fn config_json(config: &Gpt2Config, source: Option<&str>, tokenizer: &Tokenizer) -> Value {
+fn config_json(model: &Model, source: Option<&str>, tokenizer: &Tokenizer) -> Value {
     let source = source.and_then(|text| serde_json::from_str(text.trim_start_matches('\u{feff}')).ok());
     let (mut keys, dtype) = match source {
         Some(Value::Object(keys)) => {
             let dtype = if keys.contains_key("dtype") { "dtype" } else { "torch_dtype" };
             (keys, dtype)
         }
-        _ => (new_config(config, tokenizer), "torch_dtype"),
+        _ => (new_config(model, tokenizer), "torch_dtype"),
     };
-    let sizes = serde_json::json!({
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.n_positions,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        dtype: "float32"
-    });
-    if let Value::Object(sizes) = sizes {
-        keys.extend(sizes);
+    // A decoder was built from these very keys; of a GPT-2 the folder may have said less.
+    if let Model::Gpt2(_) = model {
+        keys.extend(model.keys());
     }
+    keys.insert("architectures".to_owned(), serde_json::json!([model.architecture()]));
+    keys.insert("model_type".to_owned(), model.model_type().into());
+    keys.insert(dtype.to_owned(), "float32".into());
     Value::Object(keys)
 }
 
-fn new_config(config: &Gpt2Config, tokenizer: &Tokenizer) -> serde_json::Map<String, Value> {
+fn new_config(model: &Model, tokenizer: &Tokenizer) -> Map<String, Value> {
     let id = |names: &[&str]| names.iter().find_map(|name| tokenizer.special_id(name));
-    let keys = serde_json::json!({
-        "activation_function": "gelu_new",
-        "n_ctx": config.n_positions,
-        "n_inner": null,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": config.dropout,
-        "scale_attn_weights": true,
-        "tie_word_embeddings": true,
-        "bos_token_id": id(&BEGIN),
-        "eos_token_id": id(&END)
-    });
-    if let Value::Object(keys) = keys { keys } else { serde_json::Map::new() }
+    let mut keys = model.keys();
+    let more = match model {
+        Model::Gpt2(config) => serde_json::json!({
+            "activation_function": "gelu_new",
+            "n_ctx": config.n_positions,
+            "n_inner": null,
+            "embd_pdrop": config.dropout,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": config.dropout,
+            "scale_attn_weights": true,
+            "tie_word_embeddings": true,
+        }),
+        Model::Decoder(config) => serde_json::json!({
+            "max_position_embeddings": config.max_position_embeddings,
+            "attention_dropout": 0.0,
+            "use_cache": true,
+        }),
+    };
+    if let Value::Object(more) = more {
+        keys.extend(more);
+    }
+    keys.insert("bos_token_id".to_owned(), id(&BEGIN).into());
+    keys.insert("eos_token_id".to_owned(), id(&END).into());
+    keys
 }
 
 #[cfg(test)]
 mod tests {
+    use fusionllm_graph::Gpt2Config;
+
     use super::*;
 
-    fn config() -> Gpt2Config {
-        Gpt2Config {
+    fn config() -> Model {
+        Model::Gpt2(Gpt2Config {
             vocab_size: 256,
             n_positions: 8,
             n_embd: 4,
@@ -123,7 +128,7 @@ mod tests {
             n_head: 2,
             layer_norm_epsilon: 1e-5,
             dropout: 0.0,
-        }
+        })
     }
 
     #[test]
@@ -142,7 +147,7 @@ mod tests {
             assert_eq!(written[key], value, "{key}");
         }
         assert!(written.get("torch_dtype").is_none());
-        assert!(Gpt2Config::from_json(&written.to_string()).is_ok());
+        assert!(Model::from_hugging_face(&written.to_string()).is_ok());
     }
 
     #[test]
@@ -157,6 +162,16 @@ mod tests {
         assert_eq!((&written["bos_token_id"], &written["eos_token_id"]), (&256.into(), &256.into()));
         let written = config_json(&config(), None, &Tokenizer::Bytes);
         assert_eq!((&written["eos_token_id"], &written["torch_dtype"]), (&Value::Null, &"float32".into()));
-        assert!(Gpt2Config::from_json(&written.to_string()).is_ok());
+        assert!(Model::from_hugging_face(&written.to_string()).is_ok());
+    }
+
+    #[test]
+    fn a_new_decoder_is_read_as_the_same() {
+        for name in ["llama-3.2-1b", "mistral-7b", "qwen2.5-0.5b", "qwen3-0.6b"] {
+            let model = Model::named(name).unwrap();
+            let written = config_json(&model, None, &Tokenizer::Bytes);
+            let read = Model::from_hugging_face(&written.to_string()).unwrap();
+            assert_eq!((read.model, read.passed_over), (model, Vec::new()), "{name}");
+        }
     }
 }

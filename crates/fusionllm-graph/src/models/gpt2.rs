@@ -3,29 +3,27 @@
 //! Shapes: B batch, S sequence, D `n_embd`, V `vocab_size`.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::builder::DagBuilder;
 use crate::dag::{OpDag, OpId, ParamId};
 use crate::dtype::DType;
 use crate::error::GraphError;
-use crate::json::without_byte_order_mark;
 use crate::kind::{ActivationFunction, WeightLayout};
 use crate::op::OpKind;
 use crate::param::{Init, Param};
-use crate::plain::read_json;
+use crate::plain::read_value;
 use crate::shape::Shape;
 
-const MODEL: &str = "gpt2";
+use super::MAX_LAYERS;
+
+pub(super) const MODEL: &str = "gpt2";
 /// What a `config.json` must say.
 const SIZES: [&str; 5] = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"];
 /// GPT-2's `initializer_range`.
-const INIT_STD: f64 = 0.02;
+pub(super) const INIT_STD: f64 = 0.02;
 /// The hidden layer of the feed-forward part is this many times D wide.
 const HIDDEN_FACTOR: usize = 4;
-
-/// Most blocks of a GPT-2: more would have more ops than [`MAX_OPS`](crate::MAX_OPS).
-pub const MAX_LAYERS: usize = 4096;
 
 /// Sizes of a GPT-2, under the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,7 +51,7 @@ pub struct Gpt2Config {
 type Accepted<'a> = (&'static str, &'a [Value]);
 
 /// Holds the settings that are given against what is built.
-fn check_settings(keys: &Value, built: &[Accepted<'_>]) -> Result<(), GraphError> {
+fn check_settings(keys: &Map<String, Value>, built: &[Accepted<'_>]) -> Result<(), GraphError> {
     for &(key, accepted) in built {
         if let Some(got) = keys.get(key)
             && !accepted.contains(got)
@@ -84,20 +82,16 @@ impl Gpt2Config {
         Some(Self { vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon, dropout: 0.0 })
     }
 
-    /// Reads Hugging Face's `config.json`, with or without a byte order mark. Keys that change nothing here are passed
-    /// over.
+    /// Reads the keys of Hugging Face's `config.json`. Those that change nothing here are passed over.
     ///
     /// # Errors
-    /// The text is not readable, is of another model, or asks for a variant that [`gpt2`] does not build.
-    pub fn from_json(text: &str) -> Result<Self, GraphError> {
-        let unreadable = |reason: String| GraphError::Config { reason };
-        let text = without_byte_order_mark(text);
-        let keys: Value = read_json(text.as_bytes()).map_err(unreadable)?;
-        check_settings(&keys, &[("model_type", &[Value::from("gpt2")])])?;
-        if let Some(key) = SIZES.into_iter().find(|key| keys.is_object() && keys.get(key).is_none()) {
-            return Err(GraphError::Config { reason: format!("`{key}` is missing") });
+    /// A size is missing, a value is not readable, or one asks for a variant that [`gpt2`] does not build.
+    pub(crate) fn from_keys(keys: &Map<String, Value>) -> Result<Self, GraphError> {
+        let unreadable = |reason: String| GraphError::Config { model: MODEL, reason };
+        if let Some(key) = SIZES.into_iter().find(|&key| keys.get(key).is_none()) {
+            return Err(unreadable(format!("`{key}` is missing")));
         }
-        let config: Self = read_json(text.as_bytes()).map_err(unreadable)?;
+        let config: Self = read_value(Value::Object(keys.clone())).map_err(unreadable)?;
         let gelu = [Value::from("gelu_new"), Value::from("gelu_pytorch_tanh")];
         let off = [Value::from(false), Value::Null];
         let hidden = config.n_embd.saturating_mul(HIDDEN_FACTOR);
@@ -118,8 +112,21 @@ impl Gpt2Config {
             ("num_attention_heads", &[Value::from(config.n_head)]),
             ("max_position_embeddings", &[Value::from(config.n_positions)]),
         ];
-        check_settings(&keys, &built)?;
+        check_settings(keys, &built)?;
         Ok(config)
+    }
+
+    /// The keys of config.json that say what is computed.
+    pub(crate) fn keys(&self) -> Map<String, Value> {
+        let keys = serde_json::json!({
+            "vocab_size": self.vocab_size,
+            "n_positions": self.n_positions,
+            "n_embd": self.n_embd,
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+        });
+        if let Value::Object(keys) = keys { keys } else { Map::new() }
     }
 
     /// The configuration that [`gpt2`] built `dag` from, whatever its name; `None` if it is another model.

@@ -27,45 +27,62 @@ impl Rule for Attention {
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
         positive("heads", self.heads)?;
         let input = one(inputs)?;
-        match *input.shape.dims() {
-            [_, Dim::Fixed(_), Dim::Fixed(packed)] if input.dtype == DType::F32 && packed % 3 == 0 => {
-                let width = packed / 3;
-                if width % self.heads != 0 {
-                    return Err(wrong_attribute("heads", self.heads, format!("a divisor of the width {width}")));
-                }
-                Ok(TensorType::f32(input.shape.with_last(width)))
-            }
-            _ => Err(wrong_input(input, "f32 [B, S, 3D]")),
-        }
-    }
-
-    /// FP is two products of 2 * B * S * S * D and a softmax over B * H * S * S scores; BP is four such products and
-    /// the softmax's gradient. A causal core is counted in full, S * S: the kernels compute the masked half too.
-    /// Scores and probabilities are written and read once each; the input and the probabilities are kept, by plain kernels.
-    fn cost(&self, io: &Io<'_>) -> Cost {
-        let seq_len = io.output.shape.dims().get(1).map_or(0, |dim| dim.resolve(io.batch)) as u64;
-        let scores = product(&[io.batch as u64, self.heads as u64, seq_len, seq_len]);
-        let score_bytes = scores.saturating_mul(DType::F32.bytes() as u64);
-        let one_product = product(&[2, io.output_elements(), seq_len]);
-        let flops = |products: u64, per_score: u64| {
-            product(&[products, one_product]).saturating_add(product(&[scores, per_score]))
+        let Some((_, packed)) = sequence(input).filter(|(_, packed)| packed.is_multiple_of(3)) else {
+            return Err(wrong_input(input, "f32 [B, S, 3D]"));
         };
-        let between_bytes = score_bytes.saturating_mul(2);
-        Cost {
-            fp_flops: flops(2, SOFTMAX_FP_FLOPS_PER_SCORE),
-            bp_flops: flops(4, SOFTMAX_BP_FLOPS_PER_SCORE),
-            read_bytes: io.input_bytes().saturating_add(between_bytes),
-            write_bytes: io.output_bytes().saturating_add(between_bytes),
-            kept_bytes: io.input_bytes().saturating_add(score_bytes),
+        let width = packed / 3;
+        if !width.is_multiple_of(self.heads) {
+            return Err(wrong_attribute("heads", self.heads, format!("a divisor of the width {width}")));
         }
+        Ok(TensorType::f32(input.shape.with_last(width)))
     }
 
-    /// Input, output, and a logarithm for each row of scores, from which BP makes the probabilities again.
-    fn fused_kept_bytes(&self, io: &Io<'_>) -> Option<u64> {
-        let seq_len = io.output.shape.dims().get(1).map_or(0, |dim| dim.resolve(io.batch)) as u64;
-        let log_sums = product(&[io.batch as u64, self.heads as u64, seq_len, DType::F32.bytes() as u64]);
-        Some(io.input_bytes().saturating_add(io.output_bytes()).saturating_add(log_sums))
+    fn cost(&self, io: &Io<'_>) -> Cost {
+        core_cost(self.heads, io)
     }
+
+    fn fused_kept_bytes(&self, io: &Io<'_>) -> Option<u64> {
+        Some(core_kept_bytes(self.heads, io))
+    }
+}
+
+/// S and the last dimension of an f32 [B, S, ..].
+pub(super) fn sequence(input: &TensorType) -> Option<(usize, usize)> {
+    match *input.shape.dims() {
+        [_, Dim::Fixed(seq_len), Dim::Fixed(last)] if input.dtype == DType::F32 => Some((seq_len, last)),
+        _ => None,
+    }
+}
+
+/// S of the output.
+fn seq_len(io: &Io<'_>) -> u64 {
+    io.output.shape.dims().get(1).map_or(0, |dim| dim.resolve(io.batch)) as u64
+}
+
+/// FP is two products of 2 * B * S * S * D and a softmax over B * H * S * S scores; BP is four such products and
+/// the softmax's gradient. A causal core is counted in full, S * S: the kernels compute the masked half too.
+/// Scores and probabilities are written and read once each; the inputs and the probabilities are kept, by plain kernels.
+pub(super) fn core_cost(heads: usize, io: &Io<'_>) -> Cost {
+    let seq_len = seq_len(io);
+    let scores = product(&[io.batch as u64, heads as u64, seq_len, seq_len]);
+    let score_bytes = scores.saturating_mul(DType::F32.bytes() as u64);
+    let one_product = product(&[2, io.output_elements(), seq_len]);
+    let flops =
+        |products: u64, per_score: u64| product(&[products, one_product]).saturating_add(product(&[scores, per_score]));
+    let between_bytes = score_bytes.saturating_mul(2);
+    Cost {
+        fp_flops: flops(2, SOFTMAX_FP_FLOPS_PER_SCORE),
+        bp_flops: flops(4, SOFTMAX_BP_FLOPS_PER_SCORE),
+        read_bytes: io.input_bytes().saturating_add(between_bytes),
+        write_bytes: io.output_bytes().saturating_add(between_bytes),
+        kept_bytes: io.input_bytes().saturating_add(score_bytes),
+    }
+}
+
+/// Inputs, output, and a logarithm for each row of scores, from which BP makes the probabilities again.
+pub(super) fn core_kept_bytes(heads: usize, io: &Io<'_>) -> u64 {
+    let log_sums = product(&[io.batch as u64, heads as u64, seq_len(io), DType::F32.bytes() as u64]);
+    io.input_bytes().saturating_add(io.output_bytes()).saturating_add(log_sums)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use fusionllm_codec::Codec;
-use fusionllm_graph::{Gpt2Config, MAX_LAYERS};
+use fusionllm_graph::{Gpt2Config, MAX_LAYERS, Model};
 use fusionllm_planner::{Compression, MAX_COMPNODES, Owner, PlacementSpec, PlanSpec};
 
 use super::names::{check_name, check_path};
@@ -12,7 +12,19 @@ use super::{CompressionPolicy, CompressionSpec, DataSpec, JobSpec, LrSchedule, V
 use crate::JobError;
 
 /// The models that are known by name.
-const MODELS: [&str; 5] = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "resnet101"];
+const MODELS: [&str; 11] = [
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "llama-3.2-1b",
+    "llama-3.1-8b",
+    "mistral-7b",
+    "qwen2.5-0.5b",
+    "qwen2.5-7b",
+    "qwen3-0.6b",
+    "resnet101",
+];
 
 /// Vocabulary of the tokenizer `bytes`.
 const BYTES_VOCAB: usize = 256;
@@ -252,9 +264,15 @@ impl JobSpec {
         }
     }
 
-    /// The GPT-2 that `model.name` and the sizes beside it describe; `None` for a model by path or of an unknown
-    /// name.
-    pub fn gpt2_config(&self) -> Option<Gpt2Config> {
+    /// The model that `model.name` and the sizes beside it describe; `None` for a model by path, or of a name that is of
+    /// no family of language models.
+    pub fn named_model(&self) -> Option<Model> {
+        let gpt2 = self.gpt2_config().map(Model::Gpt2);
+        gpt2.or_else(|| Model::named(self.model.name.as_deref()?))
+    }
+
+    /// The GPT-2 that `model.name` and the sizes beside it describe.
+    pub(super) fn gpt2_config(&self) -> Option<Gpt2Config> {
         let m = &self.model;
         let named = Gpt2Config::named(m.name.as_deref()?)?;
         let vocab = if self.data.tokenizer == DataSpec::BYTES { BYTES_VOCAB } else { named.vocab_size };

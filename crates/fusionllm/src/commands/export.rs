@@ -18,7 +18,7 @@ pub(super) fn run(args: &cli::Export) -> anyhow::Result<()> {
     }
     let model = super::model::open(&args.checkpoint, args.tokenizer.as_deref())?;
     let config = model.config.ok_or_else(|| {
-        bad_input("the checkpoint's model came from an OP-DAG file, only GPT-2 models can be exported")
+        bad_input("the checkpoint's model came from an OP-DAG file, only models of a family that Hugging Face knows can be exported")
     })?;
     let of = model.origin.as_str();
     let written =

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 
 use fusionllm_compnode::{Generator, SamplingSpec, open_device};
+use fusionllm_graph::{Model, OpDag};
 use fusionllm_protocol::clean_lines;
 
 use super::model::TrainedModel;
@@ -57,8 +58,15 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
         );
     }
     let backend = open_device(device.parse().map_err(bad_input)?).map_err(refused)?;
-    let generator = Generator::new(Arc::new(model.dag), model.tensors, backend.as_ref());
+    let dag = for_sequences_of(ids.len() + sampling.tokens, model.dag, model.config.as_ref());
+    let generator = Generator::new(Arc::new(dag), model.tensors, backend.as_ref());
     let mut generator = generator.map_err(|e| if e.is_bad_input() { bad_input(e) } else { e.into() })?;
     let written = generator.generate(&ids, sampling)?;
     model.tokenizer.decode(&written).map_err(refused)
+}
+
+/// The model for sequences no longer than `tokens`: each token costs what the whole sequence does.
+fn for_sequences_of(tokens: usize, dag: OpDag, model: Option<&Model>) -> OpDag {
+    let shorter = dag.seq_len().filter(|&seq_len| tokens < seq_len);
+    shorter.and_then(|_| model?.build(tokens).ok()).unwrap_or(dag)
 }

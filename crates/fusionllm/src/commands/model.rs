@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
-use fusionllm_graph::{Gpt2Config, OpDag};
+use fusionllm_graph::{Model, OpDag};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
 
 use crate::exit::{bad_input, refused};
@@ -15,7 +15,7 @@ use crate::exit::{bad_input, refused};
 /// A model with its parameters.
 pub(super) struct TrainedModel {
     pub(super) dag: OpDag,
-    pub(super) config: Option<Gpt2Config>,
+    pub(super) config: Option<Model>,
     pub(super) tensors: Vec<NamedTensor>,
     pub(super) tokenizer: Tokenizer,
     /// Which run or folder it is of, in words.
@@ -47,7 +47,18 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
         Some(run) => format!("run {run}"),
         None => real(path),
     };
-    Ok(TrainedModel { config: Gpt2Config::of(&dag), dag, tensors, tokenizer, origin, carried })
+    Ok(TrainedModel { config: family(&dag, &carried), dag, tensors, tokenizer, origin, carried })
+}
+
+/// The family and sizes of a trained model: by the config.json that it came with, where that is of this OP-DAG, since
+/// graphs do not tell everything; else by the graph.
+fn family(dag: &OpDag, carried: &BTreeMap<String, String>) -> Option<Model> {
+    let told = carried.get("config.json").and_then(|text| Model::from_hugging_face(text).ok());
+    let is_of = |model: &Model| {
+        let built = dag.seq_len().and_then(|seq_len| model.build(seq_len).ok());
+        built.is_some_and(|built| built.ops() == dag.ops() && built.params() == dag.params())
+    };
+    told.map(|read| read.model).filter(is_of).or_else(|| Model::of(dag))
 }
 
 /// The tokenizer that a checkpoint carries, or whose file it names.

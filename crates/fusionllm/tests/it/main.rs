@@ -8,6 +8,7 @@ mod cluster;
 #[path = "../../../../tests/copy.rs"]
 mod copy;
 #[cfg(target_os = "linux")]
+mod decoders;
 mod disk;
 mod docs;
 mod endurance;

@@ -4,7 +4,7 @@ use burn_tensor::Tensor;
 use burn_tensor::activation::{gelu, relu, sigmoid, silu};
 use fusionllm_graph::ActivationFunction;
 
-use super::fused::{self, Gelu, Operand};
+use super::fused::{self, Gated, Operand};
 use super::{Arguments, RealValue};
 use crate::ExecutorError;
 
@@ -18,10 +18,12 @@ pub(super) fn forward(arguments: &Arguments<'_>, function: ActivationFunction) -
     let x = arguments.real(0)?;
     let tensor = x.tensor.clone();
     let tensor = match function {
-        ActivationFunction::GeluTanh => fused::apply(Gelu, [Operand::of(&tensor)]).unwrap_or_else(|| gelu_tanh(tensor)),
+        ActivationFunction::GeluTanh => {
+            fused::apply(Gated::Gelu, [Operand::of(&tensor)]).unwrap_or_else(|| gelu_tanh(tensor))
+        }
         ActivationFunction::GeluErf => gelu(tensor),
         ActivationFunction::Relu => relu(tensor),
-        ActivationFunction::Silu => silu(tensor),
+        ActivationFunction::Silu => fused::apply(Gated::Silu, [Operand::of(&tensor)]).unwrap_or_else(|| silu(tensor)),
     };
     Ok(RealValue { tensor, shape: x.shape.clone() })
 }

@@ -7,10 +7,12 @@
 mod accumulated;
 mod attention;
 mod cross_entropy;
-mod gelu;
+mod gated;
 mod layer_norm;
 mod linear;
 mod matrix;
+mod rms_norm;
+mod rotary;
 mod seeded;
 mod vector;
 
@@ -25,11 +27,13 @@ use burn_flex::{Flex, FlexTensor, Layout};
 use burn_tensor::{BackendPrimitive, Bytes, DType, Device, Float, Shape, Tensor};
 
 pub(crate) use accumulated::{AccumulatedLinear, SetAside, WeightSum};
-pub(crate) use attention::Attention;
+pub(crate) use attention::{Attention, GroupedAttention, PackedAttention};
 pub(crate) use cross_entropy::CrossEntropy;
-pub(crate) use gelu::Gelu;
+pub(crate) use gated::Gated;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::{DeferredLinear, Linear};
+pub(crate) use rms_norm::RmsNorm;
+pub(crate) use rotary::Rotary;
 pub(crate) use seeded::Seeded;
 
 type Tracked = <Float as BackendPrimitive<Autodiff<Flex>>>::Primitive;

@@ -2,7 +2,7 @@
 
 use burn_tensor::TensorData;
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{ActivationFunction, DType, OpId, ParamId, Shape, TensorType, WeightLayout};
+use fusionllm_graph::{ActivationFunction, DType, OpId, ParamId, RotaryScaling, Shape, TensorType, WeightLayout};
 
 use super::*;
 use crate::DeviceChoice;
@@ -181,6 +181,65 @@ fn attention_sees_only_the_past() {
         assert_near(&case.forward(), &expected);
         case.check_gradients(2e-3);
     }
+}
+
+#[test]
+fn each_head_of_queries_sees_the_keys_of_its_group() {
+    let (seq, heads, kv_heads, dim) = (3, 4, 2, 2);
+    let kind = OpKind::GroupedAttention { heads, kv_heads, causal: true };
+    let mut case =
+        Case::new(kind, &[&[2, seq, heads * dim], &[2, seq, kv_heads * dim], &[2, seq, kv_heads * dim]], &[]);
+    let [q, k, v] = [0, 1, 2].map(|part| wide(&case.inputs[part]));
+    let at = |x: &[f64], of: usize, b: usize, s: usize, h: usize, j: usize| x[((b * seq + s) * of + h) * dim + j];
+    let mut expected = Vec::new();
+    for b in 0..2 {
+        for s in 0..seq {
+            for h in 0..heads {
+                let g = h / 2;
+                let score = |t: usize| {
+                    (0..dim).map(|j| at(&q, heads, b, s, h, j) * at(&k, kv_heads, b, t, g, j)).sum::<f64>()
+                        / 2f64.sqrt()
+                };
+                let total: f64 = (0..=s).map(|t| score(t).exp()).sum();
+                let mixed = |j| (0..=s).map(|t| score(t).exp() / total * at(&v, kv_heads, b, t, g, j)).sum::<f64>();
+                expected.extend((0..dim).map(mixed));
+            }
+        }
+    }
+    assert_near(&case.forward(), &expected);
+    case.check_gradients(2e-3);
+}
+
+#[test]
+fn rms_norm_of_each_group() {
+    let mut case = Case::new(OpKind::RmsNorm { dim: 3, eps: 1e-5 }, &[&[2, 2, 6]], &[3]);
+    let (x, weight) = (wide(&case.inputs[0]), wide(&case.params[0]));
+    let normed = |group: &[f64]| {
+        let scale = (group.iter().map(|x| x * x).sum::<f64>() / 3.0 + 1e-5).sqrt();
+        group.iter().zip(&weight).map(|(x, w)| x / scale * w).collect::<Vec<_>>()
+    };
+    let expected: Vec<f64> = x.chunks(3).flat_map(normed).collect();
+    assert_near(&case.forward(), &expected);
+    case.check_gradients(2e-2);
+}
+
+#[test]
+fn rotary_turns_each_pair_of_a_head_by_its_position() {
+    let kind = OpKind::Rotary { head_dim: 4, base: 100.0, scaling: RotaryScaling::Linear { factor: 2.0 } };
+    let mut case = Case::new(kind, &[&[2, 3, 8]], &[]);
+    let mut expected = wide(&case.inputs[0]);
+    for (row, values) in expected.chunks_mut(8).enumerate() {
+        for head in values.chunks_mut(4) {
+            for pair in 0..2 {
+                let angle = (row % 3) as f64 / 2.0 / 10f64.powi(pair as i32);
+                let (a, b) = (head[pair], head[pair + 2]);
+                head[pair] = a * angle.cos() - b * angle.sin();
+                head[pair + 2] = b * angle.cos() + a * angle.sin();
+            }
+        }
+    }
+    assert_near(&case.forward(), &expected);
+    case.check_gradients(1e-3);
 }
 
 #[test]

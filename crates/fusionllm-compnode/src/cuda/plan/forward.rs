@@ -53,7 +53,13 @@ impl Planner<'_> {
             }
             OpKind::Dropout { p } => self.dropout(op, p),
             OpKind::CrossEntropy => self.cross_entropy(op),
-            OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool => {
+            OpKind::RmsNorm { .. }
+            | OpKind::Rotary { .. }
+            | OpKind::GroupedAttention { .. }
+            | OpKind::Conv2d { .. }
+            | OpKind::BatchNorm2d { .. }
+            | OpKind::MaxPool2d { .. }
+            | OpKind::GlobalAvgPool => {
                 Err(ExecutorError::NoKernel { op: dag.op(op).name.clone(), family: dag.op(op).kind.family() })
             }
         }

@@ -1,6 +1,7 @@
 //! Tests of the GPT-2 builder against Hugging Face's names, counts and initial values.
 
 use super::*;
+use crate::models::Model;
 
 fn tiny() -> Gpt2Config {
     Gpt2Config {
@@ -11,6 +12,13 @@ fn tiny() -> Gpt2Config {
         n_head: 3,
         layer_norm_epsilon: 1e-5,
         dropout: 0.0,
+    }
+}
+
+fn read(text: &str) -> Result<Gpt2Config, GraphError> {
+    match Model::from_hugging_face(text)?.model {
+        Model::Gpt2(config) => Ok(config),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -136,13 +144,13 @@ fn settings_out_of_range_are_named() {
 fn a_hugging_face_config_is_read_and_its_variants_refused() {
     let text = r#"{"model_type": "gpt2", "activation_function": "gelu_new", "n_ctx": 1024, "n_inner": null,
         "vocab_size": 96, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 3, "resid_pdrop": 0.1}"#;
-    assert_eq!(Gpt2Config::from_json(text).unwrap(), Gpt2Config { dropout: 0.1, ..tiny() });
-    let error = Gpt2Config::from_json(&text.replace("gelu_new", "relu")).unwrap_err().to_string();
+    assert_eq!(read(text).unwrap(), Gpt2Config { dropout: 0.1, ..tiny() });
+    let error = read(&text.replace("gelu_new", "relu")).unwrap_err().to_string();
     let expected = r#"gpt2: activation_function is "relu", expected "gelu_new" or "gelu_pytorch_tanh""#;
     assert_eq!(error, expected);
-    assert!(Gpt2Config::from_json(&text.replace("null", "47")).is_err());
-    assert!(Gpt2Config::from_json(&text.replace("null", "48")).is_ok());
-    assert!(Gpt2Config::from_json(r#"{"model_type": "gpt2"}"#).unwrap_err().to_string().contains("vocab_size"));
+    assert!(read(&text.replace("null", "47")).is_err());
+    assert!(read(&text.replace("null", "48")).is_ok());
+    assert!(read(r#"{"model_type": "gpt2"}"#).unwrap_err().to_string().contains("vocab_size"));
     for (key, value, accepted) in [
         ("reorder_and_upcast_attn", "true", "false or null"),
         ("scale_attn_by_inverse_layer_idx", "true", "false or null"),
@@ -153,7 +161,7 @@ fn a_hugging_face_config_is_read_and_its_variants_refused() {
         ("num_hidden_layers", "3", "2"),
     ] {
         let changed = text.replace("\"n_layer\": 2", &format!("\"n_layer\": 2, \"{key}\": {value}"));
-        let error = Gpt2Config::from_json(&changed).unwrap_err().to_string();
+        let error = read(&changed).unwrap_err().to_string();
         assert_eq!(error, format!("gpt2: {key} is {value}, expected {accepted}"));
     }
 }
@@ -161,14 +169,14 @@ fn a_hugging_face_config_is_read_and_its_variants_refused() {
 #[test]
 fn an_error_in_a_config_speaks_of_the_config() {
     let text = r#"{"vocab_size": 96, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 3}"#;
-    assert_eq!(Gpt2Config::from_json(&format!("\u{feff}{text}")).unwrap(), tiny());
+    assert_eq!(read(&format!("\u{feff}{text}")).unwrap(), tiny());
     let cases = [
-        ("{", "not the config.json of a GPT-2: EOF while parsing"),
-        ("[]", "not the config.json of a GPT-2: "),
-        (r#"{"vocab_size": 96, "n_positions": 32}"#, "not the config.json of a GPT-2: `n_embd` is missing"),
+        ("{", "config.json: EOF while parsing"),
+        ("[]", "config.json: it is no object"),
+        (r#"{"vocab_size": 96, "n_positions": 32}"#, "config.json of a gpt2: `n_embd` is missing"),
     ];
     for (text, start) in cases {
-        let error = Gpt2Config::from_json(text).unwrap_err().to_string();
+        let error = read(text).unwrap_err().to_string();
         assert!(error.starts_with(start), "{error}");
     }
 }

@@ -1,12 +1,13 @@
 //! Every fused op against its plain form in Burn: values and gradients, at sizes that no block or vector divides.
 //! `kernels/tests.rs` holds the same ops against formulas and differences.
 
+use burn_tensor::activation::silu;
 use burn_tensor::{Int, TensorData};
-use fusionllm_graph::WeightLayout;
+use fusionllm_graph::{RotaryScaling, WeightLayout};
 
 use super::*;
 use crate::burn::host::to_vec;
-use crate::burn::kernels::{activation, attention, linear, loss, norm};
+use crate::burn::kernels::{activation, attention, linear, loss, norm, rotary};
 
 /// Numbers without a pattern in [-2, 2).
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -63,15 +64,40 @@ fn layer_norm_is_the_plain_one() {
 }
 
 #[test]
-fn gelu_is_the_plain_one() {
-    for shape in [[1, 1], [5, 13], [130, 257]] {
-        let x = leaf(shape, 1) * 3.0;
-        let fused = apply(Gelu, [Operand::of(&x)]).map(|y: Tensor<2>| to_vec(y).unwrap());
-        let plain = to_vec(activation::gelu_tanh(x.clone())).unwrap();
-        assert_alike("gelu", fused.map(|v| vec![v]), vec![plain]);
-        let x = leaf(shape, 2);
-        let fused = apply(Gelu, [Operand::of(&x)]).map(|y| run(y, &x, &[]));
-        assert_alike("gelu", fused, run(activation::gelu_tanh(x.clone()), &x, &[]));
+fn gates_are_the_plain_ones() {
+    type Plain = fn(Tensor<2>) -> Tensor<2>;
+    for (op, plain) in [(Gated::Gelu, activation::gelu_tanh as Plain), (Gated::Silu, silu as Plain)] {
+        for shape in [[1, 1], [5, 13], [130, 257]] {
+            let x = leaf(shape, 1) * 3.0;
+            let fused = apply(op, [Operand::of(&x)]).map(|y: Tensor<2>| to_vec(y).unwrap());
+            let expected = to_vec(plain(x.clone())).unwrap();
+            assert_alike(&format!("{op:?}"), fused.map(|v| vec![v]), vec![expected]);
+            let x = leaf(shape, 2);
+            let fused = apply(op, [Operand::of(&x)]).map(|y| run(y, &x, &[]));
+            assert_alike(&format!("{op:?}"), fused, run(plain(x.clone()), &x, &[]));
+        }
+    }
+}
+
+#[test]
+fn rms_norm_is_the_plain_one() {
+    for (rows, groups, dim) in [(1, 1, 1), (3, 1, 7), (33, 3, 10), (600, 1, 129)] {
+        let (x, params) = (leaf([rows, groups * dim], 1), [leaf([dim], 2)]);
+        let operands = [Operand::of(&x), Operand::of(&params[0])];
+        let fused = apply(RmsNorm { eps: 1e-5 }, operands).map(|y| run(y, &x, &params));
+        let plain = run(norm::plain_rms(x.clone(), params[0].clone(), 1e-5), &x, &params);
+        assert_alike(&format!("RMS norm {rows} x {groups} x {dim}"), fused, plain);
+    }
+}
+
+#[test]
+fn rotary_is_the_plain_one() {
+    for (batch, seq, heads, head_dim) in [(1, 1, 1, 2), (2, 5, 3, 4), (3, 65, 2, 32)] {
+        let (cos, sin) = RotaryScaling::None.table(head_dim, 1e4, seq);
+        let op = Rotary { seq, head_dim, cos: cos.into(), sin: sin.into() };
+        let x = leaf([batch * seq, heads * head_dim], 1);
+        let fused = apply(op.clone(), [Operand::of(&x)]).map(|y| run(y, &x, &[]));
+        assert_alike(&format!("rotary over {seq}"), fused, run(rotary::plain(x.clone(), &op), &x, &[]));
     }
 }
 
@@ -131,21 +157,47 @@ fn a_linear_that_defers_is_one_that_does_not() {
 fn attention_is_the_plain_one() {
     for causal in [false, true] {
         for (batch, seq, heads, head_dim) in [(1, 1, 1, 1), (2, 5, 3, 4), (3, 65, 2, 8), (1, 130, 2, 16)] {
-            let width = heads * head_dim;
-            let op = Attention { seq, heads, width, causal };
-            let qkv = leaf([batch * seq, 3 * width], 1);
-            let fused = apply(op, [Operand::of(&qkv)]).map(|y| run(y, &qkv, &[]));
+            let op = Attention { seq, heads, kv_heads: heads, head_dim, causal };
+            let qkv = leaf([batch * seq, 3 * heads * head_dim], 1);
+            let fused = apply(PackedAttention(op), [Operand::of(&qkv)]).map(|y| run(y, &qkv, &[]));
             let plain = run(attention::plain(qkv.clone(), batch, op), &qkv, &[]);
             assert_alike(&format!("attention over {seq}, causal: {causal}"), fused, plain);
         }
     }
 }
 
+/// The gradients of query, key and value, one after the other.
+#[test]
+fn grouped_attention_is_the_plain_one() {
+    for causal in [false, true] {
+        for (batch, seq, heads, kv_heads, head_dim) in
+            [(1, 1, 1, 1, 1), (2, 5, 4, 2, 3), (3, 65, 6, 2, 8), (1, 130, 4, 1, 16), (2, 7, 3, 3, 4)]
+        {
+            let op = Attention { seq, heads, kv_heads, head_dim, causal };
+            let rows = batch * seq;
+            let flat: [Tensor<1>; 3] =
+                [heads, kv_heads, kv_heads].map(|heads| leaf([rows * heads * head_dim], heads as u64 + 1));
+            let parts = || {
+                let [q, k, v] = flat.clone();
+                let split = |part: Tensor<1>, heads: usize| part.reshape([rows, heads * head_dim]);
+                [split(q, heads), split(k, kv_heads), split(v, kv_heads)]
+            };
+            let x = leaf([1, 1], 1);
+            let with_x = |y: Tensor<2>| y + x.clone();
+            let operands = parts();
+            let fused = apply(GroupedAttention(op), operands.each_ref().map(Operand::of));
+            let fused = fused.map(|y| run(with_x(y), &x, &flat));
+            let plain = run(with_x(attention::plain_grouped(parts(), batch, op)), &x, &flat);
+            assert_alike(&format!("{heads} heads by {kv_heads} over {seq}, causal: {causal}"), fused, plain);
+        }
+    }
+}
+
 #[test]
 fn attention_survives_scores_beyond_the_range_of_exp() {
-    let op = Attention { seq: 3, heads: 1, width: 2, causal: true };
+    let op = Attention { seq: 3, heads: 1, kv_heads: 1, head_dim: 2, causal: true };
     let qkv = leaf([3, 6], 1) * 1e3;
-    let output: Tensor<2> = apply(op, [Operand::of(&qkv)]).unwrap();
+    let output: Tensor<2> = apply(PackedAttention(op), [Operand::of(&qkv)]).unwrap();
     let plain = to_vec(attention::plain(qkv, 1, op)).unwrap();
     assert_alike("large scores", Some(vec![to_vec(output).unwrap()]), vec![plain]);
 }
@@ -175,8 +227,8 @@ fn a_seeded_scalar_gives_its_seed_as_gradient() {
 fn outside_autodiff_only_fp_runs() {
     let x = leaf([4, 6], 1);
     let inner = x.clone().inner();
-    let output: Tensor<2> = apply(Gelu, [Operand::of(&inner)]).unwrap();
-    let tracked: Tensor<2> = apply(Gelu, [Operand::of(&x)]).unwrap();
+    let output: Tensor<2> = apply(Gated::Gelu, [Operand::of(&inner)]).unwrap();
+    let tracked: Tensor<2> = apply(Gated::Gelu, [Operand::of(&x)]).unwrap();
     assert!(!output.device().is_autodiff() && tracked.is_tracked());
     assert_eq!(to_vec(output).unwrap(), to_vec(tracked).unwrap());
 }
