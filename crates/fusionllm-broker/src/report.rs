@@ -205,9 +205,14 @@ impl RunReport {
         }
         text.push_str(&recoveries::section(&self.recoveries, self.useful_share));
         if let Some(data) = &self.data {
+            // Of tokens alone, nobody knows the text.
+            let per_token = match data.bytes_per_token {
+                0.0 => String::new(),
+                bytes => format!(", {bytes:.3} bytes per token"),
+            };
             text.push_str(&format!(
-                "\n## Data\n\n{} files, {} tokens to train on, {} held out, {:.3} bytes per token\n",
-                data.files, data.train_tokens, data.eval_tokens, data.bytes_per_token
+                "\n## Data\n\n{} files, {} tokens to train on, {} held out{per_token}\n",
+                data.files, data.train_tokens, data.eval_tokens
             ));
         }
         text.push_str(

@@ -1,6 +1,7 @@
 //! Training data: on its owner's machine alone.
 
 mod corpus;
+mod documents;
 mod files;
 mod readable;
 mod reading;

@@ -13,9 +13,29 @@ const NAMED_CHANGES: usize = 5;
 
 /// The BLAKE3 hash by which contents of files are told apart, its first 32 hexadecimal digits.
 pub fn content_hash(bytes: &[u8]) -> String {
-    let mut hash = blake3::hash(bytes).to_hex().to_string();
-    hash.truncate(HASH_DIGITS);
-    hash
+    shortened(blake3::hash(bytes))
+}
+
+fn shortened(hash: blake3::Hash) -> String {
+    let mut digits = hash.to_hex().to_string();
+    digits.truncate(HASH_DIGITS);
+    digits
+}
+
+/// The hash of [`content_hash`] of what comes in pieces.
+#[derive(Debug, Default)]
+pub struct ContentHasher(blake3::Hasher);
+
+impl ContentHasher {
+    /// Adds bytes at the end.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The hash of all bytes so far.
+    pub fn finish(&self) -> String {
+        shortened(self.0.finalize())
+    }
 }
 
 /// What the data owner found in its data.
@@ -55,7 +75,7 @@ impl DataReport {
     }
 }
 
-/// One text file.
+/// One file. Of files of documents the texts count, not the form that they come in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileFingerprint {
     /// Its path below the folder that the job names, or its file name.

@@ -4,6 +4,7 @@
 
 mod cadence;
 mod keys;
+mod lr_schedule;
 mod names;
 mod overrides;
 mod parse;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cadence::Cadence;
 pub use keys::job_keys;
+pub use lr_schedule::LrSchedule;
 
 /// A whole job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,6 +86,9 @@ pub struct DataSpec {
     pub path: Vec<PathBuf>,
     /// Form of the files.
     pub format: DataFormat,
+    /// The key of JSON Lines, or the column of Parquet, that has the text.
+    #[serde(default = "text_column")]
+    pub column: String,
     /// [`DataSpec::BYTES`], [`DataSpec::MODEL`], or the path of a Hugging Face `tokenizer.json` on the data owner's
     /// machine.
     pub tokenizer: String,
@@ -97,7 +102,13 @@ pub struct DataSpec {
     pub eval_fraction: f64,
 }
 
+fn text_column() -> String {
+    DataSpec::TEXT_COLUMN.to_owned()
+}
+
 impl DataSpec {
+    /// The key or column that has the text where the job does not say.
+    pub const TEXT_COLUMN: &'static str = "text";
     /// The tokenizer for which each byte is a token.
     pub const BYTES: &'static str = "bytes";
     /// The tokenizer.json in the Hugging Face directory at `model.path`; an OP-DAG file has none, and takes bytes.
@@ -119,9 +130,31 @@ impl DataSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DataFormat {
-    /// UTF-8 text.
+    /// UTF-8 text: a file is one text.
     #[default]
     Text,
+    /// JSON Lines: each line is an object, one key of which has the text of a document.
+    Jsonl,
+    /// Parquet: one column has the texts of the documents, a row each.
+    Parquet,
+    /// Token ids of two bytes each, as nanoGPT writes them, or with llm.c's header.
+    Tokens,
+}
+
+impl DataFormat {
+    /// Every form with its name in job files.
+    pub const ALL: [(&'static str, Self); 4] =
+        [("text", Self::Text), ("jsonl", Self::Jsonl), ("parquet", Self::Parquet), ("tokens", Self::Tokens)];
+
+    /// How names of files of this form end, of which folders may hold others too; nothing for text.
+    pub fn endings(self) -> &'static [&'static str] {
+        match self {
+            Self::Text => &[],
+            Self::Jsonl => &["jsonl", "ndjson"],
+            Self::Parquet => &["parquet"],
+            Self::Tokens => &["bin"],
+        }
+    }
 }
 
 /// `[train]`.
@@ -172,17 +205,6 @@ pub enum OptimizerKind {
     Adamw,
     /// Stochastic gradient descent with momentum.
     Sgd,
-}
-
-/// Learning rate after warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LrSchedule {
-    /// Half a cosine from `lr` down to `lr * min_lr_ratio` at the last step.
-    #[default]
-    Cosine,
-    /// `lr` throughout.
-    Constant,
 }
 
 /// Precision of compute.

@@ -28,7 +28,7 @@ pub use control::{
     JobSummary, LinkSpeed, MOST_UNCONFIRMED, Numbered, Role, Standing, StatusReport, StepReport, TicketRole,
     TicketState, TicketSummary, ToClient, WeightSource, Welcome, placement_hash,
 };
-pub use data::{DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
+pub use data::{ContentHasher, DataFingerprint, DataReport, FileFingerprint, TokenizerFingerprint, content_hash};
 pub use error::{JobError, ProtocolError};
 pub use event::{CodecNote, JobEvent, JobState, LinkBytes, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId, RunKey};

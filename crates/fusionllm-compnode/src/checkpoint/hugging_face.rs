@@ -12,10 +12,6 @@ use crate::data::Tokenizer;
 use crate::executor::{LazyTensor, NamedTensor, by_name};
 use crate::{ExportError, ShardError};
 
-/// Tokens that end a text, and those that begin one, by the names they usually have.
-const END: [&str; 4] = ["<|endoftext|>", "</s>", "<eos>", "[EOS]"];
-const BEGIN: [&str; 4] = ["<|endoftext|>", "<s>", "<bos>", "[BOS]"];
-
 /// Writes the Hugging Face layout of a model to a folder, in place of an earlier export of the same there; `of` says of
 /// what. What training did not change of the directory that the model came from is in `carried`, by file name, and stays
 /// as it was.
@@ -86,7 +82,6 @@ fn config_json(model: &Model, source: Option<&str>, tokenizer: &Tokenizer) -> Va
 }
 
 fn new_config(model: &Model, tokenizer: &Tokenizer) -> Map<String, Value> {
-    let id = |names: &[&str]| names.iter().find_map(|name| tokenizer.special_id(name));
     let mut keys = model.keys();
     let more = match model {
         Model::Gpt2(config) => serde_json::json!({
@@ -108,8 +103,8 @@ fn new_config(model: &Model, tokenizer: &Tokenizer) -> Map<String, Value> {
     if let Value::Object(more) = more {
         keys.extend(more);
     }
-    keys.insert("bos_token_id".to_owned(), id(&BEGIN).into());
-    keys.insert("eos_token_id".to_owned(), id(&END).into());
+    keys.insert("bos_token_id".to_owned(), tokenizer.begin_of_text().into());
+    keys.insert("eos_token_id".to_owned(), tokenizer.end_of_text().into());
     keys
 }
 

@@ -1,13 +1,18 @@
 //! The text of a job, as tokens: a training split, and a held-out split at the end of every file.
 
+mod forms;
+
 use std::collections::BTreeMap;
 
-use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
+use fusionllm_protocol::{
+    DataFingerprint, DataFormat, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash,
+};
 
 use super::files::{Content, LeftOut, TextFile, read, shown, text_files};
 use super::tokenizer::{Coverage, Told, pieces};
 use super::{ReadableData, Reading, Tokenizer, Tokens};
 use crate::DataError;
+use forms::has_ending;
 
 /// A larger share of characters without a token is a mistake, not a stray sign.
 const MOST_LOST: f64 = 1e-3;
@@ -25,15 +30,23 @@ const LONG_TOKEN_BYTES: u64 = 8;
 
 /// Before anything is read: whether there is memory for the files that the job names, as tokens, and for the text of the
 /// largest one. What folders hold is known only when it is read.
-fn check_room(files: &[TextFile], tokenizer: &Tokenizer, reading: &Reading) -> Result<(), DataError> {
+fn check_room(
+    files: &[TextFile],
+    format: DataFormat,
+    tokenizer: &Tokenizer,
+    reading: &Reading,
+) -> Result<(), DataError> {
     let named = files.iter().filter(|file| file.named).filter_map(|file| std::fs::metadata(&file.path).ok());
     let (sum, largest) =
         named.fold((0u64, 0), |(sum, largest), file| (sum.saturating_add(file.len()), file.len().max(largest)));
     let tokens = match tokenizer {
+        _ if format == DataFormat::Tokens => sum / 4,
         Tokenizer::Bytes => sum,
         Tokenizer::HuggingFace(_) => sum / LONG_TOKEN_BYTES,
     };
-    reading.fits(tokens.saturating_mul(Tokens::width(tokenizer.entries())).saturating_add(largest))
+    // Only text is held as a whole; the rest is read part by part.
+    let held = if format == DataFormat::Text { largest } else { 0 };
+    reading.fits(tokens.saturating_mul(Tokens::width(tokenizer.entries())).saturating_add(held))
 }
 
 /// The tokens of all files.
@@ -48,13 +61,22 @@ pub struct Corpus {
     trained_entries: usize,
     /// Tokens that stand for what the tokenizer does not know.
     unknown: usize,
+    /// Documents that have none.
+    without_text: u64,
     notes: Vec<String>,
+}
+
+/// The two parts of the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Split {
+    Train,
+    HeldOut,
 }
 
 impl Corpus {
     /// Reads all files and folders of `spec.path`, in the order of their names. In folders, files that are hidden,
-    /// ignored by a `.gitignore`, not UTF-8 or links are passed over, which the report says. The last `eval_fraction`
-    /// of each file is held out.
+    /// ignored by a `.gitignore`, not UTF-8, of another form than the job's or links are passed over, which the report
+    /// says. The last `eval_fraction` of each file is held out; of files of documents, the documents there.
     ///
     /// # Errors
     /// [`DataError`] if there is too little text, something cannot be read, or the tokenizer drops much of it.
@@ -77,9 +99,17 @@ impl Corpus {
         let mut left_out = LeftOut::new(spec.private);
         let mut marks = 0;
         let files = text_files(&spec.path, &mut left_out, reading)?;
-        check_room(&files, tokenizer, reading)?;
+        check_room(&files, spec.format, tokenizer, reading)?;
         for file in files {
             reading.holds(corpus.bytes());
+            if spec.format != DataFormat::Text {
+                if file.named || has_ending(&file, spec.format) {
+                    corpus.push_file(&file, spec, tokenizer, readable, reading)?;
+                } else {
+                    left_out.add("of another form than data.format", &file.name);
+                }
+                continue;
+            }
             match read(&file.path, readable, reading)? {
                 Content::Text { text, .. } if text.is_empty() => left_out.add("empty", &file.name),
                 Content::Text { text, had_mark } => {
@@ -119,6 +149,7 @@ impl Corpus {
             tokenizer: tokenizer.fingerprint(),
             trained_entries: tokenizer.trained_entries(),
             unknown: 0,
+            without_text: 0,
             notes: Vec::new(),
         }
     }
@@ -139,24 +170,45 @@ impl Corpus {
         let held_out = (text.len() as f64 * eval_fraction).ceil() as usize;
         let cut = text.floor_char_boundary(text.len().saturating_sub(held_out));
         let (train, eval) = text.split_at(cut);
-        let mut held = self.bytes().saturating_add(text.len() as u64);
-        for (part, tokens) in [(train, &mut self.train), (eval, &mut self.eval)] {
-            tokenizer.encode_pieces(part, reading, |ids| {
-                let before = tokens.bytes();
-                tokens.extend(ids);
-                held = held.saturating_add(tokens.bytes() - before);
-                reading.holds(held);
-                reading.fits(0)
-            })?;
-            for piece in pieces(part) {
-                reading.moved(piece.len())?;
-                self.coverage.add(&tokenizer.coverage(piece)?);
-                tokenizer.tell(piece, &mut self.told)?;
-            }
+        for (part, split) in [(train, Split::Train), (eval, Split::HeldOut)] {
+            self.encode(part, split, text.len() as u64, tokenizer, reading)?;
         }
         let hash = content_hash(text.as_bytes());
         self.files.push(FileFingerprint { name, bytes: text.len() as u64, train_bytes: cut as u64, hash });
         Ok(())
+    }
+
+    /// Adds the tokens of a text to one of the splits; `held` bytes of text are in memory.
+    fn encode(
+        &mut self,
+        text: &str,
+        split: Split,
+        held: u64,
+        tokenizer: &Tokenizer,
+        reading: &Reading,
+    ) -> Result<(), DataError> {
+        let mut held = self.bytes().saturating_add(held);
+        let tokens = self.tokens_of(split);
+        tokenizer.encode_pieces(text, reading, |ids| {
+            let before = tokens.bytes();
+            tokens.extend(ids);
+            held = held.saturating_add(tokens.bytes() - before);
+            reading.holds(held);
+            reading.fits(0)
+        })?;
+        for piece in pieces(text) {
+            reading.moved(piece.len())?;
+            self.coverage.add(&tokenizer.coverage(piece)?);
+            tokenizer.tell(piece, &mut self.told)?;
+        }
+        Ok(())
+    }
+
+    fn tokens_of(&mut self, split: Split) -> &mut Tokens {
+        match split {
+            Split::Train => &mut self.train,
+            Split::HeldOut => &mut self.eval,
+        }
     }
 
     /// Refuses a tokenizer that does not fit the text.
@@ -226,6 +278,9 @@ impl Corpus {
         }
         if marks > 0 {
             notes.push(format!("the byte order mark at the start of {marks} files is left out"));
+        }
+        if self.without_text > 0 {
+            notes.push(format!("{} documents without a text are left out", self.without_text));
         }
         notes.extend(self.copies());
         notes.extend(left_out);

@@ -114,6 +114,7 @@ mod tests {
         DataSpec {
             path: vec![path.to_owned()],
             format: fusionllm_protocol::DataFormat::Text,
+            column: DataSpec::TEXT_COLUMN.to_owned(),
             tokenizer: tokenizer.to_owned(),
             seq_len: 8,
             eval_fraction: 0.1,

@@ -22,13 +22,17 @@ use tokenizers::{Model, PostProcessor};
 use super::{ReadableData, Reading};
 use crate::DataError;
 pub(crate) use coverage::{Coverage, pieces};
-use guard::guarded;
+pub(super) use guard::guarded;
 pub use guard::is_guarded;
 use normalizer::Effects;
 pub(crate) use told::Told;
 
 /// Where the tokenizer of a model's directory is said to lie.
 const OF_MODEL: &str = "tokenizer.json of model.path";
+
+/// Tokens that end a text, and those that begin one, by the names they usually have.
+const END: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]"];
+const BEGIN: [&str; 5] = ["<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]"];
 
 /// How text becomes token ids.
 #[derive(Clone, Debug)]
@@ -252,8 +256,18 @@ impl Tokenizer {
         }
     }
 
-    /// Id of a token that is special by the file, such as the end of a text.
-    pub(crate) fn special_id(&self, token: &str) -> Option<u32> {
+    /// Id of the token that begins a text.
+    pub(crate) fn begin_of_text(&self) -> Option<u32> {
+        BEGIN.iter().find_map(|name| self.special_id(name))
+    }
+
+    /// Id of the token that ends a text.
+    pub(crate) fn end_of_text(&self) -> Option<u32> {
+        END.iter().find_map(|name| self.special_id(name))
+    }
+
+    /// Id of a token that is special by the file.
+    fn special_id(&self, token: &str) -> Option<u32> {
         let Self::HuggingFace(tokenizer) = self else { return None };
         let id = tokenizer.inner.token_to_id(token)?;
         tokenizer.inner.get_added_tokens_decoder().get(&id).filter(|token| token.special).map(|_| id)

@@ -15,6 +15,7 @@ const KEYS: &[(&str, &str)] = &[
     ("model", "dropout"),
     ("data", "path"),
     ("data", "format"),
+    ("data", "column"),
     ("data", "tokenizer"),
     ("data", "seq_len"),
     ("data", "private"),

@@ -66,7 +66,8 @@ fn data(s: &Section<'_>, has_model_path: bool) -> Result<DataSpec, JobError> {
     let tokenizer = if has_model_path { DataSpec::MODEL } else { DataSpec::BYTES };
     Ok(DataSpec {
         path: s.paths("path")?,
-        format: s.choice("format", &[("text", DataFormat::Text)])?,
+        format: s.choice("format", &DataFormat::ALL)?,
+        column: s.filled("column")?.unwrap_or_else(|| DataSpec::TEXT_COLUMN.to_owned()),
         tokenizer: s.filled("tokenizer")?.unwrap_or_else(|| tokenizer.to_owned()),
         seq_len: s.integer("seq_len")?.unwrap_or(128),
         private: s.flag("private")?,
@@ -86,7 +87,7 @@ fn train(s: &Section<'_>) -> Result<TrainSpec, JobError> {
         min_lr_ratio: s.real("min_lr_ratio", 0.1)?,
         // A short trial run should not have to set it.
         warmup: s.integer("warmup")?.unwrap_or(steps.min(20)),
-        schedule: s.choice("schedule", &[("cosine", LrSchedule::Cosine), ("constant", LrSchedule::Constant)])?,
+        schedule: s.choice("schedule", &LrSchedule::ALL)?,
         betas: s.pair("betas", [0.9, 0.95])?,
         epsilon: s.real("epsilon", 1e-8)?,
         weight_decay: s.real("weight_decay", 0.1)?,

@@ -8,7 +8,7 @@ use fusionllm_planner::{Compression, MAX_COMPNODES, Owner, PlacementSpec, PlanSp
 
 use super::names::{check_name, check_path};
 use super::refusal::fail;
-use super::{CompressionPolicy, CompressionSpec, DataSpec, JobSpec, LrSchedule, ValueFormat};
+use super::{CompressionPolicy, CompressionSpec, DataSpec, JobSpec, ValueFormat};
 use crate::JobError;
 
 /// The models that are known by name.
@@ -290,24 +290,6 @@ impl JobSpec {
     /// Sequences in a micro-batch.
     pub fn micro_batch_size(&self) -> u32 {
         self.train.batch.checked_div(self.train.micro_batches).unwrap_or(0)
-    }
-
-    /// Learning rate of the update after `step` updates: linear warm-up to `lr` over `warmup` updates, then the
-    /// schedule.
-    pub fn lr_at(&self, step: u64) -> f64 {
-        let t = &self.train;
-        if step < t.warmup {
-            return t.lr * (step + 1) as f64 / t.warmup as f64;
-        }
-        match t.schedule {
-            LrSchedule::Constant => t.lr,
-            LrSchedule::Cosine => {
-                let least = t.lr * t.min_lr_ratio;
-                let span = t.steps.saturating_sub(t.warmup).max(1);
-                let progress = ((step - t.warmup) as f64 / span as f64).min(1.0);
-                least + 0.5 * (t.lr - least) * (1.0 + (std::f64::consts::PI * progress).cos())
-            }
-        }
     }
 
     /// Codec of every F32 boundary tensor.

@@ -10,6 +10,7 @@ fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
     DataSpec {
         path: paths.iter().map(|p| p.to_path_buf()).collect(),
         format: DataFormat::Text,
+        column: DataSpec::TEXT_COLUMN.to_owned(),
         tokenizer: "bytes".to_owned(),
         seq_len,
         private: false,

@@ -10,13 +10,13 @@ thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether a panic of this thread, now, will be told as an error of a tokenizer's file. For a panic hook.
+/// Whether a panic of this thread, now, will be told as an error of a file. For a panic hook.
 pub fn is_guarded() -> bool {
     GUARDED.get()
 }
 
-/// Calls the library. What it may leave behind half changed must not be used after an error.
-pub(super) fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+/// Calls a library that may panic. What it may leave behind half changed must not be used after an error.
+pub(in crate::data) fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     let before = GUARDED.replace(true);
     let result = catch_unwind(AssertUnwindSafe(call));
     GUARDED.set(before);
@@ -29,7 +29,7 @@ pub(super) fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, 
 
 impl FileTokenizer {
     /// The same for a use of this file.
-    pub(super) fn guarded<T>(&self, call: impl FnOnce() -> Result<T, DataError>) -> Result<T, DataError> {
+    pub(in crate::data) fn guarded<T>(&self, call: impl FnOnce() -> Result<T, DataError>) -> Result<T, DataError> {
         guarded(|| Ok(call())).map_err(|reason| self.fail(reason)).and_then(|result| result)
     }
 }

@@ -103,13 +103,19 @@ impl Site {
                 self.succeeds(&replace_word(&line, words.get(at + 2).ok_or("it names no job")?, &job.to_string()))
             }
             "drain" => self.drain(&line, words.get(at + 2).ok_or("it names no CompNode")?),
-            "train" if line.contains("examples/") => self.succeeds(&format!("{line} {SHORT}")),
+            "train" if line.contains("examples/") => {
+                self.need_model(&line)?;
+                self.succeeds(&format!("{line} {SHORT} {}", fitting(&line)))
+            }
             "train" | "export" | "generate" => {
                 self.need_run(line.contains("--resume"))?;
                 self.need_model(&line)?;
                 self.succeeds(&line)
             }
-            "plan" => self.succeeds(&line),
+            "plan" => {
+                self.need_model(&line)?;
+                self.succeeds(&format!("{line} {}", fitting(&line)))
+            }
             other => Err(format!("this test knows no way to run `fusionllm {other}`, teach it one")),
         }
     }
@@ -118,6 +124,7 @@ impl Site {
     fn filled(&self, line: &str) -> Result<String, String> {
         let mut line = replace_word(line, "/path/to/texts", &self.bench.path("texts").display().to_string());
         line = line.replace("--data /srv/texts", "--data .").replace("--data DIR", "--data .");
+        line = replace_word(&line, "/path/to/model", &self.bench.path("a-model").display().to_string());
         let mut words = line.split_whitespace().skip_while(|word| *word != "--step");
         if let Some(step) = words.nth(1).map(|step| format!("--step {step}")) {
             line = line.replace(&step, &format!("--step {CHECKPOINT}"));
@@ -305,7 +312,9 @@ impl Site {
 
     /// A Hugging Face folder, where the command reads one.
     fn need_model(&self, line: &str) -> Result<(), String> {
-        if line.contains("generate HF_DIR") && !self.bench.path("a-model").exists() {
+        if (line.contains("generate HF_DIR") || line.contains("/path/to/model")) && !self.bench.path("a-model").exists()
+        {
+            self.need_run(false)?;
             self.succeeds("fusionllm export a-run a-model")?;
         }
         Ok(())
@@ -318,6 +327,11 @@ impl Drop for Site {
             self.end();
         }
     }
+}
+
+/// What makes a job for any model one for the small model that stands for it.
+fn fitting(line: &str) -> &'static str {
+    if line.contains("/path/to/model") { "--set data.seq_len=8 --set train.micro_batches=2" } else { "" }
 }
 
 /// Replaces a word that stands by itself.

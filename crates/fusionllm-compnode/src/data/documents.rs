@@ -1,0 +1,64 @@
+//! Files of documents: JSON Lines, and Parquet. They are read one document at a time, whatever their size.
+
+mod jsonl;
+mod parquet;
+mod token_file;
+
+use std::fs::File;
+
+use fusionllm_protocol::{DataFormat, DataSpec};
+
+use super::Reading;
+use crate::DataError;
+
+pub(super) use token_file::{Part, each_part};
+
+/// A document longer than this is a mistake, or an attack.
+const MOST_BYTES: u64 = 1 << 30;
+
+/// The text of one document.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Document<'a> {
+    pub(super) text: &'a str,
+    /// The share of the file that lies before its end, up to 1.
+    pub(super) end: f64,
+}
+
+/// Why a file of documents cannot be read on.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Something in the file.
+    File(String),
+    /// What was done with a document, or that nobody wants the data any more.
+    Elsewhere(DataError),
+}
+
+impl From<DataError> for Failure {
+    fn from(error: DataError) -> Self {
+        Self::Elsewhere(error)
+    }
+}
+
+impl Failure {
+    /// What the operating system says of the file.
+    fn io(error: &std::io::Error) -> Self {
+        Self::File(error.to_string())
+    }
+}
+
+/// Gives each document of a file that has a text, in order, and says how many have none.
+pub(super) fn each_document(
+    file: File,
+    spec: &DataSpec,
+    reading: &Reading,
+    take: &mut dyn FnMut(Document<'_>) -> Result<(), DataError>,
+) -> Result<u64, Failure> {
+    match spec.format {
+        DataFormat::Jsonl => jsonl::each(file, &spec.column, reading, take),
+        DataFormat::Parquet => parquet::each(file, spec, reading, take),
+        DataFormat::Text | DataFormat::Tokens => Err(Failure::File("its form has no documents".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,78 @@
+//! The learning rate of each update.
+
+use serde::{Deserialize, Serialize};
+
+use super::JobSpec;
+
+/// Learning rate after warm-up, by the names that `transformers` has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LrSchedule {
+    /// Half a cosine from `lr` down to `lr * min_lr_ratio` at the last step.
+    #[default]
+    Cosine,
+    /// A straight line from `lr` down to `lr * min_lr_ratio` at the last step.
+    Linear,
+    /// `lr` times the square root of warm-up steps over steps; without a warm-up, as after one of 10,000 steps.
+    InverseSqrt,
+    /// `lr` throughout.
+    Constant,
+}
+
+/// What stands for the warm-up in an inverse square root without one, as in `transformers`.
+const TIMESCALE: u64 = 10_000;
+
+impl LrSchedule {
+    /// Every schedule with its name in job files.
+    pub const ALL: [(&'static str, Self); 4] = [
+        ("cosine", Self::Cosine),
+        ("linear", Self::Linear),
+        ("inverse_sqrt", Self::InverseSqrt),
+        ("constant", Self::Constant),
+    ];
+}
+
+impl JobSpec {
+    /// Learning rate of the update after `step` updates: linear warm-up to `lr` over `warmup` updates, then the
+    /// schedule.
+    pub fn lr_at(&self, step: u64) -> f64 {
+        let t = &self.train;
+        if step < t.warmup {
+            return t.lr * (step + 1) as f64 / t.warmup as f64;
+        }
+        let least = t.lr * t.min_lr_ratio;
+        let span = t.steps.saturating_sub(t.warmup).max(1);
+        let progress = ((step - t.warmup) as f64 / span as f64).min(1.0);
+        match t.schedule {
+            LrSchedule::Constant => t.lr,
+            LrSchedule::Cosine => least + 0.5 * (t.lr - least) * (1.0 + (std::f64::consts::PI * progress).cos()),
+            LrSchedule::Linear => t.lr + (least - t.lr) * progress,
+            LrSchedule::InverseSqrt => {
+                let timescale = if t.warmup > 0 { t.warmup } else { TIMESCALE };
+                t.lr * (timescale as f64 / (step - t.warmup + timescale) as f64).sqrt()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rates(schedule: &str, steps: &[u64]) -> Vec<f64> {
+        let sets = ["train.steps=100", "train.warmup=10", "train.lr=1.0", "train.min_lr_ratio=0.2"].map(str::to_owned);
+        let sets = [sets.as_slice(), &[format!("train.schedule={schedule}")]].concat();
+        let job = "[model]\nname=\"gpt2\"\n[data]\npath=\"x\"";
+        let spec = JobSpec::from_toml(job, &sets).unwrap();
+        steps.iter().map(|&step| (spec.lr_at(step) * 1e6).round() / 1e6).collect()
+    }
+
+    #[test]
+    fn every_schedule_warms_up_and_goes_its_way() {
+        let steps = [0, 4, 9, 10, 55, 100, 200];
+        assert_eq!(rates("constant", &steps), [0.1, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
+        assert_eq!(rates("linear", &steps), [0.1, 0.5, 1.0, 1.0, 0.6, 0.2, 0.2]);
+        assert_eq!(rates("cosine", &steps), [0.1, 0.5, 1.0, 1.0, 0.6, 0.2, 0.2]);
+        assert_eq!(rates("inverse_sqrt", &steps), [0.1, 0.5, 1.0, 1.0, 0.426401, 0.316228, 0.223607]);
+    }
+}
