@@ -188,9 +188,15 @@ impl ClusterFile {
         Ok(cluster)
     }
 
-    /// Holds the numbers of all link rules against their ranges, also of those that fit no pair.
+    /// Holds the numbers of all link rules against their ranges, also of those that fit no pair, and looks for rules that are
+    /// there twice.
     fn check_links(&self) -> Result<(), PlanError> {
-        for LinkEntry { from, to, latency_ms, mbit_per_s, .. } in &self.link {
+        let mut rules = BTreeSet::new();
+        for LinkEntry { from, to, latency_ms, mbit_per_s, one_way } in &self.link {
+            if !rules.insert((from, to, one_way)) {
+                let reason = format!("two link rules are from `{from}` to `{to}`, and only the last would count");
+                return Err(PlanError::ClusterFile { reason });
+            }
             let is_above = mbit_per_s.is_finite() && *mbit_per_s > 0.0;
             let (key, value, expected) = match latency_ms.is_finite() && *latency_ms >= 0.0 {
                 true if is_above => continue,
@@ -206,7 +212,10 @@ impl ClusterFile {
     /// Holds names, number and memory of the devices against their ranges, in the file's own words.
     fn check_devices(&self) -> Result<(), PlanError> {
         let fail = |reason: String| Err(PlanError::ClusterFile { reason });
-        for DeviceEntry { name, memory_gb, memory_gb_per_s, .. } in &self.device {
+        for DeviceEntry { name, site, memory_gb, memory_gb_per_s, .. } in &self.device {
+            if name == "*" || site == "*" {
+                return fail("a device or a site is named `*`, which means all of them in link rules".to_owned());
+            }
             if name.trim().is_empty() || name.chars().any(char::is_control) {
                 return fail(format!("a device's name is {name:?}, expected visible characters"));
             }
@@ -266,6 +275,25 @@ mod tests {
         let mbit = |a, b| cluster.link(a, b).bytes_per_s * 8.0 / 1e6;
         assert_eq!((mbit(0, 1), mbit(0, 2), mbit(1, 2), mbit(2, 1)), (1000.0, 8.0, 80.0, 80.0));
         assert_eq!(cluster.link(1, 1), LinkProfile::FREE);
+    }
+
+    #[test]
+    fn a_rule_that_is_there_twice_and_a_name_that_means_all_are_refused() {
+        let error = |change: fn(&mut ClusterFile)| {
+            let mut file = file();
+            change(&mut file);
+            file.resolve().unwrap_err().to_string()
+        };
+        let twice = error(|file| file.link.push(rule("*", "*", 9.0)));
+        assert!(twice.contains("two link rules are from `*` to `*`"), "{twice}");
+        for named in
+            [error(|file| file.device[0].name = "*".to_owned()), error(|file| file.device[0].site = "*".to_owned())]
+        {
+            assert!(named.contains("named `*`, which means all of them"), "{named}");
+        }
+        let mut file = file();
+        file.link.push(LinkEntry { one_way: true, ..rule("*", "*", 2.0) });
+        file.resolve().unwrap();
     }
 
     #[test]
