@@ -233,7 +233,8 @@ impl Corpus {
     /// About how many bytes of the text can be had back from its tokens.
     fn told_bytes(&self) -> f64 {
         let tokens = (self.train.len() + self.eval.len()).max(1);
-        let known = self.coverage.covered_bytes as f64 * (1.0 - self.unknown as f64 / tokens as f64);
+        let covered = self.coverage.covered_bytes.saturating_sub(self.coverage.changed_bytes());
+        let known = covered as f64 * (1.0 - self.unknown as f64 / tokens as f64);
         known.min(self.coverage.bytes as f64 * (1.0 - self.told.lost_share()))
     }
 
@@ -256,11 +257,15 @@ impl Corpus {
                 "the tokenizer gives no token for {spaces} white space characters of {chars} characters"
             ));
         }
-        if self.coverage.changed() > 0 {
-            let (changed, named) = (self.coverage.changed(), self.coverage.named_changed());
+        let changed = self.coverage.changed();
+        if changed > 0 {
+            let named = self.coverage.named_changed();
+            let lost = match self.coverage.changed_bytes() {
+                0 => "",
+                _ => ": the model does not learn which they were",
+            };
             notes.push(format!(
-                "the tokenizer's normalizer makes others of {changed} of {chars} characters ({named}): the model does not \
-                 learn which they were"
+                "the tokenizer's normalizer makes others of {changed} of {chars} characters ({named}){lost}"
             ));
         }
         let unknown = self.unknown;

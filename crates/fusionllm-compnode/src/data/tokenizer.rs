@@ -4,6 +4,8 @@ mod coverage;
 mod growth;
 mod guard;
 mod ids;
+mod implied;
+mod long_words;
 mod normalizer;
 mod pieces;
 mod told;
@@ -57,6 +59,8 @@ pub struct FileTokenizer {
     unknown: Option<i32>,
     /// Whether every byte of any text becomes tokens.
     keeps_everything: bool,
+    /// What it may put before the pieces of a text.
+    puts_before: Vec<String>,
     /// By how much a text may grow in its normalizer, and in its pre-tokenizers.
     growth: (u64, u64),
     /// What is known of what its normalizer does.
@@ -134,8 +138,19 @@ impl Tokenizer {
             let unknown = unknown_token(&inner, &keys);
             growth::check_decoder(inner.get_decoder())?;
             let growth = (growth::of(inner.get_normalizer())?, growth::of_words(inner.get_pre_tokenizer()));
+            let puts_before = implied::texts_before(inner.get_normalizer(), inner.get_pre_tokenizer());
             let (name, source, effects) = (name.to_owned(), source.clone(), Arc::default());
-            Ok(FileTokenizer { inner, source, name, passed_over, unknown, keeps_everything, growth, effects })
+            Ok(FileTokenizer {
+                inner,
+                source,
+                name,
+                passed_over,
+                unknown,
+                keeps_everything,
+                puts_before,
+                growth,
+                effects,
+            })
         });
         Ok(Self::HuggingFace(Box::new(tokenizer.map_err(fail)?)))
     }
@@ -172,15 +187,30 @@ impl Tokenizer {
     /// [`DataError::Tokenizer`] if the tokenizer refuses it.
     pub(crate) fn tell(&self, part: &str, told: &mut Told) -> Result<(), DataError> {
         let Self::HuggingFace(tokenizer) = self else { return Ok(()) };
-        if tokenizer.keeps_everything || !told.is_due() {
+        if (tokenizer.keeps_everything && tokenizer.puts_before.is_empty()) || !told.is_due() {
             return Ok(());
         }
         tokenizer.guarded(|| {
             tokenizer.check_growth(part, &Reading::default())?;
-            let encoding = tokenizer.inner.encode(part, false).map_err(|e| tokenizer.fail(e.to_string()))?;
-            let tokens = encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().copied());
+            let encode = |text: &str| tokenizer.inner.encode(text, false).map_err(|e| tokenizer.fail(e.to_string()));
+            let encoding = encode(part)?;
+            let offsets = encoding.get_offsets();
+            let tokens = encoding.get_ids().iter().copied().zip(offsets.iter().copied());
             let added = tokenizer.inner.get_added_tokens_decoder();
-            told.add(part, &tokens.collect::<Vec<_>>(), |id| added.contains_key(&id));
+            match tokenizer.keeps_everything {
+                true => told.add_whole(part),
+                false => told.add(part, &tokens.collect::<Vec<_>>(), |id| added.contains_key(&id)),
+            }
+            if tokenizer.puts_before.is_empty() {
+                return Ok(());
+            }
+            let words = encoding.get_word_ids();
+            let begins = words.iter().zip(words.iter().skip(1)).zip(offsets.iter().skip(1));
+            let starts = begins.filter(|((before, word), _)| before != word).map(|(_, (at, _))| *at);
+            told.add_starts(part, starts, &tokenizer.puts_before, |text| {
+                let encoding = tokenizer.guarded(|| encode(text)).ok()?;
+                Some(encoding.get_ids().to_vec())
+            });
             Ok(())
         })
     }

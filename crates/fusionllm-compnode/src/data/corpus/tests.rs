@@ -220,6 +220,9 @@ fn bits_per_byte_of_a_text_that_tokens_do_not_tell_are_left_out_with_a_word() {
     };
     let spaces =
         |into: &str| format!("{{\"type\":\"Replace\",\"pattern\":{{\"Regex\":\"\\\\s+\"}},\"content\":\"{into}\"}}");
+    let swap = |from: &str, to: &str| {
+        format!("{{\"type\":\"Replace\",\"pattern\":{{\"String\":\"{from}\"}},\"content\":\"{to}\"}}")
+    };
     let (lower, nfc) = ("{\"type\":\"Lowercase\"}", "{\"type\":\"NFC\"}");
     let both = format!("{{\"type\":\"Sequence\",\"normalizers\":[{},{lower}]}}", spaces(" "));
     for (text, normalizer, lost) in [
@@ -228,6 +231,8 @@ fn bits_per_byte_of_a_text_that_tokens_do_not_tell_are_left_out_with_a_word() {
         ("AB ab ", lower.to_owned(), Some(2000)),
         ("ab ba ", spaces(" "), None),
         ("ab ba ", nfc.to_owned(), None),
+        ("ab ba ", swap("b", "c"), None),
+        ("ab ca ", swap("b", "c"), Some(1000)),
     ] {
         let report = read(text, &normalizer);
         assert_eq!(report.bits_per_byte(1.0).is_some(), lost.is_none(), "{text}: {report:?}");

@@ -1,6 +1,6 @@
 //! How much of a text becomes tokens: some tokenizers drop what they do not know, without a word.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
 use tokenizers::models::ModelWrapper;
@@ -20,7 +20,8 @@ const NAMED: usize = 5;
 pub(crate) struct Coverage {
     /// Its size in bytes.
     pub(crate) bytes: u64,
-    /// About how many of them can be had back from the tokens: they were not left out, merged or made others.
+    /// About how many of them can be had back from the tokens, but for those that are made others: they were not left out or
+    /// merged.
     pub(crate) covered_bytes: u64,
     /// Its characters, as the tokenizer's normalizer leaves them, and those that it takes away.
     pub(crate) chars: u64,
@@ -30,6 +31,10 @@ pub(crate) struct Coverage {
     pub(crate) dropped: BTreeMap<char, u64>,
     /// How often the normalizer makes another one of a character.
     pub(crate) changed: BTreeMap<char, u64>,
+    /// What it makes of these.
+    made: BTreeMap<char, String>,
+    /// All characters of the text.
+    seen: BTreeSet<char>,
 }
 
 impl Coverage {
@@ -45,6 +50,8 @@ impl Coverage {
         self.covered_bytes += other.covered_bytes;
         self.chars += other.chars;
         self.spaces += other.spaces;
+        self.made.extend(other.made.iter().map(|(&c, made)| (c, made.clone())));
+        self.seen.extend(&other.seen);
         for (mine, others) in [(&mut self.dropped, &other.dropped), (&mut self.changed, &other.changed)] {
             for (&c, count) in others {
                 *mine.entry(c).or_default() += count;
@@ -62,9 +69,26 @@ impl Coverage {
         Self::most_frequent(&self.dropped)
     }
 
+    /// Whether nothing is made of two characters of the text: then they can be told, whatever they are made.
+    fn is_one_to_one(&self) -> bool {
+        let is_single = |(c, made): (&char, &String)| {
+            !made.chars().any(|c| self.seen.contains(&c))
+                && self.made.iter().all(|(other, of)| other == c || of != made)
+        };
+        self.made.iter().all(is_single)
+    }
+
     /// Characters that are made others.
     pub(crate) fn changed(&self) -> u64 {
         self.changed.values().sum()
+    }
+
+    /// How many bytes of these nothing tells.
+    pub(crate) fn changed_bytes(&self) -> u64 {
+        if self.is_one_to_one() {
+            return 0;
+        }
+        self.changed.iter().map(|(c, count)| c.len_utf8() as u64 * count).sum()
     }
 
     /// The most frequent of them.
@@ -152,17 +176,24 @@ fn count_words(
     effects: &Mutex<Effects>,
     piece: &str,
 ) -> tokenizers::Result<Coverage> {
+    let mut made = BTreeMap::new();
     let Normalized { text, removed, changed } = match tokenizer.get_normalizer() {
-        Some(normalizer) => normalize(normalizer, &mut effects.lock().unwrap_or_else(PoisonError::into_inner), piece)?,
+        Some(normalizer) => {
+            let mut effects = effects.lock().unwrap_or_else(PoisonError::into_inner);
+            let normalized = normalize(normalizer, &mut effects, piece)?;
+            made.extend(normalized.changed.keys().map(|&c| (c, effects.made_of(c).to_owned())));
+            normalized
+        }
         None => Normalized { text: piece.to_owned(), ..Normalized::default() },
     };
     let chars = text.chars().count() as u64 + removed.values().sum::<u64>();
-    let lost_bytes: u64 = removed.iter().chain(&changed).map(|(c, count)| c.len_utf8() as u64 * count).sum();
+    let lost_bytes: u64 = removed.iter().map(|(c, count)| c.len_utf8() as u64 * count).sum();
     let mut words = PreTokenizedString::from(NormalizedString::from(text.as_str()));
     if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
         pre_tokenizer.pre_tokenize(&mut words)?;
     }
-    let mut found = Coverage { bytes: piece.len() as u64, chars, changed, ..Coverage::default() };
+    let seen = piece.chars().collect();
+    let mut found = Coverage { bytes: piece.len() as u64, chars, changed, made, seen, ..Coverage::default() };
     for (c, count) in removed {
         if c.is_whitespace() {
             found.spaces += count;

@@ -168,6 +168,11 @@ impl FileTokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`], [`DataError::Memory`], or [`DataError::Stopped`].
     pub(super) fn check_growth(&self, text: &str, reading: &Reading) -> Result<(), DataError> {
+        self.check_size(text, reading)?;
+        self.check_words(text)
+    }
+
+    fn check_size(&self, text: &str, reading: &Reading) -> Result<(), DataError> {
         let (growth, of_words) = self.growth;
         // What memory a byte of ordinary words takes is in `WORD_BYTES`.
         let words = if of_words > MOST_OF_WORDS { of_words } else { 1 };

@@ -47,6 +47,8 @@ pub(super) struct Effects {
     /// What texts are looked at between; nothing if it leaves no character alone. Not looked at yet if empty.
     around: OnceCell<Option<Around>>,
     of: BTreeMap<char, Effect>,
+    /// What is made of those that are changed.
+    into: BTreeMap<char, String>,
     /// By a short text: whether it becomes the same without what stands between its first and its last character.
     nothing: BTreeMap<String, bool>,
 }
@@ -81,11 +83,19 @@ impl Effects {
             Some(other) if other.is_empty() => Effect::Removed,
             Some(other) if other == SPACE || is_char(&other, c) => Effect::Kept,
             // What goes on changing can be told from what it was made of, as bytes written as letters.
-            Some(other) if self.between(normalizer, &other)?.as_ref() == Some(&other) => Effect::Changed,
+            Some(other) if self.between(normalizer, &other)?.as_ref() == Some(&other) => {
+                self.into.insert(c, other);
+                Effect::Changed
+            }
             Some(_) => Effect::Kept,
         };
         self.of.insert(c, effect);
         Ok(effect)
+    }
+
+    /// What is made of a character that is changed, once it was learnt.
+    pub(super) fn made_of(&self, c: char) -> &str {
+        self.into.get(&c).map_or("", String::as_str)
     }
 
     /// Whether what comes of `before` and `after` is the same with `run` between them and without it, as of a row of

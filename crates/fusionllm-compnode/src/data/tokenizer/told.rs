@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use super::implied::Implied;
+
 /// Tokens of which it is remembered what they stand for.
 const MOST_UNITS: usize = 1 << 18;
 /// Texts for one of them that are told apart.
@@ -23,6 +25,8 @@ pub(crate) struct Told {
     left_out: u64,
     /// By a hash of a unit's ids.
     units: HashMap<u64, Texts>,
+    /// What stands before pieces.
+    implied: Implied,
 }
 
 /// The texts for which a unit stands.
@@ -92,6 +96,22 @@ impl Told {
         self.left_out += text.len().saturating_sub(end) as u64;
     }
 
+    /// Takes in a text of which every byte becomes tokens.
+    pub(super) fn add_whole(&mut self, text: &str) {
+        self.bytes += text.len() as u64;
+    }
+
+    /// Looks at the starts of the pieces of a text, before which the tokenizer may put one of `texts`.
+    pub(super) fn add_starts(
+        &mut self,
+        text: &str,
+        starts: impl IntoIterator<Item = usize>,
+        texts: &[String],
+        ids: impl FnMut(&str) -> Option<Vec<u32>>,
+    ) {
+        self.implied.add(text, starts, texts, ids);
+    }
+
     /// Bytes that cannot be had back from the tokens, of those that were looked at.
     fn lost(&self) -> u64 {
         self.left_out + self.units.values().map(Texts::ambiguous).sum::<u64>()
@@ -99,7 +119,8 @@ impl Told {
 
     /// The share of the text that cannot be had back from its tokens.
     pub(crate) fn lost_share(&self) -> f64 {
-        if self.bytes == 0 { 0.0 } else { self.lost() as f64 / self.bytes as f64 }
+        let lost = self.lost() as f64 + self.implied.bytes();
+        if self.bytes == 0 { 0.0 } else { lost / self.bytes as f64 }
     }
 }
 
