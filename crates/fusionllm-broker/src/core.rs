@@ -284,7 +284,9 @@ impl Core {
             CoreEvent::CheckpointFinished { key, step, path, checksum } => {
                 self.checkpoint_finished(key, step, &path, checksum, now)
             }
-            CoreEvent::CheckpointFailed { key, step, reason } => self.checkpoint_failed(key, step, &reason, now),
+            CoreEvent::CheckpointFailed { key, step, reason, may_pass } => {
+                self.checkpoint_failed(key, step, &reason, may_pass, now)
+            }
             CoreEvent::Recorded { key, step } => {
                 if let Some(run) = self.run_mut(key) {
                     run.recorded(step);
@@ -295,9 +297,9 @@ impl Core {
                 Some(_) => self.notices(key.job, vec![text]),
                 None => Vec::new(),
             },
-            CoreEvent::CheckpointsGone { key, left } => {
+            CoreEvent::CheckpointsGone { key, left, went } => {
                 if let Some(run) = self.run_mut(key) {
-                    run.checkpoints_gone(left);
+                    run.checkpoints_gone(left, went);
                 }
                 Vec::new()
             }
@@ -326,7 +328,7 @@ impl Core {
     }
 
     fn fail(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
-        let Some((checkpoint, gone)) = self.run_mut(key).map(|run| (run.checkpoint, run.gone)) else {
+        let Some((checkpoint, gone)) = self.run_mut(key).map(|run| (run.checkpoint, run.gone.clone())) else {
             return Vec::new();
         };
         // With the same input it would only fail again.

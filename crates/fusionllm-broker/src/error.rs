@@ -77,6 +77,17 @@ pub enum BrokerError {
         /// Who works there, in words: a run and its process, or another process.
         holder: String,
     },
+    /// Another process has come into a folder whose lock was removed.
+    #[error(
+        "the lock of {path} was removed or replaced, and {holder} is at work there by now: this run writes nothing more there",
+        path = path.display()
+    )]
+    LostLock {
+        /// The run directory, or a folder for checkpoints.
+        path: PathBuf,
+        /// Who works there, in words.
+        holder: String,
+    },
     /// What has the name of a lock is none of ours.
     #[error("{path} is not a lock of FusionLLM: move it away, or give another folder", path = path.display())]
     NotALock {
@@ -341,6 +352,16 @@ impl BrokerError {
         self.has_io(|error| matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
     }
 
+    /// Whether it may be otherwise at another time, as with files and folders; what a shard holds stays as it is.
+    pub(crate) fn may_pass(&self) -> bool {
+        !matches!(self, Self::Checkpoint(CheckpointError::Tensor { .. }))
+    }
+
+    /// Whether a file or folder was not there.
+    pub(crate) fn is_of_nothing(&self) -> bool {
+        self.has_io(|error| error.kind() == ErrorKind::NotFound)
+    }
+
     /// Whether the process or the machine had run out of something, which says nothing of any file.
     pub(crate) fn is_shortage(&self) -> bool {
         self.has_io(is_shortage)
@@ -369,6 +390,7 @@ impl BrokerError {
             | Self::NothingLeft { .. }
             | Self::RunDirNotEmpty { .. }
             | Self::InUse { .. }
+            | Self::LostLock { .. }
             | Self::Foreign { .. }
             | Self::NotALock { .. }
             | Self::NoFolder { .. }

@@ -1,6 +1,7 @@
 //! Files with errors that name them.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use fusionllm_transport::{FileMode, is_shortage, write_whole};
 
@@ -60,11 +61,37 @@ pub(crate) struct FileKey(#[cfg(unix)] (u64, u64));
 impl FileKey {
     /// Nothing if none has the name.
     pub(crate) fn of(path: &Path) -> Option<Self> {
+        path.symlink_metadata().ok().map(|found| Self::of_found(&found))
+    }
+
+    #[cfg(unix)]
+    fn of_found(found: &std::fs::Metadata) -> Self {
+        use std::os::unix::fs::MetadataExt;
+        Self((found.dev(), found.ino()))
+    }
+
+    #[cfg(not(unix))]
+    fn of_found(_found: &std::fs::Metadata) -> Self {
+        Self()
+    }
+}
+
+/// What has a name, so that it can be told whether something else came in its place, or it was written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileState {
+    key: FileKey,
+    /// Whether it is a regular file, and no link to one.
+    pub(crate) is_file: bool,
+    bytes: u64,
+    changed: Option<SystemTime>,
+}
+
+impl FileState {
+    /// Nothing if none has the name.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
         let found = path.symlink_metadata().ok()?;
-        #[cfg(unix)]
-        return Some(Self((std::os::unix::fs::MetadataExt::dev(&found), std::os::unix::fs::MetadataExt::ino(&found))));
-        #[cfg(not(unix))]
-        return found.is_file().then_some(Self());
+        let (is_file, bytes, changed) = (found.is_file(), found.len(), found.modified().ok());
+        Some(Self { key: FileKey::of_found(&found), is_file, bytes, changed })
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fusionllm_transport::{FileMode, folder_of, io_reason, leads_to, sync_folder, temporary_for};
+use tempfile::NamedTempFile;
 
 use crate::files::put_aside;
 
@@ -78,15 +79,13 @@ impl LineWriter {
         if self.is_elsewhere {
             return None;
         }
-        let (mut aside, mut lost) = (None, 0);
+        let (mut aside, mut lost) = (Vec::new(), 0);
         let mut write_again = || {
-            if path.symlink_metadata().is_ok() {
-                aside = Some(put_aside(path)?);
-            }
             lost = self.cut()?;
-            self.move_to(path)
+            aside = self.move_to(path)?;
+            Ok(())
         };
-        let result = write_again();
+        let result: io::Result<()> = write_again();
         self.is_elsewhere = result.is_err();
         let became = match result {
             Ok(()) if lost > 0 => format!("it is written again, but for {lost} bytes that were cut from it"),
@@ -96,7 +95,11 @@ impl LineWriter {
                 io_reason(&error)
             ),
         };
-        let aside = aside.map(|to| format!("; what came in its place is kept as {}", to.display())).unwrap_or_default();
+        let kept: Vec<String> = aside.iter().map(|to| to.display().to_string()).collect();
+        let aside = match kept.is_empty() {
+            true => String::new(),
+            false => format!("; what came in its place is kept as {}", kept.join(", ")),
+        };
         Some(format!("{} was renamed, removed or replaced: {became}{aside}", path.display()))
     }
 
@@ -120,25 +123,45 @@ impl LineWriter {
         Ok(lost)
     }
 
-    /// Goes on in a file of this path, with all lines so far; another file there is replaced.
-    pub(crate) fn move_to(&mut self, path: &Path) -> io::Result<()> {
+    /// Goes on in a file of this path, with all lines so far. Gives where what was there is now.
+    pub(crate) fn move_to(&mut self, path: &Path) -> io::Result<Vec<PathBuf>> {
         if self.is_at(path) {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut temporary = temporary_for(path, FileMode::Shared)?;
         self.file.seek(SeekFrom::Start(0))?;
         io::copy(&mut Read::take(&self.file, self.length), temporary.as_file_mut())?;
         temporary.as_file().sync_all()?;
-        temporary.persist(path).map_err(|e| e.error)?;
+        let file = OpenOptions::new().read(true).append(true).open(temporary.path())?;
+        let aside = named_whole(temporary, path)?;
         sync_folder(folder_of(path))?;
-        self.file = OpenOptions::new().read(true).append(true).open(path)?;
+        self.file = file;
         self.is_torn = true;
-        Ok(())
+        Ok(aside)
     }
 
     #[cfg(test)]
     pub(crate) fn set_file(&mut self, file: File) {
         self.file = file;
+    }
+}
+
+/// Gives a file its name. What has that, or gets it in this very moment, is put aside: gives where it is.
+fn named_whole(mut file: NamedTempFile, path: &Path) -> io::Result<Vec<PathBuf>> {
+    /// So often something may come in its place.
+    const ATTEMPTS: usize = 10;
+    let mut aside = Vec::new();
+    loop {
+        if path.symlink_metadata().is_ok() {
+            aside.push(put_aside(path)?);
+        }
+        match file.persist_noclobber(path) {
+            Ok(_) => return Ok(aside),
+            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists && aside.len() < ATTEMPTS => {
+                file = error.file;
+            }
+            Err(error) => return Err(error.error),
+        }
     }
 }
 

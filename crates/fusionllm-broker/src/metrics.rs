@@ -77,7 +77,7 @@ impl MetricsWriter {
     /// # Errors
     /// [`BrokerError::Io`] that names it.
     pub(crate) fn move_to(&mut self, path: &Path) -> Result<(), BrokerError> {
-        self.lines.move_to(path).map_err(|e| io_error(path, e))
+        self.lines.move_to(path).map(drop).map_err(|e| io_error(path, e))
     }
 
     /// Writes what waits.
@@ -482,7 +482,8 @@ mod tests {
             writer.move_to(&path).unwrap();
         }
         assert_eq!(steps(&path), [1, 2, 3]);
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+        assert_eq!(std::fs::read(folder.path().join("metrics.jsonl.other")).unwrap(), b"another");
     }
 
     #[cfg(target_os = "linux")]

@@ -10,8 +10,8 @@ use crate::checkpoint::{Abandoned, ShardPlace, abandon, checkpoints_of, recover,
 use crate::files::{free_name, io_error, write_atomic};
 use crate::metrics::{copy_after, each_line};
 use crate::run_dir::{
-    CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart, SPARE_FOLDERS,
-    is_of_snapshots, spare_name,
+    CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart, SPARE_FOLDERS, WholeFiles,
+    is_of_snapshots, make_room, spare_name, to_json,
 };
 
 /// What a folder may have in it that nobody uses: our lock, and what a new disk comes with.
@@ -28,8 +28,8 @@ pub(crate) struct OpenedRun {
     pub(crate) place: ShardPlace,
     /// What was found that its user must know.
     pub(crate) notices: Vec<String>,
-    /// The graph and the placement, as they were written.
-    beginning: (String, PlacementFile),
+    /// The files of its directory that are written as a whole.
+    pub(crate) files: WholeFiles,
     locks: RunLocks,
     /// The folder for checkpoints that takes the place of one that has gone, and is not made yet.
     next: Option<PathBuf>,
@@ -46,31 +46,98 @@ impl OpenedRun {
         self.locks.missing()
     }
 
-    /// Makes such folders again, with what the run directory began with. Checkpoints that are gone are forgotten.
+    /// Makes such folders again, with the files that the run directory had. Checkpoints that are gone are forgotten. Where
+    /// something else has come in the place of the folder elsewhere, the last checkpoint goes to one in the run directory; where
+    /// it has come in the place of that, to where that is now, or to another one.
     ///
     /// # Errors
     /// [`BrokerError`] if something else is there by now, or it cannot be made.
-    pub(crate) fn make_again(&mut self) -> Result<(), BrokerError> {
-        self.locks.take_again(&self.file.run)?;
+    pub(crate) fn make_again(&mut self, is_last: bool) -> Result<(), BrokerError> {
+        let mut is_new = !self.is_in_place();
+        let mut taken = self.locks.take_again(&self.file.run);
+        if let Err(BrokerError::Foreign { path, .. }) = &taken
+            && is_last
+            && !self.is_in_place()
+        {
+            is_new = self.leave_place(&path.clone())?;
+            taken = self.locks.take_again(&self.file.run);
+        }
+        match taken {
+            Err(BrokerError::Foreign { path, .. }) if is_last && self.is_in_place() => self.leave_elsewhere(&path)?,
+            taken => taken?,
+        }
         let folder = self.place.folder.clone();
         std::fs::create_dir_all(&folder).map_err(|e| io_error(&folder, e))?;
         self.place = ShardPlace::new(self.file.run.clone(), folder)?;
         self.next = None;
         self.forget_what_is_gone()?;
-        RunDir::new(&self.file.dir).write_beginning(&self.spec, &self.beginning)
+        if is_new { self.files.write_all() } else { Ok(()) }
     }
 
-    /// Whether others have removed a lock of the run's folders, or its folder for checkpoints.
+    /// Gives up the place of the run directory, in which something else is by now: the run goes on where its directory went, or
+    /// in a new one beside it. Whether that is new.
+    fn leave_place(&mut self, other: &Path) -> Result<bool, BrokerError> {
+        let from = self.file.dir.clone();
+        let (to, is_new) = match self.locks.run_dir.follow() {
+            Some(went) => (went, false),
+            None => {
+                let to = free_name(&from, &format!("-{}", self.file.run.short()));
+                std::fs::create_dir(&to).map_err(|e| io_error(&to, e))?;
+                self.locks.run_dir = FolderLock::take(&to, &self.file.run)?;
+                (to, true)
+            }
+        };
+        self.notices.push(format!(
+            "{} is in the way, which this run did not make, and stays as it is: the run directory is {} now",
+            other.display(),
+            to.display()
+        ));
+        self.files.move_to(&from, &to);
+        if let Ok(inside) = self.place.folder.strip_prefix(&from) {
+            self.place.folder = to.join(inside);
+        }
+        self.file.dir = to;
+        Ok(is_new)
+    }
+
+    /// Gives up the folder for checkpoints elsewhere, in which something else is by now.
+    fn leave_elsewhere(&mut self, other: &Path) -> Result<(), BrokerError> {
+        let folder = self.spare_folder()?;
+        std::fs::create_dir(&folder).map_err(|e| io_error(&folder, e))?;
+        self.notices.push(format!(
+            "{} is in the way, which this run did not make, and stays as it is: the last checkpoint goes to {}",
+            other.display(),
+            folder.display()
+        ));
+        self.locks.checkpoints = None;
+        self.place.folder = folder;
+        Ok(())
+    }
+
+    /// Whether the run directory is in its place.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.locks.run_dir.is_in_place()
+    }
+
+    /// Whether others have removed a lock of the run's folders, its folder for checkpoints, or a file.
     pub(crate) fn is_going(&self) -> bool {
-        self.locks.is_let_go() || self.place.known().stands() == Stands::Nothing
+        self.locks.is_removed() || self.place.known().stands() == Stands::Nothing || self.files.is_going()
+    }
+
+    /// Whether somebody may be at work in a folder of the run: there is another lock in it.
+    pub(crate) fn is_taken(&self) -> bool {
+        self.locks.is_replaced()
     }
 
     /// Takes such locks again: what its user must know of that.
     ///
     /// # Errors
-    /// [`BrokerError::InUse`] if another process has come into such a folder meanwhile, or why one cannot be taken.
+    /// [`BrokerError::LostLock`] if another process has come into such a folder meanwhile, or why one cannot be taken.
     pub(crate) fn hold_on(&mut self) -> Result<Vec<String>, BrokerError> {
-        let taken = self.locks.hold_on(&self.file.run)?;
+        let taken = self.locks.hold_on(&self.file.run).map_err(|error| match error {
+            BrokerError::InUse { path, holder } => BrokerError::LostLock { path, holder },
+            other => other,
+        })?;
         Ok(taken.iter().map(|lock| format!("{} was removed or replaced: it is locked again", lock.display())).collect())
     }
 
@@ -103,11 +170,7 @@ impl OpenedRun {
             self.next = Some(self.place.folder.clone());
             return Ok(Some(told));
         }
-        let run = &self.file.run;
-        let mut spare = (1..=SPARE_FOLDERS).map(|n| self.file.dir.join(spare_name(run, n)));
-        let Some(folder) = spare.find(|folder| folder.symlink_metadata().is_err()) else {
-            return Err(BrokerError::Foreign { path: self.place.folder.clone(), run: run.clone() });
-        };
+        let folder = self.spare_folder()?;
         let told = format!(
             "{gone} is not there any more ({went}), and something else is in its place, which stays as it is: checkpoints \
              go to {}",
@@ -115,6 +178,14 @@ impl OpenedRun {
         );
         self.next = Some(folder);
         Ok(Some(told))
+    }
+
+    /// A name for a folder of checkpoints in the run directory that nothing has.
+    fn spare_folder(&self) -> Result<PathBuf, BrokerError> {
+        let run = &self.file.run;
+        let mut spare = (1..=SPARE_FOLDERS).map(|n| self.file.dir.join(spare_name(run, n)));
+        let free = spare.find(|folder| folder.symlink_metadata().is_err());
+        free.ok_or_else(|| BrokerError::Foreign { path: self.place.folder.clone(), run: run.clone() })
     }
 
     /// Makes the folder where checkpoints go by what [`Self::look_at_checkpoints`] has found. Whether it is another one.
@@ -133,14 +204,19 @@ impl OpenedRun {
     fn forget_what_is_gone(&mut self) -> Result<(), BrokerError> {
         let there: Vec<u64> = checkpoints_of(&self.home())?.into_iter().map(|found| found.step).collect();
         self.file.manifests.retain(|step, _| there.contains(step));
-        self.file.write()
+        self.write_run_file()
+    }
+
+    fn write_run_file(&mut self) -> Result<(), BrokerError> {
+        self.notices.extend(self.file.write(&mut self.files)?);
+        Ok(())
     }
 
     /// Remembers the manifest of a new checkpoint, and forgets those that have gone.
     pub(crate) fn record(&mut self, new: Option<(u64, String)>, gone: &[u64]) -> Result<(), BrokerError> {
         self.file.manifests.extend(new);
         self.file.manifests.retain(|step, _| !gone.contains(step));
-        self.file.write()
+        self.write_run_file()
     }
 }
 
@@ -154,11 +230,14 @@ impl RunDir {
         graph: &str,
         placement: &PlacementFile,
         start_step: u64,
+        mut files: WholeFiles,
     ) -> Result<OpenedRun, BrokerError> {
         std::fs::create_dir_all(self.path()).map_err(|e| io_error(self.path(), e))?;
         let run_lock = FolderLock::take(self.path(), &start.run)?;
-        let mut file = self.claim(start, spec)?;
-        let mut notices = Vec::new();
+        [self.trace(), self.plot(), self.report()].into_iter().for_each(|path| files.expect(path));
+        // Which run it is must be readable; all else is written anew.
+        let mut file = self.claim(start, spec, &mut files)?;
+        let mut notices = make_room(self.files())?;
         let (folder, lock) = self.checkpoint_folder(&file, spec, &mut notices)?;
         if lock.is_some() {
             file.checkpoints = Some(folder.clone());
@@ -193,22 +272,20 @@ impl RunDir {
             self.keep_aside(start_step)?;
         }
         file.manifests.retain(|step, _| *step <= start_step);
-        file.write()?;
-        let beginning = (graph.to_owned(), placement.clone());
-        self.write_beginning(spec, &beginning)?;
+        notices.extend(file.write(&mut files)?);
+        let (job, placed) = (to_json(&self.job(), spec)?, to_json(&self.placement(), placement)?);
+        let beginning = [(self.job(), job), (self.graph(), graph.as_bytes().to_vec()), (self.placement(), placed)];
+        for (path, bytes) in beginning {
+            notices.extend(files.write(&path, bytes)?);
+        }
+        files.tidy(self.path());
         let place = ShardPlace::new(file.run.clone(), folder)?;
         let locks = RunLocks { run_dir: run_lock, checkpoints: lock };
-        Ok(OpenedRun { file, spec: spec.clone(), place, notices, beginning, locks, next: None })
-    }
-
-    fn write_beginning(&self, spec: &JobSpec, (graph, placement): &(String, PlacementFile)) -> Result<(), BrokerError> {
-        self.write_json(&self.job(), spec)?;
-        write_atomic(&self.path().join("graph.json"), graph.as_bytes())?;
-        self.write_json(&self.placement(), placement)
+        Ok(OpenedRun { file, spec: spec.clone(), place, notices, files, locks, next: None })
     }
 
     /// The directory's `run.json`, made if it is not there. The directory must be locked.
-    fn claim(&self, start: &RunStart, spec: &JobSpec) -> Result<RunFile, BrokerError> {
+    fn claim(&self, start: &RunStart, spec: &JobSpec, files: &mut WholeFiles) -> Result<RunFile, BrokerError> {
         let dir = std::path::absolute(self.path()).map_err(|e| io_error(self.path(), e))?;
         let mut file = match RunFile::read(self.path())? {
             Some(file) if file.run == start.run || start.copy_of.contains(&file.run) => file,
@@ -234,7 +311,7 @@ impl RunDir {
         }
         file.copy_of.clone_from(&start.copy_of);
         file.dir = dir;
-        file.write()?;
+        file.write(files)?;
         Ok(file)
     }
 

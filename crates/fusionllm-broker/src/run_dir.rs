@@ -19,6 +19,7 @@ mod lock;
 mod notices;
 mod run_file;
 mod start;
+mod whole_files;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -32,11 +33,12 @@ use fusionllm_transport::{
 use serde::{Deserialize, Serialize};
 
 use crate::BrokerError;
-use crate::files::{io_error, write_atomic};
+use crate::files::io_error;
 pub(crate) use lock::{FolderLock, RunLocks};
 pub(crate) use notices::{NoticesWriter, read_notices};
 pub(crate) use run_file::{Parent, RunFile, RunHome, SPARE_FOLDERS, spare_name};
 pub(crate) use start::RunStart;
+pub(crate) use whole_files::{WholeFiles, make_room};
 
 /// One stage, for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +107,10 @@ impl RunDir {
         self.path.join("job.json")
     }
 
+    pub(crate) fn graph(&self) -> PathBuf {
+        self.path.join("graph.json")
+    }
+
     pub(crate) fn placement(&self) -> PathBuf {
         self.path.join("placement.json")
     }
@@ -133,11 +139,12 @@ impl RunDir {
         self.path.join("report.md")
     }
 
-    /// Writes a value as pretty JSON.
-    pub(crate) fn write_json<T: Serialize>(&self, path: &Path, value: &T) -> Result<(), BrokerError> {
-        let mut text = serde_json::to_vec_pretty(value).map_err(|e| io_error(path, e.into()))?;
-        text.push(b'\n');
-        write_atomic(path, &text)
+    /// All files of which a reader knows the names.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        let of_run = self.path.join(RunFile::FILE);
+        let written =
+            [self.job(), self.graph(), self.placement(), self.data(), self.trace(), self.plot(), self.report()];
+        [of_run, self.metrics(), self.notices()].into_iter().chain(written).collect()
     }
 
     /// Reads a JSON file of the run; `None` if it is not there.
@@ -150,6 +157,13 @@ impl RunDir {
             Err(e) => Err(io_error(path, e)),
         }
     }
+}
+
+/// A value as pretty JSON, for the file of this path.
+pub(crate) fn to_json<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, BrokerError> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|e| io_error(path, e.into()))?;
+    text.push(b'\n');
+    Ok(text)
 }
 
 /// Where a run goes that was given no directory: `RUNS/NAME-YYYYMMDD-HHMMSS`, in UTC.
@@ -237,6 +251,7 @@ pub fn is_free(path: &Path) -> Result<bool, BrokerError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::write_atomic;
 
     #[test]
     fn a_run_directory_has_name_and_time() {

@@ -147,6 +147,13 @@ pub enum FromBroker {
         /// The checkpoint's updates.
         step: u64,
     },
+    /// Send the shard of this checkpoint once more: what came of it is not there any more.
+    ShardAgain {
+        /// Which placement of which job it belongs to.
+        key: RunKey,
+        /// The checkpoint's updates.
+        step: u64,
+    },
     /// Keep what is held after `step` updates as a snapshot, and say [`FromCompNode::Holds`].
     Snapshot {
         /// Which placement of which job it belongs to.

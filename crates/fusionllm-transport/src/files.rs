@@ -11,8 +11,8 @@ use std::path::Path;
 pub use known::{KnownFolder, Stands};
 pub use reason::{IoReason, if_usable, io_reason, is_of_path, is_shortage};
 pub use whole::{
-    FileMode, folder_of, remove_if_there, sync_folder, temporary_for, without_temporary_name, write_new_whole,
-    write_whole,
+    FileMode, folder_of, remove_if_there, sync_folder, temporary_for, temporary_of, without_temporary_name,
+    write_new_whole, write_whole,
 };
 
 /// Most of a file that is read as a whole: many times the largest tokenizer.

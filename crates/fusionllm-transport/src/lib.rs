@@ -28,8 +28,8 @@ pub use error::{BindError, ConnectError, IdentityError, PrivateError, SessionErr
 pub use files::{
     FileMode, IoReason, KnownFolder, Stands, folder_above, folder_of, if_usable, io_reason, is_of_path, is_same_file,
     is_shortage, leads_to, no_folder_above, open_or_make_regular, open_regular, read_regular, read_regular_text,
-    read_regular_text_within, read_text, remove_if_there, sync_folder, temporary_for, without_temporary_name,
-    write_new_whole, write_whole,
+    read_regular_text_within, read_text, remove_if_there, sync_folder, temporary_for, temporary_of,
+    without_temporary_name, write_new_whole, write_whole,
 };
 pub use identity::Identity;
 pub use peer::{PeerAddr, PeerId};

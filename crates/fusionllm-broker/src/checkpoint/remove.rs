@@ -5,15 +5,13 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::Manifest;
-use fusionllm_transport::{if_usable, read_regular_text, remove_if_there};
+use fusionllm_transport::{if_usable, read_regular_text, remove_if_there, temporary_of};
 
 use super::names::{LEFTOVER, MANIFEST, MARK, PARTIAL, REMOVED, step_name, step_of};
 use crate::files::{free_name, io_error};
 
 /// Names that are listed in a sentence.
 const NAMED: usize = 3;
-/// Letters and digits that tell temporary files apart.
-const RANDOM: usize = 6;
 /// How often a folder is looked through in which files still appear.
 const ATTEMPTS: usize = 10;
 
@@ -171,12 +169,6 @@ fn has_our_form(name: &str) -> bool {
     let shard = name.strip_prefix("shard-").and_then(|rest| rest.strip_suffix(".safetensors"));
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     shard.is_some_and(is_number) || (name.starts_with("carried-") && name.ends_with(".json"))
-}
-
-/// The file for which a temporary one of this name is made.
-fn temporary_of(name: &str) -> Option<&str> {
-    let (of, random) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
-    (random.len() == RANDOM && random.bytes().all(|b| b.is_ascii_alphanumeric())).then_some(of)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use fusionllm_protocol::{BlobHeader, BlobKind, JobEvent, RunKey};
+use fusionllm_protocol::{BlobHeader, BlobKind, FromBroker, JobEvent, RunKey};
 
 use super::run::Failed;
 use super::{Action, ConnectionId, Core};
@@ -15,6 +15,12 @@ impl Core {
         let key = header.key;
         let run = self.jobs.get(&key.job).and_then(|job| job.run.as_ref()).filter(|run| run.key == key);
         run.map_or(Ok(false), |run| run.wants_shard(connection, node, step, header.bytes))
+    }
+
+    /// Whether a CompNode is told now that it need not keep a shard which was stored, or is not wanted.
+    pub(crate) fn settles(&self, key: RunKey, step: u64) -> bool {
+        let run = self.jobs.get(&key.job).and_then(|job| job.run.as_ref()).filter(|run| run.key == key);
+        run.is_none_or(|run| run.settles(step))
     }
 
     /// A checkpoint is in its place: that is remembered before it is told.
@@ -43,23 +49,59 @@ impl Core {
             let record = known.record.clone();
             actions.push(self.persist(record, true));
         }
+        if let Some(run) = self.run_mut(key).filter(|run| run.steps() == step) {
+            let message = FromBroker::ShardSettled { key, step };
+            actions.extend(run.members.iter().map(|&to| Action::Send { to, message: message.clone() }));
+        }
         let path = path.display().to_string();
         actions.push(Action::Emit(JobEvent::Checkpoint { job: key.job, step, path }));
         actions.extend(self.advance(key, now));
         actions
     }
 
-    /// Training goes on without a checkpoint, but for the last one.
-    pub(super) fn checkpoint_failed(&mut self, key: RunKey, step: u64, reason: &str, now: Duration) -> Vec<Action> {
+    /// Training goes on without a checkpoint, but for the last one, which is tried again for a while.
+    pub(super) fn checkpoint_failed(
+        &mut self,
+        key: RunKey,
+        step: u64,
+        reason: &str,
+        may_pass: bool,
+        now: Duration,
+    ) -> Vec<Action> {
         let Some(run) = self.run_mut(key) else { return Vec::new() };
-        match run.checkpoint_failed(step) {
+        let mut actions = vec![Action::DropCheckpoint { key, step }];
+        match run.checkpoint_failed(step, may_pass, now) {
             Failed::Last => return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now),
             Failed::Known => return Vec::new(),
+            Failed::Again { is_first } => {
+                if is_first {
+                    let told = format!(
+                        "the last checkpoint could not be written ({reason}): it is tried again, and the CompNodes keep what \
+                         it is made of meanwhile"
+                    );
+                    actions.extend(self.notices(key.job, vec![told]));
+                }
+                actions.extend(self.ask_again(key, now));
+                return actions;
+            }
             Failed::New => {}
         }
-        let mut actions = vec![Action::DropCheckpoint { key, step }];
         actions.extend(self.notices(key.job, vec![format!("there is no checkpoint of step {step}: {reason}")]));
         actions.extend(self.advance(key, now));
         actions
+    }
+
+    /// Asks for the shards of the last checkpoint once more, if that is due.
+    fn ask_again(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        let Some(run) = self.run_mut(key) else { return Vec::new() };
+        let Some(step) = run.asks_again(now) else { return Vec::new() };
+        let message = FromBroker::ShardAgain { key, step };
+        run.members.iter().map(|&to| Action::Send { to, message: message.clone() }).collect()
+    }
+
+    /// The same for all runs.
+    pub(super) fn ask_all_again(&mut self, now: Duration) -> Vec<Action> {
+        let runs: Vec<RunKey> = self.jobs.values().filter_map(|job| Some(job.run.as_ref()?.key)).collect();
+        runs.into_iter().flat_map(|key| self.ask_again(key, now)).collect()
     }
 }

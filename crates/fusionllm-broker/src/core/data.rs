@@ -35,8 +35,7 @@ impl Core {
             }
             run.origin.data = Some(now.clone());
         }
-        let run_dir = job.record.run_dir.clone();
-        let mut actions = vec![Action::WriteData { key, run_dir, data: data.clone() }];
+        let mut actions = vec![Action::WriteData { key, data: data.clone() }];
         actions.push(Action::Emit(JobEvent::Data { job: key.job, data }));
         actions.extend(self.notices(key.job, notes));
         Ok(actions)

@@ -74,14 +74,15 @@ pub(crate) enum CoreEvent {
     ShardStored { key: RunKey, step: u64, node: NodeIndex, shard: StoredShard },
     /// A checkpoint is whole.
     CheckpointFinished { key: RunKey, step: u64, path: PathBuf, checksum: String },
-    /// A checkpoint cannot be kept.
-    CheckpointFailed { key: RunKey, step: u64, reason: String },
+    /// A checkpoint cannot be kept. `may_pass` says whether it may be at another time, as where others have moved a folder.
+    CheckpointFailed { key: RunKey, step: u64, reason: String, may_pass: bool },
     /// All steps up to this one stand in the metrics.
     Recorded { key: RunKey, step: u64 },
     /// Something that a job's user must see.
     Noticed { key: RunKey, text: String },
-    /// Newer checkpoints than that of step `left` are not where they were, or there is none any more.
-    CheckpointsGone { key: RunKey, left: Option<u64> },
+    /// Newer checkpoints than that of step `left` are not where they were, or there is none any more. The newest of them
+    /// `went` there, if that is known.
+    CheckpointsGone { key: RunKey, left: Option<u64>, went: Option<PathBuf> },
     /// The broker itself cannot go on with a job; `bad_input` says whether that is the job's fault.
     RunFailed { key: RunKey, reason: String, bad_input: bool },
     /// What was to be worked out or read for a job was not, by a defect of ours.
@@ -112,7 +113,7 @@ pub(crate) enum Action {
     /// Make or take over the run directory.
     OpenRun(Box<OpenRun>),
     /// Write what the data owner found.
-    WriteData { key: RunKey, run_dir: PathBuf, data: DataReport },
+    WriteData { key: RunKey, data: DataReport },
     /// Write what was done when in one step.
     WriteTrace { key: RunKey, measured: Box<Simulated> },
     /// Append a line to the metrics.

@@ -1,5 +1,7 @@
 //! What a user is told of how a job goes on that has ended early.
 
+use std::path::PathBuf;
+
 use fusionllm_protocol::JobId;
 use fusionllm_transport::shell_path;
 
@@ -10,17 +12,26 @@ impl Core {
     /// How a job goes on, for whoever reads why it ended, from its newest checkpoint; others may have renamed or removed one
     /// that is `gone`. Where a broker is reached is for whoever asks it to know: on another machine, or under another name,
     /// the way there is not the broker's own.
-    pub(super) fn resume_hint(&self, job: JobId, checkpoint: Option<u64>, gone: Option<u64>) -> String {
+    pub(super) fn resume_hint(
+        &self,
+        job: JobId,
+        checkpoint: Option<u64>,
+        gone: Option<(u64, Option<PathBuf>)>,
+    ) -> String {
         let dir = || self.jobs.get(&job).map(|j| shell_path(&j.record.run_dir)).unwrap_or_default();
-        if let (None, Some(step)) = (checkpoint, gone) {
-            let then = match &self.resumed_by {
-                ResumedBy::Broker => format!("`fusionllm resume {}` goes on once it is back in {}", job.0, dir()),
-                ResumedBy::Train => {
+        if let (None, Some((step, went))) = (checkpoint, gone) {
+            let then = match (&self.resumed_by, &went) {
+                (ResumedBy::Broker, _) => format!("`fusionllm resume {}` goes on once it is back in {}", job.0, dir()),
+                (ResumedBy::Train, Some(went)) => {
+                    format!("`fusionllm train --resume {}` goes on from it", shell_path(went))
+                }
+                (ResumedBy::Train, None) => {
                     "`fusionllm train --resume` with the folder where it is now goes on from it".to_owned()
                 }
             };
+            let where_now = went.map(|went| format!(", it is {} now", went.display())).unwrap_or_default();
             return format!(
-                "the checkpoint of step {step} is not where it was, others have renamed or removed it: {then}"
+                "the checkpoint of step {step} is not where it was{where_now}, others have renamed or removed it: {then}"
             );
         }
         match (&self.resumed_by, checkpoint) {

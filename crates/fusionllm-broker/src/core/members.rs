@@ -106,6 +106,7 @@ impl Core {
         self.jobs.values_mut().for_each(|job| job.snapshots.expire(now));
         let runs: Vec<RunKey> = self.jobs.values().filter_map(|job| Some(job.run.as_ref()?.key)).collect();
         actions.extend(runs.into_iter().flat_map(|key| self.take_snapshots(key, now)));
+        actions.extend(self.ask_all_again(now));
         actions.extend(self.awaited_jobs(now));
         actions.extend(self.move_those_that_leave(now));
         actions.extend(self.dismiss(now));

@@ -84,7 +84,8 @@ impl Core {
                     return Vec::new();
                 }
                 let reason = format!("CompNode `{}`: {reason}", self.compnodes.name(connection));
-                self.checkpoint_failed(key, step, &reason, now)
+                // It has nothing left to send.
+                self.checkpoint_failed(key, step, &reason, false, now)
             }
             FromCompNode::Failed { key, reason, bad_input } => self.failed(key, connection, reason, bad_input, now),
         }

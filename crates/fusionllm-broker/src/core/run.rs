@@ -4,6 +4,7 @@ mod checkpoints;
 mod taken_back;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,8 +46,24 @@ pub(super) enum Failed {
     New,
     /// That was so before: what else fails of it follows from that.
     Known,
-    /// It is the last one, without which the job has no result.
+    /// It is the last one, without which the job has no result: its shards are asked for once more.
+    Again {
+        /// Whether that is so for the first time.
+        is_first: bool,
+    },
+    /// It is the last one, and that was tried for long enough, or comes to nothing at any time.
     Last,
+}
+
+/// The last checkpoint, while it cannot be kept.
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    /// When it could not be kept for the first time.
+    since: Duration,
+    /// How often its shards were asked for since.
+    times: u32,
+    /// When they are asked for next; nothing while they are on their way.
+    due: Option<Duration>,
 }
 
 /// The state of one placement.
@@ -71,10 +88,12 @@ pub(super) struct Run {
     open: BTreeMap<u64, f64>,
     /// Steps still to be done whose checkpoints cannot be kept.
     given_up: BTreeSet<u64>,
+    /// What is done about the last one, if it cannot be kept.
+    retry: Option<Retry>,
     /// The newest whole one, to go on from.
     pub(super) checkpoint: Option<u64>,
-    /// A newer one that others have renamed or removed.
-    pub(super) gone: Option<u64>,
+    /// A newer one that others have renamed or removed, and where it is now, if that is known.
+    pub(super) gone: Option<(u64, Option<PathBuf>)>,
     /// The step that it began with.
     from: u64,
     /// Steps that are written.
@@ -129,6 +148,7 @@ impl Run {
             checkpoints: spec.checkpoints(),
             open: BTreeMap::new(),
             given_up: BTreeSet::new(),
+            retry: None,
             checkpoint: None,
             gone: None,
             from: start.step,
@@ -191,6 +211,11 @@ impl Run {
     /// The step that it began with.
     pub(super) fn from(&self) -> u64 {
         self.from
+    }
+
+    /// Its last step.
+    pub(super) fn steps(&self) -> u64 {
+        self.steps
     }
 
     /// Names of its CompNodes.

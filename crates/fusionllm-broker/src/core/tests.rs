@@ -263,7 +263,8 @@ fn a_job_is_assigned_started_and_done() {
     assert_eq!(states(&actions), [JobState::Done]);
     assert_eq!(core.record(JobId(1)).unwrap().checkpoint, Some((6, "c5".to_owned())), "it is remembered");
     assert!(actions.iter().any(|a| matches!(a, Action::WriteReport { .. })));
-    assert_eq!(sent(&actions), [], "nobody is told to abort what is done");
+    let settled = FromBroker::ShardSettled { key: KEY, step: 6 };
+    assert_eq!(sent(&actions), [(1, &settled), (2, &settled)], "nobody is told to abort what is done");
     assert!(core.status().compnodes.iter().all(|c| c.job.is_none()));
 }
 
@@ -665,7 +666,7 @@ fn a_checkpoint_that_others_have_moved_is_not_named_as_if_it_were_there() {
         core.resumed_by = resumed_by;
         let path = PathBuf::from("/runs/x/checkpoints/step-3");
         tell(&mut core, CoreEvent::CheckpointFinished { key: KEY, step: 3, path, checksum: String::new() }, NOW);
-        tell(&mut core, CoreEvent::CheckpointsGone { key: KEY, left }, NOW);
+        tell(&mut core, CoreEvent::CheckpointsGone { key: KEY, left, went: None }, NOW);
         core.lost("b", "its process ended", NOW);
         assert!(failure(&core).ends_with(hint), "{}", failure(&core));
         assert_eq!(failure(&core).contains("the checkpoint of step 3 is not where it was"), left.is_none());
@@ -1204,7 +1205,7 @@ fn training_goes_on_without_a_checkpoint_but_not_without_the_last() {
         |step, node| CoreEvent::ShardStored { key: KEY, step, node: NodeIndex(node), shard: StoredShard::default() };
     let failed = |step| {
         let reason = "/c: No space left on device (os error 28)".to_owned();
-        CoreEvent::CheckpointFailed { key: KEY, step, reason }
+        CoreEvent::CheckpointFailed { key: KEY, step, reason, may_pass: false }
     };
     core.handle(shard(3, 0), NOW);
     let actions = core.handle(failed(3), NOW);
@@ -1222,6 +1223,65 @@ fn training_goes_on_without_a_checkpoint_but_not_without_the_last() {
     core.handle(failed(6), NOW);
     let hint = "`fusionllm resume 1` begins anew, there is no checkpoint yet";
     assert_eq!(failure(&core), format!("checkpoint of step 6: /c: No space left on device (os error 28); {hint}"));
+}
+
+/// All that a run has made is with the CompNodes until the last checkpoint is in its place.
+#[test]
+fn the_last_checkpoint_is_tried_again_while_compnodes_hold_it() {
+    let mut core = running();
+    for number in 1..=6 {
+        for connection in [1, 2] {
+            say(&mut core, connection, step(KEY, number, Some(1.0)));
+        }
+    }
+    let shard =
+        |node| CoreEvent::ShardStored { key: KEY, step: 6, node: NodeIndex(node), shard: StoredShard::default() };
+    let failed =
+        |may_pass| CoreEvent::CheckpointFailed { key: KEY, step: 6, reason: "/c is gone".to_owned(), may_pass };
+    let again = FromBroker::ShardAgain { key: KEY, step: 6 };
+    let is_told = |actions: &[Action]| {
+        actions.iter().any(|a| matches!(a, Action::Emit(JobEvent::Notice { text, .. }) if text.contains("/c is gone")))
+    };
+    assert!(core.settles(KEY, 3) && !core.settles(KEY, 6));
+    core.handle(shard(0), NOW);
+    let actions = core.handle(failed(true), NOW);
+    assert_eq!(sent(&actions), [(1, &again), (2, &again)]);
+    assert!(is_told(&actions) && matches!(actions[0], Action::DropCheckpoint { step: 6, .. }), "{actions:?}");
+    assert_eq!(state(&core, 1), JobState::Running);
+    // What the first try has stored does not count.
+    assert!(core.handle(shard(1), NOW).is_empty());
+    let actions = core.handle(failed(true), NOW);
+    assert!(sent(&actions).is_empty() && !is_told(&actions), "{actions:?}");
+    let actions = core.handle(CoreEvent::Tick, NOW + Duration::from_secs(1));
+    assert_eq!(sent(&actions), [(1, &again), (2, &again)]);
+    for node in [0, 1] {
+        core.handle(shard(node), NOW);
+    }
+    let path = PathBuf::from("/c");
+    let finished = CoreEvent::CheckpointFinished { key: KEY, step: 6, path, checksum: "c".to_owned() };
+    let settled = FromBroker::ShardSettled { key: KEY, step: 6 };
+    assert_eq!(sent(&tell(&mut core, finished, NOW)), [(1, &settled), (2, &settled)]);
+    assert!(core.settles(KEY, 6));
+
+    // What a shard holds stays as it is, and a folder that does not come back is not waited for without an end.
+    for (may_pass, later) in [(false, 0), (true, 31)] {
+        let mut core = running();
+        for number in 1..=6 {
+            for connection in [1, 2] {
+                say(&mut core, connection, step(KEY, number, Some(1.0)));
+            }
+        }
+        let mut now = NOW;
+        core.handle(failed(may_pass), now);
+        while state(&core, 1) == JobState::Running && now < NOW + Duration::from_secs(60) {
+            now += Duration::from_secs(1);
+            core.handle(CoreEvent::Tick, now);
+            core.handle(failed(may_pass), now);
+        }
+        assert!(failure(&core).starts_with("checkpoint of step 6: /c is gone"), "{}", failure(&core));
+        let waited = (now - NOW).as_secs();
+        assert!((later..=later + 8).contains(&waited), "{waited}");
+    }
 }
 
 /// What must hold after every event, whatever happened.

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::*;
 use crate::checkpoint::Course;
 use crate::opened_run::OpenedRun;
-use crate::run_dir::{FolderLock, PlacementFile, RunDir};
+use crate::run_dir::{FolderLock, PlacementFile, RunDir, WholeFiles};
 use crate::testing::{self, OldRuns};
 use crate::{Checkpoint as Opened, open_checkpoint};
 
@@ -14,7 +14,7 @@ fn open(dir: &Path, start: &RunStart, spec: &JobSpec, step: u64) -> Result<Opene
     let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/runs-v1/run");
     let placement: PlacementFile =
         serde_json::from_slice(&std::fs::read(runs.join("placement.json")).unwrap()).unwrap();
-    RunDir::new(dir).open(start, spec, "{}", &placement, step)
+    RunDir::new(dir).open(start, spec, "{}", &placement, step, WholeFiles::default())
 }
 
 /// A checkpoint of an open run: that of an old run under its id.
@@ -282,13 +282,13 @@ fn a_run_directory_that_was_renamed_is_made_again_unless_something_else_is_there
     assert_eq!(opened.missing().map(|folder| folder.path()), Some(dir.as_path()));
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("mine"), "mine").unwrap();
-    let error = opened.make_again().unwrap_err().to_string();
+    let error = opened.make_again(false).unwrap_err().to_string();
     assert!(error.contains("mine is in the way"), "{error}");
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "nothing was written");
     std::fs::remove_file(dir.join("mine")).unwrap();
     // A shard may have come meanwhile.
     std::fs::create_dir_all(dir.join("checkpoints/step-3.partial-x")).unwrap();
-    opened.make_again().unwrap();
+    opened.make_again(false).unwrap();
     assert_eq!(opened.missing().map(|folder| folder.path()), None);
     for name in ["run.json", "job.json", "graph.json", "placement.json"] {
         assert_eq!(std::fs::read(dir.join(name)).unwrap(), std::fs::read(moved.join(name)).unwrap(), "{name}");

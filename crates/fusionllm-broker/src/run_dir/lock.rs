@@ -80,13 +80,29 @@ impl FolderLock {
     }
 
     /// Whether the folder is still there under its name: it may have been renamed, removed or replaced.
-    fn is_in_place(&self) -> bool {
+    pub(crate) fn is_in_place(&self) -> bool {
         self.folder.stands() == Stands::Itself
+    }
+
+    /// Goes on under the name that the folder has by now, with the lock in it. Gives that, if it can be told.
+    pub(crate) fn follow(&mut self) -> Option<PathBuf> {
+        let name = self.folder.name()?;
+        let (path, folder) = (name.join(Self::FILE), KnownFolder::open(&name).ok()?);
+        if !leads_to(&path, &self.file) {
+            return None;
+        }
+        (self.path, self.folder) = (path, folder);
+        Some(name)
     }
 
     /// Whether the folder is ours, but not for others who look: its lock was removed or replaced.
     fn is_let_go(&self) -> bool {
         self.is_in_place() && !leads_to(&self.path, &self.file)
+    }
+
+    /// Whether it is so, and nobody has made another lock.
+    fn is_removed(&self) -> bool {
+        self.is_let_go() && self.path.symlink_metadata().is_err()
     }
 
     /// Whether somebody has ever taken the lock of a folder.
@@ -161,9 +177,15 @@ impl RunLocks {
         locks.filter(|lock| !lock.is_in_place()).map(|lock| &lock.folder).next()
     }
 
-    /// Whether a lock was removed from its folder.
-    pub(crate) fn is_let_go(&self) -> bool {
-        std::iter::once(&self.run_dir).chain(&self.checkpoints).any(FolderLock::is_let_go)
+    /// Whether a lock was removed from its folder, and nobody has made another one there.
+    pub(crate) fn is_removed(&self) -> bool {
+        std::iter::once(&self.run_dir).chain(&self.checkpoints).any(FolderLock::is_removed)
+    }
+
+    /// Whether a lock was removed from its folder, and somebody has made another one there.
+    pub(crate) fn is_replaced(&self) -> bool {
+        let is_replaced = |lock: &FolderLock| lock.is_let_go() && !lock.is_removed();
+        std::iter::once(&self.run_dir).chain(&self.checkpoints).any(is_replaced)
     }
 
     /// Takes such locks again. Gives their paths.

@@ -53,11 +53,12 @@ impl NoticesWriter {
         self.lines.as_mut()
     }
 
-    /// Goes on in a new file of the same path, with all notices so far, and writes what waits.
+    /// Goes on in a file of this path, with all notices so far, and writes what waits.
     ///
     /// # Errors
     /// What the system says.
-    pub(crate) fn write_again(&mut self) -> io::Result<()> {
+    pub(crate) fn move_to(&mut self, path: PathBuf) -> io::Result<()> {
+        self.path = path;
         if let Some(lines) = &mut self.lines {
             lines.move_to(&self.path)?;
         }

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_graph::read_json;
 use fusionllm_protocol::{JobSpec, RunId};
-use fusionllm_transport::{is_same_file, read_regular};
+use fusionllm_transport::{io_reason, is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
-use super::{CHECKPOINTS, RunDir};
+use super::{CHECKPOINTS, RunDir, WholeFiles, to_json};
 use crate::BrokerError;
 use crate::files::io_error;
 
@@ -75,6 +75,10 @@ impl RunFile {
         match read_regular(&path) {
             Ok(text) => read_json(&text).map(Some).map_err(|reason| BrokerError::DamagedRun { path, reason }),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            // What is no file was put there by somebody.
+            Err(e) if path.symlink_metadata().is_ok() && !path.is_file() => {
+                Err(BrokerError::DamagedRun { path, reason: io_reason(&e).to_string() })
+            }
             Err(e) => Err(io_error(&path, e)),
         }
     }
@@ -85,9 +89,10 @@ impl RunFile {
         Some(file.and_then(|file| file.from).map_or(0, |from| from.step))
     }
 
-    /// Writes it to its directory.
-    pub(crate) fn write(&self) -> Result<(), BrokerError> {
-        RunDir::new(&self.dir).write_json(&self.dir.join(Self::FILE), self)
+    /// Writes it to its directory, among the other `files` of that. Gives what the run's user must know.
+    pub(crate) fn write(&self, files: &mut WholeFiles) -> Result<Option<String>, BrokerError> {
+        let path = self.dir.join(Self::FILE);
+        files.write(&path, to_json(&path, self)?)
     }
 
     /// The folder of its own in a folder that others use too.
@@ -227,7 +232,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(RunFile::first_step(folder.path()), Some(0), "version 0.1.0 left none");
         let parent = Parent { run: None, path: PathBuf::from("/x/step-4"), step: 4 };
-        RunFile { from: Some(parent), ..testing::run_file(folder.path()) }.write().unwrap();
+        RunFile { from: Some(parent), ..testing::run_file(folder.path()) }.write(&mut WholeFiles::default()).unwrap();
         assert_eq!(RunFile::first_step(folder.path()), Some(4));
         std::fs::write(folder.path().join(RunFile::FILE), "{").unwrap();
         assert_eq!(RunFile::first_step(folder.path()), None);

@@ -203,10 +203,13 @@ impl Actor {
                 let _ = reply.send(self.core.wants_shard(connection, &header));
             }
             Command::ShardSettled { connection, key, step } => {
-                self.send(connection, FromBroker::ShardSettled { key, step });
+                if self.core.settles(key, step) {
+                    self.send(connection, FromBroker::ShardSettled { key, step });
+                }
             }
             Command::Flush { reply } => self.files.flush(reply),
-            Command::PlaceShards { key, reply } => self.files.place_shards(key, reply),
+            Command::PlaceShards { key, step, reply } => self.files.place_shards(key, step, reply),
+            Command::Look { key, reply } => self.files.look(key, reply),
             Command::Shutdown { reply } => {
                 let _ = reply.send(());
             }

@@ -52,18 +52,22 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
         Ok(true) => {
             // Only once the run is open is it settled where its checkpoints lie, and what earlier ones left is gone.
             let place = handle.open_runs.place(key).await.ok_or("its run is not open")?;
-            let stored = match in_its_place(place, key, handle).await {
+            let stored = match in_its_place(place, key, step, handle).await {
                 Ok(place) => store(stream, &header, &place, step, node, handle).await,
-                Err(reason) => Err(Dropped::Unusable(reason)),
+                Err(reason) => Err(Dropped::Unwritten(reason)),
             };
+            let failed = |reason, may_pass| CoreEvent::CheckpointFailed { key, step, reason, may_pass };
             match stored {
                 Ok(shard) => (Some(CoreEvent::ShardStored { key, step, node, shard }), Ok(())),
                 Err(Dropped::Lost(reason)) => return Err(reason),
-                Err(Dropped::Unusable(reason)) => (Some(CoreEvent::CheckpointFailed { key, step, reason }), Ok(())),
+                Err(Dropped::Unusable(reason)) => (Some(failed(reason, false)), Ok(())),
+                Err(Dropped::Unwritten(reason)) => (Some(failed(reason, true)), Ok(())),
             }
         }
         Ok(false) => (None, Err("nobody waits for it".to_owned())),
-        Err(reason) => (Some(CoreEvent::CheckpointFailed { key, step, reason: reason.clone() }), Err(reason)),
+        Err(reason) => {
+            (Some(CoreEvent::CheckpointFailed { key, step, reason: reason.clone(), may_pass: false }), Err(reason))
+        }
     };
     // If the actor is gone it needs no word.
     if let Some(event) = event {
@@ -74,11 +78,11 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
 }
 
 /// Where shards go, if others have renamed, removed or replaced that folder since: nothing is written into what stands there.
-async fn in_its_place(place: ShardPlace, key: RunKey, handle: &Handle) -> Result<ShardPlace, String> {
+async fn in_its_place(place: ShardPlace, key: RunKey, step: u64, handle: &Handle) -> Result<ShardPlace, String> {
     let looking = blocking(move || Ok((place.known().stands() == Stands::Itself).then_some(place)));
     match looking.await.map_err(|e| e.to_string())? {
         Some(place) => Ok(place),
-        None => handle.ask(|reply| Command::PlaceShards { key, reply }).await.map_err(|e| e.to_string())?,
+        None => handle.ask(|reply| Command::PlaceShards { key, step, reply }).await.map_err(|e| e.to_string())?,
     }
 }
 
@@ -86,8 +90,10 @@ async fn in_its_place(place: ShardPlace, key: RunKey, handle: &Handle) -> Result
 enum Dropped {
     /// Its connection broke.
     Lost(String),
-    /// It is not what was announced, or cannot be written.
+    /// It is not what was announced.
     Unusable(String),
+    /// It cannot be written now.
+    Unwritten(String),
 }
 
 async fn store(
@@ -101,8 +107,8 @@ async fn store(
     let folder = place.partial(step, header.key.generation);
     let path = folder.join(shard_name(node));
     let run = place.run.clone();
-    blocking(move || make_partial(&folder, &run)).await.map_err(|e| Dropped::Unusable(e.to_string()))?;
-    let io = |e: std::io::Error| Dropped::Unusable(io_error(&path, e).to_string());
+    blocking(move || make_partial(&folder, &run)).await.map_err(|e| Dropped::Unwritten(e.to_string()))?;
+    let io = |e: std::io::Error| Dropped::Unwritten(io_error(&path, e).to_string());
     // A name of its own: a writer whose connection broke must not write into the shard that is sent again.
     let temporary = temporary_for(&path, FileMode::Shared).map_err(io)?;
     let (std_file, temporary) = temporary.into_parts();

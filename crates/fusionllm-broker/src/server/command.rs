@@ -96,7 +96,7 @@ pub(super) enum Command {
         job: JobId,
         reply: Reply<Result<RunReport, BrokerError>>,
     },
-    /// The CompNode need not keep its shard any more: it is stored, or nobody wants it.
+    /// A shard is stored, or nobody wants it: its CompNode need not keep it any more, unless it is of the last checkpoint.
     ShardSettled {
         connection: ConnectionId,
         key: RunKey,
@@ -111,10 +111,16 @@ pub(super) enum Command {
         header: BlobHeader,
         reply: Reply<Result<bool, String>>,
     },
-    /// Where the shards of a run go, once that is put right: its folder is not where it was.
+    /// Where the shards of a step go, once that is put right: its folder is not where it was.
     PlaceShards {
         key: RunKey,
+        step: u64,
         reply: Reply<Result<ShardPlace, String>>,
+    },
+    /// Looks what others have done to the folders of a run, and answers once that is told: whoever fails by it asks before.
+    Look {
+        key: RunKey,
+        reply: Reply<()>,
     },
     Shutdown {
         reply: Reply<()>,

@@ -120,6 +120,8 @@ async fn write(
                         // After a break they are sent again, or the CompNode is lost.
                         && timeout(Duration::from_millis(100), session.closed()).await.is_err()
                     {
+                        // What is said of how the job goes on must be there. If the actor is gone nobody reads it.
+                        let _ = handle.ask(|reply| Command::Look { key, reply }).await;
                         let reason = format!("the weights could not be sent: {reason}");
                         let failed = Command::Event(CoreEvent::RunFailed { key, reason, bad_input: false });
                         // If the actor is gone it needs no word.

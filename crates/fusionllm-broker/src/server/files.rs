@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use fusionllm_protocol::{JobId, Notice, RunKey, StepMetrics};
+use fusionllm_protocol::{JobId, RunKey, StepMetrics};
 use fusionllm_transport::io_reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
@@ -13,14 +13,16 @@ use super::open_runs::OpenRuns;
 use super::run_files::RunFiles;
 use super::watched::Watched;
 use crate::BrokerError;
-use crate::checkpoint::{Course, ShardPlace, remove_partial};
+use crate::checkpoint::{Course, ShardPlace};
 use crate::core::{Action, CoreEvent, OpenRun};
-use crate::files::write_atomic;
 use crate::metrics::{MetricsWriter, gaps};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
-use crate::run_dir::{RunDir, read_notices};
+use crate::run_dir::{RunDir, WholeFiles, read_notices};
 use crate::store::JobRecord;
+
+/// So often a run directory is made while others rename or remove it.
+const ATTEMPTS: u32 = 3;
 
 /// The way to the thread.
 #[derive(Debug)]
@@ -33,7 +35,8 @@ enum Work {
     Action(Action),
     Flush(oneshot::Sender<()>),
     Report { record: Box<JobRecord>, reply: oneshot::Sender<Result<RunReport, BrokerError>> },
-    PlaceShards { key: RunKey, reply: oneshot::Sender<Result<ShardPlace, String>> },
+    PlaceShards { key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, String>> },
+    Look { key: RunKey, reply: oneshot::Sender<()> },
 }
 
 impl Files {
@@ -48,7 +51,7 @@ impl Files {
         // A weak one: the actor ends when all who may ask it have gone.
         let commands = commands.downgrade();
         let thread = spawn_blocking(move || {
-            let mut keeper = Keeper { open_runs, runs: BTreeMap::new(), metrics: BTreeMap::new() };
+            let mut keeper = Keeper { open_runs, runs: BTreeMap::new(), elsewhere: BTreeMap::new() };
             while let Some(next) = work.blocking_recv() {
                 let events = match next {
                     Work::Action(action) => keeper.perform(action),
@@ -62,18 +65,22 @@ impl Files {
                         let _ = reply.send(keeper.report(&record));
                         Vec::new()
                     }
-                    Work::PlaceShards { key, reply } => {
-                        let (events, place) = keeper.place_shards(key);
+                    Work::PlaceShards { key, step, reply } => {
+                        let (events, place) = keeper.place_shards(key, step);
+                        // Whoever asked and fails by it finds what was seen told.
+                        tell(&commands, events);
                         // Nobody may be waiting for it any more.
                         let _ = reply.send(place);
-                        events
+                        Vec::new()
+                    }
+                    Work::Look { key, reply } => {
+                        tell(&commands, keeper.runs.get_mut(&key).map(RunFiles::look_now).unwrap_or_default());
+                        // Nobody may be waiting for it any more.
+                        let _ = reply.send(());
+                        Vec::new()
                     }
                 };
-                for event in events {
-                    let Some(commands) = commands.upgrade() else { break };
-                    // If the actor is gone it needs no word.
-                    let _ = commands.blocking_send(Command::Event(event));
-                }
+                tell(&commands, events);
             }
         });
         Self { queue, thread: Watched::new("the file thread", thread) }
@@ -95,9 +102,14 @@ impl Files {
         let _ = self.queue.send(Work::Flush(reply));
     }
 
-    /// Queues the question where the shards of a run go, whose folder for them is not where it was.
-    pub(super) fn place_shards(&self, key: RunKey, reply: oneshot::Sender<Result<ShardPlace, String>>) {
-        let _ = self.queue.send(Work::PlaceShards { key, reply });
+    /// Queues the question where the shards of a step go, if their folder is not where it was.
+    pub(super) fn place_shards(&self, key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, String>>) {
+        let _ = self.queue.send(Work::PlaceShards { key, step, reply });
+    }
+
+    /// Queues a look at what others have done to a run's folders; what is seen is told before the answer.
+    pub(super) fn look(&self, key: RunKey, reply: oneshot::Sender<()>) {
+        let _ = self.queue.send(Work::Look { key, reply });
     }
 
     /// Resolves when the thread has ended, which it does by itself only by a panic.
@@ -112,11 +124,19 @@ impl Files {
     }
 }
 
+/// Tells the actor; if that is gone it needs no word.
+fn tell(commands: &mpsc::WeakSender<Command>, events: Vec<CoreEvent>) {
+    for event in events {
+        let Some(commands) = commands.upgrade() else { return };
+        let _ = commands.blocking_send(Command::Event(event));
+    }
+}
+
 struct Keeper {
     open_runs: OpenRuns,
     runs: BTreeMap<RunKey, RunFiles>,
-    /// Where the steps of jobs that have ended are, if others kept them from their place.
-    metrics: BTreeMap<JobId, PathBuf>,
+    /// The run directories of jobs that have ended and the files of their steps, if others kept them from their place.
+    elsewhere: BTreeMap<JobId, (PathBuf, PathBuf)>,
 }
 
 impl Keeper {
@@ -146,11 +166,9 @@ impl Keeper {
         let mut events = Vec::new();
         match action {
             Action::OpenRun(open) => events = self.open(*open)?,
-            Action::WriteData { key, run_dir, data } => {
-                let dir = RunDir::new(&run_dir);
-                dir.write_json(&dir.data(), &data)?;
+            Action::WriteData { key, data } => {
                 if let Some(run) = self.runs.get_mut(&key) {
-                    run.data = Some(data);
+                    events = run.write_data(&data)?;
                 }
             }
             Action::WriteTrace { key, measured, .. } => {
@@ -176,7 +194,7 @@ impl Keeper {
             Action::Notice { run_dir, notice } => {
                 // Where no run of ours is open, the directory may be another's.
                 let dir = RunDir::new(&run_dir);
-                if let Some((&key, run)) = self.runs.iter_mut().find(|(_, run)| run.dir == dir) {
+                if let Some((&key, run)) = self.runs.iter_mut().find(|(_, run)| run.known_as == dir) {
                     events.extend(run.note(&notice).map(|text| CoreEvent::Noticed { key, text }));
                 }
             }
@@ -194,16 +212,24 @@ impl Keeper {
     }
 
     fn open(&mut self, open: OpenRun) -> Result<Vec<CoreEvent>, BrokerError> {
-        self.metrics.remove(&open.key.job);
-        let mut there = None;
+        self.elsewhere.remove(&open.key.job);
+        let mut files = WholeFiles::default();
         // An earlier placement's lock must not stand in the way.
         for mut earlier in self.take(open.key.job) {
             // Else the run would begin in whatever stands in the place of its directory by now.
-            earlier.come_back()?;
-            there = Some(earlier.there);
+            earlier.come_back(false)?;
+            files = earlier.opened.files;
         }
         let dir = RunDir::new(&open.run_dir);
-        let mut opened = dir.open(&open.run, &open.spec, &open.graph, &open.placement, open.start_step)?;
+        // Somebody may rename or remove in this very moment what was just made.
+        let mut attempts = 1..ATTEMPTS;
+        let mut opened = loop {
+            let opened = dir.open(&open.run, &open.spec, &open.graph, &open.placement, open.start_step, files.clone());
+            match opened {
+                Err(error) if error.is_of_nothing() && attempts.next().is_some() => {}
+                opened => break opened?,
+            }
+        };
         let metrics = MetricsWriter::open(&dir.metrics(), open.start_step)?;
         let mut notices = std::mem::take(&mut opened.notices);
         let began = opened.file.from.as_ref().map_or(0, |from| from.step);
@@ -216,16 +242,27 @@ impl Keeper {
         }
         let names = open.placement.placement.compnodes.clone();
         let predicted = open.predicted.map(|predicted| (names, predicted));
-        let run = RunFiles::new(open.key, opened, metrics, predicted, course, there, self.open_runs.clone());
-        self.runs.insert(open.key, run);
-        Ok(notices.into_iter().map(|text| CoreEvent::Noticed { key: open.key, text }).collect())
+        let run = RunFiles::new(open.key, opened, metrics, predicted, course, self.open_runs.clone());
+        let key = open.key;
+        // Others may have been there since the start was read.
+        let gone = CoreEvent::CheckpointsGone { key, left: run.newest_step(), went: None };
+        self.runs.insert(key, run);
+        let noticed = notices.into_iter().map(|text| CoreEvent::Noticed { key, text });
+        Ok(noticed.chain(std::iter::once(gone)).collect())
     }
 
     /// Where the shards of a run go that is at work.
-    fn place_shards(&mut self, key: RunKey) -> (Vec<CoreEvent>, Result<ShardPlace, String>) {
+    fn place_shards(&mut self, key: RunKey, step: u64) -> (Vec<CoreEvent>, Result<ShardPlace, String>) {
         let Some(run) = self.runs.get_mut(&key) else { return (Vec::new(), Err("its run is not open".to_owned())) };
-        let events = run.look_now();
-        let place = run.come_back().map(|()| run.opened.place.clone());
+        let is_last = step == run.opened.spec.train.steps;
+        run.try_again();
+        let mut events = run.look_now();
+        if run.is_lost() {
+            return (events, Err("another process is at work in its directory".to_owned()));
+        }
+        let place = run.come_back(is_last).map(|()| run.opened.place.clone());
+        let told = std::mem::take(&mut run.opened.notices);
+        events.extend(told.into_iter().map(|text| CoreEvent::Noticed { key, text }));
         (events, place.map_err(|error| error.to_string()))
     }
 
@@ -235,8 +272,12 @@ impl Keeper {
     }
 
     fn report(&self, record: &JobRecord) -> Result<RunReport, BrokerError> {
-        let metrics = self.metrics.get(&record.job).cloned();
-        RunReport::read(record, &metrics.unwrap_or_else(|| RunDir::new(&record.run_dir).metrics()), |_| {})
+        match self.elsewhere.get(&record.job) {
+            Some((run_dir, metrics)) => {
+                RunReport::read(&JobRecord { run_dir: run_dir.clone(), ..record.clone() }, metrics, |_| {})
+            }
+            None => RunReport::read(record, &RunDir::new(&record.run_dir).metrics(), |_| {}),
+        }
     }
 
     /// The job has ended: its report is written, and its directory let go.
@@ -244,53 +285,42 @@ impl Keeper {
         self.open_runs.close(record.job);
         // Held until the report is there.
         let mut ended = self.take(record.job);
+        // Where another process has the lock, nothing is ours to write.
+        ended.retain(|run| !run.is_lost());
         let mut metrics = RunDir::new(&record.run_dir).metrics();
         for run in &mut ended {
-            let mut texts = Vec::new();
-            match run.come_back() {
-                Ok(()) => (metrics, texts) = run.last_look(),
-                Err(error) => {
-                    tracing::error!(%error, "the run directory cannot be made again");
-                    if let Err(error) = run.metrics.flush() {
-                        let error = io_reason(&error);
-                        tracing::error!(%error, "the last steps are not written");
-                    }
+            let mut texts = run.look_last();
+            if run.is_away {
+                if let Err(error) = run.metrics.flush() {
+                    let error = io_reason(&error);
+                    tracing::error!(%error, "the last steps are not written");
                 }
+            } else if !run.is_lost() {
+                let told;
+                (metrics, told) = run.last_look();
+                texts.extend(told);
             }
-            let removal = remove_partial(&run.opened.place.folder, &run.opened.file.run);
-            for why in removal.failures {
-                tracing::warn!(why, "an unfinished checkpoint was not removed");
-            }
-            for text in &texts {
-                // Nobody follows the job any more.
-                tracing::warn!(text, "notice");
-            }
-            for text in texts.into_iter().chain(removal.leftovers) {
-                let notice = Notice { step: record.step, text };
-                // The report matters more than why it cannot be written.
-                let _ = run.notices.append(&notice);
-            }
-            if let Err(error) = run.notices.flush() {
-                let error = io_reason(&error);
-                tracing::error!(%error, path = %run.dir.notices().display(), "the last notices are not written");
-            }
+            run.tell_last(record.step, texts);
         }
-        if ended.is_empty() || ended.iter().any(|run| run.is_away) {
+        ended.retain(|run| !run.is_lost() && !run.is_away);
+        let Some(run) = ended.last_mut() else {
             // It was never opened, or not by us, or another folder has come in its place: nothing in there is ours to write.
             return Ok(());
-        }
+        };
         let mut plot = LossPlot::default();
-        let report = RunReport::read(record, &metrics, |step| plot.add(step))?;
-        let dir = RunDir::new(&record.run_dir);
-        if metrics != dir.metrics() {
-            self.metrics.insert(record.job, metrics);
+        let dir = run.dir.clone();
+        let record = JobRecord { run_dir: dir.path().to_owned(), ..record.clone() };
+        let report = RunReport::read(&record, &metrics, |step| plot.add(step))?;
+        if metrics != run.known_as.metrics() {
+            self.elsewhere.insert(record.job, (record.run_dir, metrics));
         }
-        write_atomic(&dir.report(), report.markdown().as_bytes())?;
+        run.write(dir.report(), report.markdown().into_bytes())?;
         match plot.svg() {
-            Ok(Some(svg)) => write_atomic(&dir.plot(), svg.as_bytes())?,
+            Ok(Some(svg)) => drop(run.write(dir.plot(), svg.into_bytes())?),
             Ok(None) => {}
             Err(error) => tracing::warn!(error, "the plot of loss against bytes cannot be drawn"),
         }
+        run.opened.files.tidy(dir.path());
         Ok(())
     }
 }
@@ -340,7 +370,7 @@ mod tests {
             start_step: 4,
         };
         let open_runs = OpenRuns::new();
-        let mut keeper = Keeper { open_runs: open_runs.clone(), runs: BTreeMap::new(), metrics: BTreeMap::new() };
+        let mut keeper = Keeper { open_runs: open_runs.clone(), runs: BTreeMap::new(), elsewhere: BTreeMap::new() };
         keeper.perform(Action::OpenRun(Box::new(open)));
         for step in [5, 6] {
             keeper.perform(Action::AppendMetrics { key, metrics: testing::metrics(step, 50.0) });

@@ -221,7 +221,7 @@ mod tests {
             copy_of: found.start.copy_of.clone(),
             ..testing::run_file(&run_dir)
         };
-        file.write().unwrap();
+        file.write(&mut crate::run_dir::WholeFiles::default()).unwrap();
         let partial = run_dir.join(format!("checkpoints/step-6.partial-{}-1", file.run.short()));
         crate::checkpoint::make_partial(&partial, &file.run).unwrap();
         std::fs::write(partial.join("shard-0.safetensors"), "half").unwrap();
@@ -245,7 +245,7 @@ mod tests {
         let path = old.path("run/checkpoints/step-4");
         let parent = Parent { run: None, path: path.clone(), step: 4 };
         let file = crate::run_dir::RunFile { from: Some(parent), ..testing::run_file(&run_dir) };
-        file.write().unwrap();
+        file.write(&mut crate::run_dir::WholeFiles::default()).unwrap();
         let spec = open_at(&path, None).unwrap().manifest().job.clone();
         let record = JobRecord { run: Some(file.run.clone()), ..record(&run_dir, spec.clone()) };
         let start = resumed_start(&record, &spec, None).unwrap();
@@ -269,7 +269,7 @@ mod tests {
         let prepare = || {
             std::fs::create_dir_all(&run_dir).unwrap();
             std::fs::create_dir_all(&shared).unwrap();
-            file.write().unwrap();
+            file.write(&mut crate::run_dir::WholeFiles::default()).unwrap();
             crate::checkpoint::make_partial(&partial, &file.run).unwrap();
         };
         prepare();

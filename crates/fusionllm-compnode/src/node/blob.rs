@@ -111,11 +111,13 @@ pub(super) struct BrokerLine {
     pub(super) broker: watch::Receiver<Option<Session>>,
     /// The step whose shard the broker has last settled.
     pub(super) settled: watch::Receiver<u64>,
+    /// The step whose shard the broker wants once more, and how often it has said so of any.
+    pub(super) again: watch::Receiver<(u64, u64)>,
 }
 
 impl BrokerLine {
-    /// Sends the shard of a step, again after a connection that was lost, until the broker says that it has it or does not
-    /// want it.
+    /// Sends the shard of a step, again after a connection that was lost or when the broker asks for it, until the broker says
+    /// that it has it or does not want it.
     ///
     /// # Errors
     /// [`CompNodeError`] if the file cannot be read, or the CompNode leaves.
@@ -129,6 +131,7 @@ impl BrokerLine {
         loop {
             let session = self.broker.wait_for(Option::is_some).await.map_err(gone)?.clone();
             let Some(session) = session else { continue };
+            let (_, times) = *self.again.borrow();
             let sending = async {
                 match send(&session, header, shard).await? {
                     // A stream that the broker ends is one that it does not want; it says so, too.
@@ -144,6 +147,7 @@ impl BrokerLine {
                 biased;
                 settled = self.settled.wait_for(|settled| *settled == step) => return settled.map(drop).map_err(gone),
                 lost = self.broker.wait_for(is_other) => drop(lost.map_err(gone)?),
+                again = self.again.wait_for(|&(of, now)| of == step && now > times) => drop(again.map_err(gone)?),
                 // What was sent is not yet what the broker has.
                 Err(error) = sending => return Err(error),
             }

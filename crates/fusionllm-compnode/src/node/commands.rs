@@ -38,6 +38,10 @@ impl Node {
                 self.job_of(key)?.shard_settled(step);
                 None
             }
+            FromBroker::ShardAgain { key, step } => {
+                self.job_of(key)?.send_again(step);
+                None
+            }
             message @ (FromBroker::Snapshot { .. }
             | FromBroker::Guard { .. }
             | FromBroker::Lend { .. }

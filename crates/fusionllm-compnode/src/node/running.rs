@@ -67,6 +67,8 @@ pub(super) struct RunningJob {
     scratch: Arc<Path>,
     /// The step whose shard the broker has last settled.
     settled: watch::Sender<u64>,
+    /// The step whose shard the broker wants once more, and how often it has said so of any.
+    again: watch::Sender<(u64, u64)>,
     prepared: Option<Prepared>,
     /// The [`placement_hash`] of its placement; nothing if that has none.
     placement: Option<String>,
@@ -146,6 +148,7 @@ impl RunningJob {
             codecs: Arc::default(),
             scratch,
             settled: watch::Sender::new(0),
+            again: watch::Sender::default(),
             prepared: None,
             placement,
             broker: watch::Sender::new(None),
@@ -204,6 +207,11 @@ impl RunningJob {
         self.settled.send_replace(step);
     }
 
+    /// The broker wants the shard of this step once more.
+    pub(super) fn send_again(&self, step: u64) {
+        self.again.send_modify(|(of, times)| (*of, *times) = (step, *times + 1));
+    }
+
     /// Receives the job's weights; nothing if they were not asked for, or have come.
     pub(super) fn receive(&self, incoming: blob::Incoming) {
         if let Some(streams) = self.weights.clone() {
@@ -232,7 +240,11 @@ impl RunningJob {
         links.dial_all();
         let (shards, shard_queue) = mpsc::channel(1);
         let (uploaded, all_uploaded) = oneshot::channel();
-        let line = blob::BrokerLine { broker: self.broker.subscribe(), settled: self.settled.subscribe() };
+        let line = blob::BrokerLine {
+            broker: self.broker.subscribe(),
+            settled: self.settled.subscribe(),
+            again: self.again.subscribe(),
+        };
         let uploads = upload_shards(line, key, prepared.plan.node, shard_queue);
         links.spawn(async move {
             // If nobody waits for it the job has ended.

@@ -70,6 +70,14 @@ pub fn temporary_for(path: &Path, mode: FileMode) -> Result<NamedTempFile> {
     builder.tempfile_in(folder_of(path)).map_err(without_temporary_name)
 }
 
+/// The file for which a temporary one of this name was made by [`temporary_for`].
+pub fn temporary_of(name: &str) -> Option<&str> {
+    /// Letters and digits that tell temporary files apart.
+    const RANDOM: usize = 6;
+    let (of, random) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
+    (random.len() == RANDOM && random.bytes().all(|b| b.is_ascii_alphanumeric())).then_some(of)
+}
+
 /// The folder in which a file lies.
 pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))

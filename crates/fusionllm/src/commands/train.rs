@@ -275,7 +275,7 @@ async fn run_job(
         };
         match &event {
             JobEvent::Step { metrics, .. } => (step, waits_since) = (metrics.step, None),
-            JobEvent::Checkpoint { step, .. } => way.checkpoint = Some(*step),
+            JobEvent::Checkpoint { step, path, .. } => way.saw(*step, path),
             JobEvent::State { state: JobState::Waiting { .. }, .. } => {
                 waits_since.get_or_insert_with(Instant::now);
             }

@@ -219,18 +219,22 @@ fn folders_and_files_that_cannot_be_used_are_bad_input() {
     for line in ["export done /proc/hf", "export done /proc"] {
         refuses(&bench, line, &["/proc"]);
     }
-    let resume = "train --resume done --compnodes 1 --set train.steps=9";
-    // A folder in the place of each file of the run; and one that is not as it was written.
-    for name in ["metrics.jsonl", "job.json", "run.json"] {
-        let (file, aside) = (bench.path("done").join(name), bench.path("aside"));
-        std::fs::rename(&file, &aside).unwrap();
+    // A folder in the place of a file of the run is put aside, but for what says which run it is; and one that is not as it
+    // was written is refused.
+    for (name, steps) in [("metrics.jsonl", 9), ("job.json", 10)] {
+        let file = bench.path("done").join(name);
+        std::fs::remove_file(&file).unwrap();
         std::fs::create_dir(&file).unwrap();
-        let output = bench.run(resume);
-        let err = text(&output.stderr);
-        assert!(output.status.code() == Some(2) && err.contains(name), "{name}: {err}");
-        std::fs::remove_dir(&file).unwrap();
-        std::fs::rename(&aside, &file).unwrap();
+        bench.succeed(&format!("train --resume done --compnodes 1 --set train.steps={steps}"));
+        assert!(file.is_file() && bench.path("done").join(format!("{name}.other")).is_dir(), "{name}");
     }
+    let resume = "train --resume done --compnodes 1 --set train.steps=11";
+    let (file, aside) = (bench.path("done/run.json"), bench.path("aside"));
+    std::fs::rename(&file, &aside).unwrap();
+    std::fs::create_dir(&file).unwrap();
+    refuses(&bench, resume, &["run.json is damaged", "move it away"]);
+    std::fs::remove_dir(&file).unwrap();
+    std::fs::rename(&aside, &file).unwrap();
     let whole = std::fs::read_to_string(bench.path("done/run.json")).unwrap();
     bench.write("done/run.json", &whole.replacen("\"name\": \"small\"", "\"name\": 3", 1));
     refuses(&bench, resume, &["run.json is damaged", "`name` is 3, expected a string"]);

@@ -16,6 +16,8 @@ mod fixtures;
 mod folders;
 mod input;
 #[cfg(unix)]
+mod last_checkpoint;
+#[cfg(unix)]
 mod meddling;
 mod plan;
 mod process;

@@ -130,8 +130,11 @@ fn nothing_is_put_into_what_comes_in_the_place_of_a_folder_elsewhere() {
     let told = run.wait_for("/ck is not there any more");
     assert!(told.contains("something else is in its place") && told.contains("there is no checkpoint"), "{told}");
     let (code, out, err) = run.finish();
-    assert_eq!(code, Some(1), "{out}\n{err}");
-    assert!(err.contains("ck/theirs is in the way"), "{err}");
+    assert_eq!(code, Some(0), "{out}\n{err}");
+    // But for the last one, without which all would be lost.
+    assert!(out.contains("ck/theirs is in the way") && out.contains("the last checkpoint goes to"), "{out}");
+    assert!(spare(&bench).join(format!("step-{STEPS}/manifest.json")).is_file());
+    assert_eq!(names(&spare(&bench)), [format!("step-{STEPS}")]);
     assert_eq!(names(&bench.path("ck")), ["theirs"]);
     assert_eq!(losses(&bench.path("run")).len() as u64, STEPS);
 }
@@ -186,6 +189,103 @@ fn metrics_that_are_cut_are_told_and_counted() {
     ends_well(run);
     let report = std::fs::read_to_string(bench.path("run/report.md")).unwrap();
     assert!(report.contains("was cut short") && report.contains("no figures of"), "{report}");
+}
+
+/// Whoever removes the lock of a run at work, and has it go on in another process, has taken it away from the first.
+#[test]
+fn who_has_lost_the_lock_writes_nothing_more() {
+    let bench = Bench::new();
+    let mut first = start(&bench, "--set train.steps=1000000");
+    first.wait_for("\"event\":\"checkpoint\"");
+    let (code, out, err) = {
+        first.signal("STOP");
+        std::fs::remove_file(bench.path("run/fusionllm.lock")).unwrap();
+        let mut second = bench.start("train --resume run --json --set train.steps=2000000 --set checkpoint.keep=0");
+        second.wait_for("\"event\":\"step\"");
+        first.signal("CONT");
+        let ended = first.finish();
+        second.signal("INT");
+        second.finish();
+        ended
+    };
+    assert_eq!(code, Some(1), "{out}\n{err}");
+    assert!(err.contains("is at work there by now: this run writes nothing more there"), "{err}");
+    let lines = json_lines(&bench.path("run/metrics.jsonl"));
+    let steps: Vec<u64> = lines.iter().map(|m| m["step"].as_u64().unwrap()).collect();
+    assert!(steps.windows(2).all(|two| two[0] < two[1]), "{steps:?}");
+    bench.succeed("export run hf");
+}
+
+/// All files that are written as a whole, and what may come in their place.
+#[test]
+fn each_file_of_the_run_directory_is_kept_and_written_again() {
+    const FILES: [&str; 5] = ["run.json", "job.json", "graph.json", "placement.json", "data.json"];
+    for kind in ["folder", "pipe", "link", "file", "nothing"] {
+        let bench = Bench::new();
+        let mut run = start(&bench, "--set train.steps=1000000");
+        wait_until(|| bench.path("run/trace.json").is_file(), "a trace");
+        let files = || FILES.iter().chain(&["trace.json"]);
+        meanwhile(&run, || {
+            for name in files() {
+                let path = bench.path(&format!("run/{name}"));
+                std::fs::rename(&path, bench.path(&format!("{name}.moved"))).unwrap();
+                match kind {
+                    "folder" => std::fs::create_dir(&path).unwrap(),
+                    "pipe" => drop(std::process::Command::new("mkfifo").arg(&path).status().unwrap()),
+                    "link" => std::os::unix::fs::symlink(bench.path(&format!("{name}.moved")), &path).unwrap(),
+                    "file" => std::fs::write(&path, "theirs").unwrap(),
+                    _ => {}
+                }
+            }
+        });
+        for _ in files() {
+            let told = run.wait_for("was renamed, removed or replaced: it is written again");
+            assert_eq!(told.contains(".json.other"), kind != "nothing", "{told}");
+        }
+        run.wait_for("\"event\":\"checkpoint\"");
+        run.signal("INT");
+        let (code, out, err) = run.finish();
+        assert_eq!(code, Some(1), "{out}\n{err}");
+        for name in files() {
+            let (path, other) = (bench.path(&format!("run/{name}")), bench.path(&format!("run/{name}.other")));
+            assert!(path.symlink_metadata().unwrap().is_file() && is_json(&path), "{kind}: {name}");
+            assert_eq!(other.symlink_metadata().is_ok(), kind != "nothing", "{kind}: {name}");
+        }
+        let more = bench.run("train --resume run --set train.steps=600");
+        let err = text(&more.stderr);
+        assert!(more.status.code() == Some(0) || err.contains("are done; raise it"), "{kind}: {err}");
+        bench.succeed("export run hf");
+    }
+}
+
+fn is_json(path: &Path) -> bool {
+    serde_json::from_slice::<serde_json::Value>(&std::fs::read(path).unwrap()).is_ok()
+}
+
+/// What was put there while nobody was at work.
+#[test]
+fn what_is_no_file_is_put_aside_when_a_run_goes_on() {
+    let bench = Bench::new();
+    bench.succeed("train job.toml --out run --compnodes 1");
+    for name in ["job.json", "graph.json", "placement.json", "data.json", "metrics.jsonl", "notices.jsonl", "report.md"]
+    {
+        let path = bench.path(&format!("run/{name}"));
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+    }
+    bench.succeed("train --resume run --compnodes 1 --set train.steps=9");
+    let names = names(&bench.path("run"));
+    assert_eq!(names.iter().filter(|name| name.ends_with(".other")).count(), 7, "{names:?}");
+    std::fs::remove_file(bench.path("run/run.json")).unwrap();
+    std::fs::create_dir(bench.path("run/run.json")).unwrap();
+    let output = bench.run("train --resume run --compnodes 1 --set train.steps=10");
+    let err = text(&output.stderr);
+    assert!(
+        output.status.code() == Some(2) && err.contains("run.json is damaged") && err.contains("move it away"),
+        "{err}"
+    );
+    std::fs::remove_dir(bench.path("run/run.json")).unwrap();
+    bench.succeed("train --resume run --compnodes 1 --set train.steps=10");
 }
 
 /// The report and the trace, before they are there.

@@ -1,12 +1,19 @@
 //! The checkpoints of a run: which shards are due, and which are whole.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use fusionllm_planner::NodeIndex;
 
-use super::{Failed, Run, Shards, param_names};
+use super::{Failed, Retry, Run, Shards, param_names};
 use crate::checkpoint::StoredShard;
 use crate::core::ConnectionId;
+
+/// So long the last checkpoint is tried again: for all that a run has made, somebody may have to make room.
+const TRIED_FOR: Duration = Duration::from_secs(30);
+/// Between two tries, at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 
 impl Run {
     /// Training loss of a step after which a checkpoint is still to come.
@@ -19,12 +26,33 @@ impl Run {
         self.finishing.remove(&step);
         self.open.remove(&step);
         self.checkpoint = self.checkpoint.max(Some(step));
-        self.gone = self.gone.filter(|gone| *gone > step);
+        self.gone.take_if(|(gone, _)| *gone <= step);
+        if step == self.steps {
+            self.retry = None;
+        }
     }
 
-    /// Others have renamed or removed checkpoints: the newest that is left is that of this step.
-    pub(in crate::core) fn checkpoints_gone(&mut self, left: Option<u64>) {
-        self.gone = self.gone.max(self.checkpoint).filter(|gone| Some(*gone) > left);
+    /// Whether a CompNode need not keep its shard of this step any more once it is here. That of the last checkpoint it keeps
+    /// until that is in its place: it could not be made again.
+    pub(in crate::core) fn settles(&self, step: u64) -> bool {
+        step != self.steps || self.checkpoint == Some(step)
+    }
+
+    /// The step of which shards are asked for once more now.
+    pub(in crate::core) fn asks_again(&mut self, now: Duration) -> Option<u64> {
+        let retry = self.retry.as_mut()?;
+        retry.due.take_if(|due| *due <= now)?;
+        retry.times += 1;
+        self.watchdog.moved = now;
+        Some(self.steps)
+    }
+
+    /// Others have renamed or removed checkpoints: the newest that is left is that of this step, and the newest that is not
+    /// there any more `went` there, if that is known.
+    pub(in crate::core) fn checkpoints_gone(&mut self, left: Option<u64>, went: Option<PathBuf>) {
+        let before = self.gone.take().filter(|(gone, _)| Some(*gone) >= self.checkpoint);
+        let gone = before.or(self.checkpoint.map(|step| (step, went)));
+        self.gone = gone.filter(|(gone, _)| Some(*gone) > left);
         self.checkpoint = left;
     }
 
@@ -40,10 +68,26 @@ impl Run {
         self.node_of(connection) == Some(node) && self.expects(step) && !self.finishing.contains(&step) && !is_known
     }
 
-    /// A checkpoint cannot be kept. What that means.
-    pub(in crate::core) fn checkpoint_failed(&mut self, step: u64) -> Failed {
+    /// A checkpoint cannot be kept; `may_pass` says whether it may be at another time. What that means.
+    pub(in crate::core) fn checkpoint_failed(&mut self, step: u64, may_pass: bool, now: Duration) -> Failed {
         self.finishing.remove(&step);
         self.shards.remove(&step);
+        // One that has gone sends nothing again.
+        if step == self.steps && may_pass && self.finished.is_empty() {
+            let is_first = self.retry.is_none();
+            let retry = self.retry.get_or_insert(Retry { since: now, times: 0, due: None });
+            if retry.due.is_some() {
+                return Failed::Known;
+            }
+            if now.saturating_sub(retry.since) < TRIED_FOR {
+                let pause = match retry.times {
+                    0 => Duration::ZERO,
+                    times => LONGEST_PAUSE.min(Duration::from_secs(1 << (times - 1).min(6))),
+                };
+                retry.due = Some(now + pause);
+                return Failed::Again { is_first };
+            }
+        }
         let is_new = self.open.remove(&step).is_some() || step > self.merged && self.given_up.insert(step);
         match step == self.steps {
             true => Failed::Last,

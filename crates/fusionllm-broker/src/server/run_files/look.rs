@@ -1,19 +1,23 @@
 //! What others do to the folders and files of a run while it trains, and how that is put right.
 
+use std::io::ErrorKind::{NotADirectory, NotFound};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use fusionllm_protocol::Notice;
 use fusionllm_transport::{KnownFolder, Stands, io_reason};
 
 use super::RunFiles;
 use crate::BrokerError;
-use crate::checkpoint::{Found, MANIFEST, checkpoints_of};
+use crate::checkpoint::{Found, MANIFEST, checkpoints_of, remove_partial};
 use crate::core::CoreEvent;
 use crate::files::{FileKey, free_name, io_error};
-use crate::run_dir::RunHome;
+use crate::run_dir::{RunDir, RunHome};
 
 /// Longer nobody takes to remove a run directory.
 const REMOVING: Duration = Duration::from_secs(1);
+/// So often the files are looked at that are written as a whole.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// What the name of a file has that is kept beside what others have put in its place.
 const KEPT: &str = ".kept";
 
@@ -22,12 +26,24 @@ pub(super) struct NewestCheckpoint {
     step: u64,
     manifest: PathBuf,
     key: Option<FileKey>,
+    /// Its folder, which may be renamed.
+    folder: Option<KnownFolder>,
 }
 
 impl NewestCheckpoint {
     pub(super) fn new(step: u64, folder: &Path) -> Self {
         let manifest = folder.join(MANIFEST);
-        Self { step, key: FileKey::of(&manifest), manifest }
+        Self { step, key: FileKey::of(&manifest), manifest, folder: KnownFolder::open(folder).ok() }
+    }
+
+    pub(super) fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The name that its folder has by now, if that is another one and can be told.
+    fn went(&self) -> Option<PathBuf> {
+        let folder = self.folder.as_ref()?;
+        folder.name().filter(|name| name != folder.path())
     }
 
     /// That of a run directory, if it has one.
@@ -51,6 +67,9 @@ impl RunFiles {
     }
 
     fn look_after(&mut self, removing: Duration) -> Vec<CoreEvent> {
+        if self.lost.is_some() {
+            return Vec::new();
+        }
         let texts = match self.opened.missing() {
             Some(_) if self.is_away => Vec::new(),
             Some(folder) => {
@@ -60,26 +79,32 @@ impl RunFiles {
             }
             None => {
                 self.is_away = false;
-                if self.may_be_going(removing) {
+                if !self.opened.is_taken() && self.may_be_going(removing) {
                     return Vec::new();
                 }
-                self.look_into()
+                self.look_into(removing)
             }
         };
-        let changed = self.look_at_newest();
-        let texts = match &changed {
-            Some((why, _)) if texts.is_empty() => vec![why.clone()],
-            _ => texts,
-        };
-        let mut events = self.noticed(texts);
+        let mut events = self.noticed(texts.iter().cloned());
         let key = self.key;
-        events.extend(changed.map(|(_, left)| CoreEvent::CheckpointsGone { key, left }));
+        if let Some(reason) = self.lost.clone() {
+            self.open_runs.set(key, None);
+            events.push(CoreEvent::RunFailed { key, reason, bad_input: false });
+            return events;
+        }
+        if let Some((why, left, went)) = self.look_at_newest() {
+            if texts.is_empty() {
+                events.extend(self.noticed([why]));
+            }
+            events.push(CoreEvent::CheckpointsGone { key, left, went });
+        }
         events
     }
 
     /// Has the next look try again what could not be done.
-    pub(super) fn try_again(&mut self) {
+    pub(in crate::server) fn try_again(&mut self) {
         self.is_unlocked = false;
+        self.opened.files.try_again();
         self.metrics.lines().try_again();
         self.notices.lines().into_iter().for_each(|lines| lines.try_again());
     }
@@ -94,16 +119,28 @@ impl RunFiles {
     }
 
     /// The same for what is in the run directory, which is in its place.
-    fn look_into(&mut self) -> Vec<String> {
+    fn look_into(&mut self, removing: Duration) -> Vec<String> {
         let mut texts = Vec::new();
         if !self.is_unlocked {
-            let held = self.opened.hold_on();
-            self.is_unlocked = held.is_err();
-            texts.extend(held.unwrap_or_else(|error| vec![error.to_string()]));
+            match self.opened.hold_on() {
+                Ok(told) => texts.extend(told),
+                Err(error @ BrokerError::LostLock { .. }) => {
+                    self.lost = Some(error.to_string());
+                    return texts;
+                }
+                Err(error) => {
+                    self.is_unlocked = true;
+                    texts.push(error.to_string());
+                }
+            }
         }
         let told = self.opened.look_at_checkpoints();
         texts.extend(told.unwrap_or_else(|error| Some(error.to_string())));
         texts.extend(self.look_at_files());
+        if removing.is_zero() || self.looked.is_none_or(|looked| looked.elapsed() > LOOK_EVERY) {
+            self.looked = Some(Instant::now());
+            texts.extend(self.opened.files.look());
+        }
         texts
     }
 
@@ -113,16 +150,26 @@ impl RunFiles {
         told.into_iter().flatten().collect()
     }
 
-    /// If the newest checkpoint is not there any more: what its user must know, and the newest that is left.
-    fn look_at_newest(&mut self) -> Option<(String, Option<u64>)> {
+    /// If the newest checkpoint is not there any more, or cannot be read: what its user must know, the newest that is left, and
+    /// where the other is now.
+    fn look_at_newest(&mut self) -> Option<(String, Option<u64>, Option<PathBuf>)> {
         let newest = self.newest.as_ref()?;
-        if FileKey::of(&newest.manifest) == newest.key {
+        let found = newest.manifest.symlink_metadata();
+        if found.is_ok() && FileKey::of(&newest.manifest) == newest.key {
             return None;
         }
-        let found = checkpoints_of(&self.opened.home()).ok()?;
+        let others = checkpoints_of(&self.opened.home()).ok()?;
         let step = newest.step;
-        let gone = newest.manifest.parent().unwrap_or(&newest.manifest).display().to_string();
-        self.newest = found.first().map(|found| NewestCheckpoint::new(found.step, &found.path));
+        let folder = newest.manifest.parent().unwrap_or(&newest.manifest);
+        let (gone, went) = (folder.display().to_string(), newest.went());
+        let became = match found {
+            Err(error) if !matches!(error.kind(), NotFound | NotADirectory) => format!("cannot be read ({error})"),
+            _ => went.as_ref().map_or_else(
+                || "is not there any more".to_owned(),
+                |went| format!("is not there any more, it is {} now", went.display()),
+            ),
+        };
+        self.newest = others.first().map(|found| NewestCheckpoint::new(found.step, &found.path));
         let left = self.newest.as_ref().map(|newest| newest.step);
         if left == Some(step) {
             return None;
@@ -131,14 +178,15 @@ impl RunFiles {
             Some(left) => format!("the newest one is that of step {left}"),
             None => "there is no other one yet".to_owned(),
         };
-        Some((format!("{gone} is not there any more: training goes on, and {newest}"), left))
+        Some((format!("{gone} {became}: training goes on, and {newest}"), left, went))
     }
 
-    /// Makes the folders of the run again if they were renamed or removed, with all that is still known.
+    /// Makes the folders of the run again if they were renamed or removed, with all that is still known; for the last
+    /// checkpoint another one if something else is in the way.
     ///
     /// # Errors
     /// [`BrokerError`] if something else is there by now, or they cannot be made.
-    pub(in crate::server) fn come_back(&mut self) -> Result<(), BrokerError> {
+    pub(in crate::server) fn come_back(&mut self, is_last: bool) -> Result<(), BrokerError> {
         if self.opened.missing().is_none() {
             self.is_away = false;
             if self.opened.make_checkpoints()? {
@@ -147,18 +195,56 @@ impl RunFiles {
             return Ok(());
         }
         self.is_away = true;
-        self.opened.make_again()?;
+        self.opened.make_again(is_last)?;
+        self.dir = RunDir::new(&self.opened.file.dir);
         self.say_where();
-        if let Some(data) = &self.data {
-            self.dir.write_json(&self.dir.data(), data)?;
-        }
-        if let Some(trace) = &self.trace {
-            self.dir.write_json(&self.dir.trace(), trace)?;
-        }
         self.metrics.move_to(&self.dir.metrics())?;
-        self.notices.write_again().map_err(|e| io_error(&self.dir.notices(), e))?;
+        self.notices.move_to(self.dir.notices()).map_err(|e| io_error(&self.dir.notices(), e))?;
         self.is_away = false;
         Ok(())
+    }
+
+    /// The last look at the folders, when the job has ended; they are made again if they are gone. Gives what the user must
+    /// know.
+    pub(in crate::server) fn look_last(&mut self) -> Vec<String> {
+        self.try_again();
+        let told = |event: CoreEvent| match event {
+            CoreEvent::Noticed { text, .. } => Some(text),
+            _ => None,
+        };
+        let mut texts: Vec<String> = self.look_now().into_iter().filter_map(told).collect();
+        if self.is_lost() {
+            return texts;
+        }
+        // A folder elsewhere is not needed any more, but the run directory is to have its report.
+        if let Err(error) = self.come_back(!self.opened.is_in_place()) {
+            self.is_away = !self.opened.is_in_place();
+            texts.push(error.to_string());
+        }
+        texts.append(&mut self.opened.notices);
+        texts
+    }
+
+    /// Tells what is seen at the end, when nobody follows the job any more, and what of unfinished checkpoints is left.
+    pub(in crate::server) fn tell_last(&mut self, step: u64, texts: Vec<String>) {
+        for text in &texts {
+            tracing::warn!(text, "notice");
+        }
+        if self.is_lost() {
+            return;
+        }
+        let removal = remove_partial(&self.opened.place.folder, &self.opened.file.run);
+        for why in removal.failures {
+            tracing::warn!(why, "an unfinished checkpoint was not removed");
+        }
+        for text in texts.into_iter().chain(removal.leftovers) {
+            // The report matters more than why it cannot be written.
+            let _ = self.notices.append(&Notice { step, text });
+        }
+        if let Err(error) = self.notices.flush() {
+            let error = io_reason(&error);
+            tracing::error!(%error, path = %self.dir.notices().display(), "the last notices are not written");
+        }
     }
 
     /// Puts right at the end what can be: where the steps are in the end, and what the user must know. The run directory must
@@ -166,6 +252,7 @@ impl RunFiles {
     pub(in crate::server) fn last_look(&mut self) -> (PathBuf, Vec<String>) {
         self.try_again();
         let mut texts = self.look_at_files();
+        texts.extend(self.opened.files.look());
         let mut place = self.dir.metrics();
         if !self.metrics.lines().is_at(&place) {
             let kept = free_name(&place, KEPT);
@@ -185,8 +272,8 @@ impl RunFiles {
             texts.push(format!("{}: {}: the last steps are not in it", place.display(), io_reason(&error)));
         }
         for path in [self.dir.plot(), self.dir.report()] {
-            match self.make_room(&path) {
-                Ok(said) => texts.extend(said),
+            match self.opened.files.make_room(&path) {
+                Ok(told) => texts.extend(told),
                 Err(error) => texts.push(error.to_string()),
             }
         }
@@ -201,8 +288,8 @@ fn gone(folder: &KnownFolder) -> String {
     match folder.stands() {
         Stands::Other => format!(
             "{path} is not there any more, it was renamed or removed, and something else is in its place: training goes on; \
-             unless that is empty it stays as it is, and until it is moved away there is no checkpoint; checkpoints so far \
-             are {went}"
+             unless that is empty it stays as it is, and until it is moved away there is no checkpoint but the last one; \
+             checkpoints so far are {went}"
         ),
         _ => format!(
             "{path} is not there any more, it was renamed or removed: training goes on, and the folder is made again with \

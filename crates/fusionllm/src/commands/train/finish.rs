@@ -1,7 +1,7 @@
 //! The end of `fusionllm train`: what came of it, and a line that the model writes.
 
 use anyhow::Context;
-use fusionllm_broker::RunReport;
+use fusionllm_broker::{RunReport, newest_checkpoint};
 use fusionllm_compnode::SamplingSpec;
 
 use super::Checked;
@@ -24,8 +24,9 @@ pub(super) async fn finish(
     if !args.json {
         render::line(&format!("\n{}", report.summary()))?;
     }
+    look_for_last(report);
     let sampling = SamplingSpec { tokens: SAMPLE_TOKENS, temperature: 0.8, top_k: 40, seed: checked.spec.train.seed };
-    let (run_dir, device) = (checked.run_dir.clone(), args.device.clone());
+    let (run_dir, device) = (report.run_dir.clone(), args.device.clone());
     let writing = tokio::task::spawn_blocking(move || {
         let model = crate::commands::model::open_trained(&run_dir, None)?;
         let text = crate::commands::generate::write(model, PROMPT, sampling, &device)?;
@@ -51,5 +52,13 @@ pub(super) async fn finish(
     if let Some(sample) = sample {
         render::line(&format!("the model writes: {sample:?}"))?;
     }
-    render::line(&format!("run directory: {}", checked.run_dir.display()))
+    render::line(&format!("run directory: {}", report.run_dir.display()))
+}
+
+/// Says so if the checkpoint is not there any more with which the run has ended.
+fn look_for_last(report: &RunReport) {
+    if !newest_checkpoint(&report.run_dir).is_ok_and(|newest| newest == Some(report.step)) {
+        let (step, dir) = (report.step, report.run_dir.display());
+        tracing::warn!("the checkpoint of step {step} was written, and is not in {dir} any more: others have moved it");
+    }
 }

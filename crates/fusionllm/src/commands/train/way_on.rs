@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_broker::{Broker, BrokerError, Resumption};
 use fusionllm_protocol::JobId;
-use fusionllm_transport::shell_path;
+use fusionllm_transport::{KnownFolder, shell_path};
 
 use crate::cli;
 use crate::outputs::is_same_file;
@@ -16,7 +16,9 @@ pub(super) struct WayOn {
     /// The checkpoint that it began with.
     from: Option<Began>,
     /// The last checkpoint that this command saw.
-    pub(super) checkpoint: Option<u64>,
+    checkpoint: Option<u64>,
+    /// Its folder, which others may rename.
+    folder: Option<KnownFolder>,
     /// Steps of those that are there, newest first.
     there: Result<Vec<u64>, BrokerError>,
 }
@@ -39,12 +41,23 @@ impl WayOn {
             let is_named = args.resume.as_deref().is_some_and(|named| is_same_file(named, &path));
             Began { path, step, is_anothers: from.begins_anew(), is_chosen: args.step.is_some() || is_named }
         };
-        Self { run_dir: run_dir.to_owned(), from: from.map(began), checkpoint: None, there: Ok(Vec::new()) }
+        Self {
+            run_dir: run_dir.to_owned(),
+            from: from.map(began),
+            checkpoint: None,
+            folder: None,
+            there: Ok(Vec::new()),
+        }
     }
 
     /// The step after which it began.
     pub(super) fn began_after(&self) -> u64 {
         self.from.as_ref().map_or(0, |from| from.step)
+    }
+
+    /// There is a new checkpoint, in this folder.
+    pub(super) fn saw(&mut self, step: u64, folder: &str) {
+        (self.checkpoint, self.folder) = (Some(step), KnownFolder::open(Path::new(folder)).ok());
     }
 
     /// Looks which checkpoints are there: what was known of may have been renamed or removed since.
@@ -76,11 +89,17 @@ impl std::fmt::Display for WayOn {
             (Some(step), ..) => {
                 write!(f, "`fusionllm train --resume {dir}` goes on from the checkpoint of step {step}")
             }
-            (None, Some(step), _) => write!(
-                f,
-                "the checkpoint of step {step} is not in {dir} any more, others have renamed or removed it: `fusionllm train \
-                 --resume` with the folder where it is now goes on from it"
-            ),
+            (None, Some(step), _) => {
+                write!(
+                    f,
+                    "the checkpoint of step {step} is not in {dir} any more, others have renamed or removed it: `fusionllm \
+                     train --resume"
+                )?;
+                match self.folder.as_ref().and_then(KnownFolder::name) {
+                    Some(went) => write!(f, " {}` goes on from it", shell_path(&went)),
+                    None => write!(f, "` with the folder where it is now goes on from it"),
+                }
+            }
             (None, None, Some(Began { path, step, .. })) => {
                 let path = shell_path(path);
                 write!(
