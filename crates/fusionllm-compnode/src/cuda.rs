@@ -5,6 +5,7 @@
 //! stage does is planned as data ([`plan`]), so that all but the driver's own calls runs in tests without a GPU: there
 //! the same kernels are compiled for the CPU.
 
+mod angles;
 mod blas;
 mod driver;
 #[cfg(test)]

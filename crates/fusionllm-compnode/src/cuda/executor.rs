@@ -11,6 +11,7 @@ use fusionllm_graph::{OpDag, OpId, Param, ParamId};
 use fusionllm_planner::StageId;
 use fusionllm_protocol::{Pass, Precision, StateKind, TensorName};
 
+use super::angles::Angles;
 use super::gpu::{Buffer, Element, Gpu};
 use super::kernel;
 use super::layout::Layout;
@@ -32,6 +33,7 @@ pub(super) struct CudaExecutor {
     seed: u64,
     stages: BTreeMap<StageId, StageOps>,
     store: Store,
+    angles: Angles,
     plans: BTreeMap<SlotKey, Arc<StagePlan>>,
     scratch: Buffer,
     /// Slots that no micro-batch has.
@@ -85,6 +87,7 @@ impl CudaExecutor {
                 store.set(id, &initial_values(dag.param(id), seed)?)?;
             }
         }
+        let angles = Angles::new(gpu, &dag, stages.iter().flat_map(|stage| stage.ops.iter().copied()))?;
         gpu.prepare(&[kernel::CHUNK_SQUARES, kernel::ADAMW, kernel::ADD_ROWS])?;
         Ok(Self {
             dag,
@@ -93,6 +96,7 @@ impl CudaExecutor {
             seed,
             stages: stages.into_iter().map(|stage| (stage.id, stage)).collect(),
             store,
+            angles,
             plans: BTreeMap::new(),
             scratch: Buffer::take(gpu, 1)?,
             slots: BTreeMap::new(),

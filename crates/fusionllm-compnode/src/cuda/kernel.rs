@@ -2,11 +2,19 @@
 
 use super::gpu::{Element, Kernel};
 
-/// The words that all kernels are written in; stands before each of [`sources`].
-const WORDS: &str = include_str!("kernels/dev.h");
+/// What files of kernels include: first of all `dev.h`, the words that all of them are written in.
+const HEADERS: [(&str, &str); 7] = [
+    ("dev.h", include_str!("kernels/dev.h")),
+    ("inputs.h", include_str!("kernels/inputs.h")),
+    ("attention.h", include_str!("kernels/attention.h")),
+    ("attention_grad.h", include_str!("kernels/attention_grad.h")),
+    ("attention32.h", include_str!("kernels/attention32.h")),
+    ("attention32_grad.h", include_str!("kernels/attention32_grad.h")),
+    ("norm.h", include_str!("kernels/norm.h")),
+];
 
 /// The files of kernels, by name.
-const FILES: [(&str, &str); 14] = [
+const FILES: [(&str, &str); 20] = [
     ("attention", include_str!("kernels/attention.cu")),
     ("attention_grad", include_str!("kernels/attention_grad.cu")),
     ("attention32", include_str!("kernels/attention32.cu")),
@@ -14,19 +22,46 @@ const FILES: [(&str, &str); 14] = [
     ("dropout", include_str!("kernels/dropout.cu")),
     ("elementwise", include_str!("kernels/elementwise.cu")),
     ("embedding", include_str!("kernels/embedding.cu")),
+    ("grouped_attention", include_str!("kernels/grouped_attention.cu")),
+    ("grouped_attention_grad", include_str!("kernels/grouped_attention_grad.cu")),
+    ("grouped_attention32", include_str!("kernels/grouped_attention32.cu")),
+    ("grouped_attention32_grad", include_str!("kernels/grouped_attention32_grad.cu")),
     ("heads", include_str!("kernels/heads.cu")),
     ("loss", include_str!("kernels/loss.cu")),
     ("norm", include_str!("kernels/norm.cu")),
     ("optimizer", include_str!("kernels/optimizer.cu")),
     ("reduce", include_str!("kernels/reduce.cu")),
+    ("rms_norm", include_str!("kernels/rms_norm.cu")),
+    ("rotary", include_str!("kernels/rotary.cu")),
     ("rows", include_str!("kernels/rows.cu")),
     ("squares", include_str!("kernels/squares.cu")),
 ];
 
-/// What is compiled of a file.
+/// What is compiled of a file: NVRTC has no folder to include from.
 pub(super) fn source(file: &str) -> Option<String> {
     let (_, text) = FILES.iter().find(|(name, _)| *name == file)?;
-    Some(format!("{WORDS}\n{}", text.replace("#include \"dev.h\"", "")))
+    let mut source = String::new();
+    include(&mut source, text, &mut Vec::new());
+    Some(source)
+}
+
+/// Appends a text with what it includes in its place, each header once.
+fn include(source: &mut String, text: &str, included: &mut Vec<&'static str>) {
+    for line in text.lines().filter(|line| *line != "#pragma once") {
+        let named = line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+        // The words of the emulator stay out: they are for another compiler.
+        match named.and_then(|named| HEADERS.iter().find(|(name, _)| *name == named)) {
+            Some((name, _)) if included.contains(name) => {}
+            Some((name, header)) => {
+                included.push(name);
+                include(source, header, included);
+            }
+            None => {
+                source.push_str(line);
+                source.push('\n');
+            }
+        }
+    }
 }
 
 /// Every file.
@@ -94,9 +129,23 @@ both!(POSITION, "embedding", "position", 128);
 both!(POSITION_GRAD, "embedding", "position_grad", 128);
 
 both!(LAYER_NORM, "norm", "layer_norm", 256);
-/// Rows that a block of [`LAYER_NORM`] covers, one a warp.
+/// Rows that a block of [`LAYER_NORM`] and of [`RMS_NORM`] covers, one a warp.
 pub(super) const NORM_ROWS: usize = 8;
 both!(LAYER_NORM_GRAD, "norm", "layer_norm_grad", 256);
+both!(RMS_NORM, "rms_norm", "rms_norm", 256);
+both!(RMS_NORM_GRAD, "rms_norm", "rms_norm_grad", 256);
+both!(RMS_NORM_NARROW, "rms_norm", "rms_norm_narrow", 256);
+both!(RMS_NORM_NARROW_GRAD, "rms_norm", "rms_norm_narrow_grad", 256);
+
+/// Rows that a block of [`RMS_NORM_NARROW`] covers, if rows of `dim` elements are narrow enough for it.
+pub(super) fn narrow_norm_rows(element: Element, dim: usize) -> Option<usize> {
+    const BYTES: usize = 16;
+    let bytes = dim * element.bytes();
+    let narrow = bytes <= 32 * BYTES && bytes.is_multiple_of(BYTES) && bytes > 0;
+    narrow.then(|| 256 / (bytes / BYTES).next_power_of_two())
+}
+
+both!(ROTARY, "rotary", "rotary", 256);
 
 both!(COLUMN_SUM, "reduce", "column_sum", 128);
 /// Columns that a block of [`COLUMN_SUM`] covers.
@@ -114,11 +163,11 @@ pub(super) const SMALL_VOCABULARY: usize = 16_384;
 pub(super) const ADAMW: Kernel = kernel("optimizer", "adamw", 256);
 pub(super) const SGD: Kernel = kernel("optimizer", "sgd", 256);
 
-both!(TO_HEADS, "heads", "to_heads", 256);
-both!(FROM_HEADS, "heads", "from_heads", 256);
+pub(super) const TO_HEADS: Kernel = kernel("heads", "to_heads", 256);
+pub(super) const FROM_HEADS: Kernel = kernel("heads", "from_heads", 256);
 pub(super) const SOFTMAX: Kernel = kernel("heads", "softmax", 256);
 pub(super) const SOFTMAX_GRAD: Kernel = kernel("heads", "softmax_grad", 256);
-both!(ROW_DOT, "heads", "row_dot", 256);
+pub(super) const ROW_DOT: Kernel = kernel("heads", "row_dot", 256);
 
 pub(super) const ADD_ROWS: Kernel = kernel("rows", "add_rows", 128);
 pub(super) const ADD_LISTED: Kernel = kernel("rows", "add_listed", 128);
@@ -141,23 +190,35 @@ pub(super) const FLASH_ROWS: usize = 64;
 pub(super) const DOT_ELEMENTS: usize = 1024;
 
 macro_rules! flash {
-    ($file:literal, $element:literal, $width:literal) => {
+    ($prefix:literal, $file:literal, $element:literal, $width:literal) => {
         Flash {
-            forward: kernel($file, concat!("attention_", $element, "_d", $width), 128),
-            dot: kernel(concat!($file, "_grad"), concat!("attention_dot_", $element, "_d", $width), 128),
-            kv_grad: kernel(concat!($file, "_grad"), concat!("attention_kv_grad_", $element, "_d", $width), 128),
-            q_grad: kernel(concat!($file, "_grad"), concat!("attention_q_grad_", $element, "_d", $width), 128),
+            forward: kernel(concat!($prefix, $file), concat!($prefix, "attention_", $element, "_d", $width), 128),
+            dot: flash!($prefix, $file, "dot", $element, $width),
+            kv_grad: flash!($prefix, $file, "kv_grad", $element, $width),
+            q_grad: flash!($prefix, $file, "q_grad", $element, $width),
         }
+    };
+    ($prefix:literal, $file:literal, $what:literal, $element:literal, $width:literal) => {
+        kernel(
+            concat!($prefix, $file, "_grad"),
+            concat!($prefix, "attention_", $what, "_", $element, "_d", $width),
+            128,
+        )
     };
 }
 
-/// Flash attention for heads of this width, where there is one.
-pub(super) fn flash(element: Element, head_width: usize) -> Option<Flash> {
-    match (element, head_width) {
-        (Element::F32, 64) => Some(flash!("attention32", "f32", "64")),
-        (Element::Bf16, 32) => Some(flash!("attention", "bf16", "32")),
-        (Element::Bf16, 64) => Some(flash!("attention", "bf16", "64")),
-        (Element::Bf16, 128) => Some(flash!("attention", "bf16", "128")),
+/// Flash attention for heads of this width, where there is one: with queries, keys and values packed into one tensor, or
+/// in three.
+pub(super) fn flash(element: Element, head_width: usize, packed: bool) -> Option<Flash> {
+    match (element, head_width, packed) {
+        (Element::F32, 64, true) => Some(flash!("", "attention32", "f32", "64")),
+        (Element::Bf16, 32, true) => Some(flash!("", "attention", "bf16", "32")),
+        (Element::Bf16, 64, true) => Some(flash!("", "attention", "bf16", "64")),
+        (Element::Bf16, 128, true) => Some(flash!("", "attention", "bf16", "128")),
+        (Element::F32, 64, false) => Some(flash!("grouped_", "attention32", "f32", "64")),
+        (Element::Bf16, 32, false) => Some(flash!("grouped_", "attention", "bf16", "32")),
+        (Element::Bf16, 64, false) => Some(flash!("grouped_", "attention", "bf16", "64")),
+        (Element::Bf16, 128, false) => Some(flash!("grouped_", "attention", "bf16", "128")),
         _ => None,
     }
 }

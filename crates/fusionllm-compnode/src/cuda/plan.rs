@@ -7,6 +7,8 @@ mod attention;
 mod backward;
 mod forward;
 mod memory;
+mod norm;
+mod rotary;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -74,6 +76,8 @@ pub(super) enum Argument {
     Factor(Factor),
     /// The eight words of the key that an op's dropout has for this micro-batch.
     Key(OpId),
+    /// The angles by which a rotary op turns.
+    Angles(OpId),
 }
 
 /// One thing that the device does.

@@ -1,5 +1,6 @@
 //! The whole executor over an emulated GPU, against the CPU's.
 
+mod decoders;
 mod launches;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -58,6 +58,7 @@ impl CudaExecutor {
             match *argument {
                 Argument::At(place) => packed.pointer(self.address(place, slot)),
                 Argument::Null => packed.pointer(0),
+                Argument::Angles(op) => packed.pointer(self.angles.address(op)),
                 Argument::U32(number) => packed.u32(number),
                 Argument::F32(number) => packed.f32(number),
                 Argument::Factor(factor) => packed.f32(value_of(factor, context)),

@@ -1,15 +1,15 @@
 #include "dev.h"
-// What attention needs beside matrix products where it is not one kernel (f32, tf32).
+// What attention needs beside matrix products where it is not one kernel, in f32.
 
 // x [batch, seq, parts, heads, dim] -> out [parts, batch, heads, seq, dim], and back. A thread moves four neighbours;
 // grid = ceil(elements / 1024), 256 threads.
-template <class T> struct heads_args {
-    const T* x;
-    T* out;
+struct heads_args {
+    const float* x;
+    float* out;
     u32 batch, seq, parts, heads, dim;
 };
 // Where element i of [batch, seq, parts, heads, dim] lies in [parts, batch, heads, seq, dim].
-template <class T> DEV u32 by_heads(const heads_args<T>& a, u32 i) {
+DEV u32 by_heads(const heads_args& a, u32 i) {
     u32 c = i % a.dim, row = i / a.dim;
     u32 h = row % a.heads;
     row /= a.heads;
@@ -18,7 +18,7 @@ template <class T> DEV u32 by_heads(const heads_args<T>& a, u32 i) {
     u32 s = row % a.seq, b = row / a.seq;
     return (((p * a.batch + b) * a.heads + h) * a.seq + s) * a.dim + c;
 }
-template <bool TO_HEADS, class T> DEV void move_heads(const heads_args<T>& a) {
+template <bool TO_HEADS> DEV void move_heads(const heads_args& a) {
     u32 count = a.batch * a.seq * a.parts * a.heads * a.dim, i = blockIdx.x * 1024 + threadIdx.x * 4;
     if (a.dim % 4 == 0) {
         if (i >= count) return;
@@ -31,14 +31,10 @@ template <bool TO_HEADS, class T> DEV void move_heads(const heads_args<T>& a) {
             if (i < count) a.out[TO_HEADS ? by_heads(a, i) : i] = a.x[TO_HEADS ? i : by_heads(a, i)];
     }
 }
-using to_heads_f32_args = heads_args<float>;
-using to_heads_bf16_args = heads_args<u16>;
-using from_heads_f32_args = heads_args<float>;
-using from_heads_bf16_args = heads_args<u16>;
-KERNEL(to_heads_f32, to_heads_f32_args, 256) { move_heads<true>(a); }
-KERNEL(to_heads_bf16, to_heads_bf16_args, 256) { move_heads<true>(a); }
-KERNEL(from_heads_f32, from_heads_f32_args, 256) { move_heads<false>(a); }
-KERNEL(from_heads_bf16, from_heads_bf16_args, 256) { move_heads<false>(a); }
+using to_heads_args = heads_args;
+using from_heads_args = heads_args;
+KERNEL(to_heads, to_heads_args, 256) { move_heads<true>(a); }
+KERNEL(from_heads, from_heads_args, 256) { move_heads<false>(a); }
 
 // The keys that query row % seq sees: all, or those up to itself.
 DEV u32 seen_keys(u32 seq, u32 causal) { return causal ? blockIdx.x % seq + 1 : seq; }
@@ -127,12 +123,12 @@ template <int N> DEV void softmax_grad_row(const softmax_grad_args& a) {
 KERNEL(softmax_grad, softmax_grad_args, 256) { BY_WIDTH(softmax_grad_row, float, a.seq, a); }
 
 // out[r] = sum of a[r] * b[r]; a, b [rows, dim]. One warp a row; grid = ceil(rows / 8), 256 threads.
-template <class T> struct row_dot_args {
-    const T *a, *b;
+struct row_dot_args {
+    const float *a, *b;
     float* out;
     u32 rows, dim;
 };
-template <int N, class T> DEV void row_dot(const row_dot_args<T>& a) {
+template <int N> DEV void dot_of_row(const row_dot_args& a) {
     u32 r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (r >= a.rows) return;
     size_t at = (size_t)r * a.dim;
@@ -147,7 +143,4 @@ template <int N, class T> DEV void row_dot(const row_dot_args<T>& a) {
     sum = warp_sum(sum);
     if (lane == 0) a.out[r] = sum;
 }
-using row_dot_f32_args = row_dot_args<float>;
-using row_dot_bf16_args = row_dot_args<u16>;
-KERNEL(row_dot_f32, row_dot_f32_args, 256) { BY_WIDTH(row_dot, float, a.dim, a); }
-KERNEL(row_dot_bf16, row_dot_bf16_args, 256) { BY_WIDTH(row_dot, u16, a.dim, a); }
+KERNEL(row_dot, row_dot_args, 256) { BY_WIDTH(dot_of_row, float, a.dim, a); }

@@ -15,9 +15,9 @@ use super::{Argument, Factor, Place, Planner, Region, Step, Value, WeightSteps, 
 use crate::ExecutorError;
 
 /// Blocks that fill a large GPU twice.
-const ENOUGH_BLOCKS: usize = 264;
+pub(super) const ENOUGH_BLOCKS: usize = 264;
 /// The least rows that a block sums up.
-const LEAST_ROWS: usize = 16;
+pub(super) const LEAST_ROWS: usize = 16;
 
 /// Gradients of ops' outputs as far as they are known.
 #[derive(Debug, Default)]
@@ -84,8 +84,12 @@ impl Planner<'_> {
                 self.position_gradient(op, dy, dim)?;
                 self.pass(dag.op(op).inputs[0], dy, known)
             }
-            OpKind::LayerNorm { dim, .. } => self.layer_norm_gradient(op, dy, dim, known),
-            OpKind::Attention { heads, causal } => self.attention_gradient(op, dy, heads, causal, known),
+            OpKind::LayerNorm { dim, .. } | OpKind::RmsNorm { dim, .. } => self.norm_gradient(op, dy, dim, known),
+            OpKind::Rotary { head_dim, .. } => self.rotary_gradient(op, dy, head_dim, known),
+            OpKind::Attention { heads, causal } => self.attention_gradient(op, dy, [heads, heads], causal, known),
+            OpKind::GroupedAttention { heads, kv_heads, causal } => {
+                self.attention_gradient(op, dy, [heads, kv_heads], causal, known)
+            }
             OpKind::Activation { function } => {
                 let (input, x) = self.input(op, 0)?;
                 let (dx, addend) = self.next(input, known)?;
@@ -236,30 +240,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    fn layer_norm_gradient(&mut self, op: OpId, dy: Value, dim: usize, known: &mut Known) -> Result<(), ExecutorError> {
-        let ((input, x), weight, bias) = (self.input(op, 0)?, self.param(op, 0)?, self.param(op, 1)?);
-        let [mean, rstd] = self.kept.get(&op).copied().ok_or_else(|| self.without_gradient(op))?;
-        let (dx, addend) = if self.spec.dag.carries_gradient(input) {
-            self.next(input, known)?
-        } else {
-            let shaped = self.shaped(input);
-            (Value { place: self.temporary(self.bytes(&shaped)), ..shaped }, None)
-        };
-        let each = x.rows.div_ceil(ENOUGH_BLOCKS).max(LEAST_ROWS);
-        let parts = x.rows.div_ceil(each);
-        let partial = self.temporary(parts * 2 * dim * 4);
-        let at = [dy.place, x.place, self.parameter(weight)?, mean, rstd].map(Argument::At);
-        let numbers = [number(x.rows)?, number(dim)?, number(each)?].map(Argument::U32);
-        let results = [or_null(addend), Argument::At(dx.place), Argument::At(partial)];
-        let arguments = [at.as_slice(), &results, &numbers].concat();
-        let grid = [number(parts)?, 1];
-        self.plan.backward.push(launch(kernel::LAYER_NORM_GRAD.of(self.element), grid, arguments));
-        self.fold(partial, self.gradient(weight)?, parts, 2 * dim, dim)?;
-        self.fold(partial.after(dim * 4), self.gradient(bias)?, parts, 2 * dim, dim)
-    }
-
     /// Adds `parts` rows of sums, `stride` numbers from row to row, to a gradient.
-    fn fold(
+    pub(super) fn fold(
         &mut self,
         partial: Place,
         gradient: Place,

@@ -35,9 +35,11 @@ impl Planner<'_> {
             }
             OpKind::Embedding { dim, .. } => self.embedding(op, dim),
             OpKind::Position { dim, .. } => self.position(op, dim),
-            OpKind::LayerNorm { dim, eps } => self.layer_norm(op, dim, eps),
+            OpKind::LayerNorm { dim, eps } | OpKind::RmsNorm { dim, eps } => self.norm(op, dim, eps),
+            OpKind::Rotary { head_dim, .. } => self.rotary(op, head_dim),
             OpKind::Linear { inputs, outputs, bias, layout } => self.linear(op, inputs, outputs, bias, layout),
-            OpKind::Attention { heads, causal } => self.attention(op, heads, causal),
+            OpKind::Attention { heads, causal } => self.attention(op, [heads, heads], causal),
+            OpKind::GroupedAttention { heads, kv_heads, causal } => self.attention(op, [heads, kv_heads], causal),
             OpKind::Activation { function } => {
                 let (_, x) = self.input(op, 0)?;
                 self.elementwise(op, kernel::ACTIVATION, &[x], Some(Argument::U32(function_number(function))))
@@ -53,13 +55,7 @@ impl Planner<'_> {
             }
             OpKind::Dropout { p } => self.dropout(op, p),
             OpKind::CrossEntropy => self.cross_entropy(op),
-            OpKind::RmsNorm { .. }
-            | OpKind::Rotary { .. }
-            | OpKind::GroupedAttention { .. }
-            | OpKind::Conv2d { .. }
-            | OpKind::BatchNorm2d { .. }
-            | OpKind::MaxPool2d { .. }
-            | OpKind::GlobalAvgPool => {
+            OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool => {
                 Err(ExecutorError::NoKernel { op: dag.op(op).name.clone(), family: dag.op(op).kind.family() })
             }
         }
@@ -74,7 +70,9 @@ impl Planner<'_> {
                 && match kind {
                     OpKind::Linear { .. }
                     | OpKind::LayerNorm { .. }
+                    | OpKind::RmsNorm { .. }
                     | OpKind::Attention { .. }
+                    | OpKind::GroupedAttention { .. }
                     | OpKind::Activation { .. }
                     | OpKind::Mul
                     | OpKind::CrossEntropy => true,
@@ -83,12 +81,12 @@ impl Planner<'_> {
                     _ => false,
                 }
         };
-        let reads_output = matches!(dag.op(op).kind, OpKind::Attention { .. });
+        let reads_output = matches!(dag.op(op).kind, OpKind::Attention { .. } | OpKind::GroupedAttention { .. });
         reads_output || self.spec.stage.leaving.contains(&op) || dag.consumers(op).iter().any(reads_input)
     }
 
     /// A place for the output of an op.
-    fn result(&mut self, op: OpId) -> Value {
+    pub(super) fn result(&mut self, op: OpId) -> Value {
         let (value, kept) = (self.shaped(op), self.is_kept(op));
         self.output(value, kept)
     }
@@ -151,17 +149,6 @@ impl Planner<'_> {
         self.spec.dag.op(op).output.shape.resolve(self.spec.batch).get(1).copied().unwrap_or(1)
     }
 
-    /// The norm that comes right after this sum in the stage and reads it: one kernel does both.
-    pub(super) fn joined_norm(&self, sum: OpId) -> Option<OpId> {
-        let next = OpId(sum.0 + 1);
-        let (dag, inside) = (self.spec.dag, self.inside.contains(&next));
-        let joined = inside
-            && matches!(dag.op(sum).kind, OpKind::Add)
-            && matches!(dag.op(next).kind, OpKind::LayerNorm { .. })
-            && dag.op(next).inputs == [sum];
-        joined.then_some(next)
-    }
-
     fn add(&mut self, op: OpId) -> Result<Value, ExecutorError> {
         let [(_, a), (_, b)] = [self.input(op, 0)?, self.input(op, 1)?];
         if self.joined_norm(op).is_some() {
@@ -169,32 +156,6 @@ impl Planner<'_> {
             return Ok(self.result(op));
         }
         self.elementwise(op, kernel::ADD, &[a, b], None)
-    }
-
-    fn layer_norm(&mut self, op: OpId, dim: usize, eps: f64) -> Result<Value, ExecutorError> {
-        let ((input, x), weight, bias) = (self.input(op, 0)?, self.param(op, 0)?, self.param(op, 1)?);
-        let (weight, bias) = (self.parameter(weight)?, self.parameter(bias)?);
-        let value = self.result(op);
-        let (from, residual, sum) = if self.inside.contains(&input) && self.joined_norm(input) == Some(op) {
-            let [(_, a), (_, b)] = [self.input(input, 0)?, self.input(input, 1)?];
-            (a.place, Argument::At(b.place), Argument::At(x.place))
-        } else {
-            (x.place, Argument::Null, Argument::Null)
-        };
-        let statistics = if self.spec.training {
-            let [mean, rstd] = [(), ()].map(|()| self.keep(value.rows * 4));
-            self.kept.insert(op, [mean, rstd]);
-            [mean, rstd].map(Argument::At)
-        } else {
-            [Argument::Null; 2]
-        };
-        let at = [weight, bias, value.place].map(Argument::At);
-        let numbers = [Argument::U32(number(value.rows)?), Argument::U32(number(dim)?), Argument::F32(eps as f32)];
-        let arguments = [&[Argument::At(from), residual, sum], at.as_slice(), &statistics, &numbers].concat();
-        let grid = [blocks(value.rows, kernel::NORM_ROWS)?, 1];
-        let step = launch(kernel::LAYER_NORM.of(self.element), grid, arguments);
-        self.plan.forward.push(step);
-        Ok(value)
     }
 
     fn linear(

@@ -3,6 +3,8 @@
 // An argument (32, 64 or 128) runs that head dim only.
 #include "../attention.cu"
 #include "../attention_grad.cu"
+#include "../grouped_attention.cu"
+#include "../grouped_attention_grad.cu"
 
 static int failures = 0;
 static u32 random_state = 1;
@@ -50,6 +52,10 @@ template <int D> struct Kernels;
         static constexpr auto dot = emu_attention_dot_bf16_d##D;                                  \
         static constexpr auto kv_grad = emu_attention_kv_grad_bf16_d##D;                          \
         static constexpr auto q_grad = emu_attention_q_grad_bf16_d##D;                            \
+        static constexpr auto grouped_attention = emu_grouped_attention_bf16_d##D;                \
+        static constexpr auto grouped_dot = emu_grouped_attention_dot_bf16_d##D;                  \
+        static constexpr auto grouped_kv_grad = emu_grouped_attention_kv_grad_bf16_d##D;          \
+        static constexpr auto grouped_q_grad = emu_grouped_attention_q_grad_bf16_d##D;            \
     };
 KERNELS_OF(32)
 KERNELS_OF(64)
@@ -75,16 +81,16 @@ template <int D> void check(int batch, int seq, int heads, bool causal, float ra
 
     const unsigned pairs = batch * heads;
     auto blocks = [](size_t n, size_t tile) { return (unsigned)((n + tile - 1) / tile); };
-    attention_args forward{qkv.data(), out.data(), lse.data(), (u32)batch, (u32)seq, (u32)heads, causal, scale};
+    attention_args<u16> forward{qkv.data(), out.data(), lse.data(), (u32)batch, (u32)seq, (u32)heads, causal, scale};
     Kernels<D>::attention(&forward, blocks(seq, 64), pairs, 1);
     forward.out = bare.data();
     forward.lse = nullptr;
     Kernels<D>::attention(&forward, blocks(seq, 64), pairs, 1);
     bool same = !memcmp(out.data(), bare.data(), out.count * 2);
-    attention_dot_args products{out.data(), d_out.data(), dot.data(), (u32)batch, (u32)seq, (u32)heads};
+    attention_dot_args<u16> products{out.data(), d_out.data(), dot.data(), (u32)batch, (u32)seq, (u32)heads};
     Kernels<D>::dot(&products, blocks(d_out.count, 1024), 1, 1);
-    attention_grad_args backward{qkv.data(), d_out.data(), lse.data(),  dot.data(), d_qkv.data(),
-                                 (u32)batch, (u32)seq,     (u32)heads, causal,     scale};
+    attention_grad_args<u16> backward{qkv.data(), d_out.data(), lse.data(), dot.data(), d_qkv.data(),
+                                      (u32)batch, (u32)seq,     (u32)heads, causal,     scale};
     Kernels<D>::kv_grad(&backward, blocks(seq, 64), pairs, 1);
     Kernels<D>::q_grad(&backward, blocks(seq, 64), pairs, 1);
 
@@ -163,7 +169,81 @@ template <int D> void check(int batch, int seq, int heads, bool causal, float ra
     printf("\n");
 }
 
+// The grouped form gives the same bits as the packed one over repeated heads of keys and values, but for the gradients
+// of keys and values, which are sums over the heads that one serves.
+template <int D> void check_grouped(int batch, int seq, int kv_heads, int served, bool causal) {
+    const int heads = kv_heads * served;
+    const size_t tokens = (size_t)batch * seq, count = tokens * heads * D, kv_count = tokens * kv_heads * D;
+    const float scale = 1.f / std::sqrt((float)D);
+    Guarded<u16> qkv(3 * count), packed_out(count), d_out(count), d_qkv(3 * count);
+    Guarded<u16> q(count), k(kv_count), v(kv_count), out(count), d_q(count), d_k(kv_count), d_v(kv_count);
+    Guarded<float> packed_lse(tokens * heads), lse(tokens * heads), dot(tokens * heads), packed_dot(tokens * heads);
+    for (auto* t : {&q, &k, &v, &d_out})
+        for (size_t i = 0; i < t->count; i++) (*t)[i] = to_bf16(random_value(2));
+    for (size_t s = 0; s < tokens; s++)
+        for (int h = 0; h < heads; h++)
+            for (int c = 0; c < D; c++) {
+                const size_t kv = (s * kv_heads + h / served) * D + c, at = (s * 3 * heads + h) * D + c;
+                qkv[at] = q[(s * heads + h) * D + c];
+                qkv[at + (size_t)heads * D] = k[kv];
+                qkv[at + (size_t)2 * heads * D] = v[kv];
+            }
+    const unsigned tiles = (seq + 63) / 64, dots = (unsigned)((count + 1023) / 1024);
+    const u32 b = (u32)batch, s = (u32)seq, h = (u32)heads, g = (u32)kv_heads;
+    attention_args<u16> packed{qkv.data(), packed_out.data(), packed_lse.data(), b, s, h, causal, scale};
+    Kernels<D>::attention(&packed, tiles, b * h, 1);
+    attention_dot_args<u16> packed_dots{packed_out.data(), d_out.data(), packed_dot.data(), b, s, h};
+    Kernels<D>::dot(&packed_dots, dots, 1, 1);
+    attention_grad_args<u16> packed_grad{qkv.data(),        d_out.data(), packed_lse.data(), packed_dot.data(),
+                                         d_qkv.data(), b, s, h, causal, scale};
+    Kernels<D>::kv_grad(&packed_grad, tiles, b * h, 1);
+    Kernels<D>::q_grad(&packed_grad, tiles, b * h, 1);
+
+    grouped_attention_args<u16> forward{q.data(), k.data(), v.data(), out.data(), lse.data(), b, s, h, g, causal, scale};
+    Kernels<D>::grouped_attention(&forward, tiles, b * h, 1);
+    attention_dot_args<u16> products{out.data(), d_out.data(), dot.data(), b, s, h};
+    Kernels<D>::grouped_dot(&products, dots, 1, 1);
+    grouped_attention_grad_args<u16> backward{q.data(),   k.data(),   v.data(),   d_out.data(), lse.data(), dot.data(),
+                                              d_q.data(), d_k.data(), d_v.data(), b, s, h, g, causal, scale};
+    Kernels<D>::grouped_kv_grad(&backward, tiles, b * g, 1);
+    Kernels<D>::grouped_q_grad(&backward, tiles, b * h, 1);
+
+    bool same = !memcmp(out.data(), packed_out.data(), count * 2) &&
+                !memcmp(lse.data(), packed_lse.data(), lse.count * 4) &&
+                !memcmp(dot.data(), packed_dot.data(), dot.count * 4);
+    Error errors[2];
+    for (size_t t = 0; t < tokens; t++)
+        for (int j = 0; j < heads; j++)
+            same &= !memcmp(&d_q[(t * heads + j) * D], &d_qkv[(t * 3 * heads + j) * D], D * 2);
+    for (int part = 0; part < 2; part++)
+        for (size_t t = 0; t < tokens; t++)
+            for (int j = 0; j < kv_heads; j++)
+                for (int c = 0; c < D; c++) {
+                    double sum = 0, size = 0;
+                    for (int m = 0; m < served; m++) {
+                        double v = from_bf16(d_qkv[((t * 3 + 1 + part) * heads + j * served + m) * D + c]);
+                        sum += v;
+                        size += std::fabs(v);
+                    }
+                    double got = from_bf16((part ? d_v : d_k)[(t * kv_heads + j) * D + c]);
+                    errors[part].add(got, sum, ROUNDING * (size + std::fabs(sum)) + SINGLE);
+                }
+    printf("grouped d%-3d seq %3d, %d x %d heads %s:", D, seq, kv_heads, served, causal ? "causal" : "full  ");
+    errors[0].print("dK");
+    errors[1].print("dV");
+    bool intact = out.intact() && lse.intact() && dot.intact() && d_q.intact() && d_k.intact() && d_v.intact();
+    if (!same) printf(" OTHERWISE THAN PACKED");
+    if (!intact) printf(" WRITES OUTSIDE");
+    failures += !same + !intact;
+    printf("\n");
+}
+
 template <int D> void check_all() {
+    for (int seq : {1, 65, 200})
+        for (bool causal : {true, false}) {
+            check_grouped<D>(2, seq, 2, 3, causal);
+            check_grouped<D>(1, seq, 3, 1, causal);
+        }
     for (int seq : {1, 7, 64, 65, 192, 200})
         for (bool causal : {true, false}) check<D>(2, seq, 2, causal, 2);
     check<D>(1, 130, 3, true, 12);  // scores of some tens: most probabilities vanish

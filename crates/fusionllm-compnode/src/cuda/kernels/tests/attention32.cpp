@@ -1,9 +1,12 @@
 #include "check.h"
+#include "../inputs.h"
 namespace forward {
 #include "../attention32.cu"
+#include "../grouped_attention32.cu"
 }
 namespace backward {
 #include "../attention32_grad.cu"
+#include "../grouped_attention32_grad.cu"
 }
 
 // Values of q, k and v are drawn from -range..range; `shift` is added to q and taken from k, which makes all scores
@@ -38,8 +41,8 @@ static void test(u32 batch, u32 seq, u32 heads, bool causal, float range, float 
         backward::emu_attention_dot_f32_d64(&args, blocks(count, 1024), 1, 1);
     }
     for (Tensor<float>* to : {&d_qkv, &d_again}) {
-        backward::attention_grad_args args{qkv.data(), d_out.data(), lse.data(), dot.data(), to->data(),
-                                           batch,      seq,          heads,      causal,     scale};
+        attention_grad_args<float> args{qkv.data(), d_out.data(), lse.data(), dot.data(), to->data(),
+                                        batch,      seq,          heads,      causal,     scale};
         backward::emu_attention_kv_grad_f32_d64(&args, rows, pairs, 1);
         backward::emu_attention_q_grad_f32_d64(&args, rows, pairs, 1);
     }
@@ -117,7 +120,67 @@ static void test(u32 batch, u32 seq, u32 heads, bool causal, float range, float 
         }
 }
 
+// The grouped form gives the same bits as the packed one over repeated heads of keys and values, but for the gradients
+// of keys and values, which are sums over the heads that one serves.
+static void test_grouped(u32 batch, u32 seq, u32 kv_heads, u32 served, bool causal) {
+    constexpr int D = 64;
+    const u32 heads = kv_heads * served, tiles = blocks(seq, 64);
+    const size_t tokens = (size_t)batch * seq, count = tokens * heads * D, kv_count = tokens * kv_heads * D;
+    const float scale = 0.125f;
+    Tensor<float> q(count, 2.f), k(kv_count, 2.f), v(kv_count, 2.f), d_out(count, 1.f), qkv(3 * count);
+    Tensor<float> packed_out(count), packed_lse(tokens * heads), packed_dot(tokens * heads), d_qkv(3 * count);
+    Tensor<float> out(count), lse(tokens * heads), dot(tokens * heads), d_q(count), d_k(kv_count), d_v(kv_count);
+    for (size_t s = 0; s < tokens; s++)
+        for (u32 h = 0; h < heads; h++)
+            for (int c = 0; c < D; c++) {
+                const size_t kv = (s * kv_heads + h / served) * D + c, at = (s * 3 * heads + h) * D + c;
+                qkv.set(at, q.at((s * heads + h) * D + c));
+                qkv.set(at + heads * D, k.at(kv));
+                qkv.set(at + 2 * heads * D, v.at(kv));
+            }
+    attention_args<float> packed{qkv.data(), packed_out.data(), packed_lse.data(), batch, seq, heads, causal, scale};
+    forward::emu_attention_f32_d64(&packed, tiles, batch * heads, 1);
+    attention_dot_args<float> dots{packed_out.data(), d_out.data(), packed_dot.data(), batch, seq, heads};
+    backward::emu_attention_dot_f32_d64(&dots, blocks(count, 1024), 1, 1);
+    attention_grad_args<float> grad{qkv.data(),   d_out.data(), packed_lse.data(), packed_dot.data(),
+                                    d_qkv.data(), batch, seq, heads, causal, scale};
+    backward::emu_attention_kv_grad_f32_d64(&grad, tiles, batch * heads, 1);
+    backward::emu_attention_q_grad_f32_d64(&grad, tiles, batch * heads, 1);
+    grouped_attention_args<float> args{q.data(),   k.data(), v.data(), out.data(), lse.data(), batch,
+                                       seq, heads, kv_heads, causal,   scale};
+    forward::emu_grouped_attention_f32_d64(&args, tiles, batch * heads, 1);
+    dots = {out.data(), d_out.data(), dot.data(), batch, seq, heads};
+    backward::emu_grouped_attention_dot_f32_d64(&dots, blocks(count, 1024), 1, 1);
+    grouped_attention_grad_args<float> apart{q.data(),   k.data(),   v.data(), d_out.data(), lse.data(),
+                                                dot.data(), d_q.data(), d_k.data(), d_v.data(), batch,
+                                                seq,        heads,      kv_heads,   causal,     scale};
+    backward::emu_grouped_attention_kv_grad_f32_d64(&apart, tiles, batch * kv_heads, 1);
+    backward::emu_grouped_attention_q_grad_f32_d64(&apart, tiles, batch * heads, 1);
+    bool same = !memcmp(out.data(), packed_out.data(), count * 4) &&
+                !memcmp(lse.data(), packed_lse.data(), lse.count * 4);
+    for (size_t s = 0; s < tokens; s++)
+        for (u32 h = 0; h < heads; h++)
+            same &= !memcmp(d_q.data() + (s * heads + h) * D, d_qkv.data() + (s * 3 * heads + h) * D, D * 4);
+    for (const Tensor<float>* t : {&out, &lse, &dot, &d_q, &d_k, &d_v}) same &= t->whole();
+    note("grouped_attention_f32 as the packed one", same ? 0. : 1., 0.);
+    for (int part = 0; part < 2; part++)
+        compare(
+            part ? "grouped_attention_f32 d_v" : "grouped_attention_f32 d_k", part ? d_v : d_k,
+            [&](size_t i) {
+                const size_t c = i % D, j = i / D % kv_heads, s = i / D / kv_heads;
+                double sum = 0;
+                for (u32 m = 0; m < served; m++) sum += d_qkv.at(((s * 3 + 1 + part) * heads + j * served + m) * D + c);
+                return sum;
+            },
+            5e-6);
+}
+
 int main() {
+    for (u32 seq : {1u, 65u, 200u})
+        for (bool causal : {true, false}) {
+            test_grouped(2, seq, 2, 3, causal);
+            test_grouped(1, seq, 3, 1, causal);
+        }
     for (u32 seq : {1u, 7u, 64u, 65u, 192u, 200u})
         for (bool causal : {true, false}) test(2, seq, 2, causal, 2.f);
     test(1, 130, 3, true, 12.f);  // scores of some tens: most probabilities vanish
