@@ -90,48 +90,6 @@ KERNEL(fold, fold_args, 256) {
     }
 }
 
-// partial[block] = sum of x^2 over its per_block elements, in double; grid = ceil(count / per_block), 256 threads.
-struct sum_of_squares_args {
-    const float* x;
-    double* partial;
-    u32 count, per_block;
-};
-KERNEL(sum_of_squares, sum_of_squares_args, 256) {
-    __shared__ double shared[8];
-    u32 first = blockIdx.x * a.per_block, last = min(a.count, first + a.per_block);
-    double sum = 0.;
-    u32 i = first;
-    if (first % 4 == 0) {
-        u32 fours = (last - first) / 4;
-#pragma unroll 4
-        for (u32 k = threadIdx.x; k < fours; k += 256) {
-            float v[4];
-            load<4>(v, a.x + first + 4 * k);
-#pragma unroll
-            for (int j = 0; j < 4; j++) sum += (double)v[j] * v[j];
-        }
-        i += 4 * fours;
-    }
-    for (i += threadIdx.x; i < last; i += 256) sum += (double)a.x[i] * a.x[i];
-    sum = block_sum<256>(sum, shared);
-    if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
-}
-
-// out = sum of partial[0..count]; one block of 256 threads.
-struct sum_doubles_args {
-    const double* partial;
-    double* out;
-    u32 count;
-};
-KERNEL(sum_doubles, sum_doubles_args, 256) {
-    __shared__ double shared[8];
-    double sum = 0.;
-#pragma unroll 4
-    for (u32 i = threadIdx.x; i < a.count; i += 256) sum += a.partial[i];
-    sum = block_sum<256>(sum, shared);
-    if (threadIdx.x == 0) *a.out = sum;
-}
-
 // out = (sum of losses[0..count], in double) / count; one block of 256 threads.
 struct mean_loss_args {
     const float* losses;

@@ -19,14 +19,9 @@ KERNEL(chunk_squares, chunk_squares_args, 256) {
 // out [segments] = the sum of partial [starts[s], starts[s + 1]), in a fixed order. A block a segment.
 struct segment_sums_args { const double* partial; const u32* starts; double* out; };
 KERNEL(segment_sums, segment_sums_args, 256) {
-    __shared__ double sums[256];
+    __shared__ double shared[8];
     double sum = 0;
     for (u32 i = a.starts[blockIdx.x] + threadIdx.x; i < a.starts[blockIdx.x + 1]; i += 256) sum += a.partial[i];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (u32 half = 128; half; half >>= 1) {
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) a.out[blockIdx.x] = sums[0];
+    sum = block_sum<256>(sum, shared);
+    if (threadIdx.x == 0) a.out[blockIdx.x] = sum;
 }

@@ -29,24 +29,13 @@ void folds(u32 parts, u32 columns, u32 stride, u32 grid) {
         },
         1e-5, 3.);
 }
-void sums(u32 count, u32 per_block) {
-    u32 parts = blocks(count, per_block);
-    Tensor<float> x(count, 3.f), mean(1);
-    Tensor<double> partial(parts), total(1);
-    double squares = 0, plain = 0;
-    for (u32 i = 0; i < count; i++) {
-        squares += x.at(i) * x.at(i);
-        plain += x.at(i);
-    }
-    sum_of_squares_args a{x.data(), partial.data(), count, per_block};
-    emu_sum_of_squares(&a, parts, 1, 1);
-    sum_doubles_args b{partial.data(), total.data(), parts};
-    emu_sum_doubles(&b, 1, 1, 1);
-    compare("sum_of_squares, sum_doubles", total, [&](size_t) { return squares; }, 1e-12);
-    if (!partial.whole()) note("sum_of_squares, sum_doubles", NAN, 0);
-    mean_loss_args c{x.data(), mean.data(), count};
-    emu_mean_loss(&c, 1, 1, 1);
-    compare("mean_loss", mean, [&](size_t) { return plain / count; }, 1e-7);
+void means(u32 count) {
+    Tensor<float> losses(count, 3.f), mean(1);
+    double sum = 0;
+    for (u32 i = 0; i < count; i++) sum += losses.at(i);
+    mean_loss_args a{losses.data(), mean.data(), count};
+    emu_mean_loss(&a, 1, 1, 1);
+    compare("mean_loss", mean, [&](size_t) { return sum / count; }, 1e-7);
 }
 int main() {
     for (u32 n : {1u, 3u, 8u, 100u, 128u, 129u, 136u, 768u, 2304u})
@@ -59,10 +48,6 @@ int main() {
     folds(7, 33, 50, 2);
     folds(100, 768, 1536, 24);
     folds(264, 768, 1536, 3);
-    for (u32 n : {1u, 255u, 1024u, 5001u}) {
-        sums(n, 1024);
-        sums(n, 4096);
-        sums(n, 333);
-    }
+    for (u32 n : {1u, 255u, 1024u, 5001u}) means(n);
     return report();
 }
