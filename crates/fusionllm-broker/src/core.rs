@@ -45,7 +45,7 @@ use awaited::TakeBack;
 use comeback::Comeback;
 use durable::Durability;
 pub(crate) use event::{
-    Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, WEIGHTS,
+    Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, Unread, WEIGHTS,
 };
 use job::Job;
 use recovery::Recoveries;
@@ -115,7 +115,7 @@ impl Core {
             if was_at_work {
                 actions.extend(core.was_at_work(id, is_done, chosen.or(checkpoint)));
             } else if is_open {
-                actions.extend(core.waited(id, is_done));
+                actions.extend(core.waited(id, is_done, chosen.or(checkpoint)));
             }
             actions.extend(core.tell_awaited(id));
             if let Some(job) = core.jobs.get_mut(&id).filter(|job| job.recoveries.goes_on) {
@@ -293,9 +293,9 @@ impl Core {
                 }
                 Vec::new()
             }
-            CoreEvent::Noticed { key, text } => match self.run_mut(key) {
-                Some(_) => self.notices(key.job, vec![text]),
-                None => Vec::new(),
+            CoreEvent::Noticed { key, text } => match self.run_mut(key).is_some() || self.is_awaited(key) {
+                true => self.notices(key.job, vec![text]),
+                false => Vec::new(),
             },
             CoreEvent::CheckpointsGone { key, left, went } => {
                 if let Some(run) = self.run_mut(key) {
@@ -303,7 +303,9 @@ impl Core {
                 }
                 Vec::new()
             }
-            CoreEvent::RunFailed { key, reason, bad_input } => self.fail(key, reason, bad_input, now),
+            CoreEvent::RunOpened { key } => self.run_opened(key, now),
+            CoreEvent::GoneOn { key, reason } => self.gone_on(key, reason, now),
+            CoreEvent::RunFailed { key, reason, bad_input } => self.run_failed(key, reason, bad_input, now),
             CoreEvent::WorkFailed { job, reason } => {
                 if self.record(job).map_or(true, |record| record.state.is_final()) {
                     return Vec::new();
@@ -349,7 +351,8 @@ impl Core {
         actions.extend(self.told_last(job));
         if let Some(known) = self.jobs.get_mut(&job) {
             known.comeback.take_if(|_| state.is_final());
-            known.record.placed = None;
+            (known.record.placed, known.in_use) = (None, None);
+            known.record.work.take_if(|_| state.is_final());
             // What was not sent yet is not needed any more.
             known.held.retain(|(_, action)| !matches!(action, Action::Send { .. } | Action::SendWeights { .. }));
         }

@@ -299,6 +299,9 @@ pub enum BrokerError {
         /// Where it was looked for.
         path: PathBuf,
     },
+    /// A run is not as it was left.
+    #[error("another process has gone on with the run meanwhile")]
+    GoneOn,
     /// It was done, and the store cannot be written.
     #[error(
         "it is done, but the broker cannot write its state yet, and would not know of it after a restart: {reason}"
@@ -437,6 +440,7 @@ impl BrokerError {
             | Self::Identity(_)
             | Self::Private(_)
             | Self::Protocol(_)
+            | Self::GoneOn
             | Self::Ended => false,
         }
     }

@@ -109,13 +109,14 @@ fn open(path: &Path) -> Result<Option<File>, BrokerError> {
     }
 }
 
+/// The one key of a line that says where it belongs.
+#[derive(Deserialize)]
+struct Step {
+    step: u64,
+}
+
 /// How many bytes of the file belong to the steps up to `step`. Lines that are not readable belong to the step before.
 fn bytes_up_to(path: &Path, step: u64) -> Result<u64, BrokerError> {
-    /// The one key that matters here.
-    #[derive(Deserialize)]
-    struct Step {
-        step: u64,
-    }
     let Some(file) = open(path)? else { return Ok(0) };
     let mut lines = Lines { reader: BufReader::new(file), line: Vec::new() };
     let (mut bytes, mut read) = (0, 0);
@@ -128,6 +129,20 @@ fn bytes_up_to(path: &Path, step: u64) -> Result<u64, BrokerError> {
         }
     }
     Ok(bytes)
+}
+
+/// Whether a file has whole lines of which none is that of a step: it is somebody else's.
+pub(crate) fn has_no_step(path: &Path) -> bool {
+    let Ok(Some(file)) = open(path) else { return false };
+    let mut lines = Lines { reader: BufReader::new(file), line: Vec::new() };
+    let mut is_empty = true;
+    while let Ok(Some(line)) = lines.next() {
+        if serde_json::from_slice::<Step>(line).is_ok() {
+            return false;
+        }
+        is_empty = false;
+    }
+    !is_empty
 }
 
 /// The recoveries that lines tell behind the first `bytes` bytes.

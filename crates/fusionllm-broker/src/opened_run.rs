@@ -7,8 +7,8 @@ use fusionllm_transport::{KnownFolder, Stands};
 
 use crate::BrokerError;
 use crate::checkpoint::{Abandoned, ShardPlace, abandon, checkpoints_of, recover, remove_partial, steps_in};
-use crate::files::{free_name, io_error, write_atomic};
-use crate::metrics::{copy_after, each_line};
+use crate::files::{free_name, io_error, put_aside, write_atomic};
+use crate::metrics::{copy_after, each_line, has_no_step};
 use crate::run_dir::{
     CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart, SPARE_FOLDERS, WholeFiles,
     is_of_snapshots, make_room, spare_name, to_json,
@@ -238,13 +238,14 @@ impl RunDir {
         // Which run it is must be readable; all else is written anew.
         let mut file = self.claim(start, spec, &mut files)?;
         let mut notices = make_room(self.files())?;
+        notices.extend(self.put_metrics_of_others_aside()?);
         let (folder, lock) = self.checkpoint_folder(&file, spec, &mut notices)?;
         if lock.is_some() {
             file.checkpoints = Some(folder.clone());
         }
         // The lock is ours: nobody else puts these right at the same time.
         let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: Some(spec.clone()) };
-        for place in home.places() {
+        for place in home.places().into_iter().filter(|place| place.is_dir()) {
             let mut removal = recover(&place, &file.run);
             removal.add(remove_partial(&place, &file.run));
             let not_removed = |why| format!("what an earlier start left was not removed: {why}");
@@ -282,6 +283,17 @@ impl RunDir {
         let place = ShardPlace::new(file.run.clone(), folder)?;
         let locks = RunLocks { run_dir: run_lock, checkpoints: lock };
         Ok(OpenedRun { file, spec: spec.clone(), place, notices, files, locks, next: None })
+    }
+
+    /// A file of somebody else may have the name of the metrics: it is kept. Gives what the user must know.
+    fn put_metrics_of_others_aside(&self) -> Result<Option<String>, BrokerError> {
+        let path = self.metrics();
+        if !has_no_step(&path) {
+            return Ok(None);
+        }
+        let aside = put_aside(&path).map_err(|e| io_error(&path, e))?;
+        let (path, aside) = (path.display(), aside.display());
+        Ok(Some(format!("something else was in the place of {path}: it is kept as {aside}")))
     }
 
     /// The directory's `run.json`, made if it is not there. The directory must be locked.
@@ -326,7 +338,14 @@ impl RunDir {
         let Some(shared) = &spec.checkpoint.to else {
             let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: None };
             // Where something else came in the place of the first one, it may be there still.
-            let folder = home.spare_folders().pop().unwrap_or_else(|| self.path().join(CHECKPOINTS));
+            let first = self.path().join(CHECKPOINTS);
+            let is_other = first.symlink_metadata().is_ok() && !first.is_dir();
+            let spare = is_other.then(|| self.path().join(spare_name(&file.run, 1)));
+            let folder = home.spare_folders().pop().or(spare).unwrap_or_else(|| first.clone());
+            if is_other {
+                let (first, folder) = (first.display(), folder.display());
+                notices.push(format!("{first} is no folder, and stays as it is: checkpoints go to {folder}"));
+            }
             make(&folder)?;
             return Ok((folder, None));
         };

@@ -21,12 +21,13 @@ mod run_file;
 mod start;
 mod whole_files;
 
+use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::{OpDag, read_json};
 use fusionllm_planner::{Placement, Prediction};
-use fusionllm_protocol::{Generation, JobSpec};
+use fusionllm_protocol::{Generation, JobSpec, placement_hash};
 use fusionllm_transport::{
     folder_above, if_usable, is_of_path, is_same_file, no_folder_above, read_regular, without_temporary_name,
 };
@@ -88,6 +89,28 @@ impl PlacementFile {
 /// The folder in a run directory where its checkpoints are, unless the job names another one.
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
 
+/// How the names begin of what is in a run directory.
+const NAMES: [&str; 12] = [
+    FolderLock::FILE,
+    RunFile::FILE,
+    CHECKPOINTS,
+    "job.json",
+    "graph.json",
+    "placement.json",
+    "data.json",
+    "metrics.",
+    "notices.",
+    "trace.json",
+    "loss-bytes.svg",
+    "report.md",
+];
+
+/// Whether something of this name may be of a run directory.
+pub(crate) fn is_of_run_dir(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    NAMES.iter().any(|begin| name.starts_with(begin)) || name.starts_with(SNAPSHOT_FOLDER)
+}
+
 /// A run directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RunDir {
@@ -145,6 +168,14 @@ impl RunDir {
         let written =
             [self.job(), self.graph(), self.placement(), self.data(), self.trace(), self.plot(), self.report()];
         [of_run, self.metrics(), self.notices()].into_iter().chain(written).collect()
+    }
+
+    /// Whether another placement than this one has been at work here since: another process has gone on with the run.
+    pub(crate) fn is_of_another(&self, known: &PlacementFile) -> bool {
+        let hash = |file: &PlacementFile| placement_hash(&file.placement).ok();
+        // What others have removed or damaged tells nothing.
+        let found: Option<PlacementFile> = self.read_json(&self.placement()).ok().flatten();
+        found.is_some_and(|found| found.generation != known.generation || hash(&found) != hash(known))
     }
 
     /// Reads a JSON file of the run; `None` if it is not there.

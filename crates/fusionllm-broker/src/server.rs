@@ -17,6 +17,7 @@ mod listen;
 mod open_runs;
 mod records;
 mod refusals;
+mod returned;
 mod run_files;
 mod start;
 mod state;
@@ -107,7 +108,7 @@ impl Broker {
         state::check(&state_dir)?;
         // The store's lock comes first: a second broker must not touch what the first one uses.
         let store_path = state_dir.join("broker.redb");
-        let store = state::open_store(&store_path)?;
+        let store = state::open_store_soon(&store_path).await?;
         let records: Vec<Restored> = store.jobs()?.into_iter().map(restored).collect();
         let identity = Identity::load_or_create(&state_dir.join("key"))?;
         let endpoint_config = EndpointConfig { advertise, ..EndpointConfig::new(identity, bind) };

@@ -1,16 +1,21 @@
 //! The jobs of a broker on disk: an embedded database with one JSON record a job.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fusionllm_graph::read_json;
 use fusionllm_protocol::{DataFingerprint, Generation, JobId, JobSpec, JobState, JobSummary, RunId, Snapshot};
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
 use crate::StoreError;
+use crate::run_dir::{PlacementFile, RunStart};
 
 const JOBS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("jobs");
+/// By number of the job and of its placement. A record is written often, and what it is at work with once.
+const WORK: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("work");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const VERSION_KEY: &str = "schema_version";
 
@@ -58,9 +63,26 @@ pub(crate) struct JobRecord {
     /// Its last placement, from its start until it has ended.
     #[serde(default)]
     pub(crate) placed: Option<Placed>,
+    /// What its last placement is at work with, until the job has ended. The store has it in a table of its own.
+    #[serde(skip)]
+    pub(crate) work: Option<Arc<Work>>,
 }
 
-/// A placement that was started. The rest of it is in the run directory.
+/// What a placement is at work with: with it the job goes on whatever others do to its run directory while the broker is
+/// away.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Work {
+    /// As it stands in the run directory.
+    pub(crate) placement: PlacementFile,
+    /// The OP-DAG's JSON form.
+    pub(crate) graph: String,
+    /// Files of the model that its checkpoints carry, by name.
+    pub(crate) carried: BTreeMap<String, String>,
+    /// Which run it is.
+    pub(crate) run: RunStart,
+}
+
+/// A placement that was started. The rest of it is in [`Work`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Placed {
     /// What tells it from others: [`fusionllm_protocol::placement_hash`].
@@ -123,6 +145,7 @@ impl JobRecord {
             owner: None,
             snapshots: Vec::new(),
             placed: None,
+            work: None,
         }
     }
 
@@ -190,6 +213,7 @@ impl Store {
                 }
             }
             write.open_table(JOBS).map_err(|e| self.fail(e))?;
+            write.open_table(WORK).map_err(|e| self.fail(e))?;
         }
         write.commit().map_err(|e| self.fail(e))
     }
@@ -198,10 +222,14 @@ impl Store {
     pub(crate) fn jobs(&self) -> Result<Vec<JobRecord>, StoreError> {
         let read = self.database.begin_read().map_err(|e| self.fail(e))?;
         let table = read.open_table(JOBS).map_err(|e| self.fail(e))?;
+        let work = read.open_table(WORK).map_err(|e| self.fail(e))?;
         let mut records = Vec::new();
         for entry in table.iter().map_err(|e| self.fail(e))? {
             let (job, bytes) = entry.map_err(|e| self.fail(e))?;
-            let record = read_json(bytes.value()).map_err(|e| self.entry(job.value(), e))?;
+            let mut record: JobRecord = read_json(bytes.value()).map_err(|e| self.entry(job.value(), e))?;
+            let found = work.get((job.value(), record.generation.0)).map_err(|e| self.fail(e))?;
+            // Without it the job goes on by what its run directory has.
+            record.work = found.and_then(|bytes| read_json(bytes.value()).ok()).map(Arc::new);
             records.push(record);
         }
         Ok(records)
@@ -215,7 +243,22 @@ impl Store {
             let mut table = write.open_table(JOBS).map_err(|e| self.fail(e))?;
             table.insert(record.job.0, bytes.as_slice()).map_err(|e| self.fail(e))?;
         }
+        self.put_work(&write, record)?;
         write.commit().map_err(|e| self.fail(e))
+    }
+
+    /// Writes what a job is at work with, if that is not written, and drops what it was at work with before.
+    fn put_work(&self, write: &WriteTransaction, record: &JobRecord) -> Result<(), StoreError> {
+        let mut table = write.open_table(WORK).map_err(|e| self.fail(e))?;
+        let (job, generation) = (record.job.0, record.generation.0);
+        let is_current = |of: u32| record.work.is_some() && of == generation;
+        table.retain_in((job, 0)..=(job, u32::MAX), |(_, of), _| is_current(of)).map_err(|e| self.fail(e))?;
+        let Some(work) = &record.work else { return Ok(()) };
+        if table.get((job, generation)).map_err(|e| self.fail(e))?.is_none() {
+            let bytes = serde_json::to_vec(work.as_ref()).map_err(|e| self.entry(job, e.to_string()))?;
+            table.insert((job, generation), bytes.as_slice()).map_err(|e| self.fail(e))?;
+        }
+        Ok(())
     }
 
     /// Writes these jobs and no others, all or nothing.
@@ -228,6 +271,9 @@ impl Store {
                 let bytes = serde_json::to_vec(record).map_err(|e| self.entry(record.job.0, e.to_string()))?;
                 table.insert(record.job.0, bytes.as_slice()).map_err(|e| self.fail(e))?;
             }
+        }
+        for record in records {
+            self.put_work(&write, record)?;
         }
         write.commit().map_err(|e| self.fail(e))
     }
@@ -275,6 +321,31 @@ mod tests {
         drop(store);
         let jobs = Store::open(&path).unwrap().jobs().unwrap();
         assert_eq!(jobs, [record(1), JobRecord { state: JobState::Done, ..record(2) }]);
+    }
+
+    #[test]
+    fn what_a_job_is_at_work_with_is_there_until_it_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("broker.redb");
+        let at_work = |generation| {
+            let (placement, graph) = testing::placed(&testing::spec(&[]), generation);
+            let carried = [("tokenizer.json".to_owned(), format!("[{generation}]"))].into();
+            let run = RunStart { notices: Vec::new(), ..RunStart::new() };
+            let work = Work { placement, graph, carried, run };
+            JobRecord { generation: Generation(generation), work: Some(Arc::new(work)), ..record(1) }
+        };
+        let (first, second) = (at_work(1), at_work(2));
+        let store = Store::open(&path).unwrap();
+        store.put(&record(2)).unwrap();
+        store.put(&first).unwrap();
+        store.put(&JobRecord { step: 4, ..first.clone() }).unwrap();
+        drop(store);
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.jobs().unwrap(), [JobRecord { step: 4, ..first }, record(2)]);
+        store.put_all(&[second.clone(), record(2)]).unwrap();
+        assert_eq!(store.jobs().unwrap(), [second, record(2)]);
+        store.put(&JobRecord { generation: Generation(2), ..record(1) }).unwrap();
+        assert_eq!(store.jobs().unwrap()[0].work, None);
     }
 
     #[test]

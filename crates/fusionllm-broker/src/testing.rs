@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::{JobSpec, LinkBytes, RunId, StepMetrics};
+use fusionllm_planner::Cluster;
+use fusionllm_protocol::{Generation, JobSpec, LinkBytes, RunId, StepMetrics};
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::run_dir::RunFile;
+use crate::run_dir::{PlacementFile, RunFile};
 
 #[path = "../../../tests/copy.rs"]
 mod copy;
@@ -28,6 +29,14 @@ pub(crate) fn spec(overrides: &[&str]) -> JobSpec {
     let spec = JobSpec::from_toml(text, &overrides).unwrap();
     spec.validate().unwrap();
     spec
+}
+
+/// The placement of a job on one CompNode, and its graph.
+pub(crate) fn placed(spec: &JobSpec, generation: u32) -> (PlacementFile, String) {
+    let dag = crate::model::load_model(spec).unwrap().dag;
+    let plan = fusionllm_planner::plan(&dag, &Cluster::uniform(1), &spec.plan_spec()).unwrap();
+    let file = PlacementFile::of(&plan.placement, &dag, Generation(generation), plan.prediction);
+    (file, dag.to_json())
 }
 
 /// `run.json` of a run that has begun in `dir`, and has no checkpoint yet.

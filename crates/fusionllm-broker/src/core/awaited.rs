@@ -1,6 +1,7 @@
 //! A placement that may still be at work, from before the broker was started again.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{RunKey, Standing, placement_hash};
@@ -9,6 +10,22 @@ use super::ConnectionId;
 use super::bounds::MOST_AHEAD;
 use crate::run_dir::PlacementFile;
 use crate::store::{JobRecord, Placed};
+
+/// The files of a run that cannot be opened are tried again so often.
+const OPENED_EACH: Duration = Duration::from_secs(1);
+
+/// How far it is with the files of a run that may be taken back: it is when they are open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Opening {
+    /// It is not asked for yet.
+    Closed,
+    /// It is asked for.
+    Asked,
+    /// They cannot be opened. It is tried again then.
+    Failed(Duration),
+    /// They are open.
+    Open,
+}
 
 /// A placement that was at work when the broker ended.
 #[derive(Debug)]
@@ -22,6 +39,9 @@ pub(super) struct TakeBack {
     pub(super) checkpoint: Option<u64>,
     /// The last step of the job.
     steps: u64,
+    pub(super) opening: Opening,
+    /// Why its files could not be opened when that was last tried.
+    waits_for_files: Option<String>,
     /// Who is back, and what it said.
     pub(super) back: BTreeMap<NodeIndex, (ConnectionId, Standing)>,
 }
@@ -39,7 +59,7 @@ impl TakeBack {
         let is_it = file.generation == record.generation
             && placement_hash(&file.placement).ok().as_ref() == Some(&placed.placement)
             && names.eq(&file.placement.compnodes);
-        let may = record.spec.survive.enabled && record.from_step.is_none();
+        let may = record.from_step.is_none();
         let reached = reached.filter(|(step, _)| *step >= placed.from);
         (is_it && may).then(|| Self {
             key: RunKey { job: record.job, generation: record.generation },
@@ -48,6 +68,8 @@ impl TakeBack {
             file,
             checkpoint,
             steps: record.spec.train.steps,
+            opening: Opening::Closed,
+            waits_for_files: None,
             back: BTreeMap::new(),
         })
     }
@@ -71,14 +93,15 @@ impl TakeBack {
         same.next().map(|(node, _)| node)
     }
 
-    /// Whether all is there that was not written, and training goes on.
+    /// Whether it trains on where this can go on. Of steps that are done and whose reports it has not kept, only the figures
+    /// are missing: its earlier broker had written them.
     pub(super) fn check(&self, standing: &Standing) -> Result<(), &'static str> {
-        let (written, _) = self.reached;
+        let written = self.reached.0.max(standing.kept_from.saturating_sub(1));
         if (standing.key, &standing.placement) != (self.key, &self.placed.placement) {
             return Err("is at work on another placement");
         }
-        if standing.kept_from > written + 1 || standing.done < written {
-            return Err("has not kept all reports that were not written");
+        if standing.done < written {
+            return Err("has done fewer steps than are written");
         }
         if standing.done - written > MOST_AHEAD || standing.done > self.steps || standing.settled > standing.done {
             return Err("says that it is where it cannot be");
@@ -92,6 +115,33 @@ impl TakeBack {
         Ok(())
     }
 
+    /// Once all are back: the step up to which all is written, as far as it still can be, with its loss if that is known.
+    /// Nothing if one has not done that step.
+    pub(super) fn goes_on_after(&self) -> Option<(u64, Option<f64>)> {
+        let standings = || self.back.values().map(|(_, standing)| standing);
+        let kept = standings().map(|standing| standing.kept_from.saturating_sub(1)).max().unwrap_or(0);
+        let reached = if kept > self.reached.0 { (kept, None) } else { self.reached };
+        standings().all(|standing| standing.done >= reached.0).then_some(reached)
+    }
+
+    /// Whether its files are to be opened now; if so, it counts as asked for.
+    pub(super) fn asks_to_open(&mut self, now: Duration) -> bool {
+        let is_due = match self.opening {
+            Opening::Closed => true,
+            Opening::Asked | Opening::Open => false,
+            Opening::Failed(again) => now >= again,
+        };
+        if is_due {
+            self.opening = Opening::Asked;
+        }
+        is_due
+    }
+
+    /// Its files cannot be opened now.
+    pub(super) fn cannot_open(&mut self, reason: String, now: Duration) {
+        (self.opening, self.waits_for_files) = (Opening::Failed(now + OPENED_EACH), Some(reason));
+    }
+
     /// Those who are not back.
     pub(super) fn missing(&self) -> Vec<String> {
         let nodes = (0..).map(NodeIndex).take(self.placed.members.len());
@@ -100,6 +150,9 @@ impl TakeBack {
 
     /// What it waits for, in words.
     pub(super) fn waits(&self) -> String {
+        if let Some(reason) = &self.waits_for_files {
+            return format!("its CompNodes train on, and its files cannot be written: {reason}");
+        }
         let (back, all) = (self.back.len(), self.placed.members.len());
         format!("its CompNodes may still be at work: {back} of {all} are back")
     }

@@ -57,6 +57,15 @@ pub(crate) struct StartPoint {
     pub(crate) origin: Origin,
     /// Which run begins or goes on.
     pub(crate) run: RunStart,
+    /// Why its weights cannot be read, if they cannot: then the job goes on only with what CompNodes have.
+    pub(crate) unread: Option<Unread>,
+}
+
+/// What a job starts from is not there any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unread {
+    pub(crate) reason: String,
+    pub(crate) bad_input: bool,
 }
 
 /// Something happened.
@@ -83,6 +92,10 @@ pub(crate) enum CoreEvent {
     /// Newer checkpoints than that of step `left` are not where they were, or there is none any more. The newest of them
     /// `went` there, if that is known.
     CheckpointsGone { key: RunKey, left: Option<u64>, went: Option<PathBuf> },
+    /// The files of a run are open.
+    RunOpened { key: RunKey },
+    /// The files of a run that was to be taken back are not opened: another process has gone on with the run.
+    GoneOn { key: RunKey, reason: String },
     /// The broker itself cannot go on with a job; `bad_input` says whether that is the job's fault.
     RunFailed { key: RunKey, reason: String, bad_input: bool },
     /// What was to be worked out or read for a job was not, by a defect of ours.
@@ -147,7 +160,7 @@ pub(crate) struct Restored {
     pub(crate) gone_for: Duration,
     /// Step of its newest whole checkpoint.
     pub(crate) checkpoint: Option<u64>,
-    /// The placement that may still be at work, as the record says.
+    /// The placement that may still be at work, as the record says; nothing if another process has gone on with the run.
     pub(crate) placement: Option<PlacementFile>,
 }
 
@@ -191,4 +204,7 @@ pub(crate) struct OpenRun {
     /// The step as it was predicted, if that is still known.
     pub(crate) predicted: Option<Simulated>,
     pub(crate) start_step: u64,
+    /// Whether the placement is at work already, begun under an earlier broker process. Others may have done anything to
+    /// the directory meanwhile.
+    pub(crate) takes_back: bool,
 }

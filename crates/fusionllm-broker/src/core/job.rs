@@ -49,6 +49,8 @@ pub(super) struct Job {
     pub(super) takeback: Option<TakeBack>,
     /// Number of the start that is being read.
     pub(super) loading: Option<u64>,
+    /// Why that cannot be read now, since another process is at work there, and when it is tried again.
+    pub(super) in_use: Option<(String, Duration)>,
 }
 
 impl Job {
@@ -75,6 +77,7 @@ impl Job {
             comeback: None,
             takeback: None,
             loading: None,
+            in_use: None,
         }
     }
 

@@ -11,6 +11,8 @@ use crate::BrokerError;
 pub(crate) const LEASE: Duration = Duration::from_secs(45);
 /// If ticks come less often than this, the broker itself was held up, and silence of others says nothing.
 const LATE_TICK: Duration = Duration::from_secs(3);
+/// Where another process is at work in the folder of a job, it is looked again so often whether it still is.
+const IN_USE: Duration = Duration::from_secs(1);
 
 impl Core {
     /// A CompNode joins. Gives its name here.
@@ -107,6 +109,7 @@ impl Core {
         let runs: Vec<RunKey> = self.jobs.values().filter_map(|job| Some(job.run.as_ref()?.key)).collect();
         actions.extend(runs.into_iter().flat_map(|key| self.take_snapshots(key, now)));
         actions.extend(self.ask_all_again(now));
+        actions.extend(self.read_again(now));
         actions.extend(self.awaited_jobs(now));
         actions.extend(self.move_those_that_leave(now));
         actions.extend(self.dismiss(now));
@@ -182,6 +185,13 @@ impl Core {
         actions
     }
 
+    /// Has what a job starts from read once more, where another process was at work in its folder.
+    fn read_again(&mut self, now: Duration) -> Vec<Action> {
+        let is_due = |job: &Job| job.loading.is_none() && job.in_use.as_ref().is_some_and(|(_, again)| now >= *again);
+        let due: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_due(job)).map(|(&id, _)| id).collect();
+        due.into_iter().filter_map(|job| self.load(job, true)).collect()
+    }
+
     /// What a job starts from that waited when the broker ended, or goes on by itself.
     pub(super) fn loaded(
         &mut self,
@@ -192,7 +202,7 @@ impl Core {
     ) -> Vec<Action> {
         let is_wanted = |job: &&mut Job| !job.record.state.is_final() && job.loading == Some(number);
         let Some(known) = self.jobs.get_mut(&job).filter(is_wanted) else { return Vec::new() };
-        known.loading = None;
+        (known.loading, known.in_use) = (None, None);
         let mut actions = match result {
             Ok(start) => {
                 (known.record.step, known.record.loss) = match known.recoveries.goes_on {
@@ -203,7 +213,14 @@ impl Core {
                 };
                 known.record.run = Some(start.run.run.clone());
                 known.start = Some(start);
-                self.take_back(job, now)
+                let mut actions = self.take_back(job, now);
+                actions.extend(self.without_start(job));
+                actions
+            }
+            // Whoever is at work there may change all that is in it.
+            Err(error @ BrokerError::InUse { .. }) => {
+                known.in_use = Some((error.to_string(), now + IN_USE));
+                Vec::new()
             }
             // Its last checkpoint became whole after all.
             Err(BrokerError::NothingLeft { .. }) if known.recoveries.goes_on => {

@@ -193,7 +193,10 @@ impl Core {
         match checkpoint {
             Some(_) => actions.extend(self.load(job, false)),
             // What it began with is known, and may be more than its own folder has.
-            None => self.begin_anew(job),
+            None => {
+                self.begin_anew(job);
+                actions.extend(self.without_start(job));
+            }
         }
         actions.extend(self.schedule(now));
         actions
@@ -231,7 +234,7 @@ impl Core {
             return self.end(id, JobState::Done, restarted);
         }
         let reason = format!("{restarted} after step {step}");
-        if !known.record.spec.survive.enabled {
+        if !known.record.spec.survive.enabled && known.takeback.is_none() {
             let reason = format!("{reason}; {}", self.resume_hint(id, from, None));
             return self.end(id, JobState::Failed { reason, bad_input: false }, restarted);
         }
@@ -242,8 +245,12 @@ impl Core {
     }
 
     /// A job that waited when the broker ended: for the first time, or to go on.
-    pub(super) fn waited(&mut self, id: JobId, is_done: bool) -> Vec<Action> {
+    pub(super) fn waited(&mut self, id: JobId, is_done: bool, from: Option<u64>) -> Vec<Action> {
         let Some(known) = self.jobs.get_mut(&id) else { return Vec::new() };
+        if known.record.members > 0 && !known.record.spec.survive.enabled {
+            // It was to be taken back.
+            return self.was_at_work(id, is_done, from);
+        }
         if let (JobState::Waiting { reason }, 1..) = (&known.record.state, known.record.members) {
             if is_done {
                 return self.end(id, JobState::Done, "the broker restarted");

@@ -15,8 +15,9 @@ use super::run::{Run, param_names};
 use super::snapshot_book::RecoveryPoint;
 use super::snapshots::Sources;
 use super::survey::WorkKey;
-use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint, WEIGHTS};
+use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint, Unread, WEIGHTS};
 use crate::run_dir::PlacementFile;
+use crate::store::Work;
 
 /// For so long a job that must wait holds back those behind it in any case.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -107,7 +108,8 @@ impl Core {
     fn holds_back(&mut self, job: JobId, now: Duration) -> bool {
         let Some(known) = self.jobs.get_mut(&job) else { return false };
         let waited = now.saturating_sub(*known.waits_since.get_or_insert(now));
-        if known.recoveries.goes_on && (known.start.is_none() || known.recoveries.awaits_others(now)) {
+        let is_read = known.start.is_none() && known.in_use.is_none();
+        if known.recoveries.goes_on && (is_read || known.recoveries.awaits_others(now)) {
             return true;
         }
         let Some(known @ Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
@@ -138,7 +140,8 @@ impl Core {
     /// The CompNodes for a job, data owner first, or what it waits for.
     fn choose(&self, job: JobId) -> Result<Vec<ConnectionId>, String> {
         let Some(known @ Job { record, start: Some(start), recoveries, .. }) = self.jobs.get(&job) else {
-            return Err("what it starts from is being read".to_owned());
+            let in_use = self.jobs.get(&job).and_then(|job| job.in_use.as_ref());
+            return Err(in_use.map_or_else(|| "what it starts from is being read".to_owned(), |(why, _)| why.clone()));
         };
         if let Some(takeback) = &known.takeback {
             return Err(takeback.waits());
@@ -279,6 +282,9 @@ impl Core {
             // What the checkpoint has is not used.
             start.notices.retain(|notice| !notice.starts_with(WEIGHTS));
         }
+        if let Some(Unread { reason, bad_input }) = start.unread.take().filter(|_| point.is_none()) {
+            return self.end(job, JobState::Failed { reason, bad_input }, "what it starts from cannot be read");
+        }
         let Plan { placement, prediction, simulated: predicted, .. } = plan;
         let predicted_s = prediction.step_s;
         let planned: Vec<u64> = prediction.compnodes.iter().map(|compnode| compnode.memory_bytes as u64).collect();
@@ -296,6 +302,13 @@ impl Core {
         let kept = if point.is_some() { KeptAs::Snapshots } else { KeptAs::Checkpoint };
         start.notices.splice(0..0, known.recoveries.take_told(start.step, kept));
         let key = RunKey { job, generation: known.record.generation };
+        let file = PlacementFile::of(&placement, &start.dag, key.generation, prediction);
+        known.record.work = Some(Arc::new(Work {
+            placement: file.clone(),
+            graph: start.graph.clone(),
+            carried: start.origin.carried.as_ref().clone(),
+            run: start.run.clone(),
+        }));
         let run_dir = known.record.run_dir.clone();
         for &member in &members {
             self.compnodes.take(member, key);
@@ -306,9 +319,10 @@ impl Core {
             run: start.run.clone(),
             spec: spec.clone(),
             graph: start.graph.clone(),
-            placement: PlacementFile::of(&placement, &start.dag, key.generation, prediction),
+            placement: file,
             predicted: Some(predicted),
             start_step: start.step,
+            takes_back: false,
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
         let owner = members.first().map(|&owner| self.compnodes.name(owner)).unwrap_or_default();

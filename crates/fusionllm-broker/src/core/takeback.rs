@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use fusionllm_protocol::{FromBroker, JobEvent, JobId, JobState, RunKey, Standing};
 
-use super::awaited::TakeBack;
+use super::awaited::{Opening, TakeBack};
 use super::comeback::Comeback;
 use super::recovery::{RETURN, awaited};
 use super::run::Run;
-use super::{Action, ConnectionId, Core, Job, OpenRun, StartPoint};
+use super::{Action, ConnectionId, Core, Job, OpenRun, StartPoint, Unread};
+use crate::run_dir::RunStart;
 
 /// CompNodes that are still at work are back within this time: a connection that is dead is noticed after ten seconds, and
 /// dialled again each three.
@@ -60,11 +61,10 @@ impl Core {
         for job in open {
             actions.extend(self.take_back(job, now));
             let takeback = self.jobs.get(&job).and_then(|job| job.takeback.as_ref());
-            if let Some(missing) = takeback.map(TakeBack::missing).filter(|_| now >= AWAITED) {
-                let why = match missing.is_empty() {
-                    true => "what it starts from could not be read in time".to_owned(),
-                    false => format!("{} did not come back in {} s", missing.join(", "), AWAITED.as_secs()),
-                };
+            // Whoever is back trains on: what its files or its start need may take longer.
+            let missing = takeback.map(TakeBack::missing).filter(|missing| now >= AWAITED && !missing.is_empty());
+            if let Some(missing) = missing {
+                let why = format!("{} did not come back in {} s", missing.join(", "), AWAITED.as_secs());
                 actions.extend(self.give_back(job, why, now));
             }
         }
@@ -81,6 +81,13 @@ impl Core {
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         let Some(step) = known.takeback.as_ref().map(|takeback| takeback.reached.0) else { return Vec::new() };
         let reason = format!("the broker restarted after step {step}, and {why}");
+        if !known.record.spec.survive.enabled {
+            let checkpoint = known.takeback.as_ref().and_then(|takeback| takeback.checkpoint);
+            let told = format!("{reason}; {}", self.resume_hint(job, checkpoint, None));
+            let mut actions = self.end(job, JobState::Failed { reason: told, bad_input: false }, &reason);
+            actions.extend(self.schedule(now));
+            return actions;
+        }
         known.recoveries.go_on(awaited(&known.record), RETURN, reason.clone(), step);
         known.record.placed = None;
         if let Some(start) = &known.start {
@@ -88,8 +95,54 @@ impl Core {
         }
         let mut actions = self.await_no_more(job, &reason);
         actions.extend(self.set_state(job, JobState::Waiting { reason }));
+        actions.extend(self.without_start(job));
         actions.extend(self.schedule(now));
         actions
+    }
+
+    /// Ends a job that can only go on as it is, and does not: what it started from is not there any more, and there are no
+    /// snapshots either.
+    pub(super) fn without_start(&mut self, job: JobId) -> Vec<Action> {
+        let is_lost = |known: &&Job| known.takeback.is_none() && known.snapshots.newest().is_none();
+        let Some(known) = self.jobs.get(&job).filter(is_lost) else { return Vec::new() };
+        let unread = known.start.as_ref().and_then(|start| start.unread.clone());
+        let Some(Unread { reason, bad_input }) = unread else { return Vec::new() };
+        self.end(job, JobState::Failed { reason, bad_input }, "what it starts from cannot be read")
+    }
+
+    /// Another process has gone on with a run that was to be taken back: its files tell where it is now.
+    pub(super) fn gone_on(&mut self, key: RunKey, reason: String, now: Duration) -> Vec<Action> {
+        if !self.is_awaited(key) {
+            return Vec::new();
+        }
+        if let Some(known) = self.jobs.get_mut(&key.job) {
+            known.record.placed = None;
+        }
+        let mut actions: Vec<Action> = self.load(key.job, true).into_iter().collect();
+        actions.extend(self.give_back(key.job, reason, now));
+        actions
+    }
+
+    /// The files of a run are open: if it is to be taken back, it is now.
+    pub(super) fn run_opened(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        if !self.is_awaited(key) {
+            return Vec::new();
+        }
+        if let Some(takeback) = self.jobs.get_mut(&key.job).and_then(|job| job.takeback.as_mut()) {
+            takeback.opening = Opening::Open;
+        }
+        self.take_back(key.job, now)
+    }
+
+    /// The broker itself cannot go on with a run. One that is to be taken back trains on meanwhile, and waits until it can.
+    pub(super) fn run_failed(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
+        if !self.is_awaited(key) {
+            return self.fail(key, reason, bad_input, now);
+        }
+        if let Some(takeback) = self.jobs.get_mut(&key.job).and_then(|job| job.takeback.as_mut()) {
+            takeback.cannot_open(reason, now);
+        }
+        self.schedule(now)
     }
 
     /// Who is back drops the job, and is idle.
@@ -109,46 +162,78 @@ impl Core {
         actions
     }
 
-    /// Takes a job back if all of its CompNodes are there, and what it starts from is known.
+    /// Takes a job back if all of its CompNodes are there, what it starts from is known, and its files are open.
     pub(super) fn take_back(&mut self, job: JobId, now: Duration) -> Vec<Action> {
         let Some(known) = self.jobs.get_mut(&job).filter(|known| known.start.is_some()) else { return Vec::new() };
         let is_here = |(connection, _): &(ConnectionId, Standing)| self.compnodes.is_here(*connection);
         let is_whole =
-            |back: &mut TakeBack| back.back.len() == back.placed.members.len() && back.back.values().all(is_here);
-        let (Some(back), Some(start)) = (known.takeback.take_if(is_whole), &known.start) else { return Vec::new() };
+            |back: &&mut TakeBack| back.back.len() == back.placed.members.len() && back.back.values().all(is_here);
+        let Some(back) = known.takeback.as_mut().filter(is_whole) else { return Vec::new() };
+        let Some(reached) = back.goes_on_after() else {
+            return self.give_back(job, "its CompNodes are not at the same step".to_owned(), now);
+        };
+        if back.opening == Opening::Open {
+            return self.at_work_again(job, now);
+        }
+        if !back.asks_to_open(now) {
+            return Vec::new();
+        }
+        back.reached = reached;
+        self.open_again(job).into_iter().collect()
+    }
+
+    /// Opens the files of a run that is to be taken back.
+    fn open_again(&mut self, job: JobId) -> Option<Action> {
+        let known = self.jobs.get_mut(&job)?;
+        let (start, back, record) = (known.start.as_mut()?, known.takeback.as_ref()?, &mut known.record);
+        if let Some(work) = &record.work {
+            // Its folder may be gone, and does not tell any more which run it is.
+            start.run = RunStart { notices: Vec::new(), ..work.run.clone() };
+            record.run = Some(start.run.run.clone());
+        }
+        Some(Action::OpenRun(Box::new(OpenRun {
+            key: back.key,
+            run_dir: record.run_dir.clone(),
+            run: start.run.clone(),
+            spec: record.spec.clone(),
+            graph: start.graph.clone(),
+            placement: back.file.clone(),
+            predicted: None,
+            start_step: back.reached.0,
+            takes_back: true,
+        })))
+    }
+
+    /// A job whose CompNodes are all at work, and whose files are open, is as it was.
+    fn at_work_again(&mut self, job: JobId, now: Duration) -> Vec<Action> {
+        let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
+        let (Some(back), Some(start)) = (known.takeback.take(), &known.start) else { return Vec::new() };
         let TakeBack { key, placed, file, reached: (step, loss), checkpoint, back, .. } = back;
         let (members, standings): (Vec<ConnectionId>, Vec<Standing>) = back.into_values().unzip();
         let (record, count) = (&mut known.record, members.len());
+        let loss = loss.or_else(|| record.loss.filter(|_| record.step == step));
         let start = StartPoint { step, loss, ..start.clone() };
-        let mut run =
-            Run::new(key, members.clone(), file.placement.clone(), &start, &record.spec, file.prediction.step_s, now);
+        let mut run = Run::new(key, members.clone(), file.placement, &start, &record.spec, file.prediction.step_s, now);
         let lost = run.taken_back(placed.from, checkpoint, &standings, loss);
+        let gone = record.checkpoint.as_ref().map(|(step, _)| *step).filter(|step| Some(*step) > checkpoint);
+        run.gone = gone.map(|step| (step, None));
         run.origin.trained_on(record.data.clone());
         (record.step, record.loss) = (step, loss);
         let codecs = run.codecs_of_plan();
-        let open = OpenRun {
-            key,
-            run_dir: record.run_dir.clone(),
-            run: start.run,
-            spec: record.spec.clone(),
-            graph: start.graph,
-            placement: file,
-            predicted: None,
-            start_step: step,
-        };
         known.recoveries.taken_back(step > placed.from);
         known.growth.placed(count);
         known.snapshots.at_work(now);
         known.comeback = Some(Comeback::trained_on(step, count, now));
         (known.run, known.persisted, known.waits_since) = (Some(run), now, None);
-        let mut actions = vec![Action::OpenRun(Box::new(open))];
         let mut texts = vec![format!(
             "the broker restarted after step {step}: the CompNodes have trained on meanwhile, and nothing is done again"
         )];
+        texts.extend(gone.map(|gone| checkpoint_gone(gone, checkpoint)));
+        let lost = lost.filter(|step| Some(*step) > gone);
         texts.extend(
             lost.map(|of| format!("there is no checkpoint of step {of}: the broker ended before it was whole")),
         );
-        actions.extend(self.notices(job, texts));
+        let mut actions = self.notices(job, texts);
         actions.extend(self.set_state(job, JobState::Running));
         let tell = |to| Action::Send { to, message: FromBroker::TakenBack { key, recorded: step } };
         actions.extend(members.into_iter().map(tell));
@@ -163,6 +248,15 @@ impl Core {
         known.record.state = state.clone();
         Some(Action::Emit(JobEvent::State { job, state }))
     }
+}
+
+/// What is told of the newest checkpoint that is known, of which nothing is there any more.
+fn checkpoint_gone(gone: u64, left: Option<u64>) -> String {
+    let newest = match left {
+        Some(left) => format!("the newest one is that of step {left}"),
+        None => "there is no other one yet".to_owned(),
+    };
+    format!("the checkpoint of step {gone} is not there any more: training goes on, and {newest}")
 }
 
 fn abort(to: ConnectionId, key: RunKey, reason: &str) -> Action {

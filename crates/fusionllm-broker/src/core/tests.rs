@@ -35,6 +35,7 @@ fn start(spec: &JobSpec, step: u64) -> StartPoint {
         origin: Origin::default(),
         notices: Vec::new(),
         run: RunStart::new(),
+        unread: None,
     }
 }
 
@@ -114,6 +115,10 @@ fn measure_at(core: &mut Core, actions: Vec<Action>, now: Duration) -> Vec<Actio
             (None, Action::Plan { job, input }) => {
                 let (job, number, result) = (*job, input.number, Box::new(input.plan()));
                 queue.extend(core.handle(CoreEvent::Planned { job, number, result }, now));
+            }
+            (None, Action::OpenRun(open)) if open.takes_back => {
+                queue.extend(core.handle(CoreEvent::RunOpened { key: open.key }, now));
+                others.push(action);
             }
             (None, _) => others.push(action),
         }

@@ -155,12 +155,49 @@ fn is_ours(file: &mut File) -> std::io::Result<bool> {
     Ok(begins.is_empty() || begins == BEGINS.as_bytes())
 }
 
-/// What the holder has written of itself.
+/// What the holder has written of itself, unless somebody else holds it by now: one that ended has let go.
 fn holder(file: &mut File) -> String {
     let mut text = String::new();
-    let read = file.take(LINE_BYTES).read_to_string(&mut text);
-    let line = text.lines().next().unwrap_or_default().trim();
-    if read.is_err() || line.is_empty() { "another process".to_owned() } else { line.replace(char::is_control, " ") }
+    let read = Read::take(&mut *file, LINE_BYTES).read_to_string(&mut text);
+    let line = text.lines().next().unwrap_or_default().trim().replace(char::is_control, " ");
+    let named = line.split("process ").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
+    let holds = holding(file);
+    match (holds, named) {
+        (Some(holds), named) if named != Some(holds) => format!("process {holds}"),
+        (None, Some(named)) if has_ended(named) => "another process".to_owned(),
+        _ if read.is_err() || line.is_empty() => "another process".to_owned(),
+        _ => line,
+    }
+}
+
+/// The process that holds a lock, where the system tells.
+#[cfg(target_os = "linux")]
+fn holding(file: &File) -> Option<u32> {
+    let inode = std::os::unix::fs::MetadataExt::ino(&file.metadata().ok()?);
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let of_line = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let is_it = words.get(1) == Some(&"FLOCK") && words.get(5)?.rsplit(':').next()?.parse() == Ok(inode);
+        if is_it { words.get(4)?.parse().ok() } else { None }
+    };
+    // The same number on another device would be another file: then it is better to name nobody.
+    let mut found = locks.lines().filter_map(of_line);
+    found.next().filter(|&process| process > 0 && found.next().is_none())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn holding(_file: &File) -> Option<u32> {
+    None
+}
+
+#[cfg(target_os = "linux")]
+fn has_ended(process: u32) -> bool {
+    !Path::new(&format!("/proc/{process}")).exists()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn has_ended(_process: u32) -> bool {
+    false
 }
 
 /// Locks of a run: of its directory, and of a folder elsewhere where its checkpoints lie.
@@ -252,6 +289,23 @@ mod tests {
         drop(first);
         FolderLock::check(folder.path()).unwrap();
         FolderLock::take(folder.path(), &run).unwrap();
+    }
+
+    /// Whoever ended has let go, and its name is still there: others may hold the lock by now.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn whoever_has_ended_is_not_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunId::from_bytes([7; 16]);
+        drop(FolderLock::take(folder.path(), &run).unwrap());
+        let path = folder.path().join(FolderLock::FILE);
+        let written = std::fs::read_to_string(&path).unwrap();
+        let ended = written.replace(&format!("process {}", std::process::id()), "process 4000000001");
+        std::fs::write(&path, ended).unwrap();
+        let other = open_regular(&path).unwrap();
+        other.lock().unwrap();
+        let error = FolderLock::check(folder.path()).unwrap_err().to_string();
+        assert!(!error.contains("4000000001") && error.contains("process"), "{error}");
     }
 
     #[test]

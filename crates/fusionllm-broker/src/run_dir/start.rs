@@ -1,11 +1,12 @@
 //! Which run begins or goes on in a directory.
 
 use fusionllm_protocol::RunId;
+use serde::{Deserialize, Serialize};
 
 use super::Parent;
 
 /// Which run begins or goes on, and from where.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RunStart {
     /// The run's id.
     pub(crate) run: RunId,
@@ -14,6 +15,7 @@ pub(crate) struct RunStart {
     /// Another run's checkpoint that it begins with.
     pub(crate) from: Option<Parent>,
     /// What its user must know from the start.
+    #[serde(skip)]
     pub(crate) notices: Vec<String>,
 }
 

@@ -10,6 +10,7 @@ use tokio::task::spawn_blocking;
 
 use super::command::Command;
 use super::open_runs::OpenRuns;
+use super::returned::make_sure;
 use super::run_files::RunFiles;
 use super::watched::Watched;
 use crate::BrokerError;
@@ -150,6 +151,10 @@ impl Keeper {
         let begins = matches!(action, Action::OpenRun(_));
         match (self.write(action), key) {
             (Ok(events), _) => events,
+            (Err(BrokerError::GoneOn), Some(key)) => {
+                self.open_runs.set(key, None);
+                vec![CoreEvent::GoneOn { key, reason: BrokerError::GoneOn.to_string() }]
+            }
             (Err(error), Some(key)) => {
                 self.open_runs.set(key, None);
                 let bad_input = begins && error.is_bad_input();
@@ -221,6 +226,7 @@ impl Keeper {
             files = earlier.opened.files;
         }
         let dir = RunDir::new(&open.run_dir);
+        let mut notices = if open.takes_back { make_sure(&open)? } else { Vec::new() };
         // Somebody may rename or remove in this very moment what was just made.
         let mut attempts = 1..ATTEMPTS;
         let mut opened = loop {
@@ -231,7 +237,7 @@ impl Keeper {
             }
         };
         let metrics = MetricsWriter::open(&dir.metrics(), open.start_step)?;
-        let mut notices = std::mem::take(&mut opened.notices);
+        notices.append(&mut opened.notices);
         let began = opened.file.from.as_ref().map_or(0, |from| from.step);
         let mut course = Course::default();
         let take = |step: StepMetrics| course.step(step.step, step.loss, step.eval_loss);
@@ -248,7 +254,8 @@ impl Keeper {
         let gone = CoreEvent::CheckpointsGone { key, left: run.newest_step(), went: None };
         self.runs.insert(key, run);
         let noticed = notices.into_iter().map(|text| CoreEvent::Noticed { key, text });
-        Ok(noticed.chain(std::iter::once(gone)).collect())
+        let opened = std::iter::once(CoreEvent::RunOpened { key });
+        Ok(opened.chain(noticed).chain(std::iter::once(gone)).collect())
     }
 
     /// Where the shards of a run go that is at work.
@@ -368,6 +375,7 @@ mod tests {
             placement,
             predicted: Some(Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() }),
             start_step: 4,
+            takes_back: false,
         };
         let open_runs = OpenRuns::new();
         let mut keeper = Keeper { open_runs: open_runs.clone(), runs: BTreeMap::new(), elsewhere: BTreeMap::new() };

@@ -4,16 +4,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fusionllm_graph::OpDag;
 use fusionllm_protocol::{DataSpec, JobSpec, TrainSpec};
 
 use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_at, open_newest, remove_partial};
 use crate::cluster_file::read_cluster;
-use crate::core::{Restored, StartPoint, WEIGHTS, check};
+use crate::core::{Restored, StartPoint, Unread, WEIGHTS, check};
 use crate::metrics::last_step;
 use crate::model::{load_model, model_tokenizer};
 use crate::resume::{goes_on, notices_of};
 use crate::run_dir::{FolderLock, Parent, RunDir, RunHome, RunStart};
-use crate::store::JobRecord;
+use crate::store::{JobRecord, Work};
 use crate::{BrokerError, CheckpointError};
 
 /// A job's beginning. `tokenizer` is the content of its tokenizer file, where whoever handed the job in could read it.
@@ -37,13 +38,45 @@ pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<Star
         notices,
         origin,
         run: RunStart::new(),
+        unread: None,
     })
 }
 
 /// Where a job goes on that waited when the broker ended.
 pub(super) fn start_again(record: JobRecord) -> Result<StartPoint, BrokerError> {
-    let start = resumed_start(&record, &record.spec, record.from_step)?;
-    Ok(planned_by(record.spec, start)?.1)
+    if record.placed.is_none() {
+        // What is there changes while another process is at work.
+        FolderLock::check(&record.run_dir).or_else(|error| if is_in_use(&error) { Err(error) } else { Ok(()) })?;
+    }
+    let start = resumed_start(&record, &record.spec, record.from_step);
+    match (start.and_then(|start| planned_by(record.spec.clone(), start)), &record.work) {
+        (Ok((_, start)), _) => Ok(start),
+        (Err(error @ BrokerError::NothingLeft { .. }), _) => Err(error),
+        (Err(error), Some(work)) if record.from_step.is_none() => start_of_work(&record.spec, work, error),
+        (Err(error), _) => Err(error),
+    }
+}
+
+fn is_in_use(error: &BrokerError) -> bool {
+    matches!(error, BrokerError::InUse { .. })
+}
+
+/// The start of a job of which `error` says why it cannot be read any more, as far as the store has it: all but the weights.
+fn start_of_work(spec: &JobSpec, work: &Work, error: BrokerError) -> Result<StartPoint, BrokerError> {
+    let Ok(dag) = OpDag::from_json(&work.graph) else { return Err(error) };
+    let cluster = spec.placement.cluster.as_ref().and_then(|path| read_cluster(path).ok());
+    Ok(StartPoint {
+        graph: work.graph.clone(),
+        dag: Arc::new(dag),
+        weights: None,
+        cluster: cluster.map(|(_, cluster)| cluster),
+        step: 0,
+        loss: None,
+        notices: Vec::new(),
+        origin: Origin { carried: Arc::new(work.carried.clone()), data: None },
+        run: RunStart { notices: Vec::new(), ..work.run.clone() },
+        unread: Some(Unread { bad_input: error.is_bad_input(), reason: error.to_string() }),
+    })
 }
 
 /// What a job's run directory knows of how far it came.
@@ -56,10 +89,8 @@ pub(super) fn restored(record: JobRecord) -> Restored {
     let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
     let checkpoint = if is_open { newest() } else { None };
     let gone_for = reached.and_then(|_| age(&RunDir::new(&record.run_dir).metrics())).unwrap_or_default();
-    let run_dir = RunDir::new(&record.run_dir);
-    // Without it the job is placed anew.
-    let of_file = || run_dir.read_json(&run_dir.placement()).ok().flatten();
-    let placement = if is_open && record.placed.is_some() { of_file() } else { None };
+    let placement = record.work.as_ref().filter(|_| is_open && record.placed.is_some()).map(|work| &work.placement);
+    let placement = placement.filter(|placement| !RunDir::new(&record.run_dir).is_of_another(placement)).cloned();
     Restored { record, reached, gone_for, checkpoint, placement }
 }
 
@@ -194,7 +225,7 @@ pub(super) fn start_at(
     }
     let weights = Some(Arc::new(checkpoint.into_tensors()));
     let (graph, dag) = (dag.to_json(), Arc::new(dag));
-    Ok(StartPoint { graph, dag, weights, cluster: None, step, loss, notices, origin, run })
+    Ok(StartPoint { graph, dag, weights, cluster: None, step, loss, notices, origin, run, unread: None })
 }
 
 #[cfg(test)]
@@ -202,6 +233,7 @@ mod tests {
     use fusionllm_protocol::{Generation, JobId, JobState};
 
     use super::*;
+    use crate::store::Placed;
     use crate::testing::{self, OldRuns};
 
     /// A job that was stopped after five steps.
@@ -256,6 +288,40 @@ mod tests {
         std::fs::rename(old.path("run/checkpoints/step-2"), &path).unwrap();
         let error = resumed_start(&record, &spec, None).unwrap_err();
         assert!(error.to_string().contains("step-4 has changed since it was checked"), "{error}");
+    }
+
+    /// What a job is at work with the store has, too.
+    #[test]
+    fn a_job_at_work_has_a_start_whatever_became_of_its_directory() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run");
+        let spec = testing::spec(&[]);
+        let (placement, graph) = testing::placed(&spec, 1);
+        let carried = [("tokenizer.json".to_owned(), "[1]".to_owned())].into();
+        let run = RunStart::new();
+        let work = Work { placement: placement.clone(), graph: graph.clone(), carried, run: run.clone() };
+        let placed = Placed { placement: String::new(), from: 0, members: Vec::new() };
+        let record = JobRecord {
+            state: JobState::Running,
+            checkpoint: Some((3, "00".to_owned())),
+            placed: Some(placed),
+            work: Some(Arc::new(work)),
+            ..record(&run_dir, spec.clone())
+        };
+        let start = start_again(record.clone()).unwrap();
+        assert_eq!((start.step, start.graph, start.run, start.origin.tokenizer()), (0, graph, run, Some("[1]")));
+        assert!(start.unread.unwrap().reason.contains("the checkpoint of step 3 is not there any more"));
+        start_again(JobRecord { work: None, ..record.clone() }).unwrap_err();
+        start_again(JobRecord { from_step: Some(3), ..record.clone() }).unwrap_err();
+        assert_eq!(restored(record.clone()).placement, Some(placement));
+        // Another process goes on with it, and is at work.
+        let dir = RunDir::new(&run_dir);
+        std::fs::create_dir(&run_dir).unwrap();
+        std::fs::write(dir.placement(), serde_json::to_vec(&testing::placed(&spec, 2).0).unwrap()).unwrap();
+        assert_eq!(restored(record.clone()).placement, None);
+        let _lock = FolderLock::take(&run_dir, &RunStart::new().run).unwrap();
+        let error = start_again(JobRecord { placed: None, ..record }).unwrap_err();
+        assert!(is_in_use(&error), "{error}");
     }
 
     /// Where checkpoints lie elsewhere, another run may be at work, and a copy's original may.

@@ -1,18 +1,23 @@
 //! The state folder: whether it and what is secret in it are their owner's alone.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use fusionllm_protocol::TicketRole;
 use fusionllm_transport::{PrivateError, check_private};
 
 use super::gate::{ticket_path, tickets_path};
-use crate::BrokerError;
 #[cfg(unix)]
 use crate::files::io_error;
 use crate::store::Store;
+use crate::{BrokerError, StoreError};
 
 /// Files of ours besides those of tickets; the last two are of earlier releases.
 const FILES: [&str; 4] = ["key", "broker.redb", "secret", "ticket"];
+/// A broker that was killed lets go of its store within this time.
+const LETTING_GO: Duration = Duration::from_secs(2);
+/// Between two tries to open it.
+const BETWEEN_TRIES: Duration = Duration::from_millis(50);
 /// What CompNodes on the machine keep there.
 const PROFILES: &str = "profile-";
 
@@ -50,8 +55,21 @@ fn other_in(state_dir: &Path) -> Option<String> {
     names.filter(|name| !is_ours(name)).min()
 }
 
+/// Opens the store. One that was killed a moment ago may still be about to let go of it.
+pub(super) async fn open_store_soon(path: &Path) -> Result<Store, BrokerError> {
+    let began = Instant::now();
+    loop {
+        match open_store(path) {
+            Err(BrokerError::Store(StoreError::InUse { .. })) if began.elapsed() < LETTING_GO => {
+                tokio::time::sleep(BETWEEN_TRIES).await;
+            }
+            result => return result,
+        }
+    }
+}
+
 /// Opens the store; a new one is its owner's alone.
-pub(super) fn open_store(path: &Path) -> Result<Store, BrokerError> {
+fn open_store(path: &Path) -> Result<Store, BrokerError> {
     #[cfg(unix)]
     let is_new = !path.exists();
     let store = Store::open(path)?;

@@ -21,16 +21,16 @@ const SHORT: &str = "--set train.steps=150 --set train.batch=32 --set train.eval
 const AWAY: Duration = Duration::from_secs(4);
 
 /// Two CompNodes at work on a job, and their broker while it is there.
-struct Cluster {
-    bench: Bench,
+pub(crate) struct Cluster {
+    pub(crate) bench: Bench,
     broker: Option<Running>,
     ticket: String,
     _nodes: [Running; 2],
-    run: PathBuf,
+    pub(crate) run: PathBuf,
 }
 
 impl Cluster {
-    fn at_work(sets: &str) -> Self {
+    pub(crate) fn at_work(sets: &str) -> Self {
         let bench = Bench::new();
         let (broker, ticket) = broker(&bench);
         let nodes = ["a", "b"].map(|name| join(&bench, &ticket, name));
@@ -41,16 +41,16 @@ impl Cluster {
         cluster
     }
 
-    fn job(&self) -> Value {
+    pub(crate) fn job(&self) -> Value {
         status(&self.bench)["jobs"][0].clone()
     }
 
-    fn step(&self) -> u64 {
+    pub(crate) fn step(&self) -> u64 {
         self.job()["step"].as_u64().unwrap_or(0)
     }
 
     /// Ends the broker by a signal. Gives the last step that it has written.
-    fn end_broker(&mut self, signal: &str) -> u64 {
+    pub(crate) fn end_broker(&mut self, signal: &str) -> u64 {
         let broker = self.broker.take().unwrap();
         broker.signal(signal);
         broker.finish();
@@ -58,7 +58,7 @@ impl Cluster {
     }
 
     /// Starts a broker on the same state and address.
-    fn start_broker(&mut self) {
+    pub(crate) fn start_broker(&mut self) {
         let known: fusionllm::transport::Ticket = self.ticket.parse().unwrap();
         let again = format!("broker --bind {} --state state --runs runs --json", known.broker.addrs[0]);
         let mut broker = self.bench.start(&again);
@@ -66,7 +66,7 @@ impl Cluster {
         self.broker = Some(broker);
     }
 
-    fn wait_until_running(&self) {
+    pub(crate) fn wait_until_running(&self) {
         // On a fast machine it may have ended meanwhile.
         let has_it = || ["running", "done"].iter().any(|&state| self.job()["state"]["state"] == state);
         wait_until(has_it, "the broker has its job back");
@@ -74,7 +74,7 @@ impl Cluster {
 
     /// The job has ended as if the broker had always been there: by the same placement, each step done and told once, with
     /// the losses of an undisturbed run to the last bit.
-    fn assert_undisturbed(&self, calm: &[f64]) {
+    pub(crate) fn assert_undisturbed(&self, calm: &[f64]) {
         wait_until_done(&self.bench);
         let lines = json_lines(&self.run.join("metrics.jsonl"));
         let steps: Vec<u64> = lines.iter().map(|line| line["step"].as_u64().unwrap()).collect();
@@ -89,7 +89,7 @@ impl Cluster {
 }
 
 /// The losses of an undisturbed job.
-fn undisturbed(sets: &str) -> Vec<f64> {
+pub(crate) fn undisturbed(sets: &str) -> Vec<f64> {
     let bench = Bench::new();
     bench.succeed(&format!("train job.toml --out calm --compnodes 2 {sets}"));
     losses(&bench.path("calm"))
@@ -101,7 +101,7 @@ fn calm() -> &'static [f64] {
     &CALM
 }
 
-fn read(run: &Path, name: &str) -> String {
+pub(crate) fn read(run: &Path, name: &str) -> String {
     std::fs::read_to_string(run.join(name)).unwrap()
 }
 

@@ -38,25 +38,40 @@ fn killed(overrides: &[&str]) -> Killed {
         }
     }
     let record = core.record(JobId(1)).unwrap().clone();
-    // As it comes out of the store.
-    let record = serde_json::from_slice(&serde_json::to_vec(&record).unwrap()).unwrap();
-    Killed { record, placement: placement.unwrap() }
+    // As it comes out of the store, which has what it is at work with in a table of its own.
+    let read: JobRecord = serde_json::from_slice(&serde_json::to_vec(&record).unwrap()).unwrap();
+    Killed { record: JobRecord { work: record.work, ..read }, placement: placement.unwrap() }
 }
 
 impl Killed {
-    /// The broker is there again, and has read what the job starts from.
-    fn restart(self) -> Core {
-        let Self { record, placement } = self;
-        let restored = Restored {
-            record,
+    /// What a broker finds that is started again.
+    fn restored(&self) -> Restored {
+        Restored {
+            record: self.record.clone(),
             reached: Some((5, 1.5)),
             gone_for: Duration::from_secs(7),
             checkpoint: Some(3),
-            placement: Some(placement),
-        };
-        let (mut core, actions) = Core::restore(vec![restored], ResumedBy::default());
+            placement: Some(self.placement.clone()),
+        }
+    }
+
+    /// The broker is there again, and has read what the job starts from.
+    fn restart(self) -> Core {
+        let (mut core, actions) = Core::restore(vec![self.restored()], ResumedBy::default());
         let actions = measure(&mut core, actions);
         load(&mut core, actions, 3, NOW);
+        core
+    }
+
+    /// The same, where what it starts from is not there any more.
+    fn restart_without_checkpoint(self) -> Core {
+        let restored = Restored { checkpoint: None, ..self.restored() };
+        let (mut core, actions) = Core::restore(vec![restored], ResumedBy::default());
+        let actions = measure(&mut core, actions);
+        let (job, number) = loading(&actions).unwrap();
+        let unread = Unread { reason: "it is gone".to_owned(), bad_input: true };
+        let start = StartPoint { unread: Some(unread), ..start(&self.record.spec, 0) };
+        core.handle(CoreEvent::Loaded { job, number, result: Box::new(Ok(start)) }, NOW);
         core
     }
 
@@ -70,6 +85,14 @@ impl Killed {
 fn is_aborted(actions: &[Action], to: u64) -> bool {
     let is_of_job = |message: &FromBroker| matches!(message, FromBroker::Abort { key, .. } if key.job == KEY.job);
     sent(actions).iter().any(|(who, message)| *who == to && is_of_job(message))
+}
+
+/// What is asked to be read: of which job, and by which number.
+fn loading(actions: &[Action]) -> Option<(JobId, u64)> {
+    actions.iter().find_map(|action| match action {
+        Action::Load(loading) => Some((loading.record.job, loading.number)),
+        _ => None,
+    })
 }
 
 fn opened(actions: &[Action]) -> Option<u64> {
@@ -92,7 +115,7 @@ fn a_job_whose_compnodes_are_all_at_work_goes_on_as_it_is() {
     assert_eq!(opened(&actions), Some(5), "nothing that is written is dropped");
     let back = FromBroker::TakenBack { key: KEY, recorded: 5 };
     assert_eq!(sent(&actions), [(11, &back), (12, &back)]);
-    assert_eq!(states(&actions), [JobState::Running]);
+    assert_eq!(states(&actions).last(), Some(&JobState::Running));
     let told = notices(&actions);
     assert!(told[0].starts_with("the broker restarted after step 5: ") && told.len() == 1, "{told:?}");
     assert_eq!(core.record(JobId(1)).unwrap().step, 5);
@@ -149,7 +172,7 @@ fn what_does_not_fit_what_is_written_is_dropped_and_the_job_is_placed_anew() {
         assert!(is_aborted(&actions, 11) && is_aborted(&actions, 12));
         actions.extend(tick(&mut core, NOW));
         let told = notices(&actions);
-        let told = told.iter().find(|text| text.starts_with("the broker restarted after step 5, and CompNode `a` "));
+        let told = told.iter().find(|text| text.starts_with("the broker restarted after step 5, and "));
         assert_eq!(state(&core, 1), JobState::Preparing);
         assert_eq!(core.record(JobId(1)).unwrap().generation, Generation(2));
         told.unwrap().clone()
@@ -158,8 +181,10 @@ fn what_does_not_fit_what_is_written_is_dropped_and_the_job_is_placed_anew() {
     let on = "is at work on another placement; the job goes on from the checkpoint of step 3, 2 steps are done again";
     assert!(told.ends_with(on), "{told}");
     says(&|standing| standing.key.generation = Generation(4));
-    assert!(says(&|standing| standing.kept_from = 7).contains("has not kept all reports"));
-    assert!(says(&|standing| standing.done = 4).contains("has not kept all reports"));
+    assert!(says(&|standing| standing.done = 4).contains("has done fewer steps than are written"));
+    // The other one has done nine, and has not kept the reports of all of them.
+    let far = says(&|standing| (standing.kept_from, standing.done) = (12, 12));
+    assert!(far.contains("not at the same step"), "{far}");
     assert!(says(&|standing| standing.halts = true).contains("stands still"));
     assert!(says(&|standing| (standing.done, standing.settled) = (40, 40)).contains("the last checkpoint"));
     for (done, settled) in [(41, 3), (9, 10), (u64::MAX, 3)] {
@@ -296,4 +321,146 @@ fn a_broker_says_how_much_is_written_and_asks_for_no_snapshot_before_it_knows_ho
         matches!(message, FromBroker::HeartbeatAck { recorded: Some((KEY, 8)), .. })
     };
     assert!(sent(&answer).iter().any(acks), "{answer:?}");
+}
+
+/// Others have removed lines that were written, or the whole file: the steps are done all the same.
+#[test]
+fn where_only_figures_are_missing_nothing_is_done_again() {
+    let killed = killed(&[]);
+    let (a, b) = (Standing { kept_from: 7, ..killed.standing(9) }, killed.standing(8));
+    let mut core = killed.restart();
+    comes(&mut core, 11, "a", Some(a));
+    let actions = comes(&mut core, 12, "b", Some(b));
+    assert_eq!(opened(&actions), Some(6), "those of step 6 are not to be had any more");
+    let back = FromBroker::TakenBack { key: KEY, recorded: 6 };
+    assert_eq!(sent(&actions), [(11, &back), (12, &back)]);
+    assert_eq!(state(&core, 1), JobState::Running);
+}
+
+#[test]
+fn a_job_of_which_no_checkpoint_is_left_is_taken_back_and_goes_on_with_snapshots_if_there_are_any() {
+    let killed = killed(&["placement.compnodes=2"]);
+    let (a, b) = (killed.standing(9), killed.standing(9));
+    let gone = JobRecord { checkpoint: Some((3, "c3".to_owned())), ..killed.record };
+    let mut core = Killed { record: gone, ..killed }.restart_without_checkpoint();
+    comes(&mut core, 11, "a", Some(a));
+    let actions = comes(&mut core, 12, "b", Some(b));
+    assert_eq!((opened(&actions), state(&core, 1)), (Some(5), JobState::Running));
+    let told = notices(&actions);
+    assert_eq!(
+        told[1],
+        "the checkpoint of step 3 is not there any more: training goes on, and there is no other one yet"
+    );
+    assert_eq!(told.len(), 2, "{told:?}");
+    // Without snapshots there is nothing to go on from.
+    tell(&mut core, recovery::left(12), NOW);
+    let JobState::Failed { reason, bad_input: true } = state(&core, 1) else { panic!("{:?}", state(&core, 1)) };
+    assert_eq!(reason, "it is gone");
+}
+
+#[test]
+fn a_run_whose_files_cannot_be_written_waits_and_its_compnodes_train_on() {
+    let killed = killed(&[]);
+    let (a, b) = (killed.standing(9), killed.standing(9));
+    let mut core = killed.restart();
+    comes(&mut core, 11, "a", Some(a));
+    let joined = Joining { key: [2; 32], standing: Some(b), ..joining("b") };
+    let (_, actions) = core.join(ConnectionId(12), joined, NOW);
+    assert_eq!(opened(&actions), Some(5));
+    let fails = |core: &mut Core, now| {
+        let reason = "/runs/x is in use by process 7".to_owned();
+        let actions = tell(core, CoreEvent::RunFailed { key: KEY, reason, bad_input: true }, now);
+        assert_eq!(sent(&actions), [], "nobody is told anything");
+        let why = "its CompNodes train on, and its files cannot be written: /runs/x is in use by process 7";
+        assert_eq!(waits_for(core), why);
+    };
+    fails(&mut core, NOW);
+    let mut tries = 0;
+    for second in 1..=60 {
+        let now = NOW + Duration::from_secs(second);
+        for connection in [11, 12] {
+            core.compnodes.seen(ConnectionId(connection), now);
+        }
+        let actions = tell(&mut core, CoreEvent::Tick, now);
+        if opened(&actions).is_some() {
+            tries += 1;
+            fails(&mut core, now);
+        }
+    }
+    assert!(tries > 20, "{tries}");
+    let now = NOW + Duration::from_secs(62);
+    for connection in [11, 12] {
+        core.compnodes.seen(ConnectionId(connection), now);
+    }
+    assert_eq!(opened(&tell(&mut core, CoreEvent::Tick, now)), Some(5));
+    let actions = tell(&mut core, CoreEvent::RunOpened { key: KEY }, now);
+    let back = FromBroker::TakenBack { key: KEY, recorded: 5 };
+    assert_eq!(sent(&actions), [(11, &back), (12, &back)]);
+    assert_eq!(state(&core, 1), JobState::Running);
+}
+
+#[test]
+fn a_run_with_which_another_process_has_gone_on_goes_on_from_there() {
+    let killed = killed(&[]);
+    let (a, b) = (killed.standing(9), killed.standing(9));
+    let mut core = killed.restart();
+    comes(&mut core, 11, "a", Some(a));
+    core.join(ConnectionId(12), Joining { key: [2; 32], standing: Some(b), ..joining("b") }, NOW);
+    let reason = "another process has gone on with the run meanwhile".to_owned();
+    let actions = tell(&mut core, CoreEvent::GoneOn { key: KEY, reason }, NOW);
+    assert!(is_aborted(&actions, 11) && is_aborted(&actions, 12));
+    assert_eq!(opened(&actions), None, "where it is now must be read first");
+    let actions = load(&mut core, actions, 12, NOW);
+    assert_eq!(opened(&actions), Some(12));
+    let told = notices(&actions);
+    let why = "the broker restarted after step 5, and another process has gone on with the run meanwhile; the job goes on \
+               from the checkpoint of step 12";
+    assert!(told.iter().any(|text| text == why), "{told:?}");
+}
+
+/// While somebody is at work there, what is read may be gone in a moment.
+#[test]
+fn a_folder_in_which_another_process_is_at_work_is_waited_for() {
+    let killed = killed(&[]);
+    let restored = Restored { placement: None, ..killed.restored() };
+    let (mut core, actions) = Core::restore(vec![restored], ResumedBy::default());
+    let actions = measure(&mut core, actions);
+    let (job, number) = loading(&actions).unwrap();
+    let in_use = || crate::BrokerError::InUse { path: "/runs/x".into(), holder: "process 7".to_owned() };
+    let result = Box::new(Err(in_use()));
+    assert_eq!(sent(&tell(&mut core, CoreEvent::Loaded { job, number, result }, NOW)), []);
+    comes(&mut core, 11, "a", None);
+    comes(&mut core, 12, "b", None);
+    assert!(waits_for(&core).starts_with("/runs/x is in use by process 7: wait until"), "{}", waits_for(&core));
+    let actions = tick(&mut core, NOW + Duration::from_secs(2));
+    assert!(waits_for(&core).starts_with("/runs/x is in use by process 7"), "it says so while it looks again");
+    let actions = load(&mut core, actions, 3, NOW + Duration::from_secs(2));
+    assert_eq!(opened(&actions), Some(3));
+}
+
+#[test]
+fn a_job_that_must_not_go_on_without_one_is_taken_back_or_fails() {
+    let mortal = || killed(&["survive.enabled=false"]);
+    let (a, b) = (mortal().standing(9), mortal().standing(9));
+    let mut core = mortal().restart();
+    comes(&mut core, 11, "a", Some(a.clone()));
+    assert_eq!(opened(&comes(&mut core, 12, "b", Some(b))), Some(5));
+    assert_eq!(state(&core, 1), JobState::Running);
+    // A broker that was killed while it waited finds it waiting.
+    let waiting = JobRecord { state: JobState::Waiting { reason: "x".to_owned() }, ..mortal().record };
+    for record in [mortal().record, waiting] {
+        let placement = mortal().placement;
+        let mut core = Killed { record: record.clone(), placement: placement.clone() }.restart();
+        comes(&mut core, 11, "a", Some(a.clone()));
+        let actions = tick(&mut core, Duration::from_secs(31));
+        assert!(is_aborted(&actions, 11));
+        let reason = failure(&core);
+        let expected = "the broker restarted after step 5, and `b` did not come back in 30 s; `fusionllm resume 1` goes on \
+                        from the checkpoint of step 3";
+        assert_eq!(reason, expected);
+        // One with which another process has gone on cannot be taken back at all.
+        let other = Restored { placement: None, ..Killed { record, placement }.restored() };
+        let (core, _) = Core::restore(vec![other], ResumedBy::default());
+        assert!(failure(&core).starts_with("the broker restarted after step 5; `fusionllm resume 1`"));
+    }
 }
