@@ -3,10 +3,12 @@
 //! Everything that happens is a [`CoreEvent`]; everything that follows is an [`Action`] for the shell in
 //! [`crate::server`]. So every order of events can be tried in a test.
 
+mod around;
 mod awaited;
 mod bounds;
 mod checkpoints;
 mod comeback;
+mod cuts;
 mod data;
 mod detector;
 mod drain;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use fusionllm_codec::CodecError;
 use fusionllm_graph::{DType, GraphError};
-use fusionllm_planner::format_bytes;
+use fusionllm_planner::{NodeIndex, format_bytes};
 use fusionllm_protocol::ProtocolError;
 use fusionllm_transport::{io_reason, is_of_path};
 
@@ -223,6 +223,16 @@ pub enum ExchangeError {
     #[error("its peer `{peer}`: {reason}")]
     Peer {
         /// Name of the CompNode.
+        peer: String,
+        /// Why it cannot be reached.
+        reason: String,
+    },
+    /// There is no connection to a peer, and none can be made: it may be alive all the same.
+    #[error("its peer `{peer}`: {reason}")]
+    Unreached {
+        /// Its place in the placement.
+        node: NodeIndex,
+        /// Its name.
         peer: String,
         /// Why it cannot be reached.
         reason: String,

@@ -358,6 +358,15 @@ pub enum FromCompNode {
         /// Counted from 1 by the CompNode.
         number: u64,
     },
+    /// A peer of the job cannot be reached, though it may be alive: this CompNode has given the job up.
+    LinkLost {
+        /// Which placement of which job both belong to.
+        key: RunKey,
+        /// Who is not reached.
+        peer: NodeIndex,
+        /// Why, in one line.
+        reason: String,
+    },
 }
 
 /// What a CompNode reports of one step.

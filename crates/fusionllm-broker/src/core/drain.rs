@@ -131,6 +131,9 @@ impl Core {
         }
         let mut idle = self.compnodes.idle_since(SETTLED, now);
         idle.retain(|&c| self.compnodes.phi(c, now) < SUSPECT);
+        let runs = self.jobs.values().filter_map(|job| job.run.as_ref());
+        let members: Vec<ConnectionId> = runs.flat_map(|run| run.members.iter().copied()).collect();
+        idle.retain(|&c| !self.is_cut_off(c, &members, now));
         let could_grow = |job: &mut Job| -> Option<RunKey> {
             let run = job.run.as_ref().filter(|run| run.step_time().is_some())?;
             let left = run.watchdog.time_of(job.record.spec.train.steps.saturating_sub(run.merged()));

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::JobState;
 
+use super::around::Around;
 use super::awaited::TakeBack;
 use super::comeback::Comeback;
 use super::growth::Growth;
@@ -32,6 +33,8 @@ pub(super) struct Job {
     pub(super) waits_since: Option<Duration>,
     /// The placement that is being worked out: its number, and who is kept for it.
     pub(super) planning: Option<(u64, Vec<ConnectionId>)>,
+    /// Sets of CompNodes that are tried since the plan for all uses a cut link.
+    pub(super) around: Option<Around>,
     /// What is told of it waits for this writing.
     pub(super) barrier: u64,
     /// What is to be told of it, and the writing that it waits for.
@@ -68,6 +71,7 @@ impl Job {
             first_number: 0,
             waits_since: None,
             planning: None,
+            around: None,
             barrier: 0,
             held: Vec::new(),
             told: Told::default(),

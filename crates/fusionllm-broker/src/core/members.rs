@@ -103,6 +103,7 @@ impl Core {
             actions.extend(self.left_after(connection, &reason, silence, now));
         }
         self.survey.tick(now);
+        self.survey.try_cut_ones(&self.compnodes, now);
         actions.extend(self.rewrite(now));
         actions.extend(self.stalled(now));
         self.jobs.values_mut().for_each(|job| job.snapshots.expire(now));

@@ -43,10 +43,7 @@ impl Core {
                 self.schedule(now)
             }
             FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),
-            FromCompNode::Probed { probe, result } => {
-                self.survey.probed(connection, probe, result, &self.compnodes, now);
-                self.schedule(now)
-            }
+            FromCompNode::Probed { probe, result } => self.probed(connection, probe, result, now),
             FromCompNode::Ready { key, data } => self.ready(key, connection, data, now),
             FromCompNode::Reading { key } => {
                 if let Some(run) = self.run_mut(key) {
@@ -87,6 +84,7 @@ impl Core {
                 // It has nothing left to send.
                 self.checkpoint_failed(key, step, &reason, false, now)
             }
+            FromCompNode::LinkLost { key, peer, reason } => self.link_lost(key, connection, peer, &reason, now),
             FromCompNode::Failed { key, reason, bad_input } => self.failed(key, connection, reason, bad_input, now),
         }
     }

@@ -50,7 +50,12 @@ impl Core {
                 (Some(first), _) => Err(format!("{first} comes first")),
             };
             match chosen {
-                Ok(members) => actions.extend(self.plan(job, members, now)),
+                Ok(members) => {
+                    if let Some(known) = self.jobs.get_mut(&job) {
+                        known.around = None;
+                    }
+                    actions.extend(self.plan(job, members, now));
+                }
                 Err(reason) => {
                     if held_back_by.is_none() && self.holds_back(job, now) {
                         held_back_by = Some(job);
@@ -127,9 +132,14 @@ impl Core {
 
     /// The CompNodes again, once all is known of them that a plan needs.
     fn surveyed(&mut self, job: JobId, members: Vec<ConnectionId>) -> Result<Vec<ConnectionId>, String> {
-        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else {
+        let now = self.ticked.unwrap_or_default();
+        let Some(Job { record, start: Some(start), recoveries, .. }) = self.jobs.get(&job) else {
             return Err("it is not known".to_owned());
         };
+        if recoveries.goes_on && start.cluster.is_none() {
+            // A link that was cut long ago may have healed.
+            self.survey.measure_cut_ones(&members, now);
+        }
         if start.cluster.is_some() || self.survey.is_complete(&members, WorkKey::of(&record.spec, start)) {
             return Ok(members);
         }
@@ -201,7 +211,7 @@ impl Core {
     }
 
     /// Asks for a placement on these CompNodes and keeps them for it.
-    fn plan(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
+    pub(super) fn plan(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
         let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return Vec::new() };
         let cluster = match &start.cluster {
             Some(cluster) => self.as_if(cluster, &members),
@@ -251,8 +261,14 @@ impl Core {
             return self.schedule(now);
         }
         let mut actions = match result {
-            Ok(plan) => self.assign(job, plan, members, now),
-            Err(error) => self.not_placed(job, &error, members),
+            Ok(plan) => match self.cut_in(job, &plan.placement, &members) {
+                Some(cut) => self.plan_around(job, cut, members, now),
+                None => self.assign(job, plan, members, now),
+            },
+            Err(error) => match self.plan_next_around(job, now) {
+                Some(actions) => actions,
+                None => self.not_placed(job, &error, members),
+            },
         };
         actions.extend(self.schedule(now));
         actions
@@ -296,6 +312,7 @@ impl Core {
         known.record.placed = None;
         known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
         known.recoveries.placed();
+        known.around = None;
         known.growth.placed(members.len());
         (known.record.step, known.record.loss) = (start.step, start.loss);
         known.record.snapshots = known.snapshots.to_store();

@@ -34,6 +34,9 @@ impl WorkKey {
     }
 }
 
+/// A link that was cut is tried again after this long, when both ends are idle.
+const HEALED: Duration = Duration::from_secs(30);
+
 /// Two CompNodes; the first one dials.
 type Pair = (ConnectionId, ConnectionId);
 
@@ -42,6 +45,8 @@ struct PairState {
     /// Nothing if they could not reach each other.
     result: Option<PairProfile>,
     at: Duration,
+    /// Whether they could reach each other before.
+    is_cut: bool,
 }
 
 #[derive(Debug)]
@@ -76,6 +81,8 @@ pub(super) struct Survey {
     wanted: BTreeMap<WorkKey, Wanted>,
     ops: BTreeMap<(ConnectionId, WorkKey), Option<Measured>>,
     active: BTreeMap<u64, Activity>,
+    /// Pairs that were cut and are measured again before the next plan.
+    healing: BTreeSet<Pair>,
 }
 
 impl Survey {
@@ -95,6 +102,7 @@ impl Survey {
         let concerns = |pair: &Pair| pair.0 == connection || pair.1 == connection;
         self.due.retain(|pair| !concerns(pair));
         self.pairs.retain(|pair, _| !concerns(pair));
+        self.healing.retain(|pair| !concerns(pair));
         self.ops.retain(|(at, _), _| *at != connection);
         for wanted in self.wanted.values_mut() {
             wanted.members.remove(&connection);
@@ -202,7 +210,7 @@ impl Survey {
         }
     }
 
-    /// A probe has ended.
+    /// A probe has ended. Whether a link is there again that was cut.
     pub(super) fn probed(
         &mut self,
         connection: ConnectionId,
@@ -210,11 +218,11 @@ impl Survey {
         result: Result<PairProfile, String>,
         registry: &Registry,
         now: Duration,
-    ) {
-        let Some(&Activity::Probe { pair, .. }) = self.active.get(&probe) else { return };
+    ) -> bool {
+        let Some(&Activity::Probe { pair, .. }) = self.active.get(&probe) else { return false };
         // Only the one that dialled says what came of it.
         if pair.0 != connection {
-            return;
+            return false;
         }
         self.active.remove(&probe);
         let sane = |pair: &PairProfile| {
@@ -230,14 +238,65 @@ impl Survey {
             Err(_) if !registry.is_idle(pair.0) || !registry.is_idle(pair.1) => {
                 // A job came in between; there is another time.
                 self.due.insert(pair);
-                return;
+                return false;
             }
             Err(reason) => {
                 tracing::warn!(from = ?pair.0, to = ?pair.1, reason, "two CompNodes do not reach each other");
                 None
             }
         };
-        self.pairs.insert(pair, PairState { result, at: now });
+        let was_cut = self.pairs.get(&pair).is_some_and(|state| state.is_cut);
+        self.set(pair, result, now);
+        was_cut && result.is_some()
+    }
+
+    fn set(&mut self, pair: Pair, result: Option<PairProfile>, now: Duration) {
+        let before = self.pairs.get(&pair);
+        let was_there =
+            self.healing.remove(&pair) || before.is_some_and(|state| state.is_cut || state.result.is_some());
+        self.pairs.insert(pair, PairState { result, at: now, is_cut: was_there && result.is_none() });
+    }
+
+    /// Two CompNodes that trained together do not reach each other any more: no plan may go by what was measured before.
+    pub(super) fn cut(&mut self, a: ConnectionId, b: ConnectionId, now: Duration) {
+        let pair = (a.min(b), a.max(b));
+        self.pairs.insert(pair, PairState { result: None, at: now, is_cut: true });
+    }
+
+    /// Whether two CompNodes cannot reach each other, as far as is known.
+    pub(super) fn is_unreachable(&self, a: ConnectionId, b: ConnectionId) -> bool {
+        a != b && self.pairs.get(&(a.min(b), a.max(b))).is_some_and(|state| state.result.is_none())
+    }
+
+    /// Whether a link was cut, or tried in vain since, within this time.
+    pub(super) fn is_cut_within(&self, a: ConnectionId, b: ConnectionId, time: Duration, now: Duration) -> bool {
+        let state = self.pairs.get(&(a.min(b), a.max(b)));
+        state.is_some_and(|state| state.is_cut && now.saturating_sub(state.at) < time)
+    }
+
+    /// Links among these that were cut, or last tried, long ago.
+    fn old_cuts(&self, members: &[ConnectionId], now: Duration) -> Vec<Pair> {
+        let is_of = |pair: &Pair| members.contains(&pair.0) && members.contains(&pair.1);
+        let is_old = |state: &PairState| state.is_cut && now.saturating_sub(state.at) >= HEALED;
+        let is_tried =
+            |of: &Pair| self.active.values().any(|a| matches!(a, Activity::Probe { pair, .. } if pair == of));
+        let old =
+            |(pair, state): (&Pair, &PairState)| (is_of(pair) && is_old(state) && !is_tried(pair)).then_some(*pair);
+        self.pairs.iter().filter_map(old).collect()
+    }
+
+    /// Before a plan for these is made, such links are measured: they may have healed.
+    pub(super) fn measure_cut_ones(&mut self, members: &[ConnectionId], now: Duration) {
+        let old = self.old_cuts(members, now);
+        self.pairs.retain(|pair, _| !old.contains(pair));
+        self.healing.extend(&old);
+        self.due.extend(old);
+    }
+
+    /// Such links between idle CompNodes are measured again.
+    pub(super) fn try_cut_ones(&mut self, registry: &Registry, now: Duration) {
+        let old = self.old_cuts(&registry.idle(), now);
+        self.due.extend(old);
     }
 
     /// The ops of a job were measured.
@@ -272,7 +331,9 @@ impl Survey {
         });
         // Remembered as what cannot be measured, so that no job waits for it again.
         for (pair, ops) in given_up {
-            self.pairs.extend(pair.map(|pair| (pair, PairState { result: None, at: now })));
+            if let Some(pair) = pair {
+                self.set(pair, None, now);
+            }
             self.ops.extend(ops.map(|ops| (ops, None)));
         }
     }

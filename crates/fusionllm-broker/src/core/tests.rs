@@ -11,6 +11,7 @@ use fusionllm_protocol::{
 };
 
 mod comeback;
+mod cuts;
 mod recovery;
 mod snapshots;
 mod takeback;

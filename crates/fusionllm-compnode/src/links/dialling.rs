@@ -58,7 +58,8 @@ impl JobLinks {
 
     /// A live connection to a peer: the one there is, a new one if it is ours to dial, else the next that comes.
     pub(super) async fn session_to(self: &Arc<Self>, peer: usize) -> Result<Session, ExchangeError> {
-        let lost = |reason: String| ExchangeError::Peer { peer: self.name_of(peer), reason };
+        let node = NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX));
+        let lost = |reason: String| ExchangeError::Unreached { node, peer: self.name_of(peer), reason };
         let (Some(slot), Some(addr), Some(dialling)) =
             (self.sessions.get(peer), self.peers.get(peer), self.dialling.get(peer))
         else {

@@ -18,11 +18,16 @@ use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
 use crate::residuals;
 use crate::task_loop::TrainPlan;
-use crate::{CompNodeError, ExecutorError, ShardError};
+use crate::{CompNodeError, ExchangeError, ExecutorError, ShardError};
 
 /// The message that this CompNode cannot go on with the job.
 pub(super) fn failed(key: RunKey, error: &CompNodeError) -> FromCompNode {
-    FromCompNode::Failed { key, reason: error.to_string(), bad_input: error.is_bad_input() }
+    match error {
+        CompNodeError::Exchange(ExchangeError::Unreached { node, reason, .. }) => {
+            FromCompNode::LinkLost { key, peer: *node, reason: reason.clone() }
+        }
+        error => FromCompNode::Failed { key, reason: error.to_string(), bad_input: error.is_bad_input() },
+    }
 }
 
 /// An assignment that is ready to start.

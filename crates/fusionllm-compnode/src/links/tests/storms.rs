@@ -245,6 +245,53 @@ async fn history(seed: u64) -> String {
     network.log()
 }
 
+/// A connection breaks, one-sided or not, and no other can be made: who dials says whom it does not reach, in bounded time. The
+/// other end may have nothing to send, and then hears of it by the broker.
+async fn history_of_a_cut(seed: u64) -> String {
+    let lasting = Duration::from_secs(1_000_000);
+    let (breaking, stormy_for, outage) = (1.0, lasting, lasting);
+    let network = Network::new(seed, Weather { breaking, stormy_for, outage, ..Weather::calm() });
+    let endpoints = [0, 1].map(|_| network.endpoint(Arc::new(AdmitAll)));
+    let peers: Vec<PeerRecord> = endpoints.iter().map(|e| peer_record(&e.addr())).collect();
+    let (mut all, mut accepting) = (Vec::new(), JoinSet::new());
+    for (node, endpoint) in (0..).zip(endpoints) {
+        let workers = Workers::Simulated(Arc::new(Mutex::new(ChaCha8Rng::seed_from_u64(seed))));
+        let links = JobLinks::with_workers(endpoint.clone(), &pipeline(node, peers.clone()), workers, None);
+        let to = Arc::clone(&links);
+        accepting.spawn(async move {
+            while let Some(session) = endpoint.accept().await {
+                to.accept(session);
+            }
+        });
+        links.dial_all();
+        accepting.spawn({
+            let (links, network) = (Arc::clone(&links), network.clone());
+            async move {
+                let _ = play(node, 2, links, network, seed).await;
+            }
+        });
+        all.push(links);
+    }
+    let began = tokio::time::Instant::now();
+    while all[0].mailbox.closed().is_none() {
+        assert!(began.elapsed() < 4 * REDIAL_LIMIT, "seed {seed} hangs\n{}", tail(&network));
+        sleep(Duration::from_millis(100)).await;
+    }
+    let told = all.iter().map(|links| links.mailbox.closed());
+    for (node, error) in (0..).zip(told).filter_map(|(node, error)| Some((node, error?))) {
+        let is_of_peer = matches!(error, ExchangeError::Unreached { node: NodeIndex(peer), .. } if peer == 1 - node);
+        assert!(is_of_peer, "seed {seed}: {node} says {error:?}");
+    }
+    all.iter().for_each(|links| links.abort("the job is over"));
+    accepting.shutdown().await;
+    network.log()
+}
+
+#[test]
+fn a_link_that_stays_cut_is_told_by_who_dials() {
+    all_hold(50, history_of_a_cut);
+}
+
 fn tail(network: &Network) -> String {
     let log = network.log();
     let lines: Vec<&str> = log.lines().collect();

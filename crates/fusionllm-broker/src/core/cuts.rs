@@ -1,0 +1,127 @@
+//! A link between two CompNodes is cut, and both are alive: the job goes on by a plan that does without it.
+
+use std::time::Duration;
+
+use fusionllm_planner::{NodeIndex, Placement, Way};
+use fusionllm_protocol::{Fault, JobId, PairProfile, RunKey};
+
+use super::around::Around;
+use super::detector::SUSPECT;
+use super::schedule::needed;
+use super::{Action, ConnectionId, Core, Job};
+
+/// A CompNode that does not reach a member of a job is not taken in for it until this long after the cut.
+const LONG_CUT: Duration = Duration::from_secs(120);
+
+impl Core {
+    /// A CompNode has given its job up, since it does not reach another one that it works with.
+    pub(super) fn link_lost(
+        &mut self,
+        key: RunKey,
+        from: ConnectionId,
+        peer: NodeIndex,
+        reason: &str,
+        now: Duration,
+    ) -> Vec<Action> {
+        let name = self.compnodes.name(from);
+        if self.is_awaited(key) && self.compnodes.run_of(from) == Some(key) {
+            return self.give_back(key.job, format!("CompNode `{name}` does not reach its peer: {reason}"), now);
+        }
+        let Some(run) = self.run_mut(key).filter(|run| run.node_of(from).is_some()) else { return Vec::new() };
+        let Some(to) = run.members.get(peer.index()).copied().filter(|&to| to != from) else { return Vec::new() };
+        let other = self.compnodes.name(to);
+        // One that is silent is gone, and its links with it.
+        if self.compnodes.phi(to, now) < SUSPECT && !self.compnodes.is_away(to) {
+            self.survey.cut(from, to, now);
+        }
+        let reason = format!("CompNode `{name}` does not reach `{other}`: {reason}");
+        self.fault(key, Fault::Failed, vec![name, other], Duration::ZERO, now);
+        self.recover(key, reason, true, now)
+    }
+
+    /// A link was measured, or cannot be.
+    pub(super) fn probed(
+        &mut self,
+        connection: ConnectionId,
+        probe: u64,
+        result: Result<PairProfile, String>,
+        now: Duration,
+    ) -> Vec<Action> {
+        if self.survey.probed(connection, probe, result, &self.compnodes, now) {
+            // What could not be placed without the link may be now.
+            self.jobs.values_mut().for_each(|job| job.recoveries.try_again());
+        }
+        self.schedule(now)
+    }
+
+    /// Two of `members` that would send to each other by a placement, and cannot.
+    pub(super) fn cut_in(
+        &self,
+        job: JobId,
+        placement: &Placement,
+        members: &[ConnectionId],
+    ) -> Option<(ConnectionId, ConnectionId)> {
+        let Job { record, recoveries, .. } = self.jobs.get(&job)?;
+        let named = |node: NodeIndex| {
+            let name = placement.compnodes.get(node.index())?;
+            members.iter().copied().find(|&member| self.compnodes.name(member) == *name)
+        };
+        let edges = placement.edges.iter().filter_map(|edge| placement.route(edge, Way::Activation));
+        let tied = placement.tied.iter().flat_map(|tied| {
+            let holders = &tied.holders;
+            holders.iter().flat_map(|&a| holders.iter().map(move |&b| (a, b)))
+        });
+        let root = placement.norm_root();
+        let norms = placement.nodes().filter(|_| record.spec.train.clip > 0.0).map(|node| (root, node));
+        let mut pairs = edges.map(|route| (route.from, route.to)).chain(tied).chain(norms);
+        let cut = |(a, b): (NodeIndex, NodeIndex)| {
+            let (a, b) = (named(a)?, named(b)?);
+            self.survey.is_unreachable(a, b).then_some((a, b))
+        };
+        if recoveries.goes_on { pairs.find_map(cut) } else { None }
+    }
+
+    /// A plan for `members` uses a link that is cut: the job is placed without one of its ends, or waits.
+    pub(super) fn plan_around(
+        &mut self,
+        job: JobId,
+        (a, b): (ConnectionId, ConnectionId),
+        members: Vec<ConnectionId>,
+        now: Duration,
+    ) -> Vec<Action> {
+        let (names, Some(known)) = ([a, b].map(|c| self.compnodes.name(c)), self.jobs.get_mut(&job)) else {
+            return Vec::new();
+        };
+        let owner = members.first().copied().filter(|_| known.owner().is_some());
+        let least = known.start.as_ref().map_or(1, |start| needed(&known.record.spec, start, true));
+        let reason =
+            format!("`{}` and `{}` do not reach each other, and no plan does without that", names[0], names[1]);
+        let around = known.around.get_or_insert_with(|| Around::new(members.clone(), reason));
+        // Who comes later in the order is left out first.
+        let mut ends = [a, b];
+        ends.sort_by_key(|end| members.iter().position(|member| member == end));
+        for end in ends.into_iter().filter(|&end| Some(end) != owner) {
+            let rest: Vec<ConnectionId> = members.iter().copied().filter(|&member| member != end).collect();
+            if rest.len() >= least.max(1) {
+                around.add(rest);
+            }
+        }
+        self.plan_next_around(job, now).unwrap_or_default()
+    }
+
+    /// Tries the next set of CompNodes; nothing if the job is not being placed around a cut link.
+    pub(super) fn plan_next_around(&mut self, job: JobId, now: Duration) -> Option<Vec<Action>> {
+        let known = self.jobs.get_mut(&job)?;
+        if let Some(members) = known.around.as_mut()?.take_next() {
+            return Some(self.plan(job, members, now));
+        }
+        let (all, reason) = known.around.take()?.give_up();
+        known.recoveries.cannot_be_placed(all, reason);
+        Some(Vec::new())
+    }
+
+    /// Whether a CompNode would be of no use to a run: its link to one of the members was cut not long ago.
+    pub(super) fn is_cut_off(&self, connection: ConnectionId, members: &[ConnectionId], now: Duration) -> bool {
+        members.iter().any(|&member| self.survey.is_cut_within(connection, member, LONG_CUT, now))
+    }
+}
