@@ -77,18 +77,20 @@ fn main() {
         let run = disturbed(&options, &calm, seed);
         println!("{}", table::line(&run));
         runs.push(run);
+        // Whoever ends it early has what came of the runs so far.
+        if let Some(out) = &options.out {
+            let document = json!({
+                "compnodes": options.compnodes,
+                "steps": options.steps,
+                "mean_s": options.mean,
+                "undisturbed": { "step_s": calm.step_s, "wall_s": calm.wall_s },
+                "runs": runs,
+                "table": table::of(&runs),
+            });
+            std::fs::write(out, serde_json::to_vec_pretty(&document).unwrap()).unwrap();
+        }
     }
     print!("{}", table::of(&runs));
-    if let Some(out) = &options.out {
-        let document = json!({
-            "compnodes": options.compnodes,
-            "steps": options.steps,
-            "mean_s": options.mean,
-            "undisturbed": { "step_s": calm.step_s, "wall_s": calm.wall_s },
-            "runs": runs,
-        });
-        std::fs::write(out, serde_json::to_vec_pretty(&document).unwrap()).unwrap();
-    }
     let mut failures: Vec<String> = Vec::new();
     for run in &runs {
         failures.extend(run.failures.iter().map(|failure| format!("seed {}: {failure}", run.seed)));

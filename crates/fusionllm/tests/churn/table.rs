@@ -50,6 +50,9 @@ pub(crate) fn of(runs: &[Disturbed]) -> String {
     for (kind, (count, back)) in by_fault {
         text.push_str(&format!("| {} | {count} | {} |\n", kind.name(), spread(back, 2)));
     }
+    let all: Vec<f64> = runs.iter().flat_map(|run| &run.faults).filter_map(|fault| fault.back_s).collect();
+    let count: usize = runs.iter().map(|run| run.faults.len()).sum();
+    text.push_str(&format!("| all | {count} | {} |\n", spread(all, 2)));
     let shares: Vec<f64> = runs.iter().map(|run| run.useful_share * 100.0).collect();
     let least = shares.iter().copied().fold(f64::INFINITY, f64::min);
     let (mut sorted, count) = (shares, runs.len());
