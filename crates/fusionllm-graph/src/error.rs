@@ -182,13 +182,13 @@ pub enum GraphError {
         reason: String,
     },
     /// The text is not the configuration of a model that is known here.
-    #[error("config.json: {reason}")]
+    #[error("not the config.json of a model that is known here: {reason}")]
     ConfigJson {
         /// What the parser found, with line and column, or which model it is.
         reason: String,
     },
     /// A model's configuration lacks a key, or one has a value of another kind.
-    #[error("config.json of a {model}: {reason}")]
+    #[error("{model}: {reason}")]
     Config {
         /// The model's family.
         model: &'static str,

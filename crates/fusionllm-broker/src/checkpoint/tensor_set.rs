@@ -57,7 +57,9 @@ impl TensorSet {
         }
         let mut places = BTreeMap::new();
         for param in dag.params() {
-            let place = found.remove(&bare(&param.name));
+            // Of what is tied, either name may be the stored one.
+            let tied = param.name == model.embedding() && dag.find_param(HEAD).is_none();
+            let place = found.remove(&bare(&param.name)).or_else(|| tied.then(|| found.remove(HEAD)).flatten());
             let Some((index, stored)) = place else {
                 let path = match paths {
                     [path] => path.clone(),
@@ -91,7 +93,7 @@ impl TensorSet {
     /// A sentence if a head is stored that is not the embedding that it is tied to.
     ///
     /// # Errors
-    /// [`CheckpointError`] if a file cannot be read.
+    /// [`CheckpointError`] if a file cannot be read, or which of the two counts is not known.
     pub(crate) fn untied_head(&self, dag: &OpDag, model: &Model) -> Result<Option<String>, CheckpointError> {
         let stored = self.files.iter().find(|f| f.info(HEAD).is_some());
         let Some(head) = stored.filter(|_| dag.find_param(HEAD).is_none()) else { return Ok(None) };
@@ -105,6 +107,12 @@ impl TensorSet {
             Ok::<_, CheckpointError>(of(file, stored)? == of(head, HEAD)?)
         });
         let differs = !same.transpose()?.unwrap_or(false);
+        if differs && !matches!(model, Model::Gpt2(_)) {
+            let reason = "is not the embedding, but tied to it by config.json: versions of transformers differ in which \
+                          counts. Set tie_word_embeddings to false to have both, or take it out of the file";
+            let (path, name, reason) = (head.path().to_owned(), HEAD.to_owned(), reason.to_owned());
+            return Err(CheckpointError::Tensor { path, name, reason });
+        }
         Ok(differs.then(|| format!("`{HEAD}` is not the embedding, but tied to it by config.json: it is passed over")))
     }
 

@@ -48,10 +48,7 @@ pub(super) fn read(
     let fail = |source| graph_error(&path.display().to_string(), source);
     let HuggingFaceModel { model, passed_over } = Model::from_hugging_face(&text).map_err(fail)?;
     let mut notes = Vec::new();
-    if !passed_over.is_empty() {
-        let keys = listed(&backticked(&passed_over));
-        notes.push(ModelNote::Unusual(format!("keys of config.json that are not known here, and passed over: {keys}")));
-    }
+    notes.extend(passed_over.iter().map(|what| ModelNote::Unusual(format!("of config.json is passed over: {what}"))));
     let model = model.with_dropout(dropout).map_err(fail)?;
     let seq_len = seq_len(&model);
     let dag = model.build(seq_len).map_err(fail)?;

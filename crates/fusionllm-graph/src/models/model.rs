@@ -25,7 +25,7 @@ pub enum Model {
 pub struct HuggingFaceModel {
     /// The model.
     pub model: Model,
-    /// Keys that are neither read nor known to change nothing.
+    /// Sentences on what of it is passed over, though it may matter.
     pub passed_over: Vec<String>,
 }
 
@@ -172,9 +172,9 @@ mod tests {
         let of = |text: &str| Model::from_hugging_face(text).map(|read| read.model.model_type());
         let error = of(r#"{"model_type": "bert"}"#).unwrap_err().to_string();
         let expected = "model_type is \"bert\", expected `gpt2`, `llama`, `mistral`, `qwen2`, `qwen3`";
-        assert_eq!(error, format!("config.json: {expected}"));
-        assert!(of("[1]").unwrap_err().to_string().starts_with("config.json: it is no object"));
-        assert!(of("{").unwrap_err().to_string().starts_with("config.json: "));
+        assert_eq!(error, format!("not the config.json of a model that is known here: {expected}"));
+        assert!(of("[1]").unwrap_err().to_string().ends_with("it is no object, expected the config.json of a model"));
+        assert!(of("{").unwrap_err().to_string().starts_with("not the config.json of a model"));
         let sizes = r#""vocab_size": 9, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 2"#;
         assert_eq!(of(&format!("{{{sizes}}}")).unwrap(), "gpt2");
     }

@@ -179,7 +179,7 @@ fn a_model_that_does_not_fit_its_config_is_refused() {
     folder.write("config.json", &config("\"n_positions\":8", "\"n_positions\":4"));
     assert!(folder.error().contains("seq_len is 8, expected at most n_positions 4"), "{}", folder.error());
     folder.write("config.json", "{");
-    assert!(folder.error().contains("config.json: not the config.json of a GPT-2"), "{}", folder.error());
+    assert!(folder.error().contains("config.json: not the config.json of a model"), "{}", folder.error());
     folder.write("config.json", &format!("\u{feff}{{{SIZES}}}"));
     assert!(folder.load().weights.is_some());
     folder.spec.data.seq_len = 4;

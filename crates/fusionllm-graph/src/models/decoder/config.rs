@@ -17,7 +17,7 @@ const BETA_FAST: f64 = 32.0;
 const BETA_SLOW: f64 = 1.0;
 
 /// Keys that are read.
-const READ: [&str; 26] = [
+const READ: [&str; 29] = [
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -44,10 +44,13 @@ const READ: [&str; 26] = [
     "quantization_config",
     "partial_rotary_factor",
     "is_encoder_decoder",
+    "is_causal",
+    "original_max_position_embeddings",
+    "pad_token_id",
 ];
 
 /// Keys that change nothing of what is computed in training; dropout is the job's.
-const HARMLESS: [&str; 26] = [
+const HARMLESS: [&str; 25] = [
     "architectures",
     "attention_dropout",
     "attn_implementation",
@@ -63,7 +66,6 @@ const HARMLESS: [&str; 26] = [
     "_name_or_path",
     "output_attentions",
     "output_hidden_states",
-    "pad_token_id",
     "problem_type",
     "return_dict",
     "tokenizer_class",
@@ -159,7 +161,7 @@ impl<'a> Keys<'a> {
 }
 
 impl DecoderConfig {
-    /// Reads the keys of a config.json, and gives the names of those that are neither read nor known to change nothing.
+    /// Reads the keys of a config.json, and gives sentences on what of it is passed over.
     ///
     /// # Errors
     /// A key is missing or out of range, or asks for a variant that [`decoder`](super::decoder) does not build.
@@ -171,6 +173,7 @@ impl DecoderConfig {
         keys.must_be("pretraining_tp", &Value::from(1))?;
         keys.must_be("partial_rotary_factor", &Value::from(1.0))?;
         keys.must_be("is_encoder_decoder", &Value::from(false))?;
+        keys.must_be("is_causal", &Value::from(true))?;
         if let Some(got) = keys.get("quantization_config") {
             return keys.wrong("quantization_config", got, "none: weights that are not quantized");
         }
@@ -211,8 +214,22 @@ impl DecoderConfig {
             initializer_range: keys.real("initializer_range")?.unwrap_or(INITIALIZER_RANGE),
         };
         let known = |key: &str| READ.contains(&key) || HARMLESS.contains(&key);
-        let passed_over = keys.keys.iter().filter(|(key, value)| !known(key) && !value.is_null());
-        Ok((config, passed_over.map(|(key, _)| key.clone()).collect()))
+        let unknown: Vec<String> = keys
+            .keys
+            .iter()
+            .filter(|(key, value)| !known(key) && !value.is_null())
+            .map(|(key, _)| format!("`{key}`"))
+            .collect();
+        let mut passed_over = Vec::new();
+        if !unknown.is_empty() {
+            passed_over.push(format!("keys that are not known here: {}", unknown.join(", ")));
+        }
+        if let Some(id) = keys.get("pad_token_id") {
+            passed_over.push(format!(
+                "`pad_token_id` {id}: `transformers` never trains its row of the embedding, here it is a token as any other"
+            ));
+        }
+        Ok((config, passed_over))
     }
 
     /// The keys of config.json that say what is computed; without the longest sequence, which training does not change.
@@ -360,6 +377,12 @@ fn rotary(keys: &Keys<'_>, positions: usize) -> Result<(f64, RotaryScaling), Gra
     }
     let base = own.or(theta).unwrap_or(ROPE_THETA);
     let kind = inner.get("rope_type").or(inner.get("type")).map_or(Some("default"), Value::as_str).unwrap_or("");
+    // Where it stands beside the rotary settings, `transformers` goes by that.
+    let original = match keys.size("original_max_position_embeddings")? {
+        Some(outer) => Some(outer),
+        None => inner.size("original_max_position_embeddings")?,
+    };
+    let original = original.unwrap_or(positions);
     let scaling = match kind {
         // Sequences are no longer than `max_position_embeddings`, up to which dynamic scaling changes nothing.
         "default" | "dynamic" => RotaryScaling::None,
@@ -368,9 +391,9 @@ fn rotary(keys: &Keys<'_>, positions: usize) -> Result<(f64, RotaryScaling), Gra
             factor: needed(&inner, "factor")?,
             low_freq_factor: needed(&inner, "low_freq_factor")?,
             high_freq_factor: needed(&inner, "high_freq_factor")?,
-            original_positions: inner.size("original_max_position_embeddings")?.unwrap_or(positions),
+            original_positions: original,
         },
-        "yarn" => yarn(&inner, positions)?,
+        "yarn" => yarn(&inner, positions, original)?,
         _ => return keys.wrong(key, value, "rope_type `default`, `linear`, `dynamic`, `llama3` or `yarn`"),
     };
     Ok((base, scaling))
@@ -382,8 +405,7 @@ fn needed(keys: &Keys<'_>, key: &'static str) -> Result<f64, GraphError> {
     keys.real(key)?.ok_or_else(missing)
 }
 
-fn yarn(keys: &Keys<'_>, positions: usize) -> Result<RotaryScaling, GraphError> {
-    let original_positions = keys.size("original_max_position_embeddings")?.unwrap_or(positions);
+fn yarn(keys: &Keys<'_>, positions: usize, original_positions: usize) -> Result<RotaryScaling, GraphError> {
     let factor = keys.real("factor")?.unwrap_or(positions as f64 / original_positions.max(1) as f64);
     let scale = |by: f64| if factor <= 1.0 { 1.0 } else { 0.1 * by * factor.ln() + 1.0 };
     let given = |key| Ok::<_, GraphError>(keys.real(key)?.filter(|&value| value != 0.0));

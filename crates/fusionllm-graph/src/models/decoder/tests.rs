@@ -91,6 +91,9 @@ fn both_forms_of_rotary_settings_are_read() {
     let llama3 = r#", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}"#;
     assert!(matches!(of(llama3).unwrap().1, RotaryScaling::Llama3 { original_positions: 16, .. }));
+    // What stands beside goes before.
+    let outer = of(&format!("{llama3}, \"original_max_position_embeddings\": 32"));
+    assert!(matches!(outer.unwrap().1, RotaryScaling::Llama3 { original_positions: 32, .. }));
     let RotaryScaling::Yarn { factor, beta_fast, attention_factor, original_positions, .. } =
         of(r#", "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 16}"#).unwrap().1
     else {
@@ -104,6 +107,7 @@ fn both_forms_of_rotary_settings_are_read() {
 fn what_is_not_computed_is_refused_by_name() {
     for (more, expected) in [
         (r#", "hidden_act": "mish""#, "llama: hidden_act is \"mish\", expected `silu`"),
+        (r#", "is_causal": false"#, "llama: is_causal is false, expected true"),
         (r#", "pretraining_tp": 2"#, "llama: pretraining_tp is 2, expected 1"),
         (r#", "quantization_config": {}"#, "llama: quantization_config is {}, expected none"),
         (r#", "partial_rotary_factor": 0.5"#, "llama: partial_rotary_factor is 0.5, expected 1.0"),
@@ -112,7 +116,7 @@ fn what_is_not_computed_is_refused_by_name() {
             "llama: rope_scaling is {\"rope_type\":\"longrope\"}, expected rope_type",
         ),
         (r#", "rope_scaling": {"rope_type": "linear", "alpha": 1}"#, "llama: rope_scaling is"),
-        (r#", "rope_scaling": {"rope_type": "linear"}"#, "config.json of a llama: `factor` is missing"),
+        (r#", "rope_scaling": {"rope_type": "linear"}"#, "llama: `factor` is missing"),
         (r#", "rope_parameters": {}, "rope_scaling": {"type": "linear"}"#, "llama: rope_scaling is"),
         (r#", "rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}"#, "llama: rope_theta is 1.0, expected 2"),
         (r#", "max_position_embeddings": 16"#, "llama: seq_len is 32, expected at most max_position_embeddings 16"),
@@ -153,7 +157,9 @@ fn a_window_counts_only_where_it_is_used_and_a_sequence_is_longer() {
 #[test]
 fn keys_that_are_not_known_are_told() {
     let (_, passed_over) = read("llama", r#", "logit_scale": 0.5, "use_cache": true, "foo": null"#).unwrap();
-    assert_eq!(passed_over, ["logit_scale"]);
+    assert_eq!(passed_over, ["keys that are not known here: `logit_scale`"]);
+    let (_, passed_over) = read("llama", r#", "pad_token_id": 3"#).unwrap();
+    assert!(passed_over[0].starts_with("`pad_token_id` 3: "), "{passed_over:?}");
 }
 
 #[test]

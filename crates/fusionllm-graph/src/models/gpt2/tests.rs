@@ -171,9 +171,9 @@ fn an_error_in_a_config_speaks_of_the_config() {
     let text = r#"{"vocab_size": 96, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 3}"#;
     assert_eq!(read(&format!("\u{feff}{text}")).unwrap(), tiny());
     let cases = [
-        ("{", "config.json: EOF while parsing"),
-        ("[]", "config.json: it is no object"),
-        (r#"{"vocab_size": 96, "n_positions": 32}"#, "config.json of a gpt2: `n_embd` is missing"),
+        ("{", "not the config.json of a model that is known here: EOF while parsing"),
+        ("[]", "not the config.json of a model that is known here: it is no object"),
+        (r#"{"vocab_size": 96, "n_positions": 32}"#, "gpt2: `n_embd` is missing"),
     ];
     for (text, start) in cases {
         let error = read(text).unwrap_err().to_string();
