@@ -91,6 +91,11 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
             );
             return Err(model_error(path, reason));
         }
+        if is_folder && spec.data.private && spec.model.weights == WeightsChoice::Model {
+            let note = "data.private: who else has these weights can look up tokens by the first activations, see \
+                        docs/job.md";
+            model.notes.push(ModelNote::Unusual(note.to_owned()));
+        }
         if has_tokenizer && spec.data.tokenizer == DataSpec::BYTES {
             let note = "the model has a tokenizer.json, but data.tokenizer = \"bytes\" feeds bytes as token ids";
             model.notes.push(ModelNote::Unusual(note.to_owned()));

@@ -129,8 +129,10 @@ pub enum DataError {
         path: PathBuf,
     },
     /// There is no text.
-    #[error("data.path holds no UTF-8 text files: {paths}")]
+    #[error("data.path holds no {what}: {paths}")]
     NoText {
+        /// What there should be, by the job's `data.format`.
+        what: String,
         /// What was searched.
         paths: String,
     },

@@ -12,5 +12,5 @@ pub use gpt2::{Gpt2Config, gpt2};
 pub use model::{HuggingFaceModel, Model};
 pub use resnet::resnet101;
 
-/// Most blocks of a model: more would have more ops than [`MAX_OPS`](crate::MAX_OPS).
+/// Most blocks of a model. Those of a GPT-2 then have nearly [`MAX_OPS`](crate::MAX_OPS) ops; a decoder ends a little before.
 pub const MAX_LAYERS: usize = 4096;

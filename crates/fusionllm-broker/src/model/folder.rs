@@ -18,8 +18,14 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Files that a trained model keeps of the one it began as.
-const CARRIED: [&str; 5] =
-    [CONFIG, "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"];
+const CARRIED: [&str; 6] = [
+    CONFIG,
+    "generation_config.json",
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
 /// Names that are listed one by one in a sentence.
 const LISTED: usize = 4;
 

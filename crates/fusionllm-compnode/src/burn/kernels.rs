@@ -23,6 +23,7 @@ use crate::ExecutorError;
 
 use fused::{SetAside, WeightSum};
 pub(crate) use linear::{Deferred, WeightGradient};
+pub(crate) use rotary::AngleTables;
 
 /// A real tensor of logical shape `shape`, held as `[rows, columns]`.
 #[derive(Clone, Debug)]
@@ -53,6 +54,8 @@ pub(crate) struct KernelContext<'a> {
     pub(crate) training: bool,
     /// Seed of what is random in this op and micro-batch.
     pub(crate) seed: u64,
+    /// What rotary ops have been computed with.
+    pub(crate) angles: &'a AngleTables,
 }
 
 /// Inputs and parameters of an op, in its documented order. Parameters are flat.
@@ -99,7 +102,9 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
         OpKind::Position { positions, dim } => real(position::forward(arguments, *positions, *dim)),
         OpKind::LayerNorm { eps, .. } => real(norm::forward(arguments, *eps)),
         OpKind::RmsNorm { eps, .. } => real(norm::rms(arguments, *eps)),
-        OpKind::Rotary { head_dim, base, scaling } => real(rotary::forward(arguments, *head_dim, *base, scaling)),
+        OpKind::Rotary { head_dim, base, scaling } => {
+            real(rotary::forward(arguments, *head_dim, *base, scaling, context.angles))
+        }
         OpKind::Linear { inputs, outputs, bias, layout } => {
             real(linear::forward(arguments, *inputs, *outputs, *bias, *layout))
         }

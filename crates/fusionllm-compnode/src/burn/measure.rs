@@ -17,7 +17,7 @@ use crate::border::BorderTensor;
 use crate::burn::executor::BurnExecutor;
 use crate::burn::gradients::{Gradients, LookupGradient};
 use crate::burn::host::{download, rows_and_columns, upload};
-use crate::burn::kernels::{self, Arguments, IntegerValue, KernelContext, RealValue, Value};
+use crate::burn::kernels::{self, AngleTables, Arguments, IntegerValue, KernelContext, RealValue, Value};
 use crate::burn::optimizer::{self, ParamState};
 use crate::executor::{Executor, MicroBatch, UpdateSpec};
 use crate::profile::{median_of_runs, pattern, token_ids};
@@ -73,7 +73,8 @@ fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag
     if let OpKind::Embedding { .. } = op.kind {
         return time_lookup(dag, id, Arguments { op, inputs, params }, device);
     }
-    let context = KernelContext { device, training: true, seed: 1 };
+    let angles = AngleTables::default();
+    let context = KernelContext { device, training: true, seed: 1, angles: &angles };
     let forward = || {
         let arguments = Arguments { op, inputs: inputs.clone(), params: params.clone() };
         match kernels::forward(&arguments, context)? {

@@ -15,7 +15,7 @@ use crate::border::{BorderTensor, check_input};
 use crate::burn::gradients::LookupGradient;
 use crate::burn::host::{at_border, to_scalar, value_of};
 use crate::burn::kernels::fused::{self, Operand, Seeded, SetAside, WeightSum};
-use crate::burn::kernels::{self, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
+use crate::burn::kernels::{self, AngleTables, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
 use crate::executor::{MicroBatch, StageOutput};
 use crate::params::seed_for;
 use crate::stop::StopFlag;
@@ -24,6 +24,8 @@ use crate::stop::StopFlag;
 #[derive(Debug, Default)]
 pub(crate) struct BurnStage {
     ops: Vec<OpId>,
+    /// What its rotary ops are computed with.
+    angles: AngleTables,
     /// Ops outside whose output an op inside consumes, and placeholders inside.
     entering: BTreeSet<OpId>,
     /// Ops inside whose output leaves.
@@ -223,7 +225,7 @@ impl BurnStage {
             }
             let parts = [micro_batch.step.to_le_bytes(), u64::from(micro_batch.index).to_le_bytes()];
             let seed = seed_for(around.seed, &[op.name.as_bytes(), &parts[0], &parts[1]]);
-            let context = KernelContext { device: around.device, training, seed };
+            let context = KernelContext { device: around.device, training, seed, angles: &self.angles };
             let arguments = Arguments { op, inputs, params };
             let value = if training && self.deferring.contains(&id) {
                 let (value, deferred) = kernels::forward_deferred(&arguments)?;

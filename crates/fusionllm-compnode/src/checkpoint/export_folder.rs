@@ -13,13 +13,14 @@ use crate::{ExportError, ShardError};
 /// Says whose export a folder holds. It is written first, so that what an interrupted export leaves is known too.
 const MARK: &str = "fusionllm-export.json";
 /// What an export may write besides. The first one makes it a model to others.
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "config.json",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
+    "chat_template.jinja",
 ];
 /// What a file is called until it is whole.
 const PARTIAL: &str = ".partial";

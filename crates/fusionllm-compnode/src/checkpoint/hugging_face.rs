@@ -50,7 +50,7 @@ pub fn export_hugging_face(
     let kept = |name: &str| carried.get(name).cloned();
     let tokenizer_config = kept("tokenizer_config.json").unwrap_or_else(|| format!("{tokenizer_config:#}\n"));
     write_text("tokenizer_config.json", &tokenizer_config)?;
-    for name in ["special_tokens_map.json", "generation_config.json"] {
+    for name in ["special_tokens_map.json", "generation_config.json", "chat_template.jinja"] {
         if let Some(text) = kept(name) {
             write_text(name, &text)?;
         }

@@ -124,7 +124,11 @@ impl Corpus {
         if corpus.files.is_empty() {
             let mut paths: Vec<String> = spec.path.iter().map(|p| p.display().to_string()).collect();
             paths.extend(left_out);
-            return Err(DataError::NoText { paths: paths.join("; ") });
+            let what = match spec.format {
+                DataFormat::Text => "UTF-8 text files".to_owned(),
+                format => format!("files that end in .{}", format.endings().join(" or .")),
+            };
+            return Err(DataError::NoText { what, paths: paths.join("; ") });
         }
         corpus.unknown = corpus.unknown_tokens(tokenizer);
         corpus.check_tokens(tokenizer)?;
@@ -135,7 +139,7 @@ impl Corpus {
                 return Err(DataError::TooShort { split, tokens, needed, left_out });
             }
         }
-        corpus.notes = corpus.notes(tokenizer, left_out, marks);
+        corpus.notes = corpus.notes(spec.format, tokenizer, left_out, marks);
         Ok(corpus)
     }
 
@@ -239,10 +243,16 @@ impl Corpus {
     }
 
     /// What the user must know.
-    fn notes(&self, tokenizer: &Tokenizer, left_out: Vec<String>, marks: usize) -> Vec<String> {
+    fn notes(&self, format: DataFormat, tokenizer: &Tokenizer, left_out: Vec<String>, marks: usize) -> Vec<String> {
         let mut notes = vec![format!("tokenizer: {} ({} entries)", tokenizer.name(), tokenizer.entries())];
-        if !tokenizer.passed_over().is_empty() {
-            let settings = tokenizer.passed_over().join(", ");
+        let mut settings = tokenizer.passed_over().to_vec();
+        let (before, after) = tokenizer.around();
+        let special = before.len() + after.len();
+        if format == DataFormat::Text && special > 0 {
+            settings.push(format!("{special} special tokens around each text (post_processor)"));
+        }
+        if !settings.is_empty() {
+            let settings = settings.join(", ");
             notes.push(format!("the tokenizer's {settings}: passed over, a corpus is read whole"));
         }
         let Coverage { chars, spaces, .. } = self.coverage;

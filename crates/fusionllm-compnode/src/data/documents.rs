@@ -13,9 +13,6 @@ use crate::DataError;
 
 pub(super) use token_file::{Part, each_part};
 
-/// A document longer than this is a mistake, or an attack.
-const MOST_BYTES: u64 = 1 << 30;
-
 /// The text of one document.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Document<'a> {
@@ -54,7 +51,7 @@ pub(super) fn each_document(
     take: &mut dyn FnMut(Document<'_>) -> Result<(), DataError>,
 ) -> Result<u64, Failure> {
     match spec.format {
-        DataFormat::Jsonl => jsonl::each(file, &spec.column, reading, take),
+        DataFormat::Jsonl => jsonl::each(file, spec, reading, take),
         DataFormat::Parquet => parquet::each(file, spec, reading, take),
         DataFormat::Text | DataFormat::Tokens => Err(Failure::File("its form has no documents".to_owned())),
     }

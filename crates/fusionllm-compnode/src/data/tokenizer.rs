@@ -1,5 +1,6 @@
 //! Text as token ids: bytes, or a Hugging Face tokenizer.
 
+mod around;
 mod coverage;
 mod growth;
 mod guard;
@@ -17,12 +18,12 @@ use fusionllm_graph::{in_plain_words, read_json};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint, content_hash};
 use fusionllm_transport::{is_shortage, read_text};
 use serde_json::Value;
+use tokenizers::Model;
 use tokenizers::models::ModelWrapper;
-use tokenizers::processors::PostProcessorWrapper;
-use tokenizers::{Model, PostProcessor};
 
 use super::{ReadableData, Reading};
 use crate::DataError;
+use around::{Around, for_a_corpus};
 pub(crate) use coverage::{Coverage, pieces};
 pub(super) use guard::guarded;
 pub use guard::is_guarded;
@@ -55,6 +56,8 @@ pub struct FileTokenizer {
     source: String,
     name: String,
     passed_over: Vec<String>,
+    /// The special tokens that the file puts before and after a text.
+    around: Around,
     /// Id of the token that stands for what is not known.
     unknown: Option<i32>,
     /// Whether every byte of any text becomes tokens.
@@ -133,7 +136,7 @@ impl Tokenizer {
         let tokenizer = guarded(|| {
             let mut inner: tokenizers::Tokenizer =
                 text.parse().map_err(|e: tokenizers::Error| in_plain_words("", &e.to_string()))?;
-            let passed_over = for_a_corpus(&mut inner).map_err(|e| e.to_string())?;
+            let (passed_over, around) = for_a_corpus(&mut inner).map_err(|e| e.to_string())?;
             let keeps_everything = keeps_everything(&inner, &keys);
             let unknown = unknown_token(&inner, &keys);
             growth::check_decoder(inner.get_decoder())?;
@@ -145,6 +148,7 @@ impl Tokenizer {
                 source,
                 name,
                 passed_over,
+                around,
                 unknown,
                 keeps_everything,
                 puts_before,
@@ -259,6 +263,15 @@ impl Tokenizer {
         }
     }
 
+    /// Ids of the special tokens that the file itself puts before and after a text (`post_processor`). A corpus that is
+    /// read whole has none.
+    pub fn around(&self) -> (Vec<i32>, Vec<i32>) {
+        match self {
+            Self::Bytes => (Vec::new(), Vec::new()),
+            Self::HuggingFace(tokenizer) => tokenizer.around.clone(),
+        }
+    }
+
     /// Entries of a vocabulary that has room for every id, added tokens included.
     pub fn entries(&self) -> usize {
         match self {
@@ -333,33 +346,6 @@ impl FileTokenizer {
     fn trained_entries(&self) -> usize {
         self.inner.get_vocab(false).values().max().map_or(0, |&id| id as usize + 1)
     }
-}
-
-/// Takes away what is meant for single inputs, and says what that was.
-fn for_a_corpus(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<Vec<String>> {
-    let mut passed_over = Vec::new();
-    if let Some(truncation) = tokenizer.get_truncation() {
-        passed_over.push(format!("truncation to {} tokens", truncation.max_length));
-        tokenizer.with_truncation(None)?;
-    }
-    if tokenizer.get_padding().is_some() {
-        passed_over.push("padding".to_owned());
-        tokenizer.with_padding(None);
-    }
-    let added = tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
-    if added > 0 {
-        passed_over.push(format!("{added} special tokens around each text (post_processor)"));
-    }
-    tokenizer.with_post_processor(None::<PostProcessorWrapper>);
-    if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
-        && let Some(share) = bpe.dropout.filter(|&share| share > 0.0)
-    {
-        passed_over.push(format!("dropout of merges ({share})"));
-        let mut bpe = bpe.clone();
-        bpe.dropout = None;
-        tokenizer.with_model(bpe);
-    }
-    Ok(passed_over)
 }
 
 /// Whether no character of any text can be dropped: byte-level, with a token for each byte, and nothing that takes text

@@ -100,7 +100,7 @@ impl DecoderConfig {
             num_key_value_heads: kv_heads,
             head_dim,
             max_position_embeddings: positions,
-            rms_norm_eps: if family.model_type == "qwen2" || family.model_type == "qwen3" { 1e-6 } else { 1e-5 },
+            rms_norm_eps: family.published_eps,
             rope_theta,
             rope_scaling: scaling,
             tie_word_embeddings: tied,

@@ -24,7 +24,7 @@ pub(super) enum Window {
 }
 
 /// A family of decoders.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub struct DecoderFamily {
     /// Hugging Face's `model_type`.
     pub model_type: &'static str,
@@ -45,6 +45,8 @@ pub struct DecoderFamily {
     pub(super) kv_heads: Option<usize>,
     /// Longest sequence where config.json is silent.
     pub(super) positions: usize,
+    /// What its published models add to the mean square in norms.
+    pub(super) published_eps: f64,
 }
 
 pub(super) const FAMILIES: [DecoderFamily; 4] = [
@@ -60,6 +62,7 @@ pub(super) const FAMILIES: [DecoderFamily; 4] = [
         head_dim: None,
         kv_heads: None,
         positions: 2048,
+        published_eps: 1e-5,
     },
     // Jiang et al., arXiv 2310.06825.
     DecoderFamily {
@@ -73,6 +76,7 @@ pub(super) const FAMILIES: [DecoderFamily; 4] = [
         head_dim: None,
         kv_heads: Some(8),
         positions: 131_072,
+        published_eps: 1e-5,
     },
     // Yang et al., arXiv 2407.10671; Qwen2.5 has its form.
     DecoderFamily {
@@ -86,6 +90,7 @@ pub(super) const FAMILIES: [DecoderFamily; 4] = [
         head_dim: None,
         kv_heads: Some(32),
         positions: 32_768,
+        published_eps: 1e-6,
     },
     // Yang et al., arXiv 2505.09388.
     DecoderFamily {
@@ -99,6 +104,7 @@ pub(super) const FAMILIES: [DecoderFamily; 4] = [
         head_dim: Some(128),
         kv_heads: Some(32),
         positions: 32_768,
+        published_eps: 1e-6,
     },
 ];
 

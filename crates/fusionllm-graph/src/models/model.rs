@@ -61,7 +61,7 @@ impl Model {
         Ok(HuggingFaceModel { model: Self::Decoder(config), passed_over })
     }
 
-    /// The model that `dag` was built from, whatever its name; `None` if it is of no family.
+    /// The model that `dag` was built from; `None` if it is of no family. Decoders are known by the name of their family.
     pub fn of(dag: &OpDag) -> Option<Self> {
         let gpt2 = Gpt2Config::of(dag).map(Self::Gpt2);
         gpt2.or_else(|| DecoderConfig::of(dag).map(Self::Decoder))

@@ -60,7 +60,7 @@ fn seq_len(io: &Io<'_>) -> u64 {
 }
 
 /// FP is two products of 2 * B * S * S * D and a softmax over B * H * S * S scores; BP is four such products and
-/// the softmax's gradient. A causal core is counted in full, S * S: the kernels compute the masked half too.
+/// the softmax's gradient. A causal core is counted in full, S * S, as plain kernels compute it.
 /// Scores and probabilities are written and read once each; the inputs and the probabilities are kept, by plain kernels.
 pub(super) fn core_cost(heads: usize, io: &Io<'_>) -> Cost {
     let seq_len = seq_len(io);

@@ -33,6 +33,9 @@ impl Rule for Rotary<'_> {
         if !(base.is_finite() && base > 0.0) {
             return Err(wrong_attribute("base", base, "a finite number over 0"));
         }
+        if matches!(self.scaling, RotaryScaling::Yarn { .. }) && base <= 1.0 {
+            return Err(wrong_attribute("base", base, "more than 1, for YaRN"));
+        }
         self.scaling.check().map_err(|(key, got, expected)| wrong_attribute(key, got, expected))?;
         let input = one(inputs)?;
         if input.dtype != DType::F32 || input.shape.dims().len() != 3 {

@@ -14,6 +14,7 @@ pub enum LrSchedule {
     /// A straight line from `lr` down to `lr * min_lr_ratio` at the last step.
     Linear,
     /// `lr` times the square root of warm-up steps over steps; without a warm-up, as after one of 10,000 steps.
+    #[serde(rename = "inverse_sqrt")]
     InverseSqrt,
     /// `lr` throughout.
     Constant,
@@ -65,6 +66,13 @@ mod tests {
         let job = "[model]\nname=\"gpt2\"\n[data]\npath=\"x\"";
         let spec = JobSpec::from_toml(job, &sets).unwrap();
         steps.iter().map(|&step| (spec.lr_at(step) * 1e6).round() / 1e6).collect()
+    }
+
+    #[test]
+    fn stored_jobs_and_job_files_name_a_schedule_alike() {
+        for (name, schedule) in LrSchedule::ALL {
+            assert_eq!(serde_json::to_value(schedule).unwrap(), name);
+        }
     }
 
     #[test]

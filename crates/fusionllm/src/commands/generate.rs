@@ -39,7 +39,9 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
 
 /// The text with which a model continues a prompt.
 pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, device: &str) -> anyhow::Result<String> {
-    let ids = model.tokenizer.encode(prompt).map_err(refused)?;
+    // As the model has seen texts begin.
+    let (mut ids, _) = model.tokenizer.around();
+    ids.extend(model.tokenizer.encode(prompt).map_err(refused)?);
     if let Some(dropped) = model.tokenizer.dropped(prompt)? {
         tracing::warn!("the tokenizer has no token for these characters of the prompt: {dropped}");
     }
@@ -58,7 +60,15 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
         );
     }
     let backend = open_device(device.parse().map_err(bad_input)?).map_err(refused)?;
-    let dag = for_sequences_of(ids.len() + sampling.tokens, model.dag, model.config.as_ref());
+    let length = ids.len() + sampling.tokens;
+    let longest = model.config.as_ref().map(Model::longest_sequence);
+    if let Some(longest) = longest.filter(|&longest| length > longest && ids.len() <= longest) {
+        tracing::warn!(
+            "prompt and text have {length} tokens, and the model reads {longest} at once: what goes beyond follows from the \
+             last {longest} alone"
+        );
+    }
+    let dag = for_sequences_of(length, model.dag, model.config.as_ref());
     let generator = Generator::new(Arc::new(dag), model.tensors, backend.as_ref());
     let mut generator = generator.map_err(|e| if e.is_bad_input() { bad_input(e) } else { e.into() })?;
     let written = generator.generate(&ids, sampling)?;

@@ -116,8 +116,7 @@ fn every_family_trains_as_in_pytorch_and_goes_out_again() {
 }
 
 #[test]
-fn a_decoder_by_name_is_exported_as_the_model_that_it_is() {
-    // The name gives sizes; a folder with the config alone gives the same with smaller ones.
+fn a_decoder_that_begins_anew_is_exported_as_the_model_that_it_is() {
     let bench = bench("qwen3");
     std::fs::remove_file(bench.path("hf/model.safetensors")).unwrap();
     bench.succeed("train job.toml --out new --set model.weights=new --set train.steps=1 --set train.eval_every=0");

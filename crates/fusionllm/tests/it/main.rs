@@ -8,8 +8,8 @@ mod circles;
 mod cluster;
 #[path = "../../../../tests/copy.rs"]
 mod copy;
-#[cfg(target_os = "linux")]
 mod decoders;
+#[cfg(target_os = "linux")]
 mod disk;
 mod docs;
 mod endurance;

@@ -69,7 +69,8 @@ impl Case {
         if let Some((shape, ids)) = &self.ids {
             inputs.push(upload(HostTensor::new(shape.clone(), Values::I32(ids.clone())).unwrap(), &device));
         }
-        let context = KernelContext { device: &device, training: self.training, seed: 5 };
+        let angles = AngleTables::default();
+        let context = KernelContext { device: &device, training: self.training, seed: 5, angles: &angles };
         let arguments = Arguments { op: &op, inputs, params: params.clone() };
         let Value::Real(output) = forward(&arguments, context).unwrap() else { panic!("not real") };
         let values = to_vec(output.tensor.clone()).unwrap();

@@ -17,12 +17,17 @@ pub(super) fn has_ending(file: &TextFile, format: DataFormat) -> bool {
     format.endings().iter().any(|of| ending.eq_ignore_ascii_case(of))
 }
 
-/// What stands after each document: the tokenizer's end of a text, or an empty line.
-fn end_of_document(tokenizer: &Tokenizer) -> Result<Vec<i32>, DataError> {
-    match tokenizer.end_of_text().and_then(|id| i32::try_from(id).ok()) {
-        Some(id) => Ok(vec![id]),
-        None => tokenizer.encode("\n\n"),
+/// What stands before and after each document: the special tokens that the tokenizer's own file puts around a text, and at
+/// the end the one that ends a text, or else an empty line.
+fn around_document(tokenizer: &Tokenizer) -> Result<(Vec<i32>, Vec<i32>), DataError> {
+    let (begin, mut end) = tokenizer.around();
+    if end.is_empty() {
+        end = match tokenizer.end_of_text().and_then(|id| i32::try_from(id).ok()) {
+            Some(id) => vec![id],
+            None => tokenizer.encode("\n\n")?,
+        };
     }
+    Ok((begin, end))
 }
 
 impl Corpus {
@@ -35,7 +40,10 @@ impl Corpus {
         readable: &ReadableData,
         reading: &Reading,
     ) -> Result<(), DataError> {
-        let fail = |reason: String| DataError::Path { path: file.path.clone(), reason };
+        // Of private data only what the job names is called by its name.
+        let hidden = spec.private && !file.named;
+        let path = if hidden { shown(&file.name, true).into() } else { file.path.clone() };
+        let fail = |reason: String| DataError::Path { path: path.clone(), reason };
         let opened = readable.open(&file.path).map_err(|source| match is_shortage(&source) {
             true => DataError::Unopened { what: "data.path", source },
             false => fail(source.to_string()),
@@ -53,8 +61,8 @@ impl Corpus {
         Ok(())
     }
 
-    /// Adds the documents of a file, each with what ends it, and says how many have no text. The last one is always held
-    /// out, and the first one never.
+    /// Adds the documents of a file, each with what stands around it, and says how many have no text. The last one is held
+    /// out, unless it is the first, which never is.
     fn push_documents(
         &mut self,
         file: File,
@@ -62,13 +70,14 @@ impl Corpus {
         tokenizer: &Tokenizer,
         reading: &Reading,
     ) -> Result<(FileFingerprint, u64), Failure> {
-        let end = end_of_document(tokenizer)?;
+        let (begin, end) = around_document(tokenizer)?;
         let mut hash = ContentHasher::default();
         let (mut bytes, mut train_bytes) = (0, 0);
         let without = each_document(file, spec, reading, &mut |document| {
             let Document { text, end: at } = document;
             let held_out = at > 1.0 - spec.eval_fraction && bytes > 0;
             let split = if held_out { Split::HeldOut } else { Split::Train };
+            self.tokens_of(split).extend(&begin);
             self.encode(text, split, text.len() as u64, tokenizer, reading)?;
             self.tokens_of(split).extend(&end);
             hash.update(&(text.len() as u64).to_le_bytes());

@@ -3,20 +3,29 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 
-use fusionllm_graph::read_json;
-use serde_json::{Map, Value};
+use std::fmt;
 
-use super::{Document, Failure, MOST_BYTES};
+use fusionllm_protocol::DataSpec;
+use serde::Deserializer;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+
+use super::{Document, Failure};
 use crate::DataError;
 use crate::data::Reading;
+
+/// A line longer than this is a mistake: a list of all documents, for example.
+const MOST_BYTES: usize = 64 << 20;
+/// Bytes of a line that are read at once.
+const PART_BYTES: u64 = 1 << 20;
 
 /// A byte order mark, in UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Gives the text of each line, in order, and says how many are empty or null. Empty lines are none.
+/// Gives the text of each line, in order, and says how many are empty or null. Empty lines are none. What is wrong is said
+/// without a word of the line: it may be private.
 pub(super) fn each(
     file: File,
-    column: &str,
+    spec: &DataSpec,
     reading: &Reading,
     take: &mut dyn FnMut(Document<'_>) -> Result<(), DataError>,
 ) -> Result<u64, Failure> {
@@ -24,33 +33,143 @@ pub(super) fn each(
     let mut lines = BufReader::new(file);
     let (mut line, mut at, mut without) = (Vec::new(), 0u64, 0);
     for number in 1u64.. {
-        line.clear();
-        let read = lines.by_ref().take(MOST_BYTES).read_until(b'\n', &mut line).map_err(|e| Failure::io(&e))?;
+        let fail = |reason: String| Failure::File(format!("line {number}: {reason}"));
+        let read = read_line(&mut lines, &mut line, reading)?;
         if read == 0 {
             break;
         }
-        let fail = |reason: String| Failure::File(format!("line {number}: {reason}"));
-        if read as u64 == MOST_BYTES && !line.ends_with(b"\n") {
-            return Err(fail(format!("it is longer than {MOST_BYTES} bytes")));
+        if line.len() > MOST_BYTES {
+            return Err(fail(format!("it is longer than {MOST_BYTES} bytes, expected an object for each document")));
         }
-        at += read as u64;
-        reading.moved(read)?;
-        reading.fits(read as u64)?;
+        at += read;
         let bytes = if number == 1 { line.strip_prefix(MARK).unwrap_or(&line) } else { &line };
         if bytes.trim_ascii().is_empty() {
             continue;
         }
-        let object: Map<String, Value> = read_json(bytes).map_err(fail)?;
-        match object.get(column) {
-            Some(Value::String(text)) if !text.is_empty() => {
-                take(Document { text, end: (at as f64 / size as f64).min(1.0) })?;
+        match text_of(bytes, &spec.column).map_err(fail)? {
+            Some(text) if !text.is_empty() => {
+                take(Document { text: &text, end: (at as f64 / size as f64).min(1.0) })?;
             }
-            Some(Value::String(_) | Value::Null) => without += 1,
-            Some(_) => return Err(fail(format!("`{column}` is no string, expected the text of a document"))),
-            None => {
-                return Err(fail(format!("`{column}` is missing: data.column says which key has the text")));
-            }
+            _ => without += 1,
         }
     }
     Ok(without)
+}
+
+/// Reads to the end of a line, or a little over the most that it may have; gives how many bytes.
+fn read_line(lines: &mut impl BufRead, line: &mut Vec<u8>, reading: &Reading) -> Result<u64, Failure> {
+    line.clear();
+    while !line.ends_with(b"\n") && line.len() <= MOST_BYTES {
+        let read = lines.by_ref().take(PART_BYTES).read_until(b'\n', line).map_err(|e| Failure::io(&e))?;
+        if read == 0 {
+            break;
+        }
+        reading.moved(read)?;
+        // The line, and its text besides.
+        reading.fits(2 * line.len() as u64)?;
+    }
+    Ok(line.len() as u64)
+}
+
+/// The text of a line; nothing if it is null.
+fn text_of(line: &[u8], column: &str) -> Result<Option<String>, String> {
+    let line = std::str::from_utf8(line).map_err(|_| "it is not UTF-8 text".to_owned())?;
+    let mut parser = serde_json::Deserializer::from_str(line);
+    let found = parser.deserialize_map(Column(column)).and_then(|found| parser.end().map(|()| found));
+    match found {
+        Ok(Found::Text(text)) => Ok(text),
+        Ok(Found::Other) => Err(format!("`{column}` is no string, expected the text of a document")),
+        Ok(Found::Nothing) => Err(format!("`{column}` is missing: data.column says which key has the text")),
+        Err(error) => Err(match error.classify() {
+            serde_json::error::Category::Data => "it is no object, expected one for each document".to_owned(),
+            _ => format!("it is no JSON (byte {})", error.column()),
+        }),
+    }
+}
+
+/// What an object has under the key.
+enum Found {
+    Text(Option<String>),
+    Other,
+    Nothing,
+}
+
+/// Reads an object, and keeps the text under one of its keys.
+struct Column<'a>(&'a str);
+
+impl<'de> Visitor<'de> for Column<'_> {
+    type Value = Found;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Found, A::Error> {
+        let mut found = Found::Nothing;
+        while let Some(key) = map.next_key::<std::borrow::Cow<'_, str>>()? {
+            if key == self.0 {
+                found = map.next_value_seed(Text)?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Reads a string or null; anything else is passed over.
+struct Text;
+
+impl<'de> DeserializeSeed<'de> for Text {
+    type Value = Found;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Found, D::Error> {
+        from.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Text {
+    type Value = Found;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Found, E> {
+        Ok(Found::Text(Some(text.to_owned())))
+    }
+
+    fn visit_string<E>(self, text: String) -> Result<Found, E> {
+        Ok(Found::Text(Some(text)))
+    }
+
+    fn visit_unit<E>(self) -> Result<Found, E> {
+        Ok(Found::Text(None))
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Found, E> {
+        Ok(Found::Other)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Found, E> {
+        Ok(Found::Other)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Found, E> {
+        Ok(Found::Other)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Found, E> {
+        Ok(Found::Other)
+    }
+
+    fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<Found, A::Error> {
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Found::Other)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Found, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Found::Other)
+    }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use ::parquet::basic::Type as PhysicalType;
+use ::parquet::basic::{ConvertedType, Repetition, Type as PhysicalType};
 use ::parquet::errors::ParquetError;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
 use ::parquet::record::Field;
@@ -25,8 +25,9 @@ pub(super) fn each(
     reading: &Reading,
     take: &mut dyn FnMut(Document<'_>) -> Result<(), DataError>,
 ) -> Result<u64, Failure> {
-    // Files that are damaged can make the library panic.
-    guarded(|| Ok(rows(file, spec, reading, take))).map_err(Failure::File)?
+    // Files that are damaged can make the library panic. What it says then may have words of the file.
+    let damaged = |_| Failure::File("not readable as Parquet: what reads it fails on something in it".to_owned());
+    guarded(|| Ok(rows(file, spec, reading, take))).map_err(damaged)?
 }
 
 fn rows(
@@ -68,7 +69,15 @@ fn rows(
 /// The column that the job names, if it has texts.
 fn text_column(schema: &Type, spec: &DataSpec) -> Result<Arc<Type>, Failure> {
     let name = &spec.column;
-    let is_text = |column: &Type| column.is_primitive() && column.get_physical_type() == PhysicalType::BYTE_ARRAY;
+    let is_text = |column: &Type| {
+        // Old files do not say that bytes are text.
+        let of_text = [ConvertedType::UTF8, ConvertedType::NONE, ConvertedType::JSON];
+        let info = column.get_basic_info();
+        column.is_primitive()
+            && column.get_physical_type() == PhysicalType::BYTE_ARRAY
+            && of_text.contains(&info.converted_type())
+            && info.repetition() != Repetition::REPEATED
+    };
     let fields = schema.get_fields();
     match fields.iter().find(|field| field.name() == name) {
         Some(column) if is_text(column) => Ok(Arc::clone(column)),
@@ -77,9 +86,10 @@ fn text_column(schema: &Type, spec: &DataSpec) -> Result<Arc<Type>, Failure> {
             let texts: Vec<String> =
                 fields.iter().filter(|f| is_text(f)).take(NAMED).map(|f| format!("`{}`", f.name())).collect();
             // Of private data not even these leave.
-            let there_are = match spec.private {
-                true => String::new(),
-                false => format!("; columns of strings are {}", texts.join(", ")),
+            let there_are = match (spec.private, texts.as_slice()) {
+                (true, _) => String::new(),
+                (false, []) => "; there is no column of strings".to_owned(),
+                (false, texts) => format!("; columns of strings are {}", texts.join(", ")),
             };
             Err(Failure::File(format!("column `{name}` is missing: data.column says which has the text{there_are}")))
         }

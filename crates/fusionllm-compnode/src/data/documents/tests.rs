@@ -53,9 +53,14 @@ fn a_line_that_has_no_text_is_named() {
     let missing = of(&format!("{fine}{{\"content\": \"two\"}}"));
     assert_eq!(missing, "line 2: `text` is missing: data.column says which key has the text");
     assert_eq!(of(&format!("{fine}{{\"text\": 5}}")), "line 2: `text` is no string, expected the text of a document");
-    assert!(of(&format!("{fine}{{\"text\": \"tw")).starts_with("line 2: "));
-    assert!(of(&format!("{fine}[1]")).starts_with("line 2: "));
-    assert!(of("\u{0}\u{1}").starts_with("line 1: "));
+    assert_eq!(of(&format!("{fine}{{\"text\": \"tw")), "line 2: it is no JSON (byte 12)");
+    let no_object = "line 2: it is no object, expected one for each document";
+    for line in ["[1]", "\"secret\"", "7"] {
+        assert_eq!(of(&format!("{fine}{line}")), no_object, "{line}");
+    }
+    assert!(of("\u{0}\u{1}").starts_with("line 1: it is no JSON"));
+    let utf16 = splits("a.jsonl", b"\xff\xfe{\0", DataFormat::Jsonl).unwrap_err();
+    assert_eq!(utf16, "line 1: it is not UTF-8 text");
     assert!(of("").contains("the training split has 0 tokens"), "{}", of(""));
 }
 
@@ -74,6 +79,24 @@ fn documents_without_a_text_are_counted_and_other_files_left_out() {
     assert!((report.bytes_per_token - 0.6).abs() < 1e-9, "{}", report.bytes_per_token);
     let fingerprint = report.fingerprint.unwrap();
     assert_eq!((fingerprint.bytes, fingerprint.files[0].train_bytes), (6, 3));
+}
+
+#[test]
+fn nothing_of_private_documents_is_in_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    for line in ["\"secret\"", "{\"text\": 5, \"secret\": \"secret\"}", "{\"secret", "{\"text\": \"\\ud800secret\"}"] {
+        std::fs::write(folder.path().join("secret.jsonl"), line).unwrap();
+        let private = DataSpec { private: true, ..spec(folder.path(), DataFormat::Jsonl) };
+        let error = Corpus::read(&private, &Tokenizer::Bytes).unwrap_err().to_string();
+        assert!(error.contains("line 1: ") && !error.contains("secret"), "{error}");
+    }
+}
+
+#[test]
+fn other_values_of_a_line_may_be_anything_that_is_json() {
+    let lines = "{\"a\": [1, {\"text\": 2}], \"text\": \"one\", \"z\": null}\n{\"text\": \"t\\u0077o\"}\n";
+    let (train, eval) = splits("a.jsonl", lines.as_bytes(), DataFormat::Jsonl).unwrap();
+    assert_eq!((train.as_str(), eval.as_str()), ("one\n\n", "two\n\n"));
 }
 
 fn parquet(rows: &[Option<&str>]) -> Vec<u8> {
@@ -126,9 +149,9 @@ fn a_parquet_file_that_does_not_fit_is_refused_with_what_there_is() {
     }
 }
 
-/// Any byte may be another.
+/// Any byte may be another; that this returns is the test.
 #[test]
-fn a_damaged_parquet_file_is_an_error_or_gives_some_rows() {
+fn a_damaged_parquet_file_ends_nothing_but_its_reading() {
     let rows = parquet(&[Some("one"), Some("two"), None, Some("four")]);
     for at in 0..rows.len() {
         let mut damaged = rows.clone();
