@@ -109,15 +109,28 @@ impl Core {
         self.plan_next_around(job, now).unwrap_or_default()
     }
 
-    /// Tries the next set of CompNodes; nothing if the job is not being placed around a cut link.
+    /// Tries the next set of CompNodes; nothing if the job is not being placed around a cut link. Where another job has taken
+    /// one of the set meanwhile, or it would not be chosen any more, the search is dropped: whoever schedules then begins it
+    /// again with those that are left.
     pub(super) fn plan_next_around(&mut self, job: JobId, now: Duration) -> Option<Vec<Action>> {
         let known = self.jobs.get_mut(&job)?;
         if let Some(members) = known.around.as_mut()?.take_next() {
-            return Some(self.plan(job, members, now));
+            if members.iter().all(|&member| self.may_have(job, member, now)) {
+                return Some(self.plan(job, members, now));
+            }
+            self.jobs.get_mut(&job)?.around = None;
+            return Some(Vec::new());
         }
         let (all, reason) = known.around.take()?.give_up();
         known.recoveries.cannot_be_placed(all, reason);
         Some(Vec::new())
+    }
+
+    /// Whether a job that goes on may be placed on a CompNode.
+    fn may_have(&self, job: JobId, member: ConnectionId, now: Duration) -> bool {
+        let name = self.compnodes.name(member);
+        let is_avoided = self.jobs.get(&job).is_some_and(|job| job.recoveries.avoids(&name, now));
+        self.compnodes.is_idle(member) && self.compnodes.phi(member, now) < SUSPECT && !is_avoided
     }
 
     /// Whether a CompNode would be of no use to a run: its link to one of the members was cut not long ago.
