@@ -7,13 +7,13 @@ use std::path::Path;
 use crate::BrokerError;
 use crate::core::OpenRun;
 use crate::files::{io_error, put_aside};
-use crate::run_dir::{RunDir, RunFile, is_of_run_dir};
+use crate::run_dir::{FolderLock, RunDir, RunFile, is_of_run_dir};
 
 /// Makes sure that a run may go on in its directory, and makes room for its `run.json`. Gives what its user must know.
 ///
 /// # Errors
-/// [`BrokerError::GoneOn`] if another process has gone on with it, [`BrokerError::Foreign`] if something else is in the
-/// place of the directory, or what cannot be read or renamed.
+/// [`BrokerError::GoneOn`] if another process has gone on with it, [`BrokerError::InUse`] if one is at work there now,
+/// [`BrokerError::Foreign`] if something else is in the place of the directory, or what cannot be read or renamed.
 pub(super) fn make_sure(open: &OpenRun) -> Result<Vec<String>, BrokerError> {
     let dir = RunDir::new(&open.run_dir);
     if dir.is_of_another(&open.placement) {
@@ -25,6 +25,8 @@ pub(super) fn make_sure(open: &OpenRun) -> Result<Vec<String>, BrokerError> {
         Ok(None) => {}
         Err(error) if error.is_shortage() => return Err(error),
         Err(_) => {
+            // Another process may be at work here, and this be its file.
+            FolderLock::check(&open.run_dir)?;
             let aside = put_aside(&path).map_err(|e| io_error(&path, e))?;
             let (path, aside) = (path.display(), aside.display());
             return Ok(vec![format!("something else was in the place of {path}: it is kept as {aside}")]);
@@ -163,6 +165,20 @@ mod tests {
         let (told, folder) = after("rmdir checkpoints; echo mine > checkpoints");
         assert!(told.len() == 1 && told[0].contains("is no folder, and stays as it is: checkpoints go to"), "{told:?}");
         assert_eq!(std::fs::read(folder.path().join("run/checkpoints")).unwrap(), b"mine\n");
+    }
+
+    /// Nothing is written without the lock.
+    #[test]
+    fn what_another_process_is_writing_is_not_renamed() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run");
+        let open = at_work(&run_dir);
+        let lock = FolderLock::take(&run_dir, &RunStart::new().run).unwrap();
+        std::fs::write(run_dir.join(RunFile::FILE), "theirs").unwrap();
+        assert!(matches!(make_sure(&open), Err(BrokerError::InUse { .. })));
+        assert_eq!(std::fs::read(run_dir.join(RunFile::FILE)).unwrap(), b"theirs");
+        drop(lock);
+        assert_eq!(make_sure(&open).unwrap().len(), 1);
     }
 
     #[test]
