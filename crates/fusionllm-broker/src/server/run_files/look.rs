@@ -121,13 +121,19 @@ impl RunFiles {
     /// The same for what is in the run directory, which is in its place.
     fn look_into(&mut self, removing: Duration) -> Vec<String> {
         let mut texts = Vec::new();
-        if !self.is_unlocked {
+        // Where it cannot be taken, another process may come and take it.
+        if !self.is_unlocked || self.opened.is_taken() {
             match self.opened.hold_on() {
-                Ok(told) => texts.extend(told),
+                Ok(told) => {
+                    self.is_unlocked = false;
+                    texts.extend(told);
+                }
                 Err(error @ BrokerError::LostLock { .. }) => {
                     self.lost = Some(error.to_string());
                     return texts;
                 }
+                // It is told once.
+                Err(_) if self.is_unlocked => {}
                 Err(error) => {
                     self.is_unlocked = true;
                     texts.push(error.to_string());
