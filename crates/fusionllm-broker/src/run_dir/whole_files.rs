@@ -12,6 +12,11 @@ use crate::files::{FileState, io_error, put_aside};
 /// So often something may come in the place of a file while that is written.
 const ATTEMPTS: usize = 10;
 
+/// So often a file is written again at once. One that others replace again and again is then left until the next checkpoint.
+const MOST_AT_ONCE: u32 = 10;
+/// Of what was put aside before, that which is larger is not compared with what is put aside now.
+const COMPARED_BYTES: u64 = 1 << 20;
+
 /// What is known of one file.
 #[derive(Clone, Debug, Default)]
 struct Known {
@@ -19,8 +24,14 @@ struct Known {
     state: Option<FileState>,
     /// What we wrote; nothing of one that is still to come.
     bytes: Option<Vec<u8>>,
-    /// Whether it could not be written again, which is told once.
+    /// Whether it could not be written again, or is left as it is, which is told once.
     is_missing: bool,
+    /// How often it was written again at once.
+    times: u32,
+    /// Whether it was told that it is left.
+    is_left: bool,
+    /// Where that is which came in its place last.
+    aside: Option<PathBuf>,
 }
 
 /// All such files of a run at work.
@@ -104,6 +115,18 @@ impl WholeFiles {
             if known.is_as_it_was(path) {
                 continue;
             }
+            if known.times >= MOST_AT_ONCE {
+                known.is_missing = true;
+                if !std::mem::replace(&mut known.is_left, true) {
+                    let path = path.display();
+                    told.push(format!(
+                        "others change {path} again and again: it is left as they have it, and is written again with each \
+                         checkpoint and at the end"
+                    ));
+                }
+                continue;
+            }
+            known.times += 1;
             let written = known.write(path, false);
             known.is_missing = written.is_err();
             let became = match written {
@@ -114,14 +137,16 @@ impl WholeFiles {
                     io_reason(&error)
                 ),
             };
-            told.push(format!("{} was renamed, removed or replaced: {became}", path.display()));
+            told.push(format!("{} was renamed, removed, replaced or edited: {became}", path.display()));
         }
         told
     }
 
     /// Has the next [`Self::look`] try again what could not be done.
     pub(crate) fn try_again(&mut self) {
-        self.0.values_mut().for_each(|known| known.is_missing = false);
+        for known in self.0.values_mut() {
+            (known.is_missing, known.times) = (false, known.times.min(MOST_AT_ONCE - 1));
+        }
     }
 
     /// Removes the temporary files that were left beside these, as by a crash.
@@ -156,17 +181,17 @@ impl Known {
 
     /// Writes it: in place of our own file, or of nothing. Gives where what others have put there is now.
     fn write(&mut self, path: &Path, is_ours: bool) -> std::io::Result<Vec<PathBuf>> {
-        let bytes = self.bytes.as_deref().unwrap_or_default();
+        let bytes = self.bytes.clone().unwrap_or_default();
         let mut aside = Vec::new();
         if is_ours && self.state.is_some() {
-            write_whole(path, bytes, FileMode::Shared)?;
+            write_whole(path, &bytes, FileMode::Shared)?;
         } else {
             let mut attempts = 1..ATTEMPTS;
             loop {
                 if path.symlink_metadata().is_ok() {
-                    aside.push(put_aside(path)?);
+                    aside.push(self.put_aside(path)?);
                 }
-                match write_new_whole(path, bytes, FileMode::Shared) {
+                match write_new_whole(path, &bytes, FileMode::Shared) {
                     Err(error) if error.kind() == ErrorKind::AlreadyExists && attempts.next().is_some() => {}
                     result => break result?,
                 }
@@ -175,6 +200,27 @@ impl Known {
         self.state = FileState::of(path);
         Ok(aside)
     }
+
+    /// Puts aside what others have put there. What is kept already, as a file of the same content, is not kept twice.
+    fn put_aside(&mut self, path: &Path) -> std::io::Result<PathBuf> {
+        let new = put_aside(path)?;
+        if let Some(kept) = self.aside.as_ref().filter(|kept| are_equal(kept, &new)) {
+            std::fs::remove_file(&new)?;
+            return Ok(kept.clone());
+        }
+        self.aside = Some(new.clone());
+        Ok(new)
+    }
+}
+
+/// Whether both are files of the same content; of large ones it is not told.
+fn are_equal(one: &Path, other: &Path) -> bool {
+    let length = |path: &Path| {
+        let found = path.symlink_metadata().ok().filter(std::fs::Metadata::is_file)?;
+        Some(found.len()).filter(|&bytes| bytes <= COMPARED_BYTES)
+    };
+    let read = |path: &Path| read_regular(path).ok();
+    length(one).is_some() && length(one) == length(other) && read(one).is_some() && read(one) == read(other)
 }
 
 /// Puts aside what cannot be a file of ours under one of these names, such as a folder. Gives what the run's user must know.
@@ -245,7 +291,10 @@ mod tests {
             assert_eq!(files.is_going(), kind == "removed");
             let told = files.look();
             assert_eq!(told.len(), 1, "{kind}: {told:?}");
-            assert!(told[0].contains("x.json was renamed, removed or replaced: it is written again"), "{told:?}");
+            assert!(
+                told[0].contains("x.json was renamed, removed, replaced or edited: it is written again"),
+                "{told:?}"
+            );
             assert_eq!(text(&path), "one");
             let other = folder.path().join("x.json.other");
             assert_eq!(other.symlink_metadata().is_ok(), kind != "removed", "{kind}");
@@ -258,6 +307,33 @@ mod tests {
             let told = files.write(&path, b"two".to_vec()).unwrap();
             assert_eq!(told.is_some(), kind != "removed", "{kind}: {told:?}");
             assert_eq!((text(&path), files.look()), ("two".to_owned(), Vec::new()));
+        }
+    }
+
+    #[test]
+    fn what_others_write_again_and_again_fills_no_disk() {
+        for is_same in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("x.json");
+            let mut files = WholeFiles::default();
+            files.write(&path, b"one".to_vec()).unwrap();
+            let replace = |files: &mut WholeFiles, n: u32| {
+                let theirs = if is_same { "theirs".to_owned() } else { format!("theirs {n}") };
+                std::fs::write(&path, theirs).unwrap();
+                files.look()
+            };
+            let told: Vec<String> = (0..50).flat_map(|n| replace(&mut files, n)).collect();
+            assert_eq!(told.len(), 11, "{told:?}");
+            assert!(told[10].contains("x.json again and again: it is left as they have it"), "{told:?}");
+            assert!(text(&path).starts_with("theirs"));
+            let others = || std::fs::read_dir(folder.path()).unwrap().count() - 1;
+            assert_eq!(others(), if is_same { 1 } else { 10 });
+            // With each checkpoint it is tried once.
+            files.try_again();
+            assert_eq!((files.look().len(), text(&path)), (1, "one".to_owned()));
+            let told: Vec<String> = (0..50).flat_map(|n| replace(&mut files, n)).collect();
+            assert_eq!(told, [""; 0]);
+            assert_eq!(others(), if is_same { 1 } else { 11 });
         }
     }
 

@@ -239,7 +239,7 @@ fn each_file_of_the_run_directory_is_kept_and_written_again() {
             }
         });
         for _ in files() {
-            let told = run.wait_for("was renamed, removed or replaced: it is written again");
+            let told = run.wait_for("was renamed, removed, replaced or edited: it is written again");
             assert_eq!(told.contains(".json.other"), kind != "nothing", "{told}");
         }
         run.wait_for("\"event\":\"checkpoint\"");
