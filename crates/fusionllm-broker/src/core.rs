@@ -289,6 +289,7 @@ impl Core {
             CoreEvent::CheckpointFailed { key, step, reason, may_pass } => {
                 self.checkpoint_failed(key, step, &reason, may_pass, now)
             }
+            CoreEvent::CheckpointDropped { key, step } => self.checkpoint_dropped(key, step, now),
             CoreEvent::Recorded { key, step } => {
                 if let Some(run) = self.run_mut(key) {
                     run.recorded(step);

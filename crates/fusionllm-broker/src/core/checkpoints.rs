@@ -70,7 +70,7 @@ impl Core {
     ) -> Vec<Action> {
         let Some(run) = self.run_mut(key) else { return Vec::new() };
         let mut actions = vec![Action::DropCheckpoint { key, step }];
-        match run.checkpoint_failed(step, may_pass, now) {
+        match run.checkpoint_failed(step, may_pass) {
             Failed::Last => return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now),
             Failed::Known => return Vec::new(),
             Failed::Again { is_first } => {
@@ -81,7 +81,6 @@ impl Core {
                     );
                     actions.extend(self.notices(key.job, vec![told]));
                 }
-                actions.extend(self.ask_again(key, now));
                 return actions;
             }
             Failed::New => {}
@@ -89,6 +88,13 @@ impl Core {
         actions.extend(self.notices(key.job, vec![format!("there is no checkpoint of step {step}: {reason}")]));
         actions.extend(self.advance(key, now));
         actions
+    }
+
+    /// What was left of a checkpoint that could not be kept is removed.
+    pub(super) fn checkpoint_dropped(&mut self, key: RunKey, step: u64, now: Duration) -> Vec<Action> {
+        let Some(run) = self.run_mut(key) else { return Vec::new() };
+        run.checkpoint_dropped(step, now);
+        self.ask_again(key, now)
     }
 
     /// Asks for the shards of the last checkpoint once more, if that is due.

@@ -85,6 +85,8 @@ pub(crate) enum CoreEvent {
     CheckpointFinished { key: RunKey, step: u64, path: PathBuf, checksum: String },
     /// A checkpoint cannot be kept. `may_pass` says whether it may be at another time, as where others have moved a folder.
     CheckpointFailed { key: RunKey, step: u64, reason: String, may_pass: bool },
+    /// What was left of a checkpoint that cannot be kept is removed, as far as it can be.
+    CheckpointDropped { key: RunKey, step: u64 },
     /// All steps up to this one stand in the metrics.
     Recorded { key: RunKey, step: u64 },
     /// Something that a job's user must see.
@@ -135,7 +137,7 @@ pub(crate) enum Action {
     Notice { run_dir: PathBuf, notice: Notice },
     /// All shards are there: check them and show the checkpoint.
     FinishCheckpoint { key: RunKey, spec: Box<FinishSpec> },
-    /// Remove the shards of a checkpoint that cannot be kept.
+    /// Remove the shards of a checkpoint that cannot be kept, and answer [`CoreEvent::CheckpointDropped`].
     DropCheckpoint { key: RunKey, step: u64 },
     /// Write the report.
     WriteReport { record: Box<JobRecord> },

@@ -58,10 +58,12 @@ pub(super) enum Failed {
 /// The last checkpoint, while it cannot be kept.
 #[derive(Clone, Copy, Debug)]
 struct Retry {
-    /// When it could not be kept for the first time.
-    since: Duration,
-    /// How often its shards were asked for since.
+    /// For how long it was waited between tries so far: how long shards take on their way does not count.
+    waited: Duration,
+    /// How often its shards were asked for since it could not be kept for the first time.
     times: u32,
+    /// Whether what is left of the try before is being removed: shards of the next one must not lie there yet.
+    is_dropping: bool,
     /// When they are asked for next; nothing while they are on their way.
     due: Option<Duration>,
 }

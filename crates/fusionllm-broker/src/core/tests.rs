@@ -1231,33 +1231,55 @@ fn training_goes_on_without_a_checkpoint_but_not_without_the_last() {
     assert_eq!(failure(&core), format!("checkpoint of step 6: /c: No space left on device (os error 28); {hint}"));
 }
 
-/// All that a run has made is with the CompNodes until the last checkpoint is in its place.
-#[test]
-fn the_last_checkpoint_is_tried_again_while_compnodes_hold_it() {
+/// A job of which only the last checkpoint is still to come.
+fn all_steps_done() -> Core {
     let mut core = running();
     for number in 1..=6 {
         for connection in [1, 2] {
             say(&mut core, connection, step(KEY, number, Some(1.0)));
         }
     }
+    core
+}
+
+fn last_failed(may_pass: bool) -> CoreEvent {
+    CoreEvent::CheckpointFailed { key: KEY, step: 6, reason: "/c is gone".to_owned(), may_pass }
+}
+
+fn last_dropped() -> CoreEvent {
+    CoreEvent::CheckpointDropped { key: KEY, step: 6 }
+}
+
+/// All that a run has made is with the CompNodes until the last checkpoint is in its place.
+#[test]
+fn the_last_checkpoint_is_tried_again_while_compnodes_hold_it() {
+    let mut core = all_steps_done();
     let shard =
         |node| CoreEvent::ShardStored { key: KEY, step: 6, node: NodeIndex(node), shard: StoredShard::default() };
-    let failed =
-        |may_pass| CoreEvent::CheckpointFailed { key: KEY, step: 6, reason: "/c is gone".to_owned(), may_pass };
     let again = FromBroker::ShardAgain { key: KEY, step: 6 };
     let is_told = |actions: &[Action]| {
         actions.iter().any(|a| matches!(a, Action::Emit(JobEvent::Notice { text, .. }) if text.contains("/c is gone")))
     };
     assert!(core.settles(KEY, 3) && !core.settles(KEY, 6));
     core.handle(shard(0), NOW);
-    let actions = core.handle(failed(true), NOW);
-    assert_eq!(sent(&actions), [(1, &again), (2, &again)]);
+    let wants = |core: &Core| {
+        let kind = BlobKind::Shard { step: 6, node: NodeIndex(1) };
+        core.wants_shard(ConnectionId(2), &BlobHeader { key: KEY, kind, bytes: 1 }).unwrap()
+    };
+    let actions = core.handle(last_failed(true), NOW);
+    // What the file thread is about to remove must be nothing of the next try.
+    assert!(sent(&actions).is_empty() && !wants(&core), "{actions:?}");
+    assert!(core.handle(shard(1), NOW).is_empty());
+    assert!(sent(&core.handle(CoreEvent::Tick, NOW + Duration::from_secs(1))).is_empty());
+    assert_eq!(sent(&core.handle(last_dropped(), NOW)), [(1, &again), (2, &again)]);
+    assert!(wants(&core) && core.handle(last_dropped(), NOW).is_empty());
     assert!(is_told(&actions) && matches!(actions[0], Action::DropCheckpoint { step: 6, .. }), "{actions:?}");
     assert_eq!(state(&core, 1), JobState::Running);
     // What the first try has stored does not count.
     assert!(core.handle(shard(1), NOW).is_empty());
-    let actions = core.handle(failed(true), NOW);
+    let actions = core.handle(last_failed(true), NOW);
     assert!(sent(&actions).is_empty() && !is_told(&actions), "{actions:?}");
+    assert!(sent(&core.handle(last_dropped(), NOW)).is_empty());
     let actions = core.handle(CoreEvent::Tick, NOW + Duration::from_secs(1));
     assert_eq!(sent(&actions), [(1, &again), (2, &again)]);
     for node in [0, 1] {
@@ -1268,26 +1290,48 @@ fn the_last_checkpoint_is_tried_again_while_compnodes_hold_it() {
     let settled = FromBroker::ShardSettled { key: KEY, step: 6 };
     assert_eq!(sent(&tell(&mut core, finished, NOW)), [(1, &settled), (2, &settled)]);
     assert!(core.settles(KEY, 6));
+}
 
-    // What a shard holds stays as it is, and a folder that does not come back is not waited for without an end.
+/// What a shard holds stays as it is, and a folder that does not come back is not waited for without an end.
+#[test]
+fn the_last_checkpoint_is_not_tried_for_ever() {
     for (may_pass, later) in [(false, 0), (true, 31)] {
-        let mut core = running();
-        for number in 1..=6 {
-            for connection in [1, 2] {
-                say(&mut core, connection, step(KEY, number, Some(1.0)));
-            }
-        }
+        let mut core = all_steps_done();
         let mut now = NOW;
-        core.handle(failed(may_pass), now);
+        let fails = |core: &mut Core, now| {
+            core.handle(last_failed(may_pass), now);
+            core.handle(last_dropped(), now);
+        };
+        fails(&mut core, now);
         while state(&core, 1) == JobState::Running && now < NOW + Duration::from_secs(60) {
             now += Duration::from_secs(1);
             core.handle(CoreEvent::Tick, now);
-            core.handle(failed(may_pass), now);
+            fails(&mut core, now);
         }
         assert!(failure(&core).starts_with("checkpoint of step 6: /c is gone"), "{}", failure(&core));
         let waited = (now - NOW).as_secs();
         assert!((later..=later + 8).contains(&waited), "{waited}");
     }
+}
+
+#[test]
+fn how_long_shards_are_on_their_way_does_not_count_as_tried() {
+    let mut core = all_steps_done();
+    let (mut now, mut tries) = (NOW, 0);
+    while state(&core, 1) == JobState::Running && tries < 20 {
+        core.handle(last_failed(true), now);
+        let mut actions = core.handle(last_dropped(), now);
+        while state(&core, 1) == JobState::Running && sent(&actions).is_empty() {
+            now += Duration::from_secs(1);
+            [1, 2].iter().for_each(|&connection| assert!(core.compnodes.seen(ConnectionId(connection), now)));
+            actions = core.handle(CoreEvent::Tick, now);
+        }
+        now += Duration::from_secs(40);
+        [1, 2].iter().for_each(|&connection| assert!(core.compnodes.seen(ConnectionId(connection), now)));
+        tries += 1;
+    }
+    assert!(failure(&core).starts_with("checkpoint of step 6: /c is gone"), "{}", failure(&core));
+    assert_eq!(tries, 8);
 }
 
 /// What must hold after every event, whatever happened.

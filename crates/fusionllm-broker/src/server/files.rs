@@ -195,6 +195,7 @@ impl Keeper {
                 if let Some(run) = self.runs.get(&key) {
                     events.extend(run.drop_partial(step));
                 }
+                events.push(CoreEvent::CheckpointDropped { key, step });
             }
             Action::Notice { run_dir, notice } => {
                 // Where no run of ours is open, the directory may be another's.

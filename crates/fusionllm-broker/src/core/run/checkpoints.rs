@@ -10,7 +10,8 @@ use super::{Failed, Retry, Run, Shards, param_names};
 use crate::checkpoint::StoredShard;
 use crate::core::ConnectionId;
 
-/// So long the last checkpoint is tried again: for all that a run has made, somebody may have to make room.
+/// So long it is waited between tries of the last checkpoint, all in all: for all that a run has made, somebody may have to
+/// make room. With the pauses as they are, it is tried eight times.
 const TRIED_FOR: Duration = Duration::from_secs(30);
 /// Between two tries, at most.
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
@@ -36,6 +37,23 @@ impl Run {
     /// until that is in its place: it could not be made again.
     pub(in crate::core) fn settles(&self, step: u64) -> bool {
         step != self.steps || self.checkpoint == Some(step)
+    }
+
+    /// What is left of a try of the last checkpoint is removed: when the next one is due.
+    pub(in crate::core) fn checkpoint_dropped(&mut self, step: u64, now: Duration) {
+        let is_last = step == self.steps;
+        let Some(retry) = self.retry.as_mut().filter(|retry| is_last && retry.is_dropping) else { return };
+        let pause = match retry.times {
+            0 => Duration::ZERO,
+            times => LONGEST_PAUSE.min(Duration::from_secs(1 << (times - 1).min(6))),
+        };
+        (retry.is_dropping, retry.due) = (false, Some(now + pause));
+        retry.waited += pause;
+    }
+
+    /// Whether what comes of the last checkpoint is of a try that has failed.
+    fn is_between_tries(&self, step: u64) -> bool {
+        step == self.steps && self.retry.is_some_and(|retry| retry.is_dropping || retry.due.is_some())
     }
 
     /// The step of which shards are asked for once more now.
@@ -65,26 +83,24 @@ impl Run {
     /// Whether the shard is one that this CompNode owes.
     pub(in crate::core) fn owes_shard(&self, connection: ConnectionId, node: NodeIndex, step: u64) -> bool {
         let is_known = self.shards.get(&step).is_some_and(|s| s.contains_key(&node));
-        self.node_of(connection) == Some(node) && self.expects(step) && !self.finishing.contains(&step) && !is_known
+        let is_due = self.expects(step) && !self.finishing.contains(&step) && !self.is_between_tries(step);
+        self.node_of(connection) == Some(node) && is_due && !is_known
     }
 
     /// A checkpoint cannot be kept; `may_pass` says whether it may be at another time. What that means.
-    pub(in crate::core) fn checkpoint_failed(&mut self, step: u64, may_pass: bool, now: Duration) -> Failed {
+    pub(in crate::core) fn checkpoint_failed(&mut self, step: u64, may_pass: bool) -> Failed {
         self.finishing.remove(&step);
         self.shards.remove(&step);
         // One that has gone sends nothing again.
         if step == self.steps && may_pass && self.finished.is_empty() {
             let is_first = self.retry.is_none();
-            let retry = self.retry.get_or_insert(Retry { since: now, times: 0, due: None });
-            if retry.due.is_some() {
+            let new = Retry { waited: Duration::ZERO, times: 0, is_dropping: false, due: None };
+            let retry = self.retry.get_or_insert(new);
+            if retry.is_dropping || retry.due.is_some() {
                 return Failed::Known;
             }
-            if now.saturating_sub(retry.since) < TRIED_FOR {
-                let pause = match retry.times {
-                    0 => Duration::ZERO,
-                    times => LONGEST_PAUSE.min(Duration::from_secs(1 << (times - 1).min(6))),
-                };
-                retry.due = Some(now + pause);
+            if retry.waited < TRIED_FOR {
+                retry.is_dropping = true;
                 return Failed::Again { is_first };
             }
         }
@@ -98,7 +114,7 @@ impl Run {
 
     pub(in crate::core) fn shard_stored(&mut self, step: u64, node: NodeIndex, shard: StoredShard) {
         // One of a checkpoint that has been given up may still come.
-        if node.index() < self.members.len() && self.expects(step) {
+        if node.index() < self.members.len() && self.expects(step) && !self.is_between_tries(step) {
             self.shards.entry(step).or_default().insert(node, shard);
         }
     }
