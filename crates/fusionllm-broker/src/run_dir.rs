@@ -89,26 +89,15 @@ impl PlacementFile {
 /// The folder in a run directory where its checkpoints are, unless the job names another one.
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
 
-/// How the names begin of what is in a run directory.
-const NAMES: [&str; 12] = [
-    FolderLock::FILE,
-    RunFile::FILE,
-    CHECKPOINTS,
-    "job.json",
-    "graph.json",
-    "placement.json",
-    "data.json",
-    "metrics.",
-    "notices.",
-    "trace.json",
-    "loss-bytes.svg",
-    "report.md",
-];
+/// How the names begin of what is in a run directory beside its files.
+const BESIDE: [&str; 5] = [FolderLock::FILE, CHECKPOINTS, SNAPSHOT_FOLDER, "metrics.", "notices."];
 
 /// Whether something of this name may be of a run directory.
 pub(crate) fn is_of_run_dir(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
-    NAMES.iter().any(|begin| name.starts_with(begin)) || name.starts_with(SNAPSHOT_FOLDER)
+    let files = RunDir::new(Path::new("")).files();
+    let mut begins = files.iter().filter_map(|path| path.file_name()?.to_str()).chain(BESIDE);
+    begins.any(|begin| name.starts_with(begin))
 }
 
 /// A run directory.
