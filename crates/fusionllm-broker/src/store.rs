@@ -229,7 +229,14 @@ impl Store {
             let mut record: JobRecord = read_json(bytes.value()).map_err(|e| self.entry(job.value(), e))?;
             let found = work.get((job.value(), record.generation.0)).map_err(|e| self.fail(e))?;
             // Without it the job goes on by what its run directory has.
-            record.work = found.and_then(|bytes| read_json(bytes.value()).ok()).map(Arc::new);
+            record.work = found.and_then(|bytes| match read_json::<Work>(bytes.value()) {
+                Ok(work) => Some(Arc::new(work)),
+                Err(error) => {
+                    let (job, path) = (record.job, self.path.display());
+                    tracing::warn!(%job, %path, error, "what the job is at work with cannot be read: it is not taken back");
+                    None
+                }
+            });
             records.push(record);
         }
         Ok(records)
