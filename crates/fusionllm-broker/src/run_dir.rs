@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 
 use fusionllm_graph::{OpDag, read_json};
 use fusionllm_planner::{Placement, Prediction};
-use fusionllm_protocol::{Generation, JobSpec, placement_hash};
+use fusionllm_protocol::{Generation, JobSpec, content_hash, placement_hash};
 use fusionllm_transport::{
     folder_above, if_usable, is_of_path, is_same_file, no_folder_above, read_regular, without_temporary_name,
 };
@@ -84,7 +84,15 @@ impl PlacementFile {
         });
         Self { generation, stages: stages.collect(), placement: placement.clone(), prediction }
     }
+
+    /// Hash of the file as it is written; nothing if it cannot be.
+    pub(crate) fn content_hash(&self) -> Option<String> {
+        to_json(Path::new(PLACEMENT), self).ok().map(|bytes| content_hash(&bytes))
+    }
 }
+
+/// Name of the file with the placement.
+const PLACEMENT: &str = "placement.json";
 
 /// The folder in a run directory where its checkpoints are, unless the job names another one.
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
@@ -124,7 +132,7 @@ impl RunDir {
     }
 
     pub(crate) fn placement(&self) -> PathBuf {
-        self.path.join("placement.json")
+        self.path.join(PLACEMENT)
     }
 
     pub(crate) fn data(&self) -> PathBuf {
@@ -159,12 +167,14 @@ impl RunDir {
         [of_run, self.metrics(), self.notices()].into_iter().chain(written).collect()
     }
 
-    /// Whether another placement than this one has been at work here since: another process has gone on with the run.
-    pub(crate) fn is_of_another(&self, known: &PlacementFile) -> bool {
+    /// Whether another placement than this one has been at work here since: another process has gone on with the run. It is
+    /// none of those whose files have these content hashes: where the directory is older, they are of the same job.
+    pub(crate) fn is_of_another(&self, known: &PlacementFile, hashes: &[String]) -> bool {
         let hash = |file: &PlacementFile| placement_hash(&file.placement).ok();
         // What others have removed or damaged tells nothing.
         let found: Option<PlacementFile> = self.read_json(&self.placement()).ok().flatten();
-        found.is_some_and(|found| found.generation != known.generation || hash(&found) != hash(known))
+        let is_other = found.is_some_and(|found| found.generation != known.generation || hash(&found) != hash(known));
+        is_other && !read_regular(&self.placement()).is_ok_and(|bytes| hashes.contains(&content_hash(&bytes)))
     }
 
     /// Reads a JSON file of the run; `None` if it is not there.

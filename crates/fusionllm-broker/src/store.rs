@@ -80,6 +80,23 @@ pub(crate) struct Work {
     pub(crate) carried: BTreeMap<String, String>,
     /// Which run it is.
     pub(crate) run: RunStart,
+    /// Of `placement.json`, the content hashes for the newest placements of the job, this one last: an older copy of the run
+    /// directory is still the job's own.
+    #[serde(default)]
+    pub(crate) hashes: Vec<String>,
+}
+
+impl Work {
+    /// So many hashes of placements are kept.
+    const MOST_HASHES: usize = 256;
+
+    /// The hashes for a new placement of a job that was at work with `before`.
+    pub(crate) fn hashes_with(before: Option<&Self>, file: &PlacementFile) -> Vec<String> {
+        let mut hashes = before.map_or_else(Vec::new, |work| work.hashes.clone());
+        hashes.extend(file.content_hash());
+        hashes.drain(..hashes.len().saturating_sub(Self::MOST_HASHES));
+        hashes
+    }
 }
 
 /// A placement that was started. The rest of it is in [`Work`].
@@ -338,7 +355,8 @@ mod tests {
             let (placement, graph) = testing::placed(&testing::spec(&[]), generation);
             let carried = [("tokenizer.json".to_owned(), format!("[{generation}]"))].into();
             let run = RunStart { notices: Vec::new(), ..RunStart::new() };
-            let work = Work { placement, graph, carried, run };
+            let hashes = Work::hashes_with(None, &placement);
+            let work = Work { placement, graph, carried, run, hashes };
             JobRecord { generation: Generation(generation), work: Some(Arc::new(work)), ..record(1) }
         };
         let (first, second) = (at_work(1), at_work(2));

@@ -325,6 +325,7 @@ impl Core {
             graph: start.graph.clone(),
             carried: start.origin.carried.as_ref().clone(),
             run: start.run.clone(),
+            hashes: Work::hashes_with(known.record.work.as_deref(), &file),
         }));
         let run_dir = known.record.run_dir.clone();
         for &member in &members {
@@ -337,6 +338,7 @@ impl Core {
             spec: spec.clone(),
             graph: start.graph.clone(),
             placement: file,
+            hashes: Vec::new(),
             predicted: Some(predicted),
             start_step: start.step,
             takes_back: false,

@@ -198,6 +198,7 @@ impl Core {
             spec: record.spec.clone(),
             graph: start.graph.clone(),
             placement: back.file.clone(),
+            hashes: record.work.as_ref().map_or_else(Vec::new, |work| work.hashes.clone()),
             predicted: None,
             start_step: back.reached.0,
             takes_back: true,

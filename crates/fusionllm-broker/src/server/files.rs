@@ -407,3 +407,4 @@ mod tests {
         assert_eq!([2, 4, 6].map(is_there), [true, false, true], "step 2 is the last good one");
     }
 }
+            hashes: Vec::new(),

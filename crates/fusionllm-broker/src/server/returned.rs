@@ -16,7 +16,7 @@ use crate::run_dir::{FolderLock, RunDir, RunFile, is_of_run_dir};
 /// [`BrokerError::Foreign`] if something else is in the place of the directory, or what cannot be read or renamed.
 pub(super) fn make_sure(open: &OpenRun) -> Result<Vec<String>, BrokerError> {
     let dir = RunDir::new(&open.run_dir);
-    if dir.is_of_another(&open.placement) {
+    if dir.is_of_another(&open.placement, &open.hashes) {
         return Err(BrokerError::GoneOn);
     }
     let (path, at) = (open.run_dir.join(RunFile::FILE), open.run_dir.display());
@@ -73,6 +73,7 @@ mod tests {
     use super::*;
     use crate::opened_run::OpenedRun;
     use crate::run_dir::{RunStart, WholeFiles};
+    use crate::store::Work;
     use crate::testing;
 
     /// A run that was at work in a directory, which has a checkpoint and metrics.
@@ -87,6 +88,7 @@ mod tests {
             spec,
             graph,
             placement,
+            hashes: Vec::new(),
             predicted: None,
             start_step: 0,
             takes_back: false,
@@ -165,6 +167,34 @@ mod tests {
         let (told, folder) = after("rmdir checkpoints; echo mine > checkpoints");
         assert!(told.len() == 1 && told[0].contains("is no folder, and stays as it is: checkpoints go to"), "{told:?}");
         assert_eq!(std::fs::read(folder.path().join("run/checkpoints")).unwrap(), b"mine\n");
+    }
+
+    /// As where somebody puts a copy back, or a crash came before the newest one was written.
+    #[test]
+    fn an_earlier_placement_of_the_job_is_no_other_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run");
+        let open = at_work(&run_dir);
+        let dir = RunDir::new(&run_dir);
+        let earlier = std::fs::read(dir.placement()).unwrap();
+        let first = Work {
+            hashes: Work::hashes_with(None, &open.placement),
+            placement: open.placement,
+            graph: open.graph.clone(),
+            carried: Default::default(),
+            run: open.run.clone(),
+        };
+        let placement = testing::placed(&open.spec, 2).0;
+        let hashes = Work::hashes_with(Some(&first), &placement);
+        let open = OpenRun { placement, hashes, ..open };
+        assert_eq!(make_sure(&open).unwrap(), Vec::<String>::new());
+        opened(&open).unwrap();
+        assert_eq!(make_sure(&open).unwrap(), Vec::<String>::new());
+        std::fs::write(dir.placement(), &earlier).unwrap();
+        assert_eq!(make_sure(&open).unwrap(), Vec::<String>::new());
+        // One that the job never had.
+        std::fs::write(dir.placement(), [earlier, b"\n".to_vec()].concat()).unwrap();
+        assert!(matches!(make_sure(&open), Err(BrokerError::GoneOn)));
     }
 
     /// Nothing is written without the lock.

@@ -89,8 +89,9 @@ pub(super) fn restored(record: JobRecord) -> Restored {
     let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
     let checkpoint = if is_open { newest() } else { None };
     let gone_for = reached.and_then(|_| age(&RunDir::new(&record.run_dir).metrics())).unwrap_or_default();
-    let placement = record.work.as_ref().filter(|_| is_open && record.placed.is_some()).map(|work| &work.placement);
-    let placement = placement.filter(|placement| !RunDir::new(&record.run_dir).is_of_another(placement)).cloned();
+    let work = record.work.as_ref().filter(|_| is_open && record.placed.is_some());
+    let is_ours = |work: &&Arc<Work>| !RunDir::new(&record.run_dir).is_of_another(&work.placement, &work.hashes);
+    let placement = work.filter(is_ours).map(|work| work.placement.clone());
     Restored { record, reached, gone_for, checkpoint, placement }
 }
 
@@ -299,7 +300,8 @@ mod tests {
         let (placement, graph) = testing::placed(&spec, 1);
         let carried = [("tokenizer.json".to_owned(), "[1]".to_owned())].into();
         let run = RunStart::new();
-        let work = Work { placement: placement.clone(), graph: graph.clone(), carried, run: run.clone() };
+        let work =
+            Work { placement: placement.clone(), graph: graph.clone(), carried, run: run.clone(), hashes: Vec::new() };
         let placed = Placed { placement: String::new(), from: 0, members: Vec::new() };
         let record = JobRecord {
             state: JobState::Running,
