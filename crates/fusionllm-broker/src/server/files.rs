@@ -343,7 +343,43 @@ mod tests {
     use super::*;
     use crate::checkpoint::{FinishSpec, Origin, StoredShard, make_partial};
     use crate::resume::find_resumption;
+    use crate::run_dir::{FolderLock, RunStart};
     use crate::testing::{self, OldRuns};
+
+    /// Another process may come where the lock was gone and could not be taken again.
+    #[test]
+    fn nothing_is_written_where_another_process_has_taken_a_lock_that_was_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run");
+        let key = RunKey { job: JobId(1), generation: Generation(1) };
+        let spec = testing::spec(&[]);
+        let (placement, graph) = testing::placed(&spec, 1);
+        let open = OpenRun {
+            key,
+            run_dir: run_dir.clone(),
+            run: RunStart::new(),
+            spec,
+            graph,
+            placement,
+            hashes: Vec::new(),
+            predicted: None,
+            start_step: 0,
+            takes_back: false,
+        };
+        let mut keeper = Keeper { open_runs: OpenRuns::new(), runs: BTreeMap::new(), elsewhere: BTreeMap::new() };
+        keeper.perform(Action::OpenRun(Box::new(open)));
+        let run = keeper.runs.get_mut(&key).unwrap();
+        let lock = run_dir.join(FolderLock::FILE);
+        std::fs::remove_file(&lock).unwrap();
+        std::fs::write(&lock, "precious").unwrap();
+        let told = run.look_now();
+        assert!(matches!(&told[..], [CoreEvent::Noticed { text, .. }] if text.contains("not a lock")), "{told:?}");
+        assert!(run.look_now().is_empty() && !run.is_lost());
+        std::fs::remove_file(&lock).unwrap();
+        let _theirs = FolderLock::take(&run_dir, &RunStart::new().run).unwrap();
+        let told = run.look_now();
+        assert!(run.is_lost() && matches!(&told[..], [CoreEvent::RunFailed { .. }]), "{told:?}");
+    }
 
     /// What was seen before a loss still counts when the run goes on by itself from its newest checkpoint.
     #[tokio::test]
@@ -374,6 +410,7 @@ mod tests {
             spec: spec.clone(),
             graph: "{}".to_owned(),
             placement,
+            hashes: Vec::new(),
             predicted: Some(Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() }),
             start_step: 4,
             takes_back: false,
@@ -407,4 +444,3 @@ mod tests {
         assert_eq!([2, 4, 6].map(is_there), [true, false, true], "step 2 is the last good one");
     }
 }
-            hashes: Vec::new(),
