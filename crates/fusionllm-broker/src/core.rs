@@ -194,6 +194,14 @@ impl Core {
             let state = state_words(&record.state);
             return Err(BrokerError::JobState { job, state, expected: "a job that has not ended" });
         }
+        // What was made in all these steps would be lost for the sake of a moment.
+        let run = self.jobs.get_mut(&job).and_then(|known| known.run.as_mut());
+        if run.is_some_and(Run::ends_by_itself) {
+            let text = "all steps are done and the last checkpoint is being written: the job ends when that is there. Stop it \
+                        once more to end it without";
+            let actions = self.notices(job, vec![text.to_owned()]);
+            return Ok(self.hold(actions));
+        }
         let mut actions = self.end(job, JobState::Stopped, "the job was stopped");
         actions.extend(self.schedule(now));
         Ok(self.hold(actions))

@@ -81,6 +81,8 @@ pub(super) struct Run {
     ready: BTreeSet<NodeIndex>,
     finished: BTreeSet<NodeIndex>,
     steps: u64,
+    /// Whether it was to stop while its last checkpoint was being written.
+    insisted: bool,
     tokens_per_step: u64,
     /// Steps that every CompNode has reported.
     merged: u64,
@@ -165,6 +167,7 @@ impl Run {
             ready: BTreeSet::new(),
             finished: BTreeSet::new(),
             steps,
+            insisted: false,
             tokens_per_step: spec.tokens_per_step(),
             merged: start.step,
             reports: BTreeMap::new(),
@@ -288,6 +291,11 @@ impl Run {
         self.finished.insert(node);
         self.watchdog.moved = now;
         true
+    }
+
+    /// It is to stop. Whether all that is left is to keep what was made, and nobody has said so before.
+    pub(super) fn ends_by_itself(&mut self) -> bool {
+        self.merged == self.steps && !std::mem::replace(&mut self.insisted, true)
     }
 
     /// How long it would take to be here again from the newest checkpoint on, as far as is known.

@@ -1334,6 +1334,18 @@ fn how_long_shards_are_on_their_way_does_not_count_as_tried() {
     assert_eq!(tries, 8);
 }
 
+#[test]
+fn a_job_whose_steps_are_done_is_stopped_at_the_second_word() {
+    let mut core = all_steps_done();
+    let actions = core.stop(JobId(1), NOW).unwrap();
+    assert!(
+        actions.iter().any(|a| matches!(a, Action::Emit(JobEvent::Notice { text, .. }) if text.contains("once more")))
+    );
+    assert_eq!(state(&core, 1), JobState::Running);
+    core.stop(JobId(1), NOW).unwrap();
+    assert_eq!(state(&core, 1), JobState::Stopped);
+}
+
 /// What must hold after every event, whatever happened.
 struct Watch {
     core: Core,

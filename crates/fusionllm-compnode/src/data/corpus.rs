@@ -251,6 +251,14 @@ impl Corpus {
         if format == DataFormat::Text && special > 0 {
             settings.push(format!("{special} special tokens around each text (post_processor)"));
         }
+        if matches!(format, DataFormat::Jsonl | DataFormat::Parquet) {
+            let end = match tokenizer.end_of_text() {
+                _ if !after.is_empty() => format!("the tokens that the tokenizer's file puts there ({after:?})"),
+                Some(id) => format!("the tokenizer's end of a text (token {id})"),
+                None => "an empty line: the tokenizer has no end of a text that is known here".to_owned(),
+            };
+            notes.push(format!("after each document stands {end}"));
+        }
         if !settings.is_empty() {
             let settings = settings.join(", ");
             notes.push(format!("the tokenizer's {settings}: passed over, a corpus is read whole"));
