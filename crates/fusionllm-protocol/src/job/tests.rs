@@ -180,7 +180,10 @@ fn a_value_of_the_wrong_type_says_what_came_and_what_is_expected() {
         "`data.path`: is a list of 0, expected the path of a file or folder, or a list of paths",
     );
     check_error(&["name=3"], "`name`: is 3, expected a string");
-    check_error(&["train.schedule=linear"], "`train.schedule`: is `linear`, expected `cosine` or `constant`");
+    check_error(
+        &["train.schedule=step"],
+        "`train.schedule`: is `step`, expected `cosine` or `linear` or `inverse_sqrt` or `constant`",
+    );
     check_error(&["train.precision=fp8"], "`train.precision`: is `fp8`, expected `f32` or `tf32` or `bf16`");
 }
 
@@ -205,7 +208,8 @@ fn a_value_out_of_range_says_what_would_be_right() {
     check_error(&["model.vocab_size=9"], "`model.vocab_size`: is 9, expected at least 256 for the tokenizer `bytes`");
     check_error(
         &["model.name=gpt3"],
-        "`model.name`: is `gpt3`, expected one of `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, `resnet101`",
+        "`model.name`: is `gpt3`, expected one of `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, `llama-3.2-1b`, \
+         `llama-3.1-8b`, `mistral-7b`, `qwen2.5-0.5b`, `qwen2.5-7b`, `qwen3-0.6b`, `resnet101`",
     );
     check_error(&["model.path=x"], "`model.path`: is given beside model.name, expected exactly one of them");
     check_error(&["name=a/b"], "`name`: is \"a/b\", expected a plain name without path separators");

@@ -27,7 +27,11 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
         top_k: args.top_k,
         seed: args.seed,
     };
+    let note = length_note(&model, &args.prompt, sampling.tokens)?;
     let text = write(model, &args.prompt, sampling, &args.device)?;
+    if let Some(note) = note {
+        tracing::warn!("{note}");
+    }
     if args.json {
         render::json(&serde_json::json!({ "prompt": args.prompt, "text": text }), true)
     } else {
@@ -35,6 +39,20 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
         // A file gets what the model wrote; a terminal would act on some of it.
         render::line(&if std::io::stdout().is_terminal() { clean_lines(&text) } else { text })
     }
+}
+
+/// What must be known of a text that becomes longer than what the model reads at once.
+fn length_note(model: &TrainedModel, prompt: &str, tokens: usize) -> anyhow::Result<Option<String>> {
+    let (begin, _) = model.tokenizer.around();
+    let prompt = begin.len() + model.tokenizer.encode(prompt).map_err(refused)?.len();
+    let length = prompt + tokens;
+    let longest = model.dag.seq_len().filter(|&longest| length > longest && prompt <= longest);
+    Ok(longest.map(|longest| {
+        format!(
+            "prompt and text have {length} tokens, and the model reads {longest} at once: what goes beyond follows from the \
+             last {longest} alone"
+        )
+    }))
 }
 
 /// The text with which a model continues a prompt.
@@ -61,13 +79,6 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
     }
     let backend = open_device(device.parse().map_err(bad_input)?).map_err(refused)?;
     let length = ids.len() + sampling.tokens;
-    let longest = model.config.as_ref().map(Model::longest_sequence);
-    if let Some(longest) = longest.filter(|&longest| length > longest && ids.len() <= longest) {
-        tracing::warn!(
-            "prompt and text have {length} tokens, and the model reads {longest} at once: what goes beyond follows from the \
-             last {longest} alone"
-        );
-    }
     let dag = for_sequences_of(length, model.dag, model.config.as_ref());
     let generator = Generator::new(Arc::new(dag), model.tensors, backend.as_ref());
     let mut generator = generator.map_err(|e| if e.is_bad_input() { bad_input(e) } else { e.into() })?;

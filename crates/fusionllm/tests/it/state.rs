@@ -136,6 +136,8 @@ fn a_killed_broker_shows_the_step_and_the_loss_of_one_time() {
     let loss = told.get(&job["step"].as_u64().unwrap()).copied();
     assert!(loss.is_some() && job["loss"].as_f64() == loss, "{job}: {told:?}");
     assert!(!partial.exists(), "half a checkpoint is no use to anybody");
+    // It would be taken back as it is, were its CompNode there.
+    wait_until("the job has failed", || status(&bench)["jobs"][0]["state"]["state"] == "failed");
     let (code, err) = outcome(&bench, "resume 1 --state state --step 3");
     assert!(code == Some(2) && err.contains("no checkpoint of step 3, expected one of step-"), "{err}");
     std::fs::remove_dir_all(run.join("checkpoints")).unwrap();

@@ -2,13 +2,17 @@
 
 use tokenizers::models::ModelWrapper;
 use tokenizers::processors::PostProcessorWrapper;
+use tokenizers::{Encoding, PostProcessor, Token};
 
 /// Ids before and after a text.
 pub(super) type Around = (Vec<i32>, Vec<i32>);
 
-/// What the post-processor puts around a text.
+/// What the post-processor puts around a text, here of one token: nothing else of the file is tried out, which may be made
+/// to take without an end.
 fn around_a_text(tokenizer: &tokenizers::Tokenizer) -> tokenizers::Result<Around> {
-    let encoding = tokenizer.encode("a", true)?;
+    let Some(processor) = tokenizer.get_post_processor() else { return Ok(Around::default()) };
+    let text = Encoding::from_tokens(vec![Token::new(0, "a".to_owned(), (0, 1))], 0);
+    let encoding = processor.process(text, None, true)?;
     let added = encoding.get_special_tokens_mask();
     let before = added.iter().take_while(|&&mask| mask == 1).count();
     let after = added.iter().skip(before).rev().take_while(|&&mask| mask == 1).count();
