@@ -457,13 +457,9 @@ mod tests {
         let tokenizer = Tokenizer::from_json(format!("\u{feff}{source}"), "tok.json").unwrap();
         let (ids, expected) = (tokenizer.encode(TEXT).unwrap(), Tokenizer::Bytes.encode(TEXT).unwrap());
         assert_eq!(ids, expected);
-        let said = [
-            "truncation to 3 tokens",
-            "padding",
-            "2 special tokens around each text (post_processor)",
-            "dropout of merges (0.5)",
-        ];
-        assert_eq!(tokenizer.passed_over(), said);
+        assert_eq!(tokenizer.passed_over(), ["truncation to 3 tokens", "padding", "dropout of merges (0.5)"]);
+        // A corpus says what of this it passes over, too.
+        assert_eq!(tokenizer.around(), (vec![98], vec![97]));
         // It goes on as it was.
         assert_eq!(tokenizer.to_json(), format!("\u{feff}{source}"));
         assert_eq!((tokenizer.entries(), tokenizer.trained_entries()), (256, 256));
