@@ -39,7 +39,6 @@ pub async fn knock(session: &Session, hello: &Hello) -> Result<Admitted, CompNod
 }
 
 async fn exchange(session: &Session, hello: &Hello) -> Result<Admitted, CompNodeError> {
-    let lost = |e: SessionError| broker_error(e.to_string());
     let (mut sink, mut source) = session.open_bi().await.map_err(lost)?;
     // Both at once: a broker of another version reads the first and answers it.
     sink.send(&Greeting::OURS.to_bytes()).await.map_err(lost)?;
@@ -55,11 +54,18 @@ async fn receive(source: &mut FrameSource) -> Result<Vec<u8>, CompNodeError> {
     match source.recv_limited(WELCOME_BYTES).await {
         Ok(Some(frame)) => Ok(frame),
         Ok(None) => Err(broker_error("closed the connection".to_owned())),
-        Err(SessionError::Closed { code: REFUSED, reason }) => Err(broker_error(format!(
+        Err(error) => Err(lost(error)),
+    }
+}
+
+/// The connection is gone, be it while something is sent or while an answer is waited for.
+fn lost(error: SessionError) -> CompNodeError {
+    match error {
+        SessionError::Closed { code: REFUSED, reason } => broker_error(format!(
             "it closed the connection: {reason}; it may be of an earlier release, this fusionllm speaks protocol version \
              {PROTOCOL_VERSION}: use the same release on both"
-        ))),
-        Err(error) => Err(broker_error(error.to_string())),
+        )),
+        error => broker_error(error.to_string()),
     }
 }
 

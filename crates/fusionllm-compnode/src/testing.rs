@@ -2,4 +2,4 @@
 
 #[path = "../../../tests/histories.rs"]
 mod histories;
-pub(crate) use histories::{all_hold, each_is_one};
+pub(crate) use histories::{all_hold, each_is_one, histories, in_virtual_time};
