@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use fusionllm_planner::Cluster;
-use fusionllm_protocol::{Generation, JobSpec, LinkBytes, RunId, StepMetrics};
+use fusionllm_protocol::{Generation, JobId, JobSpec, LinkBytes, RunId, RunKey, StepMetrics};
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::run_dir::{PlacementFile, RunFile};
+use crate::core::OpenRun;
+use crate::run_dir::{PlacementFile, RunFile, RunStart};
 
 #[path = "../../../tests/copy.rs"]
 mod copy;
@@ -37,6 +38,24 @@ pub(crate) fn placed(spec: &JobSpec, generation: u32) -> (PlacementFile, String)
     let plan = fusionllm_planner::plan(&dag, &Cluster::uniform(1), &spec.plan_spec()).unwrap();
     let file = PlacementFile::of(&plan.placement, &dag, Generation(generation), plan.prediction);
     (file, dag.to_json())
+}
+
+/// A run that begins in `run_dir`, of a job on one CompNode.
+pub(crate) fn open_run(run_dir: &Path) -> OpenRun {
+    let spec = spec(&[]);
+    let (placement, graph) = placed(&spec, 1);
+    OpenRun {
+        key: RunKey { job: JobId(1), generation: Generation(1) },
+        run_dir: run_dir.to_owned(),
+        run: RunStart::new(),
+        spec,
+        graph,
+        placement,
+        hashes: Vec::new(),
+        predicted: None,
+        start_step: 0,
+        takes_back: false,
+    }
 }
 
 /// `run.json` of a run that has begun in `dir`, and has no checkpoint yet.

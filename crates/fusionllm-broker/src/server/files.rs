@@ -351,21 +351,8 @@ mod tests {
     fn nothing_is_written_where_another_process_has_taken_a_lock_that_was_given_up() {
         let folder = tempfile::tempdir().unwrap();
         let run_dir = folder.path().join("run");
-        let key = RunKey { job: JobId(1), generation: Generation(1) };
-        let spec = testing::spec(&[]);
-        let (placement, graph) = testing::placed(&spec, 1);
-        let open = OpenRun {
-            key,
-            run_dir: run_dir.clone(),
-            run: RunStart::new(),
-            spec,
-            graph,
-            placement,
-            hashes: Vec::new(),
-            predicted: None,
-            start_step: 0,
-            takes_back: false,
-        };
+        let open = testing::open_run(&run_dir);
+        let key = open.key;
         let mut keeper = Keeper { open_runs: OpenRuns::new(), runs: BTreeMap::new(), elsewhere: BTreeMap::new() };
         keeper.perform(Action::OpenRun(Box::new(open)));
         let run = keeper.runs.get_mut(&key).unwrap();
@@ -410,10 +397,9 @@ mod tests {
             spec: spec.clone(),
             graph: "{}".to_owned(),
             placement,
-            hashes: Vec::new(),
             predicted: Some(Simulated { step_s: 1.0, spans: Vec::new(), transfers: Vec::new() }),
             start_step: 4,
-            takes_back: false,
+            ..testing::open_run(&run_dir)
         };
         let open_runs = OpenRuns::new();
         let mut keeper = Keeper { open_runs: open_runs.clone(), runs: BTreeMap::new(), elsewhere: BTreeMap::new() };

@@ -68,8 +68,6 @@ fn foreign_in(folder: &Path) -> Result<Option<Option<std::path::PathBuf>>, Broke
 mod tests {
     use std::process::Command;
 
-    use fusionllm_protocol::{Generation, JobId, RunKey};
-
     use super::*;
     use crate::opened_run::OpenedRun;
     use crate::run_dir::{RunStart, WholeFiles};
@@ -78,21 +76,7 @@ mod tests {
 
     /// A run that was at work in a directory, which has a checkpoint and metrics.
     fn at_work(run_dir: &Path) -> OpenRun {
-        let spec = testing::spec(&[]);
-        let (placement, graph) = testing::placed(&spec, 1);
-        let key = RunKey { job: JobId(1), generation: Generation(1) };
-        let open = OpenRun {
-            key,
-            run_dir: run_dir.to_owned(),
-            run: RunStart::new(),
-            spec,
-            graph,
-            placement,
-            hashes: Vec::new(),
-            predicted: None,
-            start_step: 0,
-            takes_back: false,
-        };
+        let open = testing::open_run(run_dir);
         drop(opened(&open).unwrap());
         let metrics = RunDir::new(run_dir).metrics();
         let mut lines = crate::metrics::MetricsWriter::open(&metrics, 0).unwrap();

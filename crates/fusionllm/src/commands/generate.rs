@@ -27,8 +27,9 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
         top_k: args.top_k,
         seed: args.seed,
     };
-    let note = length_note(&model, &args.prompt, sampling.tokens)?;
-    let text = write(model, &args.prompt, sampling, &args.device)?;
+    let ids = prompt_ids(&model, &args.prompt)?;
+    let note = length_note(&model.dag, ids.len(), sampling.tokens);
+    let text = write(model, &ids, sampling, &args.device)?;
     if let Some(note) = note {
         tracing::warn!("{note}");
     }
@@ -42,27 +43,29 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
 }
 
 /// What must be known of a text that becomes longer than what the model reads at once.
-fn length_note(model: &TrainedModel, prompt: &str, tokens: usize) -> anyhow::Result<Option<String>> {
-    let (begin, _) = model.tokenizer.around();
-    let prompt = begin.len() + model.tokenizer.encode(prompt).map_err(refused)?.len();
+fn length_note(dag: &OpDag, prompt: usize, tokens: usize) -> Option<String> {
     let length = prompt + tokens;
-    let longest = model.dag.seq_len().filter(|&longest| length > longest && prompt <= longest);
-    Ok(longest.map(|longest| {
+    let longest = dag.seq_len().filter(|&longest| length > longest && prompt <= longest);
+    longest.map(|longest| {
         format!(
             "prompt and text have {length} tokens, and the model reads {longest} at once: what goes beyond follows from the \
              last {longest} alone"
         )
-    }))
+    })
 }
 
-/// The text with which a model continues a prompt.
-pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, device: &str) -> anyhow::Result<String> {
-    // As the model has seen texts begin.
+/// The tokens of a prompt, begun as the model has seen texts begin.
+pub(super) fn prompt_ids(model: &TrainedModel, prompt: &str) -> anyhow::Result<Vec<i32>> {
     let (mut ids, _) = model.tokenizer.around();
     ids.extend(model.tokenizer.encode(prompt).map_err(refused)?);
     if let Some(dropped) = model.tokenizer.dropped(prompt)? {
         tracing::warn!("the tokenizer has no token for these characters of the prompt: {dropped}");
     }
+    Ok(ids)
+}
+
+/// The text with which a model continues the tokens of a prompt.
+pub(super) fn write(model: TrainedModel, ids: &[i32], sampling: SamplingSpec, device: &str) -> anyhow::Result<String> {
     let largest = ids.iter().filter_map(|&id| usize::try_from(id).ok()).max();
     if let Some((id, vocab)) = largest.zip(model.dag.vocab()).filter(|(id, vocab)| id >= vocab) {
         let hint = "give with --tokenizer the tokenizer that it was trained with";
@@ -82,7 +85,7 @@ pub(super) fn write(model: TrainedModel, prompt: &str, sampling: SamplingSpec, d
     let dag = for_sequences_of(length, model.dag, model.config.as_ref());
     let generator = Generator::new(Arc::new(dag), model.tensors, backend.as_ref());
     let mut generator = generator.map_err(|e| if e.is_bad_input() { bad_input(e) } else { e.into() })?;
-    let written = generator.generate(&ids, sampling)?;
+    let written = generator.generate(ids, sampling)?;
     model.tokenizer.decode(&written).map_err(refused)
 }
 

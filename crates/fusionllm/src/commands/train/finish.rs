@@ -7,6 +7,7 @@ use fusionllm_compnode::SamplingSpec;
 use super::Checked;
 use crate::cli;
 use crate::commands::follow::Interrupts;
+use crate::commands::generate;
 use crate::render;
 
 /// What the finished model continues.
@@ -29,7 +30,8 @@ pub(super) async fn finish(
     let (run_dir, device) = (report.run_dir.clone(), args.device.clone());
     let writing = tokio::task::spawn_blocking(move || {
         let model = crate::commands::model::open_trained(&run_dir, None)?;
-        let text = crate::commands::generate::write(model, PROMPT, sampling, &device)?;
+        let ids = generate::prompt_ids(&model, PROMPT)?;
+        let text = generate::write(model, &ids, sampling, &device)?;
         anyhow::Ok(format!("{PROMPT}{text}"))
     });
     let sample = tokio::select! {
