@@ -25,7 +25,7 @@ pub(crate) use find::{Meant, Newest, loss_of, meant, newest_of, open_newest};
 pub(crate) use finish::{Abandoned, Course, FinishSpec, ShardPlace, abandon, finish, has_exploded, prune, recover};
 pub(crate) use hash::ShardHash;
 pub(crate) use names::{MANIFEST, shard_name, step_name};
-pub(crate) use origin::{Origin, TOKENIZER};
+pub(crate) use origin::Origin;
 pub(crate) use place::{Found, Maker, checkpoints_of, drop_partial, make_partial, makers_in, remove_partial, steps_in};
 pub(crate) use remove::Removal;
 pub use tensor_set::TensorSet;

@@ -12,6 +12,7 @@ mod cuts;
 mod data;
 mod detector;
 mod drain;
+mod drift;
 mod durable;
 mod event;
 mod growth;
@@ -31,6 +32,7 @@ mod standstill;
 mod survey;
 mod takeback;
 mod watchdog;
+mod weigh;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -316,6 +318,7 @@ impl Core {
             }
             CoreEvent::RunOpened { key } => self.run_opened(key, now),
             CoreEvent::GoneOn { key, reason } => self.gone_on(key, reason, now),
+            CoreEvent::RunNotOpened { key, reason, bad_input } => self.run_not_opened(key, reason, bad_input, now),
             CoreEvent::RunFailed { key, reason, bad_input } => self.run_failed(key, reason, bad_input, now),
             CoreEvent::WorkFailed { job, reason } => {
                 if self.record(job).map_or(true, |record| record.state.is_final()) {
@@ -336,6 +339,7 @@ impl Core {
             CoreEvent::Unpersisted { reason } => self.unpersisted(reason, now),
             CoreEvent::Loaded { job, number, result } => self.loaded(job, number, *result, now),
             CoreEvent::Planned { job, number, result } => self.planned(job, number, *result, now),
+            CoreEvent::Weighed { job, number, result } => self.weighed(job, number, result, now),
             CoreEvent::Tick => self.tick(now),
         }
     }

@@ -9,6 +9,9 @@ use tempfile::NamedTempFile;
 
 use crate::files::put_aside;
 
+/// So often a file is written again at once that others replace again and again; each time what they put there is kept.
+const MOST_AT_ONCE: u32 = 10;
+
 /// Appends whole lines to a file, or nothing.
 #[derive(Debug)]
 pub(crate) struct LineWriter {
@@ -19,12 +22,14 @@ pub(crate) struct LineWriter {
     is_torn: bool,
     /// Whether the file is not under its name, and cannot be written there again.
     is_elsewhere: bool,
+    /// How often it was written again at once.
+    times: u32,
 }
 
 impl LineWriter {
     /// Goes on after the first `length` bytes, and drops what lies behind them before it writes.
     pub(crate) fn new(file: File, length: u64) -> Self {
-        Self { file, length, is_torn: true, is_elsewhere: false }
+        Self { file, length, is_torn: true, is_elsewhere: false, times: 0 }
     }
 
     /// Opens a file after its last whole line, and makes it if it is not there.
@@ -79,6 +84,14 @@ impl LineWriter {
         if self.is_elsewhere {
             return None;
         }
+        if self.times >= MOST_AT_ONCE {
+            self.is_elsewhere = true;
+            return Some(format!(
+                "{} was replaced {MOST_AT_ONCE} times: it is written again with the next checkpoint and at the end",
+                path.display()
+            ));
+        }
+        self.times += 1;
         let (mut aside, mut lost) = (Vec::new(), 0);
         let mut write_again = || {
             lost = self.cut()?;
@@ -105,7 +118,7 @@ impl LineWriter {
 
     /// Has the next [`Self::look`] try again what could not be done.
     pub(crate) fn try_again(&mut self) {
-        self.is_elsewhere = false;
+        (self.is_elsewhere, self.times) = (false, self.times.min(MOST_AT_ONCE - 1));
     }
 
     /// If others have cut the file, goes on after its last whole line. Gives how many bytes of lines are lost.
@@ -219,6 +232,28 @@ mod tests {
             let other = folder.path().join("x.jsonl.other");
             assert!(other.symlink_metadata().is_ok() && (kind != "file" || text(&other) == "mine"));
         }
+    }
+
+    /// As by a program that rewrites it every second: what it leaves must not fill the disk.
+    #[test]
+    fn what_is_replaced_again_and_again_is_kept_a_few_times() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, mut lines) = written(folder.path());
+        let replace = |lines: &mut LineWriter| {
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, "mine").unwrap();
+            lines.look(&path)
+        };
+        for _ in 0..MOST_AT_ONCE {
+            assert!(replace(&mut lines).unwrap().contains("it is written again"));
+        }
+        assert!(replace(&mut lines).unwrap().contains("was replaced 10 times"));
+        assert_eq!(replace(&mut lines), None);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), MOST_AT_ONCE as usize + 1);
+        lines.write(&mut b"three\n".to_vec()).unwrap();
+        lines.try_again();
+        assert!(replace(&mut lines).unwrap().contains("it is written again"));
+        assert_eq!(text(&path), "one\ntwo\nthree\n");
     }
 
     #[test]

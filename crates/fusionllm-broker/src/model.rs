@@ -7,18 +7,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fusionllm_graph::{Model, OpDag, resnet101};
+use fusionllm_protocol::hugging_face::TOKENIZER;
 use fusionllm_protocol::{DataSpec, JobSpec, WeightsChoice};
 use fusionllm_transport::read_regular_text;
 
 use crate::BrokerError;
-use crate::checkpoint::{TOKENIZER, TensorSet};
+use crate::checkpoint::TensorSet;
 use crate::files::named_error;
 use folder::Purpose;
 
 /// What a job trains.
 #[derive(Clone, Debug)]
 pub struct LoadedModel {
-    /// The OP-DAG.
+    /// The model's OP-DAG, with the loss.
     pub dag: OpDag,
     /// Its sizes and settings, if it is of a family by name or from a Hugging Face directory.
     pub config: Option<Model>,

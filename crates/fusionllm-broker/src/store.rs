@@ -29,9 +29,9 @@ pub(crate) struct JobRecord {
     pub(crate) job: JobId,
     /// The job, paths absolute.
     pub(crate) spec: JobSpec,
-    /// Its state.
+    /// The job's state, as it was last written.
     pub(crate) state: JobState,
-    /// Updates done.
+    /// Updates that are done.
     pub(crate) step: u64,
     /// Last training loss, in nats per token.
     pub(crate) loss: Option<f64>,
@@ -126,7 +126,7 @@ pub(crate) struct PlacedMember {
 pub(crate) struct SnapshotSet {
     /// Number of the placement.
     pub(crate) generation: Generation,
-    /// Updates done.
+    /// Updates that are done.
     pub(crate) step: u64,
     /// Training loss of the last of them, in nats per token.
     pub(crate) loss: Option<f64>,

@@ -147,7 +147,7 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
         peers,
         start_step: 0,
         planned_bytes: 0,
-        weights: WeightSource::Seed(0),
+        weights: WeightSource::Seed,
         tokenizer: None,
     })
 }

@@ -16,7 +16,7 @@ pub enum DeviceChoice {
     Cuda(usize),
     /// A GPU by Vulkan: the discrete one of this number, or the best there is.
     Vulkan(Option<usize>),
-    /// Apple.
+    /// An Apple GPU.
     Metal,
     /// AMD, by ROCm.
     Rocm(usize),

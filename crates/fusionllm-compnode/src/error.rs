@@ -234,7 +234,7 @@ pub enum ExchangeError {
     Unreached {
         /// Its place in the placement.
         node: NodeIndex,
-        /// Its name.
+        /// Name of the CompNode that is not reached.
         peer: String,
         /// Why it cannot be reached.
         reason: String,
@@ -285,7 +285,7 @@ pub enum ShardError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompNodeError {
-    /// Compute failed.
+    /// Compute failed, as this says.
     #[error(transparent)]
     Executor(#[from] ExecutorError),
     /// Its own address cannot be had.
@@ -296,7 +296,7 @@ pub enum CompNodeError {
     Snapshot {
         /// Its updates done.
         step: u64,
-        /// Why.
+        /// Why it cannot be had, in one line.
         reason: String,
     },
     /// Data is unusable.

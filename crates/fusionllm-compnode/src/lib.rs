@@ -54,6 +54,6 @@ pub use node::{JoinConfig, check_run_room, join};
 pub use open_device::open_device;
 pub use optimizer::OptimizerSpec;
 pub use stop::StopFlag;
-pub use task_loop::{JobSink, TaskLoop, TrainPlan};
+pub use task_loop::{HeldState, JobSink, TaskLoop, TrainPlan};
 
 use panics::{join_message, panic_message};

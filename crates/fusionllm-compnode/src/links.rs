@@ -21,8 +21,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
-use fusionllm_planner::{NodeIndex, Placement, Route, TIED_WINDOW, Way};
-use fusionllm_protocol::{Assignment, Channel, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, RunKey, encode};
+use fusionllm_planner::{NodeIndex, Placement, Route, TIED_WINDOW};
+use fusionllm_protocol::{
+    Assignment, Cadence, Channel, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, RunKey, encoded_len,
+};
 use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -76,9 +78,9 @@ pub struct JobLinks {
     /// By peer, when something last came.
     heard: Vec<Heard>,
     options: ChannelOptions,
-    /// The steps that are to be done, from 0, and after how many an evaluation follows.
+    /// The steps that are to be done, from 0, and after which of them an evaluation follows.
     steps: Range<u64>,
-    eval_every: u64,
+    evaluations: Cadence,
     /// Whether the global norm of gradients is asked for.
     clips: bool,
     /// What flows over edges, once the OP-DAG has been read.
@@ -125,7 +127,7 @@ impl JobLinks {
             heard: peers.iter().map(|_| Heard::default()).collect(),
             options: ChannelOptions::of(&assignment.spec.compression),
             steps: assignment.start_step..train.steps,
-            eval_every: train.eval_every,
+            evaluations: assignment.spec.evaluations(),
             clips: train.clip > 0.0,
             tensors: OnceLock::new(),
             snapshots,
@@ -262,32 +264,17 @@ impl JobLinks {
     /// Streams that a peer may have open: one for each of its channels, and one more for each that it opens again before
     /// the lost one is known to have ended.
     fn streams_from(&self, peer: usize) -> u32 {
-        let edges = self.placement.edges.iter();
-        let edges = edges.flat_map(|edge| edge.ways().map(|way| Channel::of_edge(edge.id, way)));
         let from = NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX));
-        let tied = self.placement.tied.iter().map(|tied| Channel::Tied { param: tied.param, from });
-        let norms = [Channel::NormPart { from }, Channel::NormTotal { to: self.node }];
-        let channels = edges.chain(tied).chain(norms).filter(|&channel| self.sender_of(channel) == Some(from));
+        let is_ours = |(_, route): &(Channel, Route)| *route == Route { from, to: self.node };
+        let channels = Channel::all(&self.placement, self.clips).filter(is_ours);
         // And one for a snapshot.
         u32::try_from(2 * (channels.count() + 1)).unwrap_or(u32::MAX)
     }
 
     /// Who sends over a channel that ends here; nothing if it does not end here.
     fn sender_of(&self, channel: Channel) -> Option<NodeIndex> {
-        let edge = |id: fusionllm_planner::EdgeId| self.placement.edges.get(id.index());
-        let route = match channel {
-            Channel::Activation(id) => self.placement.route(edge(id)?, Way::Activation)?,
-            Channel::Gradient(id) => self.placement.route(edge(id).filter(|edge| edge.gradient)?, Way::Gradient)?,
-            Channel::Tied { param, from } => {
-                let tied = self.placement.tied.iter().find(|t| t.param == param)?;
-                let hold = tied.holders.contains(&self.node) && tied.holders.contains(&from);
-                hold.then_some(Route { from, to: self.node })?
-            }
-            Channel::NormPart { .. } | Channel::NormTotal { .. } if !self.clips => return None,
-            Channel::NormPart { from } => Route { from, to: self.placement.norm_root() },
-            Channel::NormTotal { to } => Route { from: self.placement.norm_root(), to },
-        };
-        (route.to == self.node).then_some(route.from)
+        let mut all = Channel::all(&self.placement, self.clips);
+        all.find(|(known, route)| *known == channel && route.to == self.node).map(|(_, route)| route.from)
     }
 }
 
@@ -330,7 +317,7 @@ impl NetworkExchange {
     /// Counts a message, and gives the queue that it goes into.
     fn queue_for(&mut self, message: &Message) -> Result<&mpsc::Sender<Outgoing>, ExchangeError> {
         let header = PeerFrame::Message { number: 0, header: outgoing::header_of(message) };
-        let header_bytes = encode(&header).map_or(0, |h| h.len() as u64) + FRAME_LENGTH_BYTES;
+        let header_bytes = encoded_len(&header).unwrap_or_default() + FRAME_LENGTH_BYTES;
         self.tally.add(message, header_bytes)?;
         Ok(self.queue(message.to, message.slot.channel))
     }

@@ -27,9 +27,8 @@ impl OptimizerSpec {
     /// What it keeps of each parameter, as [`TrainSpec::states`] has it.
     pub fn states(&self) -> &'static [StateKind] {
         match *self {
-            Self::AdamW { .. } => &[StateKind::ExpAvg, StateKind::ExpAvgSq],
-            Self::Sgd { momentum, .. } if momentum > 0.0 => &[StateKind::Momentum],
-            Self::Sgd { .. } => &[],
+            Self::AdamW { .. } => OptimizerKind::Adamw.states(0.0),
+            Self::Sgd { momentum, .. } => OptimizerKind::Sgd.states(momentum),
         }
     }
 

@@ -1,5 +1,7 @@
 //! What error feedback holds back, in a checkpoint: under the names of ops and parameters, which outlive a placement.
 
+use std::collections::BTreeSet;
+
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement, Way};
@@ -53,15 +55,9 @@ pub(crate) fn take(
     tensors: &mut dyn TensorSource,
 ) -> Result<Vec<(Channel, HostTensor)>, ShardError> {
     let mut residuals = Vec::new();
-    let of_edges = placement.edges.iter().filter(|e| placement.is_boundary(e)).flat_map(|edge| {
-        let sender = |way| placement.route(edge, way).map(|route| route.from);
-        Way::ALL.map(|way| (Channel::of_edge(edge.id, way), sender(way)))
-    });
-    let of_tied = placement.tied.iter().flat_map(|tied| {
-        let param = tied.param;
-        tied.holders.iter().map(move |&from| (Channel::Tied { param, from }, Some(from)))
-    });
-    for (channel, _) in of_edges.chain(of_tied).filter(|(_, sender)| *sender == Some(node)) {
+    let sent = Channel::all(placement, false).filter(|(_, route)| route.from == node);
+    let channels: BTreeSet<Channel> = sent.map(|(channel, _)| channel).collect();
+    for channel in channels {
         let Some(name) = name(dag, placement, channel) else { continue };
         if let Some(tensor) = tensors.take(&name)? {
             let restored = HostTensor::new(tensor.shape, Values::F32(tensor.values));

@@ -46,6 +46,16 @@ pub struct TrainPlan {
     pub codecs: Arc<CodecTable>,
 }
 
+/// What a CompNode holds between two steps.
+pub trait HeldState {
+    /// All parameters, optimizer state, and what error feedback holds back. A tensor is looked at where it is, or copied by
+    /// being read; they can be asked for again.
+    ///
+    /// # Errors
+    /// If what is held cannot be had, which ends the job.
+    fn tensors(&mut self) -> Result<Vec<LazyTensor<'_>>, CompNodeError>;
+}
+
 /// Where a task loop reports to.
 pub trait JobSink {
     /// A step is done here.
@@ -54,12 +64,11 @@ pub trait JobSink {
     /// If nobody listens any more: the loop then ends.
     fn step(&mut self, report: StepReport) -> Result<(), CompNodeError>;
 
-    /// A checkpoint is due: all parameters and optimizer state of this CompNode after `step` updates. A tensor
-    /// is looked at where it is, or copied by being read.
+    /// A checkpoint is due of the state after `step` updates.
     ///
     /// # Errors
     /// If training cannot go on.
-    fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError>;
+    fn checkpoint(&mut self, step: u64, state: &mut dyn HeldState) -> Result<(), CompNodeError>;
 
     /// Whether a snapshot after `step` updates was asked for. It is asked once after each step.
     ///
@@ -69,11 +78,11 @@ pub trait JobSink {
         Ok(false)
     }
 
-    /// The snapshot that was asked for: the same tensors as in a checkpoint.
+    /// The snapshot that was asked for, of the state after `step` updates.
     ///
     /// # Errors
     /// If training cannot go on.
-    fn snapshot(&mut self, _step: u64, _tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+    fn snapshot(&mut self, _step: u64, _state: &mut dyn HeldState) -> Result<(), CompNodeError> {
         Ok(())
     }
 }
@@ -99,6 +108,16 @@ pub struct TaskLoop {
 impl std::fmt::Debug for TaskLoop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TaskLoop").field("node", &self.plan.node).finish_non_exhaustive()
+    }
+}
+
+impl HeldState for TaskLoop {
+    fn tensors(&mut self) -> Result<Vec<LazyTensor<'_>>, CompNodeError> {
+        let residuals = self.residuals()?;
+        let residuals = residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals);
+        let mut tensors = self.executor.export();
+        tensors.extend(residuals.map(LazyTensor::from));
+        Ok(tensors)
     }
 }
 
@@ -145,22 +164,13 @@ impl TaskLoop {
             let done = report.step;
             sink.step(report)?;
             if self.plan.spec.checkpoints().is_due(done) {
-                sink.checkpoint(done, self.state()?)?;
+                sink.checkpoint(done, self)?;
             }
             if sink.wants_snapshot(done)? {
-                sink.snapshot(done, self.state()?)?;
+                sink.snapshot(done, self)?;
             }
         }
         Ok(())
-    }
-
-    /// All that this CompNode holds between two steps.
-    fn state(&mut self) -> Result<Vec<LazyTensor<'_>>, CompNodeError> {
-        let residuals = self.residuals()?;
-        let residuals = residuals::to_tensors(&self.plan.dag, &self.plan.placement, residuals);
-        let mut tensors = self.executor.export();
-        tensors.extend(residuals.map(LazyTensor::from));
-        Ok(tensors)
     }
 
     fn restore_residuals(&mut self) {
@@ -216,9 +226,9 @@ impl TaskLoop {
     /// Runs this CompNode's order of a pass. Gives the mean loss if the loss op is here.
     fn pass(&mut self, plan: &PassPlan, pass: Pass, step: u64) -> Result<Option<f64>, CompNodeError> {
         let mut losses = Vec::new();
-        let order = plan.orders.get(self.plan.node.index()).cloned().unwrap_or_default();
+        let order = plan.orders.get(self.plan.node.index()).map_or(&[][..], Vec::as_slice);
         let last_bp = order.iter().rposition(|task| matches!(task, Task::Bp { .. }));
-        for (position, task) in order.into_iter().enumerate() {
+        for (position, &task) in order.iter().enumerate() {
             self.exchange.check()?;
             match task {
                 Task::Fp { stage, micro_batch } => {

@@ -9,7 +9,7 @@ pub enum Misfit {
     InputCount {
         /// Inputs the op takes.
         expected: usize,
-        /// Inputs given.
+        /// How many inputs were given.
         got: usize,
     },
     /// Too many or too few parameters.
@@ -17,7 +17,7 @@ pub enum Misfit {
     ParamCount {
         /// Parameters the op takes.
         expected: usize,
-        /// Parameters given.
+        /// How many parameters were given.
         got: usize,
     },
     /// An input has a shape or element type that the op does not take.

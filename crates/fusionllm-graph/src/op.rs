@@ -34,7 +34,7 @@ use crate::shape::{Shape, TensorType};
 pub enum OpKind {
     /// Placeholder for what the model reads: token ids `[B, S]` i32, or features.
     Input {
-        /// Element type.
+        /// Type of its elements.
         dtype: DType,
         /// `[B, ...]`, all but the first dimension fixed.
         shape: Shape,
@@ -143,7 +143,7 @@ pub enum OpKind {
     },
     /// Batch norm over batch, height and width. Parameters: weight `[channels]`, bias `[channels]`.
     BatchNorm2d {
-        /// Channels.
+        /// Channels, of which each has a mean and a variance.
         channels: usize,
         /// Added to the variance.
         eps: f64,

@@ -38,8 +38,8 @@ pub enum Init {
         /// Standard deviation, finite and at least 0.
         std: f32,
     },
-    /// All 0.
+    /// Every element is 0.
     Zeros,
-    /// All 1.
+    /// Every element is 1.
     Ones,
 }

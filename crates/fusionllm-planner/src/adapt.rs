@@ -112,7 +112,7 @@ impl Average {
 #[derive(Debug)]
 struct Link {
     carried: Vec<Carried>,
-    /// In force.
+    /// Dense bytes over sent bytes of the codec in force.
     ratio: f64,
     /// The most that the error allows, as far as is known.
     error_limit: f64,

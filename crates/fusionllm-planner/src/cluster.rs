@@ -53,6 +53,25 @@ impl CompNodeProfile {
         }
     }
 
+    /// The same at another speed: all that it computes takes `factor` times as long.
+    pub fn slowed(&self, factor: f64) -> Self {
+        let slower = |measured: &Arc<Measured>| {
+            let seconds = |op: &FpBp| FpBp { fp_s: op.fp_s * factor, bp_s: op.bp_s * factor };
+            let ops = measured.ops.iter().map(|(work, op)| (work.clone(), seconds(op))).collect();
+            Arc::new(Measured {
+                ops,
+                update_s_per_byte: measured.update_s_per_byte * factor,
+                copy_s_per_byte: measured.copy_s_per_byte,
+            })
+        };
+        Self {
+            flop_per_s: self.flop_per_s / factor,
+            memory_bytes_per_s: self.memory_bytes_per_s / factor,
+            measured: self.measured.as_ref().map(slower),
+            ..self.clone()
+        }
+    }
+
     /// Seconds of copying a tensor of this many bytes between host and device.
     pub fn copy_s(&self, bytes: f64) -> f64 {
         self.measured.as_ref().map_or(0.0, |m| m.copy_s_per_byte * bytes)

@@ -61,9 +61,9 @@ pub enum Compression {
     },
     /// These codecs on every boundary edge.
     Fixed {
-        /// For activations.
+        /// Codec of what goes forward.
         activations: Codec,
-        /// For gradients.
+        /// Codec of what goes back.
         gradients: Codec,
     },
 }

@@ -21,6 +21,12 @@ pub enum PlanError {
     /// The cluster is empty.
     #[error("no CompNode to place the job on, expected at least one")]
     NoCompNodes,
+    /// A placement has a CompNode that the cluster has not.
+    #[error("CompNode `{name}` of the placement is not in the cluster")]
+    Absent {
+        /// Name of the CompNode.
+        name: String,
+    },
     /// The graph has no ops.
     #[error("the OP-DAG has no ops")]
     EmptyGraph,

@@ -57,7 +57,7 @@ pub enum Way {
 }
 
 impl Way {
-    /// Both.
+    /// Both ways.
     pub const ALL: [Self; 2] = [Self::Activation, Self::Gradient];
 }
 

@@ -42,7 +42,7 @@ pub use ids::{EdgeId, NodeIndex, Route, StageId, Way, Ways};
 pub use partition::clusters_by_bandwidth;
 pub use pipeline::in_flight_limit;
 pub use placement::{PassPlan, Placement, Segment, Stage, StageEdge, TiedParam};
-pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan};
+pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan, step_by_cut};
 pub use plan_spec::{Owner, PlacementSpec, PlanSpec, StageSpec, Strategy};
 pub use ready::{Need, is_ready, needs};
 pub use simulate::{

@@ -117,7 +117,7 @@ impl StageEdge {
 }
 
 impl Placement {
-    /// Every CompNode.
+    /// Places of all CompNodes, data owner first.
     pub fn nodes(&self) -> impl DoubleEndedIterator<Item = NodeIndex> + ExactSizeIterator + Clone + use<> {
         (0..self.compnodes.len() as u32).map(NodeIndex)
     }

@@ -9,7 +9,8 @@ use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
 use crate::price::{Memory, Priced, Pricing};
 use crate::{
     Blame, Cluster, Compression, Estimate, FpBp, LinkUse, NodeIndex, Owner, Placement, PlacementSpec, PlanError,
-    PlanSpec, Route, Segment, Simulated, Station, StepCosts, Strategy, Ways, format_bytes, pipeline_formula,
+    PlanSpec, Route, Segment, Simulated, Stage, StageEdge, Station, StepCosts, Strategy, Way, Ways, format_bytes,
+    pipeline_formula,
 };
 
 /// What one CompNode is predicted to do.
@@ -145,6 +146,29 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
     Ok(priced.into_plan(dag, used, spec))
 }
 
+/// Seconds that a step takes by the cut of a placement that is at work, if machines and links are as `cluster` has them.
+/// Task orders and codecs are chosen anew.
+///
+/// # Errors
+/// A [`PlanError`], as where a CompNode of the placement is not in the cluster or cannot hold its part.
+pub fn step_by_cut(dag: &OpDag, cluster: &Cluster, placement: &Placement, spec: &PlanSpec) -> Result<f64, PlanError> {
+    cluster.validate()?;
+    let place_of = |name: &String| {
+        let at = cluster.compnodes.iter().position(|compnode| compnode.name == *name);
+        at.ok_or_else(|| PlanError::Absent { name: name.clone() })
+    };
+    let order: Vec<usize> = placement.compnodes.iter().map(place_of).collect::<Result<_, _>>()?;
+    let used = cluster.select(&order);
+    let segment = |stage: &Stage| {
+        let (first, last) = (stage.ops.first()?.index(), stage.ops.last()?.index());
+        Some(Segment { compnode: stage.compnode, ops: first..last + 1 })
+    };
+    let segments: Vec<Segment> = placement.stages.iter().filter_map(segment).collect();
+    let estimate = Estimate::new(dag, spec.placement.micro_batch_size as usize, &used);
+    let priced = Pricing::new(dag, &used, &estimate, spec).settle(&segments)?;
+    priced.over_memory().map_or(Ok(priced.simulated.step_s), Err)
+}
+
 /// The chain that the strategy finds, with these ops on the data owner.
 fn search(
     dag: &OpDag,
@@ -223,9 +247,9 @@ impl Priced {
 /// The paper's formula for this placement: C of each stage, and R of what comes into it, both directions.
 fn formula(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> f64 {
     let mut into: BTreeMap<usize, f64> = BTreeMap::new();
-    for edge in placement.edges.iter().filter(|e| placement.is_boundary(e)) {
-        let node = |stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
-        let (a, b) = (node(edge.from), node(edge.to));
+    let route = |edge: &StageEdge| placement.route(edge, Way::Activation).filter(|route| route.crosses());
+    for (edge, route) in placement.edges.iter().filter_map(|edge| Some((edge, route(edge)?))) {
+        let (a, b) = (route.from.index(), route.to.index());
         let Ways { activation, gradient } = costs.edge_bytes[edge.id.index()];
         let back_s = if gradient > 0.0 { cluster.link(b, a).transfer_s(gradient) } else { 0.0 };
         let seconds = cluster.link(a, b).transfer_s(activation) + back_s;

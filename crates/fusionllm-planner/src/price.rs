@@ -192,8 +192,8 @@ impl<'a> Pricing<'a> {
         let slowest = |pairs: &mut dyn Iterator<Item = (usize, usize)>| {
             pairs.filter(|(a, b)| a != b).map(|(a, b)| byte_s(a, b).max(byte_s(b, a))).fold(0.0, f64::max)
         };
-        let node = |stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
-        let of_edges = slowest(&mut placement.edges.iter().map(|e| (node(e.from), node(e.to))));
+        let routes = placement.edges.iter().filter_map(|edge| placement.route(edge, Way::Activation));
+        let of_edges = slowest(&mut routes.map(|route| (route.from.index(), route.to.index())));
         for tied in &mut placement.tied {
             let param = self.dag.param(tied.param);
             let pairs = tied.holders.iter().flat_map(|a| tied.holders.iter().map(|b| (a.index(), b.index())));
@@ -209,13 +209,14 @@ impl<'a> Pricing<'a> {
     fn compress_edges(&self, placement: &mut Placement, stage_s: &[FpBp]) -> Result<Sent, PlanError> {
         let Self { dag, cluster, spec, .. } = *self;
         let batch = self.batch();
-        let node = |placement: &Placement, stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
         // Token ids and labels are sent as they are, and what stays on its CompNode is not sent.
-        let is_sent = |placement: &Placement, edge: &StageEdge| edge.gradient && placement.is_boundary(edge);
+        let sent_by = |placement: &Placement, edge: &StageEdge| {
+            placement.route(edge, Way::Activation).filter(|route| edge.gradient && route.crosses())
+        };
         let mut directions = Vec::with_capacity(2 * placement.edges.len());
-        for edge in placement.edges.iter().filter(|e| is_sent(placement, e)) {
+        for (edge, route) in placement.edges.iter().filter_map(|edge| Some((edge, sent_by(placement, edge)?))) {
             let output = &dag.op(edge.op).output;
-            let (a, b) = (node(placement, edge.from), node(placement, edge.to));
+            let (a, b) = (route.from.index(), route.to.index());
             for (link, way) in [(cluster.link(a, b), Way::Activation), (cluster.link(b, a), Way::Gradient)] {
                 let dense_s = link.occupied_s(output.bytes(batch) as f64);
                 directions.push(Direction { shape: output.shape.resolve(batch), dense_s, way });
@@ -225,7 +226,7 @@ impl<'a> Pricing<'a> {
         let mut codecs = compress(spec.compression, &directions, most_s, spec.placement.codec).into_iter();
         let mut sent = Sent::default();
         for index in 0..placement.edges.len() {
-            let compressed = is_sent(placement, &placement.edges[index]);
+            let compressed = sent_by(placement, &placement.edges[index]).is_some();
             let edge = &mut placement.edges[index];
             if compressed && let (Some(activation), Some(gradient)) = (codecs.next(), codecs.next()) {
                 (edge.activation_codec, edge.gradient_codec) = (activation, gradient);

@@ -332,13 +332,15 @@ impl<'a> State<'a> {
             }
         }
         if self.costs.clip && nodes > 1 {
-            let mut total = ready[0];
-            for (node, at) in ready.clone().into_iter().enumerate().skip(1) {
-                total = total.or_later(self.send(node, 0, Cargo::Norm, Message::EMPTY, at));
-            }
-            ready[0] = total;
-            for (node, at) in ready.iter_mut().enumerate().skip(1) {
-                *at = self.send(0, node, Cargo::Norm, Message::EMPTY, total);
+            let root = self.placement.norm_root().index();
+            let others = || (0..nodes).filter(|&node| node != root);
+            let parts = ready.clone();
+            let total = others().fold(ready[root], |total, node| {
+                total.or_later(self.send(node, root, Cargo::Norm, Message::EMPTY, parts[node]))
+            });
+            ready[root] = total;
+            for node in others() {
+                ready[node] = self.send(root, node, Cargo::Norm, Message::EMPTY, total);
             }
         }
         for (node, Moment { at_s: start_s, cause }) in ready.into_iter().enumerate() {

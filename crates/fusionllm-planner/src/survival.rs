@@ -61,7 +61,7 @@ pub struct FailureCost {
 
 impl FailureCost {
     /// Of a job as it is planned, that is hit every `mtbf_s` seconds. `state_bytes` says how many bytes go on the way with so
-    /// many bytes of parameters. Checkpoints come from the broker, which is taken to stand beside the first CompNode, to all
+    /// many bytes of parameters. Checkpoints come from the broker, which is taken to stand beside the data owner, to all
     /// CompNodes at once; of snapshots only the lost part does, from its guardian.
     pub fn of(plan: &Plan, dag: &OpDag, kept: Kept, mtbf_s: f64, state_bytes: impl Fn(u64) -> u64) -> Self {
         let step_s = plan.prediction.step_s;
@@ -70,7 +70,9 @@ impl FailureCost {
             |from: NodeIndex, to: NodeIndex| plan.cluster.link(from.index(), to.index()).transfer_s(bytes(to) as f64);
         let slowest = |of: &dyn Fn(NodeIndex) -> f64| plan.placement.nodes().map(of).fold(0.0, f64::max);
         let (move_s, again_s) = match kept {
-            Kept::Checkpoints(every) => (slowest(&|node| way(NodeIndex(0), node)), every as f64 * step_s / 2.0),
+            Kept::Checkpoints(every) => {
+                (slowest(&|node| way(NodeIndex::DATA_OWNER, node)), every as f64 * step_s / 2.0)
+            }
             Kept::Snapshots(every) => {
                 let from_guardian = |node: NodeIndex| {
                     let others = plan.placement.nodes().filter(|&other| other != node);

@@ -69,7 +69,7 @@ pub enum Welcome {
         /// the broker does not know it any more, and it begins anew with the first message.
         resumed: Option<u64>,
     },
-    /// Stay out.
+    /// The peer must stay out.
     Refused {
         /// Why the peer is not let in, in one line.
         reason: String,
@@ -79,8 +79,8 @@ pub enum Welcome {
 /// Where a CompNode's parameters come from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WeightSource {
-    /// Each parameter is a function of this seed and its name.
-    Seed(u64),
+    /// Each parameter is drawn, as a function of the seed in the job and its name.
+    Seed,
     /// The broker sends them, with optimizer state if there is one, as a [`BlobKind::Weights`] stream.
     Broker,
     /// They lie, with optimizer state, in snapshots here and at other CompNodes.
@@ -147,7 +147,8 @@ pub enum FromBroker {
         /// The checkpoint's updates.
         step: u64,
     },
-    /// Send the shard of this checkpoint once more: what came of it is not there any more.
+    /// Send the shard of this checkpoint once more, or write it now where it could not be written: what came of it is not
+    /// there any more.
     ShardAgain {
         /// Which placement of which job it belongs to.
         key: RunKey,
@@ -170,14 +171,14 @@ pub enum FromBroker {
     },
     /// These may fetch snapshots of this job from now on.
     Lend {
-        /// The job.
+        /// The job of whose snapshots it is.
         job: JobId,
-        /// Who may.
+        /// Those who may fetch them; nobody else may.
         to: Vec<PeerRecord>,
     },
     /// Of this job's snapshots none but these are needed any more.
     Release {
-        /// The job.
+        /// The job of whose snapshots it is.
         job: JobId,
         /// By placement and step, those that are kept.
         keep: Vec<(Generation, u64)>,
@@ -286,7 +287,8 @@ pub enum FromCompNode {
         /// Whether the job's input is at fault (exit code 2) rather than a machine.
         bad_input: bool,
     },
-    /// This CompNode's shard of a checkpoint will not come; training goes on.
+    /// This CompNode's shard of a checkpoint will not come; training goes on. Of the last one, the state is held until
+    /// [`FromBroker::ShardAgain`] asks for it.
     ShardFailed {
         /// Which placement of which job it belongs to.
         key: RunKey,
@@ -297,14 +299,14 @@ pub enum FromCompNode {
     },
     /// A whole snapshot lies here: one's own, or another's that was fetched.
     Holds {
-        /// The snapshot.
+        /// The snapshot, by id, hash and size.
         snapshot: Snapshot,
         /// Seconds for which compute stood still to make it, or that it took to fetch it; 0 if it was here before.
         cost_s: f64,
     },
     /// A snapshot cannot be made, or not be fetched; training goes on.
     SnapshotFailed {
-        /// Which one.
+        /// The snapshot that was asked for.
         id: SnapshotId,
         /// Whether it was asked for only when the step had passed.
         is_late: bool,
@@ -345,7 +347,7 @@ pub enum FromCompNode {
     Note {
         /// Which placement of which job it belongs to.
         key: RunKey,
-        /// One sentence.
+        /// What is to be known, in one sentence.
         text: String,
     },
     /// Bytes of memory that a job may fill here now, from a CompNode whose memory nobody fills.
@@ -416,7 +418,7 @@ pub enum BlobKind {
     Weights,
     /// A checkpoint shard of the sender: CompNode to broker.
     Shard {
-        /// Updates done.
+        /// The step that was done, counted from 1.
         step: u64,
         /// The CompNode that sends its shard.
         node: NodeIndex,

@@ -41,7 +41,7 @@ impl ContentHasher {
 /// What the data owner found in its data.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DataReport {
-    /// Files read.
+    /// How many files were read.
     pub files: u64,
     /// Tokens to train on.
     pub train_tokens: u64,
@@ -88,7 +88,7 @@ pub struct FileFingerprint {
     pub hash: String,
 }
 
-/// A tokenizer.
+/// Which tokenizer made the tokens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenizerFingerprint {
     /// `bytes`, or where its file lies.

@@ -81,7 +81,7 @@ pub struct CodecNote {
 pub struct Notice {
     /// Updates that were done when it was said.
     pub step: u64,
-    /// One sentence.
+    /// What is to be known, in one sentence.
     pub text: String,
 }
 
@@ -96,7 +96,7 @@ pub enum JobState {
     },
     /// The CompNodes prepare their parts.
     Preparing,
-    /// Training.
+    /// Its CompNodes train.
     Running,
     /// All steps done.
     Done,
@@ -148,7 +148,7 @@ pub enum JobEvent {
     Checkpoint {
         /// The job that it is about.
         job: JobId,
-        /// Updates done.
+        /// Updates that the checkpoint has.
         step: u64,
         /// Its folder on the broker's machine.
         path: String,
@@ -157,7 +157,7 @@ pub enum JobEvent {
     Notice {
         /// The job that it is about.
         job: JobId,
-        /// One sentence.
+        /// What is to be known, in one sentence.
         text: String,
     },
 }

@@ -99,7 +99,7 @@ pub struct LinkReport {
     pub to: String,
     /// What was measured; nothing if the two could not reach each other.
     pub link: Option<LinkProfile>,
-    /// Seconds since.
+    /// Seconds since it was measured.
     pub age_s: f64,
 }
 

@@ -17,7 +17,7 @@ use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use serde::{Deserialize, Serialize};
 
-pub use cadence::Cadence;
+pub use cadence::{Cadence, Measuring};
 pub use keys::job_keys;
 pub use lr_schedule::LrSchedule;
 
@@ -57,11 +57,11 @@ pub struct ModelSpec {
     pub vocab_size: Option<usize>,
     /// Longest sequence; `data.seq_len` if not given.
     pub n_positions: Option<usize>,
-    /// Width.
+    /// Width of the residual stream.
     pub n_embd: Option<usize>,
     /// Number of transformer blocks.
     pub n_layer: Option<usize>,
-    /// Heads.
+    /// Heads of attention.
     pub n_head: Option<usize>,
     /// Dropout probability; 0 by default.
     pub dropout: f64,
@@ -160,13 +160,13 @@ impl DataFormat {
 /// `[train]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainSpec {
-    /// Updates.
+    /// Updates until the job is done.
     pub steps: u64,
     /// Sequences in the global batch.
     pub batch: u32,
     /// Micro-batches that the global batch is cut into.
     pub micro_batches: u32,
-    /// Optimizer.
+    /// By which rule parameters are updated.
     pub optimizer: OptimizerKind,
     /// Peak learning rate.
     pub lr: f64,
@@ -176,9 +176,9 @@ pub struct TrainSpec {
     pub warmup: u64,
     /// The lr schedule after warm-up.
     pub schedule: LrSchedule,
-    /// AdamW's betas.
+    /// Decay rates of AdamW's two moments.
     pub betas: [f64; 2],
-    /// AdamW's epsilon.
+    /// What AdamW adds to the root of the second moment.
     pub epsilon: f64,
     /// Decoupled weight decay on matrices (biases and norms have none).
     pub weight_decay: f64,
@@ -208,7 +208,7 @@ pub enum OptimizerKind {
 }
 
 /// Precision of compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
     /// 32-bit floats.
@@ -334,12 +334,12 @@ impl CompressionPolicy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ValueFormat {
-    /// Lossless.
+    /// As they are, 32 bits each.
     #[default]
     F32,
-    /// bfloat16.
+    /// Rounded to bfloat16.
     Bf16,
-    /// binary16.
+    /// Rounded to IEEE binary16.
     F16,
 }
 

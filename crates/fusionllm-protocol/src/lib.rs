@@ -7,6 +7,7 @@ mod control;
 mod data;
 mod error;
 mod event;
+pub mod hugging_face;
 mod ids;
 mod inventory;
 mod job;
@@ -34,9 +35,9 @@ pub use event::{CodecNote, JobEvent, JobState, LinkBytes, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
-    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice,
-    job_keys,
+    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, Measuring,
+    ModelSpec, OptimizerKind, PlacementSection, Precision, SurviveSpec, TopKBackward, TrainSpec, ValueFormat,
+    WeightsChoice, job_keys,
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
@@ -49,4 +50,4 @@ pub use text::{clean, clean_lines, clean_to, is_plain_name};
 pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
 pub use version::{Greeting, PROTOCOL_VERSION};
 pub use window::{ReceiveWindow, Received, SendWindow};
-pub use wire::{decode, decode_clean, encode};
+pub use wire::{decode, decode_clean, encode, encoded_len};

@@ -7,7 +7,7 @@
 
 use fusionllm_codec::{Codec, ElementType};
 use fusionllm_graph::ParamId;
-use fusionllm_planner::{EdgeId, NodeIndex, Way};
+use fusionllm_planner::{EdgeId, NodeIndex, Placement, Route, Way};
 use serde::{Deserialize, Serialize};
 
 use crate::{LoanFrame, RunKey};
@@ -54,6 +54,24 @@ impl Channel {
             Way::Activation => Self::Activation(edge),
             Way::Gradient => Self::Gradient(edge),
         }
+    }
+
+    /// All that flows between two CompNodes of a placement, and from whom to whom. What several get is there once for each of
+    /// them. `clips` says whether the global norm of gradients is asked for.
+    pub fn all(placement: &Placement, clips: bool) -> impl Iterator<Item = (Self, Route)> + '_ {
+        let edges = placement.edges.iter().flat_map(move |edge| {
+            edge.ways().filter_map(move |way| Some((Self::of_edge(edge.id, way), placement.route(edge, way)?)))
+        });
+        let tied = placement.tied.iter().flat_map(|tied| {
+            let pairs = tied.holders.iter().flat_map(|&from| tied.holders.iter().map(move |&to| Route { from, to }));
+            pairs.map(|route| (Self::Tied { param: tied.param, from: route.from }, route))
+        });
+        let root = placement.norm_root();
+        let norms = placement.nodes().filter(move |_| clips).flat_map(move |node| {
+            let part = (Self::NormPart { from: node }, Route { from: node, to: root });
+            [part, (Self::NormTotal { to: node }, Route { from: root, to: node })]
+        });
+        edges.chain(tied).chain(norms).filter(|(_, route)| route.from != route.to)
     }
 }
 

@@ -20,6 +20,8 @@ pub enum Fault {
     Left,
     /// CompNodes were there again, and the work moved to them, too.
     Joined,
+    /// CompNodes computed slower or faster than planned, and the work was divided anew.
+    Drifted,
 }
 
 impl Fault {
@@ -32,6 +34,7 @@ impl Fault {
             Self::BrokerRestart => "broker restart",
             Self::Left => "left",
             Self::Joined => "joined",
+            Self::Drifted => "speed changed",
         }
     }
 }
@@ -40,7 +43,7 @@ impl Fault {
 /// to the time for which it stood still.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recovery {
-    /// From what.
+    /// What the job had to recover from.
     pub kind: Fault,
     /// Names of the CompNodes that it was about, also of those that were lost before it was back.
     pub who: Vec<String>,
@@ -89,6 +92,7 @@ pub fn cause(kind: Fault, who: &[String], step: u64) -> String {
         Fault::Stalled => format!("nothing came from {compnodes} {names} after step {step}"),
         Fault::BrokerRestart => format!("the broker restarted after step {step}"),
         Fault::Joined => format!("{compnodes} {names} came to the job after step {step}"),
+        Fault::Drifted => format!("the work was divided anew after step {step}, by the speeds of {compnodes} {names}"),
         Fault::Left => format!("{compnodes} {names} left after step {step}"),
     }
 }

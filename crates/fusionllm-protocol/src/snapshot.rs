@@ -8,9 +8,9 @@ use crate::{PeerRecord, RunKey};
 /// Which snapshot: of one CompNode of a placement, after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SnapshotId {
-    /// The placement.
+    /// The placement of the job under which it was taken.
     pub key: RunKey,
-    /// Updates done.
+    /// Updates that it has.
     pub step: u64,
     /// Whose parameters, optimizer state and residuals it has.
     pub node: NodeIndex,
@@ -19,7 +19,7 @@ pub struct SnapshotId {
 /// A snapshot by its content: whoever has a file of this hash has the snapshot, however it came there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// Which one.
+    /// Which snapshot it is.
     pub id: SnapshotId,
     /// Bytes of its safetensors file.
     pub bytes: u64,
@@ -43,7 +43,7 @@ pub struct SnapshotSource {
 pub enum LoanFrame {
     /// First frame: asks for a snapshot. The answer is one of the other two.
     Fetch {
-        /// Which one.
+        /// The snapshot that is asked for.
         snapshot: Snapshot,
         /// The parameters that are wanted of it, with their optimizer state and all residuals; nothing: the whole file.
         params: Option<Vec<String>>,

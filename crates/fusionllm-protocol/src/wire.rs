@@ -14,6 +14,15 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, ProtocolError> {
     postcard::to_stdvec(message).map_err(|e| ProtocolError::Encode { reason: e.to_string() })
 }
 
+/// Bytes of one message as [`encode`] writes it.
+///
+/// # Errors
+/// As [`encode`].
+pub fn encoded_len<T: Serialize>(message: &T) -> Result<u64, ProtocolError> {
+    let bytes = postcard::experimental::serialized_size(message);
+    bytes.map(|bytes| bytes as u64).map_err(|e| ProtocolError::Encode { reason: e.to_string() })
+}
+
 /// Decodes one message; trailing bytes are an error. Strings are as they came: for messages with paths and graphs.
 ///
 /// # Errors

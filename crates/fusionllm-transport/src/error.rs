@@ -20,7 +20,7 @@ pub enum BindError {
     Shortage {
         /// Where it was to listen.
         addr: SocketAddr,
-        /// Of what.
+        /// What the system said of it.
         reason: String,
     },
     /// The address is not this machine's, or may not be used.

@@ -113,7 +113,7 @@ pub(crate) struct Which {
 pub(crate) struct LinkArgs {
     /// A node, a site, or `*`
     from: String,
-    /// Likewise
+    /// Node at the other end
     to: String,
     #[command(flatten)]
     pub(crate) which: Which,

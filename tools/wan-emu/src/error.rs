@@ -16,7 +16,7 @@ pub enum Error {
     /// A file cannot be parsed.
     #[error("{path}: {source}", path = path.display())]
     Parse {
-        /// Which file.
+        /// The file that was not read.
         path: PathBuf,
         /// Where and why.
         source: Box<toml::de::Error>,
@@ -42,31 +42,31 @@ pub enum Error {
     Io {
         /// What was tried.
         what: String,
-        /// Its answer.
+        /// What the system answered.
         source: io::Error,
     },
     /// A network of that name runs already.
     #[error("network `{net}` is up already: `wan-emu down --net {net}` takes it down")]
     InUse {
-        /// Its name.
+        /// Name of the network.
         net: String,
     },
     /// No such network runs.
     #[error("network `{net}` is not up")]
     NotUp {
-        /// Its name.
+        /// Name of the network.
         net: String,
     },
     /// The running network refused a request.
     #[error("{reason}")]
     Refused {
-        /// Its words.
+        /// What it said.
         reason: String,
     },
     /// The thread that carries the packets ended.
     #[error("the router ended: {reason}")]
     Router {
-        /// Why.
+        /// What went wrong, in one line.
         reason: String,
     },
 }

@@ -35,7 +35,7 @@ pub struct Access {
 /// What became of a directed link's packets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
-    /// Delivered.
+    /// Packets that were delivered.
     pub packets: u64,
     /// Bytes delivered, IP headers included.
     pub bytes: u64,

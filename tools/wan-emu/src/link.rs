@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::preset;
+use crate::preset::{self, Preset};
 
 /// The longest latency, jitter or queue that may be asked for, in milliseconds: it bounds what is in flight.
 const LONGEST_MS: f64 = 10_000.0;
@@ -54,6 +54,16 @@ pub struct Link {
     pub cut: bool,
 }
 
+impl Link {
+    /// Takes the numbers of a preset, `back` those of the way back.
+    fn apply(&mut self, preset: &Preset, back: bool) {
+        self.bits_per_s = if back { preset.back_mbit_per_s } else { preset.mbit_per_s } * 1e6;
+        self.latency = Duration::from_secs_f64(preset.rtt_ms / 2e3);
+        self.jitter = Duration::from_secs_f64(preset.jitter_ms / 1e3);
+        self.loss = preset.loss_percent / 100.0;
+    }
+}
+
 impl Default for Link {
     fn default() -> Self {
         Self {
@@ -76,7 +86,7 @@ impl Default for Link {
 pub struct LinkRule {
     /// Name of a node, of a site, or `*`.
     pub from: String,
-    /// Likewise.
+    /// Name of the node at the other end.
     pub to: String,
     /// Only from `from` to `to`, not back.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -139,7 +149,7 @@ impl LinkRule {
     /// [`Error::Input`] for an unknown preset and for numbers out of range.
     pub fn apply(&self, link: &mut Link, back: bool) -> Result<(), Error> {
         if let Some(name) = &self.preset {
-            preset::find(name)?.set(link, back);
+            link.apply(preset::find(name)?, back);
         }
         let rate = if back { self.back_mbit_per_s.or(self.mbit_per_s) } else { self.mbit_per_s };
         if let Some(mbit) = rate {
@@ -190,6 +200,13 @@ impl LinkRule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_preset_gives_each_way_its_numbers() {
+        let mut link = Link::default();
+        link.apply(preset::find("home-fibre").unwrap(), true);
+        assert_eq!((link.bits_per_s, link.latency), (5e8, Duration::from_millis(6)));
+    }
 
     #[test]
     fn what_a_change_leaves_out_stays() {

@@ -1,9 +1,6 @@
 //! Links with a name. A time in a name is the round trip, so that `ping` shows what the name says.
 
-use std::time::Duration;
-
 use crate::error::Error;
-use crate::link::Link;
 
 /// A link with a name.
 #[derive(Debug, Clone, Copy)]
@@ -51,16 +48,6 @@ pub fn find(name: &str) -> Result<&'static Preset, Error> {
     })
 }
 
-impl Preset {
-    /// Sets its numbers.
-    pub(crate) fn set(&self, link: &mut Link, back: bool) {
-        link.bits_per_s = if back { self.back_mbit_per_s } else { self.mbit_per_s } * 1e6;
-        link.latency = Duration::from_secs_f64(self.rtt_ms / 2e3);
-        link.jitter = Duration::from_secs_f64(self.jitter_ms / 1e3);
-        link.loss = self.loss_percent / 100.0;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,8 +59,5 @@ mod tests {
                 assert_eq!(ms.1.parse(), Ok(preset.rtt_ms), "{}", preset.name);
             }
         }
-        let mut link = Link::default();
-        find("home-fibre").unwrap().set(&mut link, true);
-        assert_eq!((link.bits_per_s, link.latency), (5e8, Duration::from_millis(6)));
     }
 }

@@ -5,17 +5,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use fusionllm_protocol::hugging_face::{OF_TOKENIZER, TOKENIZER};
 use fusionllm_protocol::{CarriedFile, DataFingerprint, content_hash};
 use fusionllm_transport::read_regular_text;
 
 use super::tensor_file::io;
 use crate::files::write_atomic;
 use crate::{BrokerError, CheckpointError};
-
-/// The tokenizer among the files that are carried.
-pub(crate) const TOKENIZER: &str = "tokenizer.json";
-/// The files that say what the tokenizer's tokens are.
-const OF_TOKENIZER: [&str; 3] = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"];
 
 /// Where a model came from.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use fusionllm_planner::{NodeIndex, Placement, Way};
-use fusionllm_protocol::{Fault, JobId, PairProfile, RunKey};
+use fusionllm_planner::{NodeIndex, Placement, Route};
+use fusionllm_protocol::{Channel, Fault, JobId, PairProfile, RunKey};
 
 use super::around::Around;
 use super::detector::SUSPECT;
@@ -66,19 +66,12 @@ impl Core {
             let name = placement.compnodes.get(node.index())?;
             members.iter().copied().find(|&member| self.compnodes.name(member) == *name)
         };
-        let edges = placement.edges.iter().filter_map(|edge| placement.route(edge, Way::Activation));
-        let tied = placement.tied.iter().flat_map(|tied| {
-            let holders = &tied.holders;
-            holders.iter().flat_map(|&a| holders.iter().map(move |&b| (a, b)))
-        });
-        let root = placement.norm_root();
-        let norms = placement.nodes().filter(|_| record.spec.train.clip > 0.0).map(|node| (root, node));
-        let mut pairs = edges.map(|route| (route.from, route.to)).chain(tied).chain(norms);
-        let cut = |(a, b): (NodeIndex, NodeIndex)| {
-            let (a, b) = (named(a)?, named(b)?);
+        let mut routes = Channel::all(placement, record.spec.train.clip > 0.0).map(|(_, route)| route);
+        let cut = |Route { from, to }: Route| {
+            let (a, b) = (named(from)?, named(to)?);
             self.survey.is_unreachable(a, b).then_some((a, b))
         };
-        if recoveries.goes_on { pairs.find_map(cut) } else { None }
+        if recoveries.goes_on { routes.find_map(cut) } else { None }
     }
 
     /// A plan for `members` uses a link that is cut: the job is placed without one of its ends, or waits.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use fusionllm_protocol::{Fault, FromBroker, JobState, RunKey};
 
 use super::detector::SUSPECT;
+use super::drift::Move;
 use super::registry::Registry;
 use super::run::Run;
 use super::schedule::needed;
@@ -16,7 +17,7 @@ use super::{Action, ConnectionId, Core, Job};
 use crate::BrokerError;
 
 /// A CompNode that has been here and idle for so long is there to stay.
-const SETTLED: Duration = Duration::from_secs(10);
+pub(super) const SETTLED: Duration = Duration::from_secs(10);
 /// A CompNode that is to leave waits no longer than this until others are at work with what it holds.
 const MOST_MOVING: Duration = Duration::from_secs(50);
 
@@ -100,8 +101,14 @@ impl Core {
         let leaving = members.iter().filter(|&&member| self.compnodes.is_leaving(member));
         let leaving: Vec<String> = leaving.map(|&member| self.compnodes.name(member)).collect();
         let quoted = |names: &[String]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-        let (kind, who, reason) = match leaving.is_empty() {
-            false => (
+        let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let step_s = known.run.as_ref().and_then(Run::step_time).unwrap_or_default();
+        let better = known.drift.leaves(step_s.as_secs_f64(), now).filter(|_| leaving.is_empty());
+        let (kind, who, reason) = match (leaving.is_empty(), better) {
+            (_, Some(Move { who, reason, is_for_new })) => {
+                (if is_for_new { Fault::Joined } else { Fault::Drifted }, who, reason)
+            }
+            (false, None) => (
                 Fault::Left,
                 leaving.clone(),
                 match leaving.len() {
@@ -109,7 +116,7 @@ impl Core {
                     _ => format!("CompNodes {} leave", quoted(&leaving)),
                 },
             ),
-            true => {
+            (true, None) => {
                 let more: Vec<String> = self.compnodes.idle().into_iter().map(|c| self.compnodes.name(c)).collect();
                 let reason = format!("the job moves to more CompNodes, {} may work for it", quoted(&more));
                 (Fault::Joined, more, reason)

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{Cluster, NodeIndex, Plan, PlanError, PlanSpec, Simulated};
+use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, PlanSpec, Simulated};
 use fusionllm_protocol::{
     DataReport, DeviceProfile, FromBroker, FromCompNode, JobEvent, JobId, JobSpec, Notice, PeerRecord, RunKey,
     Standing, StepMetrics,
 };
 
+use super::drift::Weighed;
 use crate::BrokerError;
 use crate::checkpoint::{FinishSpec, Origin, StoredShard, TensorSet};
 use crate::run_dir::{PlacementFile, RunStart};
@@ -68,7 +69,7 @@ pub(crate) struct Unread {
     pub(crate) bad_input: bool,
 }
 
-/// Something happened.
+/// What the core is told of.
 #[derive(Debug)]
 pub(crate) enum CoreEvent {
     /// A CompNode has gone and will not go on where it was.
@@ -98,6 +99,8 @@ pub(crate) enum CoreEvent {
     RunOpened { key: RunKey },
     /// The files of a run that was to be taken back are not opened: another process has gone on with the run.
     GoneOn { key: RunKey, reason: String },
+    /// The files of a run cannot be opened; `bad_input` says whether that is the job's fault.
+    RunNotOpened { key: RunKey, reason: String, bad_input: bool },
     /// The broker itself cannot go on with a job; `bad_input` says whether that is the job's fault.
     RunFailed { key: RunKey, reason: String, bad_input: bool },
     /// What was to be worked out or read for a job was not, by a defect of ours.
@@ -110,7 +113,9 @@ pub(crate) enum CoreEvent {
     Loaded { job: JobId, number: u64, result: Box<Result<StartPoint, BrokerError>> },
     /// A placement was worked out, or there is none.
     Planned { job: JobId, number: u64, result: Box<Result<Plan, PlanError>> },
-    /// Time passes.
+    /// The placement at work was held against the best one; nothing if that cannot be.
+    Weighed { job: JobId, number: u64, result: Option<Weighed> },
+    /// Time has passed: what is due by the clock is looked for.
     Tick,
 }
 
@@ -125,6 +130,8 @@ pub(crate) enum Action {
     Disconnect { to: ConnectionId, reason: String },
     /// Work out a placement where it holds up nobody, and answer [`CoreEvent::Planned`].
     Plan { job: JobId, input: Box<PlanInput> },
+    /// Price the placement at work and the best one that there is, and answer [`CoreEvent::Weighed`].
+    Weigh { job: JobId, input: Box<PlanInput>, placement: Box<Placement> },
     /// Make or take over the run directory.
     OpenRun(Box<OpenRun>),
     /// Write what the data owner found.
@@ -191,6 +198,12 @@ impl PlanInput {
     /// Works it out, which may take long.
     pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
         fusionllm_planner::plan(&self.dag, &self.cluster, &self.spec)
+    }
+
+    /// Holds a placement at work against the best one that there is, which may take long. Nothing if either cannot be priced.
+    pub(crate) fn weigh(&self, placement: &Placement) -> Option<Weighed> {
+        let now_s = fusionllm_planner::step_by_cut(&self.dag, &self.cluster, placement, &self.spec).ok()?;
+        Some(Weighed { now_s, then_s: self.plan().ok()?.prediction.step_s })
     }
 }
 

@@ -7,6 +7,7 @@ use fusionllm_protocol::JobState;
 use super::around::Around;
 use super::awaited::TakeBack;
 use super::comeback::Comeback;
+use super::drift::Drift;
 use super::growth::Growth;
 use super::notices::Told;
 use super::recovery::Recoveries;
@@ -46,6 +47,8 @@ pub(super) struct Job {
     /// What CompNodes keep of it.
     pub(super) snapshots: Snapshots,
     pub(super) growth: Growth,
+    /// Whether its CompNodes are as fast as planned.
+    pub(super) drift: Drift,
     /// The recovery under way.
     pub(super) comeback: Option<Comeback>,
     /// The placement from before the broker's restart, while it may still be taken back.
@@ -78,11 +81,20 @@ impl Job {
             recoveries: Recoveries::default(),
             snapshots,
             growth: Growth::default(),
+            drift: Drift::default(),
             comeback: None,
             takeback: None,
             loading: None,
             in_use: None,
         }
+    }
+
+    /// It has a new placement, on so many CompNodes.
+    pub(super) fn placed(&mut self, members: usize) {
+        self.recoveries.placed();
+        self.around = None;
+        self.growth.placed(members);
+        self.drift.placed();
     }
 
     /// Name of the CompNode that must read its data: the one that it names, or if it goes on, the one that did; another may

@@ -82,7 +82,7 @@ impl Core {
         self.hold(actions)
     }
 
-    /// Time passes.
+    /// Does what is due by the clock.
     pub(super) fn tick(&mut self, now: Duration) -> Vec<Action> {
         let since = now.saturating_sub(self.ticked.replace(now).unwrap_or(now));
         if since > LATE_TICK {
@@ -115,6 +115,7 @@ impl Core {
         actions.extend(self.move_those_that_leave(now));
         actions.extend(self.dismiss(now));
         actions.extend(self.grow(now));
+        actions.extend(self.weigh(now));
         actions.extend(self.schedule(now));
         actions
     }

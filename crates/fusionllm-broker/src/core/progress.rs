@@ -81,8 +81,8 @@ impl Core {
                     return Vec::new();
                 }
                 let reason = format!("CompNode `{}`: {reason}", self.compnodes.name(connection));
-                // It has nothing left to send.
-                self.checkpoint_failed(key, step, &reason, false, now)
+                // Of the last one it holds the state, and writes it when it is asked again.
+                self.checkpoint_failed(key, step, &reason, true, now)
             }
             FromCompNode::LinkLost { key, peer, reason } => self.link_lost(key, connection, peer, &reason, now),
             FromCompNode::Failed { key, reason, bad_input } => self.failed(key, connection, reason, bad_input, now),
@@ -180,7 +180,7 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         let Some(run) = job.run.as_mut() else { return Vec::new() };
         let (mut actions, mut progress) = (Vec::new(), None);
-        while let Some(MergedStep { mut metrics, traced, changes }) = run.next_step() {
+        while let Some(MergedStep { mut metrics, busy_s, traced, changes }) = run.next_step() {
             for (to, change) in changes {
                 let CodecChange { edge, way, codec, .. } = change;
                 let message = FromBroker::SetCodec { key, edge, way, codec };
@@ -204,6 +204,7 @@ impl Core {
             job.record.loss = Some(metrics.loss);
             job.recoveries.works_on(run.names());
             job.snapshots.stepped(metrics.step, metrics.loss);
+            job.drift.stepped(metrics.step_s, busy_s, now);
             actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
             actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));
             if now.saturating_sub(job.persisted) >= PERSIST_EVERY {

@@ -21,13 +21,15 @@ const SAME_STEP: u64 = 1;
 const RESTART: Duration = Duration::from_secs(5);
 /// Where a job has failed it is tried again after twice this, at the most after the other.
 const AVOIDED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
+/// Where its files cannot be opened that is tried again after twice this, at the most after the other.
+const REOPENED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// After the broker's own restart, CompNodes find their way back within this time.
 pub(super) const RETURN: Duration = Duration::from_secs(45);
 
 /// In what form a step is kept from which a job goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KeptAs {
-    /// By CompNodes.
+    /// CompNodes have it, in snapshots.
     Snapshots,
     /// By the broker; or it is the beginning.
     Checkpoint,
@@ -52,6 +54,8 @@ pub(super) struct Recoveries {
     no_plan: Option<(Vec<ConnectionId>, String)>,
     /// On whom it has failed, by name: how often in a row, until when it is left out, and why.
     avoided: BTreeMap<String, (u32, Duration, String)>,
+    /// Its files could not be opened: how often in a row, until when it is not placed, and why.
+    no_files: Option<(u32, Duration, String)>,
     /// Why it goes on, and how far it was: told when it is placed again.
     told: Option<(String, u64)>,
 }
@@ -107,6 +111,17 @@ impl Recoveries {
         // To whole ten seconds, or it would be told anew each second.
         let seconds = until.saturating_sub(now).as_secs().div_ceil(10) * 10;
         Some(format!("{reason}; it is tried again within {seconds} s"))
+    }
+
+    /// Its files are open.
+    pub(super) fn files_are_open(&mut self) {
+        self.no_files = None;
+    }
+
+    /// Why it is not placed yet, if that is as its files could not be opened.
+    pub(super) fn no_files(&self, now: Duration) -> Option<String> {
+        let (_, until, reason) = self.no_files.as_ref()?;
+        (now < *until).then(|| format!("its files cannot be written: {reason}"))
     }
 
     /// There may be more memory than when it could not be placed.
@@ -178,6 +193,22 @@ impl Core {
             // What failed may be a link that was cut: the next plan goes by what is there now.
             self.survey.refresh(now);
         }
+        self.wait_again(key.job, &reason, checkpoint, now)
+    }
+
+    /// A job goes on by itself, and its files cannot be opened: it waits, and tries that again without an end, since what it
+    /// has made is with its CompNodes and in its checkpoints.
+    pub(super) fn wait_for_files(&mut self, key: RunKey, reason: String, now: Duration) -> Vec<Action> {
+        let Some((members, checkpoint)) = self.run_mut(key).map(|run| (run.members.len(), run.newest_checkpoint()))
+        else {
+            return Vec::new();
+        };
+        let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
+        let recoveries = &mut known.recoveries;
+        let times = recoveries.no_files.as_ref().map_or(0, |(times, ..)| *times) + 1;
+        let pause = REOPENED.0.saturating_mul(1 << times.min(10)).min(REOPENED.1);
+        recoveries.go_on(members, now, reason.clone(), known.record.step);
+        recoveries.no_files = Some((times, now + pause, reason.clone()));
         self.wait_again(key.job, &reason, checkpoint, now)
     }
 

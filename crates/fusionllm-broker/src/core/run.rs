@@ -34,6 +34,8 @@ type Shards = Vec<(StoredShard, Vec<String>)>;
 /// A step that every CompNode has reported.
 pub(super) struct MergedStep {
     pub(super) metrics: StepMetrics,
+    /// Seconds that each CompNode has computed, in the placement's order.
+    pub(super) busy_s: Vec<f64>,
     /// What was done when, if it was traced.
     pub(super) traced: Option<Simulated>,
     /// Codecs that change, and who must know.
@@ -245,6 +247,11 @@ impl Run {
         loan.map(|(_, _, lender)| *lender)
     }
 
+    /// How long its parts took to prepare.
+    pub(super) fn prepared(&self) -> Duration {
+        self.prepared
+    }
+
     /// How long a step takes, once one is done.
     pub(super) fn step_time(&self) -> Option<Duration> {
         (self.merged > self.from).then(|| self.watchdog.time_of(1))
@@ -382,7 +389,8 @@ impl Run {
         }
         self.watchdog.stepped(metrics.step_s);
         let sender = |change: CodecChange| Some((*self.members.get(change.sender.index())?, change));
-        Some(MergedStep { metrics, traced, changes: changes.into_iter().filter_map(sender).collect() })
+        let busy_s = reports().map(|r| r.busy_s).collect();
+        Some(MergedStep { metrics, busy_s, traced, changes: changes.into_iter().filter_map(sender).collect() })
     }
 
     /// What the controller makes of a step.

@@ -10,6 +10,7 @@ use fusionllm_protocol::{
 };
 
 use super::detector::SUSPECT;
+use super::drift::slowed;
 use super::recovery::KeptAs;
 use super::run::{Run, param_names};
 use super::snapshot_book::RecoveryPoint;
@@ -157,6 +158,9 @@ impl Core {
             return Err(takeback.waits());
         }
         let (spec, now) = (&record.spec, self.ticked.unwrap_or_default());
+        if let Some(reason) = recoveries.no_files(now) {
+            return Err(reason);
+        }
         let mut idle = self.compnodes.idle();
         if recoveries.goes_on {
             // One that has died with another is silent, and not lost yet.
@@ -212,10 +216,13 @@ impl Core {
 
     /// Asks for a placement on these CompNodes and keeps them for it.
     pub(super) fn plan(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
-        let Some(Job { record, start: Some(start), .. }) = self.jobs.get(&job) else { return Vec::new() };
+        let Some(Job { record, start: Some(start), drift, .. }) = self.jobs.get(&job) else { return Vec::new() };
         let cluster = match &start.cluster {
             Some(cluster) => self.as_if(cluster, &members),
-            None => self.survey.inventory(&members, &self.compnodes, Some((&record.spec, start)), now).cluster(),
+            None => {
+                let inventory = self.survey.inventory(&members, &self.compnodes, Some((&record.spec, start)), now);
+                slowed(inventory.cluster(), &drift.factors(now))
+            }
         };
         self.plans += 1;
         let number = self.plans;
@@ -311,9 +318,7 @@ impl Core {
         known.record.generation = Generation(known.record.generation.0 + 1);
         known.record.placed = None;
         known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
-        known.recoveries.placed();
-        known.around = None;
-        known.growth.placed(members.len());
+        known.placed(members.len());
         (known.record.step, known.record.loss) = (start.step, start.loss);
         known.record.snapshots = known.snapshots.to_store();
         let kept = if point.is_some() { KeptAs::Snapshots } else { KeptAs::Checkpoint };
@@ -390,7 +395,7 @@ impl Core {
             let weights = match (sources.next(), &start.weights) {
                 (Some(sources), _) => WeightSource::Snapshots(sources),
                 (None, Some(_)) => WeightSource::Broker,
-                (None, None) => WeightSource::Seed(spec.train.seed),
+                (None, None) => WeightSource::Seed,
             };
             let takes_models = spec.data.tokenizer == DataSpec::MODEL;
             let holds = |op| placement.stages_of(node).any(|stage| stage.ops.contains(&op));

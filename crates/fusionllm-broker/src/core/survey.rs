@@ -18,7 +18,7 @@ use super::{Action, ConnectionId, StartPoint};
 
 /// A probe that has not been answered for this long is given up.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
-/// Likewise the measurement of a job's ops.
+/// The measurement of a job's ops is given up after this long.
 const OPS_LIMIT: Duration = Duration::from_secs(600);
 
 /// Which ops were measured: jobs with the same OP-DAG and micro-batches share it.
@@ -27,9 +27,8 @@ pub(super) struct WorkKey(u64);
 
 impl WorkKey {
     pub(super) fn of(spec: &JobSpec, start: &StartPoint) -> Self {
-        // All that measuring depends on: the ops, their shapes, and for UPDATE the optimizer.
         let mut hasher = DefaultHasher::new();
-        (&start.graph, spec.micro_batch_size(), format!("{:?}", spec.train.optimizer)).hash(&mut hasher);
+        (&start.graph, spec.measuring()).hash(&mut hasher);
         Self(hasher.finish())
     }
 }
@@ -83,6 +82,8 @@ pub(super) struct Survey {
     active: BTreeMap<u64, Activity>,
     /// Pairs that were cut and are measured again before the next plan.
     healing: BTreeSet<Pair>,
+    /// Pairs that are measured though one of them is at work: the other one is new, and may be of use to it.
+    beside_work: BTreeSet<Pair>,
 }
 
 impl Survey {
@@ -103,12 +104,18 @@ impl Survey {
         self.due.retain(|pair| !concerns(pair));
         self.pairs.retain(|pair, _| !concerns(pair));
         self.healing.retain(|pair| !concerns(pair));
+        self.beside_work.retain(|pair| !concerns(pair));
         self.ops.retain(|(at, _), _| *at != connection);
         for wanted in self.wanted.values_mut() {
             wanted.members.remove(&connection);
         }
         // What the other one of a probe measured is lost; with one end gone nobody needs it.
         self.active.retain(|_, activity| !activity.involves(connection));
+    }
+
+    /// Links between those at work and those that are new are to be measured: these, and no others.
+    pub(super) fn measure_beside_work(&mut self, pairs: impl IntoIterator<Item = Pair>) {
+        self.beside_work = pairs.into_iter().collect();
     }
 
     /// Links that were measured before `then` are due again.
@@ -184,7 +191,8 @@ impl Survey {
         let mut started = Vec::new();
         for &(a, b) in &self.due {
             let hosts = (registry.host(a), registry.host(b));
-            if !idle.contains(&a) || !idle.contains(&b) || busy.contains(hosts.0) || busy.contains(hosts.1) {
+            let may = idle.contains(&a) && idle.contains(&b) || self.beside_work.contains(&(a, b));
+            if !may || busy.contains(hosts.0) || busy.contains(hosts.1) {
                 continue;
             }
             busy.extend([hosts.0, hosts.1]);
@@ -235,6 +243,12 @@ impl Survey {
             Ok(profile) if sane(&profile) => Some(profile),
             // No link has such figures, and no plan may go by them.
             Ok(_) => None,
+            Err(reason) if self.beside_work.remove(&pair) => {
+                tracing::info!(from = ?pair.0, to = ?pair.1, reason, "a link to one at work could not be measured");
+                // Once both are idle it is tried again.
+                self.cut(pair.0, pair.1, now);
+                return false;
+            }
             Err(_) if !registry.is_idle(pair.0) || !registry.is_idle(pair.1) => {
                 // A job came in between; there is another time.
                 self.due.insert(pair);

@@ -125,6 +125,9 @@ impl Core {
 
     /// The files of a run are open: if it is to be taken back, it is now.
     pub(super) fn run_opened(&mut self, key: RunKey, now: Duration) -> Vec<Action> {
+        if let Some(known) = self.jobs.get_mut(&key.job) {
+            known.recoveries.files_are_open();
+        }
         if !self.is_awaited(key) {
             return Vec::new();
         }
@@ -136,8 +139,27 @@ impl Core {
 
     /// The broker itself cannot go on with a run. One that is to be taken back trains on meanwhile, and waits until it can.
     pub(super) fn run_failed(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
+        match self.is_awaited(key) {
+            true => self.run_not_opened(key, reason, bad_input, now),
+            false => self.fail(key, reason, bad_input, now),
+        }
+    }
+
+    /// The files of a run cannot be opened. One that is to be taken back trains on meanwhile, and one that goes on by itself
+    /// waits, since that may pass: others may have moved its directory, or be at work there.
+    pub(super) fn run_not_opened(
+        &mut self,
+        key: RunKey,
+        reason: String,
+        bad_input: bool,
+        now: Duration,
+    ) -> Vec<Action> {
         if !self.is_awaited(key) {
-            return self.fail(key, reason, bad_input, now);
+            let goes_on = |job: &Job| job.recoveries.goes_on && job.record.spec.survive.enabled;
+            return match self.jobs.get(&key.job) {
+                Some(job) if goes_on(job) => self.wait_for_files(key, reason, now),
+                _ => self.fail(key, reason, bad_input, now),
+            };
         }
         if let Some(takeback) = self.jobs.get_mut(&key.job).and_then(|job| job.takeback.as_mut()) {
             takeback.cannot_open(reason, now);
@@ -223,6 +245,7 @@ impl Core {
         let codecs = run.codecs_of_plan();
         known.recoveries.taken_back(step > placed.from);
         known.growth.placed(count);
+        known.drift.placed();
         known.snapshots.at_work(now);
         known.comeback = Some(Comeback::trained_on(step, count, now));
         (known.run, known.persisted, known.waits_since) = (Some(run), now, None);

@@ -12,6 +12,7 @@ use fusionllm_protocol::{
 
 mod comeback;
 mod cuts;
+mod drift;
 mod recovery;
 mod snapshots;
 mod takeback;
@@ -1290,6 +1291,27 @@ fn the_last_checkpoint_is_tried_again_while_compnodes_hold_it() {
     let settled = FromBroker::ShardSettled { key: KEY, step: 6 };
     assert_eq!(sent(&tell(&mut core, finished, NOW)), [(1, &settled), (2, &settled)]);
     assert!(core.settles(KEY, 6));
+}
+
+/// Its own disk is full: it holds its state meanwhile.
+#[test]
+fn the_last_shard_that_a_compnode_cannot_write_is_asked_for_again() {
+    let mut core = all_steps_done();
+    let failed = || FromCompNode::ShardFailed { key: KEY, step: 6, reason: "its disk is full".to_owned() };
+    let again = FromBroker::ShardAgain { key: KEY, step: 6 };
+    let actions = say(&mut core, 2, failed());
+    assert!(matches!(actions[0], Action::DropCheckpoint { step: 6, .. }), "{actions:?}");
+    assert!(say(&mut core, 1, failed()).is_empty(), "both failed at the same time");
+    assert_eq!(sent(&core.handle(last_dropped(), NOW)), [(1, &again), (2, &again)]);
+    let mut now = NOW;
+    while state(&core, 1) == JobState::Running && now < NOW + Duration::from_secs(60) {
+        say(&mut core, 2, failed());
+        core.handle(last_dropped(), now);
+        now += Duration::from_secs(1);
+        core.handle(CoreEvent::Tick, now);
+    }
+    assert!(failure(&core).contains("checkpoint of step 6: CompNode `b`: its disk is full"), "{}", failure(&core));
+    assert!(now > NOW + Duration::from_secs(25), "{now:?}");
 }
 
 /// What a shard holds stays as it is, and a folder that does not come back is not waited for without an end.

@@ -11,7 +11,7 @@ pub enum StoreError {
     /// The database refuses.
     #[error("job store {path}: {reason}; it may be damaged: move it away to start with no jobs")]
     Database {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// The database's message.
         reason: String,
@@ -19,7 +19,7 @@ pub enum StoreError {
     /// Its file cannot be read or written.
     #[error("job store {path}: {}", io_reason(source), path = path.display())]
     Io {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// What the operating system says.
         source: std::io::Error,
@@ -27,7 +27,7 @@ pub enum StoreError {
     /// Another broker has it.
     #[error("job store {path} is in use by another broker, stop it or give another --state")]
     InUse {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
     },
     /// It was written by another version.
@@ -36,7 +36,7 @@ pub enum StoreError {
         if got > expected { "a newer release" } else { "the older release that wrote it, or another --state" }
     )]
     Version {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// Version in the file.
         got: u64,
@@ -46,7 +46,7 @@ pub enum StoreError {
     /// One entry is unreadable.
     #[error("job store {path}: job {job} is not readable: {reason}")]
     Entry {
-        /// Its file.
+        /// The store's file.
         path: PathBuf,
         /// Number of the job.
         job: u64,

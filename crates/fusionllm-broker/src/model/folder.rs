@@ -6,26 +6,15 @@ use std::sync::Arc;
 
 use fusionllm_graph::{HuggingFaceModel, Model, OpDag, read_json};
 use fusionllm_protocol::WeightsChoice;
+use fusionllm_protocol::hugging_face::{CARRIED, CONFIG, INDEX, WEIGHTS};
 use fusionllm_transport::read_regular_text;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{LoadedModel, ModelNote, graph_error, model_error};
 use crate::BrokerError;
-use crate::checkpoint::{TOKENIZER, TensorSet};
+use crate::checkpoint::TensorSet;
 use crate::files::named_error;
 
-const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// Files that a trained model keeps of the one it began as.
-const CARRIED: [&str; 6] = [
-    CONFIG,
-    "generation_config.json",
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
 /// Names that are listed one by one in a sentence.
 const LISTED: usize = 4;
 
@@ -52,7 +41,7 @@ pub(super) fn read(
         })
     })?;
     let fail = |source| graph_error(&path.display().to_string(), source);
-    let HuggingFaceModel { model, passed_over } = Model::from_hugging_face(&text).map_err(fail)?;
+    let HuggingFaceModel { model, passed_over, keys } = Model::from_hugging_face(&text).map_err(fail)?;
     let mut notes = Vec::new();
     notes.extend(passed_over.iter().map(|what| ModelNote::Unusual(format!("of config.json is passed over: {what}"))));
     let model = model.with_dropout(dropout).map_err(fail)?;
@@ -62,7 +51,7 @@ pub(super) fn read(
         Purpose::Graph => None,
         Purpose::Weights { choice: WeightsChoice::New, seed } => {
             notes.push(super::new_weights(seed));
-            notes.extend(other_initial_values(&text, &model).map(ModelNote::Unusual));
+            notes.extend(other_initial_values(&keys, &model).map(ModelNote::Unusual));
             None
         }
         Purpose::Weights { choice: WeightsChoice::Model, .. } => {
@@ -71,7 +60,7 @@ pub(super) fn read(
             Some(Arc::new(weights))
         }
     };
-    notes.extend(other_dropout(&text, dropout).map(ModelNote::Unusual));
+    notes.extend(other_dropout(&keys, dropout).map(ModelNote::Unusual));
     let carried = Arc::new(carried(folder)?);
     Ok(LoadedModel { dag, config: Some(model), weights, carried, notes })
 }
@@ -91,8 +80,7 @@ fn carried(folder: &Path) -> Result<BTreeMap<String, String>, BrokerError> {
 }
 
 /// Dropout that the config asks for and the job does not.
-fn other_dropout(config: &str, dropout: f64) -> Option<String> {
-    let keys: Value = serde_json::from_str(config.trim_start_matches('\u{feff}')).ok()?;
+fn other_dropout(keys: &Map<String, Value>, dropout: f64) -> Option<String> {
     let asked: Vec<String> = ["embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout"]
         .into_iter()
         .filter_map(|key| Some((key, keys.get(key)?.as_f64()?)))
@@ -108,8 +96,7 @@ fn other_dropout(config: &str, dropout: f64) -> Option<String> {
 }
 
 /// Initial values that the config asks for and new weights do not have.
-fn other_initial_values(config: &str, model: &Model) -> Option<String> {
-    let keys: Value = serde_json::from_str(config.trim_start_matches('\u{feff}')).ok()?;
+fn other_initial_values(keys: &Map<String, Value>, model: &Model) -> Option<String> {
     let range = keys.get("initializer_range")?.as_f64()?;
     let drawn = model.initial_deviation();
     (range != drawn).then(|| {

@@ -296,6 +296,9 @@ impl Actor {
                     work::load(self.to_self.clone(), *loading, Arc::clone(&self.reach), written);
                 }
                 Action::Plan { job, input } => work::plan(self.to_self.clone(), job, *input),
+                Action::Weigh { job, input, placement } => {
+                    work::weigh(self.to_self.clone(), job, *input, *placement);
+                }
             }
         }
     }

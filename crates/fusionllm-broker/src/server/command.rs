@@ -20,7 +20,7 @@ use crate::store::JobRecord;
 /// Where a job's run directory is to be.
 #[derive(Debug)]
 pub(super) enum RunDirChoice {
-    /// Exactly there.
+    /// In this very folder.
     Given(PathBuf),
     /// There, or beside it under a number if that is taken.
     Free(PathBuf),

@@ -157,8 +157,11 @@ impl Keeper {
             }
             (Err(error), Some(key)) => {
                 self.open_runs.set(key, None);
-                let bad_input = begins && error.is_bad_input();
-                vec![CoreEvent::RunFailed { key, reason: error.to_string(), bad_input }]
+                let (reason, bad_input) = (error.to_string(), begins && error.is_bad_input());
+                vec![match begins {
+                    true => CoreEvent::RunNotOpened { key, reason, bad_input },
+                    false => CoreEvent::RunFailed { key, reason, bad_input },
+                }]
             }
             (Err(error), None) => {
                 tracing::error!(%error, "cannot write");
@@ -209,6 +212,7 @@ impl Keeper {
             | Action::Rewrite { .. }
             | Action::Load(_)
             | Action::Plan { .. }
+            | Action::Weigh { .. }
             | Action::Send { .. }
             | Action::SendWeights { .. }
             | Action::Disconnect { .. }
@@ -223,7 +227,10 @@ impl Keeper {
         // An earlier placement's lock must not stand in the way.
         for mut earlier in self.take(open.key.job) {
             // Else the run would begin in whatever stands in the place of its directory by now.
-            earlier.come_back(false)?;
+            if let Err(error) = earlier.come_back(false) {
+                self.runs.insert(earlier.key, earlier);
+                return Err(error);
+            }
             files = earlier.opened.files;
         }
         let dir = RunDir::new(&open.run_dir);

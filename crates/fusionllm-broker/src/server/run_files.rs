@@ -19,7 +19,7 @@ use look::NewestCheckpoint;
 
 /// A run at work.
 pub(super) struct RunFiles {
-    key: RunKey,
+    pub(super) key: RunKey,
     pub(super) opened: OpenedRun,
     pub(super) dir: RunDir,
     /// Its directory as the job has it; others may have put something else there.

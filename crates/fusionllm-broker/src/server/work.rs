@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use fusionllm_planner::Placement;
 use fusionllm_protocol::JobId;
 use tokio::sync::mpsc::WeakSender;
 use tokio::sync::oneshot;
@@ -18,6 +19,14 @@ pub(super) fn plan(commands: WeakSender<Command>, job: JobId, input: PlanInput) 
     work(commands, job, "planning", move || {
         let (number, result) = (input.number, Box::new(input.plan()));
         CoreEvent::Planned { job, number, result }
+    });
+}
+
+/// Holds the placement of a job at work against the best one. A job does not depend on it: where it fails there is none.
+pub(super) fn weigh(commands: WeakSender<Command>, job: JobId, input: PlanInput, placement: Placement) {
+    work(commands, job, "weighing a placement", move || {
+        let weigh = AssertUnwindSafe(|| input.weigh(&placement));
+        CoreEvent::Weighed { job, number: input.number, result: catch_unwind(weigh).unwrap_or_default() }
     });
 }
 

@@ -4,6 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
+use fusionllm_protocol::hugging_face::{CARRIED, CONFIG, WEIGHTS};
 use fusionllm_transport::{
     if_usable, no_folder_above, open_or_make_regular, read_regular_text, remove_if_there, sync_folder,
 };
@@ -12,16 +13,17 @@ use crate::{ExportError, ShardError};
 
 /// Says whose export a folder holds. It is written first, so that what an interrupted export leaves is known too.
 const MARK: &str = "fusionllm-export.json";
-/// What an export may write besides. The first one makes it a model to others.
-const FILES: [&str; 7] = [
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-];
+/// What an export may write besides [`CONFIG`], which makes it a model to others: its weights, and what it keeps of the folder
+/// that the model came from.
+fn others() -> impl Iterator<Item = &'static str> {
+    [WEIGHTS].into_iter().chain(CARRIED).filter(|name| *name != CONFIG)
+}
+
+/// All that an export may write.
+fn files() -> impl Iterator<Item = &'static str> {
+    [CONFIG].into_iter().chain(others())
+}
+
 /// What a file is called until it is whole.
 const PARTIAL: &str = ".partial";
 /// What a file of an earlier export is called until the new one is whole.
@@ -66,7 +68,7 @@ impl ExportFolder {
             let entry = entry.map_err(io)?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let whole = name.strip_suffix(PARTIAL).or(name.strip_suffix(EARLIER)).unwrap_or(&name);
-            let is_ours = name == MARK || FILES.contains(&whole);
+            let is_ours = name == MARK || files().any(|file| file == whole);
             // A link may lead to a file of somebody else.
             if !is_ours || !entry.file_type().map_err(io)?.is_file() {
                 return Err(ExportError::Holds { path: path.to_owned(), what: name });
@@ -169,7 +171,7 @@ impl TakenFolder {
     /// # Errors
     /// [`ShardError`] if the system refuses. An earlier export is whole again then; without one, what was written stays.
     pub(super) fn finish(mut self) -> Result<(), ShardError> {
-        let is_whole = self.path.join(FILES[0]).is_file();
+        let is_whole = self.path.join(CONFIG).is_file();
         self.is_replacing = true;
         // What an interrupted one left.
         self.remove_earlier()?;
@@ -193,14 +195,13 @@ impl TakenFolder {
             renamed.push((from, to));
             Ok(())
         };
-        let [config, others @ ..] = FILES;
-        let path = self.path.join(config);
+        let path = self.path.join(CONFIG);
         if path.symlink_metadata().is_ok() {
-            rename(path.clone(), self.earlier(config), &path)?;
+            rename(path.clone(), self.earlier(CONFIG), &path)?;
         }
         // On the disk, too, nothing may come before this.
         sync(&self.path)?;
-        for name in others {
+        for name in others() {
             let path = self.path.join(name);
             if path.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
                 rename(path.clone(), self.earlier(name), &path)?;
@@ -212,16 +213,16 @@ impl TakenFolder {
             }
         }
         sync(&self.path)?;
-        if self.written.contains(&config) {
-            rename(self.temporary(config), path.clone(), &path)?;
+        if self.written.contains(&CONFIG) {
+            rename(self.temporary(CONFIG), path.clone(), &path)?;
         }
         sync(&self.path)
     }
 
     /// Removes what an earlier export left under its temporary names, and those of this one that are not used.
     fn remove_earlier(&self) -> Result<(), ShardError> {
-        let unused = FILES.iter().filter(|name| !self.written.contains(*name)).map(|name| self.temporary(name));
-        for path in FILES.iter().map(|name| self.earlier(name)).chain(unused) {
+        let unused = files().filter(|name| !self.written.contains(name)).map(|name| self.temporary(name));
+        for path in files().map(|name| self.earlier(name)).chain(unused) {
             remove_if_there(&path).map_err(|source| ShardError::Io { path, source })?;
         }
         Ok(())
@@ -243,7 +244,7 @@ impl Drop for TakenFolder {
         if self.is_replacing {
             return;
         }
-        for name in FILES {
+        for name in files() {
             // What cannot be removed is known to be left over.
             let _ = std::fs::remove_file(self.temporary(name));
         }

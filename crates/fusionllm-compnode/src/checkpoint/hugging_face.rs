@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use fusionllm_graph::{Model, OpDag};
+use fusionllm_protocol::hugging_face::{CARRIED, CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS};
 use serde_json::{Map, Value};
 
 use super::export_folder::ExportFolder;
@@ -37,26 +38,26 @@ pub fn export_hugging_face(
         params.push(tensor);
     }
     let mut out = folder.take(of)?;
-    let weights = folder.path().join("model.safetensors");
-    out.write("model.safetensors", |out| {
+    let weights = folder.path().join(WEIGHTS);
+    out.write(WEIGHTS, |out| {
         write_shard_to(out, &weights, params.into_iter().map(LazyTensor::from).collect()).map(|_| ())
     })?;
     let mut write_text = |name: &'static str, text: &str| {
         let io = |source| ShardError::Io { path: folder.path().join(name), source };
         out.write(name, |out| out.write_all(text.as_bytes()).map_err(io))
     };
-    write_text("tokenizer.json", &tokenizer.to_json())?;
+    write_text(TOKENIZER, &tokenizer.to_json())?;
     let tokenizer_config = serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.longest_sequence() });
     let kept = |name: &str| carried.get(name).cloned();
-    let tokenizer_config = kept("tokenizer_config.json").unwrap_or_else(|| format!("{tokenizer_config:#}\n"));
-    write_text("tokenizer_config.json", &tokenizer_config)?;
-    for name in ["special_tokens_map.json", "generation_config.json", "chat_template.jinja"] {
+    let tokenizer_config = kept(TOKENIZER_CONFIG).unwrap_or_else(|| format!("{tokenizer_config:#}\n"));
+    write_text(TOKENIZER_CONFIG, &tokenizer_config)?;
+    for name in CARRIED.into_iter().filter(|name| ![CONFIG, TOKENIZER, TOKENIZER_CONFIG].contains(name)) {
         if let Some(text) = kept(name) {
             write_text(name, &text)?;
         }
     }
-    let config = config_json(model, carried.get("config.json").map(String::as_str), tokenizer);
-    write_text("config.json", &format!("{config:#}\n"))?;
+    let config = config_json(model, carried.get(CONFIG).map(String::as_str), tokenizer);
+    write_text(CONFIG, &format!("{config:#}\n"))?;
     Ok(out.finish()?)
 }
 

@@ -21,7 +21,7 @@ const MAJORS: [&str; 2] = ["13", "12"];
 /// What is missing, and how to get it.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(super) enum Missing {
-    /// No driver.
+    /// There is no driver.
     #[error("no NVIDIA driver is installed (libcuda.so.1 is not found): install the driver of your distribution")]
     Driver,
     /// A library of the CUDA toolkit.

@@ -181,8 +181,7 @@ impl JobLinks {
         if !self.steps.contains(&step) || step < first || step > furthest {
             return misplaced(format!("step {first} or {furthest} was due, of {}", self.steps.end));
         }
-        let done = step + 1;
-        let is_evaluated = done == self.steps.end || (self.eval_every > 0 && done.is_multiple_of(self.eval_every));
+        let is_evaluated = self.evaluations.is_due(step + 1);
         let micro_batches = match (channel, pass) {
             // The numbers of rows, and the pieces in their order.
             (Channel::Tied { param, .. }, Pass::Train) => {

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use fusionllm_planner::{NodeIndex, Placement, Route, StageEdge, TiedParam, Way};
+use fusionllm_planner::{NodeIndex, Route};
+use fusionllm_protocol::Channel;
 use fusionllm_transport::Session;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -45,15 +46,8 @@ impl JobLinks {
     /// Whether a channel leads to this CompNode or from it.
     fn talks_to(&self, peer: usize) -> bool {
         let (own, peer) = (self.node, NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX)));
-        let is_ours = |edge: &StageEdge| {
-            let route = self.placement.route(edge, Way::Activation);
-            route.is_some_and(|Route { from, to }| (from, to) == (own, peer) || (from, to) == (peer, own))
-        };
-        let holds = |tied: &TiedParam| [own, peer].iter().all(|node| tied.holders.contains(node));
-        let Placement { edges, tied, .. } = &*self.placement;
-        edges.iter().any(is_ours)
-            || tied.iter().any(holds)
-            || (self.clips && [own, peer].contains(&self.placement.norm_root()))
+        let between = |(from, to)| (from, to) == (own, peer) || (from, to) == (peer, own);
+        Channel::all(&self.placement, self.clips).any(|(_, Route { from, to })| between((from, to)))
     }
 
     /// A live connection to a peer: the one there is, a new one if it is ours to dial, else the next that comes.

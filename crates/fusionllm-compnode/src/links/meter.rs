@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// One peer's.
+/// What comes in from one peer, and for how long it is coming in.
 #[derive(Debug, Default)]
 pub(super) struct Meter(Mutex<State>);
 

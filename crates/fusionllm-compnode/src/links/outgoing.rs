@@ -18,7 +18,7 @@ use crate::exchange::Message;
 /// What the task loop has for a channel.
 #[derive(Debug)]
 pub(super) enum Outgoing {
-    /// A message.
+    /// A message to be encoded and sent.
     Message(Message),
     /// Say what the encoder holds back after all messages before.
     Residual(oneshot::Sender<Option<HostTensor>>),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use fusionllm_codec::{Codec, ElementType, Values};
 use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::{EdgeId, PassPlan, Pipeline, Stage, StageEdge, StageId, TiedParam};
-use fusionllm_protocol::{Generation, JobId, JobSpec, OpDataHeader, Pass, RunKey, WeightSource, decode};
+use fusionllm_protocol::{Generation, JobId, JobSpec, OpDataHeader, Pass, RunKey, WeightSource, decode, encode};
 use fusionllm_transport::{AdmitAll, EndpointConfig, FrameSink, FrameSource, Identity};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
@@ -59,7 +59,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         peers,
         start_step: 2,
         planned_bytes: 0,
-        weights: WeightSource::Seed(0),
+        weights: WeightSource::Seed,
         tokenizer: None,
     }
 }

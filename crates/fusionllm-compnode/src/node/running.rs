@@ -255,7 +255,7 @@ impl RunningJob {
         let mailbox = Arc::clone(&links.mailbox);
         let (reports, codecs, folder) = (events.clone(), Arc::clone(&self.codecs), Arc::clone(&self.scratch));
         let (snapshots, snapshot_due) = (Arc::clone(&self.snapshots), Arc::clone(&self.snapshot_due));
-        let broker = BrokerAbsence::of(self.is_there.subscribe());
+        let (broker, again) = (BrokerAbsence::of(self.is_there.subscribe()), self.again.subscribe());
         let compute = move || {
             let exchange = NetworkExchange::new(exchange_links, runtime.clone());
             let Prepared { mut plan, executor, batches, permit, .. } = prepared;
@@ -267,6 +267,7 @@ impl RunningJob {
                 steps: plan.spec.train.steps,
                 events: reports,
                 shards,
+                again,
                 broker,
                 mailbox,
                 clock,
@@ -310,7 +311,7 @@ type FirstWeights = (Option<mpsc::Sender<blob::Incoming>>, Option<WeightsReceive
 fn first_weights(weights: &WeightSource, links: &JobLinks, place: &Place, arrived: &Arc<AtomicU64>) -> FirstWeights {
     let (received, receiver) = oneshot::channel();
     match weights {
-        WeightSource::Seed(_) => (None, None),
+        WeightSource::Seed => (None, None),
         WeightSource::Snapshots(sources) => {
             let Place { snapshots, endpoint, events, .. } = place;
             let (store, arrived) = (Arc::clone(snapshots), Arc::clone(arrived));

@@ -13,11 +13,10 @@ use tokio::time::timeout;
 
 use super::{NodeEvent, keeping};
 use crate::checkpoint::{ShardFile, free_room};
-use crate::executor::LazyTensor;
 use crate::mailbox::Mailbox;
 use crate::snapshots::SnapshotStore;
 use crate::step_log::ClockOffset;
-use crate::task_loop::JobSink;
+use crate::task_loop::{HeldState, JobSink};
 use crate::{CompNodeError, ShardError};
 
 /// Between two looks at whether a placement that stands still has ended.
@@ -97,6 +96,8 @@ pub(super) struct NodeSink {
     pub(super) steps: u64,
     pub(super) events: mpsc::Sender<NodeEvent>,
     pub(super) shards: mpsc::Sender<(u64, ShardFile)>,
+    /// The step whose shard the broker wants once more, and how often it has said so of any.
+    pub(super) again: watch::Receiver<(u64, u64)>,
     pub(super) broker: BrokerAbsence,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) clock: Arc<ClockOffset>,
@@ -128,10 +129,58 @@ impl NodeSink {
         })
     }
 
-    fn write_snapshot(&self, id: SnapshotId, tensors: Vec<LazyTensor<'_>>) -> Result<(), ShardError> {
+    /// Writes a checkpoint's shard. Where the last one does not fit, its state is held until the broker asks for it again.
+    fn write_shard(&self, step: u64, state: &mut dyn HeldState) -> Result<Option<ShardFile>, CompNodeError> {
+        loop {
+            let (_, asked) = *self.again.borrow();
+            self.make_room()?;
+            let reason = match ShardFile::write(&self.folder, state.tensors()?) {
+                Ok(shard) => return Ok(Some(shard)),
+                // A full disk costs the checkpoint, and no more.
+                Err(error @ ShardError::Io { .. }) => error.to_string(),
+                Err(error) => return Err(error.into()),
+            };
+            self.tell(FromCompNode::ShardFailed { key: self.key, step, reason })?;
+            if step != self.steps {
+                return Ok(None);
+            }
+            self.stand_still_until(|| {
+                let (of, times) = *self.again.borrow();
+                of == step && times > asked
+            })?;
+        }
+    }
+
+    /// A checkpoint goes before snapshots: where both do not fit, these make room.
+    fn make_room(&self) -> Result<(), CompNodeError> {
+        if free_room(&self.folder).is_none_or(|room| room / 2 >= self.shard_bytes) {
+            return Ok(());
+        }
+        let gone = self.snapshots.all().into_iter().filter(|snapshot| snapshot.id.key.job == self.key.job);
+        let gone: Vec<SnapshotId> = gone.map(|snapshot| snapshot.id).collect();
+        self.snapshots.release(self.key.job, &[]);
+        for id in gone {
+            let reason = "it made room for a checkpoint".to_owned();
+            self.tell(FromCompNode::SnapshotFailed { id, is_late: false, reason })?;
+        }
+        Ok(())
+    }
+
+    /// Waits until something is so, or the placement ends, which is an error.
+    fn stand_still_until(&self, is_so: impl Fn() -> bool) -> Result<(), CompNodeError> {
+        while !is_so() {
+            if let Some(error) = self.mailbox.closed() {
+                return Err(error.into());
+            }
+            std::thread::sleep(HALT_LOOK);
+        }
+        Ok(())
+    }
+
+    fn write_snapshot(&self, id: SnapshotId, state: &mut dyn HeldState) -> Result<(), CompNodeError> {
         let began = Instant::now();
         let new = self.snapshots.begin(self.shard_bytes)?;
-        new.file()?.fill(tensors)?;
+        new.file()?.fill(state.tensors()?)?;
         let (store, events) = (Arc::clone(&self.snapshots), self.events.clone());
         self.runtime.spawn(keeping::settle(id, new, began.elapsed(), store, events));
         Ok(())
@@ -159,51 +208,26 @@ impl JobSink for NodeSink {
         Ok(due == step)
     }
 
-    fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+    fn checkpoint(&mut self, step: u64, state: &mut dyn HeldState) -> Result<(), CompNodeError> {
         let Some(place) = self.place(step)? else {
             let reason = "the broker was away, and those before it were waiting for it".to_owned();
             return self.tell(FromCompNode::ShardFailed { key: self.key, step, reason });
         };
-        if free_room(&self.folder).is_some_and(|room| room / 2 < self.shard_bytes) {
-            // A checkpoint goes before snapshots: where both do not fit, these make room.
-            let gone = self.snapshots.all().into_iter().filter(|snapshot| snapshot.id.key.job == self.key.job);
-            let gone: Vec<SnapshotId> = gone.map(|snapshot| snapshot.id).collect();
-            self.snapshots.release(self.key.job, &[]);
-            for id in gone {
-                let reason = "it made room for a checkpoint".to_owned();
-                self.tell(FromCompNode::SnapshotFailed { id, is_late: false, reason })?;
-            }
+        if let Some(shard) = self.write_shard(step, state)? {
+            place.send((step, shard));
         }
-        let shard = match ShardFile::write(&self.folder, tensors) {
-            Ok(shard) => shard,
-            // A full disk costs the checkpoint, and no more.
-            Err(error @ ShardError::Io { .. }) => {
-                let reason = error.to_string();
-                return self.tell(FromCompNode::ShardFailed { key: self.key, step, reason });
-            }
-            Err(error) => return Err(error.into()),
-        };
-        place.send((step, shard));
         Ok(())
     }
 
-    fn snapshot(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+    fn snapshot(&mut self, step: u64, state: &mut dyn HeldState) -> Result<(), CompNodeError> {
         let id = SnapshotId { key: self.key, step, node: self.node };
-        match self.write_snapshot(id, tensors) {
+        match self.write_snapshot(id, state) {
             Ok(()) => {}
             // A full disk costs the snapshot, and no more.
-            Err(error @ ShardError::Io { .. }) => self.tell(keeping::failed(id, &error.into()))?,
-            Err(error) => return Err(error.into()),
+            Err(error @ CompNodeError::Shard(ShardError::Io { .. })) => self.tell(keeping::failed(id, &error))?,
+            Err(error) => return Err(error),
         }
         // What is done from here on would be done again.
-        if !self.halts {
-            return Ok(());
-        }
-        loop {
-            if let Some(error) = self.mailbox.closed() {
-                return Err(error.into());
-            }
-            std::thread::sleep(HALT_LOOK);
-        }
+        if self.halts { self.stand_still_until(|| false) } else { Ok(()) }
     }
 }

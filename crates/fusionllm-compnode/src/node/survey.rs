@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
-use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord, Precision};
+use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
 use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Purpose, Session, answer_probe, probe};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
@@ -93,12 +93,8 @@ impl Surveyor {
     fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);
         let batch = spec.micro_batch_size() as usize;
-        let device = match spec.train.precision {
-            Precision::F32 => self.backend.name().to_owned(),
-            other => format!("{} {other:?}", self.backend.name()),
-        };
-        let mut cache = ProfileCache::open(self.folder.as_deref(), &device);
-        let work = work_of(&dag, batch);
+        let mut cache = ProfileCache::open(self.folder.as_deref(), self.backend.name());
+        let work = format!("{}: {}", spec.measuring(), work_of(&dag, batch));
         if let Some(measured) = cache.job(&work) {
             return Ok(measured);
         }

@@ -266,7 +266,7 @@ async fn a_job_waits_until_the_one_before_has_let_go_of_the_memory() {
     let dag = dag(256);
     let job = |generation| {
         let spec = spec(house.folder.path(), "steps = 1000000\neval_every = 1000000");
-        assignment(spec, &dag, generation, WeightSource::Seed(1))
+        assignment(spec, &dag, generation, WeightSource::Seed)
     };
     broker.set_to_work(job(1)).await;
     assert!(matches!(broker.hear().await, FromCompNode::Step { .. }));
@@ -305,7 +305,7 @@ async fn measuring_is_cancelled_and_holds_up_nothing() {
     // A job does not wait for what is measured, either.
     broker.say(measure(3, &large)).await;
     sleep(Duration::from_millis(200)).await;
-    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     house.compnode.abort();
@@ -321,13 +321,13 @@ async fn what_does_not_fit_is_refused_with_the_numbers_before_it_is_tried() {
     broker.say(FromBroker::MeasureOps { request: 1, spec: Box::new(spec.clone()), graph: dag.to_json() }).await;
     let FromCompNode::Measured { request: 1, result: Err(reason) } = broker.hear().await else { panic!() };
     assert!(reason.contains("op `") && reason.contains("jobs may fill 1.0 MB"), "{reason}");
-    broker.assign(assignment(spec, &dag, 1, WeightSource::Seed(1))).await;
+    broker.assign(assignment(spec, &dag, 1, WeightSource::Seed)).await;
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
     // 200,000,000 rows of 16 numbers, four times.
     assert!(reason.contains("optimizer state take 51.20 GB here, jobs may fill 1.0 MB"), "{reason}");
     // Nor is what the plan counts on, where the parameters alone would fit.
     let spec = self::spec(house.folder.path(), "steps = 2");
-    let job = Assignment { planned_bytes: 2_000_000, ..assignment(spec, &self::dag(256), 2, WeightSource::Seed(1)) };
+    let job = Assignment { planned_bytes: 2_000_000, ..assignment(spec, &self::dag(256), 2, WeightSource::Seed) };
     broker.assign(job).await;
     let FromCompNode::Failed { reason, .. } = broker.hear().await else { panic!() };
     assert!(reason.contains("as planned, take 2.0 MB here, jobs may fill 1.0 MB"), "{reason}");
@@ -349,7 +349,7 @@ async fn what_does_not_fit_is_refused_with_the_numbers_before_it_is_tried() {
 async fn a_job_runs_to_its_end() {
     let house = House::new(None).await;
     let mut broker = house.admit().await;
-    let job = assignment(spec(house.folder.path(), "steps = 3"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 3"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { data: Some(_), .. }));
     broker.say(FromBroker::Start { key: key(1) }).await;
@@ -390,7 +390,7 @@ async fn a_probe_that_comes_late_is_not_taken_for_the_jobs_connection() {
         node: NodeIndex(1),
         placement,
         peers: vec![peer_record(&peer.addr()), PeerRecord { id: [0; 32], addrs: Vec::new() }],
-        ..assignment(spec, &dag, 1, WeightSource::Seed(1))
+        ..assignment(spec, &dag, 1, WeightSource::Seed)
     };
     broker.assign(job).await;
     let ready = broker.hear().await;
@@ -426,7 +426,7 @@ async fn an_assignment_ends_probes() {
     broker.say(FromBroker::Probe { probe: 7, peer: peer_record(&peer.addr()) }).await;
     let session = timeout(SOON, peer.accept()).await.unwrap().unwrap();
     assert_eq!(session.purpose(), Purpose::Probe);
-    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     let FromCompNode::Probed { probe: 7, result: Err(reason) } = broker.hear().await else { panic!() };
     assert_eq!(reason, "a job needs the link");
@@ -458,7 +458,7 @@ async fn a_job_whose_broker_stays_away_is_dropped_and_says_so_later() {
         House::with(None, Patience { alone: Duration::from_secs(1), ..Patience::default() }, std::env::temp_dir())
             .await;
     let mut broker = house.admit().await;
-    let job = assignment(spec(house.folder.path(), "steps = 1000000"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 1000000"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     let received = broker.control.received();
@@ -517,7 +517,7 @@ async fn a_part_whose_shard_has_no_place_fails_before_it_trains() {
     let mut broker = house.admit().await;
     let place = scratch.path().display().to_string();
     drop(scratch);
-    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     let FromCompNode::Failed { reason, bad_input, .. } = broker.hear().await else { panic!("it is ready") };
     assert!(reason.contains(&place) && reason.contains("--state DIR") && !bad_input, "{reason}");
@@ -535,7 +535,7 @@ async fn a_shard_that_cannot_be_written_is_reported() {
     let dag = dag(256);
     let mut spec = spec(house.folder.path(), "steps = 2");
     spec.checkpoint.every = 1;
-    let job = assignment(spec, &dag, 1, WeightSource::Seed(1));
+    let job = assignment(spec, &dag, 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     // A folder that is only gone would be made again.
@@ -554,5 +554,9 @@ async fn a_shard_that_cannot_be_written_is_reported() {
         }
     }
     assert_eq!((steps, failed), (2, vec![1, 2]));
+    // The state of the last step is still there.
+    std::fs::remove_file(&place).unwrap();
+    broker.say(FromBroker::ShardAgain { key: key(1), step: 2 }).await;
+    assert_eq!(breaks::whole_shard(&broker.session).await, BlobKind::Shard { step: 2, node: NodeIndex(0) });
     house.compnode.abort();
 }

@@ -5,9 +5,9 @@ use std::thread;
 
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_compnode::{
-    Batches, CompNodeError, DeviceChoice, Exchange, ExchangeError, ExecutorSpec, FirstParams, JobSink, LazyTensor,
-    Mailbox, MemoryExchange, NamedTensor, OptimizerSpec, StopFlag, TaskLoop, TrainPlan, by_name, open_device,
-    write_shard_to,
+    Batches, CompNodeError, DeviceChoice, Exchange, ExchangeError, ExecutorSpec, FirstParams, HeldState, JobSink,
+    LazyTensor, Mailbox, MemoryExchange, NamedTensor, OptimizerSpec, StopFlag, TaskLoop, TrainPlan, by_name,
+    open_device, write_shard_to,
 };
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, place};
@@ -97,7 +97,8 @@ impl JobSink for Log {
         Ok(())
     }
 
-    fn checkpoint(&mut self, step: u64, tensors: Vec<LazyTensor<'_>>) -> Result<(), CompNodeError> {
+    fn checkpoint(&mut self, step: u64, state: &mut dyn HeldState) -> Result<(), CompNodeError> {
+        let tensors = state.tensors()?;
         if self.watcher.is_some() {
             write_shard_to(&mut std::io::sink(), "nowhere".as_ref(), tensors)?;
             return Ok(());

@@ -62,7 +62,7 @@ async fn wires(run: &Run) -> Vec<Arc<JobLinks>> {
             peers: peers.clone(),
             start_step: 0,
             planned_bytes: 0,
-            weights: WeightSource::Seed(0),
+            weights: WeightSource::Seed,
             tokenizer: None,
         };
         let links = JobLinks::new(endpoint.clone(), &assignment);

@@ -29,7 +29,7 @@ pub struct DecoderConfig {
     pub hidden_size: usize,
     /// Width of the feed-forward part.
     pub intermediate_size: usize,
-    /// Blocks.
+    /// Number of blocks.
     pub num_hidden_layers: usize,
     /// Heads of queries.
     pub num_attention_heads: usize,
@@ -37,7 +37,7 @@ pub struct DecoderConfig {
     pub num_key_value_heads: usize,
     /// K: size of a head, even.
     pub head_dim: usize,
-    /// Longest sequence.
+    /// Tokens of the longest sequence.
     pub max_position_embeddings: usize,
     /// Added to the mean square in norms.
     pub rms_norm_eps: f64,

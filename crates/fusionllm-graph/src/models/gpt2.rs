@@ -30,7 +30,7 @@ const HIDDEN_FACTOR: usize = 4;
 pub struct Gpt2Config {
     /// V: entries of the vocabulary.
     pub vocab_size: usize,
-    /// Longest sequence.
+    /// Tokens of the longest sequence.
     pub n_positions: usize,
     /// D: width.
     pub n_embd: usize,

@@ -14,7 +14,7 @@ use super::gpt2::{Gpt2Config, gpt2};
 /// Sizes and settings of a model of a family that is known here.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Model {
-    /// GPT-2.
+    /// GPT-2, with learned positions.
     Gpt2(Gpt2Config),
     /// Llama and its kin.
     Decoder(DecoderConfig),
@@ -23,10 +23,12 @@ pub enum Model {
 /// What a config.json says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HuggingFaceModel {
-    /// The model.
+    /// The model that it describes.
     pub model: Model,
     /// Sentences on what of it is passed over, though it may matter.
     pub passed_over: Vec<String>,
+    /// All that it says.
+    pub keys: Map<String, Value>,
 }
 
 impl Model {
@@ -50,7 +52,7 @@ impl Model {
         let model_type = keys.get("model_type").filter(|value| !value.is_null());
         if model_type.is_none_or(|value| value == "gpt2") {
             let model = Self::Gpt2(Gpt2Config::from_keys(&keys)?);
-            return Ok(HuggingFaceModel { model, passed_over: Vec::new() });
+            return Ok(HuggingFaceModel { model, passed_over: Vec::new(), keys });
         }
         let family = model_type.and_then(Value::as_str).and_then(DecoderFamily::of_type).ok_or_else(|| {
             let known = FAMILIES.map(|family| format!("`{}`", family.model_type)).join(", ");
@@ -58,7 +60,7 @@ impl Model {
             unreadable(format!("model_type is {got}, expected `gpt2`, {known}"))
         })?;
         let (config, passed_over) = DecoderConfig::from_keys(family, &keys)?;
-        Ok(HuggingFaceModel { model: Self::Decoder(config), passed_over })
+        Ok(HuggingFaceModel { model: Self::Decoder(config), passed_over, keys })
     }
 
     /// The model that `dag` was built from; `None` if it is of no family. Decoders are known by the name of their family.

@@ -433,3 +433,26 @@ fn no_more_weight_gradients_wait_than_memory_holds() {
     assert_eq!((waiting(&plan, 0), waiting(&plan, 1)), (8, 2));
     assert!(plan.prediction.compnodes[1].memory_bytes <= cluster.compnodes[1].memory_bytes as f64);
 }
+
+/// What is at work is priced as it was planned, and where a CompNode is slower, its part takes longer.
+#[test]
+fn a_cut_that_is_at_work_is_priced_by_what_is_known_now() {
+    let mut checked = 0;
+    for seed in 0..60 {
+        let mut draw = Draw(seed);
+        let dag = random_dag(&mut draw, 12);
+        let mut cluster = random_cluster(&mut draw, 5);
+        let spec = spec(Strategy::OpFence, 4);
+        let Ok(planned) = plan(&dag, &cluster, &spec) else { continue };
+        let again = step_by_cut(&dag, &cluster, &planned.placement, &spec).unwrap();
+        assert_eq!(again, planned.prediction.step_s, "seed {seed}");
+        let busiest =
+            planned.prediction.compnodes.iter().max_by(|a, b| a.busy.total_cmp(&b.busy)).unwrap().name.clone();
+        let at = cluster.compnodes.iter().position(|compnode| compnode.name == busiest).unwrap();
+        cluster.compnodes[at] = cluster.compnodes[at].slowed(10.0);
+        let slower = step_by_cut(&dag, &cluster, &planned.placement, &spec).unwrap();
+        assert!(slower > again, "seed {seed}: {slower} {again}");
+        checked += 1;
+    }
+    assert!(checked > 20, "{checked}");
+}

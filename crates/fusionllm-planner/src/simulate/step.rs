@@ -78,9 +78,9 @@ pub struct LinkUse {
 pub struct Simulated {
     /// Seconds until the last UPDATE ends.
     pub step_s: f64,
-    /// Every task.
+    /// Each task, with when it begins and ends.
     pub spans: Vec<Span>,
-    /// Every message.
+    /// Each message, with when it leaves and arrives.
     pub transfers: Vec<Transfer>,
 }
 

@@ -98,7 +98,7 @@ pub enum ToClient {
     },
     /// Done as asked.
     Ok,
-    /// Not done.
+    /// What was asked is not done.
     Error {
         /// Why, in one line.
         reason: String,
@@ -131,7 +131,7 @@ pub struct JobSummary {
     /// Where the job stands.
     #[serde(with = "crate::wire::as_json")]
     pub state: JobState,
-    /// Updates done.
+    /// Updates that are done.
     pub step: u64,
     /// Updates asked for.
     pub steps: u64,
@@ -182,7 +182,7 @@ impl std::fmt::Display for TicketRole {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TicketState {
-    /// It does.
+    /// The ticket lets its bearer in.
     Valid,
     /// It admitted one key, and lets no other in.
     Used,

@@ -15,7 +15,7 @@ pub struct Standing {
     pub placement: String,
     /// The first step whose report it has kept, with all later ones.
     pub kept_from: u64,
-    /// Updates done.
+    /// The last step that it has done.
     pub done: u64,
     /// The newest step whose shard it has no more, since a broker has it or did not want it; 0 before there is one.
     pub settled: u64,

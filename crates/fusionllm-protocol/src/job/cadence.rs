@@ -1,6 +1,8 @@
 //! When something happens that happens again and again while a job trains.
 
-use super::{JobSpec, OptimizerKind, TrainSpec};
+use std::fmt;
+
+use super::{JobSpec, OptimizerKind, Precision, TrainSpec};
 use crate::StateKind;
 
 /// Every so many steps, and after the last one.
@@ -31,20 +33,53 @@ impl JobSpec {
     }
 }
 
+impl OptimizerKind {
+    /// What it keeps of each parameter; `momentum` is SGD's.
+    pub fn states(self, momentum: f64) -> &'static [StateKind] {
+        match self {
+            Self::Adamw => &[StateKind::ExpAvg, StateKind::ExpAvgSq],
+            Self::Sgd if momentum > 0.0 => &[StateKind::Momentum],
+            Self::Sgd => &[],
+        }
+    }
+}
+
 impl TrainSpec {
     /// What the optimizer keeps of each parameter.
     pub fn states(&self) -> &'static [StateKind] {
-        match self.optimizer {
-            OptimizerKind::Adamw => &[StateKind::ExpAvg, StateKind::ExpAvgSq],
-            OptimizerKind::Sgd if self.momentum > 0.0 => &[StateKind::Momentum],
-            OptimizerKind::Sgd => &[],
-        }
+        self.optimizer.states(self.momentum)
     }
 
     /// Bytes of parameters of `param_bytes` bytes together with what the optimizer keeps of them: what a checkpoint has
     /// of them.
     pub fn state_bytes(&self, param_bytes: u64) -> u64 {
         param_bytes.saturating_mul(1 + self.states().len() as u64)
+    }
+}
+
+/// All that measuring the ops of an OP-DAG depends on besides the OP-DAG.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Measuring {
+    /// Samples in a micro-batch.
+    pub batch: u32,
+    /// What the optimizer keeps of each parameter, by which UPDATE takes its time.
+    pub states: &'static [StateKind],
+    /// Precision of compute.
+    pub precision: Precision,
+}
+
+impl fmt::Display for Measuring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let states: Vec<&str> = self.states.iter().map(|kind| kind.name()).collect();
+        write!(f, "batch {}, {:?}, state [{}]", self.batch, self.precision, states.join(" "))
+    }
+}
+
+impl JobSpec {
+    /// What measuring its ops depends on besides its OP-DAG.
+    pub fn measuring(&self) -> Measuring {
+        let train = &self.train;
+        Measuring { batch: self.micro_batch_size(), states: train.states(), precision: train.precision }
     }
 }
 

@@ -16,7 +16,7 @@ pub enum LrSchedule {
     /// `lr` times the square root of warm-up steps over steps; without a warm-up, as after one of 10,000 steps.
     #[serde(rename = "inverse_sqrt")]
     InverseSqrt,
-    /// `lr` throughout.
+    /// `lr` after the warm-up, to the end.
     Constant,
 }
 

@@ -199,7 +199,10 @@ fn a_value_out_of_range_says_what_would_be_right() {
     check_error(&["train.lr=nan"], "`train.lr`: is NaN, expected above 0");
     check_error(&["train.betas=[0.9, 1.0]"], "`train.betas`: is 1, expected at least 0 and below 1");
     check_error(&["train.clip=-1"], "`train.clip`: is -1, expected at least 0 (0 turns clipping off)");
-    check_error(&["train.steps=10", "train.warmup=20"], "`train.warmup`: is 20, expected at most train.steps = 10");
+    check_error(
+        &["train.steps=10", "train.warmup=20"],
+        "`train.warmup`: is 20, more than train.steps = 10: set train.warmup=10 or less, too",
+    );
     check_error(&["data.eval_fraction=0.6"], "`data.eval_fraction`: is 0.6, expected above 0 and at most 0.5");
     check_error(&["data.seq_len=1"], "`data.seq_len`: is 1, expected at least 2");
     check_error(&["model.n_head=7"], "`model.n_head`: is 7, expected a divisor of model.n_embd = 768");

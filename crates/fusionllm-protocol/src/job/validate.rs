@@ -226,7 +226,9 @@ impl JobSpec {
             return fail("train.batch", reason);
         }
         if t.warmup > t.steps {
-            return fail("train.warmup", format!("is {}, expected at most train.steps = {}", t.warmup, t.steps));
+            // It may be one that was filled in when the job had more steps.
+            let lower = format!("set train.warmup={} or less, too", t.steps);
+            return fail("train.warmup", format!("is {}, more than train.steps = {}: {lower}", t.warmup, t.steps));
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
 use fusionllm_graph::{Model, OpDag};
+use fusionllm_protocol::hugging_face::{CONFIG, TOKENIZER};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
 
 use crate::exit::{bad_input, refused};
@@ -27,7 +28,7 @@ pub(super) struct TrainedModel {
 /// Reads whatever `path` is. A tokenizer that is given goes before the model's own.
 pub(super) fn open(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
     // Also where that is no regular file, which is said then.
-    match path.join("config.json").symlink_metadata() {
+    match path.join(CONFIG).symlink_metadata() {
         Ok(_) => open_hugging_face(path, tokenizer),
         Err(_) => open_trained(path, tokenizer),
     }
@@ -53,7 +54,7 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
 /// The family and sizes of a trained model: by the config.json that it came with, where that is of this OP-DAG, since
 /// graphs do not tell everything; else by the graph.
 fn family(dag: &OpDag, carried: &BTreeMap<String, String>) -> Option<Model> {
-    let told = carried.get("config.json").and_then(|text| Model::from_hugging_face(text).ok());
+    let told = carried.get(CONFIG).and_then(|text| Model::from_hugging_face(text).ok());
     let is_of = |model: &Model| {
         let built = dag.seq_len().and_then(|seq_len| model.build(seq_len).ok());
         built.is_some_and(|built| built.ops() == dag.ops() && built.params() == dag.params())
@@ -68,7 +69,7 @@ fn trained_with(checkpoint: &Checkpoint) -> anyhow::Result<Tokenizer> {
     if spec.tokenizer == DataSpec::BYTES {
         return Ok(Tokenizer::Bytes);
     }
-    if let Some(source) = checkpoint.carried().get("tokenizer.json") {
+    if let Some(source) = checkpoint.carried().get(TOKENIZER) {
         return Tokenizer::from_json(source.clone(), "tokenizer.json of the checkpoint").map_err(refused);
     }
     let Some(file) = spec.tokenizer_file() else { return Ok(Tokenizer::Bytes) };
@@ -130,10 +131,10 @@ fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Tr
     let missing = || bad_input(format!("{}: there are no weights in it", path.display()));
     let weights = model.weights.ok_or_else(missing)?;
     let tensors = read_tensors(&weights, &model.dag)?;
-    let tokenizer = match (tokenizer, model.carried.get("tokenizer.json")) {
+    let tokenizer = match (tokenizer, model.carried.get(TOKENIZER)) {
         (Some(file), _) => given(file, None)?,
         (None, Some(source)) => {
-            let name = path.join("tokenizer.json").display().to_string();
+            let name = path.join(TOKENIZER).display().to_string();
             Tokenizer::from_json(source.clone(), &name).map_err(refused)?
         }
         (None, None) => {

@@ -14,7 +14,7 @@ use fusionllm_broker::{
 };
 use fusionllm_compnode::{Corpus, Tokenizer, check_run_room, open_device};
 use fusionllm_planner::{Cluster, place};
-use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState};
+use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState, hugging_face};
 use fusionllm_transport::{folder_above, without_temporary_name};
 
 use super::follow::Interrupts;
@@ -101,7 +101,7 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     let (mut spec, dag, from, carried) = match (&args.job, &args.resume) {
         (_, Some(dir)) => {
             let (spec, from) = resumed(dir, args)?;
-            let carried = match from.checkpoint().carried().get("tokenizer.json") {
+            let carried = match from.checkpoint().carried().get(hugging_face::TOKENIZER) {
                 Some(tokenizer) => Some(tokenizer.clone()),
                 None => model_tokenizer(&spec).map_err(refused)?,
             };

@@ -45,7 +45,7 @@ pub struct NetworkFile {
 pub struct NodeEntry {
     /// Name; with `count`, numbers are appended: `gpu-0`, `gpu-1`, ...
     pub name: String,
-    /// How many.
+    /// How many nodes of this kind.
     #[serde(default = "one")]
     pub count: usize,
     /// Where they stand, for link rules.
@@ -69,7 +69,7 @@ pub struct NodeEntry {
     /// For the planner, like the others below; of no use here.
     #[serde(default)]
     pub flop_per_s: Option<f64>,
-    /// λ.
+    /// λ: the share of the peak that matrix products reach.
     #[serde(default)]
     pub efficiency: Option<f64>,
     /// Speed of the device's memory in GB/s.
@@ -101,7 +101,7 @@ pub struct Step {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Kill {
-    /// Whose.
+    /// Name of the node whose commands end.
     pub node: String,
     /// By SIGTERM, which they may catch, instead of SIGKILL.
     #[serde(default)]
@@ -112,7 +112,7 @@ pub struct Kill {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Command {
-    /// Where.
+    /// Name of the node on which it runs.
     pub node: String,
     /// What, by `sh -c`.
     pub command: String,

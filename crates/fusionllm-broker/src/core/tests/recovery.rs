@@ -94,6 +94,39 @@ fn a_job_that_loses_a_compnode_goes_on_with_the_others() {
     assert_eq!((state(&core, 1), core.record(JobId(1)).unwrap().step), (JobState::Running, 4));
 }
 
+/// What it has made is with its CompNodes and in its checkpoints: nothing is lost by waiting.
+#[test]
+fn a_job_that_goes_on_waits_for_its_files() {
+    let mut core = at_step(5);
+    let actions = tell(&mut core, left(2), NOW);
+    load(&mut core, actions, 3, NOW);
+    let mut now = NOW + AFTER_RESTART;
+    let mut actions = tick(&mut core, now);
+    let mut tries = Vec::new();
+    for _ in 0..120 {
+        if let [(1, 3)] = assigned(&actions)[..] {
+            tries.push((now - NOW).as_secs());
+            let key = RunKey { generation: Generation(1 + tries.len() as u32), ..KEY };
+            if tries.len() == 6 {
+                tell(&mut core, CoreEvent::RunOpened { key }, now);
+                break;
+            }
+            let reason = "/runs/x/thesis.tex is in the way".to_owned();
+            actions = tell(&mut core, CoreEvent::RunNotOpened { key, reason, bad_input: true }, now);
+            actions = load(&mut core, actions, 3, now);
+            assert_eq!(waits_for(&core), "its files cannot be written: /runs/x/thesis.tex is in the way");
+            continue;
+        }
+        now += Duration::from_secs(1);
+        actions = tick(&mut core, now);
+    }
+    let pauses: Vec<u64> = tries.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert_eq!(pauses, [2, 4, 8, 16, 30], "less and less often");
+    let told = notices(&actions);
+    assert!(told.iter().any(|text| text.contains("thesis.tex is in the way; the job goes on from")), "{told:?}");
+    assert_eq!(state(&core, 1), JobState::Preparing);
+}
+
 #[test]
 fn a_process_that_is_started_again_is_waited_for() {
     let mut core = at_step(3);

@@ -157,7 +157,7 @@ fn without_a_part_the_job_goes_back_to_its_checkpoint() {
         FromBroker::Assign(assignment) => Some((assignment.start_step, assignment.weights.clone())),
         _ => None,
     });
-    assert_eq!(begins, Some((0, WeightSource::Seed(0))));
+    assert_eq!(begins, Some((0, WeightSource::Seed)));
     // Should its process come back now, what it has is of a future that is given up.
     join(&mut core, 3, "b");
     let release = FromBroker::Release { job: KEY.job, keep: Vec::new() };
@@ -338,7 +338,7 @@ fn the_next_copy_is_taken_where_one_is_not_to_be_had() {
         _ => None,
     };
     let begun: Vec<_> = sent(&actions).into_iter().filter_map(begins).collect();
-    assert!(begun.iter().all(|b| *b == (0, WeightSource::Seed(0))) && begun.len() == 2, "{begun:?}");
+    assert!(begun.iter().all(|b| *b == (0, WeightSource::Seed)) && begun.len() == 2, "{begun:?}");
 }
 
 /// What all had made when one was lost is used, and still known after a restart of the broker.

@@ -23,7 +23,7 @@ const SCORES: usize = 256 << 20;
 struct Sizes {
     batch: usize,
     seq: usize,
-    /// Of queries.
+    /// Heads of queries; there may be fewer of keys.
     heads: usize,
     /// Of keys and values.
     kv_heads: usize,

@@ -1,8 +1,7 @@
 //! How much a tokenizer makes of a text before it becomes tokens, and of tokens that become text: one that makes too much
 //! could fill memory, and is refused before.
 
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
+use data_encoding::BASE64;
 use serde_json::Value;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::normalizers::NormalizerWrapper;
@@ -114,7 +113,7 @@ fn written(bytes: usize) -> Result<u64, String> {
 
 /// The longest text that a map of SentencePiece writes: the size of a trie, the trie, and texts that end with a NUL.
 fn longest_of_map(map: &str) -> usize {
-    let map = BASE64_STANDARD.decode(map).unwrap_or_default();
+    let map = BASE64.decode(map.as_bytes()).unwrap_or_default();
     let Some((size, rest)) = map.split_first_chunk::<4>() else { return 0 };
     let texts = rest.get(u32::from_le_bytes(*size) as usize..).unwrap_or_default();
     texts.split(|&byte| byte == 0).map(<[u8]>::len).max().unwrap_or(0)
@@ -261,7 +260,7 @@ mod tests {
         let error = with(replace("x", &"a".repeat(MOST_WRITTEN + 1))).unwrap_err().to_string();
         assert!(error.contains("writes 8193 bytes in one place"), "{error}");
         // A trie of four bytes, and two texts.
-        let map = BASE64_STANDARD.encode([&[4u8, 0, 0, 0, 9, 9, 9, 9][..], b"abc\0de\0"].concat());
+        let map = BASE64.encode(&[&[4u8, 0, 0, 0, 9, 9, 9, 9][..], b"abc\0de\0"].concat());
         assert_eq!((longest_of_map(&map), longest_of_map("AAAA"), longest_of_map("!")), (3, 0, 0));
     }
 

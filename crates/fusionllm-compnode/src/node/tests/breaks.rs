@@ -15,7 +15,7 @@ async fn steps_to(broker: &mut BrokerEnd, last: u64) -> Vec<u64> {
 }
 
 /// Receives a shard to its end.
-async fn whole_shard(session: &Session) -> BlobKind {
+pub(super) async fn whole_shard(session: &Session) -> BlobKind {
     let mut stream = timeout(SOON, session.accept_uni()).await.unwrap().unwrap();
     let header: BlobHeader = decode(&stream.recv().await.unwrap().unwrap()).unwrap();
     let mut bytes = 0;
@@ -35,7 +35,7 @@ async fn a_shard_that_is_not_wanted_costs_nothing_else() {
     let dag = dag(40_000);
     let mut spec = spec(house.folder.path(), "steps = 3");
     spec.checkpoint.every = 1;
-    let job = assignment(spec, &dag, 1, WeightSource::Seed(1));
+    let job = assignment(spec, &dag, 1, WeightSource::Seed);
     broker.set_to_work(job).await;
     for step in 1..=3 {
         if step == 2 {
@@ -57,7 +57,7 @@ async fn training_goes_on_while_the_broker_is_away_and_nothing_is_lost_or_told_t
     let (mut broker, resume) = house.admit_to(None).await;
     assert_eq!(resume, None);
     let settings = "steps = 300\neval_every = 300";
-    let job = assignment(spec(house.folder.path(), settings), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), settings), &dag(256), 1, WeightSource::Seed);
     broker.set_to_work(job).await;
     let mut steps = steps_to(&mut broker, 3).await;
     // What is on its way when the connection breaks is lost with it.
@@ -93,7 +93,7 @@ async fn a_broker_that_begins_anew_ends_the_job_and_may_give_another() {
     let mut broker = house.admit().await;
     let job = |generation| {
         let spec = spec(house.folder.path(), "steps = 1000000\neval_every = 1000000");
-        assignment(spec, &dag(256), generation, WeightSource::Seed(1))
+        assignment(spec, &dag(256), generation, WeightSource::Seed)
     };
     broker.set_to_work(job(1)).await;
     steps_to(&mut broker, 1).await;
@@ -123,7 +123,7 @@ async fn a_broker_that_goes_on_with_other_numbers_is_joined_anew() {
     let (mut broker, resume) = house.admit_to(None).await;
     assert_eq!(resume, None, "it has forgotten");
     // Both begin with 1 again.
-    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     let ready = broker.hear().await;
     assert!(matches!(ready, FromCompNode::Ready { .. }), "{ready:?}");
@@ -166,7 +166,7 @@ async fn a_broker_that_was_started_again_hears_of_all_that_it_has_not_written() 
     let house = House::new(None).await;
     let mut broker = house.admit().await;
     assert_eq!(broker.standing, None);
-    let job = assignment(spec(house.folder.path(), "steps = 300"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 300"), &dag(256), 1, WeightSource::Seed);
     let placement = placement_hash(&job.placement).unwrap();
     broker.set_to_work(job).await;
     steps_to(&mut broker, 5).await;
@@ -205,7 +205,7 @@ async fn a_broker_that_was_started_again_hears_of_all_that_it_has_not_written() 
 async fn a_job_that_has_not_started_is_nothing_to_another_broker() {
     let house = House::new(None).await;
     let mut broker = house.admit().await;
-    broker.assign(assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed(1))).await;
+    broker.assign(assignment(spec(house.folder.path(), "steps = 2"), &dag(256), 1, WeightSource::Seed)).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     broker.session.close(1, "killed");
     let (mut broker, _) = house.admit_to(None).await;

@@ -32,7 +32,7 @@ async fn next_snapshot(broker: &mut BrokerEnd) -> Snapshot {
 
 /// A job of six steps, of which a snapshot is taken after the third. Gives all losses and the snapshot.
 async fn with_snapshot(house: &House, broker: &mut BrokerEnd) -> (Vec<(u64, f64)>, Snapshot) {
-    let job = assignment(spec(house.folder.path(), "steps = 6"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 6"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     broker.say(FromBroker::Snapshot { key: key(1), step: 3, halt: false }).await;
@@ -126,7 +126,7 @@ async fn what_is_kept_is_told_to_a_broker_that_knows_nothing_of_it() {
 async fn a_step_that_has_passed_is_said_to_have_passed() {
     let house = House::new(None).await;
     let mut broker = house.admit().await;
-    let job = assignment(spec(house.folder.path(), "steps = 100000"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 100000"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     broker.say(FromBroker::Start { key: key(1) }).await;
@@ -147,7 +147,7 @@ async fn a_step_that_has_passed_is_said_to_have_passed() {
 async fn a_halt_holds_training_after_the_snapshot_until_the_placement_ends() {
     let house = House::new(None).await;
     let mut broker = house.admit().await;
-    let job = assignment(spec(house.folder.path(), "steps = 6"), &dag(256), 1, WeightSource::Seed(1));
+    let job = assignment(spec(house.folder.path(), "steps = 6"), &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     broker.say(FromBroker::Snapshot { key: key(1), step: 3, halt: true }).await;

@@ -13,7 +13,7 @@ fn config(model_type: &str, more: &str) -> String {
 }
 
 fn read(model_type: &str, more: &str) -> Result<(DecoderConfig, Vec<String>), GraphError> {
-    let HuggingFaceModel { model, passed_over } = Model::from_hugging_face(&config(model_type, more))?;
+    let HuggingFaceModel { model, passed_over, .. } = Model::from_hugging_face(&config(model_type, more))?;
     match model {
         Model::Decoder(config) => Ok((config, passed_over)),
         other => panic!("{other:?}"),

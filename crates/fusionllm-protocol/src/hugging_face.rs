@@ -1,0 +1,19 @@
+//! Names of the files in a Hugging Face folder, for whoever reads one and whoever writes one.
+
+/// What the model is. Without it a folder is not taken for a model.
+pub const CONFIG: &str = "config.json";
+/// The file with all weights.
+pub const WEIGHTS: &str = "model.safetensors";
+/// In which file each weight lies, where there are several.
+pub const INDEX: &str = "model.safetensors.index.json";
+/// The tokenizer, in the form of the `tokenizers` library.
+pub const TOKENIZER: &str = "tokenizer.json";
+/// How `transformers` loads the tokenizer.
+pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// Which tokens are special, as older folders have it.
+pub const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+/// The files that say what the tokenizer's tokens are.
+pub const OF_TOKENIZER: [&str; 3] = [TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS];
+/// The files that training does not change, and that a trained model keeps of the one it began as.
+pub const CARRIED: [&str; 6] =
+    [CONFIG, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, "generation_config.json", "chat_template.jinja"];
