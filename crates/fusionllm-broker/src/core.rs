@@ -50,6 +50,7 @@ use comeback::Comeback;
 use durable::Durability;
 pub(crate) use event::{
     Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, Unread, WEIGHTS,
+    Weighed,
 };
 use job::Job;
 use recovery::Recoveries;
@@ -178,6 +179,7 @@ impl Core {
             known.record.from_step = step;
             (known.record.members, known.record.owner) = (0, None);
             (known.recoveries, known.loading) = (Recoveries::default(), None);
+            (known.drift, known.growth) = Default::default();
             // A later one is not its future any more.
             known.record.checkpoint.take_if(|(newest, _)| *newest > start.step);
             known.record.state = JobState::Waiting { reason: String::new() };

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use fusionllm_protocol::{Fault, FromBroker, JobState, RunKey};
+use fusionllm_protocol::{Fault, FromBroker, RunKey};
 
 use super::detector::SUSPECT;
 use super::drift::Move;
@@ -102,8 +102,10 @@ impl Core {
         let leaving: Vec<String> = leaving.map(|&member| self.compnodes.name(member)).collect();
         let quoted = |names: &[String]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
-        let step_s = known.run.as_ref().and_then(Run::step_time).unwrap_or_default();
-        let better = known.drift.leaves(step_s.as_secs_f64(), now).filter(|_| leaving.is_empty());
+        let better = if leaving.is_empty() { known.drift.leaves(now) } else { None };
+        if better.is_none() {
+            known.drift.disturbed();
+        }
         let (kind, who, reason) = match (leaving.is_empty(), better) {
             (_, Some(Move { who, reason, is_for_new })) => {
                 (if is_for_new { Fault::Joined } else { Fault::Drifted }, who, reason)
@@ -132,8 +134,7 @@ impl Core {
     /// Has a job move that is on fewer CompNodes than it was, where others are idle.
     pub(super) fn grow(&mut self, now: Duration) -> Vec<Action> {
         // Whoever waits has the idle ones first.
-        let waits = |job: &Job| matches!(job.record.state, JobState::Waiting { .. } | JobState::Preparing);
-        if self.jobs.values().any(waits) {
+        if !self.may_one_move() {
             return Vec::new();
         }
         let mut idle = self.compnodes.idle_since(SETTLED, now);

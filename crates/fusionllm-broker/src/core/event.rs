@@ -11,7 +11,6 @@ use fusionllm_protocol::{
     Standing, StepMetrics,
 };
 
-use super::drift::Weighed;
 use crate::BrokerError;
 use crate::checkpoint::{FinishSpec, Origin, StoredShard, TensorSet};
 use crate::run_dir::{PlacementFile, RunStart};
@@ -182,6 +181,15 @@ pub(crate) struct Loading {
     /// Whether what it reads and writes must be within the broker's reach: after a restart, since who handed it in is not
     /// known any more.
     pub(crate) checks_reach: bool,
+}
+
+/// What a weighing has shown: seconds of a step by the placement at work, and by the best that there is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Weighed {
+    /// By the one at work.
+    pub(crate) now_s: f64,
+    /// By the best one.
+    pub(crate) then_s: f64,
 }
 
 /// What a placement is worked out from.

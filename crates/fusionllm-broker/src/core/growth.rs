@@ -27,6 +27,11 @@ impl Growth {
         self.most = self.most.max(members);
     }
 
+    /// It was planned over these, and whom the plan has left out it has no use for.
+    pub(super) fn planned_over(&mut self, all: &[ConnectionId]) {
+        self.tried.extend(all);
+    }
+
     /// Whether it may move now, from `members` CompNodes, `left` before it is done, since some of these are idle.
     pub(super) fn is_due(&self, members: usize, left: Duration, idle: &[ConnectionId], now: Duration) -> bool {
         let are_new = idle.iter().any(|c| !self.tried.contains(c));
@@ -38,5 +43,25 @@ impl Growth {
         self.tried.extend(idle);
         self.rest = (self.rest * 2).clamp(REST.0, REST.1);
         self.rest_until = now + self.rest;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whom_a_plan_has_left_out_is_no_reason_to_move() {
+        let [a, b, c, d] = [1, 2, 3, 4].map(ConnectionId);
+        let (now, left) = (Duration::from_secs(1000), Duration::from_secs(1000));
+        let mut growth = Growth::default();
+        growth.placed(3);
+        assert!(growth.is_due(2, left, &[c], now));
+        growth.planned_over(&[a, b, c]);
+        growth.placed(2);
+        assert!(!growth.is_due(2, left, &[c], now));
+        assert!(growth.is_due(2, left, &[c, d], now), "another one may be of use");
+        growth.moves(vec![c, d], now);
+        assert!(!growth.is_due(2, left, &[ConnectionId(5)], now), "it rests");
     }
 }

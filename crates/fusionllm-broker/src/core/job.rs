@@ -89,10 +89,11 @@ impl Job {
         }
     }
 
-    /// It has a new placement, on so many CompNodes.
-    pub(super) fn placed(&mut self, members: usize) {
+    /// It has a new placement, on so many CompNodes of those over which it was planned.
+    pub(super) fn placed(&mut self, members: usize, all: &[ConnectionId]) {
         self.recoveries.placed();
         self.around = None;
+        self.growth.planned_over(all);
         self.growth.placed(members);
         self.drift.placed();
     }

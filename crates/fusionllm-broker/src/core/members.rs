@@ -189,8 +189,16 @@ impl Core {
 
     /// Has what a job starts from read once more, where another process was at work in its folder.
     fn read_again(&mut self, now: Duration) -> Vec<Action> {
-        let is_due = |job: &Job| job.loading.is_none() && job.in_use.as_ref().is_some_and(|(_, again)| now >= *again);
-        let due: Vec<JobId> = self.jobs.iter().filter(|(_, job)| is_due(job)).map(|(&id, _)| id).collect();
+        let is_unread = |job: &Job| {
+            job.snapshots.newest().is_none() && job.start.as_ref().is_some_and(|start| start.unread.is_some())
+        };
+        let is_due = |job: &mut Job| {
+            let waits = matches!(job.record.state, JobState::Waiting { .. }) && job.loading.is_none();
+            let is_free = job.in_use.as_ref().is_some_and(|(_, again)| now >= *again);
+            waits && (is_free || is_unread(job) && job.planning.is_none() && job.recoveries.reads_again(now))
+        };
+        let due = self.jobs.iter_mut().filter_map(|(&id, job)| is_due(job).then_some(id));
+        let due: Vec<JobId> = due.collect();
         due.into_iter().filter_map(|job| self.load(job, true)).collect()
     }
 

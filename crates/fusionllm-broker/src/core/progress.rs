@@ -180,7 +180,7 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         let Some(run) = job.run.as_mut() else { return Vec::new() };
         let (mut actions, mut progress) = (Vec::new(), None);
-        while let Some(MergedStep { mut metrics, busy_s, traced, changes }) = run.next_step() {
+        while let Some(MergedStep { mut metrics, busy_s, came, traced, changes }) = run.next_step() {
             for (to, change) in changes {
                 let CodecChange { edge, way, codec, .. } = change;
                 let message = FromBroker::SetCodec { key, edge, way, codec };
@@ -204,7 +204,7 @@ impl Core {
             job.record.loss = Some(metrics.loss);
             job.recoveries.works_on(run.names());
             job.snapshots.stepped(metrics.step, metrics.loss);
-            job.drift.stepped(metrics.step_s, busy_s, now);
+            job.drift.stepped(metrics.step_s, busy_s, &came, now);
             actions.push(Action::AppendMetrics { key, metrics: metrics.clone() });
             actions.push(Action::Emit(JobEvent::Step { job: key.job, metrics }));
             if now.saturating_sub(job.persisted) >= PERSIST_EVERY {

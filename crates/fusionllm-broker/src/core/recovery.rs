@@ -118,6 +118,19 @@ impl Recoveries {
         self.no_files = None;
     }
 
+    /// Whether its files could not be opened when that was last tried.
+    pub(super) fn waits_for_files(&self) -> bool {
+        self.no_files.is_some()
+    }
+
+    /// Whether what it starts from is to be read again now, which could not be when its files could not be opened. The next time
+    /// is after a pause.
+    pub(super) fn reads_again(&mut self, now: Duration) -> bool {
+        let Some((_, until, _)) = self.no_files.as_mut().filter(|(_, until, _)| now >= *until) else { return false };
+        *until = now + REOPENED.1;
+        true
+    }
+
     /// Why it is not placed yet, if that is as its files could not be opened.
     pub(super) fn no_files(&self, now: Duration) -> Option<String> {
         let (_, until, reason) = self.no_files.as_ref()?;
@@ -189,6 +202,7 @@ impl Core {
             return self.fail(key, format!("{reason}; {enough}"), false, now);
         }
         known.recoveries.go_on(members, now + RESTART, reason.clone(), step);
+        known.drift.disturbed();
         if !is_lost {
             // What failed may be a link that was cut: the next plan goes by what is there now.
             self.survey.refresh(now);

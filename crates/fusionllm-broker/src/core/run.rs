@@ -1,6 +1,7 @@
 //! One placement of a job at work: who is ready, what was reported, which shards are there.
 
 mod checkpoints;
+mod links;
 mod taken_back;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,15 +10,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{
-    CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation, Way,
-};
+use fusionllm_planner::{CodecChange, Controller, NodeIndex, Placement, Simulated};
 use fusionllm_protocol::{
-    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, RunKey, SnapshotId, StepMetrics, StepReport, StepTrace,
-    measured_step,
+    Cadence, CompressionPolicy, JobSpec, RunKey, SnapshotId, StepMetrics, StepReport, StepTrace, measured_step,
 };
 
 use super::bounds::Bounds;
+use super::drift::Came;
 use super::hearsay::Hearsay;
 use super::watchdog::Watchdog;
 use super::{ConnectionId, StartPoint};
@@ -36,6 +35,8 @@ pub(super) struct MergedStep {
     pub(super) metrics: StepMetrics,
     /// Seconds that each CompNode has computed, in the placement's order.
     pub(super) busy_s: Vec<f64>,
+    /// What came over links.
+    pub(super) came: Vec<Came>,
     /// What was done when, if it was traced.
     pub(super) traced: Option<Simulated>,
     /// Codecs that change, and who must know.
@@ -390,49 +391,7 @@ impl Run {
         self.watchdog.stepped(metrics.step_s);
         let sender = |change: CodecChange| Some((*self.members.get(change.sender.index())?, change));
         let busy_s = reports().map(|r| r.busy_s).collect();
-        Some(MergedStep { metrics, busy_s, traced, changes: changes.into_iter().filter_map(sender).collect() })
-    }
-
-    /// What the controller makes of a step.
-    fn adapt(&mut self, step: u64, reports: &BTreeMap<NodeIndex, StepReport>) -> Vec<CodecChange> {
-        let Some(controller) = &mut self.controller else { return Vec::new() };
-        let names = &self.placement.compnodes;
-        let index = |name: &str| (0..).map(NodeIndex).zip(names).find(|(_, n)| *n == name).map(|(index, _)| index);
-        let speeds = || reports.values().flat_map(|r| &r.received);
-        let seen = |link: &LinkBytes| {
-            let speed = speeds().find(|s| (&s.from, &s.to) == (&link.from, &link.to))?;
-            Some(LinkObservation {
-                from: index(&link.from)?,
-                to: index(&link.to)?,
-                dense_bytes: link.dense_bytes,
-                received_bytes: speed.bytes,
-                busy_s: speed.busy_s,
-                error: link.error,
-            })
-        };
-        let observation = StepObservation {
-            step,
-            loss: reports.values().find_map(|r| r.loss).unwrap_or(f64::NAN),
-            compute_s: reports.values().map(|r| r.busy_s).fold(0.0, f64::max),
-            links: reports.values().flat_map(|r| &r.links).filter_map(seen).collect(),
-        };
-        controller.observe(&observation)
-    }
-
-    /// A change of codec for people.
-    fn note(&self, change: &CodecChange) -> CodecNote {
-        let name = |node: Option<NodeIndex>| {
-            node.and_then(|n| self.placement.compnodes.get(n.index())).cloned().unwrap_or_default()
-        };
-        let edge = self.placement.edges.get(change.edge.index());
-        let receiver = edge.and_then(|e| self.placement.route(e, change.way)).map(|route| route.to);
-        CodecNote {
-            from: name(Some(change.sender)),
-            to: name(receiver),
-            op: edge.map(|e| self.dag.op(e.op).name.clone()).unwrap_or_default(),
-            gradient: change.way == Way::Gradient,
-            codec: change.codec.to_string(),
-            reason: change.reason.clone(),
-        }
+        let came = self.came(&reports().flat_map(|r| &r.received).collect::<Vec<_>>());
+        Some(MergedStep { metrics, busy_s, came, traced, changes: changes.into_iter().filter_map(sender).collect() })
     }
 }

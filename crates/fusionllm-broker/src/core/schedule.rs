@@ -12,6 +12,7 @@ use fusionllm_protocol::{
 use super::detector::SUSPECT;
 use super::drift::slowed;
 use super::recovery::KeptAs;
+use super::registry::Registry;
 use super::run::{Run, param_names};
 use super::snapshot_book::RecoveryPoint;
 use super::snapshots::Sources;
@@ -101,10 +102,9 @@ impl Core {
     /// What only this job, which ends, wanted to have measured is not needed any more.
     pub(super) fn measure_no_more(&mut self, job: JobId) -> Vec<Action> {
         let key = |job: &Job| job.start.as_ref().map(|start| WorkKey::of(&job.record.spec, start));
-        let is_waiting = |job: &Job| matches!(job.record.state, JobState::Waiting { .. });
-        let Some(ended) = self.jobs.get(&job).filter(|job| is_waiting(job)).and_then(key) else { return Vec::new() };
-        let is_wanted =
-            self.jobs.iter().any(|(&id, other)| id != job && is_waiting(other) && key(other) == Some(ended));
+        let Some(ended) = self.jobs.get(&job).and_then(key) else { return Vec::new() };
+        let is_open = |job: &Job| !job.record.state.is_final();
+        let is_wanted = self.jobs.iter().any(|(&id, other)| id != job && is_open(other) && key(other) == Some(ended));
         if is_wanted { Vec::new() } else { self.survey.cancel(ended) }
     }
 
@@ -161,6 +161,10 @@ impl Core {
         if let Some(reason) = recoveries.no_files(now) {
             return Err(reason);
         }
+        if let Some(unread) = start.unread.as_ref().filter(|_| known.snapshots.newest().is_none()) {
+            // It is read again.
+            return Err(unread.reason.clone());
+        }
         let mut idle = self.compnodes.idle();
         if recoveries.goes_on {
             // One that has died with another is silent, and not lost yet.
@@ -216,12 +220,12 @@ impl Core {
 
     /// Asks for a placement on these CompNodes and keeps them for it.
     pub(super) fn plan(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
-        let Some(Job { record, start: Some(start), drift, .. }) = self.jobs.get(&job) else { return Vec::new() };
+        let Some(Job { record, start: Some(start), drift, .. }) = self.jobs.get_mut(&job) else { return Vec::new() };
         let cluster = match &start.cluster {
-            Some(cluster) => self.as_if(cluster, &members),
+            Some(cluster) => as_if(&self.compnodes, cluster, &members),
             None => {
                 let inventory = self.survey.inventory(&members, &self.compnodes, Some((&record.spec, start)), now);
-                slowed(inventory.cluster(), &drift.factors(now))
+                slowed(inventory.cluster(), &drift.plans(now))
             }
         };
         self.plans += 1;
@@ -313,12 +317,13 @@ impl Core {
         let planned: Vec<u64> = prediction.compnodes.iter().map(|compnode| compnode.memory_bytes as u64).collect();
         // The strategy may leave some out, and has its own order.
         let named = |name: &String| members.iter().copied().find(|&m| self.compnodes.name(m) == *name);
+        let all = members.clone();
         let members: Vec<ConnectionId> = placement.compnodes.iter().filter_map(named).collect();
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         known.record.generation = Generation(known.record.generation.0 + 1);
         known.record.placed = None;
         known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
-        known.placed(members.len());
+        known.placed(members.len(), &all);
         (known.record.step, known.record.loss) = (start.step, start.loss);
         known.record.snapshots = known.snapshots.to_store();
         let kept = if point.is_some() { KeptAs::Snapshots } else { KeptAs::Checkpoint };
@@ -367,16 +372,6 @@ impl Core {
         actions.extend(lends);
         actions.extend(assignments);
         actions
-    }
-
-    /// The cluster of a file, whose devices the CompNodes stand for in their order.
-    fn as_if(&self, cluster: &Cluster, members: &[ConnectionId]) -> Cluster {
-        let first: Vec<usize> = (0..members.len()).collect();
-        let mut cluster = cluster.select(&first);
-        for (profile, &member) in cluster.compnodes.iter_mut().zip(members) {
-            profile.name = self.compnodes.name(member);
-        }
-        cluster
     }
 
     fn assignments(
@@ -440,4 +435,14 @@ pub(super) fn least_compnodes(spec: &JobSpec, start: &StartPoint) -> usize {
     let listed = spec.placement.stages.iter().map(|s| s.compnode as usize + 1).max().unwrap_or(1);
     let stood_for = start.cluster.as_ref().map_or(listed, |cluster| cluster.compnodes.len());
     spec.placement.compnodes.map_or(stood_for, |n| n as usize)
+}
+
+/// The cluster of a file, whose devices the CompNodes stand for in their order.
+fn as_if(compnodes: &Registry, cluster: &Cluster, members: &[ConnectionId]) -> Cluster {
+    let first: Vec<usize> = (0..members.len()).collect();
+    let mut cluster = cluster.select(&first);
+    for (profile, &member) in cluster.compnodes.iter_mut().zip(members) {
+        profile.name = compnodes.name(member);
+    }
+    cluster
 }

@@ -162,6 +162,15 @@ impl Survey {
         ops && members.iter().all(|a| members.iter().all(|b| pair(a, b)))
     }
 
+    /// Whether all of that is known by measuring, so that they can be held against each other.
+    pub(super) fn is_measured(&self, members: &[ConnectionId], key: WorkKey) -> bool {
+        let ops = members.iter().all(|&m| self.ops.get(&(m, key)).is_some_and(Option::is_some));
+        let is_reached = |&a: &ConnectionId, &b: &ConnectionId| {
+            a >= b || self.pairs.get(&(a, b)).is_some_and(|state| state.result.is_some())
+        };
+        ops && members.iter().all(|a| members.iter().all(|b| is_reached(a, b)))
+    }
+
     /// Starts whatever can start now.
     pub(super) fn advance(&mut self, registry: &Registry, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -243,7 +252,8 @@ impl Survey {
             Ok(profile) if sane(&profile) => Some(profile),
             // No link has such figures, and no plan may go by them.
             Ok(_) => None,
-            Err(reason) if self.beside_work.remove(&pair) => {
+            // Where one is at work and the other one still idle, as when it began, no job has ended it.
+            Err(reason) if self.beside_work.remove(&pair) && registry.is_idle(pair.0) != registry.is_idle(pair.1) => {
                 tracing::info!(from = ?pair.0, to = ?pair.1, reason, "a link to one at work could not be measured");
                 // Once both are idle it is tried again.
                 self.cut(pair.0, pair.1, now);
@@ -345,8 +355,11 @@ impl Survey {
         });
         // Remembered as what cannot be measured, so that no job waits for it again.
         for (pair, ops) in given_up {
-            if let Some(pair) = pair {
-                self.set(pair, None, now);
+            match pair {
+                // Once both are idle it is tried again.
+                Some(pair) if self.beside_work.remove(&pair) => self.cut(pair.0, pair.1, now),
+                Some(pair) => self.set(pair, None, now),
+                None => {}
             }
             self.ops.extend(ops.map(|ops| (ops, None)));
         }
@@ -364,7 +377,6 @@ impl Survey {
         self.due.len() + self.active.len() + ops
     }
 
-    /// What is known of these CompNodes, with what the ops of a job take if one is given.
     /// Bytes a second from one CompNode to another; 0 if that is not known.
     pub(super) fn bytes_per_s(&self, from: ConnectionId, to: ConnectionId) -> f64 {
         let state = self.pairs.get(&(from.min(to), from.max(to)));
@@ -372,6 +384,7 @@ impl Survey {
         pair.map_or(0.0, |pair| if from < to { pair.there.bytes_per_s } else { pair.back.bytes_per_s })
     }
 
+    /// What is known of these CompNodes, with what the ops of a job take if one is given.
     pub(super) fn inventory(
         &self,
         members: &[ConnectionId],

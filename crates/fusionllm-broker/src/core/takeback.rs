@@ -103,7 +103,10 @@ impl Core {
     /// Ends a job that can only go on as it is, and does not: what it started from is not there any more, and there are no
     /// snapshots either.
     pub(super) fn without_start(&mut self, job: JobId) -> Vec<Action> {
-        let is_lost = |known: &&Job| known.takeback.is_none() && known.snapshots.newest().is_none();
+        // Where its files cannot be opened that is read again: what it starts from may lie in the same folder.
+        let is_lost = |known: &&Job| {
+            known.takeback.is_none() && known.snapshots.newest().is_none() && !known.recoveries.waits_for_files()
+        };
         let Some(known) = self.jobs.get(&job).filter(is_lost) else { return Vec::new() };
         let unread = known.start.as_ref().and_then(|start| start.unread.clone());
         let Some(Unread { reason, bad_input }) = unread else { return Vec::new() };

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use fusionllm_graph::Kernels;
 use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, DataFingerprint, DataReport, DeviceProfile, FileFingerprint, FromCompNode, LinkBytes,
-    PairProfile, PeerRecord, Standing, StepReport, TokenizerFingerprint, content_hash,
+    BlobHeader, BlobKind, CpuShare, DataFingerprint, DataReport, DeviceProfile, FileFingerprint, FromCompNode,
+    LinkBytes, PairProfile, PeerRecord, Standing, StepReport, TokenizerFingerprint, content_hash,
 };
 
 mod comeback;
@@ -48,7 +48,7 @@ fn joining(name: &str) -> Joining {
         memory_bytes_per_s: 1e10,
         memory_bytes: None,
         host: name.to_owned(),
-        cpu: None,
+        cpu: Some(CpuShare { lanes: 1.0, threads: 1 }),
         kernels: Kernels::Plain,
     };
     let (id, device) = ("0707".to_owned(), "cpu".to_owned());

@@ -105,14 +105,27 @@ pub(super) async fn receive_first_whole(
     Err(CompNodeError::Broker { reason: "the weights did not come".to_owned() })
 }
 
+/// The step whose shard the broker wants once more, and how often it has said so of any.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Again {
+    pub(super) step: u64,
+    pub(super) times: u64,
+}
+
+impl Again {
+    /// Whether it was said of this step since there were so many.
+    pub(super) fn is_newer(self, step: u64, times: u64) -> bool {
+        self.step == step && self.times > times
+    }
+}
+
 /// The line to the broker, over whatever connection there is.
 #[derive(Debug)]
 pub(super) struct BrokerLine {
     pub(super) broker: watch::Receiver<Option<Session>>,
     /// The step whose shard the broker has last settled.
     pub(super) settled: watch::Receiver<u64>,
-    /// The step whose shard the broker wants once more, and how often it has said so of any.
-    pub(super) again: watch::Receiver<(u64, u64)>,
+    pub(super) again: watch::Receiver<Again>,
 }
 
 impl BrokerLine {
@@ -131,7 +144,7 @@ impl BrokerLine {
         loop {
             let session = self.broker.wait_for(Option::is_some).await.map_err(gone)?.clone();
             let Some(session) = session else { continue };
-            let (_, times) = *self.again.borrow();
+            let Again { times, .. } = *self.again.borrow();
             let sending = async {
                 match send(&session, header, shard).await? {
                     // A stream that the broker ends is one that it does not want; it says so, too.
@@ -147,7 +160,7 @@ impl BrokerLine {
                 biased;
                 settled = self.settled.wait_for(|settled| *settled == step) => return settled.map(drop).map_err(gone),
                 lost = self.broker.wait_for(is_other) => drop(lost.map_err(gone)?),
-                again = self.again.wait_for(|&(of, now)| of == step && now > times) => drop(again.map_err(gone)?),
+                again = self.again.wait_for(|again| again.is_newer(step, times)) => drop(again.map_err(gone)?),
                 // What was sent is not yet what the broker has.
                 Err(error) = sending => return Err(error),
             }

@@ -68,7 +68,7 @@ pub(super) struct RunningJob {
     /// The step whose shard the broker has last settled.
     settled: watch::Sender<u64>,
     /// The step whose shard the broker wants once more, and how often it has said so of any.
-    again: watch::Sender<(u64, u64)>,
+    again: watch::Sender<blob::Again>,
     prepared: Option<Prepared>,
     /// The [`placement_hash`] of its placement; nothing if that has none.
     placement: Option<String>,
@@ -209,7 +209,7 @@ impl RunningJob {
 
     /// The broker wants the shard of this step once more.
     pub(super) fn send_again(&self, step: u64) {
-        self.again.send_modify(|(of, times)| (*of, *times) = (step, *times + 1));
+        self.again.send_modify(|again| *again = blob::Again { step, times: again.times + 1 });
     }
 
     /// Receives the job's weights; nothing if they were not asked for, or have come.

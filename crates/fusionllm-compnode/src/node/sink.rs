@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
+use super::blob::Again;
 use super::{NodeEvent, keeping};
 use crate::checkpoint::{ShardFile, free_room};
 use crate::mailbox::Mailbox;
@@ -70,6 +71,10 @@ impl BrokerAbsence {
         Self { is_there, is_long: false }
     }
 
+    fn is_there(&self) -> bool {
+        *self.is_there.borrow()
+    }
+
     /// Resolves once it is away for [`ABSENCE`], or is still away since that was last so.
     async fn is_long(&mut self) {
         loop {
@@ -96,8 +101,7 @@ pub(super) struct NodeSink {
     pub(super) steps: u64,
     pub(super) events: mpsc::Sender<NodeEvent>,
     pub(super) shards: mpsc::Sender<(u64, ShardFile)>,
-    /// The step whose shard the broker wants once more, and how often it has said so of any.
-    pub(super) again: watch::Receiver<(u64, u64)>,
+    pub(super) again: watch::Receiver<Again>,
     pub(super) broker: BrokerAbsence,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) clock: Arc<ClockOffset>,
@@ -129,10 +133,11 @@ impl NodeSink {
         })
     }
 
-    /// Writes a checkpoint's shard. Where the last one does not fit, its state is held until the broker asks for it again.
+    /// Writes a checkpoint's shard. Where the last one does not fit, its state is held until the broker asks for it again, or
+    /// another broker process takes the job back, which does not know that it could not be written.
     fn write_shard(&self, step: u64, state: &mut dyn HeldState) -> Result<Option<ShardFile>, CompNodeError> {
         loop {
-            let (_, asked) = *self.again.borrow();
+            let Again { times, .. } = *self.again.borrow();
             self.make_room()?;
             let reason = match ShardFile::write(&self.folder, state.tensors()?) {
                 Ok(shard) => return Ok(Some(shard)),
@@ -144,9 +149,11 @@ impl NodeSink {
             if step != self.steps {
                 return Ok(None);
             }
+            let mut was_away = false;
             self.stand_still_until(|| {
-                let (of, times) = *self.again.borrow();
-                of == step && times > asked
+                let is_there = self.broker.is_there();
+                was_away |= !is_there;
+                was_away && is_there || self.again.borrow().is_newer(step, times)
             })?;
         }
     }
@@ -167,7 +174,7 @@ impl NodeSink {
     }
 
     /// Waits until something is so, or the placement ends, which is an error.
-    fn stand_still_until(&self, is_so: impl Fn() -> bool) -> Result<(), CompNodeError> {
+    fn stand_still_until(&self, mut is_so: impl FnMut() -> bool) -> Result<(), CompNodeError> {
         while !is_so() {
             if let Some(error) = self.mailbox.closed() {
                 return Err(error.into());

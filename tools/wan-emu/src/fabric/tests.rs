@@ -1,3 +1,5 @@
+//! Packets over one fabric, by a clock of the test.
+
 use super::*;
 use crate::packet::testing::udp;
 

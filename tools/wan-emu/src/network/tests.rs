@@ -1,3 +1,5 @@
+//! Network files: what is read, and what is refused.
+
 use super::*;
 
 const THREE: &str = r#"

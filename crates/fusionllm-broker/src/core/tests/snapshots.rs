@@ -5,12 +5,12 @@ use fusionllm_protocol::{Snapshot, SnapshotId, SnapshotSource, WeightSource};
 use super::recovery::{AFTER_RESTART, left, load, notices, tick, waits_for};
 use super::*;
 
-fn snapshot(key: RunKey, step: u64, node: u32) -> Snapshot {
+pub(super) fn snapshot(key: RunKey, step: u64, node: u32) -> Snapshot {
     let id = SnapshotId { key, step, node: NodeIndex(node) };
     Snapshot { id, bytes: 1000, hash: [step as u8 + 10 * node as u8; 32] }
 }
 
-fn holds(snapshot: Snapshot) -> FromCompNode {
+pub(super) fn holds(snapshot: Snapshot) -> FromCompNode {
     FromCompNode::Holds { snapshot, cost_s: 0.01 }
 }
 
