@@ -102,6 +102,8 @@ fn calm() -> &'static [f64] {
 }
 
 pub(crate) fn read(run: &Path, name: &str) -> String {
+    // The report may come a while after the end.
+    wait_until(|| run.join(name).is_file(), "the file is there");
     std::fs::read_to_string(run.join(name)).unwrap()
 }
 
