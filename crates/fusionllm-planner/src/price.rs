@@ -123,7 +123,7 @@ impl<'a> Pricing<'a> {
         self.compress_tied_params(&mut placement, &stage_s);
         let update_s = |node: NodeIndex| {
             let profile = self.profile(node);
-            update_seconds(profile, placement.param_bytes_of(dag, node))
+            update_seconds(profile, placement.trained_bytes_of(dag, node))
                 + profile.copy_s(tied_copies(dag, &placement, node))
         };
         let most_deferred = spec.placement.deferred.unwrap_or(0);
@@ -211,12 +211,13 @@ impl<'a> Pricing<'a> {
         let batch = self.batch();
         let node = |placement: &Placement, stage| placement.compnode_of(stage).map_or(0, NodeIndex::index);
         // Token ids and labels are sent as they are, and what stays on its CompNode is not sent.
-        let is_sent = |placement: &Placement, edge: &StageEdge| edge.gradient && placement.is_boundary(edge);
+        let is_sent = |placement: &Placement, edge: &StageEdge| edge.is_real(dag) && placement.is_boundary(edge);
         let mut directions = Vec::with_capacity(2 * placement.edges.len());
         for edge in placement.edges.iter().filter(|e| is_sent(placement, e)) {
             let output = &dag.op(edge.op).output;
             let (a, b) = (node(placement, edge.from), node(placement, edge.to));
-            for (link, way) in [(cluster.link(a, b), Way::Activation), (cluster.link(b, a), Way::Gradient)] {
+            for way in edge.ways() {
+                let link = if way == Way::Activation { cluster.link(a, b) } else { cluster.link(b, a) };
                 let dense_s = link.occupied_s(output.bytes(batch) as f64);
                 directions.push(Direction { shape: output.shape.resolve(batch), dense_s, way });
             }
@@ -227,8 +228,12 @@ impl<'a> Pricing<'a> {
         for index in 0..placement.edges.len() {
             let compressed = is_sent(placement, &placement.edges[index]);
             let edge = &mut placement.edges[index];
-            if compressed && let (Some(activation), Some(gradient)) = (codecs.next(), codecs.next()) {
-                (edge.activation_codec, edge.gradient_codec) = (activation, gradient);
+            for way in edge.ways().filter(|_| compressed) {
+                let Some(codec) = codecs.next() else { continue };
+                match way {
+                    Way::Activation => edge.activation_codec = codec,
+                    Way::Gradient => edge.gradient_codec = codec,
+                }
             }
             sent.add(edge, dag, batch)?;
         }

@@ -153,8 +153,8 @@ impl TensorSource for AllOf {
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
 fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
-    let params = placement.param_bytes_of(dag, node);
-    train.state_bytes(params).saturating_add(params)
+    let trained = placement.trained_bytes_of(dag, node);
+    train.state_bytes(placement.param_bytes_of(dag, node), trained).saturating_add(trained)
 }
 
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);
