@@ -1,6 +1,6 @@
 //! Tensors of one or several safetensors files under the graph's names, and a part of them as one file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -15,11 +15,13 @@ use crate::CheckpointError;
 const HEAD: &str = "lm_head.weight";
 
 /// Where each tensor lies.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct TensorSet {
     files: Vec<TensorFile>,
     /// By the graph's name: the file's index and the name in it.
     places: BTreeMap<String, (usize, String)>,
+    /// Parameters that are in no file: whoever needs them draws them.
+    drawn: BTreeSet<String>,
 }
 
 /// The names that a parameter's optimizer state may have.
@@ -76,7 +78,7 @@ impl TensorSet {
         // Masks of old files come last: they are no parameters anywhere.
         let mut unused: Vec<String> = found.into_values().map(|(_, name)| name).filter(|name| name != HEAD).collect();
         unused.sort_by_key(|name| (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), name.clone()));
-        Ok((Self { files, places }, unused))
+        Ok((Self { files, places, drawn: BTreeSet::new() }, unused))
     }
 
     /// Whether the file of this name has such a tensor.
@@ -125,6 +127,18 @@ impl TensorSet {
         self.files.push(file);
     }
 
+    /// These parameters are in no file: whoever needs them draws them.
+    pub(crate) fn leave_out(&mut self, drawn: impl IntoIterator<Item = String>) {
+        self.drawn.extend(drawn);
+    }
+
+    /// These parameters come from one more file, where their names have a prefix.
+    pub(crate) fn add_adapters(&mut self, file: TensorFile, params: impl IntoIterator<Item = String>, prefix: &str) {
+        let index = self.files.len();
+        self.files.push(file);
+        self.places.extend(params.into_iter().map(|param| (param.clone(), (index, format!("{prefix}{param}")))));
+    }
+
     /// Names of all tensors, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.places.keys().map(String::as_str)
@@ -150,13 +164,13 @@ impl TensorSet {
         Ok((file.info(stored).map(|info| info.shape.clone()).unwrap_or_default(), bytes))
     }
 
-    /// Writes `params`, the optimizer state there is of them, and all residuals of error feedback as one safetensors
+    /// Writes `params` but for those that are drawn, the optimizer state there is of them, and all residuals of error feedback as one safetensors
     /// file, which errors call `path`; returns its size in bytes. No more than one megabyte is held in memory.
     ///
     /// # Errors
     /// [`CheckpointError`] if a parameter is missing or the file cannot be written.
     pub fn write_part(&self, params: &[String], out: &mut impl Write, path: &Path) -> Result<u64, CheckpointError> {
-        let with_state = params.iter().flat_map(|param| {
+        let with_state = params.iter().filter(|param| !self.drawn.contains(*param)).flat_map(|param| {
             let state = optimizer_names(param).filter(|name| self.places.contains_key(name));
             std::iter::once(param.clone()).chain(state)
         });

@@ -12,16 +12,20 @@ use crate::{ExportError, ShardError};
 
 /// Says whose export a folder holds. It is written first, so that what an interrupted export leaves is known too.
 const MARK: &str = "fusionllm-export.json";
-/// What an export may write besides. The first one makes it a model to others.
-const FILES: [&str; 7] = [
+/// What an export may write besides. The first ones make it a model, or adapters of one, to others.
+const FILES: [&str; 9] = [
     "config.json",
+    "adapter_config.json",
     "model.safetensors",
+    "adapter_model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
 ];
+/// How many files come first.
+const HEADS: usize = 2;
 /// What a file is called until it is whole.
 const PARTIAL: &str = ".partial";
 /// What a file of an earlier export is called until the new one is whole.
@@ -163,13 +167,13 @@ impl TakenFolder {
     }
 
     /// Gives all files that were written their names, in the place of those of an earlier export. Without
-    /// `config.json`, the first to go and the last to come, the folder is not taken for a model: whatever happens
+    /// `config.json` or `adapter_config.json`, the first to go and the last to come, the folder is not taken for a model: whatever happens
     /// meanwhile, it holds the earlier export, this one, or none, and never a mixture.
     ///
     /// # Errors
     /// [`ShardError`] if the system refuses. An earlier export is whole again then; without one, what was written stays.
     pub(super) fn finish(mut self) -> Result<(), ShardError> {
-        let is_whole = self.path.join(FILES[0]).is_file();
+        let is_whole = FILES[..HEADS].iter().any(|name| self.path.join(name).is_file());
         self.is_replacing = true;
         // What an interrupted one left.
         self.remove_earlier()?;
@@ -193,10 +197,12 @@ impl TakenFolder {
             renamed.push((from, to));
             Ok(())
         };
-        let [config, others @ ..] = FILES;
-        let path = self.path.join(config);
-        if path.symlink_metadata().is_ok() {
-            rename(path.clone(), self.earlier(config), &path)?;
+        let (heads, others) = FILES.split_at(HEADS);
+        for head in heads {
+            let path = self.path.join(head);
+            if path.symlink_metadata().is_ok() {
+                rename(path.clone(), self.earlier(head), &path)?;
+            }
         }
         // On the disk, too, nothing may come before this.
         sync(&self.path)?;
@@ -205,15 +211,16 @@ impl TakenFolder {
             if path.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
                 rename(path.clone(), self.earlier(name), &path)?;
             }
-            if self.written.contains(&name) {
+            if self.written.contains(name) {
                 rename(self.temporary(name), path.clone(), &path)?;
             } else {
                 remove_if_there(&path).map_err(|e| io(&path, e))?;
             }
         }
         sync(&self.path)?;
-        if self.written.contains(&config) {
-            rename(self.temporary(config), path.clone(), &path)?;
+        for head in heads.iter().filter(|head| self.written.contains(head)) {
+            let path = self.path.join(head);
+            rename(self.temporary(head), path.clone(), &path)?;
         }
         sync(&self.path)
     }
@@ -304,6 +311,23 @@ mod tests {
         assert!(error.contains("run 1") && error.contains("run 2"), "{error}");
         std::fs::write(path.join("model-00001-of-00002.safetensors"), "x").unwrap();
         fails(&path, "`model-00001-of-00002.safetensors`");
+    }
+
+    /// The adapters of a run, and then the same run as a whole model.
+    #[test]
+    fn a_model_takes_the_place_of_its_adapters() {
+        let folder = tempfile::tempdir().unwrap();
+        let take = || ExportFolder::look(folder.path()).unwrap().take("run 1").unwrap();
+        let mut taken = take();
+        write(&mut taken, "adapter_model.safetensors", "old");
+        write(&mut taken, "adapter_config.json", "old");
+        taken.finish().unwrap();
+        assert_eq!(names(folder.path()), ["adapter_config.json", "adapter_model.safetensors", MARK]);
+        let mut taken = take();
+        write(&mut taken, "model.safetensors", "new");
+        write(&mut taken, "config.json", "new");
+        taken.finish().unwrap();
+        assert_eq!(names(folder.path()), ["config.json", MARK, "model.safetensors"]);
     }
 
     #[test]
