@@ -55,7 +55,7 @@ pub(super) fn adapt(model: LoadedModel, spec: &JobSpec) -> Result<LoadedModel, B
     let (lora, folder) = match &spec.lora.adapter {
         Some(path) => {
             let folder = Folder::read(path)?;
-            folder.check(&spec.lora)?;
+            folder.check(&spec.lora, &dag)?;
             (folder.lora.clone(), Some(folder))
         }
         None => (asked(&spec.lora, config.as_ref(), &dag).map_err(fail)?, None),
@@ -160,7 +160,7 @@ impl Folder {
     }
 
     /// Holds what the job says besides against what the folder says.
-    fn check(&self, spec: &LoraSpec) -> Result<(), BrokerError> {
+    fn check(&self, spec: &LoraSpec, dag: &OpDag) -> Result<(), BrokerError> {
         let other = |key: &str, job: String, own: String| {
             Err(self.error(CONFIG, format!("says {own}, but lora.{key} = {job}: leave that out, the folder says it")))
         };
@@ -177,13 +177,20 @@ impl Folder {
         if spec.rslora && !self.rslora {
             return other("rslora", "true".to_owned(), "use_rslora = false".to_owned());
         }
-        match spec.targets.first() {
-            Some(target) => {
-                let reason =
-                    format!("tells by its tensors which ops have adapters, but lora.targets has `{target}`: leave that out");
+        if spec.targets.is_empty() {
+            return Ok(());
+        }
+        let asked = dag.with_lora(&Lora { targets: spec.targets.clone(), ..self.lora.clone() });
+        let asked = asked.map_err(|e| self.error(CONFIG, e.to_string()))?.adapters();
+        let asked: BTreeSet<&String> = asked.iter().map(|adapter| &adapter.module).collect();
+        let own: BTreeSet<&String> = self.lora.targets.iter().collect();
+        match asked.symmetric_difference(&own).next() {
+            None => Ok(()),
+            Some(module) => {
+                let which = if own.contains(module) { "has an adapter" } else { "has no adapter" };
+                let reason = format!("{which} beside `{module}`, unlike lora.targets: leave that out, the folder says it");
                 Err(self.error(WEIGHTS, reason))
             }
-            None => Ok(()),
         }
     }
 

@@ -94,7 +94,18 @@ fn a_peft_folder_says_which_adapters_there_are() {
     assert!(other(&|lora| lora.rank = 4).contains("says r = 2, but lora.rank = 4"));
     assert!(other(&|lora| lora.alpha = Some(2.0)).contains("says lora_alpha = 8, but lora.alpha = 2"));
     assert!(other(&|lora| lora.dropout = 0.5).contains("says lora_dropout = 0.25, but lora.dropout = 0.5"));
-    assert!(other(&|lora| lora.targets = vec!["c_fc".to_owned()]).contains("lora.targets has `c_fc`"));
+    let said = other(&|lora| lora.targets = vec!["c_attn".to_owned()]);
+    assert!(said.contains("has no adapter beside `transformer.h.1.attn.c_attn`, unlike lora.targets"), "{said}");
+    let mut same = spec.clone();
+    same.lora = LoraSpec {
+        rank: 2,
+        alpha: Some(8.0),
+        targets: vec!["h.0.attn.c_attn".to_owned()],
+        dropout: 0.25,
+        rslora: true,
+        adapter: same.lora.adapter,
+    };
+    assert_eq!(load_model(&same).unwrap().dag, model.dag);
     let mut new = spec.clone();
     new.model.weights = fusionllm_protocol::WeightsChoice::New;
     assert!(error(&new).contains("expected model.path with its weights"), "{}", error(&new));
