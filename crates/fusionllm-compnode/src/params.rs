@@ -69,7 +69,13 @@ mod tests {
     use super::*;
 
     fn param(name: &str) -> Param {
-        Param { name: name.to_owned(), shape: vec![64, 64], init: Init::Normal { std: 0.02 }, decay: true, frozen: false }
+        Param {
+            name: name.to_owned(),
+            shape: vec![64, 64],
+            init: Init::Normal { std: 0.02 },
+            decay: true,
+            frozen: false,
+        }
     }
 
     #[test]

@@ -347,7 +347,8 @@ mod tests {
         let base = &models()[2];
         let dag = base.with_lora(&lora(&["layers.1.self_attn.q_proj"])).unwrap();
         let of = |name: &str| dag.find(name).unwrap();
-        for name in ["embed_tokens", "layers.0.mlp.down_proj", "layers.1.input_layernorm", "layers.1.self_attn.k_proj"] {
+        for name in ["embed_tokens", "layers.0.mlp.down_proj", "layers.1.input_layernorm", "layers.1.self_attn.k_proj"]
+        {
             assert!(!dag.carries_gradient(of(name)), "{name}");
             assert_eq!((dag.cost(of(name), 2).bp_flops, dag.kept_bytes(of(name), 2, Kernels::Fused)), (0, 0));
         }

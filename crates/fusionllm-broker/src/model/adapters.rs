@@ -98,7 +98,10 @@ fn asked(spec: &LoraSpec, model: Option<&fusionllm_graph::Model>, dag: &OpDag) -
     let targets = match &spec.targets[..] {
         [] => own().ok_or_else(|| GraphError::Lora {
             key: "targets",
-            expected: format!("some of the linear ops of an OP-DAG of no known family: {}", dag.lora_targets().join(", ")),
+            expected: format!(
+                "some of the linear ops of an OP-DAG of no known family: {}",
+                dag.lora_targets().join(", ")
+            ),
             got: "not given".to_owned(),
         })?,
         targets => targets.to_vec(),
@@ -137,7 +140,8 @@ impl Folder {
         for name in file.names() {
             let module = name.strip_prefix(PREFIX).and_then(|n| MATRICES.iter().find_map(|end| n.strip_suffix(end)));
             let Some(module) = module else {
-                let reason = format!("tensor `{name}` is no adapter of a linear op, expected `{PREFIX}MODULE.lora_A.weight`");
+                let reason =
+                    format!("tensor `{name}` is no adapter of a linear op, expected `{PREFIX}MODULE.lora_A.weight`");
                 return Err(fail(WEIGHTS, reason));
             };
             targets.insert(module.to_owned());
@@ -188,7 +192,8 @@ impl Folder {
             None => Ok(()),
             Some(module) => {
                 let which = if own.contains(module) { "has an adapter" } else { "has no adapter" };
-                let reason = format!("{which} beside `{module}`, unlike lora.targets: leave that out, the folder says it");
+                let reason =
+                    format!("{which} beside `{module}`, unlike lora.targets: leave that out, the folder says it");
                 Err(self.error(WEIGHTS, reason))
             }
         }

@@ -46,7 +46,9 @@ pub fn export_adapters(
     let mut out = folder.take(of)?;
     let name = "adapter_model.safetensors";
     let path = folder.path().join(name);
-    out.write(name, |out| write_shard_to(out, &path, matrices.into_iter().map(LazyTensor::from).collect()).map(|_| ()))?;
+    out.write(name, |out| {
+        write_shard_to(out, &path, matrices.into_iter().map(LazyTensor::from).collect()).map(|_| ())
+    })?;
     let name = "adapter_config.json";
     let io = |source| ShardError::Io { path: folder.path().join(name), source };
     out.write(name, |out| out.write_all(format!("{config:#}\n").as_bytes()).map_err(io))?;
@@ -59,7 +61,8 @@ fn adapter_config(dag: &OpDag, adapters: &[Adapter], origin: &AdapterOrigin) -> 
     let over = if origin.rslora { (rank as f64).sqrt() } else { rank as f64 };
     // Most are whole numbers, which division and product leave by a hair.
     let alpha = scaling * over;
-    let alpha = if (alpha - alpha.round()).abs() < 1e-9 { Value::from(alpha.round() as i64) } else { Value::from(alpha) };
+    let alpha =
+        if (alpha - alpha.round()).abs() < 1e-9 { Value::from(alpha.round() as i64) } else { Value::from(alpha) };
     serde_json::json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

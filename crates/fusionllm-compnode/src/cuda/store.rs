@@ -55,8 +55,7 @@ impl Store {
         let apart = tied_tables(dag, &layout);
         let end = |param: &ParamId| layout.get(*param).map_or(0, |e| e.start + e.taken);
         let lookups = zeros(apart.iter().map(end).max().unwrap_or(0), 4)?;
-        let states =
-            optimizer.states().iter().map(|&kind| Ok((kind, zeros(trained, 4)?))).collect::<Result<_, _>>()?;
+        let states = optimizer.states().iter().map(|&kind| Ok((kind, zeros(trained, 4)?))).collect::<Result<_, _>>()?;
         let decay = uploaded(gpu, &layout.decay(dag))?;
         let firsts = layout.trained().map(|(_, extent)| extent.chunks().start);
         let starts: Vec<u8> = firsts.chain([trained / CHUNK]).flat_map(|s| (s as u32).to_ne_bytes()).collect();

@@ -357,7 +357,8 @@ fn every_op() -> Arc<OpDag> {
     let label = dag.op("label", OpKind::Label { shape: ids }, &[], &[]).unwrap();
     let param = |dag: &mut DagBuilder, name: &str, shape: &[usize]| {
         let (shape, init) = (shape.to_vec(), Init::Normal { std: 0.2 });
-        dag.param(Param { name: name.to_owned(), shape, init, decay: name.len().is_multiple_of(2), frozen: false }).unwrap()
+        dag.param(Param { name: name.to_owned(), shape, init, decay: name.len().is_multiple_of(2), frozen: false })
+            .unwrap()
     };
     let linear = |dag: &mut DagBuilder, name: &str, from: OpId, [inputs, outputs]: [usize; 2], layout, bias| {
         let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };

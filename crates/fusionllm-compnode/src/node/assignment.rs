@@ -158,7 +158,11 @@ impl TensorSource for AllOf {
         let param = self.dag.find_param(name).map(|id| self.dag.param(id));
         let adapter = param.filter(|param| !param.frozen && self.dag.has_frozen());
         let (Some(param), Some(seed)) = (adapter, self.seed) else { return Ok(None) };
-        Ok(Some(NamedTensor { name: name.to_owned(), shape: param.shape.clone(), values: initial_values(param, seed)? }))
+        Ok(Some(NamedTensor {
+            name: name.to_owned(),
+            shape: param.shape.clone(),
+            values: initial_values(param, seed)?,
+        }))
     }
 }
 

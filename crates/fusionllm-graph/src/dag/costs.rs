@@ -14,8 +14,7 @@ impl OpDag {
     pub fn cost(&self, op: OpId, batch: usize) -> Cost {
         let node = self.op(op);
         let inputs: Vec<_> = node.inputs.iter().map(|&input| &self.op(input).output).collect();
-        let cost =
-            self.frozen_cost(op, batch).unwrap_or_else(|| node.kind.cost(&inputs, &node.output, batch));
+        let cost = self.frozen_cost(op, batch).unwrap_or_else(|| node.kind.cost(&inputs, &node.output, batch));
         if self.carries_gradient(op) { cost } else { Cost { bp_flops: 0, kept_bytes: 0, ..cost } }
     }
 

@@ -30,7 +30,8 @@ fn random_dag(draw: &mut Draw, ops: usize) -> OpDag {
     let mut made = vec![(input, 32)];
     let linear = |dag: &mut DagBuilder, from: (fusionllm_graph::OpId, usize), outputs: usize, name: String| {
         let (shape, init) = (vec![from.1, outputs], Init::Normal { std: 0.02 });
-        let weight = dag.param(Param { name: format!("{name}.weight"), shape, init, decay: true, frozen: false }).unwrap();
+        let weight =
+            dag.param(Param { name: format!("{name}.weight"), shape, init, decay: true, frozen: false }).unwrap();
         let kind = OpKind::Linear { inputs: from.1, outputs, bias: false, layout: WeightLayout::InOut };
         (dag.op(&name, kind, &[from.0], &[weight]).unwrap(), outputs)
     };

@@ -100,7 +100,7 @@ mod tests {
     use super::*;
     use crate::ready::{Need, is_ready};
     use crate::testing::small_gpt2;
-    use crate::{Cluster, Estimate, Pipeline, TRAINING_COPIES, PlacementSpec, PlanSpec, Strategy, Task, plan};
+    use crate::{Cluster, Estimate, Pipeline, PlacementSpec, PlanSpec, Strategy, TRAINING_COPIES, Task, plan};
 
     fn spec(pipeline: Pipeline, run_ahead: u32, eval_micro_batches: u32) -> PlanSpec {
         PlanSpec::dense(PlacementSpec {

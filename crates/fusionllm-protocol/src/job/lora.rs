@@ -60,7 +60,9 @@ impl LoraSpec {
             ("lora.rslora", self.rslora),
         ];
         match given.into_iter().find(|(_, given)| *given && !self.is_on()) {
-            Some((key, _)) => fail(key, "is given, but there are no adapters: expected lora.rank above 0 too".to_owned()),
+            Some((key, _)) => {
+                fail(key, "is given, but there are no adapters: expected lora.rank above 0 too".to_owned())
+            }
             None => Ok(()),
         }
     }

@@ -193,7 +193,8 @@ fn describe(args: &cli::Plan, job: &Job) -> anyhow::Result<serde_json::Value> {
 }
 
 fn summary(dag: &OpDag) -> String {
-    let trained = if dag.has_frozen() { format!(", of which {} are trained", dag.trained_elements()) } else { String::new() };
+    let trained =
+        if dag.has_frozen() { format!(", of which {} are trained", dag.trained_elements()) } else { String::new() };
     format!("{}: {} ops, {} parameters{trained}", dag.name(), dag.ops().len(), dag.param_elements())
 }
 

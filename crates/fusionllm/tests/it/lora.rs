@@ -144,7 +144,12 @@ fn adapters_train_as_in_peft_and_nothing_else_changes() {
             let out = format!("on-{compnodes}");
             bench.succeed(&format!("train job.toml --out {out} --compnodes {compnodes}{}", settings(&found)));
             by_count.push(losses(&bench.path(&out)));
-            assert_close(&format!("{case} on {compnodes}"), &by_count[by_count.len() - 1], &numbers(&found["steps"]), 2e-5);
+            assert_close(
+                &format!("{case} on {compnodes}"),
+                &by_count[by_count.len() - 1],
+                &numbers(&found["steps"]),
+                2e-5,
+            );
         }
         // The norm for clipping is added up in another order.
         if found["job"]["train.clip"] == 0.0 {
@@ -174,12 +179,17 @@ fn adapters_go_out_as_they_came_in_and_merged_as_a_whole_model() {
             serde_json::from_slice(&text).unwrap()
         };
         let (source, written) = (read("peft"), read("out"));
-        for key in ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "task_type"] {
+        for key in ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "task_type"]
+        {
             assert_eq!(written[key], source[key], "{case}: {key}");
         }
         let keys = |folder: &str| {
             let bytes = std::fs::read(bench.path(folder).join("adapter_model.safetensors")).unwrap();
-            read_shard(&bytes).unwrap().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect::<BTreeMap<_, _>>()
+            read_shard(&bytes)
+                .unwrap()
+                .into_iter()
+                .map(|tensor| (tensor.name, tensor.shape))
+                .collect::<BTreeMap<_, _>>()
         };
         assert_eq!(keys("out"), keys("peft"), "{case}");
 

@@ -287,7 +287,8 @@ impl Planner<'_> {
                 WeightLayout::InOut => self.matrix(outputs).transposed(),
                 WeightLayout::OutIn => self.matrix(inputs),
             };
-            let mut product = self.product([dy.rows, inputs, dy.stride], self.matrix(dy.stride), b, self.matrix(inputs));
+            let mut product =
+                self.product([dy.rows, inputs, dy.stride], self.matrix(dy.stride), b, self.matrix(inputs));
             product.adds = c.is_some();
             let b = self.weight(weight)?;
             let (a, d, bias) = (dy.place, dx.place, None);
