@@ -153,7 +153,7 @@ impl Trial {
     fn update(&self, executors: &mut [Box<dyn Executor>], step: u64) -> f64 {
         let held = |executor: &dyn Executor, name: &str| executor.export().iter().any(|tensor| tensor.name == name);
         let (mut squares, mut counted) = (0.0, BTreeSet::new());
-        for param in self.dag.param_ids() {
+        for param in self.dag.param_ids().filter(|&param| !self.dag.param(param).frozen) {
             let name = &self.dag.param(param).name;
             let holders: Vec<usize> = (0..executors.len()).filter(|&i| held(&*executors[i], name)).collect();
             let count = self.dag.param(param).shape.iter().product();
