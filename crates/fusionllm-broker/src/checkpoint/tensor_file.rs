@@ -42,7 +42,7 @@ fn touched(_found: &Metadata) -> [i64; 3] {
 }
 
 /// A file whose header was read. Its values are read later, perhaps much later: they must still be the same then.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct TensorFile {
     path: PathBuf,
     header: TensorHeader,

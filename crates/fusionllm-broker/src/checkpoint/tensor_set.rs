@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fusionllm_graph::{Model, OpDag};
 use fusionllm_protocol::{StateKind, TensorHeader, TensorName};
@@ -17,7 +18,7 @@ const HEAD: &str = "lm_head.weight";
 /// Where each tensor lies.
 #[derive(Clone, Debug, Default)]
 pub struct TensorSet {
-    files: Vec<TensorFile>,
+    files: Vec<Arc<TensorFile>>,
     /// By the graph's name: the file's index and the name in it.
     places: BTreeMap<String, (usize, String)>,
     /// Parameters that are in no file: whoever needs them draws them.
@@ -42,7 +43,8 @@ impl TensorSet {
         model: &Model,
     ) -> Result<(Self, Vec<String>), CheckpointError> {
         let bare = |name: &str| name.strip_prefix(model.prefix()).unwrap_or(name).to_owned();
-        let files: Vec<TensorFile> = paths.iter().map(|path| TensorFile::open(path)).collect::<Result<_, _>>()?;
+        let open = |path: &PathBuf| TensorFile::open(path).map(Arc::new);
+        let files: Vec<Arc<TensorFile>> = paths.iter().map(open).collect::<Result<_, _>>()?;
         let mut found: BTreeMap<String, (usize, String)> = BTreeMap::new();
         for (index, file) in files.iter().enumerate() {
             for name in file.names() {
@@ -83,7 +85,7 @@ impl TensorSet {
 
     /// Whether the file of this name has such a tensor.
     pub(crate) fn file_has(&self, file: &str, tensor: &str) -> bool {
-        let named = |f: &&TensorFile| f.path().file_name().is_some_and(|name| name == file);
+        let named = |f: &&Arc<TensorFile>| f.path().file_name().is_some_and(|name| name == file);
         self.files.iter().find(named).is_some_and(|f| f.info(tensor).is_some())
     }
 
@@ -124,7 +126,7 @@ impl TensorSet {
         for name in file.names() {
             self.places.entry(name.to_owned()).or_insert_with(|| (index, name.to_owned()));
         }
-        self.files.push(file);
+        self.files.push(Arc::new(file));
     }
 
     /// These parameters are in no file: whoever needs them draws them.
@@ -135,7 +137,7 @@ impl TensorSet {
     /// These parameters come from one more file, where their names have a prefix.
     pub(crate) fn add_adapters(&mut self, file: TensorFile, params: impl IntoIterator<Item = String>, prefix: &str) {
         let index = self.files.len();
-        self.files.push(file);
+        self.files.push(Arc::new(file));
         self.places.extend(params.into_iter().map(|param| (param.clone(), (index, format!("{prefix}{param}")))));
     }
 
@@ -145,7 +147,7 @@ impl TensorSet {
     }
 
     fn find(&self, name: &str) -> Result<(&TensorFile, &str), CheckpointError> {
-        let found = self.places.get(name).and_then(|(file, stored)| Some((self.files.get(*file)?, stored.as_str())));
+        let found = self.places.get(name).and_then(|(file, stored)| Some((&**self.files.get(*file)?, stored.as_str())));
         found.ok_or_else(|| CheckpointError::Tensor {
             path: self.files.first().map(|f| f.path().to_owned()).unwrap_or_default(),
             name: name.to_owned(),

@@ -253,7 +253,7 @@ fn correct(
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_graph::{Gpt2Config, gpt2};
+    use fusionllm_graph::{Gpt2Config, OpClass, gpt2};
     use fusionllm_protocol::Precision;
 
     use super::*;
