@@ -33,7 +33,8 @@ pub use tensor_set::TensorSet;
 use crate::{BrokerError, CheckpointError};
 use finish::check_params;
 use place::read_mark;
-use tensor_file::{Stamp, TensorFile, io};
+pub(crate) use tensor_file::TensorFile;
+use tensor_file::{Stamp, io};
 
 /// A shard that lies in its partial folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

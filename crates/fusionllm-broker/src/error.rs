@@ -45,6 +45,14 @@ pub enum BrokerError {
         /// What is wrong and what would be right.
         reason: String,
     },
+    /// A folder of adapters is wrong.
+    #[error("lora.adapter {path}: {reason}")]
+    Adapter {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
     /// The job cannot be placed.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -388,6 +396,7 @@ impl BrokerError {
             Self::Job(_)
             | Self::Graph { .. }
             | Self::Model { .. }
+            | Self::Adapter { .. }
             | Self::ClusterFile { .. }
             | Self::Plan(_)
             | Self::NothingLeft { .. }

@@ -1,5 +1,6 @@
 //! The model of a job: one by name, a Hugging Face directory, or an OP-DAG file.
 
+mod adapters;
 mod folder;
 
 use std::collections::BTreeMap;
@@ -74,6 +75,10 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
     let choice = spec.model.weights;
     let mut model = read(spec, Purpose::Weights { choice, seed: spec.train.seed })?;
     check_trainable(&model.dag, spec)?;
+    if let Some(adapter) = spec.lora.adapter.as_ref().filter(|_| model.weights.is_none()) {
+        let reason = "its adapters fit the weights that they were trained beside: expected model.path with its weights";
+        return Err(BrokerError::Adapter { path: adapter.clone(), reason: reason.to_owned() });
+    }
     if model.config.is_none() || spec.model.name.is_some() {
         model.notes.push(new_weights(spec.train.seed));
     }
@@ -138,7 +143,7 @@ fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
             LoadedModel::new(dag, Some(model))
         }
     };
-    Ok(model)
+    adapters::adapt(model, spec)
 }
 
 /// Whether the graph can be trained by this job.

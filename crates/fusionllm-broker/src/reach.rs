@@ -26,7 +26,11 @@ impl Reach {
         if own {
             return Ok(());
         }
-        let read = [("model.path", &spec.model.path), ("placement.cluster", &spec.placement.cluster)];
+        let read = [
+            ("model.path", &spec.model.path),
+            ("lora.adapter", &spec.lora.adapter),
+            ("placement.cluster", &spec.placement.cluster),
+        ];
         for (key, path) in read.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?))) {
             require(key, path, &self.models, "read models and cluster files from", "--models")?;
         }

@@ -219,11 +219,12 @@ pub fn resumed_job(stored: &JobSpec, overrides: &[String], folder: Option<&Path>
     let text = toml::to_string(stored).map_err(|e| io_error(Path::new("the run's job"), std::io::Error::other(e)))?;
     let mut spec = JobSpec::from_toml(&text, overrides)?;
     let keys = || overrides.iter().filter_map(|given| Some(given.split_once('=')?.0.trim()));
-    let fixed = ["model.", "data.seq_len", "data.tokenizer", "data.format", "train.optimizer"];
+    let fixed = ["model.", "lora.", "data.seq_len", "data.tokenizer", "data.format", "train.optimizer"];
     // A tokenizer's file may have moved.
     let is_file = |job: &JobSpec| job.data.tokenizer_file().is_some();
     let is_other_kind = spec.data.tokenizer != stored.data.tokenizer && !(is_file(&spec) && is_file(stored));
     let is_changed = spec.model != stored.model
+        || spec.lora != stored.lora
         || is_other_kind
         || (spec.data.format, spec.data.seq_len) != (stored.data.format, stored.data.seq_len)
         || spec.train.optimizer != stored.train.optimizer;

@@ -1,5 +1,6 @@
 //! Shards of a checkpoint, and the Hugging Face layout.
 
+mod adapters;
 mod export_folder;
 mod hugging_face;
 mod room;
@@ -7,6 +8,7 @@ mod shard;
 mod shard_file;
 mod shard_stream;
 
+pub use adapters::{AdapterOrigin, export_adapters, merge_adapters};
 pub use export_folder::ExportFolder;
 pub use hugging_face::export_hugging_face;
 pub(crate) use room::free_room;

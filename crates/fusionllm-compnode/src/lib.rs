@@ -39,7 +39,10 @@ pub use allocator::{Allocator, keep_freed_memory};
 pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, MeasureSpec, StageOps};
 pub use border::{BorderTensor, DeviceTensor};
 pub use burn::PROBE_THREAD;
-pub use checkpoint::{ExportFolder, export_hugging_face, read_shard, write_shard, write_shard_to};
+pub use checkpoint::{
+    AdapterOrigin, ExportFolder, export_adapters, export_hugging_face, merge_adapters, read_shard, write_shard,
+    write_shard_to,
+};
 pub use codec_table::CodecTable;
 pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokenizer, Tokens, is_guarded};
 pub use device::DeviceChoice;

@@ -3,7 +3,7 @@
 use fusionllm_graph::{Init, Param};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, Normal};
+use rand_distr::{Distribution, Normal, Uniform};
 
 use crate::ExecutorError;
 use crate::executor::NamedTensor;
@@ -14,6 +14,14 @@ pub(crate) fn initial_values(param: &Param, seed: u64) -> Result<Vec<f32>, Execu
     match param.init {
         Init::Zeros => Ok(vec![0.0; count]),
         Init::Ones => Ok(vec![1.0; count]),
+        Init::Uniform { bound } => {
+            let uniform = Uniform::new_inclusive(-bound, bound).map_err(|e| ExecutorError::Param {
+                name: param.name.clone(),
+                reason: format!("initial bound {bound}: {e}"),
+            })?;
+            let mut rng = ChaCha8Rng::seed_from_u64(seed_for(seed, &[param.name.as_bytes()]));
+            Ok((0..count).map(|_| uniform.sample(&mut rng)).collect())
+        }
         Init::Normal { std } => {
             let normal = Normal::new(0.0f32, std).map_err(|e| ExecutorError::Param {
                 name: param.name.clone(),
@@ -61,7 +69,13 @@ mod tests {
     use super::*;
 
     fn param(name: &str) -> Param {
-        Param { name: name.to_owned(), shape: vec![64, 64], init: Init::Normal { std: 0.02 }, decay: true }
+        Param {
+            name: name.to_owned(),
+            shape: vec![64, 64],
+            init: Init::Normal { std: 0.02 },
+            decay: true,
+            frozen: false,
+        }
     }
 
     #[test]
@@ -77,5 +91,15 @@ mod tests {
         let values = initial_values(&param("a"), 7).unwrap();
         let variance = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
         assert!((variance.sqrt() - 0.02).abs() < 0.001, "{}", variance.sqrt());
+    }
+
+    #[test]
+    fn uniform_values_fill_their_bounds_and_pass_neither() {
+        let uniform = Param { init: Init::Uniform { bound: 0.125 }, ..param("a") };
+        let values = initial_values(&uniform, 7).unwrap();
+        let (least, most) = values.iter().fold((0.0f32, 0.0f32), |(least, most), &v| (least.min(v), most.max(v)));
+        assert!((-0.125..-0.124).contains(&least) && (0.124..=0.125).contains(&most), "{least} {most}");
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        assert!(mean.abs() < 0.005, "{mean}");
     }
 }

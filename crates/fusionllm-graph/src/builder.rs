@@ -170,7 +170,10 @@ fn check_param(param: &Param) -> Result<(), GraphError> {
         Init::Normal { std } if !(std.is_finite() && std >= 0.0) => {
             wrong("std", std.to_string(), "a finite number of at least 0")
         }
-        Init::Normal { .. } | Init::Zeros | Init::Ones => Ok(()),
+        Init::Uniform { bound } if !(bound.is_finite() && bound >= 0.0) => {
+            wrong("bound", bound.to_string(), "a finite number of at least 0")
+        }
+        Init::Normal { .. } | Init::Uniform { .. } | Init::Zeros | Init::Ones => Ok(()),
     }
 }
 
@@ -181,7 +184,7 @@ mod tests {
     use super::*;
 
     fn weight(shape: &[usize]) -> Param {
-        Param { name: "w".to_owned(), shape: shape.to_vec(), init: Init::Zeros, decay: true }
+        Param { name: "w".to_owned(), shape: shape.to_vec(), init: Init::Zeros, decay: true, frozen: false }
     }
 
     fn input() -> OpKind {

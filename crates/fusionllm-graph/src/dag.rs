@@ -84,7 +84,8 @@ impl OpDag {
         let mut carries_gradient: Vec<bool> = Vec::with_capacity(ops.len());
         for (op, id) in ops.iter().zip((0..).map(OpId)) {
             let upstream = op.inputs.iter().any(|input| carries_gradient[input.index()]);
-            carries_gradient.push(op.output.dtype == DType::F32 && (upstream || !op.params.is_empty()));
+            let trains = op.params.iter().any(|param| !params[param.index()].frozen);
+            carries_gradient.push(op.output.dtype == DType::F32 && (upstream || trains));
             for input in &op.inputs {
                 let of_input = &mut consumers[input.index()];
                 if of_input.last() != Some(&id) {
@@ -189,9 +190,43 @@ impl OpDag {
         let node = self.op(op);
         let mut words = vec![node.kind.family().to_owned()];
         words.extend(node.kind.variant());
+        if self.frozen_cost(op, batch).is_some() {
+            words.push("frozen".to_owned());
+        }
         words.extend(node.inputs.iter().map(|&input| sizes(input)));
         words.extend([">".to_owned(), sizes(op)]);
         words.join(" ")
+    }
+
+    /// Whether `op` has parameters, none of which is trained.
+    ///
+    /// # Panics
+    /// If `op` is not of this OP-DAG.
+    pub fn is_frozen(&self, op: OpId) -> bool {
+        let params = &self.op(op).params;
+        !params.is_empty() && params.iter().all(|&param| self.param(param).frozen)
+    }
+
+    /// Whether training leaves some parameter as it is.
+    pub fn has_frozen(&self) -> bool {
+        self.params.iter().any(|param| param.frozen)
+    }
+
+    /// An op of each kind of work, as [`Self::work`] names it, but for placeholders: of several the one whose inputs most
+    /// often carry a gradient, since before the first parameter that is trained an op has less to do.
+    pub fn works(&self, batch: usize) -> BTreeMap<String, OpId> {
+        let mut works: BTreeMap<String, OpId> = BTreeMap::new();
+        let flow = |op: OpId| {
+            let carrying = self.op(op).inputs.iter().filter(|input| self.carries_gradient(**input)).count();
+            (self.carries_gradient(op), carrying)
+        };
+        for op in self.op_ids().filter(|&op| self.op(op).kind.class() != OpClass::Placeholder) {
+            let known = works.entry(self.work(op, batch)).or_insert(op);
+            if flow(op) > flow(*known) {
+                *known = op;
+            }
+        }
+        works
     }
 
     /// The loss op.
@@ -214,7 +249,8 @@ impl OpDag {
         self.op_ids().find(|&op| matches!(self.op(op).kind, OpKind::Label { .. }))
     }
 
-    /// Whether a gradient must flow back over this op's outgoing edges: its output is f32 and depends on a parameter.
+    /// Whether a gradient must flow back over this op's outgoing edges: its output is f32 and depends on a parameter
+    /// that is trained.
     ///
     /// # Panics
     /// If `op` is not of this OP-DAG.

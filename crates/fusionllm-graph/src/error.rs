@@ -223,6 +223,16 @@ pub enum GraphError {
         /// The value that was given, as text.
         got: String,
     },
+    /// Adapters do not fit the model.
+    #[error("lora.{key} is {got}, expected {expected}")]
+    Lora {
+        /// The setting.
+        key: &'static str,
+        /// What would be right.
+        expected: String,
+        /// The value that was given, as text.
+        got: String,
+    },
 }
 
 fn backticked(names: &[String]) -> String {

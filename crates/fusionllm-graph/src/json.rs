@@ -47,6 +47,8 @@ struct ParamForm {
     shape: Vec<usize>,
     init: Init,
     decay: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    frozen: bool,
 }
 
 /// The kind is read in a second step, so that what is wrong with it can be said with the op's name.
@@ -70,6 +72,7 @@ impl OpDag {
             shape: param.shape.clone(),
             init: param.init,
             decay: param.decay,
+            frozen: param.frozen,
         };
         let op = |op: &Op| OpForm {
             name: op.name.clone(),
@@ -117,11 +120,11 @@ pub(crate) fn without_byte_order_mark(text: &str) -> &str {
 
 fn read_params(builder: &mut DagBuilder, forms: Vec<ParamForm>) -> Result<BTreeMap<String, ParamId>, GraphError> {
     let mut ids = BTreeMap::new();
-    for ParamForm { name, shape, init, decay } in forms {
+    for ParamForm { name, shape, init, decay, frozen } in forms {
         if ids.contains_key(&name) {
             return Err(GraphError::DuplicateParam { param: name });
         }
-        let id = builder.param(Param { name: name.clone(), shape, init, decay })?;
+        let id = builder.param(Param { name: name.clone(), shape, init, decay, frozen })?;
         ids.insert(name, id);
     }
     Ok(ids)

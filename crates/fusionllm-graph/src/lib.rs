@@ -23,6 +23,7 @@ mod dtype;
 mod error;
 mod json;
 mod kind;
+mod lora;
 mod models;
 mod op;
 mod ops;
@@ -43,6 +44,7 @@ pub use dtype::DType;
 pub use error::{GraphError, Misfit};
 pub use json::{JSON_FORMAT, JSON_VERSION};
 pub use kind::{ActivationFunction, OpClass, ParamRole, WeightLayout};
+pub use lora::{Adapter, Lora};
 pub use models::{
     DecoderConfig, DecoderFamily, Gpt2Config, HuggingFaceModel, MAX_LAYERS, Model, decoder, gpt2, resnet101,
 };

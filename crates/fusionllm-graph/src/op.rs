@@ -24,6 +24,7 @@ use crate::ops::placeholder::Placeholder;
 use crate::ops::position::Position;
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::Rotary;
+use crate::ops::scale::Scale;
 use crate::rotary::RotaryScaling;
 use crate::rule::{Io, Rule};
 use crate::shape::{Shape, TensorType};
@@ -122,6 +123,11 @@ pub enum OpKind {
     Add,
     /// Elementwise product of two tensors of one shape.
     Mul,
+    /// Product with a number.
+    Scale {
+        /// The number, finite and not 0.
+        factor: f64,
+    },
     /// Zeroes elements with probability `p` in training and scales the rest by 1/(1-p).
     Dropout {
         /// Probability, at least 0 and less than 1.
@@ -197,6 +203,11 @@ impl OpKind {
         self.rule().cost(&Io { inputs, output, batch })
     }
 
+    /// As [`OpKind::cost`], where none of the op's parameters is trained; nothing if that changes little.
+    pub fn frozen_cost(&self, inputs: &[&TensorType], output: &TensorType, batch: usize) -> Option<Cost> {
+        self.rule().frozen_cost(&Io { inputs, output, batch })
+    }
+
     /// What BP reads of FP, of [`OpKind::cost`], as these kernels keep it.
     pub(crate) fn kept_bytes(
         &self,
@@ -232,6 +243,7 @@ impl OpKind {
             Self::Activation { function } => Box::new(Activation { function }),
             Self::Add => Box::new(Elementwise::Add),
             Self::Mul => Box::new(Elementwise::Mul),
+            Self::Scale { factor } => Box::new(Scale { factor }),
             Self::Dropout { p } => Box::new(Dropout { p }),
             Self::Conv2d { inputs, outputs, kernel, stride, padding } => {
                 Box::new(Conv2d { inputs, outputs, window: Window { kernel, stride, padding } })
@@ -267,6 +279,7 @@ mod tests {
             OpKind::Activation { function: ActivationFunction::GeluTanh },
             OpKind::Add,
             OpKind::Mul,
+            OpKind::Scale { factor: 2.0 },
             OpKind::Dropout { p: 0.1 },
             OpKind::Conv2d { inputs: 3, outputs: 4, kernel: 3, stride: 1, padding: 1 },
             OpKind::BatchNorm2d { channels: 4, eps: 1e-5 },

@@ -18,6 +18,7 @@ pub(crate) mod placeholder;
 pub(crate) mod position;
 pub(crate) mod rms_norm;
 pub(crate) mod rotary;
+pub(crate) mod scale;
 
 #[cfg(test)]
 pub(crate) mod checks {

@@ -15,6 +15,8 @@ pub struct Param {
     pub init: Init,
     /// Whether weight decay applies: not for biases and layer norms.
     pub decay: bool,
+    /// Whether training leaves it as it is: it has no gradient, no optimizer state and no UPDATE.
+    pub frozen: bool,
 }
 
 impl Param {
@@ -37,6 +39,11 @@ pub enum Init {
     Normal {
         /// Standard deviation, finite and at least 0.
         std: f32,
+    },
+    /// Uniform between `-bound` and `bound`.
+    Uniform {
+        /// Largest value, finite and at least 0.
+        bound: f32,
     },
     /// Every element is 0.
     Zeros,

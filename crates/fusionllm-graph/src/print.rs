@@ -110,7 +110,7 @@ mod tests {
         let mut builder = DagBuilder::new("a \"small\" one");
         let input = OpKind::Input { dtype: DType::I32, shape: Shape::batched(&[4]) };
         let ids = builder.op("ids", input, &[], &[]).unwrap();
-        let weight = Param { name: "w".to_owned(), shape: vec![500, 3], init: Init::Zeros, decay: true };
+        let weight = Param { name: "w".to_owned(), shape: vec![500, 3], init: Init::Zeros, decay: true, frozen: false };
         let weight = builder.param(weight).unwrap();
         let rows = builder.op("rows", OpKind::Embedding { vocab: 500, dim: 3 }, &[ids], &[weight]).unwrap();
         builder.op("sum", OpKind::Add, &[rows, rows], &[]).unwrap();

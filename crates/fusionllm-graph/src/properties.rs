@@ -32,7 +32,7 @@ impl Grower {
             .map(|role| {
                 let init = Init::Normal { std: 1.0 / self.count as f32 };
                 let name = format!("{name}.{}", role.name);
-                self.dag.param(Param { name, shape: role.shape, init, decay: true }).unwrap()
+                self.dag.param(Param { name, shape: role.shape, init, decay: true, frozen: false }).unwrap()
             })
             .collect();
         for (op, read) in &mut self.pool {
@@ -51,7 +51,7 @@ impl Grower {
             ActivationFunction::Relu,
             ActivationFunction::Silu,
         ];
-        let grown = match what % 11 {
+        let grown = match what % 12 {
             0 => self.add(linear(DIM), &[a]),
             1 => self.add(OpKind::LayerNorm { dim: DIM, eps: f64::from(attribute) / 3.0 + 1e-5 }, &[a]),
             2 => self.add(OpKind::Activation { function: functions[usize::from(attribute) % 4] }, &[a]),
@@ -72,6 +72,7 @@ impl Grower {
                 self.add(OpKind::GroupedAttention { heads: 2, kv_heads: 1, causal: attribute > 99 }, &[a, key, value])
             }
             6 => self.add(OpKind::Position { positions: SEQ_LEN + usize::from(attribute), dim: DIM }, &[a]),
+            10 => self.add(OpKind::Scale { factor: f64::from(attribute) + 0.5 }, &[a]),
             _ => {
                 let packed = self.add(linear(3 * DIM), &[a]);
                 self.add(OpKind::Attention { heads: 2, causal: attribute > 99 }, &[packed])

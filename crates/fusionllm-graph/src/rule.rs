@@ -31,6 +31,11 @@ pub(crate) trait Rule {
     /// For types that `infer` accepted and gave.
     fn cost(&self, io: &Io<'_>) -> Cost;
 
+    /// As `cost`, where the parameters are not trained, if BP does less then.
+    fn frozen_cost(&self, _io: &Io<'_>) -> Option<Cost> {
+        None
+    }
+
     /// What kernels that make nothing in between keep, where that is not what the cost says.
     fn fused_kept_bytes(&self, _io: &Io<'_>) -> Option<u64> {
         None

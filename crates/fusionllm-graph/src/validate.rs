@@ -178,7 +178,9 @@ mod tests {
         assert_eq!(DagBuilder::new("m").build().unwrap_err(), GraphError::Empty);
         let mut builder = DagBuilder::new("m");
         features(&mut builder);
-        builder.param(Param { name: "w".to_owned(), shape: vec![2], init: Init::Ones, decay: false }).unwrap();
+        builder
+            .param(Param { name: "w".to_owned(), shape: vec![2], init: Init::Ones, decay: false, frozen: false })
+            .unwrap();
         let error = builder.build().unwrap_err();
         assert_eq!(error.to_string(), "parameter `w` is not used, expected an op that uses it");
     }

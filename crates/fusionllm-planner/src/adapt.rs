@@ -146,7 +146,7 @@ impl Controller {
         error_budget: f64,
     ) -> Self {
         let mut links: BTreeMap<Route, Link> = BTreeMap::new();
-        for edge in placement.edges.iter().filter(|e| e.gradient && placement.is_boundary(e)) {
+        for edge in placement.edges.iter().filter(|e| e.is_real(dag) && placement.is_boundary(e)) {
             let output = &dag.op(edge.op).output;
             let (shape, dense_bytes) = (output.shape.resolve(batch), output.bytes(batch) as f64);
             for way in edge.ways() {

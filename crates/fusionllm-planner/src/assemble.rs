@@ -93,7 +93,8 @@ fn tied_params(dag: &OpDag, stages: &[Stage]) -> Vec<TiedParam> {
     }
     holders
         .into_iter()
-        .filter(|(_, nodes)| nodes.len() > 1)
+        // Of what is not trained, all copies stay alike.
+        .filter(|(param, nodes)| nodes.len() > 1 && !dag.param(*param).frozen)
         .map(|(param, nodes)| TiedParam {
             param,
             holders: nodes.into_iter().collect(),

@@ -12,11 +12,13 @@ use fusionllm_graph::{OpDag, OpId, OpKind};
 use crate::{Stage, Task, TiedParam};
 
 /// Whether BP of `op` may put the gradient of its weight off. That of a tied weight is sent as soon as the last BP is
-/// done, so it may not.
+/// done, so it may not; a frozen weight has none.
 pub fn may_defer(dag: &OpDag, tied: &[TiedParam], op: OpId) -> bool {
     let Some(entry) = dag.ops().get(op.index()) else { return false };
-    let is_tied = || tied.iter().any(|t| entry.params.first() == Some(&t.param));
-    matches!(entry.kind, OpKind::Linear { .. }) && dag.carries_gradient(op) && !is_tied()
+    let Some(&weight) = entry.params.first() else { return false };
+    let is_frozen = dag.params().get(weight.index()).is_none_or(|param| param.frozen);
+    let is_tied = || tied.iter().any(|t| t.param == weight);
+    matches!(entry.kind, OpKind::Linear { .. }) && !is_frozen && !is_tied()
 }
 
 /// What BP of a micro-batch may put off in a stage.

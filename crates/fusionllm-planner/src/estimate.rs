@@ -9,7 +9,8 @@ use fusionllm_graph::{Kernels, OpDag, OpId};
 
 use crate::{Cluster, CompNodeProfile, FpBp};
 
-/// Weights, gradients, and AdamW's two moments, in multiples of the parameters' bytes.
+/// Weights, gradients, and AdamW's two moments, in multiples of the trained parameters' bytes; of those that are not
+/// trained there are only the weights.
 pub const TRAINING_COPIES: u64 = 4;
 /// Times that UPDATE moves the parameters' bytes: AdamW reads four tensors and writes three.
 const UPDATE_MOVES: f64 = 7.0;
@@ -36,6 +37,8 @@ pub struct Estimate {
     kept: Vec<f64>,
     kept_fused: Vec<f64>,
     param_bytes: Vec<u64>,
+    /// Of the parameters that are trained.
+    trained_bytes: Vec<u64>,
     cuts: Vec<CutBytes>,
     /// Per distinct speed of a CompNode: sums of FP and of BP seconds.
     classes: BTreeMap<Class, (Vec<f64>, Vec<f64>)>,
@@ -70,6 +73,7 @@ impl Estimate {
             kept: vec![0.0],
             kept_fused: vec![0.0],
             param_bytes: vec![0],
+            trained_bytes: vec![0],
             cuts: cuts(dag, batch),
             classes: BTreeMap::new(),
         };
@@ -81,15 +85,19 @@ impl Estimate {
             estimate.bytes.push((cost.read_bytes.saturating_add(cost.write_bytes)) as f64);
             push_sum(&mut estimate.kept, cost.kept_bytes as f64);
             push_sum(&mut estimate.kept_fused, dag.kept_bytes(op, batch, Kernels::Fused) as f64);
-            let mut own = 0u64;
+            let [mut own, mut trained] = [0u64; 2];
             for &param in &dag.op(op).params {
                 // A tied parameter is counted once; whoever else holds it holds a copy, which the exact sum shows.
                 if !std::mem::replace(&mut seen[param.index()], true) {
-                    own = own.saturating_add(dag.param(param).bytes());
+                    let param = dag.param(param);
+                    own = own.saturating_add(param.bytes());
+                    trained = trained.saturating_add(if param.frozen { 0 } else { param.bytes() });
                 }
             }
-            let last = estimate.param_bytes.last().copied().unwrap_or(0);
-            estimate.param_bytes.push(last.saturating_add(own));
+            for (sums, more) in [(&mut estimate.param_bytes, own), (&mut estimate.trained_bytes, trained)] {
+                let last = sums.last().copied().unwrap_or(0);
+                sums.push(last.saturating_add(more));
+            }
         }
         let is_measured = cluster.compnodes.iter().any(|c| c.measured.is_some());
         let works: Vec<String> =
@@ -162,8 +170,9 @@ impl Estimate {
 
     /// Bytes that a segment needs on a CompNode with `live` micro-batches in flight.
     pub fn memory_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>, live: u32) -> f64 {
-        let state = self.param_bytes(segment) as f64 * TRAINING_COPIES as f64;
-        state + self.kept_bytes(profile, segment) * f64::from(live)
+        let trained = self.trained_bytes[segment.end] - self.trained_bytes[segment.start];
+        let state = trained.saturating_mul(TRAINING_COPIES - 1).saturating_add(self.param_bytes(segment));
+        state as f64 + self.kept_bytes(profile, segment) * f64::from(live)
     }
 }
 

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use fusionllm_codec::Codec;
-use fusionllm_graph::{OpDag, OpId, ParamId};
+use fusionllm_graph::{DType, OpDag, OpId, Param, ParamId};
 use serde::{Deserialize, Serialize};
 
+use crate::estimate::TRAINING_COPIES;
 use crate::{EdgeId, NodeIndex, Pipeline, Route, StageId, Task, Way};
 
 /// A contiguous piece of the topological order on one CompNode.
@@ -93,6 +94,11 @@ pub struct Placement {
 }
 
 impl StageEdge {
+    /// Whether its tensor is of real numbers, which codecs may round: token ids and labels are not.
+    pub fn is_real(&self, dag: &OpDag) -> bool {
+        dag.ops().get(self.op.index()).is_some_and(|op| op.output.dtype == DType::F32)
+    }
+
     /// How what goes this way is encoded.
     pub fn codec(&self, way: Way) -> Codec {
         match way {
@@ -181,6 +187,19 @@ impl Placement {
     pub fn param_bytes_of(&self, dag: &OpDag, node: NodeIndex) -> u64 {
         let bytes = self.params_of(dag, node).into_iter().map(|param| dag.param(param).bytes());
         bytes.fold(0, u64::saturating_add)
+    }
+
+    /// Bytes of the parameters that a CompNode holds and trains, as f32.
+    pub fn trained_bytes_of(&self, dag: &OpDag, node: NodeIndex) -> u64 {
+        let params = self.params_of(dag, node).into_iter().map(|param| dag.param(param));
+        params.filter(|param| !param.frozen).map(Param::bytes).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes of the parameters that a CompNode holds, and for those that it trains of their gradients and of AdamW's two
+    /// moments, as f32.
+    pub fn training_bytes_of(&self, dag: &OpDag, node: NodeIndex) -> u64 {
+        let more = self.trained_bytes_of(dag, node).saturating_mul(TRAINING_COPIES - 1);
+        self.param_bytes_of(dag, node).saturating_add(more)
     }
 
     /// The largest number of messages of one edge and direction that can be on the way at once.

@@ -123,7 +123,7 @@ impl<'a> Pricing<'a> {
         self.compress_tied_params(&mut placement, &stage_s);
         let update_s = |node: NodeIndex| {
             let profile = self.profile(node);
-            update_seconds(profile, placement.param_bytes_of(dag, node))
+            update_seconds(profile, placement.trained_bytes_of(dag, node))
                 + profile.copy_s(tied_copies(dag, &placement, node))
         };
         let most_deferred = spec.placement.deferred.unwrap_or(0);
@@ -211,13 +211,14 @@ impl<'a> Pricing<'a> {
         let batch = self.batch();
         // Token ids and labels are sent as they are, and what stays on its CompNode is not sent.
         let sent_by = |placement: &Placement, edge: &StageEdge| {
-            placement.route(edge, Way::Activation).filter(|route| edge.gradient && route.crosses())
+            placement.route(edge, Way::Activation).filter(|route| edge.is_real(dag) && route.crosses())
         };
         let mut directions = Vec::with_capacity(2 * placement.edges.len());
         for (edge, route) in placement.edges.iter().filter_map(|edge| Some((edge, sent_by(placement, edge)?))) {
             let output = &dag.op(edge.op).output;
             let (a, b) = (route.from.index(), route.to.index());
-            for (link, way) in [(cluster.link(a, b), Way::Activation), (cluster.link(b, a), Way::Gradient)] {
+            for way in edge.ways() {
+                let link = if way == Way::Activation { cluster.link(a, b) } else { cluster.link(b, a) };
                 let dense_s = link.occupied_s(output.bytes(batch) as f64);
                 directions.push(Direction { shape: output.shape.resolve(batch), dense_s, way });
             }
@@ -228,8 +229,12 @@ impl<'a> Pricing<'a> {
         for index in 0..placement.edges.len() {
             let compressed = sent_by(placement, &placement.edges[index]).is_some();
             let edge = &mut placement.edges[index];
-            if compressed && let (Some(activation), Some(gradient)) = (codecs.next(), codecs.next()) {
-                (edge.activation_codec, edge.gradient_codec) = (activation, gradient);
+            for way in edge.ways().filter(|_| compressed) {
+                let Some(codec) = codecs.next() else { continue };
+                match way {
+                    Way::Activation => edge.activation_codec = codec,
+                    Way::Gradient => edge.gradient_codec = codec,
+                }
             }
             sent.add(edge, dag, batch)?;
         }

@@ -4,6 +4,10 @@
 pub const CONFIG: &str = "config.json";
 /// The file with all weights.
 pub const WEIGHTS: &str = "model.safetensors";
+/// What the adapters are, in a folder of PEFT's.
+pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// The weights of adapters.
+pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 /// In which file each weight lies, where there are several.
 pub const INDEX: &str = "model.safetensors.index.json";
 /// The tokenizer, in the form of the `tokenizers` library.

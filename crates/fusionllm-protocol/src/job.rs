@@ -4,6 +4,7 @@
 
 mod cadence;
 mod keys;
+mod lora;
 mod lr_schedule;
 mod names;
 mod overrides;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cadence::{Cadence, Measuring};
 pub use keys::job_keys;
+pub use lora::{LoraSpec, scaling as lora_scaling};
 pub use lr_schedule::LrSchedule;
 
 /// A whole job.
@@ -28,6 +30,9 @@ pub struct JobSpec {
     pub name: String,
     /// What is trained.
     pub model: ModelSpec,
+    /// Adapters that are trained instead of it.
+    #[serde(default)]
+    pub lora: LoraSpec,
     /// The text, the tokenizer, and how much is read at once.
     pub data: DataSpec,
     /// Steps, batches and the optimizer.

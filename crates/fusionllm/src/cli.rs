@@ -297,8 +297,12 @@ pub(crate) struct ResumeJob {
 pub(crate) struct Export {
     /// A checkpoint, a run directory for its newest one, or a Hugging Face folder
     pub(crate) checkpoint: PathBuf,
-    /// Folder to write config.json, model.safetensors and tokenizer.json to: new, empty, or an earlier export of the same
+    /// Folder to write config.json, model.safetensors and tokenizer.json to, or of a run with adapters these alone, as PEFT
+    /// has them: new, empty, or an earlier export of the same
     pub(crate) dir: PathBuf,
+    /// Add a run's adapters to its weights, and write a whole model
+    #[arg(long)]
+    pub(crate) merge: bool,
     /// The tokenizer's tokenizer.json, where the checkpoint does not carry it
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,

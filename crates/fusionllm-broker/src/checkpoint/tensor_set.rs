@@ -1,8 +1,9 @@
 //! Tensors of one or several safetensors files under the graph's names, and a part of them as one file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fusionllm_graph::{Model, OpDag};
 use fusionllm_protocol::{StateKind, TensorHeader, TensorName};
@@ -15,11 +16,13 @@ use crate::CheckpointError;
 const HEAD: &str = "lm_head.weight";
 
 /// Where each tensor lies.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct TensorSet {
-    files: Vec<TensorFile>,
+    files: Vec<Arc<TensorFile>>,
     /// By the graph's name: the file's index and the name in it.
     places: BTreeMap<String, (usize, String)>,
+    /// Parameters that are in no file: whoever needs them draws them.
+    drawn: BTreeSet<String>,
 }
 
 /// The names that a parameter's optimizer state may have.
@@ -40,7 +43,8 @@ impl TensorSet {
         model: &Model,
     ) -> Result<(Self, Vec<String>), CheckpointError> {
         let bare = |name: &str| name.strip_prefix(model.prefix()).unwrap_or(name).to_owned();
-        let files: Vec<TensorFile> = paths.iter().map(|path| TensorFile::open(path)).collect::<Result<_, _>>()?;
+        let open = |path: &PathBuf| TensorFile::open(path).map(Arc::new);
+        let files: Vec<Arc<TensorFile>> = paths.iter().map(open).collect::<Result<_, _>>()?;
         let mut found: BTreeMap<String, (usize, String)> = BTreeMap::new();
         for (index, file) in files.iter().enumerate() {
             for name in file.names() {
@@ -76,12 +80,12 @@ impl TensorSet {
         // Masks of old files come last: they are no parameters anywhere.
         let mut unused: Vec<String> = found.into_values().map(|(_, name)| name).filter(|name| name != HEAD).collect();
         unused.sort_by_key(|name| (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), name.clone()));
-        Ok((Self { files, places }, unused))
+        Ok((Self { files, places, drawn: BTreeSet::new() }, unused))
     }
 
     /// Whether the file of this name has such a tensor.
     pub(crate) fn file_has(&self, file: &str, tensor: &str) -> bool {
-        let named = |f: &&TensorFile| f.path().file_name().is_some_and(|name| name == file);
+        let named = |f: &&Arc<TensorFile>| f.path().file_name().is_some_and(|name| name == file);
         self.files.iter().find(named).is_some_and(|f| f.info(tensor).is_some())
     }
 
@@ -122,7 +126,19 @@ impl TensorSet {
         for name in file.names() {
             self.places.entry(name.to_owned()).or_insert_with(|| (index, name.to_owned()));
         }
-        self.files.push(file);
+        self.files.push(Arc::new(file));
+    }
+
+    /// These parameters are in no file: whoever needs them draws them.
+    pub(crate) fn leave_out(&mut self, drawn: impl IntoIterator<Item = String>) {
+        self.drawn.extend(drawn);
+    }
+
+    /// These parameters come from one more file, where their names have a prefix.
+    pub(crate) fn add_adapters(&mut self, file: TensorFile, params: impl IntoIterator<Item = String>, prefix: &str) {
+        let index = self.files.len();
+        self.files.push(Arc::new(file));
+        self.places.extend(params.into_iter().map(|param| (param.clone(), (index, format!("{prefix}{param}")))));
     }
 
     /// Names of all tensors, in order.
@@ -131,7 +147,7 @@ impl TensorSet {
     }
 
     fn find(&self, name: &str) -> Result<(&TensorFile, &str), CheckpointError> {
-        let found = self.places.get(name).and_then(|(file, stored)| Some((self.files.get(*file)?, stored.as_str())));
+        let found = self.places.get(name).and_then(|(file, stored)| Some((&**self.files.get(*file)?, stored.as_str())));
         found.ok_or_else(|| CheckpointError::Tensor {
             path: self.files.first().map(|f| f.path().to_owned()).unwrap_or_default(),
             name: name.to_owned(),
@@ -150,13 +166,13 @@ impl TensorSet {
         Ok((file.info(stored).map(|info| info.shape.clone()).unwrap_or_default(), bytes))
     }
 
-    /// Writes `params`, the optimizer state there is of them, and all residuals of error feedback as one safetensors
+    /// Writes `params` but for those that are drawn, the optimizer state there is of them, and all residuals of error feedback as one safetensors
     /// file, which errors call `path`; returns its size in bytes. No more than one megabyte is held in memory.
     ///
     /// # Errors
     /// [`CheckpointError`] if a parameter is missing or the file cannot be written.
     pub fn write_part(&self, params: &[String], out: &mut impl Write, path: &Path) -> Result<u64, CheckpointError> {
-        let with_state = params.iter().flat_map(|param| {
+        let with_state = params.iter().filter(|param| !self.drawn.contains(*param)).flat_map(|param| {
             let state = optimizer_names(param).filter(|name| self.places.contains_key(name));
             std::iter::once(param.clone()).chain(state)
         });

@@ -22,7 +22,7 @@ const SLACK: u64 = 2;
 
 /// Bytes that the shard of a CompNode has at most: parameters, optimizer state, and what codecs hold back.
 fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSpec) -> u64 {
-    let values = spec.train.state_bytes(placement.param_bytes_of(dag, node));
+    let values = spec.train.state_bytes(placement.param_bytes_of(dag, node), placement.trained_bytes_of(dag, node));
     let touches = |stage| placement.holds(node, stage);
     let edges = placement.edges.iter().filter(|e| placement.is_boundary(e) && (touches(e.from) || touches(e.to)));
     let batch = spec.micro_batch_size() as usize;

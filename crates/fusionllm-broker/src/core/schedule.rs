@@ -81,11 +81,12 @@ impl Core {
         let Job { record, start: Some(start), .. } = self.jobs.get(&job)? else { return None };
         let most = self.compnodes.largest_memory()?;
         let (dag, batch) = (&start.dag, record.spec.micro_batch_size() as usize);
-        // At least its output, and its parameters with their gradients.
+        // At least its output, and its parameters with the gradients of those that are trained.
         let needs = |op: &fusionllm_graph::Op| {
             let params = op.params.iter().filter_map(|p| dag.params().get(p.index()));
-            let params = params.fold(0u64, |sum, p| sum.saturating_add(p.bytes()));
-            op.output.bytes(batch).saturating_add(params.saturating_mul(2))
+            let copies = |p: &fusionllm_graph::Param| if p.frozen { 1 } else { 2 };
+            let params = params.fold(0u64, |sum, p| sum.saturating_add(p.bytes().saturating_mul(copies(p))));
+            op.output.bytes(batch).saturating_add(params)
         };
         let (bytes, op) = dag.ops().iter().map(|op| (needs(op), op)).max_by_key(|(bytes, _)| *bytes)?;
         (bytes > most).then(|| {

@@ -39,7 +39,7 @@ impl Core {
         // Of a step that has passed already they would hear too late.
         let Some(step_time) = run.step_time().filter(|_| run.has_caught_up()) else { return Vec::new() };
         snapshots.step_time = step_time;
-        let bytes = spec.train.state_bytes(run.dag.param_bytes());
+        let bytes = spec.train.state_bytes(run.dag.param_bytes(), run.dag.trained_bytes());
         let wanted = 1 + (spec.survive.copies as usize).min(run.members.len().saturating_sub(1));
         // Those of an earlier placement, of which some may be gone, are replaced at once.
         let is_old = snapshots.newest_placement().is_some_and(|generation| generation != key.generation);

@@ -44,7 +44,7 @@ impl Watchdog {
             has_stepped: false,
             sum_s: 0.0,
             count: 0,
-            state_bytes: spec.train.state_bytes(dag.param_bytes()),
+            state_bytes: spec.train.state_bytes(dag.param_bytes(), dag.trained_bytes()),
             eval_batches: spec.train.eval_batches.into(),
         }
     }

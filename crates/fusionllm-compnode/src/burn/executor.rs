@@ -33,7 +33,7 @@ pub(super) struct BurnExecutor {
     stages: BTreeMap<StageId, BurnStage>,
     /// Flat, without autodiff.
     params: BTreeMap<ParamId, Tensor<1>>,
-    /// The same as leaves of the autodiff tape; made anew after each UPDATE.
+    /// The same on the autodiff tape, those that are trained as its leaves; made anew after each UPDATE.
     leaves: BTreeMap<ParamId, Tensor<1>>,
     gradients: Gradients,
     /// Gradients that are to be added to those above.
@@ -98,7 +98,11 @@ impl BurnExecutor {
     }
 
     fn make_leaves(&mut self) {
-        self.leaves = self.params.iter().map(|(&id, p)| (id, p.clone().autodiff().require_grad())).collect();
+        let leaf = |(&id, param): (&ParamId, &Tensor<1>)| {
+            let constant = param.clone().autodiff();
+            (id, if self.dag.param(id).frozen { constant } else { constant.require_grad() })
+        };
+        self.leaves = self.params.iter().map(leaf).collect();
     }
 
     fn stage(&self, stage: StageId) -> Result<&BurnStage, ExecutorError> {
@@ -294,6 +298,9 @@ impl Executor for BurnExecutor {
             // The memory of the old values is for the new ones.
             self.leaves.remove(&id);
             self.params.insert(id, self.checked(tensor, &shape)?);
+            if self.dag.param(id).frozen {
+                continue;
+            }
             let mut state = ParamState::new();
             // What it does not use would be stored on and on.
             for &kind in self.optimizer.states() {

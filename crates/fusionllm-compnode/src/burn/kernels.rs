@@ -115,6 +115,7 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
         OpKind::Activation { function } => real(activation::forward(arguments, *function)),
         OpKind::Add => real(elementwise::add(arguments)),
         OpKind::Mul => real(elementwise::mul(arguments)),
+        OpKind::Scale { factor } => real(elementwise::scale(arguments, *factor)),
         OpKind::Dropout { p } => real(dropout::forward(arguments, *p, context)),
         OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool => {
             let (op, family) = (arguments.op.name.clone(), arguments.op.kind.family());
@@ -137,6 +138,11 @@ pub(crate) fn forward_accumulated(
     aside: Option<SetAside>,
 ) -> Result<Value, ExecutorError> {
     Ok(Value::Real(linear::forward_accumulated(arguments, sum, aside)?))
+}
+
+/// FP of a linear op whose parameters are not trained, so that BP needs nothing of its input.
+pub(crate) fn forward_frozen(arguments: &Arguments<'_>) -> Result<Value, ExecutorError> {
+    Ok(Value::Real(linear::forward_frozen(arguments)?))
 }
 
 /// FP of an embedding whose BP stays outside the tape: the output is a leaf, whose gradient is that of the rows.

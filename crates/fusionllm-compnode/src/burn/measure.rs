@@ -1,13 +1,12 @@
 //! FP and BP of the ops of a job, as its kernels do them on this device.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use burn_tensor::{Device, Int, Tensor, TensorData};
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{DType, OpClass, OpDag, OpId, OpKind, ParamId};
+use fusionllm_graph::{DType, OpDag, OpId, OpKind, ParamId};
 use fusionllm_planner::{FpBp, Measured, StageId};
 use fusionllm_protocol::Pass;
 
@@ -45,10 +44,8 @@ pub(super) fn measure_ops(
 ) -> Result<Measured, ExecutorError> {
     let MeasureSpec { batch, ref optimizer, free_bytes, precision: _ } = *spec;
     let mut ops: BTreeMap<String, FpBp> = BTreeMap::new();
-    for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
-        if let Entry::Vacant(place) = ops.entry(dag.work(op, batch)) {
-            place.insert(time_op(dag, op, batch, device, stop)?);
-        }
+    for (work, op) in dag.works(batch) {
+        ops.insert(work, time_op(dag, op, batch, device, stop)?);
     }
     let mut measured =
         Measured { ops, update_s_per_byte: time_update(device, optimizer)?, copy_s_per_byte: time_copy(device)? };
@@ -67,7 +64,8 @@ fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag
     let inputs: Vec<Value> = op.inputs.iter().map(|&input| input_value(dag, input, id, batch, device)).collect();
     let leaf = |param: &fusionllm_graph::ParamId| {
         let count = dag.param(*param).shape.iter().product();
-        Tensor::<1>::from_data(TensorData::new(pattern(count), [count]), device).autodiff().require_grad()
+        let constant = Tensor::<1>::from_data(TensorData::new(pattern(count), [count]), device).autodiff();
+        if dag.param(*param).frozen { constant } else { constant.require_grad() }
     };
     let params: Vec<Tensor<1>> = op.params.iter().map(leaf).collect();
     if let OpKind::Embedding { .. } = op.kind {
@@ -255,7 +253,7 @@ fn correct(
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_graph::{Gpt2Config, gpt2};
+    use fusionllm_graph::{Gpt2Config, OpClass, gpt2};
     use fusionllm_protocol::Precision;
 
     use super::*;

@@ -32,6 +32,8 @@ pub(crate) struct BurnStage {
     leaving: Vec<OpId>,
     /// Ops inside whose BP leaves the gradient of the weight for later.
     deferring: BTreeSet<OpId>,
+    /// Linear ops inside whose parameters are not trained.
+    frozen: BTreeSet<OpId>,
     /// Where linear ops inside add up the gradients of weights that no other linear op of the stage has.
     sums: BTreeMap<OpId, (ParamId, WeightSum)>,
 }
@@ -112,7 +114,9 @@ impl BurnStage {
             }
             entering.extend(dag.op(op).inputs.iter().filter(|i| !inside.contains(i)));
         }
-        Self { ops, entering, leaving: leaving.into_iter().collect(), ..Self::default() }
+        let is_frozen = |&op: &OpId| matches!(dag.op(op).kind, OpKind::Linear { .. }) && dag.is_frozen(op);
+        let frozen = ops.iter().copied().filter(is_frozen).collect();
+        Self { ops, entering, leaving: leaving.into_iter().collect(), frozen, ..Self::default() }
     }
 
     /// The same, with the gradients of these linear ops' weights left for later.
@@ -134,6 +138,7 @@ impl BurnStage {
                 && matches!(dag.op(op).kind, OpKind::Linear { .. })
                 && dag.op(op).params.first() == Some(&param)
                 && !self.deferring.contains(&op)
+                && !self.frozen.contains(&op)
             {
                 self.sums.insert(op, (param, WeightSum::default()));
             }
@@ -227,14 +232,17 @@ impl BurnStage {
             let seed = seed_for(around.seed, &[op.name.as_bytes(), &parts[0], &parts[1]]);
             let context = KernelContext { device: around.device, training, seed, angles: &self.angles };
             let arguments = Arguments { op, inputs, params };
-            let value = if training && self.deferring.contains(&id) {
+            let value = if training && self.frozen.contains(&id) {
+                kernels::forward_frozen(&arguments)?
+            } else if training && self.deferring.contains(&id) {
                 let (value, deferred) = kernels::forward_deferred(&arguments)?;
                 aside.deferred.push((id, deferred));
                 value
             } else if let (true, Some((param, sum))) = (training, self.sums.get(&id)) {
                 let aside = aside.set_aside(*param);
                 kernels::forward_accumulated(&arguments, sum.clone(), aside)?
-            } else if let (OpKind::Embedding { .. }, Some(ids)) = (&op.kind, op.inputs.first().and_then(|i| ids.get(i)))
+            } else if let (OpKind::Embedding { .. }, true, Some(ids)) =
+                (&op.kind, around.dag.carries_gradient(id), op.inputs.first().and_then(|i| ids.get(i)))
             {
                 let looked_up = kernels::lookup(&arguments)?;
                 let [table] = op.params[..] else { return Err(missing("its table")) };
@@ -260,7 +268,9 @@ impl BurnStage {
             match values.get(&op) {
                 Some(Value::Real(real)) => {
                     output.tensors.push((op, at_border(real.tensor.clone().without_autodiff(), &real.shape)));
-                    kept.outputs.insert(op, real.clone());
+                    if dag.carries_gradient(op) {
+                        kept.outputs.insert(op, real.clone());
+                    }
                 }
                 // Integers are placeholders: whoever runs the stage has them as they came.
                 Some(Value::Integer(_)) => {}
@@ -319,8 +329,8 @@ impl BurnStage {
                 leaf.tensor.grad_remove(&mut tape).unwrap_or_else(|| leaf.tensor.clone().inner().zeros_like());
             inputs.push((*op, at_border(gradient, &leaf.shape)));
         }
-        let held: BTreeSet<ParamId> =
-            self.ops.iter().flat_map(|&op| around.dag.op(op).params.iter().copied()).collect();
+        let all = self.ops.iter().flat_map(|&op| around.dag.op(op).params.iter().copied());
+        let held: BTreeSet<ParamId> = all.filter(|&param| !around.dag.param(param).frozen).collect();
         let mut params = Vec::new();
         for param in held {
             if let Some(gradient) = around.params.get(&param).and_then(|leaf| leaf.grad_remove(&mut tape)) {

@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use fusionllm_protocol::hugging_face::{CARRIED, CONFIG, WEIGHTS};
+use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARRIED, CONFIG, WEIGHTS};
 use fusionllm_transport::{
     if_usable, no_folder_above, open_or_make_regular, read_regular_text, remove_if_there, sync_folder,
 };
@@ -13,15 +13,17 @@ use crate::{ExportError, ShardError};
 
 /// Says whose export a folder holds. It is written first, so that what an interrupted export leaves is known too.
 const MARK: &str = "fusionllm-export.json";
-/// What an export may write besides [`CONFIG`], which makes it a model to others: its weights, and what it keeps of the folder
-/// that the model came from.
+/// What makes a folder a model, or adapters of one, to others.
+const HEADS: [&str; 2] = [CONFIG, ADAPTER_CONFIG];
+
+/// What an export may write besides: weights, and what it keeps of the folder that the model came from.
 fn others() -> impl Iterator<Item = &'static str> {
-    [WEIGHTS].into_iter().chain(CARRIED).filter(|name| *name != CONFIG)
+    [WEIGHTS, ADAPTER_WEIGHTS].into_iter().chain(CARRIED).filter(|name| !HEADS.contains(name))
 }
 
 /// All that an export may write.
 fn files() -> impl Iterator<Item = &'static str> {
-    [CONFIG].into_iter().chain(others())
+    HEADS.into_iter().chain(others())
 }
 
 /// What a file is called until it is whole.
@@ -165,13 +167,13 @@ impl TakenFolder {
     }
 
     /// Gives all files that were written their names, in the place of those of an earlier export. Without
-    /// `config.json`, the first to go and the last to come, the folder is not taken for a model: whatever happens
+    /// `config.json` or `adapter_config.json`, the first to go and the last to come, the folder is not taken for a model: whatever happens
     /// meanwhile, it holds the earlier export, this one, or none, and never a mixture.
     ///
     /// # Errors
     /// [`ShardError`] if the system refuses. An earlier export is whole again then; without one, what was written stays.
     pub(super) fn finish(mut self) -> Result<(), ShardError> {
-        let is_whole = self.path.join(CONFIG).is_file();
+        let is_whole = HEADS.iter().any(|name| self.path.join(name).is_file());
         self.is_replacing = true;
         // What an interrupted one left.
         self.remove_earlier()?;
@@ -195,9 +197,11 @@ impl TakenFolder {
             renamed.push((from, to));
             Ok(())
         };
-        let path = self.path.join(CONFIG);
-        if path.symlink_metadata().is_ok() {
-            rename(path.clone(), self.earlier(CONFIG), &path)?;
+        for head in HEADS {
+            let path = self.path.join(head);
+            if path.symlink_metadata().is_ok() {
+                rename(path.clone(), self.earlier(head), &path)?;
+            }
         }
         // On the disk, too, nothing may come before this.
         sync(&self.path)?;
@@ -206,15 +210,16 @@ impl TakenFolder {
             if path.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
                 rename(path.clone(), self.earlier(name), &path)?;
             }
-            if self.written.contains(&name) {
+            if self.written.contains(name) {
                 rename(self.temporary(name), path.clone(), &path)?;
             } else {
                 remove_if_there(&path).map_err(|e| io(&path, e))?;
             }
         }
         sync(&self.path)?;
-        if self.written.contains(&CONFIG) {
-            rename(self.temporary(CONFIG), path.clone(), &path)?;
+        for head in HEADS.into_iter().filter(|head| self.written.contains(head)) {
+            let path = self.path.join(head);
+            rename(self.temporary(head), path.clone(), &path)?;
         }
         sync(&self.path)
     }
@@ -305,6 +310,23 @@ mod tests {
         assert!(error.contains("run 1") && error.contains("run 2"), "{error}");
         std::fs::write(path.join("model-00001-of-00002.safetensors"), "x").unwrap();
         fails(&path, "`model-00001-of-00002.safetensors`");
+    }
+
+    /// The adapters of a run, and then the same run as a whole model.
+    #[test]
+    fn a_model_takes_the_place_of_its_adapters() {
+        let folder = tempfile::tempdir().unwrap();
+        let take = || ExportFolder::look(folder.path()).unwrap().take("run 1").unwrap();
+        let mut taken = take();
+        write(&mut taken, "adapter_model.safetensors", "old");
+        write(&mut taken, "adapter_config.json", "old");
+        taken.finish().unwrap();
+        assert_eq!(names(folder.path()), ["adapter_config.json", "adapter_model.safetensors", MARK]);
+        let mut taken = take();
+        write(&mut taken, "model.safetensors", "new");
+        write(&mut taken, "config.json", "new");
+        taken.finish().unwrap();
+        assert_eq!(names(folder.path()), ["config.json", MARK, "model.safetensors"]);
     }
 
     #[test]

@@ -154,13 +154,17 @@ impl CudaExecutor {
         if self.owed.iter().any(owes) { self.settle() } else { Ok(()) }
     }
 
-    /// Holds a range of a parameter's elements against what is held here.
+    /// Holds a range of the elements of a parameter's gradient against what is held here.
     fn check_range(&self, param: ParamId, range: &Range<usize>) -> Result<(), ExecutorError> {
         let held = self
             .store
             .layout()
             .get(param)
             .ok_or_else(|| ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) })?;
+        if self.dag.param(param).frozen {
+            let what = format!("parameter {} is not trained, so it has no gradient", param.0);
+            return Err(ExecutorError::Internal { what });
+        }
         if range.start <= range.end && range.end <= held.elements {
             return Ok(());
         }
@@ -310,6 +314,9 @@ impl Executor for CudaExecutor {
             let tensor = tensors.take(name)?.ok_or_else(missing)?;
             check_values(&tensor, shape)?;
             self.store.set(id, &tensor.values)?;
+            if self.dag.param(id).frozen {
+                continue;
+            }
             for kind in [StateKind::ExpAvg, StateKind::ExpAvgSq, StateKind::Momentum] {
                 let stored = TensorName::State { kind, param: name }.to_string();
                 let tensor = tensors.take(&stored)?;
@@ -332,7 +339,7 @@ impl Executor for CudaExecutor {
                     Ok(())
                 })
             };
-            for kind in self.store.states() {
+            for kind in self.store.states().filter(|_| !self.dag.param(id).frozen) {
                 tensors.push(lazy(TensorName::State { kind, param: name }.to_string(), Some(kind)));
             }
             tensors.push(lazy(name.clone(), None));

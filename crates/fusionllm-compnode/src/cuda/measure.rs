@@ -1,12 +1,11 @@
 //! What the device can do, by measuring it.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::time::Instant;
 
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{DType, OpClass, OpDag, OpId};
+use fusionllm_graph::{DType, OpDag, OpId};
 use fusionllm_planner::{FpBp, Measured, StageId};
 use fusionllm_protocol::Pass;
 
@@ -90,11 +89,9 @@ pub(super) fn measure_ops(
     stop: &StopFlag,
 ) -> Result<Measured, ExecutorError> {
     let mut ops: BTreeMap<String, FpBp> = BTreeMap::new();
-    for op in dag.op_ids().filter(|&op| dag.op(op).kind.class() != OpClass::Placeholder) {
+    for (work, op) in dag.works(spec.batch) {
         stop.check()?;
-        if let Entry::Vacant(place) = ops.entry(dag.work(op, spec.batch)) {
-            place.insert(time_op(dag, op, spec, gpu, stop)?);
-        }
+        ops.insert(work, time_op(dag, op, spec, gpu, stop)?);
     }
     Ok(Measured { ops, update_s_per_byte: time_update(gpu)?, copy_s_per_byte: time_copy(gpu)? })
 }

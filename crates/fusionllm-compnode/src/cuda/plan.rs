@@ -349,6 +349,11 @@ impl<'a> Planner<'a> {
         Ok(Place { region: Region::Parameters, offset: self.extent(param)?.start * 4 })
     }
 
+    fn trains(&self, param: ParamId) -> bool {
+        !self.spec.dag.param(param).frozen
+    }
+
+    /// Where the gradient of a parameter is added up that is trained.
     fn gradient(&self, param: ParamId) -> Result<Place, ExecutorError> {
         Ok(Place { region: Region::Gradients, offset: self.extent(param)?.start * 4 })
     }
@@ -386,7 +391,7 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// The tables that both a lookup and a product take, of the parameters that are held.
+/// The tables that both a lookup and a product take, of the parameters that are held and trained.
 ///
 /// Their gradients come in two sums: what lookups give and what products give meet only before UPDATE, as they do where
 /// two CompNodes hold the table, so that any cut gives the same bits.
@@ -396,7 +401,7 @@ pub(super) fn tied_tables(dag: &OpDag, layout: &Layout) -> BTreeSet<ParamId> {
         let users = dag.users_of(*param);
         users.iter().any(looks_up) && !users.iter().all(looks_up)
     };
-    layout.iter().map(|(param, _)| param).filter(tied).collect()
+    layout.trained().map(|(param, _)| param).filter(tied).collect()
 }
 
 /// Blocks that cover `count` things.

@@ -13,7 +13,7 @@ use super::layout::{CHUNK, Extent, Layout};
 use super::plan::{Region, tied_tables};
 use crate::{ExecutorError, OptimizerSpec, UpdateSpec};
 
-/// What a parameter is and what belongs to it, all laid out alike.
+/// What a parameter is and what belongs to it, all laid out alike. What is not trained has values alone.
 #[derive(Debug)]
 pub(super) struct Store {
     gpu: Arc<dyn Gpu>,
@@ -51,20 +51,19 @@ impl Store {
         optimizer: OptimizerSpec,
     ) -> Result<Self, ExecutorError> {
         let zeros = |elements: usize, each: usize| Buffer::zeros(gpu, elements * each);
-        let elements = layout.elements();
+        let (elements, trained) = (layout.elements(), layout.trained_elements());
         let apart = tied_tables(dag, &layout);
         let end = |param: &ParamId| layout.get(*param).map_or(0, |e| e.start + e.taken);
         let lookups = zeros(apart.iter().map(end).max().unwrap_or(0), 4)?;
-        let states =
-            optimizer.states().iter().map(|&kind| Ok((kind, zeros(elements, 4)?))).collect::<Result<_, _>>()?;
+        let states = optimizer.states().iter().map(|&kind| Ok((kind, zeros(trained, 4)?))).collect::<Result<_, _>>()?;
         let decay = uploaded(gpu, &layout.decay(dag))?;
-        let firsts = layout.iter().map(|(_, extent)| extent.chunks().start);
-        let starts: Vec<u8> = firsts.chain([elements / CHUNK]).flat_map(|s| (s as u32).to_ne_bytes()).collect();
+        let firsts = layout.trained().map(|(_, extent)| extent.chunks().start);
+        let starts: Vec<u8> = firsts.chain([trained / CHUNK]).flat_map(|s| (s as u32).to_ne_bytes()).collect();
         Ok(Self {
             gpu: Arc::clone(gpu),
             parameters: zeros(elements, 4)?,
             copy: (precision == Precision::Bf16).then(|| zeros(elements, 2)).transpose()?,
-            gradients: zeros(elements, 4)?,
+            gradients: zeros(trained, 4)?,
             lookups,
             apart,
             looked_up: BTreeMap::new(),
@@ -269,8 +268,8 @@ impl Store {
     /// Sums of squares of the gradients of these parameters, in their order.
     pub(super) fn squares(&mut self, dag: &OpDag, params: &[ParamId]) -> Result<Vec<f64>, ExecutorError> {
         self.meet(dag)?;
-        let (chunks, count) = (self.layout.elements() / CHUNK, self.layout.iter().count());
-        if params.is_empty() {
+        let (chunks, count) = (self.layout.trained_elements() / CHUNK, self.layout.trained().count());
+        if params.is_empty() || chunks == 0 {
             return Ok(Vec::new());
         }
         let [partial, sums] = [chunks, count].map(|doubles| Buffer::take(&self.gpu, doubles * 8));
@@ -286,15 +285,18 @@ impl Store {
         let mut bytes = vec![0; count * 8];
         self.gpu.download(sums.address(), &mut bytes)?;
         let doubles = bytes.as_chunks::<8>().0.iter().map(|&b| f64::from_ne_bytes(b));
-        let by_param: BTreeMap<ParamId, f64> = self.layout.iter().map(|(param, _)| param).zip(doubles).collect();
+        let by_param: BTreeMap<ParamId, f64> = self.layout.trained().map(|(param, _)| param).zip(doubles).collect();
         Ok(params.iter().filter_map(|param| by_param.get(param).copied()).collect())
     }
 
-    /// UPDATE of all parameters; their gradients are zero after it.
+    /// UPDATE of all parameters that are trained; their gradients are zero after it.
     pub(super) fn update(&mut self, dag: &OpDag, spec: UpdateSpec) -> Result<(), ExecutorError> {
         self.meet(dag)?;
         self.looked_up.clear();
-        let chunks = number(self.layout.elements() / CHUNK)?;
+        let chunks = number(self.layout.trained_elements() / CHUNK)?;
+        if chunks == 0 {
+            return Ok(());
+        }
         let mut arguments = Packed::default();
         arguments.pointer(self.parameters.address());
         arguments.pointer(self.gradients.address());

@@ -153,7 +153,7 @@ impl Trial {
     fn update(&self, executors: &mut [Box<dyn Executor>], step: u64) -> f64 {
         let held = |executor: &dyn Executor, name: &str| executor.export().iter().any(|tensor| tensor.name == name);
         let (mut squares, mut counted) = (0.0, BTreeSet::new());
-        for param in self.dag.param_ids() {
+        for param in self.dag.param_ids().filter(|&param| !self.dag.param(param).frozen) {
             let name = &self.dag.param(param).name;
             let holders: Vec<usize> = (0..executors.len()).filter(|&i| held(&*executors[i], name)).collect();
             let count = self.dag.param(param).shape.iter().product();
@@ -357,7 +357,8 @@ fn every_op() -> Arc<OpDag> {
     let label = dag.op("label", OpKind::Label { shape: ids }, &[], &[]).unwrap();
     let param = |dag: &mut DagBuilder, name: &str, shape: &[usize]| {
         let (shape, init) = (shape.to_vec(), Init::Normal { std: 0.2 });
-        dag.param(Param { name: name.to_owned(), shape, init, decay: name.len().is_multiple_of(2) }).unwrap()
+        dag.param(Param { name: name.to_owned(), shape, init, decay: name.len().is_multiple_of(2), frozen: false })
+            .unwrap()
     };
     let linear = |dag: &mut DagBuilder, name: &str, from: OpId, [inputs, outputs]: [usize; 2], layout, bias| {
         let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };

@@ -16,6 +16,7 @@ use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer
 use crate::executor::{Executor, NamedTensor, TensorSource};
 use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
+use crate::params::initial_values;
 use crate::residuals;
 use crate::task_loop::TrainPlan;
 use crate::{CompNodeError, ExchangeError, ExecutorError, ShardError};
@@ -120,7 +121,9 @@ pub(super) fn prepare(
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
         let files = weights.blocking_recv().map_err(lost)??.into_iter();
-        let mut tensors = AllOf(files.map(ShardFile::into_tensors).collect::<Result<_, _>>()?);
+        let seed = (assignment.start_step == 0).then_some(spec.train.seed);
+        let files = files.map(ShardFile::into_tensors).collect::<Result<_, _>>()?;
+        let mut tensors = AllOf { files, dag: Arc::clone(&dag), seed };
         executor.import(&mut tensors)?;
         residuals = residuals::take(&dag, placement, node, &mut tensors)?;
     }
@@ -138,23 +141,35 @@ pub(super) fn prepare(
 }
 
 /// Tensors of several files, which agree on those that they share.
-struct AllOf(Vec<ShardTensors>);
+struct AllOf {
+    files: Vec<ShardTensors>,
+    dag: Arc<OpDag>,
+    /// What adapters are drawn from that are in no file: those of a model that begins with the weights of a folder.
+    seed: Option<u64>,
+}
 
 impl TensorSource for AllOf {
     fn take(&mut self, name: &str) -> Result<Option<NamedTensor>, ShardError> {
-        for file in &mut self.0 {
+        for file in &mut self.files {
             if let Some(tensor) = file.take(name)? {
                 return Ok(Some(tensor));
             }
         }
-        Ok(None)
+        let param = self.dag.find_param(name).map(|id| self.dag.param(id));
+        let adapter = param.filter(|param| !param.frozen && self.dag.has_frozen());
+        let (Some(param), Some(seed)) = (adapter, self.seed) else { return Ok(None) };
+        Ok(Some(NamedTensor {
+            name: name.to_owned(),
+            shape: param.shape.clone(),
+            values: initial_values(param, seed)?,
+        }))
     }
 }
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
 fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
-    let params = placement.param_bytes_of(dag, node);
-    train.state_bytes(params).saturating_add(params)
+    let trained = placement.trained_bytes_of(dag, node);
+    train.state_bytes(placement.param_bytes_of(dag, node), trained).saturating_add(trained)
 }
 
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);

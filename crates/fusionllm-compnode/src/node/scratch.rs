@@ -66,7 +66,7 @@ pub fn check_run_room(
 
 /// Bytes of a shard: the parameters of a part, and what the optimizer keeps of them.
 pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
-    train.state_bytes(placement.param_bytes_of(dag, node))
+    train.state_bytes(placement.param_bytes_of(dag, node), placement.trained_bytes_of(dag, node))
 }
 
 #[cfg(test)]

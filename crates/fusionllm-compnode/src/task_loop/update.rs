@@ -31,13 +31,13 @@ impl TaskLoop {
 
     /// The norm of all gradients of all CompNodes; a tied parameter counts once, at its first holder.
     fn global_norm(&mut self, step: u64) -> Result<f64, CompNodeError> {
-        let placement = Arc::clone(&self.plan.placement);
+        let (dag, placement) = (Arc::clone(&self.plan.dag), Arc::clone(&self.plan.placement));
         let node = self.plan.node;
         let counts_here = |param: &ParamId| {
             let tied = placement.tied.iter().find(|t| t.param == *param);
-            tied.is_none_or(|t| t.holders.first() == Some(&node))
+            !dag.param(*param).frozen && tied.is_none_or(|t| t.holders.first() == Some(&node))
         };
-        let mut params = placement.params_of(&self.plan.dag, node);
+        let mut params = placement.params_of(&dag, node);
         params.retain(counts_here);
         let began = Instant::now();
         let mut total = self.executor.squared_norm(&params)?;

@@ -6,16 +6,23 @@ use crate::param::Param;
 use super::{OpDag, OpId};
 
 impl OpDag {
-    /// The cost of one micro-batch of `batch` rows through `op`. An op with no parameter at or before it has no BP:
-    /// its `bp_flops` and `kept_bytes` are 0. Summing the gradients of several consumers is not counted.
+    /// The cost of one micro-batch of `batch` rows through `op`. An op with no trained parameter at or before it has no
+    /// BP: its `bp_flops` and `kept_bytes` are 0. Summing the gradients of several consumers is not counted.
     ///
     /// # Panics
     /// If `op` is not of this OP-DAG.
     pub fn cost(&self, op: OpId, batch: usize) -> Cost {
         let node = self.op(op);
         let inputs: Vec<_> = node.inputs.iter().map(|&input| &self.op(input).output).collect();
-        let cost = node.kind.cost(&inputs, &node.output, batch);
+        let cost = self.frozen_cost(op, batch).unwrap_or_else(|| node.kind.cost(&inputs, &node.output, batch));
         if self.carries_gradient(op) { cost } else { Cost { bp_flops: 0, kept_bytes: 0, ..cost } }
+    }
+
+    /// What an op costs whose parameters are not trained, if that is less than otherwise.
+    pub(super) fn frozen_cost(&self, op: OpId, batch: usize) -> Option<Cost> {
+        let node = self.op(op);
+        let inputs: Vec<_> = node.inputs.iter().map(|&input| &self.op(input).output).collect();
+        node.kind.frozen_cost(&inputs, &node.output, batch).filter(|_| self.is_frozen(op))
     }
 
     /// Bytes that these kernels keep between FP and BP of one micro-batch of `batch` rows through `op`; with
@@ -29,6 +36,9 @@ impl OpDag {
         }
         let node = self.op(op);
         let inputs: Vec<_> = node.inputs.iter().map(|&input| &self.op(input).output).collect();
+        if let Some(cost) = self.frozen_cost(op, batch) {
+            return cost.kept_bytes;
+        }
         node.kind.kept_bytes(&inputs, &node.output, batch, kernels)
     }
 
@@ -40,6 +50,16 @@ impl OpDag {
     /// Bytes of all parameters as f32, a tied one once.
     pub fn param_bytes(&self) -> u64 {
         self.params().iter().map(Param::bytes).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes of the parameters that are trained, as f32, a tied one once.
+    pub fn trained_bytes(&self) -> u64 {
+        self.params().iter().filter(|param| !param.frozen).map(Param::bytes).fold(0, u64::saturating_add)
+    }
+
+    /// Elements of the parameters that are trained, a tied one once.
+    pub fn trained_elements(&self) -> u64 {
+        self.params().iter().filter(|param| !param.frozen).map(Param::elements).fold(0, u64::saturating_add)
     }
 
     /// Elements of all parameters, a tied one once.

@@ -121,7 +121,7 @@ fn names_that_do_not_fit_together_are_named() {
 #[test]
 fn a_parameter_that_is_there_twice_is_named() {
     let mut form: DagForm = serde_json::from_str(SMALL).unwrap();
-    let again = ParamForm { name: "w".to_owned(), shape: vec![5, 3], init: Init::Zeros, decay: true };
+    let again = ParamForm { name: "w".to_owned(), shape: vec![5, 3], init: Init::Zeros, decay: true, frozen: false };
     form.params.push(again);
     let error = OpDag::from_json(&serde_json::to_string(&form).unwrap()).unwrap_err();
     assert_eq!(error, GraphError::DuplicateParam { param: "w".to_owned() });

@@ -279,7 +279,13 @@ impl Builder<'_> {
     }
 
     fn norm(&mut self, name: &str, input: OpId, dim: usize) -> Result<OpId, GraphError> {
-        let weight = Param { name: format!("model.{name}.weight"), shape: vec![dim], init: Init::Ones, decay: false };
+        let weight = Param {
+            name: format!("model.{name}.weight"),
+            shape: vec![dim],
+            init: Init::Ones,
+            decay: false,
+            frozen: false,
+        };
         let weight = self.dag.param(weight)?;
         self.dag.op(name, OpKind::RmsNorm { dim, eps: self.config.rms_norm_eps }, &[input], &[weight])
     }
@@ -294,7 +300,13 @@ impl Builder<'_> {
         let mut params = vec![self.weight(&format!("model.{name}"), &[outputs, inputs])?];
         if bias {
             let name = format!("model.{name}.bias");
-            params.push(self.dag.param(Param { name, shape: vec![outputs], init: Init::Zeros, decay: false })?);
+            params.push(self.dag.param(Param {
+                name,
+                shape: vec![outputs],
+                init: Init::Zeros,
+                decay: false,
+                frozen: false,
+            })?);
         }
         let kind = OpKind::Linear { inputs, outputs, bias, layout: WeightLayout::OutIn };
         self.dag.op(name, kind, &[input], &params)
@@ -302,7 +314,7 @@ impl Builder<'_> {
 
     fn weight(&mut self, key: &str, shape: &[usize]) -> Result<ParamId, GraphError> {
         let init = Init::Normal { std: self.config.initializer_range as f32 };
-        self.dag.param(Param { name: format!("{key}.weight"), shape: shape.to_vec(), init, decay: true })
+        self.dag.param(Param { name: format!("{key}.weight"), shape: shape.to_vec(), init, decay: true, frozen: false })
     }
 }
 

@@ -275,7 +275,13 @@ impl Gpt2Builder<'_> {
     }
 
     fn param(&mut self, op: &str, role: &str, shape: &[usize], init: Init, decay: bool) -> Result<ParamId, GraphError> {
-        self.dag.param(Param { name: format!("transformer.{op}.{role}"), shape: shape.to_vec(), init, decay })
+        self.dag.param(Param {
+            name: format!("transformer.{op}.{role}"),
+            shape: shape.to_vec(),
+            init,
+            decay,
+            frozen: false,
+        })
     }
 }
 

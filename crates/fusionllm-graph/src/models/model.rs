@@ -140,6 +140,15 @@ impl Model {
         }
     }
 
+    /// The linear ops that adapters are for where nothing else is asked, by the last part of their names: those that PEFT
+    /// takes for the family.
+    pub fn lora_targets(&self) -> &'static [&'static str] {
+        match self {
+            Self::Gpt2(_) => &["c_attn"],
+            Self::Decoder(_) => &["q_proj", "v_proj"],
+        }
+    }
+
     /// How the names of tensors begin in a file of the whole model; files of one without its head may leave it out.
     pub fn prefix(&self) -> &'static str {
         match self {

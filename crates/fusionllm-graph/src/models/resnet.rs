@@ -115,7 +115,7 @@ impl Builder {
 
     fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<crate::ParamId, GraphError> {
         let decay = shape.len() > 1;
-        self.dag.param(Param { name: name.to_owned(), shape: shape.to_vec(), init, decay })
+        self.dag.param(Param { name: name.to_owned(), shape: shape.to_vec(), init, decay, frozen: false })
     }
 }
 

@@ -56,6 +56,12 @@ impl Rule for Linear {
         let fp_flops = product(&[2, io.input_elements(), self.outputs as u64]);
         io.matrix_product(fp_flops, self.param_bytes())
     }
+
+    /// BP is the product that gives the input's gradient, which needs nothing of FP.
+    fn frozen_cost(&self, io: &Io<'_>) -> Option<Cost> {
+        let cost = self.cost(io);
+        Some(Cost { bp_flops: cost.fp_flops, kept_bytes: 0, ..cost })
+    }
 }
 
 #[cfg(test)]
@@ -96,5 +102,13 @@ mod tests {
         assert_eq!((cost.fp_flops, cost.bp_flops), (2 * 3 * 4 * 6 * 10, 4 * 3 * 4 * 6 * 10));
         assert_eq!((cost.read_bytes, cost.write_bytes), (4 * (72 + 70), 4 * 120));
         assert_eq!(cost.kept_bytes, 4 * 72);
+    }
+
+    #[test]
+    fn a_frozen_linear_goes_back_by_one_product_and_keeps_nothing() {
+        let (kind, input) = (linear(true, WeightLayout::OutIn), real(&[4, 6]));
+        let output = infer(&kind, std::slice::from_ref(&input)).unwrap();
+        let (whole, frozen) = (kind.cost(&[&input], &output, 3), kind.frozen_cost(&[&input], &output, 3));
+        assert_eq!(frozen.unwrap(), Cost { bp_flops: whole.fp_flops, kept_bytes: 0, ..whole });
     }
 }

@@ -42,7 +42,7 @@ impl Pins {
         for param in dag.ops().iter().flat_map(|op| &op.params) {
             uses[param.index()] += 1;
         }
-        let is_shared = uses.iter().any(|&uses| uses > 1);
+        let is_shared = uses.iter().zip(dag.params()).any(|(&uses, param)| uses > 1 && !param.frozen);
         is_shared.then(|| Self::of(dag, true)).filter(|pins| pins.tail < pins.pinned.len())
     }
 }

@@ -1,7 +1,7 @@
 //! OP-Fence against the baselines and against the best there is, on random clusters and graphs.
 
 use fusionllm_codec::{Codec, TopKValues};
-use fusionllm_graph::{DType, DagBuilder, Init, OpKind, Param, Shape, WeightLayout};
+use fusionllm_graph::{DType, DagBuilder, Init, Lora, OpKind, Param, Shape, WeightLayout};
 
 use super::*;
 use crate::testing::small_gpt2;
@@ -30,7 +30,8 @@ fn random_dag(draw: &mut Draw, ops: usize) -> OpDag {
     let mut made = vec![(input, 32)];
     let linear = |dag: &mut DagBuilder, from: (fusionllm_graph::OpId, usize), outputs: usize, name: String| {
         let (shape, init) = (vec![from.1, outputs], Init::Normal { std: 0.02 });
-        let weight = dag.param(Param { name: format!("{name}.weight"), shape, init, decay: true }).unwrap();
+        let weight =
+            dag.param(Param { name: format!("{name}.weight"), shape, init, decay: true, frozen: false }).unwrap();
         let kind = OpKind::Linear { inputs: from.1, outputs, bias: false, layout: WeightLayout::InOut };
         (dag.op(&name, kind, &[from.0], &[weight]).unwrap(), outputs)
     };
@@ -455,4 +456,54 @@ fn a_cut_that_is_at_work_is_priced_by_what_is_known_now() {
         checked += 1;
     }
     assert!(checked > 20, "{checked}");
+}
+
+/// What is frozen takes neither gradient nor state nor UPDATE, no tied table travels, and no gradient before the first
+/// parameter that is trained; activations are compressed all the same.
+#[test]
+fn frozen_parameters_cost_their_memory_and_nothing_more() {
+    let base = small_gpt2(4);
+    let lora = |targets: &[&str]| {
+        let targets = targets.iter().map(|&target| target.to_owned()).collect();
+        base.with_lora(&Lora { rank: 2, scaling: 1.0, dropout: 0.0, targets }).unwrap()
+    };
+    let cluster = Cluster::uniform(3);
+    let stages = [(0, "h.0.add_2"), (1, "h.1.add_2"), (2, "loss")];
+    let stage = |(compnode, last_op): (u32, &str)| crate::StageSpec { compnode, last_op: last_op.to_owned() };
+    let mut spec = spec(Strategy::EqualNumber, 4);
+    spec.placement.stages = stages.map(stage).to_vec();
+    let whole = plan(&base, &cluster, &spec).unwrap();
+    assert_eq!(whole.placement.tied.len(), 1);
+
+    let dag = lora(&["all-linear"]);
+    let adapted = plan(&dag, &cluster, &spec).unwrap();
+    assert!(adapted.placement.tied.is_empty());
+    for node in adapted.placement.nodes() {
+        let (all, trained) =
+            (adapted.placement.param_bytes_of(&dag, node), adapted.placement.trained_bytes_of(&dag, node));
+        assert!(trained > 0 && trained < all / 4);
+        assert_eq!(adapted.placement.training_bytes_of(&dag, node), all + 3 * trained);
+        let memory = |plan: &Plan| plan.prediction.compnodes[node.index()].memory_bytes;
+        assert!(memory(&adapted) < memory(&whole), "{} {}", memory(&adapted), memory(&whole));
+    }
+    let bp_s = |plan: &Plan| plan.prediction.compnodes.iter().map(|c| c.bp_s).sum::<f64>();
+    assert!(bp_s(&adapted) < 0.8 * bp_s(&whole), "{} {}", bp_s(&adapted), bp_s(&whole));
+
+    // Only the last stage has something to train.
+    let dag = lora(&["h.2.attn.c_attn", "h.3.attn.c_attn"]);
+    spec.compression = crate::Compression::Fixed { activations: Codec::Int4, gradients: Codec::Int8 };
+    let tail = plan(&dag, &cluster, &spec).unwrap();
+    let real: Vec<_> = tail.placement.edges.iter().filter(|edge| edge.is_real(&dag)).collect();
+    assert!(!real.is_empty() && real.iter().all(|e| !e.gradient && e.activation_codec == Codec::Int4), "{real:?}");
+    let back = |link: &&crate::LinkPrediction| link.from > link.to && link.bytes > 0.0;
+    let sent: f64 = tail.prediction.links.iter().filter(back).map(|link| link.bytes).sum();
+    assert!(sent < 100.0, "no more than norms: {:?}", tail.prediction.links);
+    for node in [0, 1] {
+        assert_eq!(tail.prediction.compnodes[node].bp_s, 0.0);
+    }
+    spec.compression = crate::Compression::Dense;
+    spec.placement.deferred = Some(4);
+    let deferred = plan(&lora(&["h.1.attn.c_attn"]), &cluster, &spec).unwrap();
+    assert!(!deferred.placement.defers(NodeIndex(0)) && deferred.placement.defers(NodeIndex(1)));
+    assert!(!deferred.placement.defers(NodeIndex(2)), "its weights are all frozen");
 }

@@ -6,14 +6,14 @@ use std::ops::Range;
 use fusionllm_graph::OpDag;
 
 use super::{Memory, Pricing};
-use crate::{NodeIndex, Pieces, Placement, StageId, TRAINING_COPIES, TiedParam};
+use crate::{NodeIndex, Pieces, Placement, StageId, TiedParam};
 
 /// By CompNode: what a placement needs of its memory, and what it has. `ranges` has the ops of each stage.
 pub(super) fn needed(pricing: &Pricing<'_>, placement: &Placement, ranges: &[Range<usize>]) -> Vec<Memory> {
     let Pricing { dag, estimate, spec, .. } = *pricing;
     let batch = pricing.batch();
     let state = |node: NodeIndex| Memory {
-        needed: (placement.param_bytes_of(dag, node) * TRAINING_COPIES) as f64,
+        needed: placement.training_bytes_of(dag, node) as f64,
         has: pricing.profile(node).memory_bytes,
     };
     let mut memory: Vec<Memory> = placement.nodes().map(state).collect();
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
     use crate::ready::{Need, is_ready};
     use crate::testing::small_gpt2;
-    use crate::{Cluster, Estimate, Pipeline, PlacementSpec, PlanSpec, Strategy, Task, plan};
+    use crate::{Cluster, Estimate, Pipeline, PlacementSpec, PlanSpec, Strategy, TRAINING_COPIES, Task, plan};
 
     fn spec(pipeline: Pipeline, run_ahead: u32, eval_micro_batches: u32) -> PlanSpec {
         PlanSpec::dense(PlacementSpec {

@@ -50,10 +50,10 @@ impl TrainSpec {
         self.optimizer.states(self.momentum)
     }
 
-    /// Bytes of parameters of `param_bytes` bytes together with what the optimizer keeps of them: what a checkpoint has
-    /// of them.
-    pub fn state_bytes(&self, param_bytes: u64) -> u64 {
-        param_bytes.saturating_mul(1 + self.states().len() as u64)
+    /// Bytes of parameters of `param_bytes` bytes together with what the optimizer keeps of the `trained_bytes` of them
+    /// that are trained: what a checkpoint has of them.
+    pub fn state_bytes(&self, param_bytes: u64, trained_bytes: u64) -> u64 {
+        param_bytes.saturating_add(trained_bytes.saturating_mul(self.states().len() as u64))
     }
 }
 

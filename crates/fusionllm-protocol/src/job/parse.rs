@@ -10,7 +10,7 @@ use toml::{Table, Value};
 use super::keys::{check_keys, full_key};
 use super::refusal::{EMPTY, describe};
 use super::{
-    CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
+    CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule, ModelSpec,
     OptimizerKind, PlacementSection, Precision, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice,
     overrides,
 };
@@ -34,6 +34,7 @@ impl JobSpec {
         Ok(Self {
             name: top.text("name")?.unwrap_or_else(|| "run".to_owned()),
             model: model(&section("model"))?,
+            lora: lora(&section("lora"))?,
             data: data(&section("data"), section("model").get("path").is_some())?,
             train: train(&section("train"))?,
             placement: placement(&section("placement"))?,
@@ -60,6 +61,17 @@ fn model(s: &Section<'_>) -> Result<ModelSpec, JobError> {
         return Err(s.value("name", "is missing, expected model.name = \"gpt2\" or model.path".to_owned()));
     }
     Ok(spec)
+}
+
+fn lora(s: &Section<'_>) -> Result<LoraSpec, JobError> {
+    Ok(LoraSpec {
+        rank: s.integer("rank")?.unwrap_or(0),
+        alpha: s.get("alpha").map(|_| s.real("alpha", 0.0)).transpose()?,
+        targets: s.texts("targets")?,
+        dropout: s.real("dropout", 0.0)?,
+        rslora: s.flag("rslora")?,
+        adapter: s.filled("adapter")?.map(PathBuf::from),
+    })
 }
 
 fn data(s: &Section<'_>, has_model_path: bool) -> Result<DataSpec, JobError> {
@@ -203,6 +215,17 @@ impl<'a> Section<'a> {
             Some(text) if text.trim().is_empty() => Err(self.value(key, EMPTY.to_owned())),
             text => Ok(text),
         }
+    }
+
+    /// A name, or a list of names.
+    fn texts(&self, key: &str) -> Result<Vec<String>, JobError> {
+        let names = match self.get(key) {
+            None => Some(Vec::new()),
+            Some(Value::String(name)) => Some(vec![name.clone()]),
+            Some(value) => value.as_array().and_then(|a| a.iter().map(|e| e.as_str().map(str::to_owned)).collect()),
+        };
+        let wrong = |value| self.wrong_type(key, value, "a name or a list of names");
+        names.ok_or_else(|| self.get(key).map_or_else(|| self.value(key, EMPTY.to_owned()), wrong))
     }
 
     fn codec(&self, key: &str) -> Result<Codec, JobError> {

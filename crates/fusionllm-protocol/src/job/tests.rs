@@ -47,6 +47,13 @@ n_embd = 32
 n_layer = 2
 n_head = 4
 dropout = 0.1
+[lora]
+rank = 4
+alpha = 8
+targets = ["c_attn", "c_proj"]
+dropout = 0.05
+rslora = true
+adapter = "adapters"
 [data]
 path = ["a", "b"]
 format = "text"
@@ -101,6 +108,9 @@ mtbf_h = 0.5
     assert_eq!(spec.codec(), fusionllm_codec::Codec::Bf16);
     assert_eq!(spec.placement_spec().micro_batch_size, 2);
     spec.resolve_paths(Path::new("/jobs"));
+    let targets = vec!["c_attn".to_owned(), "c_proj".to_owned()];
+    let adapter = Some("/jobs/adapters".into());
+    assert_eq!(spec.lora, LoraSpec { rank: 4, alpha: Some(8.0), targets, dropout: 0.05, rslora: true, adapter });
     assert_eq!(spec.data.path, [Path::new("/jobs/a"), Path::new("/jobs/b")]);
     assert_eq!(
         (spec.data.tokenizer.as_str(), spec.checkpoint.to.as_deref()),

@@ -47,7 +47,7 @@ fn at_most(key: &str, value: u64, most: u64) -> Result<(), JobError> {
     }
 }
 
-fn in_range(key: &str, value: f64, holds: bool, expected: &str) -> Result<(), JobError> {
+pub(super) fn in_range(key: &str, value: f64, holds: bool, expected: &str) -> Result<(), JobError> {
     // Written so that NaN, for which no comparison holds, is refused.
     if value.is_finite() && holds {
         return Ok(());
@@ -58,13 +58,13 @@ fn in_range(key: &str, value: f64, holds: bool, expected: &str) -> Result<(), Jo
 }
 
 /// A number that is computed with in f32, where it must be neither infinite nor, unless it is 0, vanish.
-fn fits_f32(key: &str, value: f64) -> Result<(), JobError> {
+pub(super) fn fits_f32(key: &str, value: f64) -> Result<(), JobError> {
     let range = f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX);
     in_range(key, value, value == 0.0 || range.contains(&value), "a number that f32 holds: 1.2e-38 to 3.4e38")
 }
 
 /// Whether a number is at least 0 and below 1, also where it is computed with, which is in f32.
-fn is_share(value: f64) -> bool {
+pub(super) fn is_share(value: f64) -> bool {
     value >= 0.0 && (value as f32) < 1.0
 }
 
@@ -76,6 +76,7 @@ impl JobSpec {
     pub fn validate(&self) -> Result<(), JobError> {
         check_name("name", &self.name)?;
         self.validate_model()?;
+        self.lora.validate()?;
         self.validate_data()?;
         self.validate_train()?;
         self.validate_rates()?;
@@ -118,6 +119,7 @@ impl JobSpec {
         check_path("data.tokenizer", Path::new(&self.data.tokenizer))?;
         let paths = [
             ("model.path", &self.model.path),
+            ("lora.adapter", &self.lora.adapter),
             ("placement.cluster", &self.placement.cluster),
             ("checkpoint.to", &self.checkpoint.to),
         ];
@@ -259,6 +261,7 @@ impl JobSpec {
         let resolve = |path: &mut PathBuf| *path = base.join(&*path);
         self.data.path.iter_mut().for_each(resolve);
         self.model.path.iter_mut().for_each(resolve);
+        self.lora.adapter.iter_mut().for_each(resolve);
         self.checkpoint.to.iter_mut().for_each(resolve);
         self.placement.cluster.iter_mut().for_each(resolve);
         if self.data.tokenizer_file().is_some() {

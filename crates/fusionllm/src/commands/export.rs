@@ -1,6 +1,6 @@
 //! `fusionllm export`
 
-use fusionllm_compnode::{ExportError, ExportFolder, export_hugging_face};
+use fusionllm_compnode::{ExportError, ExportFolder, export_adapters, export_hugging_face};
 
 use crate::cli;
 use crate::exit::bad_input;
@@ -16,7 +16,20 @@ pub(super) fn run(args: &cli::Export) -> anyhow::Result<()> {
         let (dir, input) = (args.dir.display(), input.display());
         return Err(bad_input(format!("the export to {dir} would overwrite {what}, {input}: give another folder")));
     }
-    let model = super::model::open(&args.checkpoint, args.tokenizer.as_deref())?;
+    let mut model = super::model::open(&args.checkpoint, args.tokenizer.as_deref())?;
+    match &model.adapters {
+        Some(adapters) if !args.merge => {
+            let written = export_adapters((&folder, &model.origin), &model.dag, model.tensors, adapters);
+            written.map_err(export_error)?;
+            return said(args, &folder, &model.origin, "the adapters to ");
+        }
+        Some(_) => model = model.merged()?,
+        None if args.merge => {
+            let what = args.checkpoint.display();
+            return Err(bad_input(format!("--merge: {what} has no adapters, leave the option out")));
+        }
+        None => {}
+    }
     let config = model.config.ok_or_else(|| {
         bad_input("the checkpoint's model came from an OP-DAG file, only models of a family that Hugging Face knows can be exported")
     })?;
@@ -24,8 +37,13 @@ pub(super) fn run(args: &cli::Export) -> anyhow::Result<()> {
     let written =
         export_hugging_face((&folder, of), &model.dag, &config, model.tensors, &model.tokenizer, &model.carried);
     written.map_err(export_error)?;
+    said(args, &folder, of, "")
+}
+
+/// Says what was written.
+fn said(args: &cli::Export, folder: &ExportFolder, of: &str, what: &str) -> anyhow::Result<()> {
     let replaced = if folder.holds_export_of(of) { ", in place of an earlier export of the same" } else { "" };
-    render::line(&format!("wrote {}{replaced}", args.dir.display()))
+    render::line(&format!("wrote {what}{}{replaced}", args.dir.display()))
 }
 
 fn export_error(error: ExportError) -> anyhow::Error {

@@ -66,6 +66,7 @@ pub(super) fn prompt_ids(model: &TrainedModel, prompt: &str) -> anyhow::Result<V
 
 /// The text with which a model continues the tokens of a prompt.
 pub(super) fn write(model: TrainedModel, ids: &[i32], sampling: SamplingSpec, device: &str) -> anyhow::Result<String> {
+    let model = model.merged()?;
     let largest = ids.iter().filter_map(|&id| usize::try_from(id).ok()).max();
     if let Some((id, vocab)) = largest.zip(model.dag.vocab()).filter(|(id, vocab)| id >= vocab) {
         let hint = "give with --tokenizer the tokenizer that it was trained with";

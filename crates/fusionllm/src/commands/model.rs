@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
-use fusionllm_compnode::{NamedTensor, Tokenizer, read_shard};
+use fusionllm_compnode::{AdapterOrigin, NamedTensor, Tokenizer, merge_adapters, read_shard};
 use fusionllm_graph::{Model, OpDag};
 use fusionllm_protocol::hugging_face::{CONFIG, TOKENIZER};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
@@ -23,10 +23,30 @@ pub(super) struct TrainedModel {
     pub(super) origin: String,
     /// What else lay in the Hugging Face folder that it came from.
     pub(super) carried: Arc<BTreeMap<String, String>>,
+    /// What is known of its adapters, if it has any.
+    pub(super) adapters: Option<AdapterOrigin>,
 }
+
+impl TrainedModel {
+    /// The same with its adapters added to its weights.
+    pub(super) fn merged(self) -> anyhow::Result<Self> {
+        let (dag, tensors) = merge_adapters(&self.dag, self.tensors)?;
+        Ok(Self { dag, tensors, adapters: None, ..self })
+    }
+}
+
+/// PEFT's file that says what adapters are.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// Reads whatever `path` is. A tokenizer that is given goes before the model's own.
 pub(super) fn open(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
+    if path.join(ADAPTER_CONFIG).is_file() && !path.join("config.json").exists() {
+        let path = path.display();
+        return Err(bad_input(format!(
+            "{path} holds adapters without the model that they are of: give the run that made them, or go on from them in a \
+             job, with model.path and lora.adapter"
+        )));
+    }
     // Also where that is no regular file, which is said then.
     match path.join(CONFIG).symlink_metadata() {
         Ok(_) => open_hugging_face(path, tokenizer),
@@ -48,7 +68,14 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
         Some(run) => format!("run {run}"),
         None => real(path),
     };
-    Ok(TrainedModel { config: family(&dag, &carried), dag, tensors, tokenizer, origin, carried })
+    let job = &checkpoint.manifest().job;
+    let base = dag.without_lora();
+    let adapters = base.as_ref().map(|_| AdapterOrigin {
+        base: job.model.path.as_ref().map(|path| path.display().to_string()).or_else(|| job.model.name.clone()),
+        rslora: job.lora.rslora,
+    });
+    let config = family(base.as_ref().unwrap_or(&dag), &carried);
+    Ok(TrainedModel { config, dag, tensors, tokenizer, origin, carried, adapters })
 }
 
 /// The family and sizes of a trained model: by the config.json that it came with, where that is of this OP-DAG, since
@@ -143,7 +170,8 @@ fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Tr
         }
     };
     let origin = real(path);
-    Ok(TrainedModel { dag: model.dag, config: model.config, tensors, tokenizer, origin, carried: model.carried })
+    let (dag, config, carried) = (model.dag, model.config, model.carried);
+    Ok(TrainedModel { dag, config, tensors, tokenizer, origin, carried, adapters: None })
 }
 
 /// A path without links, for people.

@@ -185,6 +185,7 @@ fn describe(args: &cli::Plan, job: &Job) -> anyhow::Result<serde_json::Value> {
     Ok(json!({
         "model": job.dag.name(),
         "parameters": job.dag.param_elements(),
+        "trained_parameters": job.dag.trained_elements(),
         "fp_flops_per_micro_batch": cost.fp_flops,
         "bp_flops_per_micro_batch": cost.bp_flops,
         "graph": args.graph.then_some(graph),
@@ -192,7 +193,9 @@ fn describe(args: &cli::Plan, job: &Job) -> anyhow::Result<serde_json::Value> {
 }
 
 fn summary(dag: &OpDag) -> String {
-    format!("{}: {} ops, {} parameters", dag.name(), dag.ops().len(), dag.param_elements())
+    let trained =
+        if dag.has_frozen() { format!(", of which {} are trained", dag.trained_elements()) } else { String::new() };
+    format!("{}: {} ops, {} parameters{trained}", dag.name(), dag.ops().len(), dag.param_elements())
 }
 
 fn print_graph(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {

@@ -18,6 +18,7 @@ mod folders;
 mod input;
 #[cfg(unix)]
 mod last_checkpoint;
+mod lora;
 #[cfg(unix)]
 mod meddling;
 mod plan;

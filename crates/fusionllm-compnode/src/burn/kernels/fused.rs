@@ -31,7 +31,7 @@ pub(crate) use attention::{Attention, GroupedAttention, PackedAttention};
 pub(crate) use cross_entropy::CrossEntropy;
 pub(crate) use gated::Gated;
 pub(crate) use layer_norm::LayerNorm;
-pub(crate) use linear::{DeferredLinear, Linear};
+pub(crate) use linear::{DeferredLinear, FrozenLinear, Linear};
 pub(crate) use rms_norm::RmsNorm;
 pub(crate) use rotary::Rotary;
 pub(crate) use seeded::Seeded;

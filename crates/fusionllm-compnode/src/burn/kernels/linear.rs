@@ -3,7 +3,7 @@
 use burn_tensor::{Gradients, Tensor};
 use fusionllm_graph::{OpKind, WeightLayout};
 
-use super::fused::{self, AccumulatedLinear, DeferredLinear, Linear, Operand, SetAside, WeightSum};
+use super::fused::{self, AccumulatedLinear, DeferredLinear, FrozenLinear, Linear, Operand, SetAside, WeightSum};
 use super::{Arguments, RealValue};
 use crate::ExecutorError;
 
@@ -25,6 +25,25 @@ pub(super) fn forward(
     };
     let tensor = fused.unwrap_or_else(|| plain(x.tensor.clone(), weight, bias, op));
     Ok(RealValue { tensor, shape: with_last(&x.shape, outputs) })
+}
+
+/// As [`forward`], with parameters that are constants.
+pub(super) fn forward_frozen(arguments: &Arguments<'_>) -> Result<RealValue, ExecutorError> {
+    let OpKind::Linear { inputs, outputs, bias, layout } = arguments.op.kind else {
+        return Err(ExecutorError::Internal { what: format!("op `{}` is not linear", arguments.op.name) });
+    };
+    let op = FrozenLinear(Linear { inputs, outputs, layout });
+    let x = arguments.real(0)?;
+    let (of_x, of_weight) = (Operand::of(&x.tensor), Operand::of(&arguments.param(0)?));
+    let fused = if bias {
+        fused::apply(op, [of_x, of_weight, Operand::of(&arguments.param(1)?)])
+    } else {
+        fused::apply(op, [of_x, of_weight])
+    };
+    match fused {
+        Some(tensor) => Ok(RealValue { tensor, shape: with_last(&x.shape, outputs) }),
+        None => forward(arguments, inputs, outputs, bias, layout),
+    }
 }
 
 /// As [`forward`], with the gradient of the weight added to `sum` in BP.

@@ -81,7 +81,9 @@ impl Planner<'_> {
         match dag.op(op).kind {
             OpKind::Embedding { dim, .. } => self.embedding_gradient(op, dy, dim),
             OpKind::Position { dim, .. } => {
-                self.position_gradient(op, dy, dim)?;
+                if !dag.is_frozen(op) {
+                    self.position_gradient(op, dy, dim)?;
+                }
                 self.pass(dag.op(op).inputs[0], dy, known)
             }
             OpKind::LayerNorm { dim, .. } | OpKind::RmsNorm { dim, .. } => self.norm_gradient(op, dy, dim, known),
@@ -115,6 +117,10 @@ impl Planner<'_> {
                 let [(first, a), (second, b)] = [self.input(op, 0)?, self.input(op, 1)?];
                 self.product_gradient(first, dy, b, known)?;
                 self.product_gradient(second, dy, a, known)
+            }
+            OpKind::Scale { factor } => {
+                let gradient = Gradient { value: dy, factor: Factor::Fixed(factor as f32) };
+                self.pass_scaled(dag.op(op).inputs[0], gradient, known)
             }
             OpKind::Dropout { p } => {
                 let (input, from) = (dag.op(op).inputs[0], dy);
@@ -200,7 +206,11 @@ impl Planner<'_> {
         }
         let [place, _] = self.kept.get(&op).copied().ok_or_else(|| self.without_gradient(op))?;
         let value = Value { place, ..logits };
-        let gradient = Gradient { value, factor: Factor::Loss };
+        self.pass_scaled(input, Gradient { value, factor: Factor::Loss }, known)
+    }
+
+    /// Adds a gradient with its factor to that of `input`. The first one may wait with it.
+    fn pass_scaled(&mut self, input: OpId, gradient: Gradient, known: &mut Known) -> Result<(), ExecutorError> {
         match self.whole(input, known)? {
             None => {
                 known.0.insert(input, gradient);
@@ -208,7 +218,7 @@ impl Planner<'_> {
             }
             Some(other) => {
                 known.0.insert(input, gradient);
-                let scaled = self.whole(input, known)?.ok_or_else(|| self.without_gradient(op))?;
+                let scaled = self.whole(input, known)?.ok_or_else(|| self.without_gradient(input))?;
                 known.0.insert(input, Gradient { value: other, factor: ONE });
                 self.pass(input, scaled, known)
             }
@@ -264,8 +274,10 @@ impl Planner<'_> {
         layout: WeightLayout,
         known: &mut Known,
     ) -> Result<(), ExecutorError> {
-        let ((input, x), weight) = (self.input(op, 0)?, self.param(op, 0)?);
+        let weight = self.param(op, 0)?;
+        let input = self.spec.dag.op(op).inputs[0];
         let Gradient { value: mut dy, mut factor } = gradient;
+        let bias = bias && self.trains(self.param(op, 1)?);
         if bias && factor != ONE {
             (dy, factor) = (self.whole(op, known)?.unwrap_or(dy), ONE);
         }
@@ -275,7 +287,8 @@ impl Planner<'_> {
                 WeightLayout::InOut => self.matrix(outputs).transposed(),
                 WeightLayout::OutIn => self.matrix(inputs),
             };
-            let mut product = self.product([x.rows, inputs, dy.stride], self.matrix(dy.stride), b, self.matrix(inputs));
+            let mut product =
+                self.product([dy.rows, inputs, dy.stride], self.matrix(dy.stride), b, self.matrix(inputs));
             product.adds = c.is_some();
             let b = self.weight(weight)?;
             let (a, d, bias) = (dy.place, dx.place, None);
@@ -284,6 +297,10 @@ impl Planner<'_> {
         if bias {
             self.bias_gradient(dy, self.param(op, 1)?)?;
         }
+        if !self.trains(weight) {
+            return Ok(());
+        }
+        let (_, x) = self.input(op, 0)?;
         self.weight_gradient(op, weight, x, Gradient { value: dy, factor }, [inputs, outputs], layout)
     }
 

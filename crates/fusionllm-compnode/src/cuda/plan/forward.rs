@@ -53,6 +53,10 @@ impl Planner<'_> {
                 self.over_elements(kernel::PRODUCT, &value, arguments.to_vec(), None)?;
                 Ok(value)
             }
+            OpKind::Scale { factor } => {
+                let (_, x) = self.input(op, 0)?;
+                self.elementwise(op, kernel::SCALE, &[x], Some(Argument::F32(factor as f32)))
+            }
             OpKind::Dropout { p } => self.dropout(op, p),
             OpKind::CrossEntropy => self.cross_entropy(op),
             OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool => {
@@ -67,9 +71,10 @@ impl Planner<'_> {
         let reads_input = |consumer: &OpId| {
             let kind = &dag.op(*consumer).kind;
             self.inside.contains(consumer)
+                && dag.carries_gradient(*consumer)
                 && match kind {
-                    OpKind::Linear { .. }
-                    | OpKind::LayerNorm { .. }
+                    OpKind::Linear { .. } => !dag.is_frozen(*consumer),
+                    OpKind::LayerNorm { .. }
                     | OpKind::RmsNorm { .. }
                     | OpKind::Attention { .. }
                     | OpKind::GroupedAttention { .. }

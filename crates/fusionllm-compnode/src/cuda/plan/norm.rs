@@ -95,8 +95,10 @@ impl Planner<'_> {
             None => kernel::RMS_NORM_GRAD,
         };
         self.plan.backward.push(launch(kernel.of(self.element), [number(parts)?, 1], arguments));
-        self.fold(partial, self.gradient(weight)?, parts, sums, dim)?;
-        if centred {
+        if self.trains(weight) {
+            self.fold(partial, self.gradient(weight)?, parts, sums, dim)?;
+        }
+        if centred && self.trains(self.param(op, 1)?) {
             let bias = self.gradient(self.param(op, 1)?)?;
             self.fold(partial.after(dim * 4), bias, parts, sums, dim)?;
         }

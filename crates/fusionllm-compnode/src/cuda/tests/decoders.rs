@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use fusionllm_graph::{DecoderConfig, OpDag, OpId, OpKind, RotaryScaling, decoder};
+use fusionllm_graph::{DecoderConfig, Lora, OpDag, OpId, OpKind, RotaryScaling, decoder};
 use fusionllm_protocol::Precision;
 
-use super::{SEQ, Trial, VOCAB, a_real_gpu, assert_close, executor};
+use super::{Outcome, SEQ, Trial, VOCAB, a_real_gpu, assert_close, executor};
 use crate::cuda::angles::Angles;
 use crate::cuda::emulated::{self, Emulated};
 
@@ -82,6 +82,80 @@ fn any_cut_of_a_decoder_gives_the_same_bits() {
                 assert_eq!(cut.losses, whole.losses, "{precision:?}, {list:?}, defers {defers}");
                 assert!(cut.tensors == whole.tensors, "{precision:?}, {list:?}, defers {defers}");
             }
+        }
+    }
+}
+
+/// A model with adapters of a rank that no vector of a kernel divides.
+fn adapted(base: &OpDag, dropout: f64, targets: &[&str]) -> Arc<OpDag> {
+    let targets = targets.iter().map(|&target| target.to_owned()).collect();
+    Arc::new(base.with_lora(&Lora { rank: 3, scaling: 0.7, dropout, targets }).unwrap())
+}
+
+/// Asserts that only adapters have changed since the first values, and have optimizer state.
+fn assert_frozen(trial: &Trial, after: &Outcome) {
+    let before = trial.on_gpu(0);
+    for (name, tensor) in &after.tensors {
+        match trial.dag.find_param(name).map(|param| trial.dag.param(param).frozen) {
+            Some(frozen) => assert_eq!(before.tensors[name].values == tensor.values, frozen, "{name}"),
+            None => assert!(name.contains(".lora_"), "{name}"),
+        }
+    }
+}
+
+#[test]
+fn adapters_in_f32_train_as_on_the_cpu_and_all_else_stays() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let gpt2 = super::model(16, 0.1);
+    let second = ["layers.1.self_attn.v_proj", "layers.1.mlp.down_proj"];
+    for dag in [
+        adapted(&model(10), 0.0, &["all-linear"]),
+        adapted(&model(64), 0.0, &second),
+        adapted(&model(16), 0.3, &["q_proj", "v_proj"]),
+        adapted(&gpt2, 0.0, &["c_attn"]),
+        adapted(&gpt2, 0.2, &["c_proj"]),
+    ] {
+        let trial = Trial::new(&dag);
+        let got = trial.on_gpu(3);
+        assert_close(&got, &trial.on_cpu(3), 2e-5);
+        assert_frozen(&trial, &got);
+    }
+}
+
+#[test]
+fn adapters_in_bf16_train_nearly_as_on_the_cpu() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let trial = Trial { precision: Precision::Bf16, ..Trial::new(&adapted(&model(32), 0.0, &["all-linear"])) };
+    let (got, expected) = (trial.on_gpu(3), trial.on_cpu(3));
+    for (a, b) in got.losses.iter().zip(&expected.losses) {
+        assert!((a - b).abs() < 2e-2 * b, "{got:?}");
+    }
+    assert_frozen(&trial, &got);
+}
+
+#[test]
+fn any_cut_of_a_model_with_adapters_gives_the_same_bits() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let gpu = Emulated::open();
+    // The first stage of the last one has nothing to train.
+    let cuts: [(&[&str], &[(&str, usize)]); 3] = [
+        (&["all-linear"], &[("layers.0.self_attn.q_proj.lora_scale", 0), ("layers.1.mlp.act", 1), ("loss", 0)]),
+        (&["k_proj", "up_proj"], &[("layers.0.add_2", 0), ("loss", 1)]),
+        (&["layers.1.self_attn.q_proj"], &[("layers.0.add_1", 0), ("layers.1.self_attn.k_proj", 1), ("loss", 0)]),
+    ];
+    for (targets, list) in cuts {
+        let dag = adapted(&model(16), 0.1, targets);
+        let whole = Trial::new(&dag).run(3, &|spec| executor(spec, &gpu));
+        for defers in [false, true] {
+            let cut = Trial { defers, ..Trial::new(&dag).cut(list) }.run(3, &|spec| executor(spec, &gpu));
+            assert_eq!(cut.losses, whole.losses, "{list:?}, defers {defers}");
+            assert!(cut.tensors == whole.tensors, "{list:?}, defers {defers}");
         }
     }
 }

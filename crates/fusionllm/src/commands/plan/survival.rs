@@ -23,7 +23,9 @@ impl Survival {
             Some(0) => Kept::Checkpoints(if every == 0 { steps } else { every.min(steps) }),
             every => Kept::Snapshots(every.map(|every| every.min(steps))),
         };
-        let cost = FailureCost::of(plan, &job.dag, kept, mtbf.as_secs_f64(), |bytes| job.spec.train.state_bytes(bytes));
+        let cost = FailureCost::of(plan, &job.dag, kept, mtbf.as_secs_f64(), |all, trained| {
+            job.spec.train.state_bytes(all, trained)
+        });
         Self { mtbf, cost, kept }
     }
 

@@ -121,6 +121,27 @@ impl<const N: usize> Fused<N> for Linear {
     }
 }
 
+/// As [`Linear`], with weight and bias that are constants: BP gives the gradient of x alone, for which x need not be kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FrozenLinear(pub(crate) Linear);
+
+impl<const N: usize> Fused<N> for FrozenLinear {
+    /// The weight, of inputs · outputs values.
+    type Saved = FlexTensor;
+
+    fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved) {
+        let [x, weight] = [0, 1].map(|i| &inputs[i]);
+        (self.0.output(x, weight, inputs.get(BIAS)), weight.clone())
+    }
+
+    fn backward(&self, weight: FlexTensor, gradient: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N] {
+        let (rows, _) = dims(&gradient);
+        let of_output = dense(gradient.as_slice::<f32>().unwrap_or_default(), rows, self.0.outputs);
+        let x_gradient = || self.0.x_gradient(weight.as_slice().unwrap_or_default(), of_output, rows);
+        std::array::from_fn(|input| (input == 0 && wanted[input]).then(x_gradient))
+    }
+}
+
 /// As [`Linear`], but BP leaves the gradient of the weight for later. Operands: x, the weight as a constant, a probe of
 /// any size whose gradient will be that of the output [N, outputs], and for `N = 4` a bias.
 #[derive(Clone, Copy, Debug)]

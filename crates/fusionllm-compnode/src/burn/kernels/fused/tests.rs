@@ -101,6 +101,27 @@ fn rotary_is_the_plain_one() {
     }
 }
 
+/// Weight and bias are on the tape, but not its leaves.
+#[test]
+fn a_frozen_linear_gives_the_gradient_of_its_input_alone() {
+    for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
+        for (rows, inputs, outputs) in [(1, 1, 1), (5, 3, 17), (70, 65, 130)] {
+            let op = Linear { inputs, outputs, layout };
+            let x = leaf([rows, inputs], 1);
+            let [weight, bias] =
+                [(inputs * outputs, 2), (outputs, 3)].map(|(n, seed)| leaf([n], seed).inner().autodiff());
+            let operands = [Operand::of(&x), Operand::of(&weight), Operand::of(&bias)];
+            let fused = apply(FrozenLinear(op), operands).map(|y| run(y, &x, &[]));
+            let plain = run(linear::plain(x.clone(), weight.clone(), Some(bias), op), &x, &[]);
+            assert_alike(&format!("{layout:?}, {rows} rows"), fused, plain);
+            // Without anything to go back to there is no tape.
+            let y: Tensor<2> =
+                apply(FrozenLinear(op), [Operand::of(&x.inner().autodiff()), Operand::of(&weight)]).unwrap();
+            assert!(!y.is_tracked());
+        }
+    }
+}
+
 #[test]
 fn linear_is_the_plain_one_in_both_layouts() {
     for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
