@@ -31,6 +31,7 @@ mod residuals;
 mod snapshots;
 mod step_log;
 mod stop;
+mod targets;
 mod task_loop;
 #[cfg(test)]
 mod testing;
@@ -41,7 +42,10 @@ pub use border::{BorderTensor, DeviceTensor};
 pub use burn::PROBE_THREAD;
 pub use checkpoint::{ExportFolder, export_hugging_face, read_shard, write_shard, write_shard_to};
 pub use codec_table::CodecTable;
-pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokenizer, Tokens, is_guarded};
+pub use data::{
+    Batches, ChatTemplate, Corpus, FileTokenizer, ReadableData, Reading, Split, TextBatches, Tokenizer, Tokenizing, Tokens,
+    is_guarded,
+};
 pub use device::DeviceChoice;
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ExportError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};

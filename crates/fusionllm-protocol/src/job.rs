@@ -89,6 +89,12 @@ pub struct DataSpec {
     /// The key of JSON Lines, or the column of Parquet, that has the text.
     #[serde(default = "text_column")]
     pub column: String,
+    /// What a row of JSON Lines or Parquet is.
+    #[serde(default)]
+    pub rows: RowKind,
+    /// A Jinja file on the data owner's machine that writes conversations out; the model's own if not given.
+    #[serde(default)]
+    pub chat_template: Option<PathBuf>,
     /// [`DataSpec::BYTES`], [`DataSpec::MODEL`], or the path of a Hugging Face `tokenizer.json` on the data owner's
     /// machine.
     pub tokenizer: String,
@@ -100,7 +106,20 @@ pub struct DataSpec {
     pub owner: Option<String>,
     /// Share of the text, at its end, that is held out.
     pub eval_fraction: f64,
+    /// In which order samples come; if not given, as [`DataSpec::sample_order`] says.
+    #[serde(default)]
+    pub order: Option<SampleOrder>,
+    /// Keep tokens on the data owner's disk, for memory's sake and for the next time.
+    #[serde(default = "cached")]
+    pub cache: bool,
 }
+
+fn cached() -> bool {
+    true
+}
+
+/// Files beside a `tokenizer.json` that say how its model writes conversations.
+pub const CHAT_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
 fn text_column() -> String {
     DataSpec::TEXT_COLUMN.to_owned()
@@ -122,8 +141,57 @@ impl DataSpec {
 
     /// Every path that is read on the data owner's machine.
     pub fn files(&self) -> impl Iterator<Item = &std::path::Path> {
-        self.path.iter().map(PathBuf::as_path).chain(self.tokenizer_file())
+        self.path.iter().map(PathBuf::as_path).chain(self.tokenizer_file()).chain(self.chat_template.as_deref())
     }
+
+    /// Where [`CHAT_FILES`] would lie beside a tokenizer's file, if the rows are conversations.
+    pub fn files_beside_tokenizer(&self) -> Vec<PathBuf> {
+        let file = self.tokenizer_file().filter(|_| self.rows == RowKind::Chat);
+        file.map_or_else(Vec::new, |file| CHAT_FILES.map(|name| file.with_file_name(name)).into())
+    }
+
+    /// In which order samples come: of conversations each once an epoch, unless the job says otherwise.
+    pub fn sample_order(&self) -> SampleOrder {
+        self.order.unwrap_or(match self.rows {
+            RowKind::Documents => SampleOrder::Drawn,
+            RowKind::Chat => SampleOrder::Shuffled,
+        })
+    }
+}
+
+/// What a row of JSON Lines or Parquet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RowKind {
+    /// A text.
+    #[default]
+    Documents,
+    /// A conversation, of which the answers are learnt.
+    Chat,
+}
+
+impl RowKind {
+    /// Every kind with its name in job files.
+    pub const ALL: [(&'static str, Self); 2] = [("documents", Self::Documents), ("chat", Self::Chat)];
+}
+
+/// In which order samples are trained on. A sample is a conversation, or as many tokens as a sequence has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SampleOrder {
+    /// Each is drawn at random from all; a sequence may begin at any token.
+    #[default]
+    Drawn,
+    /// Each comes once in an epoch, in an order that is drawn anew for each.
+    Shuffled,
+    /// Each comes once in an epoch, in the order of the files.
+    Sequential,
+}
+
+impl SampleOrder {
+    /// Every order with its name in job files.
+    pub const ALL: [(&'static str, Self); 3] =
+        [("drawn", Self::Drawn), ("shuffled", Self::Shuffled), ("sequential", Self::Sequential)];
 }
 
 /// Form of the data files.

@@ -34,9 +34,9 @@ pub use event::{CodecNote, JobEvent, JobState, LinkBytes, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
-    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice,
-    job_keys,
+    CHAT_FILES, Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule,
+    ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SurviveSpec, TopKBackward, TrainSpec,
+    ValueFormat, WeightsChoice, job_keys,
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
