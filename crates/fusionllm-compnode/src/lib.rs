@@ -43,8 +43,8 @@ pub use burn::PROBE_THREAD;
 pub use checkpoint::{ExportFolder, export_hugging_face, read_shard, write_shard, write_shard_to};
 pub use codec_table::CodecTable;
 pub use data::{
-    Batches, ChatTemplate, Corpus, FileTokenizer, ReadableData, Reading, Split, TextBatches, Tokenizer, Tokenizing, Tokens,
-    is_guarded,
+    Batches, ChatTemplate, Corpus, FileTokenizer, ReadableData, Reading, Split, TextBatches, Tokenizer, Tokenizing,
+    Tokens, is_guarded,
 };
 pub use device::DeviceChoice;
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ExportError, ShardError};

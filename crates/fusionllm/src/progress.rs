@@ -92,9 +92,9 @@ impl Progress {
         let seconds: f64 = self.recent.iter().map(|r| r.0).sum();
         let tokens: u64 = self.recent.iter().map(|r| r.1).sum();
         let left = seconds / self.recent.len() as f64 * self.steps.saturating_sub(metrics.step) as f64;
-        let eval = self.last_eval.map_or_else(String::new, |(_, loss)| {
-            format!(" eval {loss:.4} (perplexity {})", format_perplexity(loss))
-        });
+        let eval = self
+            .last_eval
+            .map_or_else(String::new, |(_, loss)| format!(" eval {loss:.4} (perplexity {})", format_perplexity(loss)));
         let text =
             format!("loss {:.4}{eval} {:.0} tokens/s, {} left", metrics.loss, tokens as f64 / seconds, duration(left));
         match &self.output {

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RowKind,
-    RunKey, SnapshotSource, WeightSource,
+    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RowKind, RunKey,
+    SnapshotSource, WeightSource,
 };
 
 use super::detector::SUSPECT;

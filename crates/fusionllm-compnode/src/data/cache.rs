@@ -130,7 +130,14 @@ impl TokenCache {
     pub(super) fn begin(&self, key: &str, entries: usize) -> Result<NewEntry, DataError> {
         self.prune();
         let fail = |error: std::io::Error| DataError::Cache { path: self.folder.clone(), reason: error.to_string() };
-        let folder = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(&self.folder).map_err(fail)?;
+        let mut made = tempfile::Builder::new();
+        made.prefix(UNFINISHED);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            made.permissions(std::fs::Permissions::from_mode(0o700));
+        }
+        let folder = made.tempdir_in(&self.folder).map_err(fail)?;
         let tokens = |name: &str| Tokens::in_file(&folder.path().join(name), entries);
         let (train, eval) = (tokens(FILES[0])?, tokens(FILES[1])?);
         Ok(NewEntry { train, eval, folder, place: self.entry(key), key: key.to_owned() })
@@ -142,7 +149,8 @@ impl TokenCache {
             let path = entry.path();
             let is_unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
             let (of, most) = if is_unfinished { (path.clone(), LEFT_OVER) } else { (path.join(META), KEPT) };
-            let age = std::fs::metadata(of).and_then(|metadata| metadata.modified()).ok().and_then(|t| t.elapsed().ok());
+            let age =
+                std::fs::metadata(of).and_then(|metadata| metadata.modified()).ok().and_then(|t| t.elapsed().ok());
             if age.is_some_and(|age| age > most) {
                 let _ = std::fs::remove_dir_all(path);
             }

@@ -7,9 +7,7 @@ mod sources;
 
 use std::collections::BTreeMap;
 
-use fusionllm_protocol::{
-    DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash,
-};
+use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
 
 use super::cache::{Kept, TokenCache};
 use super::files::{LeftOut, shown, text_files};
@@ -95,7 +93,9 @@ impl Corpus {
         let (cache, note) = match opened {
             None => (None, None),
             Some(Ok(cache)) => (Some(cache), None),
-            Some(Err(reason)) => (None, Some(format!("there is no token cache, so tokens are held in memory: {reason}"))),
+            Some(Err(reason)) => {
+                (None, Some(format!("there is no token cache, so tokens are held in memory: {reason}")))
+            }
         };
         let mut corpus = Self::read_by(spec, by, readable, reading, cache.as_ref())?;
         corpus.notes.extend(note);

@@ -138,7 +138,11 @@ impl TextParts {
 
     /// Whether all that came is the text that was there when it was looked at.
     pub(super) fn end(self, content: &TextContent) -> Result<(), String> {
-        if self.left == 0 && self.bytes.is_empty() && self.hash.finish() == content.hash { Ok(()) } else { Err(changed()) }
+        if self.left == 0 && self.bytes.is_empty() && self.hash.finish() == content.hash {
+            Ok(())
+        } else {
+            Err(changed())
+        }
     }
 }
 

@@ -11,8 +11,8 @@ use super::keys::{check_keys, full_key};
 use super::refusal::{EMPTY, describe};
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice,
-    overrides,
+    OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SurviveSpec, TopKBackward, TrainSpec,
+    ValueFormat, WeightsChoice, overrides,
 };
 use crate::JobError;
 

@@ -155,11 +155,11 @@ fn what_is_wrong_with_conversations_is_said_in_a_line() {
     let err = refused("--set data.path=bad.jsonl");
     assert!(err.contains("bad.jsonl: line 2: `messages[0].content` is missing, expected a string"), "{err}");
     let err = refused("--set data.rows=chats");
-    assert!(err.contains("data.rows is `chats`, expected `documents` or `chat`"), "{err}");
+    assert!(err.contains("`data.rows`: is `chats`, expected `documents` or `chat`"), "{err}");
     let err = refused("--set data.format=text");
-    assert!(err.contains("data.rows is `chat`, but data.format = \"text\" has no rows"), "{err}");
+    assert!(err.contains("`data.rows`: is `chat`, but data.format = \"text\" has no rows"), "{err}");
     let err = refused("--set data.tokenizer=bytes");
-    assert!(err.contains("data.chat_template is missing"), "{err}");
+    assert!(err.contains("`data.chat_template`: is missing"), "{err}");
     std::fs::remove_file(bench.path("hf/tokenizer_config.json")).unwrap();
     let err = refused("");
     assert!(err.contains("chat template of the model: there is none beside the tokenizer"), "{err}");

@@ -73,7 +73,8 @@ impl CudaExecutor {
                 }
                 _ => continue,
             };
-            let may_be_none = matches!(reader.kind, OpKind::CrossEntropy) && target_weight(ids.iter().copied()).is_some();
+            let may_be_none =
+                matches!(reader.kind, OpKind::CrossEntropy) && target_weight(ids.iter().copied()).is_some();
             let is_wrong = |id: i32| usize::try_from(id).map_or(!may_be_none, |id| id >= below);
             if let Some(id) = ids.iter().find(|&&id| is_wrong(id)) {
                 let what = format!(

@@ -18,8 +18,7 @@ use crate::data::ReadableData;
 /// Steps that a template may take for a conversation: those of models take some thousands.
 const MOST_STEPS: u64 = 10_000_000;
 /// Special tokens that a template may name.
-const SPECIAL: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+const SPECIAL: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 /// What the template is called inside.
 const NAME: &str = "chat";
 const TOKENIZER_CONFIG: &str = CHAT_FILES[0];
@@ -30,10 +29,10 @@ const TEMPLATE: &str = CHAT_FILES[2];
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    source: String,
+    pub(super) source: String,
     /// Where it lies, for messages.
     name: String,
-    special: BTreeMap<String, String>,
+    pub(super) special: BTreeMap<String, String>,
     /// Whether the template itself says which text is an answer.
     is_marked: bool,
 }
@@ -75,7 +74,9 @@ impl ChatTemplate {
             None => match beside.get(TEMPLATE) {
                 Some(text) => (text.clone(), TEMPLATE.to_owned()),
                 None => match config.as_ref().and_then(|config| config.get("chat_template")) {
-                    Some(given) => (default_of(given).map_err(|r| fail(TOKENIZER_CONFIG, r))?, TOKENIZER_CONFIG.to_owned()),
+                    Some(given) => {
+                        (default_of(given).map_err(|r| fail(TOKENIZER_CONFIG, r))?, TOKENIZER_CONFIG.to_owned())
+                    }
                     None => {
                         let reason = "there is none beside the tokenizer, neither chat_template.jinja nor chat_template in \
                                       tokenizer_config.json";
@@ -156,7 +157,7 @@ impl ChatTemplate {
     fn render(&self, messages: &[Value], prompts: bool) -> Result<String, String> {
         let special = self.special.iter().map(|(name, token)| (name.as_str(), minijinja::Value::from(token.as_str())));
         let given: [(&str, minijinja::Value); 4] = [
-            ("messages", minijinja::Value::from_serialize(messages)),
+            ("messages", minijinja::Value::from(minijinja::value::Serde(messages))),
             ("add_generation_prompt", prompts.into()),
             ("tools", ().into()),
             ("documents", ().into()),
@@ -196,7 +197,9 @@ fn default_of(given: &Value) -> Result<String, String> {
         Value::Array(several) => several.iter().find(named).and_then(|e| e.get("template")).and_then(Value::as_str),
         _ => None,
     };
-    found.map(str::to_owned).ok_or_else(|| "its chat_template is neither a text nor a list with one named default".to_owned())
+    found
+        .map(str::to_owned)
+        .ok_or_else(|| "its chat_template is neither a text nor a list with one named default".to_owned())
 }
 
 /// The special tokens of the first place that has each.

@@ -183,7 +183,8 @@ fn what_is_wrong_with_a_row_is_said_without_its_words() {
         let error = written(&template, row).unwrap_err();
         assert!(error.starts_with(expected) && !error.contains("secret"), "{error}");
     }
-    let strict = of_bytes("{% for m in messages %}\n{{ raise_exception('Roles must alternate') }}{% endfor %}").unwrap();
+    let strict =
+        of_bytes("{% for m in messages %}\n{{ raise_exception('Roles must alternate') }}{% endfor %}").unwrap();
     let secret = json!({"prompt": "secret", "completion": "secret"});
     let error = written(&strict, secret.clone()).unwrap_err();
     assert_eq!(error, "the chat template refuses it: Roles must alternate (its line 2)");

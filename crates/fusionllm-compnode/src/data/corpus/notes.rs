@@ -2,8 +2,8 @@
 
 use fusionllm_protocol::{DataFormat, DataReport, DataSpec, RowKind};
 
-use super::Tokenizing;
 use super::super::tokenizer::Coverage;
+use super::Tokenizing;
 use super::builder::Builder;
 
 /// What is to be known of the tokenizer, and of what it is not asked.

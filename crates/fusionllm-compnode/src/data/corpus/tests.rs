@@ -562,7 +562,8 @@ fn a_damaged_or_foreign_cache_is_made_anew_and_that_is_said() {
     let file = folder.path().join("a.txt");
     std::fs::write(&file, "some text\n".repeat(50)).unwrap();
     let job = spec(&[&file], 4);
-    let (good, notes) = cached(&cache, &job, &Tokenizer::Bytes);
+    let good = Corpus::read(&job, &Tokenizer::Bytes).unwrap();
+    let (_, notes) = cached(&cache, &job, &Tokenizer::Bytes);
     let entry = cache_folder.join(&entries(&cache_folder)[0]);
     let meta = std::fs::read_to_string(entry.join("tokens.json")).unwrap();
     let damage: [(&str, &dyn Fn()); 7] = [

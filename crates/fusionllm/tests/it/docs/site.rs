@@ -45,7 +45,8 @@ const PLACEHOLDERS: [(&str, &str); 14] = [
 ];
 
 /// Whose conversations of two letters fit in a sequence of eight bytes.
-const CHAT_TEMPLATE: &str = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
+const CHAT_TEMPLATE: &str =
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
 
 pub(super) struct Site {
     bench: Bench,

@@ -7,8 +7,8 @@ use fusionllm_graph::{RotaryScaling, WeightLayout};
 
 use super::*;
 use crate::burn::host::to_vec;
-use crate::targets::no_target;
 use crate::burn::kernels::{activation, attention, linear, loss, norm, rotary};
+use crate::targets::no_target;
 
 /// Numbers without a pattern in [-2, 2).
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
