@@ -230,6 +230,7 @@ impl Core {
                 .map(|job| JobSummary {
                     state: job.shown.clone(),
                     standstill: self.standstill(job),
+                    reading: job.run.as_ref().filter(|_| job.shown == JobState::Preparing).and_then(|run| run.reading),
                     ..job.record.summary()
                 })
                 .collect(),

@@ -5,7 +5,7 @@ mod recoveries;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
-use fusionllm_planner::{format_bytes, format_seconds};
+use fusionllm_planner::{format_bytes, format_perplexity, format_seconds};
 use fusionllm_protocol::{DataReport, JobId, JobState, Notice, Recovery, StepMetrics};
 use serde::Serialize;
 
@@ -183,7 +183,9 @@ impl RunReport {
         let recovered = recoveries::line(&self.recoveries, self.useful_share);
         lines.extend(recovered.map(|said| format!("{:<17}{said}", "recoveries")));
         lines.extend(with_bits("training loss", self.loss, None));
-        lines.extend(with_bits("evaluation loss", self.eval_loss, self.eval_bits_per_byte));
+        let evaluation = with_bits("evaluation loss", self.eval_loss, self.eval_bits_per_byte);
+        let perplexity = self.eval_loss.map(|loss| format!(", perplexity {}", format_perplexity(loss)));
+        lines.extend(evaluation.map(|line| line + &perplexity.unwrap_or_default()));
         lines.extend(with_bits("unigram model", self.unigram_loss, self.unigram_bits_per_byte));
         lines.join("\n")
     }

@@ -219,14 +219,15 @@ pub fn resumed_job(stored: &JobSpec, overrides: &[String], folder: Option<&Path>
     let text = toml::to_string(stored).map_err(|e| io_error(Path::new("the run's job"), std::io::Error::other(e)))?;
     let mut spec = JobSpec::from_toml(&text, overrides)?;
     let keys = || overrides.iter().filter_map(|given| Some(given.split_once('=')?.0.trim()));
-    let fixed = ["model.", "lora.", "data.seq_len", "data.tokenizer", "data.format", "train.optimizer"];
+    let fixed = ["model.", "lora.", "data.seq_len", "data.tokenizer", "data.format", "data.rows", "train.optimizer"];
     // A tokenizer's file may have moved.
     let is_file = |job: &JobSpec| job.data.tokenizer_file().is_some();
     let is_other_kind = spec.data.tokenizer != stored.data.tokenizer && !(is_file(&spec) && is_file(stored));
     let is_changed = spec.model != stored.model
         || spec.lora != stored.lora
         || is_other_kind
-        || (spec.data.format, spec.data.seq_len) != (stored.data.format, stored.data.seq_len)
+        || (spec.data.format, spec.data.rows) != (stored.data.format, stored.data.rows)
+        || spec.data.seq_len != stored.data.seq_len
         || spec.train.optimizer != stored.train.optimizer;
     if is_changed {
         let key = keys().find(|key| fixed.iter().any(|fixed| key.starts_with(fixed))).unwrap_or("model");
@@ -235,7 +236,7 @@ pub fn resumed_job(stored: &JobSpec, overrides: &[String], folder: Option<&Path>
     let given = spec.clone();
     spec.resolve_paths(folder.unwrap_or(Path::new("/")));
     if folder.is_none() && spec != given {
-        let paths = ["data.path", "checkpoint.to", "placement.cluster"];
+        let paths = ["data.path", "data.chat_template", "checkpoint.to", "placement.cluster"];
         let key = keys().find(|key| paths.contains(key)).unwrap_or("data.path").to_owned();
         return Err(BrokerError::RelativePath { key });
     }

@@ -177,6 +177,7 @@ impl JobRecord {
             loss: self.loss,
             run_dir: self.run_dir.display().to_string(),
             standstill: None,
+            reading: None,
         }
     }
 }

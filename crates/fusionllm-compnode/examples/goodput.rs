@@ -149,6 +149,7 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
         planned_bytes: 0,
         weights: WeightSource::Seed,
         tokenizer: None,
+        chat: Default::default(),
     })
 }
 

@@ -1,5 +1,6 @@
 //! What can go wrong on a CompNode.
 
+mod data;
 mod export;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use fusionllm_planner::{NodeIndex, format_bytes};
 use fusionllm_protocol::ProtocolError;
 use fusionllm_transport::{io_reason, is_of_path};
 
+pub use data::DataError;
 pub use export::ExportError;
 
 /// Why a sub-DAG could not be computed.
@@ -87,128 +89,6 @@ pub enum ExecutorError {
         /// What may help.
         advice: &'static str,
     },
-}
-
-/// Why data could not be read.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DataError {
-    /// A file or folder could not be read.
-    #[error("data.path {path}: {reason}")]
-    Path {
-        /// The file or folder.
-        path: PathBuf,
-        /// Why it cannot be read.
-        reason: String,
-    },
-    /// A file or folder could not be opened, for a reason that says nothing of it, such as too many open files.
-    #[error("{what} cannot be read: {}", io_reason(source))]
-    Unopened {
-        /// What was to be read, by its key.
-        what: &'static str,
-        /// What the operating system says.
-        source: std::io::Error,
-    },
-    /// What jobs may read is not there.
-    #[error("{path}: {}", io_reason(source), path = path.display())]
-    Unlisted {
-        /// The file or folder that `--data` names.
-        path: PathBuf,
-        /// What the operating system says.
-        source: std::io::Error,
-    },
-    /// The machine's owner does not let jobs read it.
-    #[error(
-        "{key} {path} is nothing that jobs may read on this machine: its owner starts `fusionllm join` with `--data DIR` \
-         to let them"
-    )]
-    NotReadable {
-        /// The job's key.
-        key: &'static str,
-        /// The file or folder that the key names.
-        path: PathBuf,
-    },
-    /// There is no text.
-    #[error("data.path holds no {what}: {paths}")]
-    NoText {
-        /// What there should be, by the job's `data.format`.
-        what: String,
-        /// What was searched.
-        paths: String,
-    },
-    /// The text is shorter than one sequence.
-    #[error(
-        "the {split} split has {tokens} tokens, but one sequence needs {needed}: give more text, or a smaller data.seq_len\
-         {left_out}"
-    )]
-    TooShort {
-        /// `training` or `evaluation`.
-        split: &'static str,
-        /// Tokens there are.
-        tokens: usize,
-        /// Tokens needed: the sequence and one more for the last label.
-        needed: usize,
-        /// What was left out of the data, as `; left out …`; empty if nothing was.
-        left_out: String,
-    },
-    /// The tokenizer file is unusable.
-    #[error("data.tokenizer {path}: {reason}; expected `bytes` or the path of a tokenizer.json")]
-    Tokenizer {
-        /// The tokenizer file.
-        path: String,
-        /// Why it cannot be used.
-        reason: String,
-    },
-    /// The tokenizer drops much of the text.
-    #[error(
-        "data.tokenizer {tokenizer} has no token for {lost} of {chars} characters of the text ({named}), and would drop them: \
-         give one with an unknown token or byte fallback, or one made for this text"
-    )]
-    Dropped {
-        /// The job's `data.tokenizer`: a path, or `bytes`.
-        tokenizer: String,
-        /// Characters without a token.
-        lost: u64,
-        /// Characters in all.
-        chars: u64,
-        /// The most frequent of them.
-        named: String,
-    },
-    /// The tokenizer does not know the text.
-    #[error(
-        "data.tokenizer {tokenizer} does not know {unknown} of {tokens} tokens of the text: give one made for this text"
-    )]
-    Unknown {
-        /// The job's `data.tokenizer`: a path, or `bytes`.
-        tokenizer: String,
-        /// Tokens that stand for something unknown.
-        unknown: usize,
-        /// Tokens in all.
-        tokens: usize,
-    },
-    /// A token id lies outside the model's vocabulary.
-    #[error("data.tokenizer {tokenizer} has token id {id}, but the model's vocabulary ends at {vocab}: {hint}")]
-    Vocabulary {
-        /// The job's `data.tokenizer`: a path, or `bytes`.
-        tokenizer: String,
-        /// The largest id.
-        id: usize,
-        /// The model's vocabulary.
-        vocab: usize,
-        /// What would do.
-        hint: String,
-    },
-    /// There is no memory for text and tokens, which is known before it is filled.
-    #[error("the data's text and tokens take at least {}, there is room for {}", format_bytes(*.needed as f64), format_bytes(*.room as f64))]
-    Memory {
-        /// Bytes that they need.
-        needed: u64,
-        /// Bytes that may be filled.
-        room: u64,
-    },
-    /// The data is not wanted any more.
-    #[error("stopped before the data was read")]
-    Stopped,
 }
 
 /// Why a message could not be sent or received.
@@ -396,7 +276,7 @@ impl CompNodeError {
     /// Whether the job's input is at fault rather than a machine.
     pub fn is_bad_input(&self) -> bool {
         match self {
-            Self::Data(error) => !matches!(error, DataError::Unopened { .. }),
+            Self::Data(error) => !matches!(error, DataError::Unopened { .. } | DataError::Cache { .. }),
             Self::Bind(error) => error.is_bad_input(),
             Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. }) => true,
             _ => false,

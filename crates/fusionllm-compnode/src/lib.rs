@@ -31,6 +31,7 @@ mod residuals;
 mod snapshots;
 mod step_log;
 mod stop;
+mod targets;
 mod task_loop;
 #[cfg(test)]
 mod testing;
@@ -44,7 +45,10 @@ pub use checkpoint::{
     write_shard_to,
 };
 pub use codec_table::CodecTable;
-pub use data::{Batches, Corpus, FileTokenizer, ReadableData, TextBatches, Tokenizer, Tokens, is_guarded};
+pub use data::{
+    Batches, ChatTemplate, Corpus, FileTokenizer, ReadableData, Reading, Split, TextBatches, Tokenizer, Tokenizing,
+    Tokens, is_guarded,
+};
 pub use device::DeviceChoice;
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ExportError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};

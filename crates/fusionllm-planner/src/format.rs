@@ -20,6 +20,14 @@ pub fn format_bytes(bytes: f64) -> String {
     }
 }
 
+/// The perplexity of a loss in nats per token, for people.
+pub fn format_perplexity(loss: f64) -> String {
+    match loss.exp() {
+        p if p < 1e6 => format!("{p:.2}"),
+        p => format!("{p:.2e}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,8 @@ mod client;
 mod numbered;
 mod standing;
 
+use std::collections::BTreeMap;
+
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
 use serde::{Deserialize, Serialize};
@@ -110,6 +112,8 @@ pub struct Assignment {
     pub planned_bytes: u64,
     /// For `data.tokenizer = "model"`, the content of the model's tokenizer.json: it lies on the broker's machine.
     pub tokenizer: Option<String>,
+    /// With it, for `data.rows = "chat"`: the contents of those of [`crate::hugging_face::CHAT_FILES`] that lie beside it, by name.
+    pub chat: BTreeMap<String, String>,
 }
 
 /// From the broker to a CompNode.
@@ -265,6 +269,10 @@ pub enum FromCompNode {
     Reading {
         /// Which placement of which job it belongs to.
         key: RunKey,
+        /// Bytes of the data that are read.
+        done: u64,
+        /// Bytes of the data, as far as that is known.
+        total: u64,
     },
     /// A step is done on this CompNode.
     Step {

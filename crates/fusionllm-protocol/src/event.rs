@@ -130,6 +130,15 @@ pub enum JobEvent {
         /// The new state.
         state: JobState,
     },
+    /// The data owner reads its data; said from time to time.
+    Reading {
+        /// The job that it is about.
+        job: JobId,
+        /// Bytes of the data that have become tokens.
+        done: u64,
+        /// Bytes of the data.
+        total: u64,
+    },
     /// The data owner has read its data.
     Data {
         /// The job that it is about.
@@ -167,6 +176,7 @@ impl JobEvent {
     pub fn job(&self) -> JobId {
         match self {
             Self::State { job, .. }
+            | Self::Reading { job, .. }
             | Self::Data { job, .. }
             | Self::Step { job, .. }
             | Self::Checkpoint { job, .. }

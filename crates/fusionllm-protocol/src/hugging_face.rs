@@ -16,8 +16,12 @@ pub const TOKENIZER: &str = "tokenizer.json";
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// Which tokens are special, as older folders have it.
 pub const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+/// The form in which a model reads conversations, in Jinja.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// The files that say how conversations become text.
+pub const CHAT_FILES: [&str; 3] = [TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE];
 /// The files that say what the tokenizer's tokens are.
 pub const OF_TOKENIZER: [&str; 3] = [TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS];
 /// The files that training does not change, and that a trained model keeps of the one it began as.
 pub const CARRIED: [&str; 6] =
-    [CONFIG, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, "generation_config.json", "chat_template.jinja"];
+    [CONFIG, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, "generation_config.json", CHAT_TEMPLATE];

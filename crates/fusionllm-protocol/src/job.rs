@@ -3,6 +3,7 @@
 //! `docs/job.md` documents each key.
 
 mod cadence;
+mod data_spec;
 mod keys;
 mod lora;
 mod lr_schedule;
@@ -19,6 +20,7 @@ use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use serde::{Deserialize, Serialize};
 
 pub use cadence::{Cadence, Measuring};
+pub use data_spec::{DataFormat, DataSpec, RowKind, SampleOrder};
 pub use keys::job_keys;
 pub use lora::{LoraSpec, scaling as lora_scaling};
 pub use lr_schedule::LrSchedule;
@@ -82,84 +84,6 @@ pub enum WeightsChoice {
     Model,
     /// Anew, from `train.seed`, whatever lies in the directory.
     New,
-}
-
-/// `[data]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DataSpec {
-    /// Files and folders of text on the data owner's machine.
-    pub path: Vec<PathBuf>,
-    /// Form of the files.
-    pub format: DataFormat,
-    /// The key of JSON Lines, or the column of Parquet, that has the text.
-    #[serde(default = "text_column")]
-    pub column: String,
-    /// [`DataSpec::BYTES`], [`DataSpec::MODEL`], or the path of a Hugging Face `tokenizer.json` on the data owner's
-    /// machine.
-    pub tokenizer: String,
-    /// Tokens in a sequence.
-    pub seq_len: usize,
-    /// Token ids and labels never leave the data owner.
-    pub private: bool,
-    /// Name of the CompNode that has the files; if not given, the first one that joined.
-    pub owner: Option<String>,
-    /// Share of the text, at its end, that is held out.
-    pub eval_fraction: f64,
-}
-
-fn text_column() -> String {
-    DataSpec::TEXT_COLUMN.to_owned()
-}
-
-impl DataSpec {
-    /// The key or column that has the text where the job does not say.
-    pub const TEXT_COLUMN: &'static str = "text";
-    /// The tokenizer for which each byte is a token.
-    pub const BYTES: &'static str = "bytes";
-    /// The tokenizer.json in the Hugging Face directory at `model.path`; an OP-DAG file has none, and takes bytes.
-    pub const MODEL: &'static str = "model";
-
-    /// Path of the tokenizer's file on the data owner's machine, if it is one.
-    pub fn tokenizer_file(&self) -> Option<&std::path::Path> {
-        let named = [Self::BYTES, Self::MODEL].contains(&self.tokenizer.as_str());
-        (!named).then(|| std::path::Path::new(&self.tokenizer))
-    }
-
-    /// Every path that is read on the data owner's machine.
-    pub fn files(&self) -> impl Iterator<Item = &std::path::Path> {
-        self.path.iter().map(PathBuf::as_path).chain(self.tokenizer_file())
-    }
-}
-
-/// Form of the data files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DataFormat {
-    /// UTF-8 text: a file is one text.
-    #[default]
-    Text,
-    /// JSON Lines: each line is an object, one key of which has the text of a document.
-    Jsonl,
-    /// Parquet: one column has the texts of the documents, a row each.
-    Parquet,
-    /// Token ids of two bytes each, as nanoGPT writes them, or with llm.c's header.
-    Tokens,
-}
-
-impl DataFormat {
-    /// Every form with its name in job files.
-    pub const ALL: [(&'static str, Self); 4] =
-        [("text", Self::Text), ("jsonl", Self::Jsonl), ("parquet", Self::Parquet), ("tokens", Self::Tokens)];
-
-    /// How names of files of this form end, of which folders may hold others too; nothing for text.
-    pub fn endings(self) -> &'static [&'static str] {
-        match self {
-            Self::Text => &[],
-            Self::Jsonl => &["jsonl", "ndjson"],
-            Self::Parquet => &["parquet"],
-            Self::Tokens => &["bin"],
-        }
-    }
 }
 
 /// `[train]`.

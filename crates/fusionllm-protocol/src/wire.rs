@@ -121,6 +121,7 @@ mod tests {
             loss: None,
             run_dir: "runs/run".to_owned(),
             standstill: Some(Standstill { for_s: 2.5, is_recovering: true, reason: "lost".to_owned() }),
+            reading: Some((1, 2)),
         };
         for message in [
             ToClient::Event(JobEvent::Step { job: JobId(1), metrics }),
@@ -148,6 +149,7 @@ mod tests {
             loss: None,
             run_dir: bad(),
             standstill,
+            reading: None,
         };
         let compnode = CompNodeSummary { name: bad(), id: bad(), device: bad(), job: None, is_leaving: false };
         let report = ToClient::Status(StatusReport { jobs: vec![summary], compnodes: vec![compnode], trouble: None });

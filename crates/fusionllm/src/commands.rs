@@ -10,6 +10,7 @@ mod job_file;
 mod join;
 mod model;
 mod plan;
+mod reading;
 mod status;
 mod submit;
 mod ticket;

@@ -171,7 +171,10 @@ impl LocalCompNodes {
         let threads = (cores / count.max(1) as usize).max(1).to_string();
         let scratch = [OsStr::new("--scratch"), home.scratch.as_os_str()];
         let snapshots = [OsStr::new("--snapshots"), home.snapshots.as_os_str()];
-        let data = home.data.files().flat_map(|path| [OsStr::new("--data"), path.as_os_str()]);
+        let beside = home.data.files_beside_tokenizer();
+        // What is not there cannot be allowed either.
+        let beside = beside.iter().map(PathBuf::as_path).filter(|path| path.is_file());
+        let data = home.data.files().chain(beside).flat_map(|path| [OsStr::new("--data"), path.as_os_str()]);
         let plain = ["--device", device, "--threads", &threads].into_iter().map(OsStr::new);
         // Those that are started again, too: nothing that was measured anew is kept.
         let fresh = fresh_profile.then_some(OsStr::new("--fresh-profile"));

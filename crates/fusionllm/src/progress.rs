@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::time::Instant;
 
-use fusionllm_planner::format_seconds;
+use fusionllm_planner::{format_perplexity, format_seconds};
 use fusionllm_protocol::{JobEvent, JobState, Recovery, StepMetrics};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -66,6 +66,7 @@ impl Progress {
                 JobState::Waiting { .. } | JobState::Preparing => self.note(&render::state(state)),
                 JobState::Done | JobState::Failed { .. } | JobState::Stopped => self.finish(),
             },
+            JobEvent::Reading { done, total, .. } => self.note(&render::reading(*done, *total)),
             JobEvent::Data { data, .. } => self.note(&format!(
                 "data: {} files, {} training tokens, {} held out; a unigram model's loss is {:.4}",
                 data.files, data.train_tokens, data.eval_tokens, data.unigram_loss
@@ -91,7 +92,9 @@ impl Progress {
         let seconds: f64 = self.recent.iter().map(|r| r.0).sum();
         let tokens: u64 = self.recent.iter().map(|r| r.1).sum();
         let left = seconds / self.recent.len() as f64 * self.steps.saturating_sub(metrics.step) as f64;
-        let eval = self.last_eval.map_or_else(String::new, |(_, loss)| format!(" eval {loss:.4}"));
+        let eval = self
+            .last_eval
+            .map_or_else(String::new, |(_, loss)| format!(" eval {loss:.4} (perplexity {})", format_perplexity(loss)));
         let text =
             format!("loss {:.4}{eval} {:.0} tokens/s, {} left", metrics.loss, tokens as f64 / seconds, duration(left));
         match &self.output {

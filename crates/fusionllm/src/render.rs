@@ -5,7 +5,7 @@ use std::io::Write;
 
 use anyhow::Context;
 use fusionllm_graph::OpDag;
-use fusionllm_planner::Placement;
+use fusionllm_planner::{Placement, format_bytes};
 use fusionllm_protocol::{JobState, StatusReport};
 use serde::Serialize;
 
@@ -33,6 +33,12 @@ pub(crate) fn state(state: &JobState) -> String {
     }
 }
 
+/// How far the data is read.
+pub(crate) fn reading(done: u64, total: u64) -> String {
+    let share = 100.0 * done as f64 / total.max(1) as f64;
+    format!("{share:.0} % of {} of data is read", format_bytes(total as f64))
+}
+
 /// Jobs and CompNodes as two tables.
 pub(crate) fn status(report: &StatusReport) -> String {
     let mut text = report.trouble.as_ref().map_or_else(String::new, |trouble| format!("{trouble}\n\n"));
@@ -44,7 +50,10 @@ pub(crate) fn status(report: &StatusReport) -> String {
     for job in &report.jobs {
         let step = format!("{}/{}", job.step, job.steps);
         let loss = job.loss.map_or_else(|| "-".to_owned(), |l| format!("{l:.4}"));
-        let state = job.standstill.as_ref().map_or_else(|| state(&job.state), ToString::to_string);
+        let mut state = job.standstill.as_ref().map_or_else(|| state(&job.state), ToString::to_string);
+        if let Some((done, total)) = job.reading.filter(|(_, total)| *total > 0) {
+            state.push_str(&format!(", {}", reading(done, total)));
+        }
         text.push_str(&format!("{:<5} {:<20} {step:>13} {loss:>9}  {state}\n", job.job.0, job.name));
     }
     text.push('\n');

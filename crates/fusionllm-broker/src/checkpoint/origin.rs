@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use fusionllm_protocol::hugging_face::{OF_TOKENIZER, TOKENIZER};
+use fusionllm_protocol::hugging_face::{CHAT_FILES, OF_TOKENIZER, TOKENIZER};
 use fusionllm_protocol::{CarriedFile, DataFingerprint, content_hash};
 use fusionllm_transport::read_regular_text;
 
@@ -26,6 +26,12 @@ impl Origin {
     /// The tokenizer's file.
     pub(crate) fn tokenizer(&self) -> Option<&str> {
         self.carried.get(TOKENIZER).map(String::as_str)
+    }
+
+    /// The files that say how its model writes conversations, by name.
+    pub(crate) fn chat_files(&self) -> BTreeMap<String, String> {
+        let is_one = |(name, _): &(&String, &String)| CHAT_FILES.contains(&name.as_str());
+        self.carried.iter().filter(is_one).map(|(name, text)| (name.clone(), text.clone())).collect()
     }
 
     /// Puts another tokenizer in the place of the one that is carried, or none.

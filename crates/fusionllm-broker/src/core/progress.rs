@@ -45,11 +45,10 @@ impl Core {
             FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),
             FromCompNode::Probed { probe, result } => self.probed(connection, probe, result, now),
             FromCompNode::Ready { key, data } => self.ready(key, connection, data, now),
-            FromCompNode::Reading { key } => {
-                if let Some(run) = self.run_mut(key) {
-                    run.reads_on(connection, now);
-                }
-                Vec::new()
+            FromCompNode::Reading { key, done, total } => {
+                let reads = self.run_mut(key).is_some_and(|run| run.reads_on(connection, (done, total), now));
+                let event = JobEvent::Reading { job: key.job, done, total };
+                if reads && total > 0 { vec![Action::Emit(event)] } else { Vec::new() }
             }
             FromCompNode::Step { key, report } => {
                 let Some(run) = self.run_mut(key) else { return Vec::new() };

@@ -120,6 +120,8 @@ pub(super) struct Run {
     /// Where codecs adapt while training.
     controller: Option<Controller>,
     pub(super) watchdog: Watchdog,
+    /// How many bytes of the data have become tokens, and how many there are, before it is ready.
+    pub(super) reading: Option<(u64, u64)>,
     /// Of members that are silent: what the others hear of them.
     pub(super) hearsay: BTreeMap<ConnectionId, Hearsay>,
     /// When it was placed, and how long it took to get ready.
@@ -177,6 +179,7 @@ impl Run {
             shards: BTreeMap::new(),
             controller,
             watchdog: Watchdog::new(&start.dag, spec, predicted_s, now),
+            reading: None,
             hearsay: BTreeMap::new(),
             placed: now,
             prepared: Duration::ZERO,
@@ -325,10 +328,14 @@ impl Run {
     }
 
     /// A CompNode that is not ready yet has got further with the data.
-    pub(super) fn reads_on(&mut self, connection: ConnectionId, now: Duration) {
-        if self.node_of(connection).is_some_and(|node| !self.ready.contains(&node)) {
+    /// `read` is how many bytes of the data have become tokens, and how many there are. Says whether that was to be.
+    pub(super) fn reads_on(&mut self, connection: ConnectionId, read: (u64, u64), now: Duration) -> bool {
+        let is_due = self.node_of(connection).is_some_and(|node| !self.ready.contains(&node));
+        if is_due {
             self.watchdog.moved = now;
+            self.reading = Some(read);
         }
+        is_due
     }
 
     pub(super) fn finished(&mut self, connection: ConnectionId, now: Duration) {

@@ -1,11 +1,12 @@
 //! Which CompNodes a waiting job gets, and what they are told.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RunKey,
+    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RowKind, RunKey,
     SnapshotSource, WeightSource,
 };
 
@@ -407,6 +408,10 @@ impl Core {
                 planned_bytes: planned.get(node.index()).copied().unwrap_or(0),
                 weights,
                 tokenizer: start.origin.tokenizer().filter(|_| takes_models && reads_data).map(str::to_owned),
+                chat: match spec.data.rows {
+                    RowKind::Chat if takes_models && reads_data => start.origin.chat_files(),
+                    _ => BTreeMap::new(),
+                },
             };
             actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
             if let Some(from) = &start.weights {

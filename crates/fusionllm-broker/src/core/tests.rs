@@ -953,7 +953,7 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
     // Data that is still being read is waited for as long as that goes on; who is ready reads nothing.
     let reading = |connection, second| CoreEvent::Said {
         connection: ConnectionId(connection),
-        message: FromCompNode::Reading { key: KEY },
+        message: FromCompNode::Reading { key: KEY, done: 300, total: 1000 },
         at: NOW + Duration::from_secs(second),
     };
     let mut core = super::tests::core(2);
@@ -965,6 +965,7 @@ fn a_job_on_which_nothing_goes_on_fails_and_says_who_is_waited_for() {
     }
     idle(&mut core, 2000);
     assert_eq!(state(&core, 1), JobState::Preparing);
+    assert_eq!(core.status().jobs[0].reading, Some((300, 1000)));
     tell(&mut core, reading(2, 2000), NOW + Duration::from_secs(2000));
     idle(&mut core, 2200);
     assert!(failure(&core).contains("not ready for 60") && failure(&core).contains("waited for CompNode `a`;"));

@@ -134,8 +134,8 @@ impl Core {
         let pairs = all.iter().flat_map(|&a| all.iter().map(move |&b| (a, b))).filter(|(a, b)| a != b);
         let slowest =
             pairs.map(|(a, b)| self.survey.bytes_per_s(a, b)).filter(|rate| *rate > 0.0).min_by(f64::total_cmp);
-        let params: u64 = run.dag.params().iter().map(fusionllm_graph::Param::bytes).sum();
-        let bytes = record.spec.train.state_bytes(params) as f64 / all.len().max(1) as f64;
+        let state = record.spec.train.state_bytes(run.dag.param_bytes(), run.dag.trained_bytes());
+        let bytes = state as f64 / all.len().max(1) as f64;
         let seconds = slowest.map_or(0.0, |rate| bytes / rate);
         run.prepared() + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4)
     }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fusionllm_graph::{GraphError, Lora, OpDag, read_json};
+use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG as CONFIG, ADAPTER_WEIGHTS as WEIGHTS};
 use fusionllm_protocol::{JobSpec, LoraSpec, lora_scaling};
 use fusionllm_transport::read_regular_text;
 use serde_json::{Map, Value};
@@ -14,8 +15,6 @@ use crate::BrokerError;
 use crate::checkpoint::TensorFile;
 use crate::files::named_error;
 
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
 /// How PEFT's names of tensors begin.
 pub(crate) const PREFIX: &str = "base_model.model.";
 /// How they end after the module's name.

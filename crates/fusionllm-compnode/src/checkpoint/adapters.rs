@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use fusionllm_graph::{Adapter, OpDag, WeightLayout};
+use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 use serde_json::Value;
 
 use super::export_folder::ExportFolder;
@@ -44,12 +45,12 @@ pub fn export_adapters(
     }
     let config = adapter_config(dag, &adapters, origin);
     let mut out = folder.take(of)?;
-    let name = "adapter_model.safetensors";
+    let name = ADAPTER_WEIGHTS;
     let path = folder.path().join(name);
     out.write(name, |out| {
         write_shard_to(out, &path, matrices.into_iter().map(LazyTensor::from).collect()).map(|_| ())
     })?;
-    let name = "adapter_config.json";
+    let name = ADAPTER_CONFIG;
     let io = |source| ShardError::Io { path: folder.path().join(name), source };
     out.write(name, |out| out.write_all(format!("{config:#}\n").as_bytes()).map_err(io))?;
     Ok(out.finish()?)

@@ -7,6 +7,7 @@ mod token_file;
 use std::fs::File;
 
 use fusionllm_protocol::{DataFormat, DataSpec};
+use serde_json::{Map, Value};
 
 use super::Reading;
 use crate::DataError;
@@ -17,6 +18,16 @@ pub(super) use token_file::{Part, each_part};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Document<'a> {
     pub(super) text: &'a str,
+    /// The share of the file that lies before its end, up to 1.
+    pub(super) end: f64,
+}
+
+/// A row that is no text.
+#[derive(Debug)]
+pub(super) struct Row {
+    /// `line 7` or `row 7`.
+    pub(super) place: String,
+    pub(super) keys: Map<String, Value>,
     /// The share of the file that lies before its end, up to 1.
     pub(super) end: f64,
 }
@@ -54,6 +65,21 @@ pub(super) fn each_document(
         DataFormat::Jsonl => jsonl::each(file, spec, reading, take),
         DataFormat::Parquet => parquet::each(file, spec, reading, take),
         DataFormat::Text | DataFormat::Tokens => Err(Failure::File("its form has no documents".to_owned())),
+    }
+}
+
+/// Gives each row of a file, in order: of Parquet those of its columns that are among `keys`.
+pub(super) fn each_row(
+    file: File,
+    spec: &DataSpec,
+    keys: &[&str],
+    reading: &Reading,
+    take: &mut dyn FnMut(Row) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    match spec.format {
+        DataFormat::Jsonl => jsonl::each_row(file, reading, take),
+        DataFormat::Parquet => parquet::each_row(file, keys, reading, take),
+        DataFormat::Text | DataFormat::Tokens => Err(Failure::File("its form has no rows".to_owned())),
     }
 }
 

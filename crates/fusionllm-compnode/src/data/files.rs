@@ -1,13 +1,12 @@
 //! Which files a job's paths mean, and which of a folder are left out, and why.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use fusionllm_protocol::content_hash;
 use fusionllm_transport::is_shortage;
 
-use super::{ReadableData, Reading};
+use super::Reading;
 use crate::DataError;
 
 /// Folders that hold no text worth learning, even where no ignore file says so.
@@ -15,16 +14,11 @@ const SKIPPED_FOLDERS: [&str; 3] = ["target", "node_modules", "runs"];
 /// What a folder that a run writes to holds meanwhile.
 const LOCK: &str = "fusionllm.lock";
 /// Why a file or folder is left out that cannot be looked at.
-const UNREADABLE: &str = "unreadable";
+pub(super) const UNREADABLE: &str = "unreadable";
 /// Left-out files that are named in a sentence.
 const NAMED: usize = 3;
 /// Entries that are looked at to say what a folder's rules leave out.
 const MOST_ENTRIES: usize = 100_000;
-
-/// Bytes of a file that are read at once.
-const PART_BYTES: u64 = 1 << 20;
-/// The byte order mark.
-const MARK: char = '\u{feff}';
 
 /// One file to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -254,95 +248,13 @@ fn once_each(files: BTreeMap<PathBuf, TextFile>, left_out: &mut LeftOut) -> Vec<
     once
 }
 
-/// What a file holds.
-pub(super) enum Content {
-    /// Text.
-    Text {
-        /// Without its byte order mark.
-        text: String,
-        /// Whether it had one.
-        had_mark: bool,
-    },
-    /// No text.
-    Other {
-        /// What it is instead: files of one kind are told of together.
-        kind: &'static str,
-        /// Why it is no text, for a file that the job names.
-        reason: String,
-    },
-}
-
-/// Reads a file, if it may be read. One that cannot be read is as one that holds no text: where it is named, that is said.
-pub(super) fn read(path: &Path, readable: &ReadableData, reading: &Reading) -> Result<Content, DataError> {
-    let unreadable = |error: std::io::Error| match is_shortage(&error) {
-        true => Err(DataError::Unopened { what: "data.path", source: error }),
-        false => Ok(Content::Other { kind: UNREADABLE, reason: error.to_string() }),
-    };
-    let mut file = match readable.open(path) {
-        Ok(file) => file,
-        Err(error) => return unreadable(error),
-    };
-    let mut bytes = Vec::new();
-    if let Ok(size) = file.metadata().map(|metadata| metadata.len()) {
-        // Growing would fill twice the memory. Where there is none for it, it grows nevertheless.
-        let _ = bytes.try_reserve_exact(usize::try_from(size).unwrap_or(usize::MAX).saturating_add(1));
-    }
-    let mut checked = 0;
-    loop {
-        match file.by_ref().take(PART_BYTES).read_to_end(&mut bytes) {
-            Ok(0) => break,
-            Ok(read) => reading.moved(read)?,
-            Err(error) => return unreadable(error),
-        }
-        // What is no text is not read to its end: it may be large.
-        let valid = match std::str::from_utf8(&bytes[checked..]) {
-            Ok(text) => text.len(),
-            Err(error) if error.error_len().is_some() => break,
-            Err(error) => error.valid_up_to(),
-        };
-        let from = checked;
-        checked += valid;
-        if bytes[from..checked].contains(&0) {
-            bytes.truncate(checked);
-            break;
-        }
-        reading.fits(bytes.len() as u64)?;
-    }
-    Ok(content(bytes))
-}
-
-/// What the bytes of a file are, up to the first that is none of a text.
-fn content(bytes: Vec<u8>) -> Content {
-    match String::from_utf8(bytes) {
-        Ok(mut text) => match text.find('\0') {
-            Some(at) => {
-                let reason = format!("it has a NUL byte at {at}, so it is no text");
-                Content::Other { kind: "with NUL bytes", reason }
-            }
-            None if text.starts_with(MARK) => {
-                text.replace_range(..MARK.len_utf8(), "");
-                Content::Text { text, had_mark: true }
-            }
-            None => Content::Text { text, had_mark: false },
-        },
-        Err(error) => {
-            let at = error.utf8_error().valid_up_to();
-            match error.as_bytes() {
-                [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => {
-                    let reason = "it is UTF-16, expected UTF-8 text".to_owned();
-                    Content::Other { kind: "UTF-16, expected UTF-8", reason }
-                }
-                _ => Content::Other { kind: "not UTF-8 text", reason: format!("not UTF-8 text (byte {at} is not)") },
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io;
 
     use super::*;
+    use crate::data::ReadableData;
+    use crate::data::text::{Content, look_at};
 
     fn names(root: &Path, left_out: &mut LeftOut) -> Vec<String> {
         text_files(&[root.to_owned()], left_out, &Reading::default())
@@ -393,7 +305,7 @@ mod tests {
             assert_eq!(reason, "permission denied");
         }
         let Content::Other { kind: UNREADABLE, reason } =
-            read(&root.join("patients/one.txt"), &ReadableData::everything(), &Reading::default()).unwrap()
+            look_at(&root.join("patients/one.txt"), &ReadableData::everything(), &Reading::default()).unwrap()
         else {
             panic!()
         };

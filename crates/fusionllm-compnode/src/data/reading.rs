@@ -8,7 +8,7 @@ use crate::stop::StopFlag;
 
 /// Shared between whoever reads and whoever watches.
 #[derive(Debug, Default)]
-pub(crate) struct Reading {
+pub struct Reading {
     stop: StopFlag,
     /// Grows with every entry, every part of a file and every piece of text.
     progress: AtomicU64,
@@ -16,6 +16,9 @@ pub(crate) struct Reading {
     room: OnceLock<u64>,
     /// Bytes that they fill already.
     held: AtomicU64,
+    /// Bytes of the data, and how many of them have become tokens.
+    total: AtomicU64,
+    done: AtomicU64,
 }
 
 impl Reading {
@@ -50,6 +53,23 @@ impl Reading {
     /// How much is done.
     pub(crate) fn progress(&self) -> u64 {
         self.progress.load(Ordering::Relaxed)
+    }
+
+    /// The data has so many bytes.
+    pub(super) fn begins(&self, total: u64) {
+        self.total.store(total, Ordering::Relaxed);
+        self.done.store(0, Ordering::Relaxed);
+    }
+
+    /// So many more of them have become tokens.
+    pub(super) fn became_tokens(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of the data that have become tokens, and of all the data; 0 as long as that is not known.
+    pub fn bytes(&self) -> (u64, u64) {
+        let total = self.total.load(Ordering::Relaxed);
+        (self.done.load(Ordering::Relaxed).min(total), total)
     }
 
     /// So many bytes are filled now.

@@ -61,6 +61,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         planned_bytes: 0,
         weights: WeightSource::Seed,
         tokenizer: None,
+        chat: Default::default(),
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::scratch::{check_scratch_room, shard_bytes};
 use crate::backend::{Backend, ExecutorSpec, FirstParams};
 use crate::checkpoint::{ShardFile, ShardTensors};
-use crate::data::{Batches, Corpus, ReadableData, Reading, TextBatches, Tokenizer};
+use crate::data::{Batches, ChatTemplate, Corpus, ReadableData, Reading, TextBatches, Tokenizer, Tokenizing};
 use crate::executor::{Executor, NamedTensor, TensorSource};
 use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
@@ -183,19 +183,14 @@ fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<O
     }
     let spec = &assignment.spec;
     let tokenizer = Tokenizer::of_job_within(&spec.data, assignment.tokenizer.as_deref(), &site.readable)?;
-    let corpus = Corpus::read_within(&spec.data, &tokenizer, &site.readable, &site.reading)?;
+    let template = ChatTemplate::of_job(&spec.data, &assignment.chat, &site.readable)?;
+    let by = Tokenizing { tokenizer: &tokenizer, template: template.as_ref() };
+    let corpus = Corpus::read_within(&spec.data, by, &site.readable, &site.reading)?;
     let vocab = dag.logits().and_then(|op| dag.op(op).output.shape.resolve(1).last().copied());
     let vocab = vocab.ok_or_else(|| ExecutorError::Internal { what: "the graph has no logits".to_owned() })?;
     let note = corpus.check_vocabulary(vocab, spec.model.path.is_none())?;
-    let mut data = corpus.report(vocab);
+    let mut data = corpus.report(vocab)?;
     data.notes.extend(note);
-    let batches = TextBatches {
-        corpus: Arc::new(corpus),
-        seed: spec.train.seed,
-        batch: spec.train.batch as usize,
-        micro_batch_size: spec.micro_batch_size() as usize,
-        eval_micro_batches: spec.train.eval_batches as usize,
-        seq_len: spec.data.seq_len,
-    };
+    let batches = TextBatches::new(Arc::new(corpus), spec);
     Ok((Some(Box::new(batches)), Some(data)))
 }

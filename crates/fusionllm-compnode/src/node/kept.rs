@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(kept.report(step(9)), None, "another one must have the job back first");
         assert!(!kept.finish());
         // What concerns no report is told in any case.
-        let reading = FromCompNode::Reading { key: KEY };
+        let reading = FromCompNode::Reading { key: KEY, done: 1, total: 2 };
         assert_eq!(kept.report(reading.clone()), Some(reading));
         assert_eq!(kept.taken_back(7), (vec![step(8), failed, step(9)], true));
         assert_eq!(kept.report(step(10)), Some(step(10)));

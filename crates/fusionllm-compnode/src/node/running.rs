@@ -340,10 +340,11 @@ async fn tell_reading(reading: Weak<Reading>, every: Duration, key: RunKey, even
     let mut before = 0;
     loop {
         sleep(every).await;
-        let Some(progress) = reading.upgrade().map(|reading| reading.progress()) else { return };
+        let seen = reading.upgrade().map(|reading| (reading.progress(), reading.bytes()));
+        let Some((progress, (done, total))) = seen else { return };
         if progress != before {
             before = progress;
-            let message = FromCompNode::Reading { key };
+            let message = FromCompNode::Reading { key, done, total };
             // If the loop is gone nobody needs to know.
             let _ = events.send(NodeEvent::Report(key, Box::new(message))).await;
         }
@@ -382,7 +383,8 @@ mod tests {
             reading.moved(1).unwrap();
             let Some(NodeEvent::Report(of, message)) = inbox.recv().await else { panic!("nothing is told") };
             assert_eq!(of, key);
-            assert_eq!(*message, FromCompNode::Reading { key: RunKey { job: JobId(3), generation: Generation(2) } });
+            let key = RunKey { job: JobId(3), generation: Generation(2) };
+            assert_eq!(*message, FromCompNode::Reading { key, done: 0, total: 0 });
         }
         // It stands still, and ends.
         sleep(20 * every).await;

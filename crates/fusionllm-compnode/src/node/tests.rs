@@ -176,7 +176,7 @@ fn dag(vocab_size: usize) -> OpDag {
 fn spec(folder: &Path, train: &str) -> JobSpec {
     let data = folder.display();
     let text = format!(
-        "[model]\nname = \"gpt2\"\n[data]\npath = \"{data}\"\nseq_len = 16\n[train]\nwarmup = 0\nbatch = 4\n\
+        "[model]\nname = \"gpt2\"\n[data]\npath = \"{data}\"\nseq_len = 16\ncache = false\n[train]\nwarmup = 0\nbatch = 4\n\
          micro_batches = 2\n{train}"
     );
     JobSpec::from_toml(&text, &[]).unwrap()
@@ -200,6 +200,7 @@ fn assignment(spec: JobSpec, dag: &OpDag, generation: u32, weights: WeightSource
         planned_bytes: 0,
         weights,
         tokenizer: None,
+        chat: Default::default(),
     }
 }
 

@@ -64,6 +64,7 @@ async fn wires(run: &Run) -> Vec<Arc<JobLinks>> {
             planned_bytes: 0,
             weights: WeightSource::Seed,
             tokenizer: None,
+            chat: Default::default(),
         };
         let links = JobLinks::new(endpoint.clone(), &assignment);
         let to = Arc::downgrade(&links);

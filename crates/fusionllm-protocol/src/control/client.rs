@@ -142,6 +142,9 @@ pub struct JobSummary {
     /// Why it does no step at present, if it should.
     #[serde(with = "crate::wire::as_json", default)]
     pub standstill: Option<Standstill>,
+    /// While its data is read: bytes of it that have become tokens, and bytes in all (0 as long as that is not known).
+    #[serde(default)]
+    pub reading: Option<(u64, u64)>,
 }
 
 /// One CompNode in a status report.

@@ -11,8 +11,8 @@ use super::keys::{check_keys, full_key};
 use super::refusal::{EMPTY, describe};
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice,
-    overrides,
+    OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SurviveSpec, TopKBackward, TrainSpec,
+    ValueFormat, WeightsChoice, overrides,
 };
 use crate::JobError;
 
@@ -80,11 +80,15 @@ fn data(s: &Section<'_>, has_model_path: bool) -> Result<DataSpec, JobError> {
         path: s.paths("path")?,
         format: s.choice("format", &DataFormat::ALL)?,
         column: s.filled("column")?.unwrap_or_else(|| DataSpec::TEXT_COLUMN.to_owned()),
+        rows: s.choice("rows", &RowKind::ALL)?,
+        chat_template: s.filled("chat_template")?.map(PathBuf::from),
         tokenizer: s.filled("tokenizer")?.unwrap_or_else(|| tokenizer.to_owned()),
         seq_len: s.integer("seq_len")?.unwrap_or(128),
         private: s.flag("private")?,
         owner: s.text("owner")?,
         eval_fraction: s.real("eval_fraction", 0.1)?,
+        order: s.get("order").map(|_| s.choice("order", &SampleOrder::ALL)).transpose()?,
+        cache: s.flag_or("cache", true)?,
     })
 }
 

@@ -56,7 +56,11 @@ rslora = true
 adapter = "adapters"
 [data]
 path = ["a", "b"]
-format = "text"
+format = "jsonl"
+rows = "chat"
+chat_template = "chat.jinja"
+order = "sequential"
+cache = false
 tokenizer = "tok.json"
 seq_len = 32
 private = true
@@ -112,6 +116,8 @@ mtbf_h = 0.5
     let adapter = Some("/jobs/adapters".into());
     assert_eq!(spec.lora, LoraSpec { rank: 4, alpha: Some(8.0), targets, dropout: 0.05, rslora: true, adapter });
     assert_eq!(spec.data.path, [Path::new("/jobs/a"), Path::new("/jobs/b")]);
+    assert_eq!(spec.data.chat_template.as_deref(), Some(Path::new("/jobs/chat.jinja")));
+    assert_eq!((spec.data.sample_order(), spec.data.cache), (crate::SampleOrder::Sequential, false));
     assert_eq!(
         (spec.data.tokenizer.as_str(), spec.checkpoint.to.as_deref()),
         ("/jobs/tok.json", Some(Path::new("/jobs/kept")))
@@ -133,7 +139,7 @@ mtbf_h = 0.5
 #[test]
 fn an_empty_value_is_not_a_path() {
     let empty = "is empty, expected a value; leave the key out for its default";
-    for key in ["data.tokenizer", "checkpoint.to", "placement.cluster"] {
+    for key in ["data.tokenizer", "data.chat_template", "checkpoint.to", "placement.cluster"] {
         check_error(&[&format!("{key}=")], &format!("`{key}`: {empty}"));
         check_error(&[&format!("{key}=\" \"")], &format!("`{key}`: {empty}"));
     }
@@ -215,6 +221,22 @@ fn a_value_out_of_range_says_what_would_be_right() {
     );
     check_error(&["data.eval_fraction=0.6"], "`data.eval_fraction`: is 0.6, expected above 0 and at most 0.5");
     check_error(&["data.seq_len=1"], "`data.seq_len`: is 1, expected at least 2");
+    check_error(
+        &["data.rows=chat"],
+        "`data.rows`: is `chat`, but data.format = \"text\" has no rows: expected `jsonl` or `parquet`",
+    );
+    check_error(
+        &["data.rows=chat", "data.format=jsonl"],
+        "`data.chat_template`: is missing: the tokenizer `bytes` has no chat template, expected the path of a Jinja file",
+    );
+    let chat = ["data.rows=chat", "data.format=parquet", "data.chat_template=x"];
+    read(LEAST, &chat).unwrap();
+    check_error(
+        &[&chat[..], &["data.column=chats"]].concat(),
+        "`data.column`: is `chats`, but conversations have keys of their own: leave it out",
+    );
+    check_error(&["data.chat_template=x"], "`data.chat_template`: is given, but data.rows is not `chat`");
+    check_error(&["data.order=random"], "`data.order`: is `random`, expected `drawn` or `shuffled` or `sequential`");
     check_error(&["model.n_head=7"], "`model.n_head`: is 7, expected a divisor of model.n_embd = 768");
     check_error(&["model.n_head=0"], "`model.n_head`: is 0, expected at least 1");
     check_error(&["model.n_positions=64"], "`model.n_positions`: is 64, expected at least data.seq_len = 128");

@@ -8,7 +8,7 @@ use fusionllm_planner::{Compression, MAX_COMPNODES, Owner, PlacementSpec, PlanSp
 
 use super::names::{check_name, check_path};
 use super::refusal::fail;
-use super::{CompressionPolicy, CompressionSpec, DataSpec, JobSpec, ValueFormat};
+use super::{CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, RowKind, ValueFormat};
 use crate::JobError;
 
 /// The models that are known by name.
@@ -68,6 +68,30 @@ pub(super) fn is_share(value: f64) -> bool {
     value >= 0.0 && (value as f32) < 1.0
 }
 
+/// Conversations need a form that has rows, and something that writes them out.
+fn check_rows(data: &DataSpec) -> Result<(), JobError> {
+    if data.rows != RowKind::Chat {
+        return match &data.chat_template {
+            Some(_) => fail("data.chat_template", "is given, but data.rows is not `chat`".to_owned()),
+            None => Ok(()),
+        };
+    }
+    if !matches!(data.format, DataFormat::Jsonl | DataFormat::Parquet) {
+        let format = DataFormat::ALL.iter().find(|(_, format)| *format == data.format).map_or("", |(name, _)| name);
+        let reason = format!("is `chat`, but data.format = \"{format}\" has no rows: expected `jsonl` or `parquet`");
+        return fail("data.rows", reason);
+    }
+    if data.column != DataSpec::TEXT_COLUMN {
+        let reason = format!("is `{}`, but conversations have keys of their own: leave it out", data.column);
+        return fail("data.column", reason);
+    }
+    if data.tokenizer == DataSpec::BYTES && data.chat_template.is_none() {
+        let reason = "is missing: the tokenizer `bytes` has no chat template, expected the path of a Jinja file";
+        return fail("data.chat_template", reason.to_owned());
+    }
+    Ok(())
+}
+
 impl JobSpec {
     /// Holds every value against its range and against the others.
     ///
@@ -122,6 +146,7 @@ impl JobSpec {
             ("lora.adapter", &self.lora.adapter),
             ("placement.cluster", &self.placement.cluster),
             ("checkpoint.to", &self.checkpoint.to),
+            ("data.chat_template", &self.data.chat_template),
         ];
         paths.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?))).try_for_each(|(k, p)| check_path(k, p))
     }
@@ -202,6 +227,7 @@ impl JobSpec {
             return fail("data.seq_len", format!("is {}, expected at least 2", d.seq_len));
         }
         at_most("data.seq_len", d.seq_len as u64, MAX_SEQ_LEN as u64)?;
+        check_rows(d)?;
         let share = d.eval_fraction;
         in_range("data.eval_fraction", share, share > 0.0 && share <= 0.5, "above 0 and at most 0.5")
     }
@@ -264,6 +290,7 @@ impl JobSpec {
         self.lora.adapter.iter_mut().for_each(resolve);
         self.checkpoint.to.iter_mut().for_each(resolve);
         self.placement.cluster.iter_mut().for_each(resolve);
+        self.data.chat_template.iter_mut().for_each(resolve);
         if self.data.tokenizer_file().is_some() {
             self.data.tokenizer = base.join(&self.data.tokenizer).to_string_lossy().into_owned();
         }

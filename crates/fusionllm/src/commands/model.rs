@@ -8,7 +8,7 @@ use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{AdapterOrigin, NamedTensor, Tokenizer, merge_adapters, read_shard};
 use fusionllm_graph::{Model, OpDag};
-use fusionllm_protocol::hugging_face::{CONFIG, TOKENIZER};
+use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, CONFIG, TOKENIZER};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
 
 use crate::exit::{bad_input, refused};
@@ -35,12 +35,9 @@ impl TrainedModel {
     }
 }
 
-/// PEFT's file that says what adapters are.
-const ADAPTER_CONFIG: &str = "adapter_config.json";
-
 /// Reads whatever `path` is. A tokenizer that is given goes before the model's own.
 pub(super) fn open(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<TrainedModel> {
-    if path.join(ADAPTER_CONFIG).is_file() && !path.join("config.json").exists() {
+    if path.join(ADAPTER_CONFIG).is_file() && !path.join(CONFIG).exists() {
         let path = path.display();
         return Err(bad_input(format!(
             "{path} holds adapters without the model that they are of: give the run that made them, or go on from them in a \

@@ -3,6 +3,7 @@
 mod finish;
 mod way_on;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -12,7 +13,7 @@ use fusionllm_broker::{
     default_run_dir, find_resumption, free_run_dir, holds_run, is_free, load_model, model_tokenizer, newest_checkpoint,
     read_cluster, resumed_job,
 };
-use fusionllm_compnode::{Corpus, Tokenizer, check_run_room, open_device};
+use fusionllm_compnode::{ChatTemplate, ReadableData, Tokenizer, Tokenizing, check_run_room, open_device};
 use fusionllm_planner::{Cluster, place};
 use fusionllm_protocol::{JobEvent, JobId, JobSpec, JobState, hugging_face};
 use fusionllm_transport::{folder_above, without_temporary_name};
@@ -98,20 +99,21 @@ fn state_full(temporary: &Path, reason: &str) -> anyhow::Error {
 /// Everything that can be wrong with the input is found here, before anything is started or written.
 fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     args.out.iter().try_for_each(|dir| check_folder("--out", dir))?;
-    let (mut spec, dag, from, carried) = match (&args.job, &args.resume) {
+    let (mut spec, dag, from, carried, beside) = match (&args.job, &args.resume) {
         (_, Some(dir)) => {
             let (spec, from) = resumed(dir, args)?;
-            let carried = match from.checkpoint().carried().get(hugging_face::TOKENIZER) {
+            let beside = from.checkpoint().carried().clone();
+            let carried = match beside.get(hugging_face::TOKENIZER) {
                 Some(tokenizer) => Some(tokenizer.clone()),
                 None => model_tokenizer(&spec).map_err(refused)?,
             };
-            (spec, from.checkpoint().dag().clone(), Some(from), carried)
+            (spec, from.checkpoint().dag().clone(), Some(from), carried, beside)
         }
         (Some(job), None) => {
             let spec = super::job_file::read(job, &args.overrides.overrides)?;
-            let dag = load_model(&spec).map_err(refused)?.dag;
+            let model = load_model(&spec).map_err(refused)?;
             let of_model = model_tokenizer(&spec).map_err(refused)?;
-            (spec, dag, None, of_model)
+            (spec, model.dag, None, of_model, BTreeMap::clone(&model.carried))
         }
         (None, None) => return Err(bad_input("no job file")),
     };
@@ -126,7 +128,9 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     let placement = place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(refused)?;
     check_run_room(scratch(&spec, &run_dir), &dag, &placement, &spec.train)?;
     let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(refused)?;
-    let corpus = Corpus::read(&spec.data, &tokenizer).map_err(refused)?;
+    let template = ChatTemplate::of_job(&spec.data, &beside, &ReadableData::everything()).map_err(refused)?;
+    let by = Tokenizing { tokenizer: &tokenizer, template: template.as_ref() };
+    let corpus = super::reading::read(&spec.data, by, args.json).map_err(refused)?;
     if let Some(vocab) = dag.vocab() {
         corpus.check_vocabulary(vocab, spec.model.path.is_none()).map_err(refused)?;
     }

@@ -104,6 +104,7 @@ n_head = 4
 [data]
 path = \"text.txt\"
 seq_len = 64
+cache = false
 [train]
 batch = 8
 micro_batches = 4

@@ -4,6 +4,7 @@
 mod away;
 mod away_meddling;
 mod bad_input;
+mod chat;
 mod circles;
 mod cluster;
 #[path = "../../../../tests/copy.rs"]

@@ -15,6 +15,8 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 /// A folder with a text and a small job that trains on it in a second or two.
 pub(crate) struct Bench {
     folder: TempDir,
+    /// For tokens, apart: the folder may be what is trained on.
+    cache: TempDir,
 }
 
 const JOB: &str = "
@@ -50,11 +52,16 @@ impl Bench {
         let text: Vec<&str> = (0..2000usize).map(|i| words[(i * i + i / 7) % words.len()]).collect();
         std::fs::write(folder.path().join("text.txt"), text.join(" ")).unwrap();
         std::fs::write(folder.path().join("job.toml"), JOB).unwrap();
-        Self { folder }
+        Self { folder, cache: tempfile::tempdir().unwrap() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// Where tokens are kept.
+    pub(crate) fn token_cache(&self) -> &Path {
+        self.cache.path()
     }
 
     pub(crate) fn write(&self, name: &str, text: &str) {
@@ -70,6 +77,7 @@ impl Bench {
             .env_remove("FUSIONLLM_TICKET")
             .env_remove("FUSIONLLM_LOG")
             .env("XDG_STATE_HOME", self.path("state-home"))
+            .env("FUSIONLLM_TOKEN_CACHE", self.cache.path())
             .env("FUSIONLLM_TEST_FOLDER", self.folder.path());
         command
     }

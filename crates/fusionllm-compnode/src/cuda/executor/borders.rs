@@ -13,6 +13,7 @@ use super::super::tensor::CudaTensor;
 use super::{CudaExecutor, Live};
 use crate::ExecutorError;
 use crate::border::{BorderTensor, check_input};
+use crate::targets::target_weight;
 
 impl CudaExecutor {
     /// Copies what enters to the slot, all integers in one go. Gives the rows that lookups name.
@@ -61,7 +62,7 @@ impl CudaExecutor {
         Err(ExecutorError::Shape { op, expected: vec![value.rows, value.columns], got })
     }
 
-    /// Kernels trust that ids are rows of the table and labels columns of the logits.
+    /// Kernels trust that ids are rows of the table and labels columns of the logits, or none where the last is none.
     fn check_ids(&self, op: OpId, ids: &[i32]) -> Result<(), ExecutorError> {
         for &reader in self.dag.consumers(op) {
             let reader = self.dag.op(reader);
@@ -72,7 +73,10 @@ impl CudaExecutor {
                 }
                 _ => continue,
             };
-            if let Some(id) = ids.iter().find(|&&id| usize::try_from(id).is_ok_and(|id| id >= below) || id < 0) {
+            let may_be_none =
+                matches!(reader.kind, OpKind::CrossEntropy) && target_weight(ids.iter().copied()).is_some();
+            let is_wrong = |id: i32| usize::try_from(id).map_or(!may_be_none, |id| id >= below);
+            if let Some(id) = ids.iter().find(|&&id| is_wrong(id)) {
                 let what = format!(
                     "`{}` has {id} for `{}`, which knows 0 to {}",
                     self.dag.op(op).name,

@@ -22,6 +22,8 @@ template <int N, class T> DEV void see(Running& r, const float* x) {
     r = {m, s};
 }
 // losses[row] = log sum e^x - x[label]; grad[row] = (softmax - onehot(label)) * scale, 0 in the columns vocab..stride.
+// A row with a label below 0 takes no part: its loss and gradient are 0. If the last label is one, it is minus the weight w
+// of each other row, as the bits of a float: losses are times rows * w then, and gradients times w in the place of scale.
 // logits, grad? [rows, stride], may be the same memory; labels, losses [rows]; what logits hold behind vocab does not
 // matter. Where a row is no multiple of 16 bytes, elements go one by one. A block takes a row (grid = rows). The thread's first CHUNKS times 16
 // bytes stay in registers, so that a row of up to THREADS * CHUNKS * 16 bytes is read once; what is beyond is read
@@ -33,7 +35,10 @@ template <int THREADS, int CHUNKS, class T> DEV void cross_entropy(const cross_e
     const T* row = a.logits + (size_t)blockIdx.x * a.stride;
     // Columns from `whole` on, fewer than 16 bytes of vocab and what follows it, go one by one.
     u32 start = threadIdx.x * N, whole = a.stride % N ? 0 : a.vocab / N * N, label = (u32)a.labels[blockIdx.x];
-    float at_label = threadIdx.x == 0 ? get(row[label]) : 0.f;
+    u32 last = (u32)a.labels[gridDim.x - 1];
+    bool counts = (int)label >= 0, weighted = (int)last < 0;
+    float weight = -bits_f32(last), scale = weighted ? weight : a.scale;
+    float at_label = threadIdx.x == 0 && counts ? get(row[label]) : 0.f;
     Words4 kept[CHUNKS];
     Running r = {LOWEST, 0.f};
     float x[N];
@@ -65,11 +70,15 @@ template <int THREADS, int CHUNKS, class T> DEV void cross_entropy(const cross_e
     float warp_m = lane < THREADS / 32 ? shared[0][lane] : LOWEST, warp_s = lane < THREADS / 32 ? shared[1][lane] : 0.f;
     m = warp_max(warp_m);
     s = warp_sum(warp_s * exp_for<T>(warp_m - m));
-    if (threadIdx.x == 0) a.losses[blockIdx.x] = m + logf(s) - at_label;
+    if (threadIdx.x == 0) {
+        float loss = m + logf(s) - at_label;
+        a.losses[blockIdx.x] = !counts ? 0.f : weighted ? loss * (weight * (float)gridDim.x) : loss;
+    }
     if (!a.grad) return;
     T* grad = a.grad + (size_t)blockIdx.x * a.stride;
-    float factor = a.scale / s;
-    auto slope = [&](float x, u32 c) { return exp_for<T>(x - m) * factor - (c == label ? a.scale : 0.f); };
+    if (!counts) scale = 0.f;
+    float factor = scale / s;
+    auto slope = [&](float x, u32 c) { return exp_for<T>(x - m) * factor - (c == label ? scale : 0.f); };
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) {
         u32 c = start + k * STEP;

@@ -1,21 +1,17 @@
-//! Files of other forms than text: documents, and tokens.
+//! Files of other forms than text: documents, conversations, and tokens.
 
 use std::fs::File;
 
-use fusionllm_protocol::{ContentHasher, DataFormat, DataSpec, FileFingerprint};
+use fusionllm_protocol::{ContentHasher, DataFormat, FileFingerprint, RowKind};
 use fusionllm_transport::is_shortage;
 
-use super::super::documents::{Document, Failure, Part, each_document, each_part};
-use super::super::files::{TextFile, shown};
-use super::super::{ReadableData, Reading, Tokenizer};
-use super::{Corpus, Split};
+use super::super::Tokenizer;
+use super::super::chat::{KEYS, Unusable};
+use super::super::documents::{Document, Failure, Part, each_document, each_part, each_row};
+use super::builder::{Builder, look_at};
+use super::sources::{Source, path_for_people};
+use super::{ANSWER, Split};
 use crate::DataError;
-
-/// Whether a file's name is one of a form.
-pub(super) fn has_ending(file: &TextFile, format: DataFormat) -> bool {
-    let ending = file.path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-    format.endings().iter().any(|of| ending.eq_ignore_ascii_case(of))
-}
 
 /// What stands before and after each document: the special tokens that the tokenizer's own file puts around a text, and at
 /// the end the one that ends a text, or else an empty line.
@@ -30,72 +26,84 @@ fn around_document(tokenizer: &Tokenizer) -> Result<(Vec<i32>, Vec<i32>), DataEr
     Ok((begin, end))
 }
 
-impl Corpus {
+impl Builder<'_> {
     /// Adds a file that is no text.
-    pub(super) fn push_file(
-        &mut self,
-        file: &TextFile,
-        spec: &DataSpec,
-        tokenizer: &Tokenizer,
-        readable: &ReadableData,
-        reading: &Reading,
-    ) -> Result<(), DataError> {
-        // Of private data only what the job names is called by its name.
-        let hidden = spec.private && !file.named;
-        let path = if hidden { shown(&file.name, true).into() } else { file.path.clone() };
+    pub(super) fn push_file(&mut self, source: &Source) -> Result<(), DataError> {
+        let file = &source.file;
+        let path = path_for_people(file, self.spec);
         let fail = |reason: String| DataError::Path { path: path.clone(), reason };
-        let opened = readable.open(&file.path).map_err(|source| match is_shortage(&source) {
+        let opened = self.readable.open(&file.path).map_err(|source| match is_shortage(&source) {
             true => DataError::Unopened { what: "data.path", source },
             false => fail(source.to_string()),
         })?;
-        let found = match spec.format {
-            DataFormat::Tokens => self.push_tokens(opened, spec.eval_fraction, reading),
-            _ => self.push_documents(opened, spec, tokenizer, reading),
+        let found = match (self.spec.format, self.spec.rows) {
+            (DataFormat::Tokens, _) => self.push_tokens(opened),
+            (_, RowKind::Documents) => self.push_documents(opened),
+            (_, RowKind::Chat) => self.push_conversations(opened),
         };
-        let (fingerprint, without) = found.map_err(|failure| match failure {
+        let fingerprint = found.map_err(|failure| match failure {
             Failure::File(reason) => fail(reason),
             Failure::Elsewhere(error) => error,
         })?;
-        self.without_text += without;
-        self.files.push(FileFingerprint { name: shown(&file.name, spec.private), ..fingerprint });
+        self.push_fingerprint(fingerprint);
         Ok(())
     }
 
-    /// Adds the documents of a file, each with what stands around it, and says how many have no text. The last one is held
-    /// out, unless it is the first, which never is.
-    fn push_documents(
-        &mut self,
-        file: File,
-        spec: &DataSpec,
-        tokenizer: &Tokenizer,
-        reading: &Reading,
-    ) -> Result<(FileFingerprint, u64), Failure> {
-        let (begin, end) = around_document(tokenizer)?;
-        let mut hash = ContentHasher::default();
-        let (mut bytes, mut train_bytes) = (0, 0);
+    /// Adds the documents of a file, each with what stands around it. The last one is held out, unless it is the first,
+    /// which never is.
+    fn push_documents(&mut self, file: File) -> Result<FileFingerprint, Failure> {
+        let (spec, reading) = (self.spec, self.reading);
+        let (begin, end) = around_document(self.by.tokenizer)?;
+        let mut content = Content::default();
         let without = each_document(file, spec, reading, &mut |document| {
             let Document { text, end: at } = document;
-            let held_out = at > 1.0 - spec.eval_fraction && bytes > 0;
-            let split = if held_out { Split::HeldOut } else { Split::Train };
-            self.tokens_of(split).extend(&begin);
-            self.encode(text, split, text.len() as u64, tokenizer, reading)?;
-            self.tokens_of(split).extend(&end);
-            hash.update(&(text.len() as u64).to_le_bytes());
-            hash.update(text.as_bytes());
-            bytes += text.len() as u64;
-            train_bytes += if held_out { 0 } else { text.len() as u64 };
+            let split = content.split(at, spec.eval_fraction);
+            self.tokens_of(split).extend(&begin)?;
+            self.encode(text, split)?;
+            self.tokens_of(split).extend(&end)?;
+            content.add(text, split);
             Ok(())
         })?;
-        Ok((FileFingerprint { name: String::new(), bytes, train_bytes, hash: hash.finish() }, without))
+        self.without_text += without;
+        Ok(content.fingerprint())
+    }
+
+    /// Adds the conversations of a file, and chooses those that are held out as documents.
+    fn push_conversations(&mut self, file: File) -> Result<FileFingerprint, Failure> {
+        let (spec, reading, by) = (self.spec, self.reading, self.by);
+        let template = by.template.ok_or_else(|| Failure::File("there is no chat template".to_owned()))?;
+        let mut content = Content::default();
+        each_row(file, spec, &KEYS, reading, &mut |row| {
+            let sample = template.sample(&row.keys, by.tokenizer).map_err(|unusable| match unusable {
+                Unusable::Row(reason) => Failure::File(format!("{}: {reason}", row.place)),
+                Unusable::Tokenizer(error) => Failure::Elsewhere(error),
+            })?;
+            look_at(&sample.text, by, &mut self.coverage, &mut self.told, reading)?;
+            let kept = sample.ids.len().min(spec.seq_len);
+            // The first token is predicted by nothing.
+            if !sample.answer[..kept].iter().skip(1).any(|&is_answer| is_answer) {
+                self.without_answer += 1;
+                return Ok(());
+            }
+            self.shortened += u64::from(kept < sample.ids.len());
+            let split = content.split(row.end, spec.eval_fraction);
+            content.add(&sample.text, split);
+            let tokens = self.tokens_of(split);
+            let start = tokens.len() as u64;
+            let marked = sample.ids.iter().zip(&sample.answer).take(kept);
+            let marked: Vec<i32> = marked.map(|(&id, &answer)| if answer { id | ANSWER } else { id }).collect();
+            tokens.extend(&marked)?;
+            self.rows[usize::from(split == Split::HeldOut)].push(start);
+            reading.holds(self.bytes());
+            reading.fits(0)?;
+            Ok(())
+        })?;
+        Ok(content.fingerprint())
     }
 
     /// Adds the ids of a file of tokens.
-    fn push_tokens(
-        &mut self,
-        file: File,
-        eval_fraction: f64,
-        reading: &Reading,
-    ) -> Result<(FileFingerprint, u64), Failure> {
+    fn push_tokens(&mut self, file: File) -> Result<FileFingerprint, Failure> {
+        let (eval_fraction, reading) = (self.spec.eval_fraction, self.reading);
         let mut hash = ContentHasher::default();
         let (mut bytes, mut train_bytes) = (0, 0);
         each_part(file, reading, &mut |part| {
@@ -103,8 +111,8 @@ impl Corpus {
             let held_out = (count as f64 * eval_fraction).ceil() as u64;
             let cut = count.saturating_sub(held_out).saturating_sub(before).min(ids.len() as u64);
             let (train, eval) = ids.split_at(cut as usize);
-            self.train.extend(train);
-            self.eval.extend(eval);
+            self.train.extend(train)?;
+            self.eval.extend(eval)?;
             for id in ids {
                 hash.update(&id.to_le_bytes());
             }
@@ -113,6 +121,34 @@ impl Corpus {
             reading.holds(self.bytes());
             reading.fits(0)
         })?;
-        Ok((FileFingerprint { name: String::new(), bytes, train_bytes, hash: hash.finish() }, 0))
+        Ok(FileFingerprint { name: String::new(), bytes, train_bytes, hash: hash.finish() })
+    }
+}
+
+/// The texts of a file so far.
+#[derive(Default)]
+struct Content {
+    hash: ContentHasher,
+    bytes: u64,
+    train_bytes: u64,
+}
+
+impl Content {
+    /// Where a text belongs that ends at this share of the file.
+    fn split(&self, end: f64, eval_fraction: f64) -> Split {
+        if end > 1.0 - eval_fraction && self.bytes > 0 { Split::HeldOut } else { Split::Train }
+    }
+
+    fn add(&mut self, text: &str, split: Split) {
+        let bytes = text.len() as u64;
+        self.hash.update(&bytes.to_le_bytes());
+        self.hash.update(text.as_bytes());
+        self.bytes += bytes;
+        self.train_bytes += if split == Split::HeldOut { 0 } else { bytes };
+    }
+
+    fn fingerprint(&self) -> FileFingerprint {
+        let (bytes, train_bytes, hash) = (self.bytes, self.train_bytes, self.hash.finish());
+        FileFingerprint { name: String::new(), bytes, train_bytes, hash }
     }
 }

@@ -11,6 +11,10 @@ fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
         path: paths.iter().map(|p| p.to_path_buf()).collect(),
         format: DataFormat::Text,
         column: DataSpec::TEXT_COLUMN.to_owned(),
+        rows: fusionllm_protocol::RowKind::Documents,
+        chat_template: None,
+        order: None,
+        cache: false,
         tokenizer: "bytes".to_owned(),
         seq_len,
         private: false,
@@ -20,7 +24,7 @@ fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
 }
 
 fn ids(tokens: &Tokens) -> Vec<i32> {
-    tokens.iter().collect()
+    tokens.slice(0..tokens.len()).unwrap()
 }
 
 #[test]
@@ -37,7 +41,7 @@ fn folders_are_read_in_order_and_ignored_files_passed_over() {
     let corpus = Corpus::read(&spec(&[folder.path()], 1), &Tokenizer::Bytes).unwrap();
     assert_eq!(Tokenizer::Bytes.decode(&ids(corpus.train())).unwrap(), "abcefg");
     assert_eq!(Tokenizer::Bytes.decode(&ids(corpus.eval())).unwrap(), "dh");
-    let report = corpus.report(256);
+    let report = corpus.report(256).unwrap();
     assert_eq!(report.files, 2);
     let notes = report.notes.join("\n");
     for words in [
@@ -81,7 +85,7 @@ fn what_is_left_out_of_a_folder_is_counted_and_named() {
     #[cfg(unix)]
     std::os::unix::fs::symlink(folder.path(), folder.path().join("loop")).unwrap();
     let corpus = Corpus::read(&spec(&[folder.path()], 1), &Tokenizer::Bytes).unwrap();
-    let report = corpus.report(256);
+    let report = corpus.report(256).unwrap();
     assert_eq!(report.files, 3);
     let notes = &report.notes;
     assert_eq!(left_out(notes, "not UTF-8 text"), "`latin-0.txt`, `latin-1.txt`, `latin-2.txt`, 2 more");
@@ -101,7 +105,7 @@ fn what_is_left_out_of_a_folder_is_counted_and_named() {
 
     // Where data is private, names stay with its owner.
     let private = DataSpec { private: true, ..spec(&[folder.path()], 1) };
-    let report = Corpus::read(&private, &Tokenizer::Bytes).unwrap().report(256);
+    let report = Corpus::read(&private, &Tokenizer::Bytes).unwrap().report(256).unwrap();
     let told = serde_json::to_string(&report).unwrap();
     assert!(!told.contains("good") && !told.contains("latin") && told.contains("file-"), "{told}");
 }
@@ -140,7 +144,7 @@ fn a_fingerprint_follows_content_and_order_and_what_is_held_out() {
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
     write("a.txt", "first text");
     write("b.txt", "second text");
-    let of = |spec: &DataSpec| Corpus::read(spec, &Tokenizer::Bytes).unwrap().report(256).fingerprint.unwrap();
+    let of = |spec: &DataSpec| Corpus::read(spec, &Tokenizer::Bytes).unwrap().report(256).unwrap().fingerprint.unwrap();
     let job = spec(&[folder.path()], 1);
     let before = of(&job);
     assert_eq!((before.count, before.bytes, before.files[0].name.as_str()), (2, 21, "a.txt"));
@@ -171,12 +175,12 @@ fn characters_without_a_token_are_counted_or_refused() {
 
     // A stray sign is said; bits per byte count what was predicted.
     std::fs::write(&file, format!("{}é", "ab ".repeat(1000))).unwrap();
-    let report = Corpus::read(&spec(&[&file], 4), &drops).unwrap().report(4);
+    let report = Corpus::read(&spec(&[&file], 4), &drops).unwrap().report(4).unwrap();
     assert!(report.notes.iter().any(|n| n.contains("no token for 1 of 3001 characters")), "{:?}", report.notes);
     assert!((report.bytes_per_token - 1.0).abs() < 1e-12, "{}", report.bytes_per_token);
 
     let unknown = tokenizer(&format!("{{\"type\":\"BPE\",\"vocab\":{vocab},\"merges\":[],\"unk_token\":\"?\"}}"));
-    let report = Corpus::read(&spec(&[&file], 4), &unknown).unwrap().report(4);
+    let report = Corpus::read(&spec(&[&file], 4), &unknown).unwrap().report(4).unwrap();
     assert!(report.notes.iter().any(|n| n.contains("1 of 3001 tokens are the one for")), "{:?}", report.notes);
     std::fs::write(&file, "xyz ".repeat(100)).unwrap();
     let error = Corpus::read(&spec(&[&file], 4), &unknown).unwrap_err().to_string();
@@ -197,11 +201,11 @@ fn what_a_normalizer_takes_away_is_counted_or_refused() {
     let digits = "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"[0-9]\"},\"content\":\"\"}";
     let error = read(&"ab 12 ".repeat(100), digits).unwrap_err().to_string();
     assert!(error.contains("no token for 200 of 600 characters of the text ('1', '2')"), "{error}");
-    let report = read(&format!("{}7", "ab ".repeat(1000)), digits).unwrap().report(256);
+    let report = read(&format!("{}7", "ab ".repeat(1000)), digits).unwrap().report(256).unwrap();
     assert!(report.notes.iter().any(|n| n.contains("no token for 1 of 3001 characters")), "{:?}", report.notes);
     // Bits per byte are those of the bytes that became tokens.
     assert!((report.bytes_per_token - 1.0).abs() < 1e-12, "{}", report.bytes_per_token);
-    let report = read(&"Ab ".repeat(1000), "{\"type\":\"Lowercase\"}").unwrap().report(256);
+    let report = read(&"Ab ".repeat(1000), "{\"type\":\"Lowercase\"}").unwrap().report(256).unwrap();
     let said = "makes others of 1000 of 3000 characters ('A')";
     assert!(report.notes.iter().any(|n| n.contains(said)), "{:?}", report.notes);
 }
@@ -216,7 +220,7 @@ fn bits_per_byte_of_a_text_that_tokens_do_not_tell_are_left_out_with_a_word() {
         let mut keys: serde_json::Value = serde_json::from_str(&Tokenizer::Bytes.to_json()).unwrap();
         keys["normalizer"] = serde_json::from_str(normalizer).unwrap();
         let tokenizer = Tokenizer::from_json(keys.to_string(), "tok.json").unwrap();
-        Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(256)
+        Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(256).unwrap()
     };
     let spaces =
         |into: &str| format!("{{\"type\":\"Replace\",\"pattern\":{{\"Regex\":\"\\\\s+\"}},\"content\":\"{into}\"}}");
@@ -245,7 +249,7 @@ fn bits_per_byte_of_a_text_that_tokens_do_not_tell_are_left_out_with_a_word() {
                 \"vocab\":{\"a\":0,\"b\":1,\" \":2,\"?\":3}}}";
     std::fs::write(&file, "ab c ".repeat(1000)).unwrap();
     let tokenizer = Tokenizer::from_json(text.to_owned(), "tok.json").unwrap();
-    let report = Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(4);
+    let report = Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(4).unwrap();
     assert_eq!(report.bits_per_byte(1.0), None, "{report:?}");
 }
 
@@ -263,7 +267,7 @@ fn bits_per_byte_are_left_out_where_a_token_stands_for_two_texts() {
         });
         change(&mut keys);
         let tokenizer = Tokenizer::from_json(keys.to_string(), "tok.json").unwrap();
-        Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(20)
+        Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(20).unwrap()
     };
     let metaspace = |replacement: &str, scheme: &str| {
         let step = serde_json::json!({
@@ -312,7 +316,7 @@ fn words_without_the_space_between_them_are_said() {
     let text = "{\"version\":\"1.0\",\"added_tokens\":[],\"pre_tokenizer\":{\"type\":\"WhitespaceSplit\"},\
                 \"model\":{\"type\":\"WordLevel\",\"vocab\":{\"ab\":0,\"ba\":1,\"?\":2},\"unk_token\":\"?\"}}";
     let tokenizer = Tokenizer::from_json(text.to_owned(), "tok.json").unwrap();
-    let report = Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(3);
+    let report = Corpus::read(&spec(&[&file], 4), &tokenizer).unwrap().report(3).unwrap();
     assert!(report.notes.iter().any(|n| n.contains("no token for 200 white space characters")), "{:?}", report.notes);
     assert!((report.bytes_per_token - 2.0).abs() < 0.05, "{}", report.bytes_per_token);
 }
@@ -401,7 +405,7 @@ fn the_unigram_loss_of_a_fair_coin_is_ln_2() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("coin.txt");
     std::fs::write(&file, "01".repeat(40_000)).unwrap();
-    let report = Corpus::read(&spec(&[&file], 4), &Tokenizer::Bytes).unwrap().report(256);
+    let report = Corpus::read(&spec(&[&file], 4), &Tokenizer::Bytes).unwrap().report(256).unwrap();
     assert!((report.unigram_loss - std::f64::consts::LN_2).abs() < 0.01, "{}", report.unigram_loss);
     assert!((report.bytes_per_token - 1.0).abs() < 1e-12);
 }
@@ -423,7 +427,7 @@ fn a_token_beyond_the_vocabulary_is_an_error() {
 
 /// Reads these files as somebody who has so much memory, or who has stopped.
 fn read_with(paths: &[&Path], tokenizer: &Tokenizer, reading: &Reading) -> Result<Corpus, DataError> {
-    Corpus::read_within(&spec(paths, 4), tokenizer, &ReadableData::everything(), reading)
+    Corpus::read_within(&spec(paths, 4), tokenizer.into(), &ReadableData::everything(), reading)
 }
 
 #[test]
@@ -449,9 +453,9 @@ fn what_does_not_fit_beside_the_model_is_refused_with_the_numbers() {
     let file = folder.path().join("a.txt");
     std::fs::write(&file, "some text\n".repeat(100)).unwrap();
     std::fs::write(folder.path().join("b.txt"), "some text\n".repeat(50)).unwrap();
-    // Two bytes a token, and the text of the largest file.
+    // Two bytes a token, and the text that becomes tokens last: a quarter of a file.
     for (path, room, is_refused) in
-        [(&*file, 3000, false), (&*file, 2999, true), (folder.path(), 3500, false), (folder.path(), 3499, true)]
+        [(&*file, 2250, false), (&*file, 1999, true), (folder.path(), 3125, false), (folder.path(), 3124, true)]
     {
         let reading = Reading::default();
         reading.limit(room);
@@ -479,5 +483,132 @@ fn a_large_file_that_is_no_text_is_not_read_whole() {
     let reading = Reading::default();
     reading.limit(4 << 20);
     let corpus = read_with(&[folder.path()], &Tokenizer::Bytes, &reading).unwrap();
-    assert_eq!(left_out(&corpus.report(256).notes, "not UTF-8 text"), "`film`");
+    assert_eq!(left_out(&corpus.report(256).unwrap().notes, "not UTF-8 text"), "`film`");
+}
+
+/// Where tokens lie, what they are, and what is said.
+fn cached(cache: &TokenCache, spec: &DataSpec, tokenizer: &Tokenizer) -> (Corpus, Vec<String>) {
+    let (readable, reading) = (ReadableData::everything(), Reading::default());
+    let corpus = Corpus::read_by(spec, tokenizer.into(), &readable, &reading, Some(cache)).unwrap();
+    let (done, total) = reading.bytes();
+    assert!(done == 0 || done == total, "{done} of {total}");
+    let notes = corpus.report(256).unwrap().notes;
+    (corpus, notes)
+}
+
+fn entries(cache: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn tokens_on_the_disk_are_those_in_memory_and_are_found_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache_folder = folder.path().join("cache/tokens");
+    let cache = TokenCache::at(cache_folder.clone()).unwrap();
+    let data = folder.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("a.txt"), "\u{feff}größer als gedacht\n".repeat(100_000)).unwrap();
+    std::fs::write(data.join("b.txt"), "and more").unwrap();
+    let job = spec(&[&data], 4);
+    let in_memory = Corpus::read(&job, &Tokenizer::Bytes).unwrap();
+    let (first, notes) = cached(&cache, &job, &Tokenizer::Bytes);
+    assert_eq!((first.tokens(Split::Train).bytes(), first.tokens(Split::HeldOut).bytes()), (0, 0));
+    assert!(first == in_memory);
+    assert_eq!(notes, in_memory.report(256).unwrap().notes);
+    let made = entries(&cache_folder);
+    assert_eq!(made.len(), 1);
+    // From the cache now, which nothing has written since.
+    let train = cache_folder.join(&made[0]).join("train.bin");
+    let written = std::fs::metadata(&train).unwrap().modified().unwrap();
+    assert!(cached(&cache, &job, &Tokenizer::Bytes) == (first.clone(), notes.clone()));
+    assert_eq!(std::fs::metadata(&train).unwrap().modified().unwrap(), written);
+    // Whatever changes tokens has a place of its own; another name has not.
+    std::fs::rename(data.join("b.txt"), data.join("c.txt")).unwrap();
+    let (renamed, _) = cached(&cache, &job, &Tokenizer::Bytes);
+    assert_eq!(renamed.fingerprint().files[1].name, "c.txt");
+    assert_eq!(entries(&cache_folder), made);
+    cached(&cache, &DataSpec { eval_fraction: 0.5, ..job.clone() }, &Tokenizer::Bytes);
+    assert_eq!(entries(&cache_folder).len(), 2);
+    std::fs::write(data.join("c.txt"), "and less").unwrap();
+    let (changed, _) = cached(&cache, &job, &Tokenizer::Bytes);
+    assert!(changed.tokens(Split::HeldOut) != first.tokens(Split::HeldOut));
+    assert_eq!(entries(&cache_folder).len(), 3);
+}
+
+#[cfg(unix)]
+#[test]
+fn the_cache_is_for_its_owner_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let cache_folder = folder.path().join("cache/tokens");
+    let cache = TokenCache::at(cache_folder.clone()).unwrap();
+    std::fs::write(folder.path().join("a.txt"), "some text").unwrap();
+    cached(&cache, &spec(&[&folder.path().join("a.txt")], 1), &Tokenizer::Bytes);
+    let entry = cache_folder.join(&entries(&cache_folder)[0]);
+    for place in [cache_folder, entry] {
+        let mode = std::fs::metadata(&place).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{}: {mode:o}", place.display());
+    }
+}
+
+#[test]
+fn a_damaged_or_foreign_cache_is_made_anew_and_that_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache_folder = folder.path().join("cache/tokens");
+    let cache = TokenCache::at(cache_folder.clone()).unwrap();
+    let file = folder.path().join("a.txt");
+    std::fs::write(&file, "some text\n".repeat(50)).unwrap();
+    let job = spec(&[&file], 4);
+    let good = Corpus::read(&job, &Tokenizer::Bytes).unwrap();
+    let (_, notes) = cached(&cache, &job, &Tokenizer::Bytes);
+    let entry = cache_folder.join(&entries(&cache_folder)[0]);
+    let meta = std::fs::read_to_string(entry.join("tokens.json")).unwrap();
+    let damage: [(&str, &dyn Fn()); 7] = [
+        ("train.bin is not what was written", &|| std::fs::write(entry.join("train.bin"), "other").unwrap()),
+        ("eval.bin is not what was written", &|| {
+            let mut bytes = std::fs::read(entry.join("eval.bin")).unwrap();
+            bytes[3] ^= 1;
+            std::fs::write(entry.join("eval.bin"), bytes).unwrap();
+        }),
+        ("train.bin ", &|| std::fs::remove_file(entry.join("train.bin")).unwrap()),
+        ("tokens.json: ", &|| std::fs::remove_file(entry.join("tokens.json")).unwrap()),
+        ("tokens.json is not readable", &|| std::fs::write(entry.join("tokens.json"), "{").unwrap()),
+        ("tokens.json is of other tokens", &|| {
+            let other = meta.replacen("\"version\":1", "\"version\":0", 1);
+            assert_ne!(other, meta);
+            std::fs::write(entry.join("tokens.json"), other).unwrap();
+        }),
+        ("train-rows.bin is not what was written", &|| std::fs::write(entry.join("train-rows.bin"), "1").unwrap()),
+    ];
+    for (said, damage) in damage {
+        damage();
+        let (again, all) = cached(&cache, &job, &Tokenizer::Bytes);
+        assert!(again.kept == good.kept);
+        let said = format!("the token cache was damaged and is made anew: {said}");
+        assert!(all.iter().any(|note| note.starts_with(&said)), "`{said}` is not in {all:?}");
+        assert_eq!(cached(&cache, &job, &Tokenizer::Bytes).1, notes, "it is whole again");
+    }
+}
+
+#[test]
+fn what_was_not_used_for_long_goes_when_another_entry_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache_folder = folder.path().join("cache/tokens");
+    let cache = TokenCache::at(cache_folder.clone()).unwrap();
+    let file = folder.path().join("a.txt");
+    std::fs::write(&file, "some text\n".repeat(50)).unwrap();
+    cached(&cache, &spec(&[&file], 4), &Tokenizer::Bytes);
+    let old = entries(&cache_folder);
+    let meta = std::fs::File::options().append(true).open(cache_folder.join(&old[0]).join("tokens.json")).unwrap();
+    let days = |days: u64| std::time::SystemTime::now() - std::time::Duration::from_secs(days * 24 * 3600);
+    meta.set_modified(days(29)).unwrap();
+    cached(&cache, &DataSpec { eval_fraction: 0.3, ..spec(&[&file], 4) }, &Tokenizer::Bytes);
+    assert_eq!(entries(&cache_folder).len(), 2, "29 days are not long");
+    meta.set_modified(days(31)).unwrap();
+    cached(&cache, &DataSpec { eval_fraction: 0.4, ..spec(&[&file], 4) }, &Tokenizer::Bytes);
+    assert!(entries(&cache_folder).len() == 2 && !entries(&cache_folder).contains(&old[0]));
+    assert!(!entries(&cache_folder).iter().any(|name| name.starts_with('.')), "nothing unfinished stays");
 }

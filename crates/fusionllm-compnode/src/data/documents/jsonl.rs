@@ -9,7 +9,7 @@ use fusionllm_protocol::DataSpec;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 
-use super::{Document, Failure};
+use super::{Document, Failure, Row};
 use crate::DataError;
 use crate::data::Reading;
 
@@ -21,39 +21,76 @@ const PART_BYTES: u64 = 1 << 20;
 /// A byte order mark, in UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Gives the text of each line, in order, and says how many are empty or null. Empty lines are none. What is wrong is said
-/// without a word of the line: it may be private.
+/// Gives the text of each line, in order, and says how many are empty or null. What is wrong is said without a word of the
+/// line: it may be private.
 pub(super) fn each(
     file: File,
     spec: &DataSpec,
     reading: &Reading,
     take: &mut dyn FnMut(Document<'_>) -> Result<(), DataError>,
 ) -> Result<u64, Failure> {
+    let mut without = 0;
+    each_line(file, reading, &mut |Line { number, bytes, end }| {
+        let fail = |reason: String| Failure::File(format!("line {number}: {reason}"));
+        match text_of(bytes, &spec.column).map_err(fail)? {
+            Some(text) if !text.is_empty() => take(Document { text: &text, end })?,
+            _ => without += 1,
+        }
+        Ok(())
+    })?;
+    Ok(without)
+}
+
+/// Gives each line, in order, as the object that it is.
+pub(super) fn each_row(
+    file: File,
+    reading: &Reading,
+    take: &mut dyn FnMut(Row) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    each_line(file, reading, &mut |Line { number, bytes, end }| {
+        let fail = |reason: String| Failure::File(format!("line {number}: {reason}"));
+        let line = text(bytes).map_err(fail)?;
+        // Its objects take some times as much memory as the line.
+        reading.fits(8 * line.len() as u64)?;
+        let keys = serde_json::from_str(line).map_err(|e| fail(no_object(&e)))?;
+        take(Row { place: format!("line {number}"), keys, end })
+    })
+}
+
+struct Line<'a> {
+    number: u64,
+    bytes: &'a [u8],
+    /// The share of the file that lies before its end, up to 1.
+    end: f64,
+}
+
+/// Gives each line that is not empty.
+fn each_line(
+    file: File,
+    reading: &Reading,
+    take: &mut dyn FnMut(Line<'_>) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let size = file.metadata().map_err(|e| Failure::io(&e))?.len().max(1);
     let mut lines = BufReader::new(file);
-    let (mut line, mut at, mut without) = (Vec::new(), 0u64, 0);
+    let (mut line, mut at) = (Vec::new(), 0u64);
     for number in 1u64.. {
-        let fail = |reason: String| Failure::File(format!("line {number}: {reason}"));
         let read = read_line(&mut lines, &mut line, reading)?;
         if read == 0 {
             break;
         }
         if line.len() > MOST_BYTES {
-            return Err(fail(format!("it is longer than {MOST_BYTES} bytes, expected an object for each document")));
+            return Err(Failure::File(format!(
+                "line {number}: it is longer than {MOST_BYTES} bytes, expected an object for each document"
+            )));
         }
         at += read;
         let bytes = if number == 1 { line.strip_prefix(MARK).unwrap_or(&line) } else { &line };
-        if bytes.trim_ascii().is_empty() {
-            continue;
+        if !bytes.trim_ascii().is_empty() {
+            take(Line { number, bytes, end: (at as f64 / size as f64).min(1.0) })?;
         }
-        match text_of(bytes, &spec.column).map_err(fail)? {
-            Some(text) if !text.is_empty() => {
-                take(Document { text: &text, end: (at as f64 / size as f64).min(1.0) })?;
-            }
-            _ => without += 1,
-        }
+        reading.became_tokens(read);
     }
-    Ok(without)
+    Ok(())
 }
 
 /// Reads to the end of a line, or a little over the most that it may have; gives how many bytes.
@@ -73,17 +110,25 @@ fn read_line(lines: &mut impl BufRead, line: &mut Vec<u8>, reading: &Reading) ->
 
 /// The text of a line; nothing if it is null.
 fn text_of(line: &[u8], column: &str) -> Result<Option<String>, String> {
-    let line = std::str::from_utf8(line).map_err(|_| "it is not UTF-8 text".to_owned())?;
+    let line = text(line)?;
     let mut parser = serde_json::Deserializer::from_str(line);
     let found = parser.deserialize_map(Column(column)).and_then(|found| parser.end().map(|()| found));
     match found {
         Ok(Found::Text(text)) => Ok(text),
         Ok(Found::Other) => Err(format!("`{column}` is no string, expected the text of a document")),
         Ok(Found::Nothing) => Err(format!("`{column}` is missing: data.column says which key has the text")),
-        Err(error) => Err(match error.classify() {
-            serde_json::error::Category::Data => "it is no object, expected one for each document".to_owned(),
-            _ => format!("it is no JSON (byte {})", error.column()),
-        }),
+        Err(error) => Err(no_object(&error)),
+    }
+}
+
+fn text(line: &[u8]) -> Result<&str, String> {
+    std::str::from_utf8(line).map_err(|_| "it is not UTF-8 text".to_owned())
+}
+
+fn no_object(error: &serde_json::Error) -> String {
+    match error.classify() {
+        serde_json::error::Category::Data => "it is no object, expected one for each document".to_owned(),
+        _ => format!("it is no JSON (byte {})", error.column()),
     }
 }
 

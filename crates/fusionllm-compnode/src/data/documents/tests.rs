@@ -16,6 +16,10 @@ fn spec(path: &Path, format: DataFormat) -> DataSpec {
         path: vec![path.to_owned()],
         format,
         column: "text".to_owned(),
+        rows: fusionllm_protocol::RowKind::Documents,
+        chat_template: None,
+        order: None,
+        cache: false,
         tokenizer: "bytes".to_owned(),
         seq_len: 1,
         private: false,
@@ -25,7 +29,7 @@ fn spec(path: &Path, format: DataFormat) -> DataSpec {
 }
 
 fn text(tokens: &Tokens) -> String {
-    Tokenizer::Bytes.decode(&tokens.iter().collect::<Vec<_>>()).unwrap()
+    Tokenizer::Bytes.decode(&tokens.slice(0..tokens.len()).unwrap()).unwrap()
 }
 
 /// The two splits of a file with this content.
@@ -71,7 +75,7 @@ fn documents_without_a_text_are_counted_and_other_files_left_out() {
     std::fs::write(folder.path().join("a.NDJSON"), lines).unwrap();
     std::fs::write(folder.path().join("b.txt"), "text").unwrap();
     let corpus = Corpus::read(&spec(folder.path(), DataFormat::Jsonl), &Tokenizer::Bytes).unwrap();
-    let report = corpus.report(256);
+    let report = corpus.report(256).unwrap();
     let notes = report.notes.join("\n");
     assert!(notes.contains("2 documents without a text are left out"), "{notes}");
     assert!(notes.contains("1 file or folder, of another form than data.format: `b.txt`"), "{notes}");
@@ -183,10 +187,10 @@ fn token_files_are_read_with_and_without_a_header() {
         [plain.clone(), [header(20_240_520, count), plain.clone()].concat(), [header(20_240_801, count), wide].concat()]
     {
         let corpus = read(&bytes).unwrap();
-        let all: Vec<i32> = corpus.train().iter().chain(corpus.eval().iter()).collect();
+        let all = [corpus.train(), corpus.eval()].map(|tokens| tokens.slice(0..tokens.len()).unwrap()).concat();
         assert!(all.iter().zip(&ids).all(|(&a, &b)| a == i32::from(b)) && all.len() == ids.len());
         assert_eq!(corpus.eval().len(), ids.len() / 4);
-        let report = corpus.report(256);
+        let report = corpus.report(256).unwrap();
         assert_eq!(report.bits_per_byte(1.0), None);
     }
     let error = read(&[header(20_240_520, count + 1), plain.clone()].concat()).unwrap_err().to_string();

@@ -85,6 +85,7 @@ pub(in crate::data) fn each_part(
         let ids = ids(&bytes, layout.width)?;
         take(Part { ids: &ids, before, count: layout.count })?;
         before += ids.len() as u64;
+        reading.became_tokens(bytes.len() as u64);
         bytes.clear();
     }
     if before != layout.count {

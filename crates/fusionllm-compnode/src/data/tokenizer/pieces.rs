@@ -1,6 +1,8 @@
 //! A large text as tokens, piece by piece: a tokenizer takes some hundred bytes of memory for each word that it is given,
 //! and works for minutes without a pause.
 
+use std::ops::Range;
+
 use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizer};
 
 use super::{FileTokenizer, Tokenizer};
@@ -9,6 +11,8 @@ use crate::data::reading::Reading;
 
 /// About the size of a piece.
 const PIECE_BYTES: usize = 1 << 20;
+/// Bytes of the longest character.
+const LONGEST_CHARACTER: usize = 4;
 /// Text at each side of a cut that is held against what it gives without the cut.
 const AROUND_BYTES: usize = 1 << 10;
 /// Line ends that are tried before the piece grows.
@@ -17,11 +21,38 @@ const TRIES: usize = 32;
 pub(super) const WORD_BYTES: u64 = 64;
 
 impl Tokenizer {
-    /// Gives `take` the tokens of a text piece by piece: together what [`Self::encode`] gives.
+    /// Gives `take` a text piece by piece, each with its tokens: together what [`Self::encode`] gives. `more` adds what comes
+    /// next of the text, and says whether there was anything.
     ///
     /// # Errors
     /// [`DataError::Tokenizer`] if the tokenizer refuses the text, [`DataError::Stopped`] if nobody wants it any more,
-    /// [`DataError::Memory`] if there is none for it, and what `take` gives.
+    /// [`DataError::Memory`] if there is none for it, and what `more` and `take` give.
+    pub(crate) fn encode_stream(
+        &self,
+        more: &mut dyn FnMut(&mut String) -> Result<bool, DataError>,
+        reading: &Reading,
+        take: &mut dyn FnMut(&str, &[i32]) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let (mut text, mut is_whole) = (String::new(), false);
+        loop {
+            reading.check()?;
+            let Some(at) = self.cut(&text, is_whole, reading)? else {
+                is_whole = !more(&mut text)?;
+                reading.fits(text.len() as u64)?;
+                continue;
+            };
+            if at == 0 {
+                return Ok(());
+            }
+            take(&text[..at], &self.piece(&text[..at], reading)?)?;
+            text.drain(..at);
+        }
+    }
+
+    /// The same for a text that is there as a whole.
+    ///
+    /// # Errors
+    /// As [`Self::encode_stream`].
     pub(crate) fn encode_pieces(
         &self,
         text: &str,
@@ -31,40 +62,69 @@ impl Tokenizer {
         let mut rest = text;
         while !rest.is_empty() {
             reading.check()?;
-            let (piece, after) = rest.split_at(self.cut(rest, reading)?);
-            let ids = match self {
-                Self::Bytes => self.encode(piece)?,
-                Self::HuggingFace(tokenizer) => {
-                    reading.fits(WORD_BYTES.saturating_mul(piece.len() as u64))?;
-                    tokenizer.encode_watched(piece, reading)?
-                }
-            };
-            reading.moved(piece.len())?;
-            take(&ids)?;
-            rest = after;
+            let at = self.cut(rest, true, reading)?.unwrap_or(rest.len());
+            take(&self.piece(&rest[..at], reading)?)?;
+            rest = &rest[at..];
         }
         Ok(())
     }
 
-    /// Where the first piece of a text ends. After it the tokens go on as if nothing had been cut: those around show it.
-    fn cut(&self, text: &str, reading: &Reading) -> Result<usize, DataError> {
+    fn piece(&self, piece: &str, reading: &Reading) -> Result<Vec<i32>, DataError> {
+        let ids = match self {
+            Self::Bytes => self.encode(piece)?,
+            Self::HuggingFace(tokenizer) => {
+                reading.fits(WORD_BYTES.saturating_mul(piece.len() as u64))?;
+                tokenizer.encode_watched(piece, reading)?
+            }
+        };
+        reading.moved(piece.len())?;
+        Ok(ids)
+    }
+
+    /// Where the first piece of a text ends, of which there may be more unless it is whole; nothing if more of it must be
+    /// known. After a piece the tokens go on as if nothing had been cut: those around show it.
+    fn cut(&self, text: &str, is_whole: bool, reading: &Reading) -> Result<Option<usize>, DataError> {
+        // The end, if it is that of the whole text.
+        let end = is_whole.then_some(text.len());
+        if text.len() <= PIECE_BYTES || !is_whole && text.len() < PIECE_BYTES + LONGEST_CHARACTER {
+            return Ok(end);
+        }
         let mut from = text.ceil_char_boundary(PIECE_BYTES);
-        let Self::HuggingFace(tokenizer) = self else { return Ok(from) };
+        let Self::HuggingFace(tokenizer) = self else { return Ok(Some(from)) };
         while from < text.len() {
             for _ in 0..TRIES {
-                let Some(at) = text[from..].find('\n').map(|at| from + at + 1) else { return Ok(text.len()) };
+                let Some(at) = text[from..].find('\n').map(|at| from + at + 1) else { return Ok(end) };
+                if !is_whole && text.len() < at + AROUND_BYTES + LONGEST_CHARACTER {
+                    return Ok(None);
+                }
                 let start = text.floor_char_boundary(at.saturating_sub(AROUND_BYTES));
                 let end = text.ceil_char_boundary(at.saturating_add(AROUND_BYTES));
                 let mut parts = tokenizer.encode_watched(&text[start..at], reading)?;
                 parts.extend(tokenizer.encode_watched(&text[at..end], reading)?);
                 if parts == tokenizer.encode_watched(&text[start..end], reading)? {
-                    return Ok(at);
+                    return Ok(Some(at));
                 }
                 from = at;
             }
             from = text.ceil_char_boundary(from.saturating_add(PIECE_BYTES));
         }
-        Ok(text.len())
+        Ok(end)
+    }
+
+    /// Token ids of a text, each with where in it lies what it stands for, in bytes.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if the tokenizer refuses it.
+    pub(crate) fn encode_with_offsets(&self, text: &str) -> Result<Vec<(i32, Range<usize>)>, DataError> {
+        match self {
+            Self::Bytes => Ok(text.bytes().enumerate().map(|(at, byte)| (i32::from(byte), at..at + 1)).collect()),
+            Self::HuggingFace(tokenizer) => tokenizer.guarded(|| {
+                tokenizer.check_growth(text, &Reading::default())?;
+                let encoding = tokenizer.inner.encode(text, false).map_err(|e| tokenizer.fail(e.to_string()))?;
+                let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
+                tokens.map(|(&id, &(start, end))| Ok((tokenizer.id(id)?, start..end))).collect()
+            }),
+        }
     }
 }
 
@@ -116,14 +176,26 @@ mod tests {
     fn pieces(tokenizer: &Tokenizer, text: &str) -> (Vec<i32>, usize) {
         let (mut ids, mut count) = (Vec::new(), 0);
         let reading = Reading::default();
+        let (mut rest, mut again) = (text, String::new());
         tokenizer
-            .encode_pieces(text, &reading, |some| {
-                ids.extend_from_slice(some);
-                count += 1;
-                Ok(())
-            })
+            .encode_stream(
+                &mut |all| {
+                    let (part, after) = rest.split_at(rest.ceil_char_boundary(1 << 18));
+                    all.push_str(part);
+                    rest = after;
+                    Ok(!part.is_empty())
+                },
+                &reading,
+                &mut |piece, some| {
+                    again.push_str(piece);
+                    ids.extend_from_slice(some);
+                    count += 1;
+                    Ok(())
+                },
+            )
             .unwrap();
         assert!(reading.progress() >= text.len() as u64);
+        assert!(again == text);
         (ids, count)
     }
 
@@ -157,7 +229,11 @@ mod tests {
             let stop = crate::stop::StopFlag::default();
             let reading = Reading::new(stop.clone());
             stop.set();
-            let taken = tokenizer.encode_pieces(&text, &reading, |_| panic!("a piece came"));
+            let mut more = |all: &mut String| {
+                all.push_str(&text);
+                Ok(false)
+            };
+            let taken = tokenizer.encode_stream(&mut more, &reading, &mut |_, _| panic!("a piece came"));
             assert!(matches!(taken, Err(DataError::Stopped)));
             if let Tokenizer::HuggingFace(tokenizer) = &tokenizer {
                 // In the middle of a piece, too.

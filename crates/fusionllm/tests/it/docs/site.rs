@@ -44,6 +44,10 @@ const PLACEHOLDERS: [(&str, &str); 14] = [
     ("POLICY", "ada-topk"),
 ];
 
+/// Whose conversations of two letters fit in a sequence of eight bytes.
+const CHAT_TEMPLATE: &str =
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
+
 pub(super) struct Site {
     bench: Bench,
     /// Several machines, the broker's first; nothing if all is on this one.
@@ -123,6 +127,7 @@ impl Site {
     /// The line with every placeholder filled in.
     fn filled(&self, line: &str) -> Result<String, String> {
         let mut line = replace_word(line, "/path/to/texts", &self.bench.path("texts").display().to_string());
+        line = replace_word(&line, "/path/to/chats.jsonl", &self.bench.path("chats.jsonl").display().to_string());
         line = line.replace("--data /srv/texts", "--data .").replace("--data DIR", "--data .");
         line = replace_word(&line, "/path/to/model", &self.bench.path("a-model").display().to_string());
         let mut words = line.split_whitespace().skip_while(|word| *word != "--step");
@@ -316,6 +321,8 @@ impl Site {
         {
             self.need_run(false)?;
             self.succeeds("fusionllm export a-run a-model")?;
+            self.bench.write("a-model/chat_template.jinja", CHAT_TEMPLATE);
+            self.bench.write("chats.jsonl", &"{\"prompt\": \"a\", \"completion\": \"b\"}\n".repeat(40));
         }
         Ok(())
     }

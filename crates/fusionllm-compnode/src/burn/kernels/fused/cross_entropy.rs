@@ -10,8 +10,10 @@ use super::{Fused, dims, rows_per_task, tensor};
 /// logits [N, V] → mean over N of -log softmax(logits)[label], in nats, as [1, 1].
 #[derive(Clone, Debug)]
 pub(crate) struct CrossEntropy {
-    /// One of each row, below V.
-    pub(crate) labels: Vec<usize>,
+    /// One of each row, below V; nothing for a row that takes no part.
+    pub(crate) labels: Vec<Option<usize>>,
+    /// What a row weighs that takes part, if it is not one over their number.
+    pub(crate) weight: Option<f32>,
 }
 
 /// What BP needs: the logits, and log Σ exp of each row of them.
@@ -32,16 +34,24 @@ impl Fused<1> for CrossEntropy {
         let tasks = log_sums.par_chunks_mut(size).zip(values.par_chunks(size * columns));
         tasks.for_each(|(sums, logits)| log_sum_exp(logits, columns, sums));
         let picked = values.chunks_exact(columns).zip(&self.labels).zip(&log_sums);
+        let picked = picked.filter_map(|((row, label), sum)| Some((row, (*label)?, sum)));
         let loss: f64 =
-            picked.map(|((row, &label), sum)| f64::from(sum - row.get(label).copied().unwrap_or(f32::NAN))).sum();
-        (tensor(vec![(loss / rows as f64) as f32], [1, 1]), Saved { logits, log_sums })
+            picked.map(|(row, label, sum)| f64::from(sum - row.get(label).copied().unwrap_or(f32::NAN))).sum();
+        let loss = match self.weight {
+            None => loss / rows as f64,
+            Some(weight) => loss * f64::from(weight),
+        };
+        (tensor(vec![loss as f32], [1, 1]), Saved { logits, log_sums })
     }
 
     fn backward(&self, saved: Saved, gradient: FlexTensor, _wanted: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let Saved { mut logits, log_sums } = saved;
         let (rows, columns) = dims(&logits);
         let of_loss = gradient.as_slice::<f32>().and_then(|g| g.first()).copied().unwrap_or_default();
-        let scale = of_loss / rows as f32;
+        let scale = match self.weight {
+            None => of_loss / rows as f32,
+            Some(weight) => of_loss * weight,
+        };
         let size = rows_per_task(columns);
         logits
             .storage_mut::<f32>()
@@ -50,9 +60,11 @@ impl Fused<1> for CrossEntropy {
             .zip(self.labels.par_chunks(size))
             .for_each(|((logits, sums), labels)| {
                 softmax_times(logits, columns, sums, scale);
-                for (row, &label) in logits.chunks_exact_mut(columns).zip(labels) {
-                    if let Some(of_label) = row.get_mut(label) {
-                        *of_label -= scale;
+                for (row, label) in logits.chunks_exact_mut(columns).zip(labels) {
+                    match label.map(|label| row.get_mut(label)) {
+                        Some(Some(of_label)) => *of_label -= scale,
+                        Some(None) => {}
+                        None => row.fill(0.0),
                     }
                 }
             });

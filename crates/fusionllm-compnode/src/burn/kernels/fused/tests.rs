@@ -8,6 +8,7 @@ use fusionllm_graph::{RotaryScaling, WeightLayout};
 use super::*;
 use crate::burn::host::to_vec;
 use crate::burn::kernels::{activation, attention, linear, loss, norm, rotary};
+use crate::targets::no_target;
 
 /// Numbers without a pattern in [-2, 2).
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -226,12 +227,23 @@ fn attention_survives_scores_beyond_the_range_of_exp() {
 #[test]
 fn cross_entropy_is_the_plain_one() {
     for (rows, vocab) in [(1, 1), (4, 5), (37, 130), (300, 257)] {
-        let labels: Vec<usize> = (0..rows).map(|i| i * 31 % vocab).collect();
-        let ids = TensorData::new(labels.iter().map(|&l| l as i32).collect::<Vec<_>>(), [rows]);
-        let ids = Tensor::<1, Int>::from_data(ids, &device());
+        let labels: Vec<i32> = (0..rows as i32).map(|i| i * 31 % vocab as i32).collect();
+        let of = |labels: &[i32]| Tensor::<1, Int>::from_data(TensorData::new(labels.to_vec(), [rows]), &device());
         let logits = leaf([rows, vocab], 1);
-        let fused = apply(CrossEntropy { labels }, [Operand::of(&logits)]).map(|y| run(y, &logits, &[]));
-        assert_alike("cross-entropy", fused, run(loss::plain(logits.clone(), ids), &logits, &[]));
+        let fused = |labels: &[i32], weight| {
+            let labels = labels.iter().map(|&label| usize::try_from(label).ok()).collect();
+            apply(CrossEntropy { labels, weight }, [Operand::of(&logits)]).map(|y| run(y, &logits, &[]))
+        };
+        let plain = run(loss::plain(logits.clone(), of(&labels)), &logits, &[]);
+        assert_alike("cross-entropy", fused(&labels, None), plain);
+        let weight = 0.3;
+        let masked: Vec<i32> = (labels.iter().enumerate())
+            .map(|(i, &label)| if i % 3 == 1 || i + 1 == rows { no_target(weight) } else { label })
+            .collect();
+        let plain = run(loss::weighted(logits.clone(), of(&masked), weight), &logits, &[]);
+        assert!(plain[0][0] > 0.0 || rows == 1);
+        assert!(plain[1][(rows - 1) * vocab..].iter().all(|&x| x == 0.0));
+        assert_alike("masked cross-entropy", fused(&masked, Some(weight)), plain);
     }
 }
 

@@ -1,15 +1,20 @@
 #include "check.h"
 #include "../loss.cu"
 
-template <class T> void test(u32 rows, u32 vocab, float range, bool small, bool filled = true) {
+// masked: the last row takes no part, and the others weigh 0.75.
+template <class T>
+void test(u32 rows, u32 vocab, float range, bool small, bool filled = true, bool masked = false) {
     u32 stride = filled ? (vocab + 63) / 64 * 64 : vocab;
-    float scale = 0.25f;
+    float scale = 0.25f, weight = 0.75f;
+    auto counts = [&](size_t r) { return !masked || r + 1 < rows; };
     Tensor<T> logits((size_t)rows * stride, range);
     Tensor<int> labels(rows);
     for (u32 r = 0; r < rows; r++) {
         labels.set(r, r == 0 ? vocab - 1 : random_below(vocab));
         for (u32 c = vocab; c < stride; c++) logits.set((size_t)r * stride + c, c % 2 ? NAN : INFINITY);
     }
+    if (masked) labels.set(rows - 1, (int)f32_bits(-weight));
+    double expected = masked ? weight : scale, times = masked ? (double)weight * rows : 1.;
     std::vector<double> top(rows), sum(rows);
     for (u32 r = 0; r < rows; r++) {
         double m = -1e300, s = 0;
@@ -27,17 +32,23 @@ template <class T> void test(u32 rows, u32 vocab, float range, bool small, bool 
         else
             RUN(cross_entropy, T, rows, 1, in.data(), labels.data(), losses.data(), to, vocab, stride, scale);
         std::string name = named<T>(small ? "cross_entropy_small" : "cross_entropy") + (range > 1e3f ? " large" : "");
+        if (masked) name += " masked";
         compare(
-            name, losses, [&](size_t r) { return top[r] - logits.at(r * stride + labels.at(r)) + log(sum[r]); }, 3e-6);
+            name, losses,
+            [&](size_t r) {
+                return counts(r) ? (top[r] - logits.at(r * stride + labels.at(r)) + log(sum[r])) * times : 0.;
+            },
+            3e-6);
         if (kind == 0) continue;
         // The parts of the gradient are about scale / vocab or scale; both are to be right.
         compare(
             name + " grad", grad,
             [&](size_t i) {
                 u32 r = i / stride, c = i % stride;
-                return c < vocab ? (exp(logits.at(i) - top[r]) / sum[r] - (c == (u32)labels.at(r))) * scale : 0.;
+                if (c >= vocab || !counts(r)) return 0.;
+                return (exp(logits.at(i) - top[r]) / sum[r] - (c == (u32)labels.at(r))) * expected;
             },
-            bound<T>(1e-5), 1e-4 * scale);
+            bound<T>(1e-5), 1e-4 * expected);
     }
 }
 int main() {
@@ -49,6 +60,8 @@ int main() {
         for (bool filled : {true, false}) {
             test<float>(2, vocab, 5.f, false, filled);
             test<u16>(2, vocab, 5.f, false, filled);
+            test<float>(3, vocab, 5.f, filled, filled, true);
+            test<u16>(3, vocab, 5.f, filled, filled, true);
         }
     }
     for (u32 vocab : {50257u, 70001u}) {
