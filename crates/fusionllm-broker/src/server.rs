@@ -157,7 +157,7 @@ impl Broker {
         let to_self = commands.downgrade();
         let actor = actor::run(core, actions, to_self, inbox, files, records, Arc::clone(&reach));
         let actor = Watched::new("the broker's task", tokio::spawn(actor));
-        let handle = Handle { commands, runs_dir, scratch, reach, open_runs };
+        let handle = Handle { commands, runs_dir, scratch, reach, open_runs, has_relay: port.is_some() };
         let listener = tokio::spawn(listen::run(endpoint.clone(), gate, handle.clone()));
         tracing::info!(addrs = ?ticket.broker.addrs, relay = port, "the broker listens");
         Ok(Self { ticket, ticket_path, handle, endpoint, relay, listener, actor })

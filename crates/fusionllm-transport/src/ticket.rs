@@ -115,10 +115,8 @@ mod tests {
     fn a_ticket_without_a_relay_is_as_before() {
         let before = "fusionllmaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaiayaaaeb46hqbaeaqcaibaeaqcaibaeaqcaibaea\
                       qcaibaeaqcaibaeaqcaibafs2jwkka";
-        let broker = PeerAddr {
-            id: crate::PeerId::from_bytes([1; 32]),
-            addrs: vec!["192.0.2.7:7710".parse().unwrap()],
-        };
+        let broker =
+            PeerAddr { id: crate::PeerId::from_bytes([1; 32]), addrs: vec!["192.0.2.7:7710".parse().unwrap()] };
         let ticket = Ticket { broker, secret: Secret::from_bytes([2; 32]), relay: None };
         assert_eq!(ticket.to_string(), before);
     }

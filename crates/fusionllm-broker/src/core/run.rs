@@ -13,8 +13,8 @@ use fusionllm_planner::{
     CodecChange, Controller, LinkObservation, NodeIndex, Placement, Simulated, StepObservation, Way,
 };
 use fusionllm_protocol::{
-    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, RunKey, SnapshotId, StepMetrics, StepReport, StepTrace,
-    measured_step,
+    Cadence, CodecNote, CompressionPolicy, JobSpec, LinkBytes, LinkSpeed, RunKey, SnapshotId, StepMetrics, StepReport,
+    StepTrace, measured_step,
 };
 
 use super::bounds::Bounds;
@@ -347,6 +347,16 @@ impl Run {
         self.bounds.report_comes(node, &mut report, self.merged)?;
         self.reports.entry(step).or_default().insert(node, report);
         Ok(())
+    }
+
+    /// By which way messages came to a CompNode that reports a step: from whom, and whether over the relay.
+    pub(super) fn ways_to(&self, connection: ConnectionId, report: &StepReport) -> Vec<(ConnectionId, bool)> {
+        let names = &self.placement.compnodes;
+        let way = |speed: &LinkSpeed| {
+            let from = *self.members.get(names.iter().position(|name| *name == speed.from)?)?;
+            (from != connection).then_some((from, speed.relayed))
+        };
+        report.received.iter().take(names.len()).filter_map(way).collect()
     }
 
     /// Whether a CompNode, which is not ready yet, holds what reads the data.

@@ -297,6 +297,25 @@ fn take_over(state_dir: &Path, tickets: &mut Tickets) -> Result<Option<Secret>, 
 mod tests {
     use super::*;
 
+    #[test]
+    fn the_relay_serves_holders_of_tickets_that_admit() {
+        let folder = tempfile::tempdir().unwrap();
+        let peer = |n: u8| PeerId::from_bytes([n; 32]);
+        let broker = PeerAddr { id: peer(1), addrs: Vec::new() };
+        let (gate, join) = Gate::open(folder.path(), broker, Some(7712)).unwrap();
+        assert_eq!(join.relay, Some(7712));
+        let (_, later) = gate.create(Some("later".to_owned()), TicketRole::Operate, Some(0), false).unwrap();
+        let standing = |ticket: &Ticket, n: u8| gate.standing(peer(n), Some(&RelayToken::of(&ticket.secret)));
+        assert_eq!(standing(&join, 2), RelayStanding::Guest);
+        assert_eq!(standing(&later, 2), RelayStanding::Stranger, "it has expired");
+        assert_eq!(gate.standing(peer(2), None), RelayStanding::Stranger);
+        assert_eq!(gate.standing(peer(1), None), RelayStanding::Member, "the broker itself");
+        let other = Ticket { secret: Secret::generate(), ..join.clone() };
+        assert_eq!(standing(&other, 2), RelayStanding::Stranger);
+        gate.revoke("join", ConnectionId(1)).unwrap();
+        assert_eq!(standing(&join, 2), RelayStanding::Stranger, "it was revoked");
+    }
+
     /// What is said holds after a restart, whatever could be written before it.
     #[test]
     fn a_ticket_of_the_state_folder_is_revoked_where_nothing_can_be_written() {

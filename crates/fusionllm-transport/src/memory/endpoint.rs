@@ -284,7 +284,14 @@ impl Connection for MemoryConnection {
             let rtt = state.weather.latency * 2;
             let counts = state.end(self.link, self.side).map(|end| (end.bytes_sent, end.bytes_received));
             let (bytes_sent, bytes_received) = counts.unwrap_or_default();
-            SessionStats { rtt: Some(rtt), is_relayed: false, bytes_sent, bytes_received, sent_packets: 0, lost_packets: 0 }
+            SessionStats {
+                rtt: Some(rtt),
+                is_relayed: false,
+                bytes_sent,
+                bytes_received,
+                sent_packets: 0,
+                lost_packets: 0,
+            }
         })
     }
 }

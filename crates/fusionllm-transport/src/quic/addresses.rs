@@ -141,7 +141,8 @@ mod tests {
     fn addresses_that_many_have_are_not_public() {
         let public = ["192.0.2.2", "100.63.255.255", "100.128.0.0", "172.32.0.1", "2001:db8::1", "::ffff:8.8.8.8"];
         assert!(public.iter().all(|ip| is_public(ip.parse().unwrap())));
-        let others = ["10.0.0.1", "172.16.0.1", "192.168.1.1", "::ffff:192.168.1.1", "100.64.0.1", "127.0.0.1", "fd00::1"];
+        let others =
+            ["10.0.0.1", "172.16.0.1", "192.168.1.1", "::ffff:192.168.1.1", "100.64.0.1", "127.0.0.1", "fd00::1"];
         assert!(others.iter().all(|ip| !is_public(ip.parse().unwrap())));
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use fusionllm_transport::{
     AdmitAll, ConnectError, Endpoint, EndpointConfig, Identity, PeerAddr, PeerId, Relay, RelayAccess, RelayListener,
-    RelayServer, RelayStanding, RelayState, RelayToken, Secret, Session, probe, answer_probe,
+    RelayServer, RelayStanding, RelayState, RelayToken, Secret, Session, answer_probe, probe,
 };
 use tokio::time::{sleep, timeout};
 
@@ -70,7 +70,8 @@ impl Site {
 }
 
 async fn endpoint(bind: &str, relay: Relay) -> Endpoint {
-    let config = EndpointConfig { relay: Some(relay), ..EndpointConfig::new(Identity::generate(), bind.parse().unwrap()) };
+    let config =
+        EndpointConfig { relay: Some(relay), ..EndpointConfig::new(Identity::generate(), bind.parse().unwrap()) };
     Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap()
 }
 

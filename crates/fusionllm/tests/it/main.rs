@@ -18,10 +18,12 @@ mod folders;
 mod input;
 #[cfg(unix)]
 mod last_checkpoint;
+mod machines;
 #[cfg(unix)]
 mod meddling;
 mod plan;
 mod process;
+mod relay;
 mod state;
 mod survive;
 mod texts;

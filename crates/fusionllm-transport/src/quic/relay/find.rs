@@ -46,7 +46,9 @@ impl Finder {
             let fresh = lock().filter(|(at, _)| at.elapsed() < KNOWN_FOR).map(|(_, ip)| ip);
             let found = match fresh {
                 Some(ip) => Some(ip),
-                None => find(&relay, |ip| is_of(ip).is_some()).await.inspect(|ip| *lock() = Some((Instant::now(), *ip))),
+                None => {
+                    find(&relay, |ip| is_of(ip).is_some()).await.inspect(|ip| *lock() = Some((Instant::now(), *ip)))
+                }
             };
             Ok(Box::new(found.and_then(is_of).into_iter()) as BoxIter<T>)
         })

@@ -178,7 +178,10 @@ fn open(addr: SocketAddr, kind: Type) -> std::io::Result<Socket> {
 fn handlers() -> Handlers {
     let mut handlers = Handlers::default();
     let there = (Method::GET, iroh_relay::http::RELAY_PROBE_PATH);
-    handlers.insert(there, Box::new(|_, answer: http::response::Builder| Ok(answer.body(Box::new(String::new()) as BytesBody)?)));
+    handlers.insert(
+        there,
+        Box::new(|_, answer: http::response::Builder| Ok(answer.body(Box::new(String::new()) as BytesBody)?)),
+    );
     handlers
 }
 
@@ -239,10 +242,13 @@ impl Doorkeeper {
 
     fn strangers(&self) -> Vec<(ConnectionId, EndpointId)> {
         let inside = self.inside();
-        let is_stranger = |peer, token: &Option<RelayToken>| {
-            self.standing(peer, token.as_ref()) == RelayStanding::Stranger
-        };
-        inside.iter().filter(|(_, (peer, token))| is_stranger(*peer, token)).map(|(at, (peer, _))| (*at, *peer)).collect()
+        let is_stranger =
+            |peer, token: &Option<RelayToken>| self.standing(peer, token.as_ref()) == RelayStanding::Stranger;
+        inside
+            .iter()
+            .filter(|(_, (peer, token))| is_stranger(*peer, token))
+            .map(|(at, (peer, _))| (*at, *peer))
+            .collect()
     }
 
     /// Why somebody stays out; nothing if it may come in.
