@@ -307,6 +307,12 @@ impl Survey {
         self.due.extend(old);
     }
 
+    /// Such links between idle CompNodes are measured again.
+    pub(super) fn try_cut_ones(&mut self, registry: &Registry, now: Duration) {
+        let old = self.old_cuts(&registry.idle(), now);
+        self.due.extend(old);
+    }
+
     /// Messages of a job went from one CompNode to another over the relay, or directly. What was measured of another way is not
     /// true any more: both are probed again once they are idle.
     pub(super) fn seen(&mut self, from: ConnectionId, to: ConnectionId, relayed: bool) {
@@ -322,12 +328,6 @@ impl Survey {
     pub(super) fn relayed(&self) -> impl Iterator<Item = Pair> + '_ {
         let is_relayed = |state: &PairState| state.result.is_some_and(|pair| pair.relayed);
         self.pairs.iter().filter(move |(_, state)| is_relayed(state)).map(|(&pair, _)| pair)
-    }
-
-    /// Such links between idle CompNodes are measured again.
-    pub(super) fn try_cut_ones(&mut self, registry: &Registry, now: Duration) {
-        let old = self.old_cuts(&registry.idle(), now);
-        self.due.extend(old);
     }
 
     /// The ops of a job were measured.
