@@ -31,8 +31,11 @@ type Answer<T> = std::pin::Pin<Box<dyn Future<Output = Result<BoxIter<T>, DnsErr
 pub(super) struct Finder {
     relay: Arc<Relay>,
     /// Of IPv4 and of IPv6.
-    known: Arc<[Mutex<Option<(Instant, IpAddr)>>; 2]>,
+    known: Arc<[Known; 2]>,
 }
+
+/// Where it was found, and when.
+type Known = Mutex<Option<(Instant, IpAddr)>>;
 
 impl Finder {
     pub(super) fn new(relay: Relay) -> Self {

@@ -271,7 +271,6 @@ impl Doorkeeper {
 }
 
 impl AccessControl for Doorkeeper {
-    #[expect(clippy::unused_async, reason = "the trait asks for it")]
     async fn on_connect(&self, request: &ClientRequest) -> Access {
         let (peer, token) = (request.endpoint_id(), request.auth_token());
         let token = token.as_deref().and_then(RelayToken::from_text);
