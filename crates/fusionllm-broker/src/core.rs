@@ -235,6 +235,7 @@ impl Core {
                 })
                 .collect(),
             compnodes: self.compnodes.summaries(),
+            relayed: self.survey.relayed().map(|(a, b)| (self.compnodes.name(a), self.compnodes.name(b))).collect(),
             trouble: self
                 .trouble()
                 .map(|reason| format!("the broker takes no jobs, it cannot write its state: {reason}")),

@@ -24,13 +24,16 @@ mod state;
 mod watched;
 mod work;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_protocol::{Inventory, JobId, JobSpec, StatusReport, TicketRole};
-use fusionllm_transport::{AdmitOnTrial, Endpoint, EndpointConfig, Identity, Ticket, make_private_dir};
+use fusionllm_transport::{
+    AdmitOnTrial, Endpoint, EndpointConfig, Identity, Relay, RelayListener, RelayServer, RelayToken, Secret, Ticket,
+    make_private_dir,
+};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -63,6 +66,8 @@ pub struct BrokerConfig {
     pub bind: SocketAddr,
     /// Further addresses under which it is reached, such as a forwarded port.
     pub advertise: Vec<SocketAddr>,
+    /// Port of a relay of the broker's own, of TCP and UDP, 0 takes any; nothing: it has none.
+    pub relay: Option<u16>,
     /// Key, tickets and job records. Nobody else on the machine may use it.
     pub state_dir: PathBuf,
     /// Where run directories are made.
@@ -84,6 +89,7 @@ pub struct Broker {
     ticket_path: PathBuf,
     handle: Handle,
     endpoint: Endpoint,
+    relay: Option<RelayServer>,
     listener: JoinHandle<()>,
     actor: Watched,
 }
@@ -102,8 +108,17 @@ impl Broker {
     }
 
     async fn start_on(config: BrokerConfig) -> Result<Self, BrokerError> {
-        let BrokerConfig { bind, advertise, state_dir, runs_dir, checkpoint_dirs, model_dirs, scratch, resumed_by } =
-            config;
+        let BrokerConfig {
+            bind,
+            advertise,
+            relay,
+            state_dir,
+            runs_dir,
+            checkpoint_dirs,
+            model_dirs,
+            scratch,
+            resumed_by,
+        } = config;
         make_private_dir(&state_dir)?;
         state::check(&state_dir)?;
         // The store's lock comes first: a second broker must not touch what the first one uses.
@@ -111,9 +126,15 @@ impl Broker {
         let store = state::open_store_soon(&store_path).await?;
         let records: Vec<Restored> = store.jobs()?.into_iter().map(restored).collect();
         let identity = Identity::load_or_create(&state_dir.join("key"))?;
-        let endpoint_config = EndpointConfig { advertise, ..EndpointConfig::new(identity, bind) };
+        let open_relay = |port: u16| RelayListener::bind(&identity, SocketAddr::new(bind.ip(), port));
+        let relay = relay.map(open_relay).transpose()?;
+        // The broker is reached over its relay as others are.
+        let own = relay.as_ref().map(|relay| own_relay(&identity, bind, relay.port()));
+        let endpoint_config = EndpointConfig { advertise, relay: own, ..EndpointConfig::new(identity, bind) };
         let endpoint = Endpoint::bind(endpoint_config, Arc::new(AdmitOnTrial)).await?;
-        let (gate, ticket) = Gate::open(&state_dir, endpoint.addr())?;
+        let port = relay.as_ref().map(RelayListener::port);
+        let (gate, ticket) = Gate::open(&state_dir, endpoint.addr(), port)?;
+        let relay = relay.map(|relay| relay.serve(gate.clone())).transpose()?;
         let ticket_path = gate::ticket_path(&state_dir, TicketRole::Join);
 
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
@@ -136,10 +157,10 @@ impl Broker {
         let to_self = commands.downgrade();
         let actor = actor::run(core, actions, to_self, inbox, files, records, Arc::clone(&reach));
         let actor = Watched::new("the broker's task", tokio::spawn(actor));
-        let handle = Handle { commands, runs_dir, scratch, reach, open_runs };
+        let handle = Handle { commands, runs_dir, scratch, reach, open_runs, has_relay: port.is_some() };
         let listener = tokio::spawn(listen::run(endpoint.clone(), gate, handle.clone()));
-        tracing::info!(addrs = ?ticket.broker.addrs, "the broker listens");
-        Ok(Self { ticket, ticket_path, handle, endpoint, listener, actor })
+        tracing::info!(addrs = ?ticket.broker.addrs, relay = port, "the broker listens");
+        Ok(Self { ticket, ticket_path, handle, endpoint, relay, listener, actor })
     }
 
     /// The ticket by which CompNodes join.
@@ -234,7 +255,20 @@ impl Broker {
         let _ = timeout(GOODBYE_LIMIT, self.actor.ended()).await;
         self.listener.abort();
         self.endpoint.close().await;
+        if let Some(relay) = self.relay.take() {
+            relay.close().await;
+        }
     }
+}
+
+/// As the broker itself uses its relay.
+fn own_relay(identity: &Identity, bind: SocketAddr, port: u16) -> Relay {
+    let ips = match bind.ip() {
+        ip if ip.is_unspecified() => vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()],
+        ip => vec![ip],
+    };
+    // Its key says enough.
+    Relay { key: identity.id(), ips, port, token: RelayToken::of(&Secret::generate()) }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, BrokerError> {

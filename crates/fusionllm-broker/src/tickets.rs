@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fusionllm_protocol::{TicketRole, TicketState, TicketSummary, is_plain_name};
-use fusionllm_transport::{PeerId, Secret};
+use fusionllm_transport::{PeerId, RelayToken, Secret};
 use serde::{Deserialize, Serialize};
 
 /// Tickets that a broker knows at most.
@@ -100,6 +100,24 @@ impl Tickets {
         let is_remembered = entry.once || (entry.ends.is_some() && entry.keys.len() < MOST_KEYS);
         let changed = is_remembered && entry.keys.insert(key);
         Ok(Grant { ticket: name.clone(), own: entry.own, changed })
+    }
+
+    /// By its token at the relay, the name of each ticket that was not revoked.
+    pub(crate) fn relay_tokens(&self) -> BTreeMap<RelayToken, String> {
+        let valid = self.0.iter().filter(|(_, entry)| !entry.revoked);
+        let token = |(name, entry): (&String, &Entry)| {
+            let hash = blake3::Hash::from_hex(&entry.hash).ok()?;
+            Some((RelayToken::of_hash(hash.as_bytes()), name.clone()))
+        };
+        valid.filter_map(token).collect()
+    }
+
+    /// Whether a ticket lets this peer come in now, or back in.
+    pub(crate) fn admits(&self, name: &str, peer: PeerId, now: u64) -> bool {
+        let admits = |entry: &Entry| {
+            entry.state(now) == TicketState::Valid || (!entry.revoked && entry.keys.contains(&hex(peer)))
+        };
+        self.0.get(name).is_some_and(admits)
     }
 
     /// Makes a ticket under `name`, or if it is not given, under a free one. Gives the name.

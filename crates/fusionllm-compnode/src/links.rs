@@ -25,7 +25,7 @@ use fusionllm_planner::{NodeIndex, Placement, Route, TIED_WINDOW};
 use fusionllm_protocol::{
     Assignment, Cadence, Channel, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, RunKey, encoded_len,
 };
-use fusionllm_transport::{Endpoint, PeerAddr, PeerId, Session};
+use fusionllm_transport::{ConnectError, Endpoint, PeerAddr, PeerId, RelayState, Session};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -283,6 +283,18 @@ pub(crate) fn peer_addr(record: &PeerRecord) -> PeerAddr {
     PeerAddr { id: PeerId::from_bytes(record.id), addrs: record.addrs.clone() }
 }
 
+/// Why a peer is not reached, and what would help.
+pub(crate) fn unreached(error: &ConnectError) -> String {
+    match error {
+        ConnectError::Unreachable { relay: RelayState::None, addrs, .. }
+            if !addrs.iter().all(|a| a.ip().is_loopback()) =>
+        {
+            format!("{error}; where a router is between the two, a relay lets them meet: `fusionllm broker --relay`")
+        }
+        error => error.to_string(),
+    }
+}
+
 /// A peer's record for the broker.
 pub(crate) fn peer_record(addr: &PeerAddr) -> PeerRecord {
     let addrs: Vec<SocketAddr> = addr.addrs.clone();
@@ -382,7 +394,9 @@ impl Exchange for NetworkExchange {
         let speed = |(peer, meter): (usize, &Meter)| {
             let (bytes, busy) = meter.drain();
             let (from, to, busy_s) = (self.links.name_of(peer), to.clone(), busy.as_secs_f64());
-            (bytes > 0).then_some(LinkSpeed { from, to, bytes, busy_s })
+            let session = self.links.sessions.get(peer).and_then(|session| session.borrow().clone());
+            let relayed = session.is_some_and(|session| session.stats().is_relayed);
+            (bytes > 0).then_some(LinkSpeed { from, to, bytes, busy_s, relayed })
         };
         self.links.meters.iter().enumerate().filter_map(speed).collect()
     }

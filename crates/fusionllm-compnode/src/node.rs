@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fusionllm_protocol::{DeviceProfile, FromCompNode, RunKey};
-use fusionllm_transport::{Endpoint, EndpointConfig, Members, Purpose, Session, Ticket};
+use fusionllm_transport::{Endpoint, EndpointConfig, Members, Purpose, Relay, Session, Ticket};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
@@ -111,6 +111,7 @@ async fn join_with(
     let members = Arc::new(Members::default());
     let mut endpoint_config = EndpointConfig::new(config.identity, config.bind);
     endpoint_config.advertise = config.advertise;
+    endpoint_config.relay = Relay::by(&config.ticket);
     let bind = Endpoint::bind(endpoint_config, members.clone()).await;
     let endpoint = bind?;
     let (events, mut inbox) = mpsc::channel(EVENT_QUEUE);

@@ -417,6 +417,8 @@ pub struct LinkSpeed {
     pub bytes: u64,
     /// Seconds for which at least one payload was coming in.
     pub busy_s: f64,
+    /// Whether the connection led over the broker's relay at the end of the step.
+    pub relayed: bool,
 }
 
 /// What a one-way stream between broker and CompNode carries.

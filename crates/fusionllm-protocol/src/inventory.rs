@@ -59,6 +59,8 @@ pub struct PairProfile {
     pub there: LinkProfile,
     /// The direction back.
     pub back: LinkProfile,
+    /// Whether it leads over the broker's relay, since no direct way was found.
+    pub relayed: bool,
 }
 
 /// One machine in an inventory.
@@ -99,6 +101,8 @@ pub struct LinkReport {
     pub to: String,
     /// What was measured; nothing if the two could not reach each other.
     pub link: Option<LinkProfile>,
+    /// Whether it leads over the broker's relay.
+    pub relayed: bool,
     /// Seconds since it was measured.
     pub age_s: f64,
 }
@@ -112,6 +116,8 @@ pub struct Inventory {
     pub links: Vec<LinkReport>,
     /// Measurements that are still to come.
     pub pending: u32,
+    /// Whether the broker has a relay.
+    pub relay: bool,
 }
 
 /// A link over which nothing comes: no plan will use it where there is another way.
@@ -175,8 +181,13 @@ mod tests {
     #[test]
     fn machines_become_a_cluster_and_share_what_they_share() {
         let link = LinkProfile { latency_s: 0.01, bytes_per_s: 1e6 };
-        let report =
-            |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s: 1.0 };
+        let report = |from: &str, to: &str, link| LinkReport {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            link,
+            relayed: false,
+            age_s: 1.0,
+        };
         let inventory = Inventory {
             machines: vec![
                 machine("a", "office", Some(2.0)),
@@ -187,6 +198,7 @@ mod tests {
             ],
             links: vec![report("a", "b", Some(link)), report("b", "gpu", None)],
             pending: 0,
+            relay: false,
         };
         let cluster = inventory.cluster();
         cluster.validate().unwrap();

@@ -126,7 +126,12 @@ mod tests {
         for message in [
             ToClient::Event(JobEvent::Step { job: JobId(1), metrics }),
             ToClient::Event(JobEvent::State { job: JobId(1), state: JobState::Done }),
-            ToClient::Status(StatusReport { jobs: vec![summary], compnodes: Vec::new(), trouble: None }),
+            ToClient::Status(StatusReport {
+                jobs: vec![summary],
+                compnodes: Vec::new(),
+                relayed: Vec::new(),
+                trouble: None,
+            }),
         ] {
             assert_eq!(decode::<ToClient>(&encode(&message).unwrap()).unwrap(), message);
             let text = serde_json::to_string(&message).unwrap();
@@ -152,7 +157,12 @@ mod tests {
             reading: None,
         };
         let compnode = CompNodeSummary { name: bad(), id: bad(), device: bad(), job: None, is_leaving: false };
-        let report = ToClient::Status(StatusReport { jobs: vec![summary], compnodes: vec![compnode], trouble: None });
+        let report = ToClient::Status(StatusReport {
+            jobs: vec![summary],
+            compnodes: vec![compnode],
+            relayed: Vec::new(),
+            trouble: None,
+        });
         let ToClient::Status(report) = decode_clean(&encode(&report).unwrap()).unwrap() else { panic!() };
         let (job, node) = (&report.jobs[0], &report.compnodes[0]);
         assert_eq!(job.state, JobState::Failed { reason: good.to_owned(), bad_input: false });

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::Identity;
+use crate::{Identity, Relay};
 
 /// How fast a connection may send.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub struct EndpointConfig {
     pub bind: SocketAddr,
     /// Further addresses under which it is reached, such as a forwarded port.
     pub advertise: Vec<SocketAddr>,
+    /// Over which it is reached, too, and dials.
+    pub relay: Option<Relay>,
     /// How fast its connections send.
     pub congestion: CongestionControl,
 }
@@ -33,6 +35,6 @@ impl EndpointConfig {
     /// An endpoint that advertises only its own addresses. One that can be reached from this machine alone uses CUBIC.
     pub fn new(identity: Identity, bind: SocketAddr) -> Self {
         let congestion = if bind.ip().is_loopback() { CongestionControl::Cubic } else { CongestionControl::LinkRate };
-        Self { identity, bind, advertise: Vec::new(), congestion }
+        Self { identity, bind, advertise: Vec::new(), relay: None, congestion }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::quic::QuicEndpoint;
 use crate::wire::Wire;
-use crate::{Admission, BindError, ConnectError, EndpointConfig, PeerAddr, PeerId, Purpose, Session};
+use crate::{Admission, BindError, ConnectError, EndpointConfig, PeerAddr, PeerId, Purpose, RelayState, Session};
 
 /// An open endpoint. Clones are the same one. When the last one goes it is closed, without waiting until the peers know.
 #[derive(Clone, Debug)]
@@ -35,7 +35,12 @@ impl Endpoint {
         self.0.addr()
     }
 
-    /// Opens a connection, at whichever of the peer's addresses the peer answers. Addresses that lead back here, and
+    /// How this stands to the relay of its broker.
+    pub fn relay_state(&self) -> RelayState {
+        self.0.relay_state()
+    }
+
+    /// Opens a connection, at whichever of the peer's addresses the peer answers, or over the relay. Addresses that lead back here, and
     /// loopback where the peer is on another machine, are not tried. Whether the peer admits us shows on the first use
     /// of the connection.
     ///

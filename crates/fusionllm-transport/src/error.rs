@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use crate::{PeerId, io_reason, shell_path};
+use crate::{PeerId, RelayState, io_reason, shell_path};
 
 /// Why an endpoint cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +30,14 @@ pub enum BindError {
         addr: SocketAddr,
         /// Why nothing can listen there, in one line.
         reason: String,
+    },
+    /// What a ticket says of a relay cannot be.
+    #[error("the ticket names a relay that cannot be: port {port} of peer {key}")]
+    Relay {
+        /// The key that the relay is to have.
+        key: PeerId,
+        /// Its port.
+        port: u16,
     },
 }
 
@@ -68,7 +76,7 @@ pub enum ConnectError {
         addrs: Vec<SocketAddr>,
     },
     /// Nobody answered in time.
-    #[error("peer {peer} does not answer at {} within {limit_s} s", join(addrs))]
+    #[error("peer {peer} does not answer{} within {limit_s} s{relay}", at(addrs))]
     Unreachable {
         /// The peer that was dialled.
         peer: PeerId,
@@ -76,9 +84,11 @@ pub enum ConnectError {
         addrs: Vec<SocketAddr>,
         /// Seconds for which they were tried.
         limit_s: u64,
+        /// Whether a relay was tried, too.
+        relay: RelayState,
     },
     /// The peer or the network said no.
-    #[error("cannot connect to peer {peer} at {}: {reason}", join(addrs))]
+    #[error("cannot connect to peer {peer}{}: {reason}", at(addrs))]
     Failed {
         /// The peer that was dialled.
         peer: PeerId,
@@ -87,6 +97,10 @@ pub enum ConnectError {
         /// What the peer or the network said, with its causes, in one line.
         reason: String,
     },
+}
+
+fn at(addrs: &[SocketAddr]) -> String {
+    if addrs.is_empty() { String::new() } else { format!(" at {}", join(addrs)) }
 }
 
 fn join(addrs: &[SocketAddr]) -> String {

@@ -1,8 +1,8 @@
 //! Bytes between authenticated peers: identity, tickets, admission, connections, streams of frames, probes.
 //!
 //! QUIC by [iroh](https://docs.rs/iroh) between public-key identities, encrypted and authenticated both ways. No
-//! relay, no address lookup, no third party: peers are dialled at the addresses that they gave. What the bytes mean
-//! is not known here. Tests may have a network in memory instead ([`memory`]), which misbehaves from a seed.
+//! address lookup, no third party: peers are dialled at the addresses that they gave, and over the relay of their broker if it
+//! has one. What the bytes mean is not known here. Tests may have a network in memory instead ([`memory`]), which misbehaves from a seed.
 
 mod admission;
 mod config;
@@ -15,6 +15,8 @@ mod peer;
 mod private;
 mod probe;
 mod quic;
+mod relay;
+mod relay_state;
 mod session;
 mod shell;
 mod stream;
@@ -36,6 +38,9 @@ pub use peer::{PeerAddr, PeerId};
 pub use private::{check_private, make_private_dir, read_private};
 pub use probe::{DirectionSpeed, PairSpeed, answer_probe, probe};
 pub use quic::closing::close_all;
+pub use quic::relay::{RelayListener, RelayServer};
+pub use relay::{Relay, RelayAccess, RelayStanding, RelayToken};
+pub use relay_state::RelayState;
 pub use session::{CloseReason, Session};
 pub use shell::{shell_path, shell_word};
 pub use stream::{FrameSink, FrameSource, MAX_FRAME_BYTES, StreamMeter};

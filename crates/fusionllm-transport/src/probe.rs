@@ -31,6 +31,8 @@ const AGREEMENT: f64 = 0.9;
 const DIRECTION_LIMIT: Duration = Duration::from_secs(6);
 /// Both directions and the pings take no longer.
 const PROBE_LIMIT: Duration = Duration::from_secs(30);
+/// A direct path is found in a few round trips over the relay, if at all.
+const DIRECT_LIMIT: Duration = Duration::from_secs(3);
 /// A burst uses several streams, as a large OP-Data does: one alone carries a window per round trip at the most.
 const STREAMS: u64 = 4;
 /// Largest frame of a probe's conversation.
@@ -60,9 +62,12 @@ pub struct PairSpeed {
     pub there: DirectionSpeed,
     /// The direction from the other peer to this one.
     pub back: DirectionSpeed,
+    /// Whether the packets went over a relay, since no direct path was found.
+    pub is_relayed: bool,
 }
 
-/// Measures the connection to a peer that [`answer_probe`]s.
+/// Measures the connection to a peer that [`answer_probe`]s: the direct path if one is found within three seconds, else that
+/// over the relay.
 ///
 /// # Errors
 /// [`SessionError`] if the connection is lost, the peer does not keep to the form, or it takes too long.
@@ -81,6 +86,7 @@ pub async fn answer_probe(session: &Session) -> Result<(), SessionError> {
 }
 
 async fn lead(session: &Session) -> Result<PairSpeed, SessionError> {
+    session.direct_within(DIRECT_LIMIT).await;
     let (mut sink, mut source) = session.open_bi().await?;
     let round_trip = session.stats().rtt.unwrap_or_default();
     let long_enough = LONG_ENOUGH.max(round_trip * ENOUGH_ROUND_TRIPS);
@@ -101,7 +107,8 @@ async fn lead(session: &Session) -> Result<PairSpeed, SessionError> {
     }
     let latency = Duration::from_secs_f64(median(times) / 2.0);
     let direction = |bursts: &Bursts| DirectionSpeed { latency, bytes_per_s: bursts.bytes_per_s() };
-    Ok(PairSpeed { there: direction(&directions[0]), back: direction(&directions[1]) })
+    let is_relayed = session.stats().is_relayed;
+    Ok(PairSpeed { there: direction(&directions[0]), back: direction(&directions[1]), is_relayed })
 }
 
 /// The bursts of one direction.

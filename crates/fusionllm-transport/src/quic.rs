@@ -10,6 +10,7 @@ mod doorway;
 mod endpoint;
 mod handshakes;
 mod nudge;
+pub(crate) mod relay;
 mod settings;
 mod socket;
 mod throttle;

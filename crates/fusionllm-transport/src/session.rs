@@ -1,8 +1,15 @@
 //! One connection to one peer.
 
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
 use crate::stream::{FrameSink, FrameSource};
 use crate::wire::{SessionStats, SharedConnection};
 use crate::{PeerId, Purpose, SessionError};
+
+/// How often it is looked which path is in use.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// An open connection. Clones are the same one; it closes when the last one goes.
 #[derive(Clone, Debug)]
@@ -94,6 +101,19 @@ impl Session {
             SessionError::Closed { code, reason } => CloseReason { code: Some(code), reason },
             other => CloseReason { code: None, reason: other.to_string() },
         }
+    }
+
+    /// Waits for a direct path, where the connection began over a relay and both ends are looking for one; no longer than
+    /// this. Whether there is one.
+    pub async fn direct_within(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while self.stats().is_relayed {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            sleep(LOOK).await;
+        }
+        true
     }
 
     /// What it has carried so far.

@@ -10,7 +10,10 @@ use subtle::ConstantTimeEq;
 use crate::{PeerAddr, TicketError};
 
 const PREFIX: &str = "fusionllm";
-const FORM: u8 = 1;
+/// Of a ticket that names a relay.
+const FORM: u8 = 2;
+/// Of any other, which earlier releases read, too.
+const FORM_WITHOUT_RELAY: u8 = 1;
 const CHECKSUM_BYTES: usize = 4;
 
 /// What a ticket holder shows to be let in.
@@ -52,12 +55,18 @@ pub struct Ticket {
     pub broker: PeerAddr,
     /// What its holder shows to be let in.
     pub secret: Secret,
+    /// Port of the broker's relay, of TCP and UDP, at the broker's addresses; nothing if it has none.
+    pub relay: Option<u16>,
 }
 
 /// `fusionllm`, then base32 of form, content and CRC-32.
 impl fmt::Display for Ticket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut bytes = postcard::to_stdvec(&(FORM, &self.broker, &self.secret)).map_err(|_| fmt::Error)?;
+        let content = match self.relay {
+            Some(port) => postcard::to_stdvec(&(FORM, &self.broker, &self.secret, port)),
+            None => postcard::to_stdvec(&(FORM_WITHOUT_RELAY, &self.broker, &self.secret)),
+        };
+        let mut bytes = content.map_err(|_| fmt::Error)?;
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
         write!(f, "{PREFIX}{}", BASE32_NOPAD.encode(&bytes).to_ascii_lowercase())
     }
@@ -79,14 +88,14 @@ impl FromStr for Ticket {
         if crc32fast::hash(content).to_le_bytes() != checksum {
             return Err(TicketError::Damaged);
         }
-        match content.first() {
-            Some(&FORM) => {}
-            Some(&version) => return Err(TicketError::Version { version, known: FORM }),
-            None => return Err(TicketError::Damaged),
+        let (&form, content) = content.split_first().ok_or(TicketError::Damaged)?;
+        if ![FORM, FORM_WITHOUT_RELAY].contains(&form) {
+            return Err(TicketError::Version { version: form, known: FORM });
         }
-        let (_, broker, secret): (u8, PeerAddr, Secret) =
-            postcard::from_bytes(content).map_err(|_| TicketError::Damaged)?;
-        Ok(Self { broker, secret })
+        let damaged = |_| TicketError::Damaged;
+        let ((broker, secret), rest): ((PeerAddr, Secret), _) = postcard::take_from_bytes(content).map_err(damaged)?;
+        let relay = if form == FORM { Some(postcard::from_bytes(rest).map_err(damaged)?) } else { None };
+        Ok(Self { broker, secret, relay })
     }
 }
 
@@ -97,7 +106,19 @@ mod tests {
 
     fn ticket() -> Ticket {
         let addrs = vec!["192.0.2.7:7710".parse().unwrap(), "[2001:db8::7]:7710".parse().unwrap()];
-        Ticket { broker: PeerAddr { id: Identity::generate().id(), addrs }, secret: Secret::generate() }
+        let relay = rand::random::<bool>().then(rand::random);
+        Ticket { broker: PeerAddr { id: Identity::generate().id(), addrs }, secret: Secret::generate(), relay }
+    }
+
+    /// Of release 0.1, which knew no relays.
+    #[test]
+    fn a_ticket_without_a_relay_is_as_before() {
+        let before = "fusionllmaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaiayaaaeb46hqbaeaqcaibaeaqcaibaeaqcaibaea\
+                      qcaibaeaqcaibaeaqcaibafs2jwkka";
+        let broker =
+            PeerAddr { id: crate::PeerId::from_bytes([1; 32]), addrs: vec!["192.0.2.7:7710".parse().unwrap()] };
+        let ticket = Ticket { broker, secret: Secret::from_bytes([2; 32]), relay: None };
+        assert_eq!(ticket.to_string(), before);
     }
 
     #[test]
@@ -105,7 +126,7 @@ mod tests {
         for _ in 0..50 {
             let ticket = ticket();
             let read: Ticket = ticket.to_string().parse().unwrap();
-            assert_eq!(read.broker, ticket.broker);
+            assert_eq!((&read.broker, read.relay), (&ticket.broker, ticket.relay));
             assert!(read.secret.matches(&ticket.secret));
             assert!(!read.secret.matches(&Secret::generate()));
         }
@@ -136,7 +157,7 @@ mod tests {
         let mut bytes = vec![9u8];
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
         let newer = format!("{PREFIX}{}", BASE32_NOPAD.encode(&bytes).to_ascii_lowercase());
-        assert_eq!(error(&newer), "the ticket has form 9, this build reads form 1: use the broker's release");
+        assert_eq!(error(&newer), "the ticket has form 9, this build reads form 2: use the broker's release");
     }
 
     #[test]

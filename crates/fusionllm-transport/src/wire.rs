@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::{ConnectError, PeerAddr, PeerId, SessionError};
+use crate::{ConnectError, PeerAddr, PeerId, RelayState, SessionError};
 
 /// Something that will be there later.
 pub(crate) type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -39,6 +39,8 @@ pub enum Purpose {
 pub struct SessionStats {
     /// Round-trip time of the path in use.
     pub rtt: Option<Duration>,
+    /// Whether the path in use leads over a relay.
+    pub is_relayed: bool,
     /// Bytes of all packets sent.
     pub bytes_sent: u64,
     /// Bytes of all packets received.
@@ -56,6 +58,9 @@ pub(crate) trait Wire: Debug + Send + Sync {
 
     /// Where it may be reached.
     fn addr(&self) -> PeerAddr;
+
+    /// How this stands to a relay.
+    fn relay_state(&self) -> RelayState;
 
     /// Opens a connection to a peer.
     fn connect<'a>(&'a self, peer: &'a PeerAddr, purpose: Purpose)

@@ -71,8 +71,10 @@ impl Cli {
     /// Log level when FUSIONLLM_LOG says nothing: services tell what they do, commands only what is wrong.
     pub(crate) fn default_log(&self) -> &'static str {
         match &self.command {
-            Command::Broker(_) => "warn,fusionllm=info,fusionllm_broker=info,fusionllm_transport=info",
-            Command::Join(join) if !join.child => "warn,fusionllm=info,fusionllm_compnode=info",
+            Command::Broker(_) => "warn,fusionllm=info,fusionllm_broker=info,fusionllm_transport=info,iroh_relay=off",
+            Command::Join(join) if !join.child => {
+                "warn,fusionllm=info,fusionllm_compnode=info,fusionllm_transport=info,iroh_relay=off"
+            }
             // What the QUIC library calls an error, such as an endpoint that goes without a farewell, is none of a command's.
             // Notices of a job are printed as such.
             _ => {
@@ -129,6 +131,9 @@ pub(crate) struct Broker {
     /// Further address under which CompNodes reach this broker, such as a forwarded port (repeatable)
     #[arg(long, value_name = "ADDR", value_parser = values::outer_address)]
     pub(crate) advertise: Vec<SocketAddr>,
+    /// Be a relay, too, for CompNodes behind routers: port of TCP and UDP [default: 7712]
+    #[arg(long, value_name = "PORT", num_args = 0..=1, default_missing_value = "7712")]
+    pub(crate) relay: Option<u16>,
     /// Where key, tickets and job records are kept, for you alone [default: the user's state folder]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,

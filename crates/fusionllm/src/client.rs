@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use fusionllm_compnode::{Admitted, knock};
 use fusionllm_protocol::{ClientRequest, Hello, Role, ToClient, decode_clean, encode};
 use fusionllm_transport::{
-    Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Session, Ticket, shell_path,
+    Endpoint, EndpointConfig, FrameSink, FrameSource, Identity, Members, Relay, Session, Ticket, shell_path,
 };
 use tokio::time::timeout;
 
@@ -57,7 +57,8 @@ impl Client {
         let ticket = find_ticket(address)?;
         // Own addresses are of no use to a client: whatever interface leads to the broker will do.
         let bind = "0.0.0.0:0".parse().context("wildcard address")?;
-        let config = EndpointConfig::new(Identity::generate(), bind);
+        let relay = Relay::by(&ticket);
+        let config = EndpointConfig { relay, ..EndpointConfig::new(Identity::generate(), bind) };
         let endpoint = Endpoint::bind(config, Arc::new(Members::default())).await?;
         let session = endpoint.connect(&ticket.broker).await.context("cannot reach the broker; is it running?")?;
         let hello = Hello { secret: *ticket.secret.as_bytes(), role: Role::Client };

@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     };
     // Where a line cannot be written, on a full disk or to a reader that has gone, the work goes on without it.
     let log = tracing_subscriber::fmt().log_internal_errors(false);
-    log.with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    log.with_env_filter(filter).with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
     std::panic::set_hook(Box::new(report_panic));
     let runtime = match start_runtime() {
         Ok(runtime) => runtime,

@@ -69,6 +69,10 @@ pub(crate) fn status(report: &StatusReport) -> String {
         }
         text.push_str(&format!("\n{:<20} {:<12} {:<20} {job}", node.name, node.id, node.device));
     }
+    if !report.relayed.is_empty() {
+        let links: Vec<String> = report.relayed.iter().map(|(a, b)| format!("{a} - {b}")).collect();
+        text.push_str(&format!("\n\nover the relay: {}", links.join(", ")));
+    }
     text
 }
 

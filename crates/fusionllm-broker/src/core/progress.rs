@@ -52,8 +52,12 @@ impl Core {
             }
             FromCompNode::Step { key, report } => {
                 let Some(run) = self.run_mut(key) else { return Vec::new() };
+                let ways = run.ways_to(connection, &report);
                 match run.step_reported(connection, report) {
-                    Ok(()) => self.advance(key, now),
+                    Ok(()) => {
+                        ways.into_iter().for_each(|(from, relayed)| self.survey.seen(from, connection, relayed));
+                        self.advance(key, now)
+                    }
                     Err(reason) => self.fail(key, reason, false, now),
                 }
             }

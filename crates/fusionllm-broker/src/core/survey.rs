@@ -323,6 +323,23 @@ impl Survey {
         self.due.extend(old);
     }
 
+    /// Messages of a job went from one CompNode to another over the relay, or directly. What was measured of another way is not
+    /// true any more: both are probed again once they are idle.
+    pub(super) fn seen(&mut self, from: ConnectionId, to: ConnectionId, relayed: bool) {
+        let pair = (from.min(to), from.max(to));
+        let known = self.pairs.get_mut(&pair).and_then(|state| state.result.as_mut());
+        if let Some(known) = known.filter(|known| known.relayed != relayed) {
+            known.relayed = relayed;
+            self.due.insert(pair);
+        }
+    }
+
+    /// Each two CompNodes whose link leads over the relay.
+    pub(super) fn relayed(&self) -> impl Iterator<Item = Pair> + '_ {
+        let is_relayed = |state: &PairState| state.result.is_some_and(|pair| pair.relayed);
+        self.pairs.iter().filter(move |(_, state)| is_relayed(state)).map(|(&pair, _)| pair)
+    }
+
     /// The ops of a job were measured.
     pub(super) fn measured(&mut self, connection: ConnectionId, request: u64, result: Result<Measured, String>) {
         let Some(&Activity::Ops { connection: asked, key, .. }) = self.active.get(&request) else { return };
@@ -411,12 +428,18 @@ impl Survey {
             }
             let (a, b) = (registry.name(a), registry.name(b));
             let age_s = now.saturating_sub(state.at).as_secs_f64();
-            let report =
-                |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s };
+            let relayed = state.result.is_some_and(|pair| pair.relayed);
+            let report = |from: &str, to: &str, link| LinkReport {
+                from: from.to_owned(),
+                to: to.to_owned(),
+                link,
+                relayed,
+                age_s,
+            };
             links.push(report(&a, &b, state.result.map(|r| r.there)));
             links.push(report(&b, &a, state.result.map(|r| r.back)));
         }
-        Inventory { machines, links, pending: u32::try_from(self.pending()).unwrap_or(u32::MAX) }
+        Inventory { machines, links, pending: u32::try_from(self.pending()).unwrap_or(u32::MAX), relay: false }
     }
 }
 

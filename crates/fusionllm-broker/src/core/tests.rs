@@ -66,9 +66,10 @@ fn measurement(message: &FromBroker) -> Option<FromCompNode> {
     let link = LinkProfile { latency_s: 1e-3, bytes_per_s: 1e9 };
     match message {
         FromBroker::AwaitProbe { probe, .. } => Some(FromCompNode::ProbeAwaited { probe: *probe }),
-        FromBroker::Probe { probe, .. } => {
-            Some(FromCompNode::Probed { probe: *probe, result: Ok(PairProfile { there: link, back: link }) })
-        }
+        FromBroker::Probe { probe, .. } => Some(FromCompNode::Probed {
+            probe: *probe,
+            result: Ok(PairProfile { there: link, back: link, relayed: false }),
+        }),
         FromBroker::MeasureOps { request, .. } => {
             Some(FromCompNode::Measured { request: *request, result: Ok(Measured::default()) })
         }

@@ -7,7 +7,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use data_encoding::HEXLOWER;
 use fusionllm_protocol::{TicketRole, TicketSummary};
-use fusionllm_transport::{PeerAddr, Secret, Session, Ticket, read_private, read_regular};
+use fusionllm_transport::{
+    PeerAddr, PeerId, RelayAccess, RelayStanding, RelayToken, Secret, Session, Ticket, read_private, read_regular,
+};
 
 use crate::BrokerError;
 use crate::core::ConnectionId;
@@ -24,12 +26,16 @@ const OLD_FILES: [&str; 2] = ["secret", "ticket"];
 pub(super) struct Gate {
     state_dir: PathBuf,
     broker: PeerAddr,
+    /// Port of the broker's relay, if it has one.
+    relay: Option<u16>,
     inner: Mutex<Inner>,
 }
 
 #[derive(Debug)]
 struct Inner {
     tickets: Tickets,
+    /// What their holders show to the relay.
+    tokens: BTreeMap<RelayToken, String>,
     /// Open connections with the ticket that each came by.
     open: BTreeMap<ConnectionId, (String, Session)>,
 }
@@ -46,7 +52,11 @@ pub(super) struct Pass {
 impl Gate {
     /// Reads the tickets of a state folder, and makes those that are always there: `join.ticket`, which is given, and
     /// `operate.ticket`. A folder of an earlier release is taken over: its ticket lets CompNodes join.
-    pub(super) fn open(state_dir: &Path, broker: PeerAddr) -> Result<(Arc<Self>, Ticket), BrokerError> {
+    pub(super) fn open(
+        state_dir: &Path,
+        broker: PeerAddr,
+        relay: Option<u16>,
+    ) -> Result<(Arc<Self>, Ticket), BrokerError> {
         let before = read_tickets(&tickets_path(state_dir))?;
         let mut tickets = before.clone();
         let old = take_over(state_dir, &mut tickets)?;
@@ -62,7 +72,7 @@ impl Gate {
                     secret
                 }
             };
-            Ok::<_, BrokerError>((path, Ticket { broker: broker.clone(), secret }))
+            Ok::<_, BrokerError>((path, Ticket { broker: broker.clone(), secret, relay }))
         };
         let (join_path, join) = own(TicketRole::Join, old)?;
         let (operate_path, operate) = own(TicketRole::Operate, None)?;
@@ -79,8 +89,8 @@ impl Gate {
         for name in OLD_FILES {
             remove(&state_dir.join(name))?;
         }
-        let inner = Mutex::new(Inner { tickets, open: BTreeMap::new() });
-        Ok((Arc::new(Self { state_dir: state_dir.to_owned(), broker, inner }), join))
+        let inner = Mutex::new(Inner { tokens: tickets.relay_tokens(), tickets, open: BTreeMap::new() });
+        Ok((Arc::new(Self { state_dir: state_dir.to_owned(), broker, relay, inner }), join))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -128,9 +138,10 @@ impl Gate {
         let mut tickets = inner.tickets.clone();
         let name = tickets.create(name, new, &secret, now).map_err(|reason| BrokerError::Ticket { reason })?;
         write_tickets(&self.state_dir, &tickets)?;
+        inner.tokens = tickets.relay_tokens();
         inner.tickets = tickets;
         tracing::info!(name, %role, "a ticket was made");
-        Ok((name, Ticket { broker: self.broker.clone(), secret }))
+        Ok((name, Ticket { broker: self.broker.clone(), secret, relay: self.relay }))
     }
 
     /// Every ticket, without secrets.
@@ -151,6 +162,7 @@ impl Gate {
         let is_own = tickets.revoke(name).map_err(|reason| BrokerError::Ticket { reason })?;
         // On a full disk, too, whoever came in by it has to go.
         let written = write_tickets(&self.state_dir, &tickets);
+        inner.tokens = tickets.relay_tokens();
         inner.tickets = tickets;
         let gone: Vec<_> = inner.open.extract_if(.., |_, (ticket, _)| ticket == name).collect();
         drop(inner);
@@ -173,6 +185,24 @@ impl Gate {
             }
         })?;
         Ok(gone.len() as u64)
+    }
+}
+
+/// Whoever was let in, and whoever may come in, by the ticket that it shows.
+impl RelayAccess for Gate {
+    fn standing(&self, peer: PeerId, token: Option<&RelayToken>) -> RelayStanding {
+        if peer == self.broker.id {
+            return RelayStanding::Member;
+        }
+        let inner = self.inner();
+        let Some(name) = token.and_then(|token| inner.tokens.get(token)) else { return RelayStanding::Stranger };
+        if inner.open.values().any(|(ticket, session)| ticket == name && session.peer() == peer) {
+            RelayStanding::Member
+        } else if inner.tickets.admits(name, peer, now()) {
+            RelayStanding::Guest
+        } else {
+            RelayStanding::Stranger
+        }
     }
 }
 
@@ -267,13 +297,32 @@ fn take_over(state_dir: &Path, tickets: &mut Tickets) -> Result<Option<Secret>, 
 mod tests {
     use super::*;
 
+    #[test]
+    fn the_relay_serves_holders_of_tickets_that_admit() {
+        let folder = tempfile::tempdir().unwrap();
+        let peer = |n: u8| PeerId::from_bytes([n; 32]);
+        let broker = PeerAddr { id: peer(1), addrs: Vec::new() };
+        let (gate, join) = Gate::open(folder.path(), broker, Some(7712)).unwrap();
+        assert_eq!(join.relay, Some(7712));
+        let (_, later) = gate.create(Some("later".to_owned()), TicketRole::Operate, Some(0), false).unwrap();
+        let standing = |ticket: &Ticket, n: u8| gate.standing(peer(n), Some(&RelayToken::of(&ticket.secret)));
+        assert_eq!(standing(&join, 2), RelayStanding::Guest);
+        assert_eq!(standing(&later, 2), RelayStanding::Stranger, "it has expired");
+        assert_eq!(gate.standing(peer(2), None), RelayStanding::Stranger);
+        assert_eq!(gate.standing(peer(1), None), RelayStanding::Member, "the broker itself");
+        let other = Ticket { secret: Secret::generate(), ..join.clone() };
+        assert_eq!(standing(&other, 2), RelayStanding::Stranger);
+        gate.revoke("join", ConnectionId(1)).unwrap();
+        assert_eq!(standing(&join, 2), RelayStanding::Stranger, "it was revoked");
+    }
+
     /// What is said holds after a restart, whatever could be written before it.
     #[test]
     fn a_ticket_of_the_state_folder_is_revoked_where_nothing_can_be_written() {
         let revoked = |is_file_kept: bool| {
             let folder = tempfile::tempdir().unwrap();
             let broker = PeerAddr { id: fusionllm_transport::PeerId::from_bytes([1; 32]), addrs: Vec::new() };
-            let (gate, ticket) = Gate::open(folder.path(), broker.clone()).unwrap();
+            let (gate, ticket) = Gate::open(folder.path(), broker.clone(), None).unwrap();
             let (tickets, file) = (tickets_path(folder.path()), ticket_path(folder.path(), TicketRole::Join));
             let before = std::fs::read(&tickets).unwrap();
             // Folders can be neither replaced nor removed like files.
@@ -291,7 +340,7 @@ mod tests {
                 std::fs::remove_dir(&file).unwrap();
                 write_private(&file, &text).unwrap();
             }
-            let (_, next) = Gate::open(folder.path(), broker).unwrap();
+            let (_, next) = Gate::open(folder.path(), broker, None).unwrap();
             (error, next.secret.as_bytes() == ticket.secret.as_bytes())
         };
         let (error, admits_again) = revoked(false);

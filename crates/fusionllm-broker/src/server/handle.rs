@@ -30,6 +30,8 @@ pub(super) struct Handle {
     pub(super) scratch: Arc<Path>,
     pub(super) reach: Arc<Reach>,
     pub(super) open_runs: OpenRuns,
+    /// Whether the broker has a relay.
+    pub(super) has_relay: bool,
 }
 
 impl Handle {
@@ -56,7 +58,8 @@ impl Handle {
             }
             None => None,
         };
-        self.ask(|reply| Command::Inventory { max_age, job, reply }).await
+        let inventory = self.ask(|reply| Command::Inventory { max_age, job, reply }).await?;
+        Ok(Inventory { relay: self.has_relay, ..inventory })
     }
 
     pub(super) async fn stop(&self, job: JobId) -> Result<(), BrokerError> {

@@ -20,6 +20,7 @@ impl Bench {
         let config = BrokerConfig {
             bind: "127.0.0.1:0".parse().unwrap(),
             advertise: Vec::new(),
+            relay: None,
             state_dir: folder.path().join("state"),
             scratch: None,
             resumed_by: crate::ResumedBy::default(),

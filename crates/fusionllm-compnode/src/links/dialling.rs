@@ -7,7 +7,7 @@ use fusionllm_protocol::Channel;
 use fusionllm_transport::Session;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::{BACK_OFF, JobLinks, REDIAL_LIMIT};
+use super::{BACK_OFF, JobLinks, REDIAL_LIMIT, unreached};
 use crate::ExchangeError;
 
 impl JobLinks {
@@ -83,7 +83,7 @@ impl JobLinks {
                     self.install(peer, session.clone());
                     return Ok(session);
                 }
-                Err(error) if Instant::now() + pause > deadline => return Err(lost(error.to_string())),
+                Err(error) if Instant::now() + pause > deadline => return Err(lost(unreached(&error))),
                 Err(error) => tracing::debug!(peer = self.name_of(peer), %error, "dial failed, trying again"),
             }
             sleep(pause).await;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
 use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
-use fusionllm_transport::{DirectionSpeed, Endpoint, PeerId, Purpose, Session, answer_probe, probe};
+use fusionllm_transport::{DirectionSpeed, Endpoint, PairSpeed, PeerId, Purpose, Session, answer_probe, probe};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
 use tokio::time::timeout;
@@ -17,7 +17,7 @@ use super::NodeEvent;
 use crate::CompNodeError;
 use crate::backend::{Backend, MeasureSpec};
 use crate::device::DeviceChoice;
-use crate::links::peer_addr;
+use crate::links::{peer_addr, unreached};
 use crate::optimizer::OptimizerSpec;
 use crate::profile::{ProfileCache, check_room, free_bytes, host_name, work_of};
 use crate::stop::StopFlag;
@@ -197,12 +197,17 @@ impl Probes {
         let addr = peer_addr(peer);
         let probing = tokio::spawn(async move {
             let measured = async {
-                let session = endpoint.connect_for(&addr, Purpose::Probe).await.map_err(|e| e.to_string())?;
+                let session = endpoint.connect_for(&addr, Purpose::Probe).await.map_err(|e| unreached(&e))?;
                 let speeds = probe(&session).await.map_err(|e| e.to_string());
                 session.close(0, "probe done");
                 speeds
             };
-            let result = measured.await.map(|pair| PairProfile { there: link(pair.there), back: link(pair.back) });
+            let profile = |pair: PairSpeed| PairProfile {
+                there: link(pair.there),
+                back: link(pair.back),
+                relayed: pair.is_relayed,
+            };
+            let result = measured.await.map(profile);
             // If the loop is gone nobody needs the result.
             let _ = events.send(NodeEvent::Tell(Box::new(FromCompNode::Probed { probe: number, result }))).await;
         });

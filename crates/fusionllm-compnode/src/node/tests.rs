@@ -60,7 +60,7 @@ impl House {
         let text: String = (0..4000).map(|i| ["one ", "two ", "three ", "four "][i * 7 % 11 % 4]).collect();
         std::fs::write(folder.path().join("text.txt"), text).unwrap();
         let config = JoinConfig {
-            ticket: Ticket { broker: endpoint.addr(), secret: Secret::generate() },
+            ticket: Ticket { broker: endpoint.addr(), secret: Secret::generate(), relay: None },
             name: "n".to_owned(),
             device: DeviceChoice::Cpu,
             identity: Identity::generate(),

@@ -116,6 +116,8 @@ pub struct StatusReport {
     pub jobs: Vec<JobSummary>,
     /// Every CompNode that is connected.
     pub compnodes: Vec<CompNodeSummary>,
+    /// Names of each two CompNodes whose link leads over the broker's relay.
+    pub relayed: Vec<(String, String)>,
     /// Why the broker takes no jobs at present.
     #[serde(default)]
     pub trouble: Option<String>,

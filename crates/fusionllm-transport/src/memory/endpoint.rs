@@ -12,7 +12,7 @@ use super::halves::{Receiver, Sender};
 use super::link::{End, Receiving, Sending, Side, StreamId, gone};
 use super::state::{Net, Outcome, Place, wait};
 use crate::wire::{Connection, Halves, Later, ReceiveHalf, SendHalf, SessionStats, SharedConnection, Wire};
-use crate::{Admission, ConnectError, PeerAddr, PeerId, Purpose, SessionError};
+use crate::{Admission, ConnectError, PeerAddr, PeerId, Purpose, RelayState, SessionError};
 
 /// One endpoint; dropped, its connections close.
 #[derive(Debug)]
@@ -84,6 +84,10 @@ impl Wire for MemoryEndpoint {
         PeerAddr { id: self.id, addrs: vec![SocketAddr::from(([127, 0, 0, 1], port))] }
     }
 
+    fn relay_state(&self) -> RelayState {
+        RelayState::None
+    }
+
     fn connect<'a>(
         &'a self,
         peer: &'a PeerAddr,
@@ -114,7 +118,7 @@ impl Wire for MemoryEndpoint {
                 }
                 Err(_) => {
                     let limit_s = self.net.with(|state| state.weather.dial_limit.as_secs());
-                    Err(ConnectError::Unreachable { peer: id, addrs, limit_s })
+                    Err(ConnectError::Unreachable { peer: id, addrs, limit_s, relay: RelayState::None })
                 }
             }
         })
@@ -280,7 +284,14 @@ impl Connection for MemoryConnection {
             let rtt = state.weather.latency * 2;
             let counts = state.end(self.link, self.side).map(|end| (end.bytes_sent, end.bytes_received));
             let (bytes_sent, bytes_received) = counts.unwrap_or_default();
-            SessionStats { rtt: Some(rtt), bytes_sent, bytes_received, sent_packets: 0, lost_packets: 0 }
+            SessionStats {
+                rtt: Some(rtt),
+                is_relayed: false,
+                bytes_sent,
+                bytes_received,
+                sent_packets: 0,
+                lost_packets: 0,
+            }
         })
     }
 }

@@ -15,6 +15,9 @@ use crate::error::chain;
 use crate::wire::SharedConnection;
 use crate::{Admission, Admit, PeerId};
 
+/// First byte of what stands for the address of somebody who comes over a relay.
+const RELAYED: u64 = 0xfe;
+
 /// Handshakes run side by side, so that a slow or hostile one delays nobody.
 pub(crate) async fn run(
     endpoint: iroh::Endpoint,
@@ -60,7 +63,13 @@ async fn handshake(incoming: Incoming) -> Result<Connection, ConnectingError> {
 fn address(incoming: &Incoming) -> IpAddr {
     match incoming.remote_addr() {
         IncomingAddr::Ip(addr) => addr.ip(),
-        // There are no relays.
+        // The relay has seen it prove its key: each is a place of its own, of a network that nobody has.
+        IncomingAddr::Relay { endpoint_id, .. } => {
+            let [a, b, c, d, e, f, g, ..] = *endpoint_id.as_bytes();
+            let key = u64::from_be_bytes([0, a, b, c, d, e, f, g]);
+            Ipv6Addr::from_bits(u128::from(RELAYED << 56 | key) << 64).into()
+        }
+        // There are no others.
         _ => Ipv6Addr::UNSPECIFIED.into(),
     }
 }

@@ -1,7 +1,7 @@
 //! Which addresses this machine has, and which of a peer's are worth dialling.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// This machine's own addresses under which others may reach it: neither loopback nor of one link only.
 pub(crate) fn own() -> BTreeSet<IpAddr> {
@@ -17,6 +17,27 @@ fn is_global(ip: IpAddr) -> bool {
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     };
     !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local)
+}
+
+/// Whether an address means the same machine to everybody: it is of no network that many have.
+pub(crate) fn is_public(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    is_global(ip)
+        && match ip {
+            // 100.64.0.0/10 is for providers that share their addresses among customers (RFC 6598).
+            IpAddr::V4(v4) => !v4.is_private() && v4.to_bits() >> 22 != u32::from_be_bytes([100, 64, 0, 0]) >> 22,
+            IpAddr::V6(v6) => !v6.is_unique_local(),
+        }
+}
+
+/// The sockets that an address stands for, and whether each must be there: a wildcard of one family stands for both.
+pub(crate) fn families(bind: SocketAddr) -> Vec<(SocketAddr, bool)> {
+    let other: IpAddr = match bind.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv6Addr::UNSPECIFIED.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv4Addr::UNSPECIFIED.into(),
+        _ => return vec![(bind, true)],
+    };
+    vec![(bind, true), (SocketAddr::new(other, bind.port()), false)]
 }
 
 /// Where an endpoint is, for telling its own addresses and its machine's from those of others.
@@ -114,6 +135,15 @@ mod tests {
         assert_eq!(own.worth_dialling(&addrs(&["127.0.0.3:7711", "127.0.0.2:7711"])), addrs(&["127.0.0.3:7711"]));
         let own = at(&["10.77.0.1", "fd00::1"], &["0.0.0.0:7711"]);
         assert_eq!(own.worth_dialling(&addrs(&["[fd00::1]:7711"])), addrs(&["[fd00::1]:7711"]));
+    }
+
+    #[test]
+    fn addresses_that_many_have_are_not_public() {
+        let public = ["192.0.2.2", "100.63.255.255", "100.128.0.0", "172.32.0.1", "2001:db8::1", "::ffff:8.8.8.8"];
+        assert!(public.iter().all(|ip| is_public(ip.parse().unwrap())));
+        let others =
+            ["10.0.0.1", "172.16.0.1", "192.168.1.1", "::ffff:192.168.1.1", "100.64.0.1", "127.0.0.1", "fd00::1"];
+        assert!(others.iter().all(|ip| !is_public(ip.parse().unwrap())));
     }
 
     #[test]

@@ -90,9 +90,11 @@ impl wire::Connection for QuicConnection {
 
     fn stats(&self) -> SessionStats {
         let stats = self.connection.stats();
-        let rtt = self.connection.paths().iter().find(|p| p.is_selected()).map(|p| p.stats().rtt);
+        let paths = self.connection.paths();
+        let selected = paths.iter().find(|path| path.is_selected());
         SessionStats {
-            rtt,
+            rtt: selected.as_ref().map(|path| path.stats().rtt),
+            is_relayed: selected.is_some_and(|path| path.is_relay()),
             bytes_sent: stats.udp_tx.bytes,
             bytes_received: stats.udp_rx.bytes,
             sent_packets: stats.sent_packets,

@@ -4,13 +4,15 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use iroh::endpoint::{ConnectError as IrohError, Connection, ConnectionError};
-use iroh::{EndpointAddr, PublicKey, TransportAddr};
+use iroh::{EndpointAddr, PublicKey, RelayUrl, TransportAddr};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::addresses::is_public;
 use super::closing;
 use super::settings::CONNECT_LIMIT;
 use super::socket::Socket;
+use crate::RelayState;
 
 /// How long each attempt lasts. A handshake that gets no answer asks again ever more rarely, by the end only every few
 /// seconds; a new attempt asks at once, so that a link that is back is found. The later ones give a very long way time.
@@ -26,7 +28,12 @@ pub(crate) enum Failure {
     Answer(IrohError),
 }
 
-/// Connects to `key` at whichever address answers first. If somebody else answers there, each address is tried by itself.
+/// Connects to `key` at whichever address answers first, or over the relay. If somebody else answers there, each address is
+/// tried by itself.
+///
+/// Behind two routers there are the same addresses, and what one of them means here somebody else may have. So where the
+/// relay can be used, the first attempt leaves such addresses out: once the peer is reached, both look for the shortest way,
+/// and whoever answers there must be the peer.
 pub(crate) async fn dial(
     socket: &Socket,
     key: PublicKey,
@@ -34,7 +41,10 @@ pub(crate) async fn dial(
     alpn: &'static [u8],
 ) -> Result<Connection, Failure> {
     let deadline = Instant::now() + CONNECT_LIMIT;
-    let failure = match attempts(socket.inner(), key, addrs, alpn, deadline).await {
+    let over = socket.relay();
+    let public: Vec<SocketAddr> = addrs.iter().copied().filter(|addr| is_public(addr.ip())).collect();
+    let first = if socket.relay_state() == RelayState::Connected { &public } else { addrs };
+    let failure = match attempts(socket.inner(), key, [first, addrs], over, alpn, deadline).await {
         Err(Failure::Answer(error)) if !is_refusal(&error) => Failure::Answer(error),
         result => return result,
     };
@@ -54,12 +64,15 @@ fn is_refusal(error: &IrohError) -> bool {
 async fn attempts(
     endpoint: &iroh::Endpoint,
     key: PublicKey,
-    addrs: &[SocketAddr],
+    [first, all]: [&[SocketAddr]; 2],
+    over: Option<&RelayUrl>,
     alpn: &'static [u8],
     deadline: Instant,
 ) -> Result<Connection, Failure> {
-    for limit in ATTEMPTS {
-        let target = EndpointAddr::from_parts(key, addrs.iter().map(|a| TransportAddr::Ip(*a)));
+    for (number, limit) in ATTEMPTS.into_iter().enumerate() {
+        let addrs = if number == 0 { first } else { all };
+        let relay = over.cloned().map(TransportAddr::Relay);
+        let target = EndpointAddr::from_parts(key, addrs.iter().map(|a| TransportAddr::Ip(*a)).chain(relay));
         let limit = limit.min(deadline.saturating_duration_since(Instant::now()));
         if let Ok(result) = timeout(limit, endpoint.connect(target, alpn)).await {
             return result.map_err(Failure::Answer);
@@ -82,7 +95,7 @@ async fn each(
     for &addr in addrs {
         let Ok(spare) = socket.spare().await else { continue };
         let place = spares.add(spare.clone());
-        tries.spawn(async move { (place, attempts(&spare, key, &[addr], alpn, deadline).await) });
+        tries.spawn(async move { (place, attempts(&spare, key, [&[addr]; 2], None, alpn, deadline).await) });
     }
     while let Ok(Some(Ok((place, result)))) = timeout_at(deadline, tries.join_next()).await {
         match result {

@@ -17,7 +17,7 @@ use super::socket::Socket;
 use super::throttle::Throttle;
 use crate::error::chain;
 use crate::wire::{Later, SharedConnection, Wire};
-use crate::{Admission, Admit, BindError, ConnectError, EndpointConfig, PeerAddr, PeerId, Purpose};
+use crate::{Admission, Admit, BindError, ConnectError, EndpointConfig, PeerAddr, PeerId, Purpose, RelayState};
 
 /// Connections that wait to be accepted.
 const ACCEPT_QUEUE: usize = 64;
@@ -34,9 +34,9 @@ pub(crate) struct QuicEndpoint {
 impl QuicEndpoint {
     /// Opens the socket.
     pub(crate) async fn bind(config: EndpointConfig, admission: Arc<dyn Admission>) -> Result<Self, BindError> {
-        let EndpointConfig { identity, bind, advertise, congestion } = config;
+        let EndpointConfig { identity, bind, advertise, relay, congestion } = config;
         let hooks = AdmitIncoming::new(admission.clone());
-        let socket = Socket::open(identity.secret_key(), bind, congestion, hooks).await?;
+        let socket = Socket::open(identity.secret_key(), bind, congestion, hooks, relay, &advertise).await?;
         let (sender, receiver) = mpsc::channel(ACCEPT_QUEUE);
         tokio::spawn(accept::run(socket.inner().clone(), admission, Doorway::default(), sender));
         Ok(Self { socket, id: identity.id(), advertise, incoming: Mutex::new(receiver) })
@@ -44,12 +44,13 @@ impl QuicEndpoint {
 
     async fn connect_for(&self, peer: &PeerAddr, alpn: &'static [u8]) -> Result<SharedConnection, ConnectError> {
         let PeerAddr { id, addrs } = peer;
-        if addrs.is_empty() {
+        let is_relayed = self.socket.relay().is_some();
+        if addrs.is_empty() && !is_relayed {
             return Err(ConnectError::NoAddress { peer: *id });
         }
         let key = iroh::PublicKey::from_bytes(id.as_bytes()).map_err(|_| ConnectError::NotAKey { peer: *id })?;
         let tried = self.socket.whereabouts().worth_dialling(addrs);
-        if tried.is_empty() {
+        if tried.is_empty() && !is_relayed {
             return Err(ConnectError::OnlyOwn { peer: *id, addrs: addrs.clone() });
         }
         match dial::dial(&self.socket, key, &tried, alpn).await {
@@ -57,8 +58,8 @@ impl QuicEndpoint {
             Ok(connection) => Ok(QuicConnection::of_member(connection)),
             Err(Failure::Answer(error)) => Err(ConnectError::Failed { peer: *id, addrs: tried, reason: chain(&error) }),
             Err(Failure::Silence) => {
-                let limit_s = CONNECT_LIMIT.as_secs();
-                Err(ConnectError::Unreachable { peer: *id, addrs: tried, limit_s })
+                let (limit_s, relay) = (CONNECT_LIMIT.as_secs(), self.socket.relay_state());
+                Err(ConnectError::Unreachable { peer: *id, addrs: tried, limit_s, relay })
             }
         }
     }
@@ -83,6 +84,10 @@ impl Wire for QuicEndpoint {
             }
         }
         PeerAddr { id: self.id, addrs: addrs.into_iter().filter(|a| !a.ip().is_unspecified()).collect() }
+    }
+
+    fn relay_state(&self) -> RelayState {
+        self.socket.relay_state()
     }
 
     fn connect<'a>(

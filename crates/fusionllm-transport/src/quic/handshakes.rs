@@ -18,10 +18,18 @@ const MANY: usize = 32;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Handshakes(Arc<Mutex<Running>>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Running {
+    most: usize,
+    of_a_network: usize,
     count: usize,
     by_network: BTreeMap<IpAddr, usize>,
+}
+
+impl Default for Running {
+    fn default() -> Self {
+        Self { most: MOST, of_a_network: MOST_OF_A_NETWORK, count: 0, by_network: BTreeMap::new() }
+    }
 }
 
 /// One that runs, until this is dropped.
@@ -32,12 +40,17 @@ pub(crate) struct Handshake {
 }
 
 impl Handshakes {
+    /// Of something else that lasts for a while: so many together, and of one network.
+    pub(crate) fn of(most: usize, of_a_network: usize) -> Self {
+        Self(Arc::new(Mutex::new(Running { most, of_a_network, ..Running::default() })))
+    }
+
     /// Begins one with somebody at `from`, if there is room.
     pub(crate) fn begin(&self, from: IpAddr) -> Option<Handshake> {
         let network = network(from);
         let mut running = self.running();
         let of_network = running.by_network.get(&network).copied().unwrap_or_default();
-        if running.count >= MOST || of_network >= MOST_OF_A_NETWORK {
+        if running.count >= running.most || of_network >= running.of_a_network {
             return None;
         }
         running.count += 1;

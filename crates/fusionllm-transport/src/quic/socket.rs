@@ -1,15 +1,16 @@
 //! The sockets of one identity: one on which peers are awaited, and spare ones to dial from.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use iroh::endpoint::{BindOpts, EndpointHooks, PortmapperConfig, presets};
-use iroh::{RelayMode, SecretKey};
+use iroh::{RelayMode, RelayUrl, SecretKey};
 
 use super::addresses::{self, Whereabouts};
 use super::closing;
+use super::relay::Use;
 use super::settings;
 use crate::error::chain;
-use crate::{BindError, CongestionControl, io_reason, is_shortage};
+use crate::{BindError, CongestionControl, Relay, RelayState, io_reason, is_shortage};
 
 /// The sockets of one identity.
 #[derive(Debug)]
@@ -18,26 +19,40 @@ pub(super) struct Socket {
     secret: SecretKey,
     bind: SocketAddr,
     congestion: CongestionControl,
+    relay: Option<Use>,
     #[cfg(test)]
     spares: std::sync::Mutex<Vec<iroh::Endpoint>>,
 }
 
 impl Socket {
-    /// Opens the one on which peers are awaited. `hooks` decides on every connection that others open.
+    /// Opens the one on which peers are awaited, which alone uses the relay, if there is one. `hooks` decides on every
+    /// connection that others open. `outer` are addresses at which it is reached besides its own.
     pub(super) async fn open(
         secret: SecretKey,
         bind: SocketAddr,
         congestion: CongestionControl,
         hooks: impl EndpointHooks + 'static,
+        relay: Option<Relay>,
+        outer: &[SocketAddr],
     ) -> Result<Self, BindError> {
-        let builder = builder(secret.clone(), congestion).alpns(settings::alpns());
-        let inner = open(bind, builder.hooks(hooks)).await?;
+        let mut builder = builder(secret.clone(), congestion).alpns(settings::alpns()).hooks(hooks);
+        let mut used = None;
+        if let Some(relay) = relay {
+            let of_use = Use::new(&relay).ok_or(BindError::Relay { key: relay.key, port: relay.port })?;
+            builder = outer.iter().fold(of_use.set_up(builder, relay), |builder, addr| builder.external_addr(*addr));
+            used = Some(of_use);
+        }
+        let inner = open(bind, builder).await?;
         closing::remember(&inner);
+        if let Some(used) = &used {
+            tokio::spawn(used.clone().watch(inner.clone()));
+        }
         Ok(Self {
             inner,
             secret,
             bind,
             congestion,
+            relay: used,
             #[cfg(test)]
             spares: Default::default(),
         })
@@ -47,7 +62,17 @@ impl Socket {
         &self.inner
     }
 
-    /// Another one of the same identity, on any port, to dial from.
+    /// The relay over which peers may be dialled.
+    pub(super) fn relay(&self) -> Option<&RelayUrl> {
+        self.relay.as_ref().map(Use::url)
+    }
+
+    /// How this stands to the relay.
+    pub(super) fn relay_state(&self) -> RelayState {
+        self.relay.as_ref().map_or(RelayState::None, |relay| relay.state(&self.inner))
+    }
+
+    /// Another one of the same identity, on any port, to dial from. Not over the relay, which takes one of an identity.
     pub(super) async fn spare(&self) -> Result<iroh::Endpoint, BindError> {
         let bind = SocketAddr::new(self.bind.ip(), 0);
         let spare = open(bind, builder(self.secret.clone(), self.congestion)).await;
@@ -83,20 +108,10 @@ fn builder(secret: SecretKey, congestion: CongestionControl) -> iroh::endpoint::
         .transport_config(settings::transport_config(congestion))
 }
 
-/// The sockets for an address, and whether each must be there.
-fn sockets(bind: SocketAddr) -> Vec<(SocketAddr, bool)> {
-    let other: IpAddr = match bind.ip() {
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv6Addr::UNSPECIFIED.into(),
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv4Addr::UNSPECIFIED.into(),
-        _ => return vec![(bind, true)],
-    };
-    vec![(bind, true), (SocketAddr::new(other, bind.port()), false)]
-}
-
 async fn open(bind: SocketAddr, builder: iroh::endpoint::Builder) -> Result<iroh::Endpoint, BindError> {
     let failed = |reason: String| BindError::Address { addr: bind, reason };
     let mut builder = builder;
-    for (addr, is_required) in sockets(bind) {
+    for (addr, is_required) in addresses::families(bind) {
         let options = BindOpts::default().set_is_required(is_required);
         builder = builder.bind_addr_with_opts(addr, options).map_err(|e| failed(e.to_string()))?;
     }
@@ -130,6 +145,6 @@ pub(crate) mod tests {
         let (bind, congestion) = ("127.0.0.1:0".parse().unwrap(), CongestionControl::Cubic);
         let secret = Identity::generate().secret_key();
         let inner = open(bind, builder(secret.clone(), congestion).alpns(settings::alpns())).await.unwrap();
-        Socket { inner, secret, bind, congestion, spares: Default::default() }
+        Socket { inner, secret, bind, congestion, relay: None, spares: Default::default() }
     }
 }

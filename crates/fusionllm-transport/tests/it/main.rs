@@ -6,6 +6,7 @@ mod closing;
 mod doorway;
 mod probe;
 mod reach;
+mod relay;
 mod sessions;
 
 use std::net::SocketAddr;

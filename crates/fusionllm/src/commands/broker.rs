@@ -15,6 +15,7 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     let config = BrokerConfig {
         bind: args.bind,
         advertise: args.advertise,
+        relay: args.relay,
         state_dir: state_dir(args.state.as_deref())?,
         runs_dir: args.runs,
         checkpoint_dirs: args.checkpoints,

@@ -72,6 +72,7 @@ pub(super) async fn run(args: cli::Train) -> anyhow::Result<()> {
     let config = BrokerConfig {
         bind: "127.0.0.1:0".parse().context("loopback address")?,
         advertise: Vec::new(),
+        relay: None,
         state_dir: state.path().join("state"),
         runs_dir: PathBuf::from("runs"),
         checkpoint_dirs: Vec::new(),

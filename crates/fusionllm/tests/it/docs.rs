@@ -2,13 +2,13 @@
 
 mod emulated;
 mod lines;
-mod machines;
 mod site;
 
 use std::path::{Path, PathBuf};
 
-use machines::Machines;
 use site::Site;
+
+use crate::machines::Machines;
 
 /// The broker's machine and two that compute.
 const MACHINES: usize = 3;

@@ -20,10 +20,12 @@ mod input;
 #[cfg(unix)]
 mod last_checkpoint;
 mod lora;
+mod machines;
 #[cfg(unix)]
 mod meddling;
 mod plan;
 mod process;
+mod relay;
 mod state;
 mod survive;
 mod texts;

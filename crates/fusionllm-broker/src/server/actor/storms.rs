@@ -279,7 +279,7 @@ async fn history(seed: u64, bench: &Bench) -> String {
     let open_runs = OpenRuns::new();
     let actor = bench.actor(&commands, open_runs.clone());
     let (runs_dir, scratch, reach) = (bench.folder.path().into(), bench.folder.path().into(), actor.reach.clone());
-    let handle = Handle { commands, runs_dir, scratch, reach, open_runs };
+    let handle = Handle { commands, runs_dir, scratch, reach, open_runs, has_relay: false };
     let (heard, broker, count) = (Heard::default(), listening.addr(), dice.random_range(1..4));
     let mut tasks = JoinSet::new();
     tasks.spawn(door(listening, Arc::clone(&bench.gate), handle));

@@ -163,7 +163,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
     Node {
         endpoint,
         members,
-        ticket: Ticket { broker, secret: Secret::from_bytes([7; 32]) },
+        ticket: Ticket { broker, secret: Secret::from_bytes([7; 32]), relay: None },
         name: "n".to_owned(),
         surveyor,
         profile,

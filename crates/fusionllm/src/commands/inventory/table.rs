@@ -49,8 +49,8 @@ fn links(inventory: &Inventory) -> String {
     if names.len() > MOST_COLUMNS {
         return format!("\n{} links were measured; --json and --toml have them all\n", inventory.links.len());
     }
-    let table: BTreeMap<(&str, &str), Option<LinkProfile>> =
-        inventory.links.iter().map(|l| ((l.from.as_str(), l.to.as_str()), l.link)).collect();
+    let table: BTreeMap<(&str, &str), (Option<LinkProfile>, bool)> =
+        inventory.links.iter().map(|l| ((l.from.as_str(), l.to.as_str()), (l.link, l.relayed))).collect();
     let mut text = format!("\n{:<16}", "from \\ to");
     for name in &names {
         text.push_str(&format!(" {name:>20}"));
@@ -60,17 +60,31 @@ fn links(inventory: &Inventory) -> String {
         for to in &names {
             let cell = match table.get(&(*from, *to)) {
                 _ if from == to => String::new(),
-                Some(Some(link)) => {
+                Some((Some(link), relayed)) => {
                     let (mbit, ms) = (link.bytes_per_s * 8.0 / 1e6, link.latency_s * 1e3);
-                    format!("{mbit:.*} Mbit/s {ms:.1} ms", usize::from(mbit < 100.0))
+                    let mark = if *relayed { "*" } else { "" };
+                    format!("{mbit:.*} Mbit/s {ms:.1} ms{mark}", usize::from(mbit < 100.0))
                 }
-                Some(None) => "unreachable".to_owned(),
+                Some((None, _)) => "unreachable".to_owned(),
                 None => "?".to_owned(),
             };
             text.push_str(&format!(" {cell:>20}"));
         }
     }
     text.push('\n');
+    if inventory.links.iter().any(|link| link.relayed) {
+        text.push_str("* over the broker's relay: there is no direct way\n");
+    }
+    if inventory.links.iter().any(|link| link.link.is_none()) {
+        text.push_str(match inventory.relay {
+            true => {
+                "unreachable: not over the broker's relay either; the log of a CompNode says whether it reaches that\n"
+            }
+            false => {
+                "unreachable: where a router is between two CompNodes, `fusionllm broker --relay` lets them meet\n"
+            }
+        });
+    }
     text
 }
 
@@ -118,18 +132,31 @@ mod tests {
 
     #[test]
     fn machines_links_and_clusters_are_shown() {
-        let link =
-            |from: &str, to: &str, link| LinkReport { from: from.to_owned(), to: to.to_owned(), link, age_s: 0.0 };
+        let link = |from: &str, to: &str, link| LinkReport {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            link,
+            relayed: to == "b",
+            age_s: 0.0,
+        };
         let profile = LinkProfile { latency_s: 0.05, bytes_per_s: 1e6 };
         let inventory_of = Inventory {
             machines: vec![machine("a"), machine("b")],
             links: vec![link("a", "b", Some(profile)), link("b", "a", None)],
             pending: 0,
+            relay: false,
         };
         let text = inventory(&inventory_of);
-        for expected in
-            ["94.4 G FLOP/s", "0.51", "8.00 GB", "8.0 Mbit/s 50.0 ms", "unreachable", "clusters by bandwidth"]
-        {
+        for expected in [
+            "94.4 G FLOP/s",
+            "0.51",
+            "8.00 GB",
+            "8.0 Mbit/s 50.0 ms*",
+            "unreachable",
+            "`fusionllm broker --relay`",
+            "* over the broker's relay",
+            "clusters by bandwidth",
+        ] {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
         assert_eq!(inventory(&Inventory::default()), "no CompNodes have joined");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::machines::Machines;
+use crate::machines::Machines;
 use crate::process::{Bench, LIMIT, Running, text};
 
 /// CompNodes that a command finds which needs any.
