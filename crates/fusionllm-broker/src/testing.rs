@@ -54,6 +54,7 @@ pub(crate) fn open_run(run_dir: &Path) -> OpenRun {
         hashes: Vec::new(),
         predicted: None,
         start_step: 0,
+        goes_on: false,
         takes_back: false,
     }
 }

@@ -229,6 +229,8 @@ pub(crate) struct OpenRun {
     /// The step as it was predicted, if that is still known.
     pub(crate) predicted: Option<Simulated>,
     pub(crate) start_step: u64,
+    /// Whether the job goes on by itself in it, after a placement of this broker process.
+    pub(crate) goes_on: bool,
     /// Whether the placement is at work already, begun under an earlier broker process. Others may have done anything to
     /// the directory meanwhile.
     pub(crate) takes_back: bool,

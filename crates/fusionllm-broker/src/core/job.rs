@@ -89,13 +89,14 @@ impl Job {
         }
     }
 
-    /// It has a new placement, on so many CompNodes of those over which it was planned.
-    pub(super) fn placed(&mut self, members: usize, all: &[ConnectionId]) {
+    /// It has a new placement, on so many CompNodes of those over which it was planned. Whether it goes on by itself.
+    pub(super) fn placed(&mut self, members: usize, all: &[ConnectionId]) -> bool {
         self.recoveries.placed();
         self.around = None;
         self.growth.planned_over(all);
         self.growth.placed(members);
         self.drift.placed();
+        self.recoveries.goes_on
     }
 
     /// Name of the CompNode that must read its data: the one that it names, or if it goes on, the one that did; another may

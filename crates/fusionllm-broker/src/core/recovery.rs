@@ -222,6 +222,10 @@ impl Core {
         let times = recoveries.no_files.as_ref().map_or(0, |(times, ..)| *times) + 1;
         let pause = REOPENED.0.saturating_mul(1 << times.min(10)).min(REOPENED.1);
         recoveries.go_on(members, now, reason.clone(), known.record.step);
+        if times > 1 {
+            // It was told before.
+            recoveries.told = None;
+        }
         recoveries.no_files = Some((times, now + pause, reason.clone()));
         self.wait_again(key.job, &reason, checkpoint, now)
     }

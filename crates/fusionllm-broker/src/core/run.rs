@@ -357,16 +357,6 @@ impl Run {
         Ok(())
     }
 
-    /// By which way messages came to a CompNode that reports a step: from whom, and whether over the relay.
-    pub(super) fn ways_to(&self, connection: ConnectionId, report: &StepReport) -> Vec<(ConnectionId, bool)> {
-        let names = &self.placement.compnodes;
-        let way = |speed: &LinkSpeed| {
-            let from = *self.members.get(names.iter().position(|name| *name == speed.from)?)?;
-            (from != connection).then_some((from, speed.relayed))
-        };
-        report.received.iter().take(names.len()).filter_map(way).collect()
-    }
-
     /// Whether a CompNode, which is not ready yet, holds what reads the data.
     pub(super) fn reads_data(&self, connection: ConnectionId) -> bool {
         let Some(node) = self.node_of(connection).filter(|node| !self.ready.contains(node)) else { return false };

@@ -226,6 +226,7 @@ impl Core {
             hashes: record.work.as_ref().map_or_else(Vec::new, |work| work.hashes.clone()),
             predicted: None,
             start_step: back.reached.0,
+            goes_on: false,
             takes_back: true,
         })))
     }

@@ -49,7 +49,7 @@ pub(super) fn adapt(model: LoadedModel, spec: &JobSpec) -> Result<LoadedModel, B
     if !spec.lora.is_on() {
         return Ok(model);
     }
-    let LoadedModel { dag, config, weights, carried, mut notes } = model;
+    let LoadedModel { dag, config, weights, mut carried, mut notes } = model;
     let fail = |source: GraphError| graph_error(&named(spec), source);
     let (lora, folder) = match &spec.lora.adapter {
         Some(path) => {
@@ -67,6 +67,7 @@ pub(super) fn adapt(model: LoadedModel, spec: &JobSpec) -> Result<LoadedModel, B
     let mut file = None;
     if let Some(folder) = folder {
         folder.check_tensors(&adapted)?;
+        Arc::make_mut(&mut carried).insert(CONFIG.to_owned(), folder.config);
         notes.push(ModelNote::Unusual(format!("adapters: {}", folder.file.path().display())));
         file = Some(folder.file);
     }
@@ -114,6 +115,8 @@ struct Folder {
     lora: Lora,
     alpha: f64,
     rslora: bool,
+    /// Content of its adapter_config.json.
+    config: String,
     file: TensorFile,
 }
 
@@ -128,7 +131,7 @@ impl Folder {
         let Value::Object(keys) = keys else {
             return Err(fail(CONFIG, "it is no object, expected the settings of adapters".to_owned()));
         };
-        let config = Config::of(&keys).map_err(|reason| fail(CONFIG, reason))?;
+        let Config { rank, alpha, dropout, rslora } = Config::of(&keys).map_err(|reason| fail(CONFIG, reason))?;
         let weights = path.join(WEIGHTS);
         if !weights.exists() && path.join("adapter_model.bin").exists() {
             let reason = "expected adapter_model.safetensors beside it: save the adapters with safe_serialization=True";
@@ -148,14 +151,13 @@ impl Folder {
         if targets.is_empty() {
             return Err(fail(WEIGHTS, "there are no adapters in it".to_owned()));
         }
-        let Config { rank, alpha, dropout, rslora } = config;
         let lora = Lora {
             rank: rank as usize,
             scaling: lora_scaling(alpha, rank, rslora),
             dropout,
             targets: targets.into_iter().collect(),
         };
-        Ok(Self { path: path.to_owned(), lora, alpha, rslora, file })
+        Ok(Self { path: path.to_owned(), lora, alpha, rslora, config: text, file })
     }
 
     fn error(&self, name: &str, reason: String) -> BrokerError {

@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 
 use super::command::Command;
 use super::open_runs::OpenRuns;
-use super::returned::make_sure;
+use super::returned::{make_room, make_sure};
 use super::run_files::RunFiles;
 use super::watched::Watched;
 use crate::BrokerError;
@@ -234,7 +234,11 @@ impl Keeper {
             files = earlier.opened.files;
         }
         let dir = RunDir::new(&open.run_dir);
-        let mut notices = if open.takes_back { make_sure(&open)? } else { Vec::new() };
+        let mut notices = match (open.takes_back, open.goes_on) {
+            (true, _) => make_sure(&open)?,
+            (false, true) => make_room(&open, "before the job went on")?,
+            (false, false) => Vec::new(),
+        };
         // Somebody may rename or remove in this very moment what was just made.
         let mut attempts = 1..ATTEMPTS;
         let mut opened = loop {

@@ -15,10 +15,18 @@ use crate::run_dir::{FolderLock, RunDir, RunFile, is_of_run_dir};
 /// [`BrokerError::GoneOn`] if another process has gone on with it, [`BrokerError::InUse`] if one is at work there now,
 /// [`BrokerError::Foreign`] if something else is in the place of the directory, or what cannot be read or renamed.
 pub(super) fn make_sure(open: &OpenRun) -> Result<Vec<String>, BrokerError> {
-    let dir = RunDir::new(&open.run_dir);
-    if dir.is_of_another(&open.placement, &open.hashes) {
+    if RunDir::new(&open.run_dir).is_of_another(&open.placement, &open.hashes) {
         return Err(BrokerError::GoneOn);
     }
+    make_room(open, "while the broker was away")
+}
+
+/// Makes room in the directory of a run that goes on, which was let go in between, for its `run.json`. Gives what its user must
+/// know; `when` says in it when that was.
+///
+/// # Errors
+/// As [`make_sure`], but for [`BrokerError::GoneOn`].
+pub(super) fn make_room(open: &OpenRun, when: &str) -> Result<Vec<String>, BrokerError> {
     let (path, at) = (open.run_dir.join(RunFile::FILE), open.run_dir.display());
     match RunFile::read(&open.run_dir) {
         Ok(Some(_)) => return Ok(Vec::new()),
@@ -34,7 +42,7 @@ pub(super) fn make_sure(open: &OpenRun) -> Result<Vec<String>, BrokerError> {
     }
     match foreign_in(&open.run_dir)? {
         None => Ok(vec![format!(
-            "{at} was renamed or removed while the broker was away: training goes on, and the folder is made again; \
+            "{at} was renamed or removed {when}: training goes on, and the folder is made again; \
              checkpoints and metrics so far are where it went"
         )]),
         // Only that file is gone.
@@ -193,6 +201,29 @@ mod tests {
         assert_eq!(std::fs::read(run_dir.join(RunFile::FILE)).unwrap(), b"theirs");
         drop(lock);
         assert_eq!(make_sure(&open).unwrap().len(), 1);
+    }
+
+    /// Between two placements nobody holds the directory.
+    #[test]
+    fn a_run_that_goes_on_by_itself_keeps_out_of_a_folder_of_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run");
+        let open = at_work(&run_dir);
+        assert_eq!(make_room(&open, "meanwhile").unwrap(), Vec::<String>::new());
+        std::fs::rename(&run_dir, folder.path().join("moved")).unwrap();
+        let told = make_room(&open, "meanwhile").unwrap();
+        assert!(told[0].contains("run was renamed or removed meanwhile: training goes on"), "{told:?}");
+        std::fs::create_dir(&run_dir).unwrap();
+        std::fs::write(run_dir.join("mine.txt"), "mine").unwrap();
+        let error = make_room(&open, "meanwhile").unwrap_err().to_string();
+        assert!(error.contains("mine.txt is in the way"), "{error}");
+        #[cfg(unix)]
+        {
+            std::fs::rename(&run_dir, folder.path().join("theirs")).unwrap();
+            std::os::unix::fs::symlink("theirs", &run_dir).unwrap();
+            let error = make_room(&open, "meanwhile").unwrap_err().to_string();
+            assert!(error.contains("mine.txt is in the way"), "{error}");
+        }
     }
 
     #[test]

@@ -210,7 +210,7 @@ impl TakenFolder {
             if path.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
                 rename(path.clone(), self.earlier(name), &path)?;
             }
-            if self.written.contains(name) {
+            if self.written.contains(&name) {
                 rename(self.temporary(name), path.clone(), &path)?;
             } else {
                 remove_if_there(&path).map_err(|e| io(&path, e))?;

@@ -54,6 +54,9 @@ pub(super) async fn run(args: cli::DrainCompNode) -> anyhow::Result<()> {
 fn still_here(report: &StatusReport, name: &str) -> Option<String> {
     let compnode = report.compnodes.iter().find(|compnode| compnode.name == name && compnode.is_leaving)?;
     Some(match compnode.job {
+        Some(job) if report.jobs.iter().any(|known| known.job == job && known.step == known.steps) => {
+            format!("`{name}` still has its part of {job}, whose steps are done: its last checkpoint is being written")
+        }
         Some(job) => format!("`{name}` still works on {job}, whose work moves to others"),
         None => format!("`{name}` has no work any more and lends what it holds until others are at work"),
     })

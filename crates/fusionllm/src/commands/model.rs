@@ -8,8 +8,12 @@ use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{AdapterOrigin, NamedTensor, Tokenizer, merge_adapters, read_shard};
 use fusionllm_graph::{Model, OpDag};
+<<<<<<< HEAD
 use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, CONFIG, TOKENIZER};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
+=======
+use fusionllm_protocol::{DataSpec, JobSpec, TokenizerFingerprint};
+>>>>>>> lora
 
 use crate::exit::{bad_input, refused};
 
@@ -65,14 +69,21 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
         Some(run) => format!("run {run}"),
         None => real(path),
     };
-    let job = &checkpoint.manifest().job;
     let base = dag.without_lora();
-    let adapters = base.as_ref().map(|_| AdapterOrigin {
-        base: job.model.path.as_ref().map(|path| path.display().to_string()).or_else(|| job.model.name.clone()),
-        rslora: job.lora.rslora,
-    });
+    let adapters = base.as_ref().map(|_| adapter_origin(&checkpoint.manifest().job, &carried));
     let config = family(base.as_ref().unwrap_or(&dag), &carried);
     Ok(TrainedModel { config, dag, tensors, tokenizer, origin, carried, adapters })
+}
+
+/// What is known of the adapters of a run: by the folder that they came from, else by the job.
+fn adapter_origin(job: &JobSpec, carried: &BTreeMap<String, String>) -> AdapterOrigin {
+    let told = carried.get(ADAPTER_CONFIG).map(|text| text.trim_start_matches('\u{feff}'));
+    let told: Option<serde_json::Value> = told.and_then(|text| serde_json::from_str(text).ok());
+    let told = |key: &str| told.as_ref().and_then(|keys| keys.get(key));
+    let base = told("base_model_name_or_path").and_then(|base| base.as_str()).map(str::to_owned);
+    let path = || job.model.path.as_ref().map(|path| path.display().to_string());
+    let rslora = told("use_rslora").and_then(serde_json::Value::as_bool).unwrap_or(job.lora.rslora);
+    AdapterOrigin { base: base.or_else(path).or_else(|| job.model.name.clone()), rslora }
 }
 
 /// The family and sizes of a trained model: by the config.json that it came with, where that is of this OP-DAG, since

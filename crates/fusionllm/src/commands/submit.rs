@@ -37,8 +37,18 @@ pub(super) async fn stop(args: cli::JobCommand) -> anyhow::Result<()> {
     let mut client = Client::connect(&args.broker).await?;
     let job = JobId(args.job);
     client.request(&ClientRequest::Stop { job }).await?;
+    let state = match client.request(&ClientRequest::Status).await? {
+        ToClient::Status(report) => report.jobs.into_iter().find(|known| known.job == job).map(|known| known.state),
+        _ => None,
+    };
     client.close().await;
     let (number, typed) = (args.job, args.broker.typed());
+    if state.is_some_and(|state| !state.is_final()) {
+        return render::line(&format!(
+            "all steps of {job} are done, and its last checkpoint is being written: it ends when that is there. \
+             `fusionllm stop {number}{typed}` once more ends it without"
+        ));
+    }
     render::line(&format!(
         "{job} stopped; `fusionllm resume {number}{typed}` goes on from its last checkpoint, or begins anew if it has none"
     ))

@@ -179,8 +179,17 @@ fn adapters_go_out_as_they_came_in_and_merged_as_a_whole_model() {
             serde_json::from_slice(&text).unwrap()
         };
         let (source, written) = (read("peft"), read("out"));
-        for key in ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "task_type"]
-        {
+        for key in [
+            "peft_type",
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "use_rslora",
+            "bias",
+            "fan_in_fan_out",
+            "task_type",
+            "base_model_name_or_path",
+        ] {
             assert_eq!(written[key], source[key], "{case}: {key}");
         }
         let keys = |folder: &str| {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use fusionllm_planner::{CodecChange, LinkObservation, NodeIndex, StepObservation, Way};
 use fusionllm_protocol::{CodecNote, LinkBytes, LinkSpeed, StepReport};
 
+use super::super::ConnectionId;
 use super::super::drift::Came;
 use super::Run;
 
@@ -17,6 +18,16 @@ impl Run {
             Some(Came { from, to, bytes: speed.bytes, busy_s: speed.busy_s })
         };
         speeds.iter().filter_map(of).collect()
+    }
+
+    /// By which way messages came to a CompNode that reports a step: from whom, and whether over the relay.
+    pub(in crate::core) fn ways_to(&self, connection: ConnectionId, report: &StepReport) -> Vec<(ConnectionId, bool)> {
+        let names = &self.placement.compnodes;
+        let way = |speed: &LinkSpeed| {
+            let from = *self.members.get(names.iter().position(|name| *name == speed.from)?)?;
+            (from != connection).then_some((from, speed.relayed))
+        };
+        report.received.iter().take(names.len()).filter_map(way).collect()
     }
 
     /// What the controller makes of a step.
