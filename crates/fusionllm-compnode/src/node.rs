@@ -112,8 +112,7 @@ async fn join_with(
     let mut endpoint_config = EndpointConfig::new(config.identity, config.bind);
     endpoint_config.advertise = config.advertise;
     endpoint_config.relay = Relay::by(&config.ticket);
-    let bind = Endpoint::bind(endpoint_config, members.clone()).await;
-    let endpoint = bind?;
+    let endpoint = Endpoint::bind(endpoint_config, members.clone()).await?;
     let (events, mut inbox) = mpsc::channel(EVENT_QUEUE);
     let mut node = Node {
         endpoint: endpoint.clone(),

@@ -11,8 +11,8 @@ pub(crate) fn no_target(weight: f32) -> i32 {
 }
 
 /// What each target of a micro-batch weighs, if it has labels that are none.
-pub(crate) fn target_weight(labels: impl DoubleEndedIterator<Item = i32>) -> Option<f32> {
-    labels.rev().next().filter(|&label| label < 0).map(|label| -f32::from_bits(label.cast_unsigned()))
+pub(crate) fn target_weight(mut labels: impl DoubleEndedIterator<Item = i32>) -> Option<f32> {
+    labels.next_back().filter(|&label| label < 0).map(|label| -f32::from_bits(label.cast_unsigned()))
 }
 
 #[cfg(test)]

@@ -90,7 +90,7 @@ async fn state(endpoint: &Endpoint, is: impl Fn(&RelayState) -> bool) -> RelaySt
         }
     };
     let result = timeout(Duration::from_secs(60), reached).await;
-    result.unwrap_or_else(|_| panic!("{:?}", endpoint.relay_state()))
+    result.map_err(|_| endpoint.relay_state()).unwrap()
 }
 
 async fn connected(endpoint: &Endpoint) {

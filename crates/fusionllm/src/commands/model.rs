@@ -8,12 +8,8 @@ use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{AdapterOrigin, NamedTensor, Tokenizer, merge_adapters, read_shard};
 use fusionllm_graph::{Model, OpDag};
-<<<<<<< HEAD
 use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, CONFIG, TOKENIZER};
-use fusionllm_protocol::{DataSpec, TokenizerFingerprint};
-=======
 use fusionllm_protocol::{DataSpec, JobSpec, TokenizerFingerprint};
->>>>>>> lora
 
 use crate::exit::{bad_input, refused};
 

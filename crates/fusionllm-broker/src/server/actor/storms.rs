@@ -45,7 +45,7 @@ impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let broker = PeerAddr { id: fusionllm_transport::PeerId::from_bytes([1; 32]), addrs: Vec::new() };
-        let (gate, ticket) = Gate::open(folder.path(), broker).unwrap();
+        let (gate, ticket) = Gate::open(folder.path(), broker, None).unwrap();
         let threads = tokio::runtime::Builder::new_current_thread().build().unwrap();
         Self { folder, threads, gate, secret: ticket.secret }
     }

@@ -144,7 +144,9 @@ fn any_cut_of_a_model_with_adapters_gives_the_same_bits() {
     }
     let gpu = Emulated::open();
     // The first stage of the last one has nothing to train.
-    let cuts: [(&[&str], &[(&str, usize)]); 3] = [
+    /// Targets of adapters, and where the graph is cut.
+    type Cut = (&'static [&'static str], &'static [(&'static str, usize)]);
+    let cuts: [Cut; 3] = [
         (&["all-linear"], &[("layers.0.self_attn.q_proj.lora_scale", 0), ("layers.1.mlp.act", 1), ("loss", 0)]),
         (&["k_proj", "up_proj"], &[("layers.0.add_2", 0), ("loss", 1)]),
         (&["layers.1.self_attn.q_proj"], &[("layers.0.add_1", 0), ("layers.1.self_attn.k_proj", 1), ("loss", 0)]),

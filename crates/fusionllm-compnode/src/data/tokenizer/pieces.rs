@@ -20,6 +20,9 @@ const TRIES: usize = 32;
 /// Bytes of memory for a byte of text that is encoded: where each came from, twice, and what describes its word.
 pub(super) const WORD_BYTES: u64 = 64;
 
+/// Takes a piece of text and its tokens.
+pub(crate) type Take<'a> = dyn FnMut(&str, &[i32]) -> Result<(), DataError> + 'a;
+
 impl Tokenizer {
     /// Gives `take` a text piece by piece, each with its tokens: together what [`Self::encode`] gives. `more` adds what comes
     /// next of the text, and says whether there was anything.
@@ -31,7 +34,7 @@ impl Tokenizer {
         &self,
         more: &mut dyn FnMut(&mut String) -> Result<bool, DataError>,
         reading: &Reading,
-        take: &mut dyn FnMut(&str, &[i32]) -> Result<(), DataError>,
+        take: &mut Take<'_>,
     ) -> Result<(), DataError> {
         let (mut text, mut is_whole) = (String::new(), false);
         loop {
