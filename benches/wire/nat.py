@@ -95,7 +95,7 @@ def seconds(line):
 
 def direct_after(log):
     """Milliseconds from the first path of the link to its first direct one, by the log of the CompNode that dialled."""
-    paths = [line for line in log if "_events::path::selected" in line or "path::selected" in line]
+    paths = [line for line in log if " prev_network_path=" in line]
     found = {}
     for line in paths:
         remote = re.search(r"remote=(\w+)", line)[1]
@@ -137,9 +137,8 @@ def run(args, kinds):
         job = json.loads(ask("status", "--json"))["jobs"][-1]
     finally:
         for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(timeout=60)
+            process.kill()
+            process.wait()
         subprocess.run([args.wan_emu, "down", "--net", NET], **QUIET)
         for site in SITES:
             subprocess.run(["ip", "netns", "del", f"home-{site}"], **QUIET)

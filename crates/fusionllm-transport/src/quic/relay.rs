@@ -57,18 +57,13 @@ impl Use {
     /// Whether the endpoint is connected to it, and if not, why.
     pub(super) fn state(&self, endpoint: &Endpoint) -> RelayState {
         let status = endpoint.home_relay_status().get();
-        let Some(status) = status.iter().find(|status| *status.url() == self.url) else {
-            return RelayState::Away { reason: "it does not answer".to_owned() };
-        };
-        let denied = status.auth_denied_reason().map(|reason| format!("it refuses: {reason}"));
-        match (status.is_connected(), denied) {
-            (true, _) => RelayState::Connected,
-            (false, Some(reason)) => RelayState::Away { reason },
-            (false, None) => {
-                let error = status.last_error().map(|error| format!("{error:#}"));
-                RelayState::Away { reason: error.unwrap_or_else(|| "it does not answer".to_owned()) }
-            }
+        let status = status.iter().find(|status| *status.url() == self.url);
+        if status.is_some_and(|status| status.is_connected()) {
+            return RelayState::Connected;
         }
+        let denied = status.and_then(|status| status.auth_denied_reason());
+        let reason = denied.map_or_else(|| "it does not answer".to_owned(), |reason| format!("it refuses: {reason}"));
+        RelayState::Away { reason }
     }
 
     /// Says when the relay is reached and lost, and has it dialled anew, until the endpoint is closed.
