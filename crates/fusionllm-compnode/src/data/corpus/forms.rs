@@ -45,6 +45,10 @@ impl Builder<'_> {
             Failure::File(reason) => fail(reason),
             Failure::Elsewhere(error) => error,
         })?;
+        // Its tokens would be kept under the name of another content.
+        if source.raw.as_ref().is_some_and(|raw| raw.is_old(file)) {
+            return Err(fail("it changed while it was read".to_owned()));
+        }
         self.push_fingerprint(fingerprint);
         Ok(())
     }

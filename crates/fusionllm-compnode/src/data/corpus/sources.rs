@@ -1,7 +1,9 @@
 //! Which files are read, and what is known of them before they are.
 
+use std::fs::Metadata;
 use std::io::Read;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use fusionllm_protocol::{ContentHasher, DataFormat, DataSpec, RowKind, content_hash};
 use fusionllm_transport::is_shortage;
@@ -23,8 +25,28 @@ pub(super) struct Source {
     pub(super) file: TextFile,
     /// Of text.
     pub(super) text: Option<TextContent>,
-    /// Of other forms, with a cache: its bytes, and their hash.
-    pub(super) raw: Option<(u64, String)>,
+    /// Of other forms, with a cache.
+    pub(super) raw: Option<Raw>,
+}
+
+/// What tells the content of a file from others.
+#[derive(Debug)]
+pub(super) struct Raw {
+    bytes: u64,
+    hash: String,
+    /// When it was written, as far as that is known.
+    modified: Option<SystemTime>,
+}
+
+impl Raw {
+    /// Whether the file was written since.
+    pub(super) fn is_old(&self, file: &TextFile) -> bool {
+        modified(std::fs::metadata(&file.path)) != self.modified
+    }
+}
+
+fn modified(metadata: std::io::Result<Metadata>) -> Option<SystemTime> {
+    metadata.and_then(|metadata| metadata.modified()).ok()
 }
 
 /// Whether a file's name is one of a form.
@@ -95,24 +117,20 @@ pub(super) fn sources(
     Ok(sources)
 }
 
-/// The size of a file, and a hash of its content.
-fn raw(
-    file: &TextFile,
-    spec: &DataSpec,
-    readable: &ReadableData,
-    reading: &Reading,
-) -> Result<(u64, String), DataError> {
+/// Reads a file to know its content.
+fn raw(file: &TextFile, spec: &DataSpec, readable: &ReadableData, reading: &Reading) -> Result<Raw, DataError> {
     let fail = |source: std::io::Error| match is_shortage(&source) {
         true => DataError::Unopened { what: "data.path", source },
         false => DataError::Path { path: path_for_people(file, spec), reason: source.to_string() },
     };
     let mut open = readable.open(&file.path).map_err(fail)?;
+    let modified = modified(open.metadata());
     let (mut hash, mut bytes, mut size) = (ContentHasher::default(), Vec::new(), 0);
     loop {
         bytes.clear();
         let read = open.by_ref().take(PART_BYTES as u64).read_to_end(&mut bytes).map_err(fail)?;
         if read == 0 {
-            return Ok((size, hash.finish()));
+            return Ok(Raw { bytes: size, hash: hash.finish(), modified });
         }
         size += read as u64;
         hash.update(&bytes);
@@ -137,7 +155,7 @@ pub(super) fn key(spec: &DataSpec, by: Tokenizing<'_>, sources: &[Source]) -> St
         if let Some(TextContent { bytes, hash, had_mark }) = content {
             text.push_str(&format!("{bytes} {hash} {had_mark}\n"));
         }
-        if let Some((bytes, hash)) = raw {
+        if let Some(Raw { bytes, hash, .. }) = raw {
             text.push_str(&format!("{bytes} {hash}\n"));
         }
     }

@@ -109,7 +109,7 @@ impl Site {
             "drain" => self.drain(&line, words.get(at + 2).ok_or("it names no CompNode")?),
             "train" if line.contains("examples/") => {
                 self.need_model(&line)?;
-                self.succeeds(&format!("{line} {SHORT} {}", fitting(&line)))
+                self.succeeds(&format!("{line} {SHORT} {}{}", fitting(&line), self.need_chats(&line)))
             }
             "train" | "export" | "generate" => {
                 self.need_run(line.contains("--resume"))?;
@@ -321,10 +321,19 @@ impl Site {
         {
             self.need_run(false)?;
             self.succeeds("fusionllm export a-run a-model")?;
-            self.bench.write("a-model/chat_template.jinja", CHAT_TEMPLATE);
-            self.bench.write("chats.jsonl", &"{\"prompt\": \"a\", \"completion\": \"b\"}\n".repeat(40));
         }
         Ok(())
+    }
+
+    /// Conversations, and what writes them out, where the command reads some.
+    fn need_chats(&self, line: &str) -> String {
+        let chats = self.bench.path("chats.jsonl");
+        if !line.contains(&chats.display().to_string()) {
+            return String::new();
+        }
+        self.bench.write("chats.jsonl", &"{\"prompt\": \"a\", \"completion\": \"b\"}\n".repeat(40));
+        self.bench.write("chats.jinja", CHAT_TEMPLATE);
+        format!(" --set data.chat_template={}", self.bench.path("chats.jinja").display())
     }
 }
 
