@@ -150,7 +150,7 @@ def run(args, kinds):
     took = sorted(step["step_s"] for step in here[1:])[len(here) // 2]
     logs = [open(folder / f"{site}.log").read().splitlines() for site in SITES]
     after = [ms for log in logs for ms in direct_after(log)]
-    return links, equal, took, after, folder
+    return links, equal, took, after
 
 
 def main():
@@ -164,14 +164,13 @@ def main():
     print("| routers | way | direct after | a to b, b to a | round trip | median step | losses as `train` |", flush=True)
     print("|---" * 7 + "|", flush=True)
     for name in args.only:
-        links, equal, took, after, folder = run(args, KINDS[name])
+        links, equal, took, after = run(args, KINDS[name])
         there, back = (links[pair] for pair in [("site-a", "site-b"), ("site-b", "site-a")])
         rates = ", ".join(f"{link['link']['bytes_per_s'] * 8 / 1e6:.1f}" for link in (there, back))
         way = "relay" if there["relayed"] else "direct"
         waited = f"{min(after)} ms" if after else "-"
         trip = f"{there['link']['latency_s'] * 2e3:.0f} ms"
         print(f"| {name} | {way} | {waited} | {rates} Mbit/s | {trip} | {took * 1e3:.0f} ms | {'yes' if equal else 'NO'} |", flush=True)
-        print(folder, flush=True)
 
 
 if __name__ == "__main__":
