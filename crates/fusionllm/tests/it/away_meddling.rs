@@ -52,9 +52,15 @@ fn assert_taken_back(cluster: &Cluster, whole_from: u64) {
     assert!(notices.contains("nothing is done again"), "{notices}");
 }
 
+fn has_checkpoint(run: &Path) -> bool {
+    let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.path().join("manifest.json").is_file())
+}
+
 /// The broker is killed, somebody does this in the run directory, and the broker is started again.
 fn meddled_with(line: &str) -> (Cluster, u64) {
     let mut cluster = Cluster::at_work(JOB);
+    wait_until(|| has_checkpoint(&cluster.run), "there is a checkpoint");
     let written = cluster.end_broker("KILL");
     shell(&cluster.run, line);
     std::thread::sleep(AWAY);

@@ -1,3 +1,5 @@
+//! Folders of adapters that are read, and those that are refused.
+
 use std::path::Path;
 
 use serde_json::json;
