@@ -5,8 +5,9 @@
 //! CompNodes on one machine would disturb each other. What cannot be measured is remembered as such, so that no job
 //! waits for it.
 
+mod work_key;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use fusionllm_graph::OpDag;
@@ -15,23 +16,12 @@ use fusionllm_protocol::{FromBroker, Inventory, JobSpec, LinkReport, MachineRepo
 
 use super::registry::Registry;
 use super::{Action, ConnectionId, StartPoint};
+pub(super) use work_key::WorkKey;
 
 /// A probe that has not been answered for this long is given up.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
 /// The measurement of a job's ops is given up after this long.
 const OPS_LIMIT: Duration = Duration::from_secs(600);
-
-/// Which ops were measured: jobs with the same OP-DAG and micro-batches share it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct WorkKey(u64);
-
-impl WorkKey {
-    pub(super) fn of(spec: &JobSpec, start: &StartPoint) -> Self {
-        let mut hasher = DefaultHasher::new();
-        (&start.graph, spec.measuring()).hash(&mut hasher);
-        Self(hasher.finish())
-    }
-}
 
 /// A link that was cut is tried again after this long, when both ends are idle.
 const HEALED: Duration = Duration::from_secs(30);

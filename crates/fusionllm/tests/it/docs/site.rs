@@ -128,6 +128,7 @@ impl Site {
     fn filled(&self, line: &str) -> Result<String, String> {
         let mut line = replace_word(line, "/path/to/texts", &self.bench.path("texts").display().to_string());
         line = replace_word(&line, "/path/to/chats.jsonl", &self.bench.path("chats.jsonl").display().to_string());
+        line = replace_word(&line, "/path/to/an-adapter", &self.bench.path("an-adapter").display().to_string());
         line = line.replace("--data /srv/texts", "--data .").replace("--data DIR", "--data .");
         line = replace_word(&line, "/path/to/model", &self.bench.path("a-model").display().to_string());
         let mut words = line.split_whitespace().skip_while(|word| *word != "--step");
@@ -327,8 +328,7 @@ impl Site {
 
     /// Conversations, and what writes them out, where the command reads some.
     fn need_chats(&self, line: &str) -> String {
-        let chats = self.bench.path("chats.jsonl");
-        if !line.contains(&chats.display().to_string()) {
+        if !line.contains("/path/to/chats.jsonl") {
             return String::new();
         }
         self.bench.write("chats.jsonl", &"{\"prompt\": \"a\", \"completion\": \"b\"}\n".repeat(40));
