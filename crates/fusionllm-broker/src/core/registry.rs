@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use fusionllm_planner::Cluster;
 use fusionllm_protocol::{CompNodeSummary, DeviceProfile, MachineReport, PeerRecord, RunKey};
 
 use super::detector::Rhythm;
@@ -262,6 +263,16 @@ impl Registry {
             measured: None,
             efficiency: None,
         })
+    }
+
+    /// The cluster of a file, whose devices the CompNodes stand for in their order.
+    pub(super) fn as_if(&self, cluster: &Cluster, members: &[ConnectionId]) -> Cluster {
+        let first: Vec<usize> = (0..members.len()).collect();
+        let mut cluster = cluster.select(&first);
+        for (profile, &member) in cluster.compnodes.iter_mut().zip(members) {
+            profile.name = self.name(member);
+        }
+        cluster
     }
 
     pub(super) fn addr(&self, connection: ConnectionId) -> PeerRecord {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, format_bytes};
+use fusionllm_planner::{NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
     Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RowKind, RunKey,
     SnapshotSource, WeightSource,
@@ -13,7 +13,6 @@ use fusionllm_protocol::{
 use super::detector::SUSPECT;
 use super::drift::slowed;
 use super::recovery::KeptAs;
-use super::registry::Registry;
 use super::run::{Run, param_names};
 use super::snapshot_book::RecoveryPoint;
 use super::snapshots::Sources;
@@ -224,7 +223,7 @@ impl Core {
     pub(super) fn plan(&mut self, job: JobId, members: Vec<ConnectionId>, now: Duration) -> Vec<Action> {
         let Some(Job { record, start: Some(start), drift, .. }) = self.jobs.get_mut(&job) else { return Vec::new() };
         let cluster = match &start.cluster {
-            Some(cluster) => as_if(&self.compnodes, cluster, &members),
+            Some(cluster) => self.compnodes.as_if(cluster, &members),
             None => {
                 let inventory = self.survey.inventory(&members, &self.compnodes, Some((&record.spec, start)), now);
                 slowed(inventory.cluster(), &drift.plans(now))
@@ -442,14 +441,4 @@ pub(super) fn least_compnodes(spec: &JobSpec, start: &StartPoint) -> usize {
     let listed = spec.placement.stages.iter().map(|s| s.compnode as usize + 1).max().unwrap_or(1);
     let stood_for = start.cluster.as_ref().map_or(listed, |cluster| cluster.compnodes.len());
     spec.placement.compnodes.map_or(stood_for, |n| n as usize)
-}
-
-/// The cluster of a file, whose devices the CompNodes stand for in their order.
-fn as_if(compnodes: &Registry, cluster: &Cluster, members: &[ConnectionId]) -> Cluster {
-    let first: Vec<usize> = (0..members.len()).collect();
-    let mut cluster = cluster.select(&first);
-    for (profile, &member) in cluster.compnodes.iter_mut().zip(members) {
-        profile.name = compnodes.name(member);
-    }
-    cluster
 }
