@@ -3,7 +3,9 @@
 use burn_tensor::{Gradients, Tensor};
 use fusionllm_graph::{OpKind, WeightLayout};
 
-use super::fused::{self, AccumulatedLinear, DeferredLinear, FrozenLinear, Linear, Operand, SetAside, WeightSum};
+use super::fused::{
+    self, AccumulatedLinear, DeferredLinear, FrozenLinear, Fused, Linear, Operand, SetAside, WeightSum,
+};
 use super::{Arguments, RealValue};
 use crate::ExecutorError;
 
@@ -29,21 +31,7 @@ pub(super) fn forward(
 
 /// As [`forward`], with parameters that are constants.
 pub(super) fn forward_frozen(arguments: &Arguments<'_>) -> Result<RealValue, ExecutorError> {
-    let OpKind::Linear { inputs, outputs, bias, layout } = arguments.op.kind else {
-        return Err(ExecutorError::Internal { what: format!("op `{}` is not linear", arguments.op.name) });
-    };
-    let op = FrozenLinear(Linear { inputs, outputs, layout });
-    let x = arguments.real(0)?;
-    let (of_x, of_weight) = (Operand::of(&x.tensor), Operand::of(&arguments.param(0)?));
-    let fused = if bias {
-        fused::apply(op, [of_x, of_weight, Operand::of(&arguments.param(1)?)])
-    } else {
-        fused::apply(op, [of_x, of_weight])
-    };
-    match fused {
-        Some(tensor) => Ok(RealValue { tensor, shape: with_last(&x.shape, outputs) }),
-        None => forward(arguments, inputs, outputs, bias, layout),
-    }
+    forward_by(arguments, FrozenLinear)
 }
 
 /// As [`forward`], with the gradient of the weight added to `sum` in BP.
@@ -52,13 +40,20 @@ pub(super) fn forward_accumulated(
     sum: WeightSum,
     aside: Option<SetAside>,
 ) -> Result<RealValue, ExecutorError> {
+    forward_by(arguments, |op| AccumulatedLinear { op, sum, aside })
+}
+
+/// As [`forward`], with another fused op where one may be run.
+fn forward_by<F: Fused<2> + Fused<3>>(
+    arguments: &Arguments<'_>,
+    op: impl FnOnce(Linear) -> F,
+) -> Result<RealValue, ExecutorError> {
     let OpKind::Linear { inputs, outputs, bias, layout } = arguments.op.kind else {
         return Err(ExecutorError::Internal { what: format!("op `{}` is not linear", arguments.op.name) });
     };
-    let op = AccumulatedLinear { op: Linear { inputs, outputs, layout }, sum, aside };
+    let op = op(Linear { inputs, outputs, layout });
     let x = arguments.real(0)?;
-    let weight = arguments.param(0)?;
-    let (of_x, of_weight) = (Operand::of(&x.tensor), Operand::of(&weight));
+    let (of_x, of_weight) = (Operand::of(&x.tensor), Operand::of(&arguments.param(0)?));
     let fused = if bias {
         fused::apply(op, [of_x, of_weight, Operand::of(&arguments.param(1)?)])
     } else {
