@@ -114,12 +114,16 @@ pub(super) struct Move {
 impl Drift {
     /// A placement is about to be worked out. How fast all are as far as is known, by which it goes.
     pub(super) fn plans(&mut self, now: Duration) -> Factors {
-        let mut known = self.known.clone();
-        known.retain(|_, (_, seen)| is_fresh(*seen, now));
-        known.extend(self.newest.iter().map(|(part, factor)| (part.clone(), (*factor, now))));
-        let factors = known.iter().map(|(part, (factor, _))| (part.clone(), *factor)).collect();
-        self.planning = Some(known);
-        factors
+        self.planning = Some(self.seen(now));
+        self.factors(now)
+    }
+
+    /// How fast all are as far as is known, at work or not, and when that was seen last.
+    fn seen(&self, now: Duration) -> BTreeMap<Part, (f64, Duration)> {
+        let mut seen = self.known.clone();
+        seen.retain(|_, (_, at)| now.saturating_sub(*at) < REMEMBERED);
+        seen.extend(self.newest.iter().map(|(part, factor)| (part.clone(), (*factor, now))));
+        seen
     }
 
     /// A placement begins its work. One that was not worked out just now goes by what was measured.
@@ -139,11 +143,13 @@ impl Drift {
 
     /// A step is done.
     pub(super) fn stepped(&mut self, step_s: f64, busy_s: Vec<f64>, came: &[Came], now: Duration) {
-        self.began.get_or_insert(now);
-        // What is not asked for must not grow.
+        // What is not asked for must not grow: the window begins anew.
         if self.steps.len() >= 64 * WINDOW.0 {
-            self.steps.drain(..32 * WINDOW.0);
+            self.steps.clear();
+            self.came.clear();
+            self.began = None;
         }
+        self.began.get_or_insert(now);
         self.steps.push((step_s, busy_s));
         for came in came.iter().filter(|came| came.busy_s.is_finite()) {
             let (bytes, busy_s) = self.came.entry((came.from, came.to)).or_default();
@@ -232,16 +238,12 @@ impl Drift {
 
     /// How fast all are as far as is known, at work or not.
     pub(super) fn factors(&self, now: Duration) -> Factors {
-        let known = self.known.iter().filter(|(_, (_, seen))| is_fresh(*seen, now));
-        let mut factors: Factors = known.map(|(part, (factor, _))| (part.clone(), *factor)).collect();
-        factors.extend(self.newest.clone());
-        factors
+        self.seen(now).into_iter().map(|(part, (factor, _))| (part, factor)).collect()
     }
 
     /// What came of a weighing. Whether the job moves now: another placement was better several times, and pays for the move,
     /// which takes `moved` for what goes over wires and for preparing the parts, and a little more.
     pub(super) fn weighed(&mut self, weighed: Weighed, steps_left: u64, moved: Duration, new: &[String]) -> bool {
-        self.asked = None;
         let Weighed { now_s, then_s } = weighed;
         let gain_s = now_s - then_s;
         let takes_s = (moved + MOVE).as_secs_f64() + MOVE_STEPS as f64 * now_s;
@@ -373,10 +375,6 @@ fn is_alike(one: &Factors, other: &Factors) -> bool {
     let alike =
         |(part, factor): (&Part, &f64)| one.get(part).is_some_and(|before| (factor / before - 1.0).abs() <= AS_PLANNED);
     one.len() == other.len() && other.iter().all(alike)
-}
-
-fn is_fresh(seen: Duration, now: Duration) -> bool {
-    now.saturating_sub(seen) < REMEMBERED
 }
 
 /// 0 of nothing.
