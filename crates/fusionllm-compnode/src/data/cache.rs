@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use fusionllm_protocol::{ContentHasher, FileFingerprint};
-use fusionllm_transport::{make_private_dir, read_regular};
+use fusionllm_transport::{is_shortage, make_private_dir, read_regular};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -101,13 +101,14 @@ impl TokenCache {
     /// The entry of this key. Its files are read once, to see that they are whole.
     ///
     /// # Errors
-    /// Why there is an entry that cannot be used; [`DataError::Stopped`] as the inner error.
+    /// Why there is an entry that cannot be used, as the inner error; [`DataError::Stopped`]; [`DataError::Cache`] if the
+    /// entry could not be looked at, which says nothing of it.
     pub(super) fn find(&self, key: &str, reading: &Reading) -> Result<Result<Option<Kept>, String>, DataError> {
         let folder = self.entry(key);
         let meta = match read_regular(&folder.join(META)) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !folder.exists() => return Ok(Ok(None)),
-            Err(error) => return Ok(Err(format!("{META}: {error}"))),
+            Err(error) => return unusable(&folder.join(META), error).map(|reason| Err(format!("{META}: {reason}"))),
         };
         let Ok(meta) = serde_json::from_slice::<Meta>(&meta) else { return Ok(Err(format!("{META} is not readable"))) };
         if (meta.version, meta.key.as_str()) != (VERSION, key) || meta.parts.len() != FILES.len() {
@@ -123,13 +124,16 @@ impl TokenCache {
         // So that it is known when it was used the last time. An entry that cannot be touched is made anew some day.
         let touched = File::options().append(true).open(folder.join(META));
         let _ = touched.and_then(|file| file.set_modified(SystemTime::now()));
-        Ok(kept(meta, open).map(Some).map_err(|error| error.to_string()))
+        Ok(match kept(meta, open) {
+            Ok(kept) => Ok(Some(kept)),
+            Err(error) => Err(unusable(&folder, error)?),
+        })
     }
 
     /// Begins an entry.
     pub(super) fn begin(&self, key: &str, entries: usize) -> Result<NewEntry, DataError> {
         self.prune();
-        let fail = |error: std::io::Error| DataError::Cache { path: self.folder.clone(), reason: error.to_string() };
+        let fail = |error: std::io::Error| DataError::cache(&self.folder, &error);
         let mut made = tempfile::Builder::new();
         made.prefix(UNFINISHED);
         #[cfg(unix)]
@@ -175,7 +179,7 @@ impl NewEntry {
         files: &[FileFingerprint],
         found: &Found,
     ) -> Result<(), DataError> {
-        let fail = |error: std::io::Error| DataError::Cache { path: self.place.clone(), reason: error.to_string() };
+        let fail = |error: std::io::Error| DataError::cache(&self.place, &error);
         let mut parts = Vec::new();
         for tokens in [&self.train, &self.eval] {
             let (width, count, hash) = tokens.finish()?;
@@ -206,11 +210,19 @@ impl NewEntry {
     }
 }
 
+/// What is wrong with a file of an entry.
+///
+/// # Errors
+/// [`DataError::Cache`] if the process had run out of something: the file may be as good as ever.
+fn unusable(path: &Path, error: std::io::Error) -> Result<String, DataError> {
+    if is_shortage(&error) { Err(DataError::cache(path, &error)) } else { Ok(error.to_string()) }
+}
+
 /// Opens a file of numbers if it is what was written.
 fn whole(path: &Path, part: &Part, reading: &Reading) -> Result<Result<File, String>, DataError> {
     let mut file = match File::open(path) {
         Ok(file) => file,
-        Err(error) => return Ok(Err(error.to_string())),
+        Err(error) => return Ok(Err(unusable(path, error)?)),
     };
     let (mut hash, mut bytes, mut size) = (ContentHasher::default(), Vec::new(), 0u64);
     loop {
@@ -218,7 +230,7 @@ fn whole(path: &Path, part: &Part, reading: &Reading) -> Result<Result<File, Str
         match file.by_ref().take(PART_BYTES as u64).read_to_end(&mut bytes) {
             Ok(0) => break,
             Ok(read) => size += read as u64,
-            Err(error) => return Ok(Err(error.to_string())),
+            Err(error) => return Ok(Err(unusable(path, error)?)),
         }
         hash.update(&bytes);
         reading.moved(bytes.len())?;
@@ -241,4 +253,21 @@ fn kept(meta: Meta, open: Vec<(PathBuf, File)>) -> std::io::Result<Kept> {
     }
     let rows = <[Vec<u64>; 2]>::try_from(starts).ok().filter(|_| meta.has_rows);
     Ok(Kept { train, eval, rows, files: meta.files, found: meta.found })
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn an_entry_is_not_damaged_because_files_cannot_be_opened_now() {
+        let failed = |errno: Errno| unusable(Path::new("train.bin"), errno.into());
+        for errno in [Errno::MFILE, Errno::NFILE] {
+            let said = failed(errno).unwrap_err().to_string();
+            assert!(said.contains("train.bin: Too many open files"), "{said}");
+        }
+        assert!(failed(Errno::NOENT).unwrap().starts_with("No such file"));
+    }
 }

@@ -1,6 +1,6 @@
 //! What can go wrong with the data.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use fusionllm_planner::format_bytes;
 use fusionllm_transport::io_reason;
@@ -149,4 +149,11 @@ pub enum DataError {
     /// The data is not wanted any more.
     #[error("stopped before the data was read")]
     Stopped,
+}
+
+impl DataError {
+    /// Of tokens on the disk, at this file or folder.
+    pub(crate) fn cache(path: &Path, error: &std::io::Error) -> Self {
+        Self::Cache { path: path.to_owned(), reason: io_reason(error).to_string() }
+    }
 }

@@ -115,7 +115,7 @@ fn too_many_open_files_are_named_as_such() {
         ("train --resume run --compnodes 1 --set train.steps=9", 12..40),
         ("train job.toml --compnodes 1 --out other", 12..40),
     ] {
-        for limit in limits.step_by(if line.starts_with("train") { 4 } else { 1 }) {
+        for limit in limits.step_by(if line.starts_with("train") { 3 } else { 1 }) {
             let output = bench.shell(&format!("ulimit -n {limit}; exec fusionllm {line}")).output().unwrap();
             let (out, err) = (text(&output.stdout), text(&output.stderr));
             let _ = std::fs::remove_dir_all(bench.path("hf"));
