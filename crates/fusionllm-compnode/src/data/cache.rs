@@ -133,7 +133,7 @@ impl TokenCache {
     /// Begins an entry.
     pub(super) fn begin(&self, key: &str, entries: usize) -> Result<NewEntry, DataError> {
         self.prune();
-        let fail = |error: std::io::Error| DataError::cache(&self.folder, &error);
+        let fail = |error: std::io::Error| DataError::cache(&self.folder, error);
         let mut made = tempfile::Builder::new();
         made.prefix(UNFINISHED);
         #[cfg(unix)]
@@ -179,7 +179,7 @@ impl NewEntry {
         files: &[FileFingerprint],
         found: &Found,
     ) -> Result<(), DataError> {
-        let fail = |error: std::io::Error| DataError::cache(&self.place, &error);
+        let fail = |error: std::io::Error| DataError::cache(&self.place, error);
         let mut parts = Vec::new();
         for tokens in [&self.train, &self.eval] {
             let (width, count, hash) = tokens.finish()?;
@@ -215,7 +215,7 @@ impl NewEntry {
 /// # Errors
 /// [`DataError::Cache`] if the process had run out of something: the file may be as good as ever.
 fn unusable(path: &Path, error: std::io::Error) -> Result<String, DataError> {
-    if is_shortage(&error) { Err(DataError::cache(path, &error)) } else { Ok(error.to_string()) }
+    if is_shortage(&error) { Err(DataError::cache(path, error)) } else { Ok(error.to_string()) }
 }
 
 /// Opens a file of numbers if it is what was written.

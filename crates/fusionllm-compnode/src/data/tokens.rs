@@ -52,7 +52,7 @@ impl Tokens {
     /// None yet, in a new file.
     pub(super) fn in_file(path: &Path, entries: usize) -> Result<Self, DataError> {
         let file = File::options().read(true).write(true).create_new(true).open(path);
-        let file = file.map_err(|error| DataError::cache(path, &error))?;
+        let file = file.map_err(|error| DataError::cache(path, error))?;
         let width = Self::width(entries) as usize;
         let open = Open { file, width, count: 0, pending: Vec::new(), hash: ContentHasher::default() };
         Ok(Self(Parts::Stored(Arc::new(Stored { path: path.to_owned(), open: Mutex::new(open) }))))
@@ -115,7 +115,7 @@ impl Tokens {
         match &self.0 {
             Parts::Narrow(parts) => Ok(places.map(|at| i32::from(parts[at / PART][at % PART])).collect()),
             Parts::Wide(parts) => Ok(places.map(|at| parts[at / PART][at % PART]).collect()),
-            Parts::Stored(stored) => stored.read(places).map_err(|error| DataError::cache(&stored.path, &error)),
+            Parts::Stored(stored) => stored.read(places).map_err(|error| DataError::cache(&stored.path, error)),
         }
     }
 
@@ -137,7 +137,7 @@ impl Tokens {
         }
         match &mut self.0 {
             Parts::Wide(parts) => append(parts, ids),
-            Parts::Stored(stored) => stored.append(ids).map_err(|error| DataError::cache(&stored.path, &error))?,
+            Parts::Stored(stored) => stored.append(ids).map_err(|error| DataError::cache(&stored.path, error))?,
             Parts::Narrow(_) => {}
         }
         Ok(())
@@ -148,7 +148,7 @@ impl Tokens {
         let Parts::Stored(stored) = &self.0 else { return Ok((0, self.len(), String::new())) };
         let mut open = stored.lock();
         let done = open.flush().and_then(|()| open.file.sync_all());
-        done.map_err(|error| DataError::cache(&stored.path, &error))?;
+        done.map_err(|error| DataError::cache(&stored.path, error))?;
         Ok((open.width, open.count, open.hash.finish()))
     }
 }

@@ -84,12 +84,12 @@ pub enum DataError {
         reason: String,
     },
     /// Tokens on the disk cannot be written or read.
-    #[error("the token cache {path}: {reason}; data.cache = false holds tokens in memory instead")]
+    #[error("the token cache {path}: {}; data.cache = false holds tokens in memory instead", io_reason(.source))]
     Cache {
         /// The file or folder.
         path: PathBuf,
         /// What the operating system says.
-        reason: String,
+        source: std::io::Error,
     },
     /// The tokenizer file is unusable.
     #[error("data.tokenizer {path}: {reason}; expected `bytes` or the path of a tokenizer.json")]
@@ -153,7 +153,7 @@ pub enum DataError {
 
 impl DataError {
     /// Of tokens on the disk, at this file or folder.
-    pub(crate) fn cache(path: &Path, error: &std::io::Error) -> Self {
-        Self::Cache { path: path.to_owned(), reason: io_reason(error).to_string() }
+    pub(crate) fn cache(path: &Path, source: std::io::Error) -> Self {
+        Self::Cache { path: path.to_owned(), source }
     }
 }
