@@ -1,6 +1,7 @@
 //! Over a relay: how an endpoint is set to use that of its broker, and the relay itself.
 
 mod discovery;
+mod establish;
 mod find;
 mod server;
 mod tls;

@@ -11,16 +11,18 @@ use std::time::Duration;
 use http::{HeaderMap, Method};
 use iroh::EndpointId;
 use iroh_relay::KeyCache;
-use iroh_relay::server::http_server::{BytesBody, Handlers, RelayService, TlsConfig};
+use iroh_relay::server::http_server::{BytesBody, Handlers, RelayService};
 use iroh_relay::server::{Access, AccessControl, ClientRequest, ConnectionId, Metrics};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio_rustls::TlsAcceptor;
 
 use super::super::addresses::families;
 use super::super::handshakes::Handshakes;
 use super::super::throttle::Throttle;
+use super::establish::establish;
 use super::{discovery, tls};
 use crate::{BindError, Identity, PeerId, RelayAccess, RelayStanding, RelayToken, io_reason, is_shortage};
 
@@ -108,7 +110,7 @@ impl RelayListener {
             tasks.spawn(discovery::run(endpoint.clone()));
             discovery.push(endpoint);
         }
-        let (tls, handshakes) = (TlsConfig::new(Arc::new(tls)), Handshakes::default());
+        let (tls, handshakes) = (TlsAcceptor::from(Arc::new(tls)), Handshakes::default());
         for listener in tcp {
             tasks.spawn(accept(listener, tls.clone(), service.clone(), handshakes.clone()));
         }
@@ -186,7 +188,7 @@ fn handlers() -> Handlers {
 }
 
 /// Takes connections in. Each shows first that it may be here.
-async fn accept(listener: TcpListener, tls: TlsConfig, service: RelayService, handshakes: Handshakes) {
+async fn accept(listener: TcpListener, tls: TlsAcceptor, service: RelayService, handshakes: Handshakes) {
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -200,7 +202,7 @@ async fn accept(listener: TcpListener, tls: TlsConfig, service: RelayService, ha
         let Some(place) = handshakes.begin(from.ip()) else { continue };
         let (service, tls) = (service.clone(), tls.clone());
         tokio::spawn(async move {
-            service.handle_connection(stream, Some(tls), ESTABLISH_LIMIT).await;
+            establish(stream, tls, service, ESTABLISH_LIMIT).await;
             drop(place);
         });
     }
