@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use serde_json::{Map, Value};
 
-use super::Tokenizer;
+use super::{Reading, Tokenizer};
 use crate::DataError;
 
 pub(super) use conversation::KEYS;
@@ -37,16 +37,24 @@ pub(super) struct Sample {
 pub(super) enum Unusable {
     /// What is wrong with it, without a word of it: it may be private.
     Row(String),
-    /// What is wrong with the tokenizer.
-    Tokenizer(DataError),
+    /// What is wrong besides, such as with the tokenizer.
+    Other(DataError),
 }
 
 impl ChatTemplate {
     /// The tokens of a row that has a conversation.
-    pub(super) fn sample(&self, row: &Map<String, Value>, tokenizer: &Tokenizer) -> Result<Sample, Unusable> {
+    ///
+    /// # Errors
+    /// [`Unusable`], also if the data is not wanted any more.
+    pub(super) fn sample(
+        &self,
+        row: &Map<String, Value>,
+        tokenizer: &Tokenizer,
+        reading: &Reading,
+    ) -> Result<Sample, Unusable> {
         let conversation = conversation::of_row(row).map_err(Unusable::Row)?;
-        let written = self.write(&conversation).map_err(Unusable::Row)?;
-        let tokens = tokenizer.encode_with_offsets(&written.text).map_err(Unusable::Tokenizer)?;
+        let written = self.write(&conversation, reading)?;
+        let tokens = tokenizer.encode_with_offsets(&written.text).map_err(Unusable::Other)?;
         let mut sample = Sample::default();
         let mut answers = written.answers.iter().peekable();
         for (id, place) in tokens {

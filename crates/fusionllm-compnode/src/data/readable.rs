@@ -48,7 +48,7 @@ impl ReadableData {
         Ok(Self { allowed: Some(paths.into_iter().map(real).collect::<Result<_, _>>()?) })
     }
 
-    /// Holds the paths of a job's data and tokenizer against what may be read. Links and `..` are followed first.
+    /// Holds the paths of a job's data, tokenizer and chat template against what may be read. Links and `..` are followed first.
     ///
     /// # Errors
     /// [`DataError::NotReadable`] that names the job's key and the path. It does not tell whether anything is there.
@@ -56,7 +56,8 @@ impl ReadableData {
         for path in &spec.path {
             self.check_path("data.path", path)?;
         }
-        spec.tokenizer_file().map_or(Ok(()), |path| self.check_path("data.tokenizer", path))
+        spec.tokenizer_file().map_or(Ok(()), |path| self.check_path("data.tokenizer", path))?;
+        spec.chat_template.as_ref().map_or(Ok(()), |path| self.check_path("data.chat_template", path))
     }
 
     fn check_path(&self, key: &'static str, path: &Path) -> Result<(), DataError> {
@@ -145,6 +146,12 @@ mod tests {
             assert!(!allows(path, "bytes"), "{path}");
         }
         assert!(allows("deep", closed.join("tokenizer.json").to_str().unwrap()));
+        // Of a template elsewhere it is not told whether it is there, nor whether it is one.
+        for name in ["id_ed25519", "missing"] {
+            let template = DataSpec { chat_template: Some(closed.join(name)), ..spec(&open, "bytes") };
+            let error = readable.check(&template).unwrap_err().to_string();
+            assert!(error.starts_with("data.chat_template ") && error.contains("--data DIR"), "{error}");
+        }
         let error = readable.check(&spec(&open, closed.join("id_ed25519").to_str().unwrap())).unwrap_err();
         assert!(
             error.to_string().starts_with("data.tokenizer ") && error.to_string().contains("--data DIR"),

@@ -12,7 +12,8 @@ pub(super) fn with_marks(source: &str) -> (String, bool) {
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
         marked.push_str(before);
-        let Some(end) = tag.find("%}").map(|end| end + 2) else {
+        // Its end is no part of its beginning, as in `{%}`.
+        let Some(end) = tag[2..].find("%}").map(|end| end + 4) else {
             rest = tag;
             break;
         };

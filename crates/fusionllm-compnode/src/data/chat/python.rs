@@ -3,6 +3,9 @@
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Output, State, Value};
 
+/// The widest indent of `tojson`: a template of somebody else's must not fill memory with blanks.
+const MOST_INDENT: usize = 64;
+
 /// What `{{ value }}` writes.
 pub(super) fn write(out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
     let fail = |_| Error::from(ErrorKind::WriteFailure);
@@ -19,6 +22,10 @@ pub(super) fn write(out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value) 
 pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     options.assert_all_used()?;
+    if indent.is_some_and(|indent| indent > MOST_INDENT) {
+        let reason = format!("`tojson` takes an indent of {MOST_INDENT} at most");
+        return Err(Error::new(ErrorKind::InvalidOperation, reason));
+    }
     let value = serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     let mut text = String::new();
     dump(&value, indent, 0, &mut text);

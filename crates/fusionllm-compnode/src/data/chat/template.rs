@@ -12,12 +12,13 @@ use serde_json::{Map, Value};
 
 use super::conversation::Conversation;
 use super::marks::{has_mark, take_marks, with_marks};
-use super::{Written, python};
+use super::{Unusable, Written, python};
 use crate::DataError;
-use crate::data::ReadableData;
+use crate::data::{ReadableData, Reading};
 
-/// Steps that a template may take for a conversation: those of models take some thousands.
-const MOST_STEPS: u64 = 10_000_000;
+/// Steps that a template may take for a conversation: those of models take some thousands. Each 64 bytes that it makes are
+/// one, so it makes 128 MB at the most.
+const MOST_STEPS: u64 = 2_000_000;
 /// Special tokens that a template may name.
 const SPECIAL: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 /// What the template is called inside.
@@ -118,29 +119,34 @@ impl ChatTemplate {
     }
 
     /// Writes a conversation out and finds its answers.
-    pub(super) fn write(&self, conversation: &Conversation) -> Result<Written, String> {
+    pub(super) fn write(&self, conversation: &Conversation, reading: &Reading) -> Result<Written, Unusable> {
         let Conversation { messages, .. } = conversation;
+        let refused = |reason: &str| Err(Unusable::Row(reason.to_owned()));
         let has_mark = |m: &Value| m.as_object().is_some_and(|m| m.values().filter_map(Value::as_str).any(has_mark));
         if messages.iter().any(has_mark) {
-            return Err("it has characters that no text has (U+10FFFF)".to_owned());
+            return refused("it has characters that no text has (U+10FFFF)");
         }
         let whole = self.render(messages, false)?;
         if self.is_marked {
-            let (text, answers) = take_marks(&whole).ok_or_else(|| {
-                "the chat template's {% generation %} and {% endgeneration %} do not come in pairs".to_owned()
-            })?;
-            let answers = conversation.learnt(answers).ok_or_else(|| {
-                "the chat template encloses another number of answers than `completion` and `prompt` have".to_owned()
-            })?;
+            let Some((text, answers)) = take_marks(&whole) else {
+                return refused("the chat template's {% generation %} and {% endgeneration %} do not come in pairs");
+            };
+            let Some(answers) = conversation.learnt(answers) else {
+                return refused(
+                    "the chat template encloses another number of answers than `completion` and `prompt` have",
+                );
+            };
             return Ok(Written { text, answers });
         }
         let mut answers = Vec::new();
         for at in conversation.answers() {
+            // What is before an answer is written out for each: that takes the square of a long conversation's length.
+            reading.moved(1).map_err(Unusable::Other)?;
             let before = self.render(&messages[..at], true)?;
             let is_last = at + 1 == messages.len();
             let after = if is_last { whole.clone() } else { self.render(&messages[..=at], false)? };
             if !(whole.starts_with(&after) && after.starts_with(&before)) {
-                return Err(format!(
+                return refused(&format!(
                     "the chat template writes what comes before or in `messages[{at}]` otherwise once more follows, so its \
                      answers cannot be told apart: enclose them in the template in {{% generation %}} and {{% \
                      endgeneration %}}, and give its path in data.chat_template"
@@ -152,7 +158,7 @@ impl ChatTemplate {
     }
 
     /// The text of messages, with the beginning of an answer behind them if `prompts`.
-    fn render(&self, messages: &[Value], prompts: bool) -> Result<String, String> {
+    fn render(&self, messages: &[Value], prompts: bool) -> Result<String, Unusable> {
         let special = self.special.iter().map(|(name, token)| (name.as_str(), minijinja::Value::from(token.as_str())));
         let given: [(&str, minijinja::Value); 4] = [
             ("messages", minijinja::Value::from(minijinja::value::Serde(messages))),
@@ -162,7 +168,7 @@ impl ChatTemplate {
         ];
         let context = minijinja::Value::from_pairs(special.chain(given));
         let rendered = self.environment.get_template(NAME).and_then(|template| template.render(context));
-        rendered.map_err(|error| self.reason(&error))
+        rendered.map_err(|error| Unusable::Row(self.reason(&error)))
     }
 
     /// Why the template fails, with nothing of what it was given: only its own words are repeated.

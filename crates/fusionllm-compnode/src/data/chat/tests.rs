@@ -49,10 +49,11 @@ fn of_bytes(source: &str) -> Result<ChatTemplate, String> {
 
 /// The text of a row, and its learnt parts.
 fn written(template: &ChatTemplate, row: Value) -> Result<(String, Vec<String>), String> {
-    let sample = template.sample(&object(row), &Tokenizer::Bytes).map_err(|unusable| match unusable {
-        Unusable::Row(reason) => reason,
-        Unusable::Tokenizer(error) => error.to_string(),
-    })?;
+    let sample =
+        template.sample(&object(row), &Tokenizer::Bytes, &Reading::default()).map_err(|unusable| match unusable {
+            Unusable::Row(reason) => reason,
+            Unusable::Other(error) => error.to_string(),
+        })?;
     let mut parts = vec![Vec::new()];
     for (&id, &is_answer) in sample.ids.iter().zip(&sample.answer) {
         match is_answer {
@@ -77,7 +78,7 @@ fn tokens_and_answers_are_those_of_transformers() {
         let expected = found["tokens"][style].as_array().unwrap();
         assert_eq!(expected.len(), rows.len());
         for (number, (row, expected)) in rows.iter().zip(expected).enumerate() {
-            let sample = template.sample(row, &tokenizer).unwrap();
+            let sample = template.sample(row, &tokenizer, &Reading::default()).unwrap();
             let answer: Vec<u8> = sample.answer.iter().map(|&is_answer| u8::from(is_answer)).collect();
             assert_eq!(json!(sample.ids), expected["ids"], "{style}, row {number}: {}", sample.text);
             assert_eq!(json!(answer), expected["answer"], "{style}, row {number}: {}", sample.text);
@@ -193,6 +194,12 @@ fn what_is_wrong_with_a_row_is_said_without_its_words() {
     assert!(error.starts_with("the chat template fails on it") && !error.contains("secret"), "{error}");
     let endless = of_bytes("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}").unwrap();
     assert!(written(&endless, secret.clone()).unwrap_err().contains("steps"));
+    let doubles =
+        of_bytes("{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}")
+            .unwrap();
+    assert!(written(&doubles, secret.clone()).unwrap_err().contains("steps"));
+    let blanks = of_bytes("{{ [1] | tojson(indent=9223372036854775807) }}").unwrap();
+    assert!(written(&blanks, secret.clone()).unwrap_err().starts_with("the chat template fails on it"));
     let changes = of_bytes("{{ messages | length }}{{ messages[0].content }}").unwrap();
     let error = written(&changes, secret).unwrap_err();
     assert!(error.contains("`messages[1]`") && error.contains("{% generation %}"), "{error}");
@@ -200,8 +207,10 @@ fn what_is_wrong_with_a_row_is_said_without_its_words() {
 
 #[test]
 fn a_template_that_is_missing_or_damaged_is_named() {
-    let error = of_bytes("{% for %}").unwrap_err();
-    assert!(error.starts_with("chat template FILE: not readable as Jinja (its line 1)"), "{error}");
+    for broken in ["{% for %}", "{%}", "{%", "a {%}%} b"] {
+        let error = of_bytes(broken).unwrap_err();
+        assert!(error.starts_with("chat template FILE: not readable as Jinja (its line 1)"), "{broken}: {error}");
+    }
     let folder = tempfile::tempdir().unwrap();
     std::fs::copy(golden("llama3/tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
     let of = |changes: &str| {

@@ -78,9 +78,9 @@ impl Builder<'_> {
         let template = by.template.ok_or_else(|| Failure::File("there is no chat template".to_owned()))?;
         let mut content = Content::default();
         each_row(file, spec, &KEYS, reading, &mut |row| {
-            let sample = template.sample(&row.keys, by.tokenizer).map_err(|unusable| match unusable {
+            let sample = template.sample(&row.keys, by.tokenizer, reading).map_err(|unusable| match unusable {
                 Unusable::Row(reason) => Failure::File(format!("{}: {reason}", row.place)),
-                Unusable::Tokenizer(error) => Failure::Elsewhere(error),
+                Unusable::Other(error) => Failure::Elsewhere(error),
             })?;
             look_at(&sample.text, by, &mut self.coverage, &mut self.told, reading)?;
             let kept = sample.ids.len().min(spec.seq_len);
