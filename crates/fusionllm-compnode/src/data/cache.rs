@@ -147,15 +147,18 @@ impl TokenCache {
         Ok(NewEntry { train, eval, folder, place: self.entry(key), key: key.to_owned() })
     }
 
-    /// Removes what was not used for long. What cannot be removed stays.
+    /// Removes what was not used for long. What cannot be removed stays, and so does what is no entry: the folder may be
+    /// one that holds other things.
     fn prune(&self) {
         for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            let path = entry.path();
-            let is_unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
-            let (of, most) = if is_unfinished { (path.clone(), LEFT_OVER) } else { (path.join(META), KEPT) };
-            let age =
-                std::fs::metadata(of).and_then(|metadata| metadata.modified()).ok().and_then(|t| t.elapsed().ok());
-            if age.is_some_and(|age| age > most) {
+            let (path, name) = (entry.path(), entry.file_name());
+            let Some(name) = name.to_str() else { continue };
+            let is_old = if name.starts_with(UNFINISHED) {
+                is_of_entry(&path) && age(&path).is_some_and(|age| age > LEFT_OVER)
+            } else {
+                meta_of(&path).is_some_and(|key| key == name) && age(&path.join(META)).is_some_and(|age| age > KEPT)
+            };
+            if is_old {
                 let _ = std::fs::remove_dir_all(path);
             }
         }
@@ -208,6 +211,31 @@ impl NewEntry {
         }
         Ok(())
     }
+}
+
+/// Since when a file, or a folder with all that lies in it, has not changed.
+fn age(path: &Path) -> Option<Duration> {
+    let mut newest = path.metadata().ok()?.modified().ok()?;
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path).ok()? {
+            newest = newest.max(entry.ok()?.metadata().ok()?.modified().ok()?);
+        }
+    }
+    newest.elapsed().ok()
+}
+
+/// Whether nothing lies in a folder that no entry has.
+fn is_of_entry(folder: &Path) -> bool {
+    let stem = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
+    let is_ours = |name: &str| name == META || FILES.iter().any(|file| stem(name) == stem(file));
+    let Ok(mut entries) = std::fs::read_dir(folder) else { return false };
+    entries.all(|entry| entry.is_ok_and(|entry| entry.file_name().to_str().is_some_and(is_ours)))
+}
+
+/// The key that an entry of any version says it has.
+fn meta_of(folder: &Path) -> Option<String> {
+    let meta: serde_json::Value = serde_json::from_slice(&read_regular(&folder.join(META)).ok()?).ok()?;
+    Some(meta.get("key")?.as_str()?.to_owned())
 }
 
 /// What is wrong with a file of an entry.

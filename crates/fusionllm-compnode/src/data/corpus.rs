@@ -8,6 +8,7 @@ mod sources;
 use std::collections::BTreeMap;
 
 use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
+use fusionllm_transport::{io_reason, is_shortage};
 
 use super::cache::{Kept, TokenCache};
 use super::files::{LeftOut, shown, text_files};
@@ -89,17 +90,25 @@ impl Corpus {
         readable: &ReadableData,
         reading: &Reading,
     ) -> Result<Self, DataError> {
-        let opened = if spec.cache { Some(TokenCache::open()) } else { None };
-        let (cache, note) = match opened {
-            None => (None, None),
-            Some(Ok(cache)) => (Some(cache), None),
-            Some(Err(reason)) => {
-                (None, Some(format!("there is no token cache, so tokens are held in memory: {reason}")))
+        let in_memory = || Self::read_by(spec, by, readable, reading, None);
+        if !spec.cache {
+            return in_memory();
+        }
+        let read = |cache: TokenCache| match Self::read_by(spec, by, readable, reading, Some(&cache)) {
+            // A folder that cannot be written, or a full disk.
+            Err(DataError::Cache { path, source }) if !is_shortage(&source) => {
+                Ok(Err(format!("{}: {}", path.display(), io_reason(&source))))
             }
+            other => other.map(Ok),
         };
-        let mut corpus = Self::read_by(spec, by, readable, reading, cache.as_ref())?;
-        corpus.notes.extend(note);
-        Ok(corpus)
+        match TokenCache::open().map_or_else(|reason| Ok(Err(reason)), read)? {
+            Ok(corpus) => Ok(corpus),
+            Err(reason) => {
+                let mut corpus = in_memory()?;
+                corpus.notes.push(format!("there is no token cache, so tokens are held in memory: {reason}"));
+                Ok(corpus)
+            }
+        }
     }
 
     fn read_by(

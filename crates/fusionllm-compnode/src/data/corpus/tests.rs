@@ -612,3 +612,36 @@ fn what_was_not_used_for_long_goes_when_another_entry_is_made() {
     assert!(entries(&cache_folder).len() == 2 && !entries(&cache_folder).contains(&old[0]));
     assert!(!entries(&cache_folder).iter().any(|name| name.starts_with('.')), "nothing unfinished stays");
 }
+
+#[test]
+fn nothing_is_removed_from_the_caches_folder_that_is_no_entry_or_still_at_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = TokenCache::at(folder.path().join("cache")).unwrap();
+    let (cache_folder, file) = (folder.path().join("cache"), folder.path().join("a.txt"));
+    std::fs::write(&file, "some text\n".repeat(50)).unwrap();
+    let old = std::time::SystemTime::now() - std::time::Duration::from_secs(90 * 24 * 3600);
+    let age = |path: &Path| std::fs::File::open(path).unwrap().set_modified(old).unwrap();
+    for (name, file, text, is_at_work) in [
+        ("thesis", "tokens.json", "{\"key\": \"other\"}", false),
+        ("photos", "a.jpg", "x", false),
+        (".new-letters", "a.txt", "x", false),
+        (".new-abcdef", "train.bin", "x", true),
+    ] {
+        std::fs::create_dir(cache_folder.join(name)).unwrap();
+        std::fs::write(cache_folder.join(name).join(file), text).unwrap();
+        if !is_at_work {
+            age(&cache_folder.join(name).join(file));
+        }
+        age(&cache_folder.join(name));
+    }
+    std::fs::create_dir(cache_folder.join(".new-killed")).unwrap();
+    std::fs::write(cache_folder.join(".new-killed/eval.wide"), "x").unwrap();
+    age(&cache_folder.join(".new-killed/eval.wide"));
+    age(&cache_folder.join(".new-killed"));
+    cached(&cache, &spec(&[&file], 4), &Tokenizer::Bytes);
+    let left = entries(&cache_folder);
+    for name in ["thesis", "photos", ".new-letters", ".new-abcdef"] {
+        assert!(left.iter().any(|entry| entry == name), "{name} is gone: {left:?}");
+    }
+    assert_eq!(left.len(), 5, "what a killed process left behind stays: {left:?}");
+}
