@@ -178,7 +178,8 @@ impl OpDag {
     }
 
     /// What work an op is for a micro-batch of `batch` rows: family, variant, and the shapes that enter and leave, such
-    /// as `linear in-out 4x256x768 > 4x256x2304`. Ops of the same work take the same time on the same device.
+    /// as `linear in-out 4x256x768 > 4x256x2304`. Ops of the same work take the same time on the same device. Before the
+    /// first parameter that is trained an op has no BP, which is another work.
     ///
     /// # Panics
     /// If `op` is not of this OP-DAG.
@@ -192,6 +193,9 @@ impl OpDag {
         words.extend(node.kind.variant());
         if self.frozen_cost(op, batch).is_some() {
             words.push("frozen".to_owned());
+        }
+        if !self.carries_gradient(op) && node.kind.class() != OpClass::Placeholder {
+            words.push("forward".to_owned());
         }
         words.extend(node.inputs.iter().map(|&input| sizes(input)));
         words.extend([">".to_owned(), sizes(op)]);

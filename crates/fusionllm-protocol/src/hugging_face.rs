@@ -1,5 +1,7 @@
 //! Names of the files in a Hugging Face folder, for whoever reads one and whoever writes one.
 
+use std::path::Path;
+
 /// What the model is. Without it a folder is not taken for a model.
 pub const CONFIG: &str = "config.json";
 /// The file with all weights.
@@ -25,3 +27,29 @@ pub const OF_TOKENIZER: [&str; 3] = [TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS
 /// The files that training does not change, and that a trained model keeps of the one it began as.
 pub const CARRIED: [&str; 6] =
     [CONFIG, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, "generation_config.json", CHAT_TEMPLATE];
+
+/// Whether a folder of adapters that calls the model that they were trained beside `base` may mean the one in `folder`. Only
+/// the last parts are compared: a hub has it under another name than a disk, and each machine elsewhere.
+pub fn is_base(base: &str, folder: &Path) -> bool {
+    let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().to_lowercase());
+    let real = folder.canonicalize();
+    let folder = last(real.as_deref().unwrap_or(folder));
+    folder.is_none() || folder == last(Path::new(base))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_is_known_by_the_last_part_of_its_name() {
+        for (base, folder, is) in [
+            ("meta-llama/Llama-3.2-1B", "/models/llama-3.2-1b", true),
+            ("m/llama", "m/llama/", true),
+            ("m/llama", "m/qwen2", false),
+            ("gpt2", "/models/gpt2-medium", false),
+        ] {
+            assert_eq!(is_base(base, Path::new(folder)), is, "{base} {folder}");
+        }
+    }
+}

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fusionllm_graph::{GraphError, Lora, OpDag, read_json};
-use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG as CONFIG, ADAPTER_WEIGHTS as WEIGHTS};
+use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG as CONFIG, ADAPTER_WEIGHTS as WEIGHTS, is_base};
 use fusionllm_protocol::{JobSpec, LoraSpec, lora_scaling};
 use fusionllm_transport::read_regular_text;
 use serde_json::{Map, Value};
@@ -67,6 +67,7 @@ pub(super) fn adapt(model: LoadedModel, spec: &JobSpec) -> Result<LoadedModel, B
     let mut file = None;
     if let Some(folder) = folder {
         folder.check_tensors(&adapted)?;
+        notes.extend(folder.other_base(spec).map(ModelNote::Unusual));
         Arc::make_mut(&mut carried).insert(CONFIG.to_owned(), folder.config);
         notes.push(ModelNote::Unusual(format!("adapters: {}", folder.file.path().display())));
         file = Some(folder.file);
@@ -115,6 +116,8 @@ struct Folder {
     lora: Lora,
     alpha: f64,
     rslora: bool,
+    /// The model that they were trained beside, as the folder calls it.
+    base: Option<String>,
     /// Content of its adapter_config.json.
     config: String,
     file: TensorFile,
@@ -132,6 +135,7 @@ impl Folder {
             return Err(fail(CONFIG, "it is no object, expected the settings of adapters".to_owned()));
         };
         let Config { rank, alpha, dropout, rslora } = Config::of(&keys).map_err(|reason| fail(CONFIG, reason))?;
+        let base = keys.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
         let weights = path.join(WEIGHTS);
         if !weights.exists() && path.join("adapter_model.bin").exists() {
             let reason = "expected adapter_model.safetensors beside it: save the adapters with safe_serialization=True";
@@ -157,11 +161,23 @@ impl Folder {
             dropout,
             targets: targets.into_iter().collect(),
         };
-        Ok(Self { path: path.to_owned(), lora, alpha, rslora, config: text, file })
+        Ok(Self { path: path.to_owned(), lora, alpha, rslora, base, config: text, file })
     }
 
     fn error(&self, name: &str, reason: String) -> BrokerError {
         error(&self.path.join(name), reason)
+    }
+
+    /// A sentence if the folder says that the adapters were trained beside another model.
+    fn other_base(&self, spec: &JobSpec) -> Option<String> {
+        let (base, path) = (self.base.as_ref()?, spec.model.path.as_ref()?);
+        (!is_base(base, path)).then(|| {
+            format!(
+                "the adapters were trained beside `{base}`, by their {CONFIG}, and go on beside {}: in another model they \
+                 mean nothing",
+                path.display()
+            )
+        })
     }
 
     /// Holds what the job says besides against what the folder says.

@@ -8,7 +8,7 @@ use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{AdapterOrigin, NamedTensor, Tokenizer, merge_adapters, read_shard};
 use fusionllm_graph::{Model, OpDag};
-use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, CONFIG, TOKENIZER};
+use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, CONFIG, TOKENIZER, is_base};
 use fusionllm_protocol::{DataSpec, JobSpec, TokenizerFingerprint};
 
 use crate::exit::{bad_input, refused};
@@ -76,7 +76,9 @@ fn adapter_origin(job: &JobSpec, carried: &BTreeMap<String, String>) -> AdapterO
     let told = carried.get(ADAPTER_CONFIG).map(|text| text.trim_start_matches('\u{feff}'));
     let told: Option<serde_json::Value> = told.and_then(|text| serde_json::from_str(text).ok());
     let told = |key: &str| told.as_ref().and_then(|keys| keys.get(key));
-    let base = told("base_model_name_or_path").and_then(|base| base.as_str()).map(str::to_owned);
+    // Those of another model are now of the one beside which they were trained last.
+    let is_it = |base: &&str| job.model.path.as_ref().is_none_or(|path| is_base(base, path));
+    let base = told("base_model_name_or_path").and_then(|base| base.as_str()).filter(is_it).map(str::to_owned);
     let path = || job.model.path.as_ref().map(|path| path.display().to_string());
     let rslora = told("use_rslora").and_then(serde_json::Value::as_bool).unwrap_or(job.lora.rslora);
     AdapterOrigin { base: base.or_else(path).or_else(|| job.model.name.clone()), rslora }
