@@ -47,9 +47,10 @@ impl Core {
         result: Result<PairProfile, String>,
         now: Duration,
     ) -> Vec<Action> {
-        if self.survey.probed(connection, probe, result, &self.compnodes, now) {
+        if let Some((pair, was_cut)) = self.survey.probed(connection, probe, result, &self.compnodes, now) {
+            self.link_measured_anew(pair);
             // What could not be placed without the link may be now.
-            self.jobs.values_mut().for_each(|job| job.recoveries.try_again());
+            self.jobs.values_mut().filter(|_| was_cut).for_each(|job| job.recoveries.try_again());
         }
         self.schedule(now)
     }

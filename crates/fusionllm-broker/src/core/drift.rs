@@ -1,7 +1,7 @@
 //! Whether CompNodes and links are as fast as was planned, and whether another placement would pay for its move: by one that
 //! has become slower or faster, or by one that is new.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use fusionllm_planner::{Cluster, NodeIndex, Prediction, format_seconds};
@@ -81,6 +81,8 @@ pub(super) struct Drift {
     step_s: f64,
     /// By which factors the placement at hand was planned, and when they were seen last.
     known: BTreeMap<Part, (f64, Duration)>,
+    /// What was measured anew since that was planned: the next plan has it in its measurement.
+    anew: BTreeSet<Part>,
     /// The same of the placement that is being worked out.
     planning: Option<BTreeMap<Part, (f64, Duration)>>,
     /// With these another placement did not pay.
@@ -114,6 +116,10 @@ pub(super) struct Move {
 impl Drift {
     /// A placement is about to be worked out. How fast all are as far as is known, by which it goes.
     pub(super) fn plans(&mut self, now: Duration) -> Factors {
+        for part in std::mem::take(&mut self.anew) {
+            self.known.remove(&part);
+            self.newest.remove(&part);
+        }
         self.planning = Some(self.seen(now));
         self.factors(now)
     }
@@ -123,7 +129,13 @@ impl Drift {
         let mut seen = self.known.clone();
         seen.retain(|_, (_, at)| now.saturating_sub(*at) < REMEMBERED);
         seen.extend(self.newest.iter().map(|(part, factor)| (part.clone(), (*factor, now))));
+        seen.retain(|part, _| !self.anew.contains(part));
         seen
+    }
+
+    /// Something was measured anew: how much slower it was than the measurement before must not be counted twice.
+    pub(super) fn measured_anew(&mut self, part: Part) {
+        self.anew.insert(part);
     }
 
     /// A placement begins its work. One that was not worked out just now goes by what was measured.
@@ -475,6 +487,23 @@ mod tests {
         // And so do the factors that come after it.
         assert!(window(&mut drift, [0.5, 0.125], 300).0);
         assert_eq!(drift.factors(at(340))[&of("b")], 1.0);
+    }
+
+    #[test]
+    fn what_is_measured_anew_is_not_counted_twice() {
+        let mut drift = Drift::default();
+        window(&mut drift, [1.0, 1.0], 0);
+        drift.measured_anew(of("b"));
+        assert_eq!(drift.factors(at(21)).get(&of("b")), None);
+        assert_eq!(drift.plans(at(22)), [(of("a"), 2.0)].into());
+        drift.placed();
+        // This plan's time of `b` is that of the new measurement.
+        window(&mut drift, [0.5, 0.25], 100);
+        assert_eq!(drift.factors(at(121)), [(of("a"), 2.0), (of("b"), 1.0)].into());
+        // Meanwhile the placement at hand is held against its own plan.
+        drift.measured_anew(of("a"));
+        assert!(!window(&mut drift, [0.5, 0.25], 200).0);
+        assert_eq!(drift.plans(at(222)), [(of("b"), 1.0)].into());
     }
 
     /// However it came to the next placement, that was planned by what was seen.

@@ -27,9 +27,9 @@ impl Growth {
         self.most = self.most.max(members);
     }
 
-    /// It was planned over these, and whom the plan has left out it has no use for.
-    pub(super) fn planned_over(&mut self, all: &[ConnectionId]) {
-        self.tried.extend(all);
+    /// The plan has no use for these. Whom it used and who was lost since then is as welcome as ever.
+    pub(super) fn left_out<'a>(&mut self, them: impl Iterator<Item = &'a ConnectionId>) {
+        self.tried.extend(them);
     }
 
     /// Whether it may move now, from `members` CompNodes, `left` before it is done, since some of these are idle.
@@ -52,14 +52,15 @@ mod tests {
 
     #[test]
     fn whom_a_plan_has_left_out_is_no_reason_to_move() {
-        let [a, b, c, d] = [1, 2, 3, 4].map(ConnectionId);
+        let [b, c, d] = [2, 3, 4].map(ConnectionId);
         let (now, left) = (Duration::from_secs(1000), Duration::from_secs(1000));
         let mut growth = Growth::default();
         growth.placed(3);
         assert!(growth.is_due(2, left, &[c], now));
-        growth.planned_over(&[a, b, c]);
+        growth.left_out([c].iter());
         growth.placed(2);
         assert!(!growth.is_due(2, left, &[c], now));
+        assert!(growth.is_due(1, left, &[b], now), "who worked for it, was cut off and is there again may take part");
         assert!(growth.is_due(2, left, &[c, d], now), "another one may be of use");
         growth.moves(vec![c, d], now);
         assert!(!growth.is_due(2, left, &[ConnectionId(5)], now), "it rests");

@@ -39,7 +39,8 @@ impl Core {
                 Vec::new()
             }
             FromCompNode::Measured { request, result } => {
-                self.survey.measured(connection, request, result);
+                let work = self.survey.measured(connection, request, result);
+                self.measured_anew(work, connection);
                 self.schedule(now)
             }
             FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),

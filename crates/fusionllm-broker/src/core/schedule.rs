@@ -324,7 +324,7 @@ impl Core {
         known.record.generation = Generation(known.record.generation.0 + 1);
         known.record.placed = None;
         known.record.members = u32::try_from(members.len()).unwrap_or(u32::MAX);
-        let goes_on = known.placed(members.len(), &all);
+        let goes_on = known.placed(&members, &all);
         (known.record.step, known.record.loss) = (start.step, start.loss);
         known.record.snapshots = known.snapshots.to_store();
         let kept = if point.is_some() { KeptAs::Snapshots } else { KeptAs::Checkpoint };

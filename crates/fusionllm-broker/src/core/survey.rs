@@ -217,7 +217,7 @@ impl Survey {
         }
     }
 
-    /// A probe has ended. Whether a link is there again that was cut.
+    /// A probe has ended. The pair that was measured, if it was, and whether its link is there again after it was cut.
     pub(super) fn probed(
         &mut self,
         connection: ConnectionId,
@@ -225,11 +225,11 @@ impl Survey {
         result: Result<PairProfile, String>,
         registry: &Registry,
         now: Duration,
-    ) -> bool {
-        let Some(&Activity::Probe { pair, .. }) = self.active.get(&probe) else { return false };
+    ) -> Option<(Pair, bool)> {
+        let Some(&Activity::Probe { pair, .. }) = self.active.get(&probe) else { return None };
         // Only the one that dialled says what came of it.
         if pair.0 != connection {
-            return false;
+            return None;
         }
         self.active.remove(&probe);
         let sane = |pair: &PairProfile| {
@@ -247,12 +247,12 @@ impl Survey {
                 tracing::info!(from = ?pair.0, to = ?pair.1, reason, "a link to one at work could not be measured");
                 // Once both are idle it is tried again.
                 self.cut(pair.0, pair.1, now);
-                return false;
+                return None;
             }
             Err(_) if !registry.is_idle(pair.0) || !registry.is_idle(pair.1) => {
                 // A job came in between; there is another time.
                 self.due.insert(pair);
-                return false;
+                return None;
             }
             Err(reason) => {
                 tracing::warn!(from = ?pair.0, to = ?pair.1, reason, "two CompNodes do not reach each other");
@@ -261,7 +261,7 @@ impl Survey {
         };
         let was_cut = self.pairs.get(&pair).is_some_and(|state| state.is_cut);
         self.set(pair, result, now);
-        was_cut && result.is_some()
+        result.map(|_| (pair, was_cut))
     }
 
     fn set(&mut self, pair: Pair, result: Option<PairProfile>, now: Duration) {
@@ -330,17 +330,23 @@ impl Survey {
         self.pairs.iter().filter(move |(_, state)| is_relayed(state)).map(|(&pair, _)| pair)
     }
 
-    /// The ops of a job were measured.
-    pub(super) fn measured(&mut self, connection: ConnectionId, request: u64, result: Result<Measured, String>) {
-        let Some(&Activity::Ops { connection: asked, key, .. }) = self.active.get(&request) else { return };
+    /// The ops of some work were measured: of which, if that was asked for.
+    pub(super) fn measured(
+        &mut self,
+        connection: ConnectionId,
+        request: u64,
+        result: Result<Measured, String>,
+    ) -> Option<WorkKey> {
+        let Some(&Activity::Ops { connection: asked, key, .. }) = self.active.get(&request) else { return None };
         if asked != connection {
-            return;
+            return None;
         }
         self.active.remove(&request);
         if let Err(reason) = &result {
             tracing::warn!(?connection, reason, "a CompNode cannot measure the ops of a job");
         }
         self.ops.insert((connection, key), result.ok().filter(Measured::is_sane));
+        Some(key)
     }
 
     /// Gives up what takes too long.

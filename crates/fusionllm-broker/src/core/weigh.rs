@@ -9,7 +9,7 @@ use fusionllm_protocol::{JobId, JobState, RunKey};
 
 use super::detector::SUSPECT;
 use super::drain::SETTLED;
-use super::drift::{Planned, slowed};
+use super::drift::{Part, Planned, slowed};
 use super::event::PlanInput;
 use super::registry::Registry;
 use super::run::Run;
@@ -47,6 +47,23 @@ impl Core {
         let waits = |job: &Job| matches!(job.record.state, JobState::Waiting { .. } | JobState::Preparing);
         let moves = |job: &Job| job.snapshots.halts() || job.drift.asked.is_some();
         self.trouble().is_none() && !self.jobs.values().any(|job| waits(job) || moves(job))
+    }
+
+    /// The ops of some work were measured on a CompNode: what its jobs saw of it is in that now.
+    pub(super) fn measured_anew(&mut self, work: Option<WorkKey>, connection: ConnectionId) {
+        let part = Part::CompNode(self.compnodes.name(connection));
+        let is_of =
+            |job: &&mut Job| work.is_some() && job.start.as_ref().map(|s| WorkKey::of(&job.record.spec, s)) == work;
+        self.jobs.values_mut().filter(is_of).for_each(|job| job.drift.measured_anew(part.clone()));
+    }
+
+    /// The same of both directions of a link.
+    pub(super) fn link_measured_anew(&mut self, (a, b): (ConnectionId, ConnectionId)) {
+        let (a, b) = (self.compnodes.name(a), self.compnodes.name(b));
+        for job in self.jobs.values_mut() {
+            job.drift.measured_anew(Part::Link(a.clone(), b.clone()));
+            job.drift.measured_anew(Part::Link(b.clone(), a.clone()));
+        }
     }
 
     /// Whether an idle CompNode may take part in a job that is at work.
