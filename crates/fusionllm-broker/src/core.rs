@@ -150,7 +150,7 @@ impl Core {
         self.last_job += 1;
         let job = JobId(self.last_job);
         let (step, loss, run) = (start.step, start.loss, Some(start.run.run.clone()));
-        let record = JobRecord { step, loss, run, ..JobRecord::new(job, spec, run_dir) };
+        let record = JobRecord { step, loss, run, model: start.model.clone(), ..JobRecord::new(job, spec, run_dir) };
         let mut actions = vec![self.persist(record.clone(), true)];
         // Until this is on disk the job may be forgotten again, and whoever submitted it is told that it was not taken in.
         let first_number = self.last_write();
@@ -174,7 +174,6 @@ impl Core {
         let mut actions = Vec::new();
         if let Some(known) = self.jobs.get_mut(&job) {
             known.record.spec = spec;
-            known.record.run = Some(start.run.run.clone());
             (known.record.step, known.record.loss) = (start.step, start.loss);
             known.record.from_step = step;
             (known.record.members, known.record.owner) = (0, None);
@@ -183,7 +182,7 @@ impl Core {
             // A later one is not its future any more.
             known.record.checkpoint.take_if(|(newest, _)| *newest > start.step);
             known.record.state = JobState::Waiting { reason: String::new() };
-            known.start = Some(start);
+            known.begins_with(start);
             let record = known.record.clone();
             actions.push(self.persist(record, true));
         }

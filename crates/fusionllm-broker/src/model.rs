@@ -1,6 +1,7 @@
 //! The model of a job: one by name, a Hugging Face directory, or an OP-DAG file.
 
 mod adapters;
+mod fingerprint;
 mod folder;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use fusionllm_transport::read_regular_text;
 use crate::BrokerError;
 use crate::checkpoint::TensorSet;
 use crate::files::named_error;
+pub(crate) use fingerprint::ModelFingerprint;
 use folder::Purpose;
 
 /// What a job trains.

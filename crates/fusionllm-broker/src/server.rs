@@ -13,6 +13,7 @@ mod events;
 mod files;
 mod gate;
 mod handle;
+mod late_report;
 mod listen;
 mod open_runs;
 mod records;

@@ -11,6 +11,7 @@ use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefini
 use serde::{Deserialize, Serialize};
 
 use crate::StoreError;
+use crate::model::ModelFingerprint;
 use crate::run_dir::{PlacementFile, RunStart};
 
 const JOBS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("jobs");
@@ -51,6 +52,9 @@ pub(crate) struct JobRecord {
     /// The data that it was last trained on.
     #[serde(default)]
     pub(crate) data: Option<DataFingerprint>,
+    /// The model that it began with or would begin with, as it was then.
+    #[serde(default)]
+    pub(crate) model: Option<ModelFingerprint>,
     /// How many CompNodes its last placement had.
     #[serde(default)]
     pub(crate) members: u32,
@@ -158,6 +162,7 @@ impl JobRecord {
             checkpoint: None,
             from_step: None,
             data: None,
+            model: None,
             members: 0,
             owner: None,
             snapshots: Vec::new(),

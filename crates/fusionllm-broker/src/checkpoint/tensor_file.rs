@@ -1,5 +1,6 @@
 //! A safetensors file of which only the header is held in memory.
 
+use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,14 @@ pub(super) struct Stamp {
 impl Stamp {
     pub(super) fn of(found: &Metadata) -> Self {
         Self { bytes: found.len(), modified: found.modified().ok(), touched: touched(found) }
+    }
+}
+
+/// The same for one file and time, whichever process writes it.
+impl fmt::Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let since = self.modified.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).unwrap_or_default();
+        write!(f, "{} {} {:?}", self.bytes, since.as_nanos(), self.touched)
     }
 }
 
@@ -61,6 +70,10 @@ impl TensorFile {
     /// Whether the file was the same when it had this stamp.
     pub(super) fn check_stamp(&self, stamp: Stamp) -> Result<(), CheckpointError> {
         if stamp == self.stamp { Ok(()) } else { Err(CheckpointError::Changed { path: self.path.clone() }) }
+    }
+
+    pub(super) fn stamp(&self) -> Stamp {
+        self.stamp
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -141,6 +141,11 @@ impl TensorSet {
         self.places.extend(params.into_iter().map(|param| (param.clone(), (index, format!("{prefix}{param}")))));
     }
 
+    /// By what each file is told from what may come in its place, by path.
+    pub(crate) fn stamps(&self) -> impl Iterator<Item = (String, String)> + '_ {
+        self.files.iter().map(|file| (file.path().display().to_string(), file.stamp().to_string()))
+    }
+
     /// Names of all tensors, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.places.keys().map(String::as_str)

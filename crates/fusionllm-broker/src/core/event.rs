@@ -13,6 +13,7 @@ use fusionllm_protocol::{
 
 use crate::BrokerError;
 use crate::checkpoint::{FinishSpec, Origin, StoredShard, TensorSet};
+use crate::model::ModelFingerprint;
 use crate::run_dir::{PlacementFile, RunStart};
 use crate::store::JobRecord;
 
@@ -55,6 +56,8 @@ pub(crate) struct StartPoint {
     pub(crate) notices: Vec<String>,
     /// Where the model came from: files that its checkpoints carry, and the data that it was trained on before.
     pub(crate) origin: Origin,
+    /// By what its model is known, if it is read from what the job names: nothing where a checkpoint has it.
+    pub(crate) model: Option<ModelFingerprint>,
     /// Which run begins or goes on.
     pub(crate) run: RunStart,
     /// Why its weights cannot be read, if they cannot: then the job goes on only with what CompNodes have.

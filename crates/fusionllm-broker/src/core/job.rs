@@ -89,12 +89,21 @@ impl Job {
         }
     }
 
-    /// It has a new placement, on so many CompNodes of those over which it was planned. Whether it goes on by itself.
-    pub(super) fn placed(&mut self, members: usize, all: &[ConnectionId]) -> bool {
+    /// What it begins or goes on with was read.
+    pub(super) fn begins_with(&mut self, start: StartPoint) {
+        self.record.run = Some(start.run.run.clone());
+        if start.model.is_some() {
+            self.record.model.clone_from(&start.model);
+        }
+        self.start = Some(start);
+    }
+
+    /// It has a new placement, on these CompNodes of those over which it was planned. Whether it goes on by itself.
+    pub(super) fn placed(&mut self, members: &[ConnectionId], all: &[ConnectionId]) -> bool {
         self.recoveries.placed();
         self.around = None;
-        self.growth.planned_over(all);
-        self.growth.placed(members);
+        self.growth.left_out(all.iter().filter(|c| !members.contains(c)));
+        self.growth.placed(members.len());
         self.drift.placed();
         self.recoveries.goes_on
     }

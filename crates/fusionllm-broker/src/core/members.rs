@@ -221,8 +221,7 @@ impl Core {
                     true => known.snapshots.newest_after((start.step, start.loss)),
                     false => (start.step, start.loss),
                 };
-                known.record.run = Some(start.run.run.clone());
-                known.start = Some(start);
+                known.begins_with(start);
                 let mut actions = self.take_back(job, now);
                 actions.extend(self.without_start(job));
                 actions

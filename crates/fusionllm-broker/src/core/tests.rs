@@ -35,6 +35,7 @@ fn start(spec: &JobSpec, step: u64) -> StartPoint {
         step,
         loss: None,
         origin: Origin::default(),
+        model: None,
         notices: Vec::new(),
         run: RunStart::new(),
         unread: None,

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
 use super::command::Command;
+use super::late_report::Ending;
 use super::open_runs::OpenRuns;
 use super::returned::{make_room, make_sure};
 use super::run_files::RunFiles;
@@ -17,7 +18,6 @@ use crate::BrokerError;
 use crate::checkpoint::{Course, ShardPlace};
 use crate::core::{Action, CoreEvent, OpenRun};
 use crate::metrics::{MetricsWriter, gaps};
-use crate::plot::LossPlot;
 use crate::report::RunReport;
 use crate::run_dir::{RunDir, WholeFiles, read_notices};
 use crate::store::JobRecord;
@@ -326,18 +326,15 @@ impl Keeper {
             // It was never opened, or not by us, or another folder has come in its place: nothing in there is ours to write.
             return Ok(());
         };
-        let mut plot = LossPlot::default();
         let dir = run.dir.clone();
         let record = JobRecord { run_dir: dir.path().to_owned(), ..record.clone() };
-        let report = RunReport::read(&record, &metrics, |step| plot.add(step))?;
+        let Ending { report, plot } = Ending::read(&record, &metrics)?;
         if metrics != run.known_as.metrics() {
             self.elsewhere.insert(record.job, (record.run_dir, metrics));
         }
-        run.write(dir.report(), report.markdown().into_bytes())?;
-        match plot.svg() {
-            Ok(Some(svg)) => drop(run.write(dir.plot(), svg.into_bytes())?),
-            Ok(None) => {}
-            Err(error) => tracing::warn!(error, "the plot of loss against bytes cannot be drawn"),
+        run.write(dir.report(), report)?;
+        if let Some(plot) = plot {
+            run.write(dir.plot(), plot)?;
         }
         run.opened.files.tidy(dir.path());
         Ok(())

@@ -137,7 +137,13 @@ impl Handle {
                 == (&record.spec.model.path, &record.spec.placement.cluster);
             reach.check(&spec, own || reads_the_same)?;
             check_run_folders(&record.run_dir, &spec)?;
-            let start = resumed_start(&record, &spec, step)?;
+            let mut start = resumed_start(&record, &spec, step)?;
+            // Its model was read from what the job names.
+            if start.model.is_some() && record.step > 0 && step.is_none() {
+                let lost =
+                    format!("there is no checkpoint: it begins anew, and its {} steps are done again", record.step);
+                start.notices.push(lost);
+            }
             planned_by(spec, start)
         });
         let (spec, start) = prepared.await?;

@@ -7,11 +7,12 @@ use std::time::Duration;
 use fusionllm_graph::OpDag;
 use fusionllm_protocol::{DataSpec, JobSpec, TrainSpec};
 
+use super::late_report::write_if_missing;
 use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_at, open_newest, remove_partial};
 use crate::cluster_file::read_cluster;
 use crate::core::{Restored, StartPoint, Unread, WEIGHTS, check};
 use crate::metrics::last_step;
-use crate::model::{load_model, model_tokenizer};
+use crate::model::{ModelFingerprint, load_model, model_tokenizer};
 use crate::resume::{goes_on, notices_of};
 use crate::run_dir::{FolderLock, Parent, RunDir, RunHome, RunStart};
 use crate::store::{JobRecord, Work};
@@ -21,6 +22,8 @@ use crate::{BrokerError, CheckpointError};
 pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<StartPoint, BrokerError> {
     let model = load_model(spec)?;
     let mut notices: Vec<String> = model.notes.iter().map(ToString::to_string).collect();
+    let graph = model.dag.to_json();
+    let fingerprint = ModelFingerprint::of(spec, &graph, model.weights.as_deref(), &model.carried);
     let mut origin = Origin { carried: model.carried, data: None };
     if spec.data.tokenizer != DataSpec::MODEL {
         if origin.tokenizer().is_some_and(|own| tokenizer.as_ref().is_some_and(|given| own != given)) {
@@ -29,7 +32,7 @@ pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<Star
         origin.set_tokenizer(tokenizer);
     }
     Ok(StartPoint {
-        graph: model.dag.to_json(),
+        graph,
         dag: Arc::new(model.dag),
         weights: model.weights,
         cluster: None,
@@ -37,6 +40,7 @@ pub(super) fn start_of(spec: &JobSpec, tokenizer: Option<String>) -> Result<Star
         loss: None,
         notices,
         origin,
+        model: Some(fingerprint),
         run: RunStart::new(),
         unread: None,
     })
@@ -74,6 +78,7 @@ fn start_of_work(spec: &JobSpec, work: &Work, error: BrokerError) -> Result<Star
         loss: None,
         notices: Vec::new(),
         origin: Origin { carried: Arc::new(work.carried.clone()), data: None },
+        model: None,
         run: RunStart { notices: Vec::new(), ..work.run.clone() },
         unread: Some(Unread { bad_input: error.is_bad_input(), reason: error.to_string() }),
     })
@@ -85,6 +90,7 @@ pub(super) fn restored(record: JobRecord) -> Restored {
     if is_open {
         clear_partial(&record.run_dir);
     }
+    write_if_missing(&record);
     let reached = last_step(&RunDir::new(&record.run_dir).metrics()).filter(|_| is_open);
     let newest = || Some(checkpoints_of(&RunHome::read(&record.run_dir).ok()??).ok()?.first()?.step);
     let checkpoint = if is_open { newest() } else { None };
@@ -144,7 +150,7 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
                 Err(CheckpointError::Step { path: record.run_dir.clone(), step, there: Vec::new() }.into())
             }
             (None, Some(_)) => Err(gone(&record.run_dir)),
-            (None, None) => start_anew(spec),
+            (None, None) => start_anew(record, spec),
         };
     };
     if let (Some(file), Some((step, checksum))) = (&mut home.file, record.checkpoint.clone()) {
@@ -157,7 +163,7 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
         let run = goes_on(&home, known, Vec::new())?;
         let mut start = match home.file.as_ref().and_then(|file| file.from.as_ref()) {
             Some(parent) => start_at(began_with(parent)?, run, &spec.train)?,
-            None => StartPoint { run, ..start_anew(spec)? },
+            None => StartPoint { run, ..start_anew(record, spec)? },
         };
         start.notices.append(&mut start.run.notices);
         start.notices.extend(job_notice.clone());
@@ -189,9 +195,13 @@ fn began_with(parent: &Parent) -> Result<Checkpoint, BrokerError> {
     }
 }
 
-/// A job's beginning once more. The content of its tokenizer file was only known when it was handed in.
-fn start_anew(spec: &JobSpec) -> Result<StartPoint, BrokerError> {
+/// A job's beginning once more, held against what it was when it was handed in. The content of its tokenizer file was only
+/// known then.
+fn start_anew(record: &JobRecord, spec: &JobSpec) -> Result<StartPoint, BrokerError> {
     let mut start = start_of(spec, None)?;
+    if let (Some(now), Some(before)) = (&start.model, &record.model) {
+        start.notices.extend(now.changes_since(before, spec.model.path.as_deref())?);
+    }
     if ![DataSpec::MODEL, DataSpec::BYTES].contains(&spec.data.tokenizer.as_str()) {
         start.notices.push(format!(
             "the content of {} is not known to the broker any more: checkpoints go without it, and export and generate need \
@@ -226,7 +236,7 @@ pub(super) fn start_at(
     }
     let weights = Some(Arc::new(checkpoint.into_tensors()));
     let (graph, dag) = (dag.to_json(), Arc::new(dag));
-    Ok(StartPoint { graph, dag, weights, cluster: None, step, loss, notices, origin, run, unread: None })
+    Ok(StartPoint { graph, dag, weights, cluster: None, step, loss, notices, origin, model: None, run, unread: None })
 }
 
 #[cfg(test)]
