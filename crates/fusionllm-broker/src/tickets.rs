@@ -29,6 +29,9 @@ struct Entry {
     /// Whether it is one of those in the state folder, whose holder is the broker's own user.
     #[serde(default)]
     own: bool,
+    /// Name of the ticket by which it was made, unless that is one of those in the state folder.
+    #[serde(default)]
+    made_by: Option<String>,
     /// Keys that came in by it. A CompNode that lost its connection comes back by the same key, even when the ticket
     /// admits nobody else any more.
     #[serde(default)]
@@ -44,6 +47,15 @@ pub(crate) struct NewTicket {
     pub(crate) once: bool,
     /// Whether it is one of those in the state folder.
     pub(crate) own: bool,
+}
+
+/// What became of tickets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Revoked {
+    /// The one that was named, and those that were made by it.
+    pub(crate) names: BTreeSet<String>,
+    /// Whether it is one of those in the state folder.
+    pub(crate) is_own: bool,
 }
 
 /// What somebody may do who was let in.
@@ -115,16 +127,19 @@ impl Tickets {
     /// Whether a ticket lets this peer come in now, or back in.
     pub(crate) fn admits(&self, name: &str, peer: PeerId, now: u64) -> bool {
         let admits = |entry: &Entry| {
-            entry.state(now) == TicketState::Valid || (!entry.revoked && entry.keys.contains(&hex(peer)))
+            let is_back = entry.role == TicketRole::Join && !entry.revoked && entry.keys.contains(&hex(peer));
+            entry.state(now) == TicketState::Valid || is_back
         };
         self.0.get(name).is_some_and(admits)
     }
 
-    /// Makes a ticket under `name`, or if it is not given, under a free one. Gives the name.
+    /// Makes a ticket under `name`, or if it is not given, under a free one, for who came in by the ticket `by`. Gives the
+    /// name.
     pub(crate) fn create(
         &mut self,
         name: Option<String>,
         new: NewTicket,
+        by: Option<&str>,
         secret: &Secret,
         now: u64,
     ) -> Result<String, String> {
@@ -152,7 +167,9 @@ impl Tickets {
             }
         }
         let hash = blake3::hash(secret.as_bytes()).to_hex().to_string();
-        let entry = Entry { role, hash, ends, once, revoked: false, own, keys: BTreeSet::new() };
+        // The broker's own user makes tickets for others, which must not end with the file in the state folder.
+        let made_by = by.filter(|by| self.0.get(*by).is_some_and(|entry| !entry.own)).map(str::to_owned);
+        let entry = Entry { role, hash, ends, once, revoked: false, own, made_by, keys: BTreeSet::new() };
         self.0.insert(name.clone(), entry);
         Ok(name)
     }
@@ -164,14 +181,25 @@ impl Tickets {
         self.0.get(name).is_some_and(fits)
     }
 
-    /// Makes a ticket worthless. Whether it is one of those in the state folder.
-    pub(crate) fn revoke(&mut self, name: &str) -> Result<bool, String> {
-        let entry = self
-            .0
-            .get_mut(name)
-            .ok_or_else(|| format!("there is no ticket `{name}`, `fusionllm ticket list` shows all"))?;
-        entry.revoked = true;
-        Ok(entry.own)
+    /// Makes a ticket worthless, and those that were made by it, and by these.
+    pub(crate) fn revoke(&mut self, name: &str) -> Result<Revoked, String> {
+        let named = self.0.get(name);
+        let named = named.ok_or_else(|| format!("there is no ticket `{name}`, `fusionllm ticket list` shows all"))?;
+        let is_own = named.own;
+        let mut names = BTreeSet::from([name.to_owned()]);
+        loop {
+            let is_made = |entry: &Entry| entry.made_by.as_ref().is_some_and(|by| names.contains(by));
+            let made = self.0.iter().filter(|(name, entry)| is_made(entry) && !names.contains(*name));
+            let made: Vec<String> = made.map(|(name, _)| name.clone()).collect();
+            if made.is_empty() {
+                break;
+            }
+            names.extend(made);
+        }
+        for name in &names {
+            self.0.entry(name.clone()).and_modify(|entry| entry.revoked = true);
+        }
+        Ok(Revoked { names, is_own })
     }
 
     /// Every ticket, for people; `connections` says how many came by each.
@@ -223,7 +251,7 @@ mod tests {
     /// A ticket of that form, and its secret.
     fn ticket(tickets: &mut Tickets, name: &str, new: NewTicket) -> Secret {
         let secret = Secret::generate();
-        assert_eq!(tickets.create(Some(name.to_owned()), new, &secret, NOW).unwrap(), name);
+        assert_eq!(tickets.create(Some(name.to_owned()), new, None, &secret, NOW).unwrap(), name);
         secret
     }
 
@@ -246,7 +274,8 @@ mod tests {
         let mut tickets = Tickets::default();
         let secret = ticket(&mut tickets, "gpu", NewTicket { once: true, ..new(TicketRole::Join) });
         tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap();
-        assert_eq!(tickets.revoke("gpu"), Ok(false));
+        let revoked = Revoked { names: ["gpu".to_owned()].into(), is_own: false };
+        assert_eq!(tickets.revoke("gpu"), Ok(revoked));
         let refused = tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap_err();
         assert_eq!(refused, "the ticket `gpu` was revoked");
         assert!(tickets.revoke("cpu").unwrap_err().contains("no ticket `cpu`"));
@@ -254,6 +283,28 @@ mod tests {
         let again = ticket(&mut tickets, "gpu", new(TicketRole::Join));
         assert!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).is_err());
         assert!(tickets.admit(&again, TicketRole::Join, peer(1), NOW).is_ok());
+    }
+
+    #[test]
+    fn what_was_made_by_a_revoked_ticket_goes_with_it() {
+        let mut tickets = Tickets::default();
+        let own = NewTicket { own: true, ..new(TicketRole::Operate) };
+        tickets.create(Some("operate".to_owned()), own, None, &Secret::generate(), NOW).unwrap();
+        let secret = Secret::generate();
+        let mut make = |name: &str, role, by: &str, secret: &Secret| {
+            tickets.create(Some(name.to_owned()), new(role), Some(by), secret, NOW).unwrap();
+        };
+        make("ann", TicketRole::Operate, "operate", &Secret::generate());
+        make("bob", TicketRole::Operate, "ann", &Secret::generate());
+        make("gpu", TicketRole::Join, "bob", &secret);
+        make("other", TicketRole::Join, "operate", &Secret::generate());
+        assert!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).is_ok());
+        let names = ["ann", "bob", "gpu"].map(str::to_owned).into();
+        assert_eq!(tickets.revoke("ann"), Ok(Revoked { names, is_own: false }));
+        assert_eq!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap_err(), "the ticket `gpu` was revoked");
+        // What the broker's own user made outlives the file by which it was made.
+        let names = ["operate".to_owned()].into();
+        assert_eq!(tickets.revoke("operate"), Ok(Revoked { names, is_own: true }));
     }
 
     #[test]
@@ -286,7 +337,7 @@ mod tests {
         let mut tickets = Tickets::default();
         let secret = Secret::generate();
         let mut make =
-            |name: Option<&str>| tickets.create(name.map(str::to_owned), new(TicketRole::Join), &secret, NOW);
+            |name: Option<&str>| tickets.create(name.map(str::to_owned), new(TicketRole::Join), None, &secret, NOW);
         assert_eq!(make(None).as_deref(), Ok("join-1"));
         assert_eq!(make(None).as_deref(), Ok("join-2"));
         for name in ["", "a/b", "../x", ".x", "-x", "a\nb", "join", "operate", "join-1"] {

@@ -132,7 +132,8 @@ pub(crate) struct Broker {
     #[arg(long, value_name = "ADDR", value_parser = values::outer_address)]
     pub(crate) advertise: Vec<SocketAddr>,
     /// Be a relay, too, for CompNodes behind routers: port of TCP and UDP [default: 7712]
-    #[arg(long, value_name = "PORT", num_args = 0..=1, default_missing_value = "7712")]
+    #[arg(long, value_name = "PORT", num_args = 0..=1, default_missing_value = "7712",
+          value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) relay: Option<u16>,
     /// Where key, tickets and job records are kept, for you alone [default: the user's state folder]
     #[arg(long, value_name = "DIR")]
@@ -149,7 +150,7 @@ pub(crate) struct Broker {
     /// Print the join ticket even where output is no terminal
     #[arg(long)]
     pub(crate) show_ticket: bool,
-    /// Print the join ticket as JSON
+    /// Print where the join ticket is as JSON, with --show-ticket the ticket too
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -95,7 +95,7 @@ async fn tickets(request: ClientRequest, pass: &Pass) -> Result<ToClient, Broker
     let (gate, asking) = (Arc::clone(&pass.gate), pass.connection());
     let work = move || match request {
         ClientRequest::TicketNew { role, name, valid_s, once } => {
-            let (name, ticket) = gate.create(name, role, valid_s, once)?;
+            let (name, ticket) = gate.create(asking, name, role, valid_s, once)?;
             Ok(ToClient::Ticket { name, ticket: ticket.to_string() })
         }
         ClientRequest::TicketRevoke { name } => Ok(ToClient::TicketRevoked { closed: gate.revoke(&name, asking)? }),

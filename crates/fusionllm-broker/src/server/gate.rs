@@ -14,7 +14,7 @@ use fusionllm_transport::{
 use crate::BrokerError;
 use crate::core::ConnectionId;
 use crate::files::{io_error, write_private};
-use crate::tickets::{Grant, NewTicket, Tickets};
+use crate::tickets::{Grant, NewTicket, Revoked, Tickets};
 
 /// Close code of a connection whose ticket was revoked.
 const REVOKED: u32 = 403;
@@ -67,7 +67,7 @@ impl Gate {
                 Some(secret) => secret,
                 None => {
                     let (secret, new) = (Secret::generate(), NewTicket { role, ends: None, once: false, own: true });
-                    let made = tickets.create(Some(role.to_string()), new, &secret, now());
+                    let made = tickets.create(Some(role.to_string()), new, None, &secret, now());
                     made.map_err(|reason| BrokerError::Tickets { path: path.clone(), reason })?;
                     secret
                 }
@@ -123,9 +123,10 @@ impl Gate {
         Ok(Ok(Pass { connection, own, gate: Arc::clone(self) }))
     }
 
-    /// Makes a ticket. Gives its name, and what admits. For a blocking thread.
+    /// Makes a ticket for who came in by the connection `by`. Gives its name, and what admits. For a blocking thread.
     pub(super) fn create(
         &self,
+        by: ConnectionId,
         name: Option<String>,
         role: TicketRole,
         valid_s: Option<u64>,
@@ -136,7 +137,8 @@ impl Gate {
         let secret = Secret::generate();
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
-        let name = tickets.create(name, new, &secret, now).map_err(|reason| BrokerError::Ticket { reason })?;
+        let by = inner.open.get(&by).map(|(ticket, _)| ticket.as_str());
+        let name = tickets.create(name, new, by, &secret, now).map_err(|reason| BrokerError::Ticket { reason })?;
         write_tickets(&self.state_dir, &tickets)?;
         inner.tokens = tickets.relay_tokens();
         inner.tickets = tickets;
@@ -154,17 +156,17 @@ impl Gate {
         inner.tickets.summaries(&connections, now())
     }
 
-    /// Makes a ticket worthless, and closes the connections that came by it, except `asking`, which closes itself when it
-    /// has its answer. Gives how many were closed. For a blocking thread.
+    /// Makes a ticket and those made by it worthless, and closes the connections that came by them, except `asking`, which
+    /// closes itself when it has its answer. Gives how many were closed. For a blocking thread.
     pub(super) fn revoke(&self, name: &str, asking: ConnectionId) -> Result<u64, BrokerError> {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
-        let is_own = tickets.revoke(name).map_err(|reason| BrokerError::Ticket { reason })?;
+        let Revoked { names, is_own } = tickets.revoke(name).map_err(|reason| BrokerError::Ticket { reason })?;
         // On a full disk, too, whoever came in by it has to go.
         let written = write_tickets(&self.state_dir, &tickets);
         inner.tokens = tickets.relay_tokens();
         inner.tickets = tickets;
-        let gone: Vec<_> = inner.open.extract_if(.., |_, (ticket, _)| ticket == name).collect();
+        let gone: Vec<_> = inner.open.extract_if(.., |_, (ticket, _)| names.contains(ticket)).collect();
         drop(inner);
         for (_, (_, session)) in gone.iter().filter(|(connection, _)| *connection != asking) {
             session.close(REVOKED, "the ticket was revoked");
@@ -176,7 +178,10 @@ impl Gate {
             // It would only mislead.
             tracing::warn!(%error, "the file of the revoked ticket stays");
         }
-        tracing::info!(name, closed = gone.len(), "a ticket was revoked");
+        for name in names {
+            tracing::info!(name, "a ticket was revoked");
+        }
+        tracing::info!(closed = gone.len(), "connections by revoked tickets were closed");
         written.map_err(|error| {
             let (name, reason) = (name.to_owned(), error.to_string());
             match is_file_gone {
@@ -284,7 +289,7 @@ fn take_over(state_dir: &Path, tickets: &mut Tickets) -> Result<Option<Secret>, 
     let bytes = HEXLOWER.decode(text.trim().as_bytes()).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
     let secret = bytes.map(Secret::from_bytes).ok_or(BrokerError::Secret { path: path.clone() })?;
     let new = NewTicket { role: TicketRole::Join, ends: None, once: false, own: true };
-    let made = tickets.create(Some(TicketRole::Join.to_string()), new, &secret, now());
+    let made = tickets.create(Some(TicketRole::Join.to_string()), new, None, &secret, now());
     made.map_err(|reason| BrokerError::Tickets { path, reason })?;
     tracing::warn!(
         "the ticket that an earlier release made lets CompNodes join from now on, and nothing else; commands on this \
@@ -304,7 +309,8 @@ mod tests {
         let broker = PeerAddr { id: peer(1), addrs: Vec::new() };
         let (gate, join) = Gate::open(folder.path(), broker, Some(7712)).unwrap();
         assert_eq!(join.relay, Some(7712));
-        let (_, later) = gate.create(Some("later".to_owned()), TicketRole::Operate, Some(0), false).unwrap();
+        let (_, later) =
+            gate.create(ConnectionId(0), Some("later".to_owned()), TicketRole::Operate, Some(0), false).unwrap();
         let standing = |ticket: &Ticket, n: u8| gate.standing(peer(n), Some(&RelayToken::of(&ticket.secret)));
         assert_eq!(standing(&join, 2), RelayStanding::Guest);
         assert_eq!(standing(&later, 2), RelayStanding::Stranger, "it has expired");

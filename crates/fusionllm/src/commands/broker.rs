@@ -33,10 +33,11 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     }
     let ticket = broker.ticket().to_string();
     let path = broker.ticket_path().display().to_string();
+    let ticket = Some(ticket).filter(|_| secrets::may_print(args.show_ticket));
     let shown = if args.json {
         render::json(&serde_json::json!({ "ticket": ticket, "ticket_file": path }), false)
     } else {
-        greet(&path, Some(ticket).filter(|_| secrets::may_print(args.show_ticket)))
+        greet(&path, ticket)
     };
     // Who serves others goes on when nobody reads what it says.
     if let Err(error) = shown {

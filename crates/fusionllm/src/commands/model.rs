@@ -81,7 +81,8 @@ fn adapter_origin(job: &JobSpec, carried: &BTreeMap<String, String>) -> AdapterO
     let base = told("base_model_name_or_path").and_then(|base| base.as_str()).filter(is_it).map(str::to_owned);
     let path = || job.model.path.as_ref().map(|path| path.display().to_string());
     let rslora = told("use_rslora").and_then(serde_json::Value::as_bool).unwrap_or(job.lora.rslora);
-    AdapterOrigin { base: base.or_else(path).or_else(|| job.model.name.clone()), rslora }
+    // A model by name began with weights of its own: others of that name are another base.
+    AdapterOrigin { base: base.or_else(path), rslora }
 }
 
 /// The family and sizes of a trained model: by the config.json that it came with, where that is of this OP-DAG, since

@@ -6,7 +6,7 @@ use crate::process::{Bench, Running, losses, text, wait_until};
 
 /// A broker and its ticket.
 pub(crate) fn broker(bench: &Bench) -> (Running, String) {
-    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
+    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json --show-ticket");
     let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
     (broker, line["ticket"].as_str().unwrap().to_owned())
 }

@@ -11,7 +11,8 @@ use crate::disk::Disk;
 use crate::process::{Bench, LIMIT, Running, json_lines, text};
 
 fn start(bench: &Bench, state: &str) -> (Running, String) {
-    let mut broker = bench.start(&format!("broker --bind 127.0.0.1:0 --state {state} --runs runs --json"));
+    let mut broker =
+        bench.start(&format!("broker --bind 127.0.0.1:0 --state {state} --runs runs --json --show-ticket"));
     let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
     (broker, line["ticket"].as_str().unwrap().to_owned())
 }
