@@ -68,6 +68,7 @@ pub(super) fn adapt(model: LoadedModel, spec: &JobSpec) -> Result<LoadedModel, B
     if let Some(folder) = folder {
         folder.check_tensors(&adapted)?;
         notes.extend(folder.other_base(spec).map(ModelNote::Unusual));
+        notes.extend(folder.other_targets(&dag).map(ModelNote::Unusual));
         Arc::make_mut(&mut carried).insert(CONFIG.to_owned(), folder.config);
         notes.push(ModelNote::Unusual(format!("adapters: {}", folder.file.path().display())));
         file = Some(folder.file);
@@ -79,12 +80,28 @@ pub(super) fn adapt(model: LoadedModel, spec: &JobSpec) -> Result<LoadedModel, B
             None => set.leave_out(drawn),
         }
     }
+    if weights.is_none() {
+        let note =
+            "the adapters' base is drawn at random: they are of use to nobody without it, which export --merge writes";
+        notes.push(ModelNote::Unusual(note.to_owned()));
+    }
     let (ops, trained, all) = (adapted.adapters().len(), adapted.trained_elements(), adapted.param_elements());
     notes.push(ModelNote::Unusual(format!(
         "adapters of rank {} beside {ops} linear ops: {trained} of {all} parameters are trained",
         lora.rank
     )));
     Ok(LoadedModel { dag: adapted, config, weights, carried, notes })
+}
+
+/// `target_modules`, if that is a list and no other key takes something from it.
+fn named_modules(keys: &Map<String, Value>) -> Option<Vec<String>> {
+    let is_empty =
+        |key: &str| keys.get(key).is_none_or(|value| value.is_null() || value.as_array().is_some_and(Vec::is_empty));
+    let names = keys
+        .get("target_modules")?
+        .as_array()
+        .filter(|_| is_empty("exclude_modules") && is_empty("layers_to_transform"))?;
+    names.iter().map(|name| name.as_str().map(str::to_owned)).collect()
 }
 
 /// The model's name for errors.
@@ -118,6 +135,8 @@ struct Folder {
     rslora: bool,
     /// The model that they were trained beside, as the folder calls it.
     base: Option<String>,
+    /// The modules that it names, where it names all.
+    named: Option<Vec<String>>,
     /// Content of its adapter_config.json.
     config: String,
     file: TensorFile,
@@ -136,6 +155,7 @@ impl Folder {
         };
         let Config { rank, alpha, dropout, rslora } = Config::of(&keys).map_err(|reason| fail(CONFIG, reason))?;
         let base = keys.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
+        let named = named_modules(&keys);
         let weights = path.join(WEIGHTS);
         if !weights.exists() && path.join("adapter_model.bin").exists() {
             let reason = "expected adapter_model.safetensors beside it: save the adapters with safe_serialization=True";
@@ -161,7 +181,7 @@ impl Folder {
             dropout,
             targets: targets.into_iter().collect(),
         };
-        Ok(Self { path: path.to_owned(), lora, alpha, rslora, base, config: text, file })
+        Ok(Self { path: path.to_owned(), lora, alpha, rslora, base, named, config: text, file })
     }
 
     fn error(&self, name: &str, reason: String) -> BrokerError {
@@ -178,6 +198,16 @@ impl Folder {
                 path.display()
             )
         })
+    }
+
+    /// A sentence if the folder names other modules than it has adapters for, as after a loss.
+    fn other_targets(&self, dag: &OpDag) -> Option<String> {
+        let asked = dag.with_lora(&Lora { targets: self.named.clone()?, ..self.lora.clone() }).ok()?.adapters();
+        let asked: BTreeSet<&String> = asked.iter().map(|adapter| &adapter.module).collect();
+        let own: BTreeSet<&String> = self.lora.targets.iter().collect();
+        let module = asked.symmetric_difference(&own).next()?;
+        let which = if own.contains(module) { "has an adapter" } else { "has no adapter" };
+        Some(format!("{WEIGHTS} {which} beside `{module}`, unlike target_modules of {CONFIG}: it goes by what it has"))
     }
 
     /// Holds what the job says besides against what the folder says.

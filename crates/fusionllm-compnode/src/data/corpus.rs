@@ -7,7 +7,9 @@ mod sources;
 
 use std::collections::BTreeMap;
 
-use fusionllm_protocol::{DataFingerprint, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash};
+use fusionllm_protocol::{
+    DataFingerprint, DataFormat, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash,
+};
 use fusionllm_transport::{io_reason, is_shortage};
 
 use super::cache::{Kept, TokenCache};
@@ -47,6 +49,8 @@ pub struct Corpus {
     kept: Kept,
     tokenizer: TokenizerFingerprint,
     trained_entries: usize,
+    /// Whether the data has token ids instead of text.
+    has_given_ids: bool,
     notes: Vec<String>,
     /// Why the cache's tokens were not used.
     made_anew: Option<String>,
@@ -151,6 +155,7 @@ impl Corpus {
             kept,
             tokenizer: by.tokenizer.fingerprint(),
             trained_entries: by.tokenizer.trained_entries(),
+            has_given_ids: spec.format == DataFormat::Tokens,
             notes: Vec::new(),
             made_anew,
         };
@@ -256,7 +261,7 @@ impl Corpus {
     /// the vocabulary, which it may not of a model that it names by path. Says what must be known otherwise.
     ///
     /// # Errors
-    /// [`DataError::Vocabulary`] with the largest id.
+    /// [`DataError::Vocabulary`] or [`DataError::Ids`] with the largest id.
     pub fn check_vocabulary(&self, vocab: usize, can_grow: bool) -> Result<Option<String>, DataError> {
         let mut largest = 0;
         let id = |id: i32| if self.kept.rows.is_some() { id & !ANSWER } else { id };
@@ -264,6 +269,10 @@ impl Corpus {
             tokens.each_part(&mut |ids| largest = ids.iter().map(|&i| id(i)).max().unwrap_or(0).max(largest))?;
         }
         let largest = usize::try_from(largest).unwrap_or(0);
+        let entries = usize::try_from(self.tokenizer.entries).unwrap_or(usize::MAX);
+        if self.has_given_ids && largest >= entries {
+            return Err(DataError::Ids { tokenizer: self.tokenizer.name.clone(), id: largest, entries });
+        }
         let id = largest.max(self.trained_entries.saturating_sub(1));
         if id >= vocab {
             let tokenizer = self.tokenizer.name.clone();
@@ -274,7 +283,6 @@ impl Corpus {
             };
             return Err(DataError::Vocabulary { tokenizer, id, vocab, hint });
         }
-        let entries = usize::try_from(self.tokenizer.entries).unwrap_or(usize::MAX);
         Ok(match entries.cmp(&vocab) {
             std::cmp::Ordering::Equal => None,
             std::cmp::Ordering::Less => Some(format!(

@@ -68,7 +68,9 @@ pub enum DataError {
         left_out: String,
     },
     /// No conversation is in one of the splits.
-    #[error("the {split} split has no conversation with an answer: give more data, or a larger data.seq_len{left_out}")]
+    #[error(
+        "the {split} split has no conversation with an answer: give more data, a larger data.seq_len, or messages of the role `assistant` that the chat template writes{left_out}"
+    )]
     NoSample {
         /// `training` or `evaluation`.
         split: &'static str,
@@ -137,6 +139,19 @@ pub enum DataError {
         vocab: usize,
         /// What would do.
         hint: String,
+    },
+    /// A token id of the data is none of its tokenizer's.
+    #[error(
+        "the data has token id {id}, but data.tokenizer {tokenizer} has {entries} entries: give the one that made the ids; a \
+         file of four bytes an id needs llm.c's header"
+    )]
+    Ids {
+        /// The job's `data.tokenizer`: a path, or `bytes`.
+        tokenizer: String,
+        /// The largest id.
+        id: usize,
+        /// Entries of the tokenizer.
+        entries: usize,
     },
     /// There is no memory for text and tokens, which is known before it is filled.
     #[error("the data's text and tokens take at least {}, there is room for {}", format_bytes(*.needed as f64), format_bytes(*.room as f64))]

@@ -101,7 +101,8 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, reason))
         });
-        let (marked, is_marked) = with_marks(&source);
+        // As Jinja reads them, whatever wrote the file.
+        let (marked, is_marked) = with_marks(&source.replace("\r\n", "\n").replace('\r', "\n"));
         let mut template = Self { environment, source, name, special, is_marked };
         let added = template.environment.add_template_owned(NAME, marked);
         added.map_err(|error| template.reason(&error))?;

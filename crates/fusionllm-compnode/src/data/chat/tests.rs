@@ -155,6 +155,7 @@ fn templates_are_rendered_as_in_python() {
         ("{{ messages[::-1][0].content }}{{ missing }}{{ strftime_now is defined }}", "xFalse"),
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
         ("{{ '<b>' }}", "<b>"),
+        ("{% if true %}\r\na\r\n{% endif %}b\rc", "a\nb\nc"),
     ] {
         // Marked, so that nothing but the whole is rendered.
         let template = of_bytes(&format!("{{% generation %}}{source}{{% endgeneration %}}")).unwrap();
@@ -179,6 +180,10 @@ fn what_is_wrong_with_a_row_is_said_without_its_words() {
         (
             json!({"messages": [{"role": "assistant", "content": "", "tool_calls": ["secret"]}]}),
             "`messages[0].tool_calls` is not written out",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "content": "secret", "weight": 0}]}),
+            "`messages[0].weight` is not followed here",
         ),
     ] {
         let error = written(&template, row).unwrap_err();
