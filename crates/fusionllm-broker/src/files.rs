@@ -1,11 +1,31 @@
 //! Files with errors that name them.
 
+use std::fs::DirBuilder;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use fusionllm_transport::{FileMode, is_shortage, write_whole};
 
 use crate::BrokerError;
+
+/// Makes a folder with those above it, for its owner alone: what a run writes was made from the data. One that is there
+/// stays as it is.
+pub(crate) fn make_folder(path: &Path) -> Result<(), BrokerError> {
+    private_folders(true).create(path).map_err(|e| io_error(path, e))
+}
+
+/// Makes a folder that must not be there yet, for its owner alone.
+pub(crate) fn new_folder(path: &Path) -> Result<(), BrokerError> {
+    private_folders(false).create(path).map_err(|e| io_error(path, e))
+}
+
+fn private_folders(recursive: bool) -> DirBuilder {
+    let mut builder = DirBuilder::new();
+    builder.recursive(recursive);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder
+}
 
 pub(crate) fn io_error(path: &Path, source: std::io::Error) -> BrokerError {
     BrokerError::Io { path: path.to_owned(), source }

@@ -65,6 +65,11 @@ impl LineWriter {
         Ok(())
     }
 
+    /// Waits until all that was written is on the disk.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
     /// Whether a path leads to this file.
     pub(crate) fn is_at(&self, path: &Path) -> bool {
         leads_to(path, &self.file)

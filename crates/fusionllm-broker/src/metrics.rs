@@ -80,6 +80,12 @@ impl MetricsWriter {
         self.lines.move_to(path).map(drop).map_err(|e| io_error(path, e))
     }
 
+    /// Writes what waits, and has all on the disk.
+    pub(crate) fn sync(&mut self) -> io::Result<()> {
+        self.flush()?;
+        self.lines.sync()
+    }
+
     /// Writes what waits.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         if self.waiting.is_empty() { Ok(()) } else { self.lines.write(&mut self.waiting) }

@@ -7,7 +7,7 @@ use fusionllm_transport::{KnownFolder, Stands};
 
 use crate::BrokerError;
 use crate::checkpoint::{Abandoned, ShardPlace, abandon, checkpoints_of, recover, remove_partial, steps_in};
-use crate::files::{free_name, io_error, put_aside, write_atomic};
+use crate::files::{free_name, io_error, make_folder, new_folder, put_aside, write_atomic};
 use crate::metrics::{copy_after, each_line, has_no_step};
 use crate::run_dir::{
     CHECKPOINTS, FolderLock, PlacementFile, RunDir, RunFile, RunHome, RunLocks, RunStart, SPARE_FOLDERS, WholeFiles,
@@ -67,7 +67,7 @@ impl OpenedRun {
             taken => taken?,
         }
         let folder = self.place.folder.clone();
-        std::fs::create_dir_all(&folder).map_err(|e| io_error(&folder, e))?;
+        make_folder(&folder)?;
         self.place = ShardPlace::new(self.file.run.clone(), folder)?;
         self.next = None;
         self.forget_what_is_gone()?;
@@ -82,7 +82,7 @@ impl OpenedRun {
             Some(went) => (went, false),
             None => {
                 let to = free_name(&from, &format!("-{}", self.file.run.short()));
-                std::fs::create_dir(&to).map_err(|e| io_error(&to, e))?;
+                new_folder(&to)?;
                 self.locks.run_dir = FolderLock::take(&to, &self.file.run)?;
                 (to, true)
             }
@@ -103,7 +103,7 @@ impl OpenedRun {
     /// Gives up the folder for checkpoints elsewhere, in which something else is by now.
     fn leave_elsewhere(&mut self, other: &Path) -> Result<(), BrokerError> {
         let folder = self.spare_folder()?;
-        std::fs::create_dir(&folder).map_err(|e| io_error(&folder, e))?;
+        new_folder(&folder)?;
         self.notices.push(format!(
             "{} is in the way, which this run did not make, and stays as it is: the last checkpoint goes to {}",
             other.display(),
@@ -194,7 +194,7 @@ impl OpenedRun {
     /// [`BrokerError`] if it cannot be made.
     pub(crate) fn make_checkpoints(&mut self) -> Result<bool, BrokerError> {
         let Some(folder) = self.next.clone() else { return Ok(false) };
-        std::fs::create_dir(&folder).map_err(|e| io_error(&folder, e))?;
+        new_folder(&folder)?;
         self.place = ShardPlace::new(self.file.run.clone(), folder)?;
         self.next = None;
         self.forget_what_is_gone()?;
@@ -232,7 +232,7 @@ impl RunDir {
         start_step: u64,
         mut files: WholeFiles,
     ) -> Result<OpenedRun, BrokerError> {
-        std::fs::create_dir_all(self.path()).map_err(|e| io_error(self.path(), e))?;
+        make_folder(self.path())?;
         let run_lock = FolderLock::take(self.path(), &start.run)?;
         [self.trace(), self.plot(), self.report()].into_iter().for_each(|path| files.expect(path));
         // Which run it is must be readable; all else is written anew.
@@ -334,7 +334,7 @@ impl RunDir {
         spec: &JobSpec,
         notices: &mut Vec<String>,
     ) -> Result<(PathBuf, Option<FolderLock>), BrokerError> {
-        let make = |folder: &Path| std::fs::create_dir_all(folder).map_err(|e| io_error(folder, e));
+        let make = make_folder;
         let Some(shared) = &spec.checkpoint.to else {
             let home = RunHome { dir: file.dir.clone(), file: Some(file.clone()), spec: None };
             // Where something else came in the place of the first one, it may be there still.

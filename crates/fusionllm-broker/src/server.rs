@@ -206,8 +206,8 @@ impl Broker {
     /// [`BrokerError`] if the job cannot be run.
     pub async fn resume_from(&self, spec: JobSpec, from: Resumption) -> Taken {
         let Resumption { checkpoint, run_dir, start } = from;
-        let train = spec.train.clone();
-        let start = blocking(move || start_at(checkpoint, start, &train)).await?;
+        let trained = spec.clone();
+        let start = blocking(move || start_at(checkpoint, start, &trained)).await?;
         self.handle.submit_at(spec, start, RunDirChoice::Given(run_dir)).await
     }
 

@@ -15,7 +15,7 @@ use super::place::{Found, checkpoints_of, is_of};
 use super::remove::remove;
 use super::tensor_file::TensorFile;
 use super::{Origin, Removal, StoredShard, tensor_set};
-use crate::files::{free_name, io_error, write_atomic};
+use crate::files::{free_name, io_error, make_folder, write_atomic};
 use crate::run_dir::{RunFile, RunHome};
 use crate::{BrokerError, CheckpointError};
 
@@ -143,7 +143,7 @@ fn destination(place: &ShardPlace, run_file: &RunFile, step: u64) -> Result<(Pat
         return Ok((folder, None));
     }
     let own = run_file.subfolder(&place.folder);
-    std::fs::create_dir_all(&own).map_err(|e| io_error(&own, e))?;
+    make_folder(&own)?;
     let other = own.join(step_name(step));
     if !is_ours(&other)? {
         return Err(BrokerError::Foreign { path: folder, run: place.run.clone() });

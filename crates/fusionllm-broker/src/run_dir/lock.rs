@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 
 use super::CHECKPOINTS;
 use crate::BrokerError;
-use crate::files::io_error;
+use crate::files::{io_error, make_folder};
 
 /// Most of a lock file that is read: a line.
 const LINE_BYTES: u64 = 1024;
@@ -260,7 +260,7 @@ fn make_again(folder: &Path, run: &RunId) -> Result<FolderLock, BrokerError> {
     if folder.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
         return Err(BrokerError::Foreign { path: folder.to_owned(), run: run.clone() });
     }
-    std::fs::create_dir_all(folder).map_err(fail)?;
+    make_folder(folder)?;
     let is_ours =
         |name: &OsStr| name == FolderLock::FILE || name == CHECKPOINTS || name.to_string_lossy().contains(run.short());
     for entry in std::fs::read_dir(folder).map_err(fail)? {

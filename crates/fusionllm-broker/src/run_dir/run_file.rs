@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use fusionllm_graph::read_json;
-use fusionllm_protocol::{JobSpec, RunId};
+use fusionllm_protocol::{JobSpec, RunId, content_hash};
 use fusionllm_transport::{io_reason, is_same_file, read_regular};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
@@ -73,7 +73,15 @@ impl RunFile {
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>, BrokerError> {
         let path = dir.join(Self::FILE);
         match read_regular(&path) {
-            Ok(text) => read_json(&text).map(Some).map_err(|reason| BrokerError::DamagedRun { path, reason }),
+            Ok(text) => {
+                let damaged = |reason| BrokerError::DamagedRun { path: path.clone(), reason };
+                let file: Value = read_json(&text).map_err(damaged)?;
+                if !is_whole(file) {
+                    let reason = "its content does not fit its hash: a bit flipped, or somebody changed it";
+                    return Err(damaged(reason.to_owned()));
+                }
+                read_json(&text).map(Some).map_err(damaged)
+            }
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             // What is no file was put there by somebody.
             Err(e) if path.symlink_metadata().is_ok() && !path.is_file() => {
@@ -92,13 +100,31 @@ impl RunFile {
     /// Writes it to its directory, among the other `files` of that. Gives what the run's user must know.
     pub(crate) fn write(&self, files: &mut WholeFiles) -> Result<Option<String>, BrokerError> {
         let path = self.dir.join(Self::FILE);
-        files.write(&path, to_json(&path, self)?)
+        let mut file = serde_json::to_value(self).map_err(|e| io_error(&path, e.into()))?;
+        let hash = hash_of(&file);
+        if let Value::Object(keys) = &mut file {
+            keys.insert(HASH.to_owned(), hash.into());
+        }
+        files.write(&path, to_json(&path, &file)?)
     }
 
     /// The folder of its own in a folder that others use too.
     pub(crate) fn subfolder(&self, folder: &Path) -> PathBuf {
         folder.join(format!("{}-{}", self.name, self.run.short()))
     }
+}
+
+/// Key of the content hash of all other keys.
+const HASH: &str = "hash";
+
+fn hash_of(file: &Value) -> String {
+    content_hash(file.to_string().as_bytes())
+}
+
+/// Whether a file is what was written; those of builds before this key was are taken as they are.
+fn is_whole(mut file: Value) -> bool {
+    let told = file.as_object_mut().and_then(|keys| keys.remove(HASH));
+    told.is_none_or(|told| told.as_str() == Some(&hash_of(&file)))
 }
 
 fn is_nearly(a: &Number, b: &Number) -> bool {
@@ -225,6 +251,30 @@ mod tests {
         let mut keys = Vec::new();
         differing(&a, &b, "", &mut keys);
         assert_eq!(keys, ["train.seed"]);
+    }
+
+    #[test]
+    fn no_flipped_bit_of_a_run_file_is_taken_for_what_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = testing::run_file(folder.path());
+        file.manifests = [(4, "0af3".to_owned()), (8, "11".to_owned())].into();
+        file.write(&mut WholeFiles::default()).unwrap();
+        let path = folder.path().join(RunFile::FILE);
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(RunFile::read(folder.path()).unwrap(), Some(file.clone()));
+        for at in 0..bytes.len() * 8 {
+            let mut other = bytes.clone();
+            other[at / 8] ^= 1 << (at % 8);
+            std::fs::write(&path, &other).unwrap();
+            match RunFile::read(folder.path()) {
+                Err(BrokerError::DamagedRun { .. }) => {}
+                // Of the key of the hash, which leaves a file of an older form; and of blanks.
+                found => assert_eq!(found.unwrap(), Some(file.clone()), "bit {at}"),
+            }
+        }
+        // Those of builds that wrote no hash are read as before.
+        std::fs::write(&path, serde_json::to_vec(&file).unwrap()).unwrap();
+        assert_eq!(RunFile::read(folder.path()).unwrap(), Some(file));
     }
 
     #[test]

@@ -320,6 +320,7 @@ impl Keeper {
                 texts.extend(told);
             }
             run.tell_last(record.step, texts);
+            run.sync();
         }
         ended.retain(|run| !run.is_lost() && !run.is_away);
         let Some(run) = ended.last_mut() else {

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use fusionllm_planner::{Simulated, Trace};
 use fusionllm_protocol::{DataReport, Notice, RunKey, StepMetrics};
+use fusionllm_transport::io_reason;
 
 use super::open_runs::OpenRuns;
 use crate::BrokerError;
@@ -161,6 +162,13 @@ impl RunFiles {
         written.unwrap_or_else(|error| self.noticed([error.to_string()]))
     }
 
+    /// Has the steps so far on the disk: what a checkpoint or the end tells of must not be lost with the power.
+    pub(super) fn sync(&mut self) {
+        if let Err(error) = self.metrics.sync() {
+            tracing::warn!(error = %io_reason(&error), "the last steps may not be on the disk");
+        }
+    }
+
     /// Makes shards that are all there a checkpoint.
     pub(super) fn finish(&mut self, spec: &FinishSpec) -> Vec<CoreEvent> {
         let (key, step) = (self.key, spec.step);
@@ -181,6 +189,7 @@ impl RunFiles {
                 return events;
             }
         };
+        self.sync();
         let mut notices = finished.notices;
         let recorded = self.opened.record(Some((step, finished.checksum.clone())), &[]);
         notices.extend(recorded.err().map(|error| error.to_string()));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_graph::OpDag;
-use fusionllm_protocol::{DataSpec, JobSpec, TrainSpec};
+use fusionllm_protocol::{DataSpec, JobSpec, SampleOrder};
 
 use super::late_report::write_if_missing;
 use crate::checkpoint::{Checkpoint, Origin, checkpoints_of, open_at, open_newest, remove_partial};
@@ -162,7 +162,7 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
     let from_the_beginning = || {
         let run = goes_on(&home, known, Vec::new())?;
         let mut start = match home.file.as_ref().and_then(|file| file.from.as_ref()) {
-            Some(parent) => start_at(began_with(parent)?, run, &spec.train)?,
+            Some(parent) => start_at(began_with(parent)?, run, spec)?,
             None => StartPoint { run, ..start_anew(record, spec)? },
         };
         start.notices.append(&mut start.run.notices);
@@ -176,7 +176,7 @@ pub(super) fn resumed_start(record: &JobRecord, spec: &JobSpec, step: Option<u64
         Ok(newest) => {
             let mut notices = notices_of(&newest, Some(&home).filter(|_| step.is_none()));
             notices.extend(job_notice);
-            start_at(newest.checkpoint, goes_on(&home, known, notices)?, &spec.train)
+            start_at(newest.checkpoint, goes_on(&home, known, notices)?, spec)
         }
         Err(CheckpointError::None { path }) if was_there.is_some() => Err(gone(&path)),
         Err(CheckpointError::None { .. }) if step.is_none() => from_the_beginning(),
@@ -212,17 +212,15 @@ fn start_anew(record: &JobRecord, spec: &JobSpec) -> Result<StartPoint, BrokerEr
     Ok(start)
 }
 
-/// Where a run goes on with a checkpoint, and is trained as `train` says.
-pub(super) fn start_at(
-    checkpoint: Checkpoint,
-    mut run: RunStart,
-    train: &TrainSpec,
-) -> Result<StartPoint, BrokerError> {
+/// Where a run goes on with a checkpoint, and is trained as `spec` says.
+pub(super) fn start_at(checkpoint: Checkpoint, mut run: RunStart, spec: &JobSpec) -> Result<StartPoint, BrokerError> {
     let (dag, step, loss) = (checkpoint.dag().clone(), checkpoint.manifest().step, checkpoint.manifest().loss);
     let mut notices = vec![format!("{WEIGHTS}{} (step {step})", checkpoint.path().display())];
     notices.append(&mut run.notices);
-    let before = checkpoint.manifest().job.train.states();
-    let unused = before.iter().filter(|kind| !train.states().contains(kind));
+    let was = &checkpoint.manifest().job;
+    notices.extend(other_samples(was, spec, step));
+    let before = was.train.states();
+    let unused = before.iter().filter(|kind| !spec.train.states().contains(kind));
     let unused: Vec<&str> = unused.map(|kind| kind.name()).collect();
     if !unused.is_empty() {
         let kinds = unused.join(", ");
@@ -237,6 +235,20 @@ pub(super) fn start_at(
     let weights = Some(Arc::new(checkpoint.into_tensors()));
     let (graph, dag) = (dag.to_json(), Arc::new(dag));
     Ok(StartPoint { graph, dag, weights, cluster: None, step, loss, notices, origin, model: None, run, unread: None })
+}
+
+/// A sentence if a run whose samples come one after the other goes on at another one than the next.
+fn other_samples(was: &JobSpec, is: &JobSpec, step: u64) -> Option<String> {
+    let (before, now) = (was.train.batch, is.train.batch);
+    let (order_before, order) = (was.data.sample_order(), is.data.sample_order());
+    if order == SampleOrder::Drawn || step == 0 || (before, order_before) == (now, order) {
+        return None;
+    }
+    let (seen, next) = (step.saturating_mul(before.into()), step.saturating_mul(now.into()));
+    Some(format!(
+        "samples are counted as if all {step} steps had had train.batch = {now} and the data.order of now: after {seen} samples \
+         it goes on at number {next}"
+    ))
 }
 
 #[cfg(test)]
