@@ -325,9 +325,12 @@ impl TaskLoop {
             if let Need::Gradient { edge, .. } = need {
                 let edge = edge_of(&placement, edge.index())?;
                 let tensor = self.fetch(&placement, edge.to, Channel::Gradient(edge.id), micro_batch)?;
-                gradients.push((edge.op, tensor));
+                gradients.push((edge.to, (edge.op, tensor)));
             }
         }
+        // In one order wherever the cuts lie: each sum adds an earlier consumer's gradient to that of all later ones.
+        gradients.sort_by_key(|(from, _)| std::cmp::Reverse(*from));
+        let gradients = gradients.into_iter().map(|(_, gradient)| gradient).collect();
         let began = Instant::now();
         let mut inputs = BTreeMap::new();
         for (op, tensor) in self.executor.backward(stage, micro_batch, gradients, loss_scale)? {

@@ -611,6 +611,17 @@ fn a_machine_takes_part_in_one_measurement_at_a_time() {
     assert_eq!((inventory.pending, actions.len()), (3, 1), "all is due again");
 }
 
+/// A link that goes over the relay since a while is due, and cannot be measured as long as the job is at work.
+#[test]
+fn an_inventory_does_not_wait_for_jobs_to_end() {
+    let mut core = running();
+    let members: Vec<ConnectionId> = core.compnodes.all().collect();
+    core.survey.seen(members[0], members[1], true);
+    let (inventory, actions) = core.inventory(Some(Duration::ZERO), None, NOW + Duration::from_secs(9));
+    assert_eq!((inventory.pending, actions.len()), (0, 0));
+    assert!(inventory.links.iter().any(|link| link.relayed && link.link.is_some()), "what is known is told");
+}
+
 #[test]
 fn what_cannot_be_measured_holds_up_no_job() {
     let mut core = Core::default();

@@ -85,7 +85,7 @@ pub enum CheckpointError {
         reason: String,
     },
     /// A shard is not there.
-    #[error("shard {path} is missing: the checkpoint is incomplete, use another one")]
+    #[error("{path} is missing: put it back, or use another checkpoint or model")]
     Missing {
         /// Where the shard should be.
         path: PathBuf,

@@ -75,12 +75,12 @@ impl RunFile {
         match read_regular(&path) {
             Ok(text) => {
                 let damaged = |reason| BrokerError::DamagedRun { path: path.clone(), reason };
-                let file: Value = read_json(&text).map_err(damaged)?;
-                if !is_whole(file) {
+                let file = read_json(&text).map_err(damaged)?;
+                if !is_whole(read_json(&text).map_err(damaged)?) {
                     let reason = "its content does not fit its hash: a bit flipped, or somebody changed it";
                     return Err(damaged(reason.to_owned()));
                 }
-                read_json(&text).map(Some).map_err(damaged)
+                Ok(Some(file))
             }
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             // What is no file was put there by somebody.

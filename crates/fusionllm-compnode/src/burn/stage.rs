@@ -220,8 +220,11 @@ impl BurnStage {
                 // A value that nobody needs any more is freed before the kernel runs: it may then work in place.
                 let left = uses.entry(input).or_default();
                 *left = left.saturating_sub(1);
-                if *left == 0 && !self.leaving.contains(&input) {
+                let leaves = self.leaving.contains(&input);
+                if *left == 0 && !leaves {
                     values.remove(&input);
+                } else if training && *left + usize::from(leaves) > 1 && around.dag.carries_gradient(input) {
+                    values.entry(input).and_modify(for_the_others);
                 }
             }
             let mut params = Vec::with_capacity(op.params.len());
@@ -344,6 +347,17 @@ impl BurnStage {
         let owed =
             kept.deferred.into_iter().filter_map(|(op, deferred)| Some((op, deferred.after(&mut tape)?))).collect();
         Ok(StageGradients { inputs, params, lookups, asides: kept.asides, owed })
+    }
+}
+
+/// Has the gradients of all consumers but the one that has just taken the value summed first. So they are added as
+/// g₁ + (g₂ + (g₃ + …)), by the order of the ops and wherever a cut lies: sums of three numbers depend on their order, and
+/// that of autodiff on the graph that a stage has.
+fn for_the_others(value: &mut Value) {
+    if let Value::Real(real) = value {
+        let fan = fused::apply(fused::Fan, [Operand::of(&real.tensor)]);
+        let shape = real.tensor.dims();
+        real.tensor = fan.unwrap_or_else(|| real.tensor.clone().reshape(shape));
     }
 }
 

@@ -1,5 +1,6 @@
 //! Any placement gives the same training, with a lossless codec.
 
+use fusionllm_graph::{Model, OpDag};
 use fusionllm_planner::Task;
 
 use crate::run::{Outcome, Run, assert_close, job, small_gpt2, stages};
@@ -148,4 +149,34 @@ fn a_half_codec_halves_the_bytes_and_still_learns() {
     assert!(bytes(&half) < bytes(&dense));
     assert_eq!(half.logs[1].reports[0].links[0].codec, "bf16");
     assert_close("bf16", &half.losses(), &dense.losses(), 0.02);
+}
+
+/// Two layers of a small Llama, in which a norm has three consumers.
+fn small_llama() -> OpDag {
+    let config = r#"{ "model_type": "llama", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false }"#;
+    Model::from_hugging_face(config).unwrap().model.build(16).unwrap()
+}
+
+/// Where several consumers send gradients back, each sum has its order, whichever of them are elsewhere.
+#[test]
+fn a_cut_before_any_op_changes_no_bit() {
+    for dag in [small_llama(), small_gpt2(0.0)] {
+        let names: Vec<String> = dag.ops().iter().map(|op| op.name.clone()).collect();
+        let run = |list: &[(u32, &str)]| {
+            let mut spec = job("steps = 3\nbatch = 4\nmicro_batches = 2\nlr = 1e-2\nclip = 0.0\nseed = 3");
+            spec.placement.stages = stages(list);
+            let outcome = Run::new(dag.clone(), spec, list.len()).synthetic();
+            outcome.losses().into_iter().map(f64::to_bits).collect::<Vec<u64>>()
+        };
+        let whole = run(&[(0, "loss")]);
+        // Of tied tables the sums are made elsewhere, and are tested there.
+        let cuts = names.iter().skip_while(|name| !name.contains('.')).filter(|name| *name != "loss");
+        for pair in cuts.collect::<Vec<_>>().windows(2) {
+            let [first, second] = [pair[0].as_str(), pair[1].as_str()];
+            assert_eq!(run(&[(0, first), (1, "loss")]), whole, "cut behind {first}");
+            assert_eq!(run(&[(0, first), (1, second), (2, "loss")]), whole, "{second} alone");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use fusionllm_broker::{Broker, BrokerConfig, ResumedBy};
 
 use crate::cli;
+use crate::exit::bad_input;
 use crate::outputs::check_folder;
 use crate::paths::state_dir;
 use crate::{render, secrets};
@@ -12,6 +13,13 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
     check_folder("--runs", &args.runs)?;
     args.checkpoints.iter().try_for_each(|dir| check_folder("--checkpoints", dir))?;
     args.models.iter().try_for_each(|dir| check_folder("--models", dir))?;
+    if args.relay.is_some_and(|port| port == args.bind.port()) {
+        return Err(bad_input(format!(
+            "--relay {0} is the port of --bind {1}: give it another",
+            args.bind.port(),
+            args.bind
+        )));
+    }
     let config = BrokerConfig {
         bind: args.bind,
         advertise: args.advertise,

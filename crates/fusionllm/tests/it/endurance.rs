@@ -76,14 +76,14 @@ fn an_owner_that_no_compnode_is_is_refused() {
 #[test]
 fn jobs_that_wait_survive_a_killed_broker() {
     let bench = Bench::new();
-    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
+    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json --show-ticket");
     broker.wait_for("ticket");
     for _ in 0..2 {
         bench.succeed("submit job.toml --state state --set placement.compnodes=1");
     }
     broker.signal("KILL");
     broker.finish();
-    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
+    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json --show-ticket");
     let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
     let ticket = line["ticket"].as_str().unwrap().to_owned();
     let _node = bench.start(&format!("join {ticket} --name a --bind 127.0.0.1:0 --device cpu --data ."));

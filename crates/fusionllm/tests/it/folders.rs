@@ -201,7 +201,7 @@ fn runs_of_the_first_version_are_read_and_go_on() {
 #[test]
 fn a_brokers_job_goes_on_from_a_step_with_other_keys() {
     let bench = Bench::new();
-    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
+    let mut broker = bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json --show-ticket");
     let line: Value = serde_json::from_str(&broker.wait_for("ticket")).unwrap();
     let _node = bench
         .start(&format!("join {} --name n --bind 127.0.0.1:0 --device cpu --data .", line["ticket"].as_str().unwrap()));

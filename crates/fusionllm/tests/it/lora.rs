@@ -179,19 +179,13 @@ fn adapters_go_out_as_they_came_in_and_merged_as_a_whole_model() {
             serde_json::from_slice(&text).unwrap()
         };
         let (source, written) = (read("peft"), read("out"));
-        for key in [
-            "peft_type",
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "use_rslora",
-            "bias",
-            "fan_in_fan_out",
-            "task_type",
-            "base_model_name_or_path",
-        ] {
+        for key in ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "task_type"]
+        {
             assert_eq!(written[key], source[key], "{case}: {key}");
         }
+        // What they were trained beside last.
+        let base = written["base_model_name_or_path"].as_str().unwrap();
+        assert!(base.ends_with("/hf"), "{case}: {base}");
         let keys = |folder: &str| {
             let bytes = std::fs::read(bench.path(folder).join("adapter_model.safetensors")).unwrap();
             read_shard(&bytes)

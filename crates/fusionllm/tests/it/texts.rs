@@ -450,7 +450,7 @@ fn brokers_that_are_not_there() {
 #[test]
 fn brokers_that_refuse() {
     let mut t = Transcript::new();
-    let mut broker: Running = t.bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json");
+    let mut broker: Running = t.bench.start("broker --bind 127.0.0.1:0 --state state --runs runs --json --show-ticket");
     broker.wait_for("ticket");
     t.write("a-file", "");
     t.write("runs/job", "");

@@ -7,6 +7,7 @@
 mod accumulated;
 mod attention;
 mod cross_entropy;
+mod fan;
 mod gated;
 mod layer_norm;
 mod linear;
@@ -29,6 +30,7 @@ use burn_tensor::{BackendPrimitive, Bytes, DType, Device, Float, Shape, Tensor};
 pub(crate) use accumulated::{AccumulatedLinear, SetAside, WeightSum};
 pub(crate) use attention::{Attention, GroupedAttention, PackedAttention};
 pub(crate) use cross_entropy::CrossEntropy;
+pub(crate) use fan::Fan;
 pub(crate) use gated::Gated;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::{DeferredLinear, FrozenLinear, Linear};

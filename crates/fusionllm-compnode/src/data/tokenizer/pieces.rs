@@ -15,8 +15,20 @@ const PIECE_BYTES: usize = 1 << 20;
 const LONGEST_CHARACTER: usize = 4;
 /// Text at each side of a cut that is held against what it gives without the cut.
 const AROUND_BYTES: usize = 1 << 10;
-/// Line ends that are tried before the piece grows.
+/// Places of each kind that are tried before the piece grows.
 const TRIES: usize = 32;
+/// Where a text may be cut, by what there is after a place: behind a line end, else before a blank, else before another sign
+/// that is of no word. Many texts have no line ends, and some no blanks.
+const PLACES: [fn(&str) -> Option<usize>; 3] = [
+    |text| text.find('\n').map(|at| at + 1),
+    |text| before(text, char::is_whitespace),
+    |text| before(text, |sign| !sign.is_alphanumeric()),
+];
+
+/// The next place before such a character, which is not the first.
+fn before(text: &str, is_such: impl Fn(char) -> bool) -> Option<usize> {
+    text.char_indices().skip(1).find(|&(_, sign)| is_such(sign)).map(|(at, _)| at)
+}
 /// Bytes of memory for a byte of text that is encoded: where each came from, twice, and what describes its word.
 pub(super) const WORD_BYTES: u64 = 64;
 
@@ -36,10 +48,10 @@ impl Tokenizer {
         reading: &Reading,
         take: &mut Take<'_>,
     ) -> Result<(), DataError> {
-        let (mut text, mut is_whole) = (String::new(), false);
+        let (mut text, mut is_whole, mut tried) = (String::new(), false, PIECE_BYTES);
         loop {
             reading.check()?;
-            let Some(at) = self.cut(&text, is_whole, reading)? else {
+            let Some(at) = self.cut(&text, is_whole, &mut tried, reading)? else {
                 is_whole = !more(&mut text)?;
                 reading.fits(text.len() as u64)?;
                 continue;
@@ -49,6 +61,7 @@ impl Tokenizer {
             }
             take(&text[..at], &self.piece(&text[..at], reading)?)?;
             text.drain(..at);
+            tried = PIECE_BYTES;
         }
     }
 
@@ -65,7 +78,7 @@ impl Tokenizer {
         let mut rest = text;
         while !rest.is_empty() {
             reading.check()?;
-            let at = self.cut(rest, true, reading)?.unwrap_or(rest.len());
+            let at = self.cut(rest, true, &mut { PIECE_BYTES }, reading)?.unwrap_or(rest.len());
             take(&self.piece(&rest[..at], reading)?)?;
             rest = &rest[at..];
         }
@@ -85,31 +98,39 @@ impl Tokenizer {
     }
 
     /// Where the first piece of a text ends, of which there may be more unless it is whole; nothing if more of it must be
-    /// known. After a piece the tokens go on as if nothing had been cut: those around show it.
-    fn cut(&self, text: &str, is_whole: bool, reading: &Reading) -> Result<Option<usize>, DataError> {
+    /// known. After a piece the tokens go on as if nothing had been cut: those around show it. Up to `tried` there is no such
+    /// place.
+    fn cut(
+        &self,
+        text: &str,
+        is_whole: bool,
+        tried: &mut usize,
+        reading: &Reading,
+    ) -> Result<Option<usize>, DataError> {
         // The end, if it is that of the whole text.
         let end = is_whole.then_some(text.len());
         if text.len() <= PIECE_BYTES || !is_whole && text.len() < PIECE_BYTES + LONGEST_CHARACTER {
             return Ok(end);
         }
-        let mut from = text.ceil_char_boundary(PIECE_BYTES);
-        let Self::HuggingFace(tokenizer) = self else { return Ok(Some(from)) };
-        while from < text.len() {
-            for _ in 0..TRIES {
-                let Some(at) = text[from..].find('\n').map(|at| from + at + 1) else { return Ok(end) };
-                if !is_whole && text.len() < at + AROUND_BYTES + LONGEST_CHARACTER {
-                    return Ok(None);
-                }
-                let start = text.floor_char_boundary(at.saturating_sub(AROUND_BYTES));
-                let end = text.ceil_char_boundary(at.saturating_add(AROUND_BYTES));
-                let mut parts = tokenizer.encode_watched(&text[start..at], reading)?;
-                parts.extend(tokenizer.encode_watched(&text[at..end], reading)?);
-                if parts == tokenizer.encode_watched(&text[start..end], reading)? {
-                    return Ok(Some(at));
-                }
-                from = at;
+        let Self::HuggingFace(tokenizer) = self else { return Ok(Some(text.ceil_char_boundary(PIECE_BYTES))) };
+        while *tried < text.len() {
+            let from = text.ceil_char_boundary(*tried);
+            let until = from.saturating_add(PIECE_BYTES);
+            if !is_whole && text.len() < until + AROUND_BYTES + LONGEST_CHARACTER {
+                return Ok(None);
             }
-            from = text.ceil_char_boundary(from.saturating_add(PIECE_BYTES));
+            let until = text.ceil_char_boundary(until);
+            for next in PLACES {
+                let mut at = from;
+                for _ in 0..TRIES {
+                    let Some(after) = next(&text[at..until]) else { break };
+                    at += after;
+                    if tokenizer.may_cut(text, at, reading)? {
+                        return Ok(Some(at));
+                    }
+                }
+            }
+            *tried = until;
         }
         Ok(end)
     }
@@ -132,6 +153,15 @@ impl Tokenizer {
 }
 
 impl FileTokenizer {
+    /// Whether the tokens around a place are the same with a cut there.
+    fn may_cut(&self, text: &str, at: usize, reading: &Reading) -> Result<bool, DataError> {
+        let start = text.floor_char_boundary(at.saturating_sub(AROUND_BYTES));
+        let end = text.ceil_char_boundary(at.saturating_add(AROUND_BYTES));
+        let mut parts = self.encode_watched(&text[start..at], reading)?;
+        parts.extend(self.encode_watched(&text[at..end], reading)?);
+        Ok(parts == self.encode_watched(&text[start..end], reading)?)
+    }
+
     /// As the library encodes a text, and can be stopped after each word.
     fn encode_watched(&self, text: &str, reading: &Reading) -> Result<Vec<i32>, DataError> {
         self.guarded(|| self.encode_words(text, reading))
@@ -210,18 +240,20 @@ mod tests {
         let prepends = |keys: &mut serde_json::Value| {
             keys["normalizer"] = serde_json::json!({ "type": "Prepend", "prepend": "b" });
         };
-        // Line ends that belong to what follows or goes before them, and some that do not.
-        let text = "ab a\n\nab\n a\nb b\n\n\n".repeat(PIECE_BYTES / 15);
-        let cases = [
-            (Tokenizer::Bytes, true),
-            (tokenizer(whole_words), true),
-            (tokenizer(|_| {}), true),
-            (tokenizer(prepends), false),
-        ];
-        for (tokenizer, is_cut) in cases {
-            let (ids, count) = pieces(&tokenizer, &text);
-            assert!(ids == tokenizer.encode(&text).unwrap(), "{tokenizer:?}");
-            assert_eq!(count > 1, is_cut, "{count} pieces");
+        // Line ends that belong to what follows or goes before them, and some that do not; blanks alone; and neither.
+        for text in ["ab a\n\nab\n a\nb b\n\n\n", "ab a ab  b a b", "ab,ab、b。a、"] {
+            let text = text.repeat(3 * PIECE_BYTES / text.len());
+            let cases = [
+                (Tokenizer::Bytes, true),
+                (tokenizer(whole_words), true),
+                (tokenizer(|_| {}), true),
+                (tokenizer(prepends), false),
+            ];
+            for (tokenizer, is_cut) in cases {
+                let (ids, count) = pieces(&tokenizer, &text);
+                assert!(ids == tokenizer.encode(&text).unwrap(), "{tokenizer:?}");
+                assert_eq!(count > 1, is_cut, "{count} pieces");
+            }
         }
     }
 
