@@ -14,7 +14,7 @@ use super::timed;
 use crate::backend::{ExecutorSpec, MeasureSpec};
 use crate::border::BorderTensor;
 use crate::burn::executor::BurnExecutor;
-use crate::burn::gradients::{Gradients, LookupGradient};
+use crate::burn::gradients::{GradientSums, LookupGradient};
 use crate::burn::host::{download, rows_and_columns, upload};
 use crate::burn::kernels::{self, AngleTables, Arguments, IntegerValue, KernelContext, RealValue, Value};
 use crate::burn::optimizer::{self, ParamState};
@@ -106,7 +106,7 @@ fn time_lookup(dag: &OpDag, id: OpId, arguments: Arguments<'_>, device: &Device)
         let (fp_s, output) = timed(device, || kernels::lookup(&arguments))?;
         let (param, ids, gradient) = (ParamId(0), token_ids(dag, id, count), output.tensor.inner());
         let (bp_s, _) = timed(device, || {
-            let mut sums = Gradients::default();
+            let mut sums = GradientSums::default();
             sums.add(Vec::new(), vec![LookupGradient { param, ids, gradient }], &[], |_| elements);
             Ok(sums)
         })?;

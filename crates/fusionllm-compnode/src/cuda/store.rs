@@ -11,6 +11,7 @@ use super::gpu::{Buffer, Gpu, Packed, bytes_of_f32, f32_of_bytes, number};
 use super::kernel;
 use super::layout::{CHUNK, Extent, Layout};
 use super::plan::{Region, tied_tables};
+use crate::executor::Write;
 use crate::{ExecutorError, OptimizerSpec, UpdateSpec};
 
 /// What a parameter is and what belongs to it, all laid out alike. What is not trained has values alone.
@@ -93,9 +94,7 @@ impl Store {
     }
 
     fn extent(&self, param: ParamId) -> Result<Extent, ExecutorError> {
-        self.layout
-            .get(param)
-            .ok_or_else(|| ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) })
+        self.layout.get(param).ok_or_else(|| ExecutorError::param_not_held(param))
     }
 
     /// Replaces a parameter, row-major.
@@ -110,47 +109,37 @@ impl Store {
         self.gpu.launch(kernel::CAST_F32_BF16, [number(taken.div_ceil(kernel::CAST_ELEMENTS))?, 1], arguments.bytes())
     }
 
-    /// Replaces what the optimizer keeps of a parameter; nothing is zeros.
-    pub(super) fn set_state(
-        &mut self,
-        param: ParamId,
-        kind: StateKind,
-        values: Option<&[f32]>,
-    ) -> Result<(), ExecutorError> {
-        let Extent { start, taken, .. } = self.extent(param)?;
-        let Some((_, state)) = self.states.iter().find(|(of, _)| *of == kind) else { return Ok(()) };
-        let at = state.address() + start as u64 * 4;
-        match values {
-            Some(values) => {
-                self.has_state = true;
-                self.gpu.upload(at, &bytes_of_f32(values))
-            }
-            None => self.gpu.zero(at, taken * 4),
-        }
+    /// Replaces what the optimizer keeps of a parameter.
+    pub(super) fn set_state(&mut self, param: ParamId, kind: StateKind, values: &[f32]) -> Result<(), ExecutorError> {
+        let at = self.state(kind)?.address() + self.extent(param)?.start as u64 * 4;
+        self.has_state = true;
+        self.gpu.upload(at, &bytes_of_f32(values))
     }
 
-    /// Forgets whether there was state.
-    pub(super) fn without_state(&mut self) {
+    /// Makes all state zero, as it is before the first UPDATE.
+    pub(super) fn forget_state(&mut self) -> Result<(), ExecutorError> {
         self.has_state = false;
+        self.states.iter().try_for_each(|(_, state)| self.gpu.zero(state.address(), state.bytes()))
     }
 
-    /// The kinds of state that there are by now.
-    pub(super) fn states(&self) -> impl Iterator<Item = StateKind> {
-        self.states.iter().filter(|_| self.has_state).map(|(kind, _)| *kind)
+    /// Whether the state says anything yet.
+    pub(super) fn has_state(&self) -> bool {
+        self.has_state
+    }
+
+    pub(super) fn optimizer(&self) -> &OptimizerSpec {
+        &self.optimizer
+    }
+
+    fn state(&self, kind: StateKind) -> Result<&Buffer, ExecutorError> {
+        let state = self.states.iter().find(|(of, _)| *of == kind).map(|(_, buffer)| buffer);
+        state.ok_or_else(|| ExecutorError::Internal { what: format!("the optimizer keeps no {kind:?}") })
     }
 
     /// A parameter's values, or those of its state.
     pub(super) fn values(&self, param: ParamId, kind: Option<StateKind>) -> Result<Vec<f32>, ExecutorError> {
         let Extent { start, elements, .. } = self.extent(param)?;
-        let buffer = match kind {
-            None => &self.parameters,
-            Some(kind) => self
-                .states
-                .iter()
-                .find(|(of, _)| *of == kind)
-                .map(|(_, buffer)| buffer)
-                .ok_or_else(|| ExecutorError::Internal { what: format!("the optimizer keeps no {kind:?}") })?,
-        };
+        let buffer = kind.map_or(Ok(&self.parameters), |kind| self.state(kind))?;
         self.read(buffer, start, elements)
     }
 
@@ -233,14 +222,16 @@ impl Store {
         dag: &OpDag,
         param: ParamId,
         start: usize,
-        mut values: Vec<f32>,
-        adds: bool,
+        values: &[f32],
+        how: Write,
     ) -> Result<(), ExecutorError> {
-        if adds {
-            let old = self.gradient(dag, param, start..start + values.len())?;
-            values.iter_mut().zip(old).for_each(|(value, old)| *value += old);
-        } else {
-            self.meet(dag)?;
+        let mut values = values.to_vec();
+        match how {
+            Write::Add => {
+                let old = self.gradient(dag, param, start..start + values.len())?;
+                values.iter_mut().zip(old).for_each(|(value, old)| *value += old);
+            }
+            Write::Replace => self.meet(dag)?,
         }
         let at = self.gradients.address() + (self.extent(param)?.start + start) as u64 * 4;
         self.gpu.upload(at, &bytes_of_f32(&values))
