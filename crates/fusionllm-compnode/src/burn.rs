@@ -57,7 +57,7 @@ impl Backend for BurnBackend {
     }
 
     fn kernels(&self) -> Kernels {
-        if fused::is_cpu(&self.device) { Kernels::Fused } else { Kernels::Plain }
+        kernels_of(&self.device)
     }
 
     fn has(&self, precision: Precision) -> bool {
@@ -79,6 +79,11 @@ impl Backend for BurnBackend {
     fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {
         Ok(Box::new(BurnExecutor::new(spec, self.device.clone(), stop)?))
     }
+}
+
+/// How a device computes ops of several steps.
+fn kernels_of(device: &Device) -> Kernels {
+    if fused::is_cpu(device) { Kernels::Fused } else { Kernels::Plain }
 }
 
 /// Seconds until all that `work` put on the device is done.

@@ -1,11 +1,9 @@
 //! What the device can do, by measuring it.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{DType, OpDag, OpId};
+use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::{FpBp, Measured, StageId};
 use fusionllm_protocol::Pass;
 
@@ -15,9 +13,8 @@ use super::kernel;
 use super::layout::{CHUNK, DECAY_ELEMENTS};
 use crate::ExecutorError;
 use crate::backend::{DeviceSpeed, ExecutorSpec, MeasureSpec};
-use crate::border::BorderTensor;
 use crate::executor::MicroBatch;
-use crate::profile::{median_of_runs, pattern, token_ids};
+use crate::profile::{each_work, median_of_runs, op_input, pattern};
 use crate::stop::StopFlag;
 
 /// The side of the square matrices that are multiplied.
@@ -88,11 +85,7 @@ pub(super) fn measure_ops(
     gpu: &Arc<dyn Gpu>,
     stop: &StopFlag,
 ) -> Result<Measured, ExecutorError> {
-    let mut ops: BTreeMap<String, FpBp> = BTreeMap::new();
-    for (work, op) in dag.works(spec.batch) {
-        stop.check()?;
-        ops.insert(work, time_op(dag, op, spec, gpu, stop)?);
-    }
+    let ops = each_work(dag, spec.batch, stop, |op| time_op(dag, op, spec, gpu, stop))?;
     Ok(Measured { ops, update_s_per_byte: time_update(gpu)?, copy_s_per_byte: time_copy(gpu)? })
 }
 
@@ -106,7 +99,8 @@ fn time_op(
     let of_op = ExecutorSpec::of_ops(Arc::clone(dag), vec![op]).computing_in(spec.precision);
     let mut executor = CudaExecutor::new(of_op, gpu, stop.clone())?;
     let at = MicroBatch { step: 0, pass: Pass::Train, index: 0 };
-    let inputs = dag.op(op).inputs.iter().map(|&input| tensor(dag, input, op, spec.batch)).collect::<Result<_, _>>()?;
+    let tensor = |&input: &OpId| Ok((input, op_input(dag, input, op, spec.batch)?.into()));
+    let inputs = dag.op(op).inputs.iter().map(tensor).collect::<Result<_, ExecutorError>>()?;
     let probe = executor.probe(StageId(0), at, inputs)?;
     let [fp_s, bp_s] = median_of_runs(|| {
         stop.check()?;
@@ -114,19 +108,6 @@ fn time_op(
         Ok([fp_s, timed(gpu, || executor.probe_backward(&probe))?])
     })?;
     Ok(FpBp { fp_s, bp_s: if dag.carries_gradient(op) { bp_s } else { 0.0 } })
-}
-
-/// An input of an op as it would come from the op before.
-fn tensor(dag: &OpDag, input: OpId, reader: OpId, batch: usize) -> Result<(OpId, BorderTensor), ExecutorError> {
-    let output = &dag.op(input).output;
-    let shape = output.shape.resolve(batch);
-    let count = shape.iter().product();
-    let values = match output.dtype {
-        DType::F32 => Values::F32(pattern(count)),
-        DType::I32 => Values::I32(token_ids(dag, reader, count)),
-    };
-    let tensor = HostTensor::new(shape, values).map_err(|e| ExecutorError::Internal { what: e.to_string() })?;
-    Ok((input, tensor.into()))
 }
 
 /// Seconds of UPDATE by AdamW, the optimizer that does most, per byte of f32 parameters, with the norm for clipping.
