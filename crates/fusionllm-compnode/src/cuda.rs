@@ -19,6 +19,7 @@ mod measure;
 mod modules;
 mod plan;
 mod store;
+mod sum;
 mod tensor;
 #[cfg(test)]
 mod tests;

@@ -91,7 +91,7 @@ impl CudaExecutor {
             }
         }
         let angles = Angles::new(gpu, &dag, stages.iter().flat_map(|stage| stage.ops.iter().copied()))?;
-        gpu.prepare(&[kernel::CHUNK_SQUARES, kernel::ADAMW, kernel::ADD_ROWS])?;
+        gpu.prepare(&[kernel::CHUNK_SQUARES, kernel::ADAMW, kernel::ADD_ROWS, kernel::ADD.of(Element::F32)])?;
         Ok(Self {
             dag,
             gpu: Arc::clone(gpu),

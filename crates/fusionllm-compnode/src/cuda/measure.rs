@@ -9,8 +9,8 @@ use fusionllm_protocol::Pass;
 
 use super::executor::CudaExecutor;
 use super::gpu::{Buffer, Element, Gpu, Matrix, Operands, Packed, Product, bytes_of_f32, f32_of_bytes};
-use super::kernel;
 use super::layout::{CHUNK, DECAY_ELEMENTS};
+use super::{kernel, sum};
 use crate::ExecutorError;
 use crate::backend::{DeviceSpeed, ExecutorSpec, MeasureSpec};
 use crate::executor::MicroBatch;
@@ -34,7 +34,7 @@ pub(super) fn try_out(gpu: &Arc<dyn Gpu>) -> Result<(), ExecutorError> {
     gpu.upload(ones.address(), &bytes_of_f32(&[1.0; SIDE * SIDE]))?;
     let (a, d) = (ones.address(), result.address());
     gpu.multiply(&square(SIDE), Operands { a, b: a, c: 0, d, bias: 0, alpha: 1.0 })?;
-    add(gpu, [a, d, d], SIDE * SIDE)?;
+    sum::add(gpu, Element::F32, [a, d, d], SIDE * SIDE)?;
     let mut bytes = [0; SIDE * SIDE * 4];
     gpu.download(d, &mut bytes)?;
     if f32_of_bytes(&bytes).iter().all(|&value| value == (SIDE + 1) as f32) {
@@ -50,15 +50,6 @@ fn square(side: usize) -> Product {
     Product { m, n, k, a: matrix, b: matrix, d: matrix, batch: 1, tf32: false, adds: false, bias: false }
 }
 
-/// Adds tensors of f32: a, b, and where the sum goes.
-fn add(gpu: &Arc<dyn Gpu>, addresses: [u64; 3], count: usize) -> Result<(), ExecutorError> {
-    let mut arguments = Packed::default();
-    addresses.into_iter().for_each(|address| arguments.pointer(address));
-    arguments.u32(count as u32);
-    let grid = [count.div_ceil(kernel::elements(Element::F32)) as u32, 1];
-    gpu.launch(kernel::ADD.of(Element::F32), grid, arguments.bytes())
-}
-
 /// S and the speed of memory.
 ///
 /// # Errors
@@ -70,7 +61,7 @@ pub(super) fn measure_speed(gpu: &Arc<dyn Gpu>) -> Result<DeviceSpeed, ExecutorE
     let (a, b, d) = (side.address(), other.address(), result.address());
     let operands = Operands { a, b, c: 0, d, bias: 0, alpha: 1.0 };
     let [product_s] = median_of_runs(|| Ok([timed(gpu, || gpu.multiply(&product, operands))?]))?;
-    let [sum_s] = median_of_runs(|| Ok([timed(gpu, || add(gpu, [a, b, d], SIDE * SIDE))?]))?;
+    let [sum_s] = median_of_runs(|| Ok([timed(gpu, || sum::add(gpu, Element::F32, [a, b, d], SIDE * SIDE))?]))?;
     let flops = 2.0 * (SIDE as f64).powi(3);
     Ok(DeviceSpeed { flop_per_s: flops / product_s, memory_bytes_per_s: (3 * 4 * SIDE * SIDE) as f64 / sum_s })
 }

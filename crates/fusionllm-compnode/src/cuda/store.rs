@@ -7,10 +7,10 @@ use std::sync::Arc;
 use fusionllm_graph::{OpDag, ParamId};
 use fusionllm_protocol::{Precision, StateKind};
 
-use super::gpu::{Buffer, Gpu, Packed, bytes_of_f32, f32_of_bytes, number};
-use super::kernel;
+use super::gpu::{Buffer, Element, Gpu, Packed, bytes_of_f32, f32_of_bytes, number};
 use super::layout::{CHUNK, Extent, Layout};
 use super::plan::{Region, tied_tables};
+use super::{kernel, sum};
 use crate::executor::Write;
 use crate::{ExecutorError, OptimizerSpec, UpdateSpec};
 
@@ -225,16 +225,18 @@ impl Store {
         values: &[f32],
         how: Write,
     ) -> Result<(), ExecutorError> {
-        let mut values = values.to_vec();
-        match how {
-            Write::Add => {
-                let old = self.gradient(dag, param, start..start + values.len())?;
-                values.iter_mut().zip(old).for_each(|(value, old)| *value += old);
-            }
-            Write::Replace => self.meet(dag)?,
+        self.meet(dag)?;
+        let first = self.extent(param)?.start + start;
+        let at = |element: usize| self.gradients.address() + element as u64 * 4;
+        if how == Write::Replace {
+            return self.gpu.upload(at(first), &bytes_of_f32(values));
         }
-        let at = self.gradients.address() + (self.extent(param)?.start + start) as u64 * 4;
-        self.gpu.upload(at, &bytes_of_f32(&values))
+        // The kernel begins at multiples of 16 bytes. What lies before the values stays as it is: x + -0 is x for all x.
+        let before = first % 4;
+        let terms = [&[-0.0; 4][..before], values].concat();
+        let uploaded = uploaded(&self.gpu, &bytes_of_f32(&terms))?;
+        let sum = at(first - before);
+        sum::add(&self.gpu, Element::F32, [sum, uploaded.address(), sum], terms.len())
     }
 
     /// Adds to rows of a gradient, each of which occurs once.

@@ -330,6 +330,32 @@ fn what_was_exported_goes_on_where_it_stood() {
 }
 
 #[test]
+fn pieces_of_gradients_are_added_to_the_bit_wherever_they_begin() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let dag = model(16, 0.0);
+    let gpu = Emulated::open();
+    let mut executors = Trial::new(&dag).executors(&|spec| executor(spec, &gpu));
+    let held = &mut executors[0];
+    let param = dag.find_param("transformer.wte.weight").unwrap();
+    let all = 0..dag.param(param).shape.iter().product::<usize>();
+    let mut sum: Vec<f32> = all.clone().map(|i| (i as f32 - 700.5) / 3.0).collect();
+    sum[..8].copy_from_slice(&[-0.0, 0.0, -0.0, 1e-42, f32::MIN_POSITIVE, -1e30, 0.1, -0.1]);
+    held.set_gradient(param, 0, sum.clone()).unwrap();
+    for (start, count) in [(0, all.end), (1, 1), (3, 7), (5, 1030), (6, 2), (1027, 3), (all.end - 1, 1)] {
+        let piece: Vec<f32> = (0..count).map(|i| (i as f32 + 0.3) * 1.7e-3 - start as f32).collect();
+        sum[start..start + count].iter_mut().zip(&piece).for_each(|(sum, piece)| *sum += piece);
+        held.add_gradient(param, start, piece).unwrap();
+        let got = held.gradient(param, all.clone()).unwrap();
+        let differs = got.iter().zip(&sum).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differs, None, "{count} from {start}");
+    }
+    let error = held.add_gradient(param, all.end - 1, vec![0.0; 2]).unwrap_err().to_string();
+    assert!(error.contains("[97, 32]"), "{error}");
+}
+
+#[test]
 fn an_id_beyond_the_table_is_refused() {
     if emulated::is_left_out() {
         return;
