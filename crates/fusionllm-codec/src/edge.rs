@@ -182,6 +182,13 @@ impl EdgeEncoder {
         Ok(Encoded { bytes: (out.len() - start) as u64, relative_error })
     }
 
+    /// Whether a tensor's encoding depends on those before it, or changes what those after it become.
+    pub fn remembers(&self, codec: Codec) -> bool {
+        let EdgeOptions { error_feedback, predict, .. } = self.options;
+        let learns = error_feedback || predict || matches!(codec, Codec::Transform { .. });
+        self.residual().is_some() || (learns && !codec.is_lossless())
+    }
+
     /// What error feedback adds to the next tensor, and the shape which that must have; none if nothing is kept.
     pub fn residual(&self) -> Option<(&[usize], &[f32])> {
         let EdgeState { shape, residual, .. } = &self.state;

@@ -145,6 +145,18 @@ pub enum ExchangeError {
     /// A tensor cannot be encoded or decoded.
     #[error(transparent)]
     Codec(#[from] CodecError),
+    /// The device of a tensor that is to be sent failed.
+    #[error("{reason}")]
+    Device {
+        /// What the executor says, in one line.
+        reason: String,
+    },
+}
+
+impl From<ExecutorError> for ExchangeError {
+    fn from(error: ExecutorError) -> Self {
+        Self::Device { reason: error.to_string() }
+    }
 }
 
 /// Why a shard could not be read or written.
