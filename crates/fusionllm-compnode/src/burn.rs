@@ -6,6 +6,7 @@ mod gradients;
 mod host;
 mod kernels;
 mod measure;
+mod memory;
 mod optimizer;
 mod owed;
 mod speed;
@@ -21,9 +22,9 @@ use fusionllm_protocol::Precision;
 
 use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, MeasureSpec};
 use crate::executor::Executor;
-use crate::profile::free_bytes;
 use crate::stop::StopFlag;
-use crate::{CompNodeError, DeviceChoice, ExecutorError};
+use crate::{CompNodeError, ExecutorError};
+pub(crate) use device::BurnDevice;
 pub use device::PROBE_THREAD;
 use executor::BurnExecutor;
 use kernels::fused;
@@ -33,7 +34,7 @@ use kernels::fused;
 pub(crate) struct BurnBackend {
     device: Device,
     name: String,
-    choice: DeviceChoice,
+    kind: BurnDevice,
 }
 
 impl BurnBackend {
@@ -41,9 +42,9 @@ impl BurnBackend {
     ///
     /// # Errors
     /// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
-    pub(crate) fn open(choice: DeviceChoice) -> Result<Self, CompNodeError> {
-        let (device, name) = device::open(choice)?;
-        Ok(Self { device, name, choice })
+    pub(crate) fn open(kind: BurnDevice) -> Result<Self, CompNodeError> {
+        let (device, name) = device::open(kind)?;
+        Ok(Self { device, name, kind })
     }
 }
 
@@ -53,7 +54,7 @@ impl Backend for BurnBackend {
     }
 
     fn is_cpu(&self) -> bool {
-        self.choice.is_cpu()
+        self.kind == BurnDevice::Cpu
     }
 
     fn kernels(&self) -> Kernels {
@@ -65,7 +66,7 @@ impl Backend for BurnBackend {
     }
 
     fn free_bytes(&self) -> Option<u64> {
-        free_bytes(self.choice)
+        memory::free_bytes(self.kind)
     }
 
     fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError> {

@@ -11,7 +11,7 @@ mod room;
 
 pub(crate) use cache::{ProfileCache, work_of};
 pub(crate) use host::host_name;
-pub(crate) use memory::free_bytes;
+pub(crate) use memory::host_free;
 pub(crate) use room::check_room;
 
 use std::collections::BTreeMap;
