@@ -7,7 +7,7 @@ use fusionllm_codec::Codec;
 use fusionllm_graph::{DType, OpDag, OpId, Param, ParamId};
 use serde::{Deserialize, Serialize};
 
-use crate::estimate::TRAINING_COPIES;
+use crate::estimate::training_bytes;
 use crate::{EdgeId, NodeIndex, Pipeline, Route, StageId, Task, Way};
 
 /// A contiguous piece of the topological order on one CompNode.
@@ -195,11 +195,10 @@ impl Placement {
         params.filter(|param| !param.frozen).map(Param::bytes).fold(0, u64::saturating_add)
     }
 
-    /// Bytes of the parameters that a CompNode holds, and for those that it trains of their gradients and of AdamW's two
-    /// moments, as f32.
-    pub fn training_bytes_of(&self, dag: &OpDag, node: NodeIndex) -> u64 {
-        let more = self.trained_bytes_of(dag, node).saturating_mul(TRAINING_COPIES - 1);
-        self.param_bytes_of(dag, node).saturating_add(more)
+    /// Bytes of the parameters that a CompNode holds, and for those that it trains of their gradients and of as many
+    /// states of the optimizer, as f32.
+    pub fn training_bytes_of(&self, dag: &OpDag, node: NodeIndex, states: u32) -> u64 {
+        training_bytes(self.param_bytes_of(dag, node), self.trained_bytes_of(dag, node), states)
     }
 
     /// The largest number of messages of one edge and direction that can be on the way at once.
