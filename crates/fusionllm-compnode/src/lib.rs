@@ -37,7 +37,7 @@ mod task_loop;
 mod testing;
 
 pub use allocator::{Allocator, keep_freed_memory};
-pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, MeasureSpec, StageOps};
+pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, Load, MeasureSpec, StageOps};
 pub use border::{BorderTensor, DeviceTensor};
 pub use burn::PROBE_THREAD;
 pub use checkpoint::{

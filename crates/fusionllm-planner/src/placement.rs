@@ -210,6 +210,15 @@ impl Placement {
     /// Largest number of micro-batches that are live at once in a stage of the CompNode's training order, by
     /// stage: the bound on activation memory that the order gives.
     pub fn live_bound(&self, node: NodeIndex) -> BTreeMap<StageId, u32> {
+        self.bound(node, false)
+    }
+
+    /// As [`Self::live_bound`], where a micro-batch counts until all that its BP has put off is made.
+    pub fn held_bound(&self, node: NodeIndex) -> BTreeMap<StageId, u32> {
+        self.bound(node, self.defers(node))
+    }
+
+    fn bound(&self, node: NodeIndex, until_weight_gradients: bool) -> BTreeMap<StageId, u32> {
         let mut live: BTreeMap<StageId, u32> = BTreeMap::new();
         let mut bound: BTreeMap<StageId, u32> = BTreeMap::new();
         for task in self.train.orders.get(node.index()).into_iter().flatten() {
@@ -220,11 +229,13 @@ impl Placement {
                     let most = bound.entry(stage).or_default();
                     *most = (*most).max(*now);
                 }
-                Task::Bp { stage, .. } => {
+                Task::Bp { .. } if until_weight_gradients => {}
+                Task::Wg { .. } if !until_weight_gradients => {}
+                Task::Bp { stage, .. } | Task::Wg { stage, .. } => {
                     let now = live.entry(stage).or_default();
                     *now = now.saturating_sub(1);
                 }
-                Task::Wg { .. } | Task::Update => {}
+                Task::Update => {}
             }
         }
         bound

@@ -8,7 +8,7 @@ use fusionllm_graph::{OpDag, ParamId};
 use fusionllm_protocol::{Precision, StateKind};
 
 use super::gpu::{Buffer, Element, Gpu, Packed, bytes_of_f32, f32_of_bytes, number};
-use super::layout::{CHUNK, Extent, Layout};
+use super::layout::{CHUNK, DECAY_ELEMENTS, Extent, Layout};
 use super::plan::{Region, tied_tables};
 use super::{kernel, sum};
 use crate::executor::Write;
@@ -39,6 +39,43 @@ pub(super) struct Store {
     optimizer: OptimizerSpec,
 }
 
+/// Bytes of what a [`Store`] keeps on the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StoreBytes {
+    parameters: u64,
+    /// Of those as products take them, where they are kept too.
+    copy: Option<u64>,
+    gradients: u64,
+    lookups: u64,
+    /// Of each state of the optimizer.
+    state: u64,
+    states: u64,
+    /// What says where weight decay applies, and where parameters begin.
+    tables: u64,
+}
+
+impl StoreBytes {
+    pub(super) fn of(dag: &OpDag, layout: &Layout, precision: Precision, optimizer: &OptimizerSpec) -> Self {
+        let (elements, trained) = (layout.elements() as u64, layout.trained_elements() as u64);
+        let end = |param: &ParamId| layout.get(*param).map_or(0, |e| e.start + e.taken);
+        Self {
+            parameters: 4 * elements,
+            copy: (precision == Precision::Bf16).then_some(2 * elements),
+            gradients: 4 * trained,
+            lookups: 4 * tied_tables(dag, layout).iter().map(end).max().unwrap_or(0) as u64,
+            state: 4 * trained,
+            states: optimizer.states().len() as u64,
+            tables: trained / DECAY_ELEMENTS as u64 + 4 * (layout.trained().count() as u64 + 1),
+        }
+    }
+
+    /// All together.
+    pub(super) fn sum(&self) -> u64 {
+        let Self { parameters, copy, gradients, lookups, state, states, tables } = *self;
+        parameters + copy.unwrap_or(0) + gradients + lookups + state * states + tables
+    }
+}
+
 impl Store {
     /// Parameters of zeros.
     ///
@@ -51,22 +88,21 @@ impl Store {
         precision: Precision,
         optimizer: OptimizerSpec,
     ) -> Result<Self, ExecutorError> {
-        let zeros = |elements: usize, each: usize| Buffer::zeros(gpu, elements * each);
-        let (elements, trained) = (layout.elements(), layout.trained_elements());
-        let apart = tied_tables(dag, &layout);
-        let end = |param: &ParamId| layout.get(*param).map_or(0, |e| e.start + e.taken);
-        let lookups = zeros(apart.iter().map(end).max().unwrap_or(0), 4)?;
-        let states = optimizer.states().iter().map(|&kind| Ok((kind, zeros(trained, 4)?))).collect::<Result<_, _>>()?;
+        let zeros = |bytes: u64| Buffer::zeros(gpu, bytes as usize);
+        let bytes = StoreBytes::of(dag, &layout, precision, &optimizer);
+        let states =
+            optimizer.states().iter().map(|&kind| Ok((kind, zeros(bytes.state)?))).collect::<Result<_, _>>()?;
         let decay = uploaded(gpu, &layout.decay(dag))?;
         let firsts = layout.trained().map(|(_, extent)| extent.chunks().start);
-        let starts: Vec<u8> = firsts.chain([trained / CHUNK]).flat_map(|s| (s as u32).to_ne_bytes()).collect();
+        let end = layout.trained_elements() / CHUNK;
+        let starts: Vec<u8> = firsts.chain([end]).flat_map(|s| (s as u32).to_ne_bytes()).collect();
         Ok(Self {
             gpu: Arc::clone(gpu),
-            parameters: zeros(elements, 4)?,
-            copy: (precision == Precision::Bf16).then(|| zeros(elements, 2)).transpose()?,
-            gradients: zeros(trained, 4)?,
-            lookups,
-            apart,
+            parameters: zeros(bytes.parameters)?,
+            copy: bytes.copy.map(zeros).transpose()?,
+            gradients: zeros(bytes.gradients)?,
+            lookups: zeros(bytes.lookups)?,
+            apart: tied_tables(dag, &layout),
             looked_up: BTreeMap::new(),
             waiting: BTreeMap::new(),
             states,

@@ -15,7 +15,8 @@ use super::driver::Driver;
 use super::emulated::{self, Emulated};
 use super::executor::CudaExecutor;
 use super::gpu::Gpu;
-use crate::backend::{ExecutorSpec, FirstParams, StageOps};
+use super::needs;
+use crate::backend::{ExecutorSpec, FirstParams, Load, StageOps};
 use crate::border::BorderTensor;
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, UpdateSpec};
 use crate::stop::StopFlag;
@@ -327,6 +328,40 @@ fn what_was_exported_goes_on_where_it_stood() {
         tensors.map(|tensor| (tensor.name.clone(), tensor)).collect::<BTreeMap<_, _>>()
     };
     assert_eq!(back, two.tensors);
+}
+
+#[test]
+fn what_an_executor_needs_is_known_before_it_takes_any() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let sgd = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
+    for (precision, optimizer, dag) in [
+        (Precision::F32, ADAMW, model(16, 0.0)),
+        (Precision::F32, sgd, model(16, 0.1)),
+        (Precision::Bf16, ADAMW, model(64, 0.0)),
+        (Precision::Bf16, sgd, every_op()),
+    ] {
+        let trial = Trial { precision, optimizer, ..Trial::new(&dag) };
+        let emulated = Arc::new(Emulated::default());
+        let gpu = Arc::clone(&emulated) as Arc<dyn Gpu>;
+        let needed = std::cell::Cell::new(0);
+        let mut executors = trial.executors(&|spec| {
+            let load = Load { batch: BATCH, held: [(StageId(0), 1)].into() };
+            needed.set(needs::bytes(&spec, precision, &load).unwrap());
+            executor(spec, &gpu)
+        });
+        trial.step(&mut executors, 0);
+        let at = MicroBatch { step: 1, pass: Pass::Eval, index: 0 };
+        executors[0].forward(StageId(0), at, trial.data(0, 0).into_iter().collect()).unwrap();
+        let needed = needed.get();
+        // Besides come the norm's sums and the places of what was looked up; each buffer is rounded up.
+        let taken = emulated.most_taken() as u64;
+        assert!(
+            (needed..needed + needed / 20 + 32_768).contains(&taken),
+            "{precision:?}: {needed} needed, {taken} taken"
+        );
+    }
 }
 
 #[test]
