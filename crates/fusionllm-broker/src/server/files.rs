@@ -223,16 +223,7 @@ impl Keeper {
 
     fn open(&mut self, open: OpenRun) -> Result<Vec<CoreEvent>, BrokerError> {
         self.elsewhere.remove(&open.key.job);
-        let mut files = WholeFiles::default();
-        // An earlier placement's lock must not stand in the way.
-        for mut earlier in self.take(open.key.job) {
-            // Else the run would begin in whatever stands in the place of its directory by now.
-            if let Err(error) = earlier.come_back(false) {
-                self.runs.insert(earlier.key, earlier);
-                return Err(error);
-            }
-            files = earlier.opened.files;
-        }
+        let files = self.let_go(open.key.job)?;
         let dir = RunDir::new(&open.run_dir);
         let mut notices = match (open.takes_back, open.goes_on) {
             (true, _) => make_sure(&open)?,
@@ -268,6 +259,19 @@ impl Keeper {
         let noticed = notices.into_iter().map(|text| CoreEvent::Noticed { key, text });
         let opened = std::iter::once(CoreEvent::RunOpened { key });
         Ok(opened.chain(noticed).chain(std::iter::once(gone)).collect())
+    }
+
+    /// Lets go of the earlier placements of a job, whose locks must not stand in the way of the next. Gives the files that are
+    /// written as a whole, as the last one knew them.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if the folders of one cannot be made again where they were renamed or removed: the next one would begin
+    /// in whatever stands in their place by now. Then all are held on to.
+    fn let_go(&mut self, job: JobId) -> Result<WholeFiles, BrokerError> {
+        for (_, run) in self.runs.iter_mut().filter(|(key, _)| key.job == job) {
+            run.come_back(false)?;
+        }
+        Ok(self.take(job).pop().map(|run| run.opened.files).unwrap_or_default())
     }
 
     /// Where the shards of a run go that is at work.
