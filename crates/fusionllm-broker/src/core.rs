@@ -49,8 +49,8 @@ use awaited::TakeBack;
 use comeback::Comeback;
 use durable::Durability;
 pub(crate) use event::{
-    Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, Unread, WEIGHTS,
-    Weighed,
+    Action, Breach, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, Unread,
+    WEIGHTS, Weighed,
 };
 use job::Job;
 use recovery::Recoveries;

@@ -6,6 +6,7 @@
 
 mod attempts;
 mod bounds;
+mod breach;
 mod dialling;
 mod hearing;
 mod incoming;

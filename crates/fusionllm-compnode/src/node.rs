@@ -289,8 +289,8 @@ impl Node {
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
-            if let Err(reason) = wire.flush(&mut self.outbox) {
-                break reason;
+            if let Err(error) = wire.flush(&mut self.outbox) {
+                break error.to_string();
             }
             let room = wire.room();
             tokio::select! {

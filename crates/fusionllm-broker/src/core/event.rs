@@ -235,3 +235,8 @@ pub(crate) struct OpenRun {
     /// the directory meanwhile.
     pub(crate) takes_back: bool,
 }
+
+/// Why a report or a shard of a CompNode is not taken: the plan does not allow it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Breach(pub(crate) String);

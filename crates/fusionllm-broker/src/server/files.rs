@@ -8,7 +8,7 @@ use fusionllm_transport::io_reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
-use super::command::Command;
+use super::command::{Command, NoPlace};
 use super::open_runs::OpenRuns;
 use super::returned::{make_room, make_sure};
 use super::run_files::RunFiles;
@@ -36,7 +36,7 @@ enum Work {
     Action(Action),
     Flush(oneshot::Sender<()>),
     Report { record: Box<JobRecord>, reply: oneshot::Sender<Result<RunReport, BrokerError>> },
-    PlaceShards { key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, String>> },
+    PlaceShards { key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, NoPlace>> },
     Look { key: RunKey, reply: oneshot::Sender<()> },
 }
 
@@ -104,7 +104,7 @@ impl Files {
     }
 
     /// Queues the question where the shards of a step go, if their folder is not where it was.
-    pub(super) fn place_shards(&self, key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, String>>) {
+    pub(super) fn place_shards(&self, key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, NoPlace>>) {
         let _ = self.queue.send(Work::PlaceShards { key, step, reply });
     }
 
@@ -275,18 +275,18 @@ impl Keeper {
     }
 
     /// Where the shards of a run go that is at work.
-    fn place_shards(&mut self, key: RunKey, step: u64) -> (Vec<CoreEvent>, Result<ShardPlace, String>) {
-        let Some(run) = self.runs.get_mut(&key) else { return (Vec::new(), Err("its run is not open".to_owned())) };
+    fn place_shards(&mut self, key: RunKey, step: u64) -> (Vec<CoreEvent>, Result<ShardPlace, NoPlace>) {
+        let Some(run) = self.runs.get_mut(&key) else { return (Vec::new(), Err(NoPlace::NotOpen)) };
         let is_last = step == run.opened.spec.train.steps;
         run.try_again();
         let mut events = run.look_now();
         if run.is_lost() {
-            return (events, Err("another process is at work in its directory".to_owned()));
+            return (events, Err(NoPlace::Taken));
         }
         let place = run.come_back(is_last).map(|()| run.opened.place.clone());
         let told = std::mem::take(&mut run.opened.notices);
         events.extend(told.into_iter().map(|text| CoreEvent::Noticed { key, text }));
-        (events, place.map_err(|error| error.to_string()))
+        (events, place.map_err(NoPlace::Broker))
     }
 
     /// The placements of a job that are open.

@@ -11,10 +11,10 @@ use fusionllm_transport::{
     PeerAddr, PeerId, RelayAccess, RelayStanding, RelayToken, Secret, Session, Ticket, read_private, read_regular,
 };
 
-use crate::BrokerError;
 use crate::core::ConnectionId;
 use crate::files::{io_error, write_private};
 use crate::tickets::{Grant, NewTicket, Tickets};
+use crate::{BrokerError, TicketError};
 
 /// Close code of a connection whose ticket was revoked.
 const REVOKED: u32 = 403;
@@ -68,7 +68,7 @@ impl Gate {
                 None => {
                     let (secret, new) = (Secret::generate(), NewTicket { role, ends: None, once: false, own: true });
                     let made = tickets.create(Some(role.to_string()), new, &secret, now());
-                    made.map_err(|reason| BrokerError::Tickets { path: path.clone(), reason })?;
+                    made.map_err(|e| BrokerError::Tickets { path: path.clone(), reason: e.to_string() })?;
                     secret
                 }
             };
@@ -107,12 +107,12 @@ impl Gate {
         session: &Session,
         secret: &Secret,
         role: TicketRole,
-    ) -> Result<Result<Pass, String>, BrokerError> {
+    ) -> Result<Result<Pass, TicketError>, BrokerError> {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
         let Grant { ticket, own, changed } = match tickets.admit(secret, role, session.peer(), now()) {
             Ok(grant) => grant,
-            Err(reason) => return Ok(Err(reason)),
+            Err(refusal) => return Ok(Err(refusal)),
         };
         if changed {
             // What is not on disk would admit again after a restart.
@@ -136,7 +136,7 @@ impl Gate {
         let secret = Secret::generate();
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
-        let name = tickets.create(name, new, &secret, now).map_err(|reason| BrokerError::Ticket { reason })?;
+        let name = tickets.create(name, new, &secret, now)?;
         write_tickets(&self.state_dir, &tickets)?;
         inner.tokens = tickets.relay_tokens();
         inner.tickets = tickets;
@@ -159,7 +159,7 @@ impl Gate {
     pub(super) fn revoke(&self, name: &str, asking: ConnectionId) -> Result<u64, BrokerError> {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
-        let is_own = tickets.revoke(name).map_err(|reason| BrokerError::Ticket { reason })?;
+        let is_own = tickets.revoke(name)?;
         // On a full disk, too, whoever came in by it has to go.
         let written = write_tickets(&self.state_dir, &tickets);
         inner.tokens = tickets.relay_tokens();
@@ -285,7 +285,7 @@ fn take_over(state_dir: &Path, tickets: &mut Tickets) -> Result<Option<Secret>, 
     let secret = bytes.map(Secret::from_bytes).ok_or(BrokerError::Secret { path: path.clone() })?;
     let new = NewTicket { role: TicketRole::Join, ends: None, once: false, own: true };
     let made = tickets.create(Some(TicketRole::Join.to_string()), new, &secret, now());
-    made.map_err(|reason| BrokerError::Tickets { path, reason })?;
+    made.map_err(|e| BrokerError::Tickets { path, reason: e.to_string() })?;
     tracing::warn!(
         "the ticket that an earlier release made lets CompNodes join from now on, and nothing else; commands on this \
          machine use operate.ticket in the state folder, others need `fusionllm ticket new --role operate`"

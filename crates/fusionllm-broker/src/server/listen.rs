@@ -117,7 +117,7 @@ async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door:
             // What lies where is not for everybody.
             Denied::Trouble("the broker cannot write its tickets".to_owned())
         })?
-        .map_err(Denied::Refused)
+        .map_err(|refusal| Denied::Refused(refusal.to_string()))
 }
 
 async fn first_frame(session: &Session) -> Option<(FrameSink, FrameSource, Greeting)> {
