@@ -13,7 +13,7 @@ use crate::codecs::transform::{self, Layout, Policy, Sender};
 use crate::codecs::{Scratch, subspace::square_sum, topk::finite};
 use crate::tensor::element_count;
 use crate::{Codec, CodecError};
-use prediction::Prediction;
+use prediction::MeanPrediction;
 
 /// How an edge is encoded beyond its codec. Both ends must agree on `predict`; the rest is the encoder's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,7 +57,7 @@ pub struct EdgeState {
     shape: Vec<usize>,
     residual: Vec<f32>,
     sender: Sender,
-    prediction: Prediction,
+    prediction: MeanPrediction,
 }
 
 impl EdgeState {

@@ -48,6 +48,6 @@ pub use ready::{Need, is_ready, needs};
 pub use simulate::{
     Blame, Cargo, Cause, LinkUse, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate,
 };
-pub use survival::{FailureCost, Kept, snapshot_cost_s, snapshot_period_s};
+pub use survival::{FailureCost, GoesOnFrom, snapshot_cost_s, snapshot_period_s};
 pub use task::{Pipeline, Task};
 pub use tied::{Pieces, TIED_WINDOW};

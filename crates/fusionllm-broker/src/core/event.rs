@@ -224,7 +224,7 @@ pub(crate) struct OpenRun {
     pub(crate) spec: JobSpec,
     pub(crate) graph: String,
     pub(crate) placement: PlacementFile,
-    /// If it takes back, the content hashes of `placement.json` for the job's placements: see [`crate::store::Work`].
+    /// If it takes back, the content hashes of `placement.json` for the job's placements: see [`crate::store::PlacedWork`].
     pub(crate) hashes: Vec<String>,
     /// The step as it was predicted, if that is still known.
     pub(crate) predicted: Option<Simulated>,

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use super::blob;
 use super::command::{Command, Control, Joined, ToCompNode, lock};
-use super::gate::Pass;
+use super::gate::Admission;
 use super::handle::Handle;
 use crate::core::{ConnectionId, CoreEvent, Joining};
 
@@ -26,7 +26,7 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Serves the connection until it ends, and tells the core. `resume` is what the CompNode has received before a break.
 pub(super) async fn serve(
-    pass: Pass,
+    pass: Admission,
     session: Session,
     joining: Joining,
     resume: Option<u64>,

@@ -42,7 +42,7 @@ struct Inner {
 
 /// The place of somebody who was let in; given up when it is dropped.
 #[derive(Debug)]
-pub(super) struct Pass {
+pub(super) struct Admission {
     connection: ConnectionId,
     /// Whether the holder is the broker's own user.
     pub(super) own: bool,
@@ -107,7 +107,7 @@ impl Gate {
         session: &Session,
         secret: &Secret,
         role: TicketRole,
-    ) -> Result<Result<Pass, TicketError>, BrokerError> {
+    ) -> Result<Result<Admission, TicketError>, BrokerError> {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
         let Grant { ticket, own, changed } = match tickets.admit(secret, role, session.peer(), now()) {
@@ -120,7 +120,7 @@ impl Gate {
             inner.tickets = tickets;
         }
         inner.open.insert(connection, (ticket, session.clone()));
-        Ok(Ok(Pass { connection, own, gate: Arc::clone(self) }))
+        Ok(Ok(Admission { connection, own, gate: Arc::clone(self) }))
     }
 
     /// Makes a ticket. Gives its name, and what admits. For a blocking thread.
@@ -206,7 +206,7 @@ impl RelayAccess for Gate {
     }
 }
 
-impl Pass {
+impl Admission {
     /// The connection that came in by it.
     pub(super) fn connection(&self) -> ConnectionId {
         self.connection
@@ -218,7 +218,7 @@ impl Pass {
     }
 }
 
-impl Drop for Pass {
+impl Drop for Admission {
     fn drop(&mut self) {
         self.gate.inner().open.remove(&self.connection);
     }

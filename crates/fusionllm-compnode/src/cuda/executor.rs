@@ -16,7 +16,7 @@ use super::gpu::{Buffer, Element, Gpu};
 use super::kernel;
 use super::layout::Layout;
 use super::plan::{PlanSpec, StagePlan, Value};
-use super::store::Store;
+use super::store::DeviceParams;
 use crate::ExecutorError;
 use crate::backend::{ExecutorSpec, FirstParams, StageOps};
 use crate::border::BorderTensor;
@@ -35,7 +35,7 @@ pub(super) struct CudaExecutor {
     precision: Precision,
     seed: u64,
     stages: BTreeMap<StageId, StageOps>,
-    store: Store,
+    store: DeviceParams,
     angles: Angles,
     plans: BTreeMap<SlotKey, Arc<StagePlan>>,
     scratch: Buffer,
@@ -84,7 +84,7 @@ impl CudaExecutor {
     pub(super) fn new(spec: ExecutorSpec, gpu: &Arc<dyn Gpu>, stop: StopFlag) -> Result<Self, ExecutorError> {
         let ExecutorSpec { dag, stages, params, optimizer, seed, first, precision } = spec;
         let layout = Layout::new(&dag, params.iter().copied());
-        let mut store = Store::new(gpu, &dag, layout, precision, optimizer)?;
+        let mut store = DeviceParams::new(gpu, &dag, layout, precision, optimizer)?;
         if first == FirstParams::Drawn {
             for &id in &params {
                 store.set(id, &initial_values(dag.param(id), seed)?)?;

@@ -5,7 +5,7 @@ use fusionllm_protocol::{Pass, Precision};
 use super::angles::Angles;
 use super::layout::Layout;
 use super::plan::{PlanSpec, StagePlan};
-use super::store::StoreBytes;
+use super::store::DeviceParamsBytes;
 use crate::ExecutorError;
 use crate::backend::{ExecutorSpec, Load};
 
@@ -18,7 +18,7 @@ use crate::backend::{ExecutorSpec, Load};
 pub(super) fn bytes(spec: &ExecutorSpec, precision: Precision, load: &Load) -> Result<u64, ExecutorError> {
     let dag = &*spec.dag;
     let layout = Layout::new(dag, spec.params.iter().copied());
-    let mut bytes = StoreBytes::of(dag, &layout, precision, &spec.optimizer).sum();
+    let mut bytes = DeviceParamsBytes::of(dag, &layout, precision, &spec.optimizer).sum();
     bytes += Angles::bytes(dag, spec.stages.iter().flat_map(|stage| stage.ops.iter().copied())) as u64;
     let mut scratch_bytes = 0;
     for stage in &spec.stages {

@@ -16,7 +16,7 @@ use crate::{ExecutorError, OptimizerSpec, UpdateSpec};
 
 /// What a parameter is and what belongs to it, all laid out alike. What is not trained has values alone.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct DeviceParams {
     gpu: Arc<dyn Gpu>,
     layout: Layout,
     parameters: Buffer,
@@ -39,9 +39,9 @@ pub(super) struct Store {
     optimizer: OptimizerSpec,
 }
 
-/// Bytes of what a [`Store`] keeps on the device.
+/// Bytes of what a [`DeviceParams`] keeps on the device.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct StoreBytes {
+pub(super) struct DeviceParamsBytes {
     parameters: u64,
     /// Of those as products take them, where they are kept too.
     copy: Option<u64>,
@@ -54,7 +54,7 @@ pub(super) struct StoreBytes {
     tables: u64,
 }
 
-impl StoreBytes {
+impl DeviceParamsBytes {
     pub(super) fn of(dag: &OpDag, layout: &Layout, precision: Precision, optimizer: &OptimizerSpec) -> Self {
         let (elements, trained) = (layout.elements() as u64, layout.trained_elements() as u64);
         let end = |param: &ParamId| layout.get(*param).map_or(0, |e| e.start + e.taken);
@@ -76,7 +76,7 @@ impl StoreBytes {
     }
 }
 
-impl Store {
+impl DeviceParams {
     /// Parameters of zeros.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ impl Store {
         optimizer: OptimizerSpec,
     ) -> Result<Self, ExecutorError> {
         let zeros = |bytes: u64| Buffer::zeros(gpu, bytes as usize);
-        let bytes = StoreBytes::of(dag, &layout, precision, &optimizer);
+        let bytes = DeviceParamsBytes::of(dag, &layout, precision, &optimizer);
         let states =
             optimizer.states().iter().map(|&kind| Ok((kind, zeros(bytes.state)?))).collect::<Result<_, _>>()?;
         let decay = uploaded(gpu, &layout.decay(dag))?;

@@ -99,19 +99,19 @@ impl EdgeTensors {
 
 /// Where in a job a message belongs, in the order in which a channel carries them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct Position {
     step: u64,
     pass: Pass,
     micro_batch: u32,
 }
 
-impl Place {
+impl Position {
     pub(super) fn of(header: &OpDataHeader) -> Self {
         Self { step: header.step, pass: header.pass, micro_batch: header.micro_batch }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pass = match self.pass {
             Pass::Train => "",
@@ -174,8 +174,8 @@ impl JobLinks {
 
     /// Whether the plan has this message next on a channel whose last one was `last`. Every channel has messages in
     /// every step, and a stage works on micro-batches in their order.
-    pub(super) fn check_place(&self, channel: Channel, last: Option<Place>, place: Place) -> Result<(), Breach> {
-        let Place { step, pass, micro_batch } = place;
+    pub(super) fn check_place(&self, channel: Channel, last: Option<Position>, place: Position) -> Result<(), Breach> {
+        let Position { step, pass, micro_batch } = place;
         let misplaced = |why: String| Err(Breach::Plan(format!("sent {place} over {channel:?}: {why}")));
         let (first, furthest) = last.map_or((self.steps.start, self.steps.start), |last| (last.step, last.step + 1));
         if !self.steps.contains(&step) || step < first || step > furthest {

@@ -9,7 +9,7 @@ use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::bounds::{Place, shape_of};
+use super::bounds::{Position, shape_of};
 use super::breach::Breach;
 use super::meter::Meter;
 use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
@@ -61,7 +61,7 @@ pub(super) struct Incoming {
 struct Progress {
     window: ReceiveWindow,
     /// The message that was delivered last.
-    last: Option<Place>,
+    last: Option<Position>,
 }
 
 impl Incoming {
@@ -84,7 +84,7 @@ impl Incoming {
         if number < self.lock().window.next() {
             return Ok(());
         }
-        let (place, shape) = (Place::of(&header), shape_of(&header));
+        let (place, shape) = (Position::of(&header), shape_of(&header));
         let OpDataHeader { step, pass, micro_batch, codec, element, .. } = header;
         let tensor = decoder.decode(pass, codec, shape, element, payload)?;
         let received = {
@@ -111,7 +111,7 @@ impl Incoming {
             let what = format!("sent more than the {most} messages that may be under way over {channel:?}");
             return Err(Breach::Plan(what));
         }
-        links.check_place(channel, last, Place::of(header))
+        links.check_place(channel, last, Position::of(header))
     }
 
     /// A stream begins to serve the channel; its number.
