@@ -263,7 +263,7 @@ impl Core {
 
     /// Everything else that happens.
     pub(crate) fn handle(&mut self, event: CoreEvent, now: Duration) -> Vec<Action> {
-        // What was held is older than what follows now, and must not be held again.
+        // What was held is older than what follows now, and must not be held again: what it waited for is written.
         let released = match event {
             CoreEvent::Persisted { number } => self.persisted(number),
             _ => Vec::new(),

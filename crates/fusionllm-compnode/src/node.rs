@@ -294,7 +294,8 @@ impl Node {
             }
             let room = wire.room();
             tokio::select! {
-                // Who is heard of rarely goes before who speaks often, and the broker before the job.
+                // Who is heard of rarely goes before who speaks often, and the broker before the job: a job that reports
+                // without a pause must not keep heartbeats from going out, or a broker's stop from being read.
                 biased;
                 _ = heartbeat.tick() => {
                     let unanswered = hearing.heartbeat(wire.heard());
