@@ -49,8 +49,8 @@ use awaited::TakeBack;
 use comeback::Comeback;
 use durable::Durability;
 pub(crate) use event::{
-    Action, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, Unread, WEIGHTS,
-    Weighed,
+    Action, Breach, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, Unread,
+    WEIGHTS, Weighed,
 };
 use job::Job;
 use recovery::Recoveries;
@@ -262,7 +262,7 @@ impl Core {
 
     /// Everything else that happens.
     pub(crate) fn handle(&mut self, event: CoreEvent, now: Duration) -> Vec<Action> {
-        // What was held is older than what follows now, and must not be held again.
+        // What was held is older than what follows now, and must not be held again: what it waited for is written.
         let released = match event {
             CoreEvent::Persisted { number } => self.persisted(number),
             _ => Vec::new(),

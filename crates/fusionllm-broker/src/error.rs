@@ -3,6 +3,7 @@
 mod checkpoint;
 mod kind;
 mod store;
+mod ticket;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use fusionllm_transport::{BindError, IdentityError, PrivateError, io_reason};
 
 pub use checkpoint::CheckpointError;
 pub use store::StoreError;
+pub use ticket::TicketError;
 
 /// Why a broker cannot start or do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -212,11 +214,8 @@ pub enum BrokerError {
         reason: String,
     },
     /// A ticket cannot be made or revoked.
-    #[error("{reason}")]
-    Ticket {
-        /// Why it cannot be made or revoked.
-        reason: String,
-    },
+    #[error(transparent)]
+    Ticket(#[from] TicketError),
     /// A ticket was revoked, and that could not be written.
     #[error(
         "the ticket `{name}` is revoked and its connections are closed, but only as long as this broker runs, since that \

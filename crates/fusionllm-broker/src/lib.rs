@@ -26,7 +26,7 @@ mod tickets;
 pub use checkpoint::{Checkpoint, TensorSet, open_checkpoint};
 pub use cluster_file::read_cluster;
 pub use core::ResumedBy;
-pub use error::{BrokerError, CheckpointError, StoreError};
+pub use error::{BrokerError, CheckpointError, StoreError, TicketError};
 pub use files::write_atomic;
 pub use model::{LoadedModel, ModelNote, load_model, load_model_dir, model_tokenizer, read_model};
 pub use report::RunReport;

@@ -124,7 +124,10 @@ pub fn find_resumption(path: &Path, step: Option<u64>, out: Option<&Path>) -> Re
             let start = goes_on(&home, None, notices)?;
             Ok(Resumption { checkpoint, run_dir: home.dir, start })
         }
-        (None, Err(reason)) => Err(BrokerError::RunDirUnknown { path: checkpoint.path().to_owned(), reason }),
+        (None, Err(homeless)) => {
+            let (path, reason) = (checkpoint.path().to_owned(), homeless.to_string());
+            Err(BrokerError::RunDirUnknown { path, reason })
+        }
     }
 }
 
@@ -180,12 +183,23 @@ pub(crate) fn notices_of(newest: &Newest, home: Option<&RunHome>) -> Vec<String>
     notices
 }
 
+/// Why the run directory of a checkpoint is not known.
+#[derive(Debug, thiserror::Error)]
+enum Homeless {
+    #[error("it does not lie under its name among its run's checkpoints")]
+    Renamed,
+    #[error("it was made by an earlier version and does not say by which run")]
+    Nameless,
+    #[error("its run {run} is not in {dir} any more")]
+    Gone { run: RunId, dir: String },
+}
+
 /// The directory of the run that made a checkpoint, or why it is not known.
-fn home_of(checkpoint: &Checkpoint) -> Result<Result<RunHome, String>, BrokerError> {
+fn home_of(checkpoint: &Checkpoint) -> Result<Result<RunHome, Homeless>, BrokerError> {
     let (folder, manifest) = (checkpoint.path(), checkpoint.manifest());
     let folder = std::path::absolute(folder).map_err(|e| io_error(folder, e))?;
     if folder.file_name().is_none_or(|name| *name != *step_name(manifest.step)) {
-        return Ok(Err("it does not lie under its name among its run's checkpoints".to_owned()));
+        return Ok(Err(Homeless::Renamed));
     }
     let above: Vec<&Path> = folder.ancestors().skip(2).take(2).collect();
     let Some(run) = &manifest.run else {
@@ -198,7 +212,7 @@ fn home_of(checkpoint: &Checkpoint) -> Result<Result<RunHome, String>, BrokerErr
                 return Ok(Ok(home));
             }
         }
-        return Ok(Err("it was made by an earlier version and does not say by which run".to_owned()));
+        return Ok(Err(Homeless::Nameless));
     };
     for dir in above.into_iter().chain(manifest.run_dir.as_deref()) {
         let home = RunHome::read(dir)?;
@@ -208,7 +222,7 @@ fn home_of(checkpoint: &Checkpoint) -> Result<Result<RunHome, String>, BrokerErr
         }
     }
     let dir = manifest.run_dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default();
-    Ok(Err(format!("its run {run} is not in {dir} any more")))
+    Ok(Err(Homeless::Gone { run: run.clone(), dir }))
 }
 
 /// The job of a run that goes on, with `section.key=value` overrides. Relative paths in these are taken from `folder`.

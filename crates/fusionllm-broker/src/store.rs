@@ -69,13 +69,13 @@ pub(crate) struct JobRecord {
     pub(crate) placed: Option<Placed>,
     /// What its last placement is at work with, until the job has ended. The store has it in a table of its own.
     #[serde(skip)]
-    pub(crate) work: Option<Arc<Work>>,
+    pub(crate) work: Option<Arc<PlacedWork>>,
 }
 
 /// What a placement is at work with: with it the job goes on whatever others do to its run directory while the broker is
 /// away.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Work {
+pub(crate) struct PlacedWork {
     /// As it stands in the run directory.
     pub(crate) placement: PlacementFile,
     /// The OP-DAG's JSON form.
@@ -90,7 +90,7 @@ pub(crate) struct Work {
     pub(crate) hashes: Vec<String>,
 }
 
-impl Work {
+impl PlacedWork {
     /// So many hashes of placements are kept.
     const MOST_HASHES: usize = 256;
 
@@ -103,7 +103,7 @@ impl Work {
     }
 }
 
-/// A placement that was started. The rest of it is in [`Work`].
+/// A placement that was started. The rest of it is in [`PlacedWork`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Placed {
     /// What tells it from others: [`fusionllm_protocol::placement_hash`].
@@ -252,7 +252,7 @@ impl Store {
             let mut record: JobRecord = read_json(bytes.value()).map_err(|e| self.entry(job.value(), e))?;
             let found = work.get((job.value(), record.generation.0)).map_err(|e| self.fail(e))?;
             // Without it the job goes on by what its run directory has.
-            record.work = found.and_then(|bytes| match read_json::<Work>(bytes.value()) {
+            record.work = found.and_then(|bytes| match read_json::<PlacedWork>(bytes.value()) {
                 Ok(work) => Some(Arc::new(work)),
                 Err(error) => {
                     let (job, path) = (record.job, self.path.display());
@@ -361,8 +361,8 @@ mod tests {
             let (placement, graph) = testing::placed(&testing::spec(&[]), generation);
             let carried = [("tokenizer.json".to_owned(), format!("[{generation}]"))].into();
             let run = RunStart { notices: Vec::new(), ..RunStart::new() };
-            let hashes = Work::hashes_with(None, &placement);
-            let work = Work { placement, graph, carried, run, hashes };
+            let hashes = PlacedWork::hashes_with(None, &placement);
+            let work = PlacedWork { placement, graph, carried, run, hashes };
             JobRecord { generation: Generation(generation), work: Some(Arc::new(work)), ..record(1) }
         };
         let (first, second) = (at_work(1), at_work(2));

@@ -8,6 +8,8 @@ use fusionllm_protocol::{TicketRole, TicketState, TicketSummary, is_plain_name};
 use fusionllm_transport::{PeerId, RelayToken, Secret};
 use serde::{Deserialize, Serialize};
 
+use crate::TicketError;
+
 /// Tickets that a broker knows at most.
 const MOST_TICKETS: usize = 10_000;
 /// Keys that are remembered of one ticket at most.
@@ -75,28 +77,25 @@ pub(crate) struct Tickets(BTreeMap<String, Entry>);
 
 impl Tickets {
     /// Whether `peer`, who shows `secret`, may come in as `role`; if not, why.
-    pub(crate) fn admit(&mut self, secret: &Secret, role: TicketRole, peer: PeerId, now: u64) -> Result<Grant, String> {
+    pub(crate) fn admit(
+        &mut self,
+        secret: &Secret,
+        role: TicketRole,
+        peer: PeerId,
+        now: u64,
+    ) -> Result<Grant, TicketError> {
         let shown = blake3::hash(secret.as_bytes());
         // Hashes compare in a time that does not tell how much of them is the same.
         let matches = |entry: &Entry| blake3::Hash::from_hex(&entry.hash).is_ok_and(|hash| hash == shown);
         let found = self.0.iter_mut().find(|(_, entry)| matches(entry));
-        let (name, entry) = found.ok_or("the ticket is not valid for this broker")?;
+        let (name, entry) = found.ok_or(TicketError::NotValid)?;
+        let refused = name.clone();
         if entry.revoked {
-            return Err(format!("the ticket `{name}` was revoked"));
+            return Err(TicketError::Revoked { name: refused });
         }
         match (entry.role, role) {
-            (TicketRole::Join, TicketRole::Operate) => {
-                return Err(format!(
-                    "the ticket `{name}` lets CompNodes join and nothing else; a command needs one that \
-                     `fusionllm ticket new --role operate` makes"
-                ));
-            }
-            (TicketRole::Operate, TicketRole::Join) => {
-                return Err(format!(
-                    "the ticket `{name}` is for commands; a CompNode joins by one that \
-                     `fusionllm ticket new --role join` makes"
-                ));
-            }
+            (TicketRole::Join, TicketRole::Operate) => return Err(TicketError::ForCompNodes { name: refused }),
+            (TicketRole::Operate, TicketRole::Join) => return Err(TicketError::ForCommands { name: refused }),
             (TicketRole::Join, TicketRole::Join) | (TicketRole::Operate, TicketRole::Operate) => {}
         }
         let key = hex(peer);
@@ -104,9 +103,9 @@ impl Tickets {
         if !is_back {
             match entry.state(now) {
                 TicketState::Valid => {}
-                TicketState::Used => return Err(format!("the ticket `{name}` was for one use, and has been used")),
-                TicketState::Expired => return Err(format!("the ticket `{name}` has expired")),
-                TicketState::Revoked => return Err(format!("the ticket `{name}` was revoked")),
+                TicketState::Used => return Err(TicketError::Used { name: refused }),
+                TicketState::Expired => return Err(TicketError::Expired { name: refused }),
+                TicketState::Revoked => return Err(TicketError::Revoked { name: refused }),
             }
         }
         let is_remembered = entry.once || (entry.ends.is_some() && entry.keys.len() < MOST_KEYS);
@@ -142,28 +141,25 @@ impl Tickets {
         by: Option<&str>,
         secret: &Secret,
         now: u64,
-    ) -> Result<String, String> {
+    ) -> Result<String, TicketError> {
         let NewTicket { role, ends, once, own } = new;
         let numbered = (1..).map(|n: u32| format!("{role}-{n}"));
         let free = |name: &String| !self.0.contains_key(name);
         let name = name.or_else(|| numbered.into_iter().find(free)).unwrap_or_default();
         if !is_plain_name(&name) || name.contains(['/', '\\']) || name.starts_with(['.', '-']) {
-            let expected = "has 1 to 100 letters, digits, spaces or punctuation, no `/`, and no `.` or `-` in front";
-            return Err(format!("a ticket's name {expected}"));
+            return Err(TicketError::Name);
         }
         let is_reserved = [TicketRole::Join, TicketRole::Operate].iter().any(|role| role.to_string() == name);
         if is_reserved && !own {
-            return Err(format!(
-                "`{name}` is the name of the ticket in the broker's state folder, give another --name"
-            ));
+            return Err(TicketError::Reserved { name });
         }
         if !own && self.0.get(&name).is_some_and(|entry| entry.state(now) == TicketState::Valid) {
-            return Err(format!("there is a ticket `{name}` already; give another --name, or revoke it first"));
+            return Err(TicketError::Exists { name });
         }
         if self.0.len() >= MOST_TICKETS && !self.0.contains_key(&name) {
             self.0.retain(|_, entry| entry.state(now) == TicketState::Valid);
             if self.0.len() >= MOST_TICKETS {
-                return Err(format!("there are {MOST_TICKETS} valid tickets already: revoke some"));
+                return Err(TicketError::TooMany { most: MOST_TICKETS });
             }
         }
         let hash = blake3::hash(secret.as_bytes()).to_hex().to_string();
@@ -182,9 +178,8 @@ impl Tickets {
     }
 
     /// Makes a ticket worthless, and those that were made by it, and by these.
-    pub(crate) fn revoke(&mut self, name: &str) -> Result<Revoked, String> {
-        let named = self.0.get(name);
-        let named = named.ok_or_else(|| format!("there is no ticket `{name}`, `fusionllm ticket list` shows all"))?;
+    pub(crate) fn revoke(&mut self, name: &str) -> Result<Revoked, TicketError> {
+        let named = self.0.get(name).ok_or_else(|| TicketError::Unknown { name: name.to_owned() })?;
         let is_own = named.own;
         let mut names = BTreeSet::from([name.to_owned()]);
         loop {
@@ -263,7 +258,7 @@ mod tests {
         let grant = tickets.admit(&join, TicketRole::Join, peer(1), NOW).unwrap();
         assert_eq!(grant, Grant { ticket: "gpu".to_owned(), own: false, changed: false });
         assert!(tickets.admit(&operate, TicketRole::Operate, peer(1), NOW).is_ok());
-        let mut refused = |secret, role| tickets.admit(secret, role, peer(1), NOW).unwrap_err();
+        let mut refused = |secret, role| tickets.admit(secret, role, peer(1), NOW).unwrap_err().to_string();
         assert!(refused(&join, TicketRole::Operate).contains("--role operate"));
         assert!(refused(&operate, TicketRole::Join).contains("--role join"));
         assert_eq!(refused(&Secret::generate(), TicketRole::Join), "the ticket is not valid for this broker");
@@ -276,9 +271,9 @@ mod tests {
         tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap();
         let revoked = Revoked { names: ["gpu".to_owned()].into(), is_own: false };
         assert_eq!(tickets.revoke("gpu"), Ok(revoked));
-        let refused = tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap_err();
+        let refused = tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap_err().to_string();
         assert_eq!(refused, "the ticket `gpu` was revoked");
-        assert!(tickets.revoke("cpu").unwrap_err().contains("no ticket `cpu`"));
+        assert!(tickets.revoke("cpu").unwrap_err().to_string().contains("no ticket `cpu`"));
         // The name is free for another one, and the old secret stays worthless.
         let again = ticket(&mut tickets, "gpu", new(TicketRole::Join));
         assert!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).is_err());
@@ -301,7 +296,8 @@ mod tests {
         assert!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).is_ok());
         let names = ["ann", "bob", "gpu"].map(str::to_owned).into();
         assert_eq!(tickets.revoke("ann"), Ok(Revoked { names, is_own: false }));
-        assert_eq!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap_err(), "the ticket `gpu` was revoked");
+        let refused = tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap_err().to_string();
+        assert_eq!(refused, "the ticket `gpu` was revoked");
         // What the broker's own user made outlives the file by which it was made.
         let names = ["operate".to_owned()].into();
         assert_eq!(tickets.revoke("operate"), Ok(Revoked { names, is_own: true }));
@@ -313,7 +309,7 @@ mod tests {
         let secret = ticket(&mut tickets, "gpu", NewTicket { once: true, ..new(TicketRole::Join) });
         assert!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap().changed);
         assert!(!tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap().changed);
-        assert!(tickets.admit(&secret, TicketRole::Join, peer(2), NOW).unwrap_err().contains("one use"));
+        assert!(tickets.admit(&secret, TicketRole::Join, peer(2), NOW).unwrap_err().to_string().contains("one use"));
         let once = ticket(&mut tickets, "ann", NewTicket { once: true, ..new(TicketRole::Operate) });
         assert!(tickets.admit(&once, TicketRole::Operate, peer(1), NOW).is_ok());
         assert!(tickets.admit(&once, TicketRole::Operate, peer(1), NOW).is_err(), "a command is one use");
@@ -328,8 +324,14 @@ mod tests {
         tickets.admit(&join, TicketRole::Join, peer(1), NOW + 9).unwrap();
         tickets.admit(&operate, TicketRole::Operate, peer(1), NOW + 9).unwrap();
         assert!(tickets.admit(&join, TicketRole::Join, peer(1), NOW + 10).is_ok());
-        assert!(tickets.admit(&join, TicketRole::Join, peer(2), NOW + 10).unwrap_err().contains("expired"));
-        assert!(tickets.admit(&operate, TicketRole::Operate, peer(1), NOW + 10).unwrap_err().contains("expired"));
+        assert!(tickets.admit(&join, TicketRole::Join, peer(2), NOW + 10).unwrap_err().to_string().contains("expired"));
+        assert!(
+            tickets
+                .admit(&operate, TicketRole::Operate, peer(1), NOW + 10)
+                .unwrap_err()
+                .to_string()
+                .contains("expired")
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::codecs::transform::{self, Layout, Policy, Sender};
 use crate::codecs::{Scratch, subspace::square_sum, topk::finite};
 use crate::tensor::element_count;
 use crate::{Codec, CodecError};
-use prediction::Prediction;
+use prediction::MeanPrediction;
 
 /// How an edge is encoded beyond its codec. Both ends must agree on `predict`; the rest is the encoder's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,7 +57,7 @@ pub struct EdgeState {
     shape: Vec<usize>,
     residual: Vec<f32>,
     sender: Sender,
-    prediction: Prediction,
+    prediction: MeanPrediction,
 }
 
 impl EdgeState {
@@ -180,6 +180,13 @@ impl EdgeEncoder {
             }
         }
         Ok(Encoded { bytes: (out.len() - start) as u64, relative_error })
+    }
+
+    /// Whether a tensor's encoding depends on those before it, or changes what those after it become.
+    pub fn remembers(&self, codec: Codec) -> bool {
+        let EdgeOptions { error_feedback, predict, .. } = self.options;
+        let learns = error_feedback || predict || matches!(codec, Codec::Transform { .. });
+        self.residual().is_some() || (learns && !codec.is_lossless())
     }
 
     /// What error feedback adds to the next tensor, and the shape which that must have; none if nothing is kept.

@@ -113,7 +113,7 @@ fn slot(channel: Channel, step: u64) -> Slot {
 fn send(exchange: &mut NetworkExchange, to: u32, channel: Channel, step: u64, values: Vec<f32>) -> Result<(), Failure> {
     // A number by itself has no dimensions, as on the wires of a job.
     let shape = if values.len() == 1 { Vec::new() } else { vec![values.len()] };
-    let tensor = HostTensor::new(shape, Values::F32(values))?;
+    let tensor = HostTensor::new(shape, Values::F32(values))?.into();
     Ok(exchange.send(Message { to: NodeIndex(to), slot: slot(channel, step), tensor, codec: Codec::Dense })?)
 }
 

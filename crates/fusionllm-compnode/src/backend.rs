@@ -2,7 +2,7 @@
 //!
 //! All that knows a framework is one folder that implements [`Backend`] and [`Executor`]: `burn`, and `cuda`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -44,6 +44,15 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`ExecutorError`] if the device fails, or `stop` was set.
     fn measure_ops(&self, dag: &Arc<OpDag>, spec: &MeasureSpec, stop: &StopFlag) -> Result<Measured, ExecutorError>;
+
+    /// Bytes of the device's memory that an executor of `spec` takes under this load; nothing where that is not laid out
+    /// beforehand, and only the plan says it.
+    ///
+    /// # Errors
+    /// [`ExecutorError::NoKernel`] if the device cannot compute an op.
+    fn needs(&self, _spec: &ExecutorSpec, _load: &Load) -> Result<Option<u64>, ExecutorError> {
+        Ok(None)
+    }
 
     /// Builds what runs the stages of `spec`. FP ends between two ops once `stop` is set.
     ///
@@ -91,6 +100,15 @@ pub struct ExecutorSpec {
     pub first: FirstParams,
     /// What it computes in, where the device can choose; CPUs compute in f32.
     pub precision: Precision,
+}
+
+/// How much an executor has at work at once in training; an evaluation comes between two steps, one micro-batch at a time.
+#[derive(Clone, Debug)]
+pub struct Load {
+    /// Samples in a micro-batch.
+    pub batch: usize,
+    /// By stage, of how many micro-batches something is kept at once, at the most.
+    pub held: BTreeMap<StageId, u32>,
 }
 
 /// Where the first parameters of an executor come from.

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-use fusionllm_codec::HostTensor;
+use fusionllm_codec::{Codec, ElementType, HostTensor};
 use fusionllm_graph::{DType, OpDag, OpId};
 
 use crate::ExecutorError;
@@ -29,6 +29,21 @@ pub trait DeviceTensor: Any + fmt::Debug + Send + Sync {
     /// # Errors
     /// [`ExecutorError`] if the device fails.
     fn to_host(&self) -> Result<HostTensor, ExecutorError>;
+
+    /// Whether [`Self::encode`] knows this codec. A tensor that leaves its CompNode then stays on the device until its
+    /// message is encoded; else it comes to the host as part of the task that made it.
+    fn encodes(&self, _codec: Codec) -> bool {
+        false
+    }
+
+    /// Appends the bytes that [`Codec::encode`] makes of the tensor on the host. It is called on another thread than
+    /// that of the executor.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails, or does not know the codec.
+    fn encode(&self, codec: Codec, _out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        Err(ExecutorError::Internal { what: format!("no device encodes by {codec}") })
+    }
 }
 
 impl BorderTensor {
@@ -49,6 +64,30 @@ impl BorderTensor {
             Self::Host(tensor) => Ok(Arc::unwrap_or_clone(tensor)),
             Self::Device(tensor) => tensor.to_host(),
         }
+    }
+
+    /// The tensor on the host; a copy only where a device has it.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device fails.
+    pub fn on_host(&self) -> Result<Arc<HostTensor>, ExecutorError> {
+        match self {
+            Self::Host(tensor) => Ok(Arc::clone(tensor)),
+            Self::Device(tensor) => tensor.to_host().map(Arc::new),
+        }
+    }
+
+    /// The type of its elements on the host.
+    pub fn element_type(&self) -> ElementType {
+        match self {
+            Self::Host(tensor) => tensor.element_type(),
+            Self::Device(_) => ElementType::F32,
+        }
+    }
+
+    /// Whether the tensor must be brought to the host before its message is encoded by this codec.
+    pub(crate) fn needs_host(&self, codec: Codec) -> bool {
+        matches!(self, Self::Device(tensor) if !tensor.encodes(codec))
     }
 
     /// The device tensor, if it is of this executor's kind.

@@ -6,6 +6,7 @@ mod gradients;
 mod host;
 mod kernels;
 mod measure;
+mod memory;
 mod optimizer;
 mod owed;
 mod speed;
@@ -21,9 +22,9 @@ use fusionllm_protocol::Precision;
 
 use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, MeasureSpec};
 use crate::executor::Executor;
-use crate::profile::free_bytes;
 use crate::stop::StopFlag;
-use crate::{CompNodeError, DeviceChoice, ExecutorError};
+use crate::{CompNodeError, ExecutorError};
+pub(crate) use device::BurnDevice;
 pub use device::PROBE_THREAD;
 use executor::BurnExecutor;
 use kernels::fused;
@@ -33,7 +34,7 @@ use kernels::fused;
 pub(crate) struct BurnBackend {
     device: Device,
     name: String,
-    choice: DeviceChoice,
+    kind: BurnDevice,
 }
 
 impl BurnBackend {
@@ -41,9 +42,9 @@ impl BurnBackend {
     ///
     /// # Errors
     /// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
-    pub(crate) fn open(choice: DeviceChoice) -> Result<Self, CompNodeError> {
-        let (device, name) = device::open(choice)?;
-        Ok(Self { device, name, choice })
+    pub(crate) fn open(kind: BurnDevice) -> Result<Self, CompNodeError> {
+        let (device, name) = device::open(kind)?;
+        Ok(Self { device, name, kind })
     }
 }
 
@@ -53,11 +54,11 @@ impl Backend for BurnBackend {
     }
 
     fn is_cpu(&self) -> bool {
-        self.choice.is_cpu()
+        self.kind == BurnDevice::Cpu
     }
 
     fn kernels(&self) -> Kernels {
-        if fused::is_cpu(&self.device) { Kernels::Fused } else { Kernels::Plain }
+        kernels_of(&self.device)
     }
 
     fn has(&self, precision: Precision) -> bool {
@@ -65,7 +66,7 @@ impl Backend for BurnBackend {
     }
 
     fn free_bytes(&self) -> Option<u64> {
-        free_bytes(self.choice)
+        memory::free_bytes(self.kind)
     }
 
     fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError> {
@@ -79,6 +80,11 @@ impl Backend for BurnBackend {
     fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {
         Ok(Box::new(BurnExecutor::new(spec, self.device.clone(), stop)?))
     }
+}
+
+/// How a device computes ops of several steps.
+fn kernels_of(device: &Device) -> Kernels {
+    if fused::is_cpu(device) { Kernels::Fused } else { Kernels::Plain }
 }
 
 /// Seconds until all that `work` put on the device is done.

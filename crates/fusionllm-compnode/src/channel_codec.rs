@@ -6,6 +6,8 @@
 use fusionllm_codec::{Codec, CodecError, EdgeDecoder, EdgeEncoder, EdgeOptions, ElementType, HostTensor, Values};
 use fusionllm_protocol::{Channel, CompressionSpec, Pass};
 
+use crate::ExchangeError;
+use crate::border::BorderTensor;
 use crate::mailbox::Slot;
 
 /// Steps between two samples of the error that codecs introduce.
@@ -61,25 +63,34 @@ impl ChannelEncoder {
         Self { edge: EdgeEncoder::new(options.edge(channel)) }
     }
 
-    /// Appends the encoded tensor to `out`.
+    /// Appends the encoded tensor to `out`. Its device is asked first, where nothing is remembered from message to
+    /// message and no error is measured.
     pub(crate) fn encode(
         &mut self,
         slot: &Slot,
         codec: Codec,
-        tensor: &HostTensor,
+        tensor: &BorderTensor,
         out: &mut Vec<u8>,
-    ) -> Result<Found, CodecError> {
+    ) -> Result<Found, ExchangeError> {
         let is_lossy = !codec.is_lossless();
+        let (trains, measured) = (slot.pass == Pass::Train, is_lossy && is_sampled(slot));
+        if let BorderTensor::Device(tensor) = tensor
+            && tensor.encodes(codec)
+            && !(trains && (measured || self.edge.remembers(codec)))
+        {
+            tensor.encode(codec, out)?;
+            return Ok(Found::default());
+        }
+        let tensor = tensor.on_host()?;
         match (slot.pass, tensor.values()) {
             // Without loss, too, what was held back of the last message goes with this one.
             (Pass::Train, Values::F32(values)) if is_lossy || self.edge.residual().is_some() => {
-                let measured = is_lossy && is_sampled(slot);
                 let encoded = self.edge.encode_and_measure(codec, tensor.shape(), values, out, measured)?;
                 let beyond_steady = encoded.bytes.cast_signed() - codec.steady_bytes(tensor.shape())?.cast_signed();
                 Ok(Found { beyond_steady, error: encoded.relative_error })
             }
             (Pass::Train | Pass::Eval, _) => {
-                codec.encode(tensor, out)?;
+                codec.encode(&tensor, out)?;
                 Ok(Found::default())
             }
         }
@@ -134,9 +145,14 @@ impl ChannelDecoder {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use fusionllm_planner::EdgeId;
 
     use super::*;
+    use crate::ExecutorError;
+    use crate::border::DeviceTensor;
 
     fn sent(
         encoder: &mut ChannelEncoder,
@@ -148,8 +164,8 @@ mod tests {
         let slot = Slot { channel: Channel::Gradient(EdgeId(0)), pass: Pass::Train, step, micro_batch: 0 };
         let tensor = HostTensor::new(vec![1, x.len()], Values::F32(x.to_vec())).unwrap();
         let mut bytes = Vec::new();
-        encoder.encode(&slot, codec, &tensor, &mut bytes).unwrap();
-        let shape = tensor.shape().to_vec();
+        encoder.encode(&slot, codec, &tensor.into(), &mut bytes).unwrap();
+        let shape = vec![1, x.len()];
         let decoded = decoder.decode(Pass::Train, codec, shape, ElementType::F32, &bytes).unwrap();
         decoded.as_f32().unwrap().to_vec()
     }
@@ -172,6 +188,77 @@ mod tests {
                 assert!((sum / 5.0 - x).abs() < 1e-6, "{lossy}: {sums:?}");
             }
             assert_eq!(encoder.residual(), None, "nothing is held back that a checkpoint would bring again");
+        }
+    }
+    /// A tensor on a device that knows one codec. It counts how often it was brought to the host.
+    #[derive(Debug)]
+    struct OnDevice {
+        tensor: HostTensor,
+        knows: Codec,
+        brought: AtomicUsize,
+    }
+
+    impl DeviceTensor for OnDevice {
+        fn shape(&self) -> &[usize] {
+            self.tensor.shape()
+        }
+
+        fn to_host(&self) -> Result<HostTensor, ExecutorError> {
+            self.brought.fetch_add(1, Ordering::Relaxed);
+            Ok(self.tensor.clone())
+        }
+
+        fn encodes(&self, codec: Codec) -> bool {
+            codec == self.knows
+        }
+
+        fn encode(&self, codec: Codec, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+            assert!(self.encodes(codec));
+            codec.encode(&self.tensor, out).map_err(|e| ExecutorError::Internal { what: e.to_string() })
+        }
+    }
+
+    #[test]
+    fn a_device_is_asked_first_and_gives_the_bytes_of_the_host() {
+        let (activation, gradient) = (Channel::Activation(EdgeId(0)), Channel::Gradient(EdgeId(0)));
+        let int4 = Codec::Int4;
+        let cases = [
+            // The device's codec, the message's, its channel, pass and step, and how often it comes to the host.
+            (int4, int4, activation, Pass::Train, 1, 0),
+            (int4, int4, activation, Pass::Train, SAMPLED_STEPS, 1),
+            (int4, Codec::Bf16, activation, Pass::Train, 1, 1),
+            (int4, int4, gradient, Pass::Train, 1, 1),
+            (Codec::Bf16, Codec::Bf16, gradient, Pass::Eval, 0, 0),
+            (Codec::Dense, Codec::Dense, gradient, Pass::Train, SAMPLED_STEPS, 0),
+        ];
+        for (case, (knows, codec, channel, pass, step, expected)) in cases.into_iter().enumerate() {
+            let options = ChannelOptions { error_feedback: true, predict: false };
+            let slot = Slot { channel, pass, step, micro_batch: 0 };
+            let tensor = HostTensor::new(vec![2, 3], Values::F32(vec![0.5, -1.25, 3.0, 0.1, 7.0, -0.3])).unwrap();
+            let bytes_of = |tensor: &BorderTensor| {
+                let mut bytes = Vec::new();
+                ChannelEncoder::new(options, channel).encode(&slot, codec, tensor, &mut bytes).unwrap();
+                bytes
+            };
+            let device = Arc::new(OnDevice { tensor: tensor.clone(), knows, brought: AtomicUsize::new(0) });
+            let bytes = bytes_of(&BorderTensor::Device(Arc::clone(&device) as Arc<dyn DeviceTensor>));
+            assert_eq!(bytes, bytes_of(&tensor.into()), "case {case}");
+            assert_eq!(device.brought.load(Ordering::Relaxed), expected, "case {case}");
+        }
+    }
+
+    #[test]
+    fn what_is_held_back_goes_with_a_message_that_its_device_could_encode() {
+        let channel = Channel::Gradient(EdgeId(0));
+        let mut encoder = ChannelEncoder::new(ChannelOptions { error_feedback: true, predict: false }, channel);
+        let x = [1.0, 0.031, -0.507, 0.25];
+        let tensor = HostTensor::new(vec![1, 4], Values::F32(x.to_vec())).unwrap();
+        let on_device = OnDevice { tensor, knows: Codec::Dense, brought: AtomicUsize::new(0) };
+        let tensor = BorderTensor::Device(Arc::new(on_device));
+        for codec in [Codec::Int4, Codec::Dense] {
+            let slot = Slot { channel, pass: Pass::Train, step: 1, micro_batch: 0 };
+            encoder.encode(&slot, codec, &tensor, &mut Vec::new()).unwrap();
+            assert_eq!(encoder.residual().is_some(), codec == Codec::Int4);
         }
     }
 }

@@ -17,8 +17,10 @@ mod layout;
 mod libraries;
 mod measure;
 mod modules;
+mod needs;
 mod plan;
 mod store;
+mod sum;
 mod tensor;
 #[cfg(test)]
 mod tests;
@@ -29,7 +31,7 @@ use fusionllm_graph::{Kernels, OpDag};
 use fusionllm_planner::Measured;
 use fusionllm_protocol::Precision;
 
-use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, MeasureSpec};
+use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, Load, MeasureSpec};
 use crate::executor::Executor;
 use crate::stop::StopFlag;
 use crate::{CompNodeError, ExecutorError};
@@ -114,6 +116,10 @@ impl Backend for CudaBackend {
         let measured = measure::measure_ops(dag, &spec, &self.gpu, stop);
         self.gpu.trim();
         measured
+    }
+
+    fn needs(&self, spec: &ExecutorSpec, load: &Load) -> Result<Option<u64>, ExecutorError> {
+        needs::bytes(spec, self.precision(spec.precision), load).map(Some)
     }
 
     fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {

@@ -22,18 +22,6 @@ pub enum DeviceChoice {
     Rocm(usize),
 }
 
-impl DeviceChoice {
-    /// Whether this is, in this build and without NVIDIA's devices, the CPU.
-    pub(crate) fn is_cpu(self) -> bool {
-        let has_gpu = cfg!(any(feature = "vulkan", feature = "metal", feature = "rocm"));
-        match self {
-            Self::Cpu => true,
-            Self::Auto => !has_gpu,
-            Self::Cuda(_) | Self::Vulkan(_) | Self::Metal | Self::Rocm(_) => false,
-        }
-    }
-}
-
 impl FromStr for DeviceChoice {
     type Err = CompNodeError;
 

@@ -6,8 +6,8 @@ mod export;
 use std::path::PathBuf;
 
 use fusionllm_codec::CodecError;
-use fusionllm_graph::{DType, GraphError};
-use fusionllm_planner::{NodeIndex, format_bytes};
+use fusionllm_graph::{DType, GraphError, ParamId};
+use fusionllm_planner::{NodeIndex, StageId, format_bytes};
 use fusionllm_protocol::ProtocolError;
 use fusionllm_transport::{io_reason, is_of_path};
 
@@ -91,6 +91,23 @@ pub enum ExecutorError {
     },
 }
 
+impl ExecutorError {
+    /// A task names a stage of another CompNode.
+    pub(crate) fn stage_not_held(stage: StageId) -> Self {
+        Self::Internal { what: format!("{stage} is not held on this CompNode") }
+    }
+
+    /// Somebody asks for a parameter of another CompNode.
+    pub(crate) fn param_not_held(param: ParamId) -> Self {
+        Self::Internal { what: format!("parameter {} is not held here", param.0) }
+    }
+
+    /// BP of a micro-batch of which nothing is kept.
+    pub(crate) fn before_fp(stage: StageId, micro_batch: u32) -> Self {
+        Self::Internal { what: format!("BP of micro-batch {micro_batch} at {stage} came before its FP") }
+    }
+}
+
 /// Why a message could not be sent or received.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -128,6 +145,18 @@ pub enum ExchangeError {
     /// A tensor cannot be encoded or decoded.
     #[error(transparent)]
     Codec(#[from] CodecError),
+    /// The device of a tensor that is to be sent failed.
+    #[error("{reason}")]
+    Device {
+        /// What the executor says, in one line.
+        reason: String,
+    },
+}
+
+impl From<ExecutorError> for ExchangeError {
+    fn from(error: ExecutorError) -> Self {
+        Self::Device { reason: error.to_string() }
+    }
 }
 
 /// Why a shard could not be read or written.

@@ -8,6 +8,7 @@ use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Channel, LinkBytes, LinkSpeed};
 
 use crate::ExchangeError;
+use crate::border::BorderTensor;
 use crate::mailbox::{Arrived, Slot};
 pub use memory::MemoryExchange;
 pub(crate) use tally::LinkTally;
@@ -19,8 +20,8 @@ pub struct Message {
     pub to: NodeIndex,
     /// The channel, step and micro-batch that it belongs to.
     pub slot: Slot,
-    /// The tensor as the receiver is to have it, dense; it is encoded on its way.
-    pub tensor: HostTensor,
+    /// The tensor as the receiver is to have it, dense; it is encoded on its way, where it lies or on the host.
+    pub tensor: BorderTensor,
     /// The codec by which it is encoded.
     pub codec: Codec,
 }

@@ -1,14 +1,19 @@
 //! What a framework must be able to do to run a sub-DAG.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
+mod gradients;
+mod params;
 
-use fusionllm_graph::{OpId, ParamId};
+use std::collections::BTreeMap;
+
+use fusionllm_graph::OpId;
 use fusionllm_planner::StageId;
 use fusionllm_protocol::Pass;
 
 use crate::border::BorderTensor;
-use crate::{CompNodeError, ExecutorError, ShardError};
+use crate::{ExecutorError, ShardError};
+pub use gradients::Gradients;
+pub(crate) use gradients::{Write, check_filled_rows, check_range, check_rows};
+pub use params::Params;
 
 /// Which micro-batch a task works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -129,7 +134,7 @@ pub struct UpdateSpec {
 }
 
 /// Runs the stages of one CompNode.
-pub trait Executor: Send {
+pub trait Executor: Gradients + Send {
     /// FP of a micro-batch of B rows through a stage. `inputs` holds the tensor of every op outside the stage that an op
     /// in it consumes, and of its placeholders: f32 or i32 of the op's output shape, whose first dimension is B.
     ///
@@ -166,62 +171,21 @@ pub trait Executor: Send {
     /// [`ExecutorError`] if the device fails.
     fn make_up(&mut self) -> Result<(), ExecutorError>;
 
-    /// The rows of a table that lookups of this step have used, ascending: in all others the accumulated gradient of a
-    /// table that is only looked up is zero.
-    fn looked_up(&self, param: ParamId) -> Vec<u32>;
-
-    /// Elements `range` of the accumulated gradient of a parameter (zeros if none came), row-major.
-    ///
-    /// # Errors
-    /// [`ExecutorError`] if the parameter is not held here or has no such elements.
-    fn gradient(&mut self, param: ParamId, range: Range<usize>) -> Result<Vec<f32>, ExecutorError>;
-
-    /// These rows of the accumulated gradient of a parameter, one after the other.
-    ///
-    /// # Errors
-    /// As [`Self::gradient`].
-    fn gradient_of_rows(&mut self, param: ParamId, rows: &[u32]) -> Result<Vec<f32>, ExecutorError>;
-
-    /// Replaces the elements of the accumulated gradient from `start` on.
-    ///
-    /// # Errors
-    /// As [`Self::gradient`].
-    fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError>;
-
-    /// Adds `values` to the elements of the accumulated gradient from `start` on.
-    ///
-    /// # Errors
-    /// As [`Self::gradient`].
-    fn add_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError>;
-
-    /// Adds `values` to these rows of the accumulated gradient, each of which occurs once.
-    ///
-    /// # Errors
-    /// As [`Self::gradient`].
-    fn add_gradient_rows(&mut self, param: ParamId, rows: &[u32], values: Vec<f32>) -> Result<(), ExecutorError>;
-
-    /// Sum of squares of the accumulated gradients of `params`.
-    ///
-    /// # Errors
-    /// [`ExecutorError`] if the device fails.
-    fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError>;
-
     /// UPDATE of every parameter, and the gradients are gone.
     ///
     /// # Errors
     /// [`ExecutorError`] if the device fails.
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError>;
 
-    /// Replaces parameters and optimizer state by what `tensors` holds; every parameter held here must be in it.
-    ///
-    /// # Errors
-    /// [`ExecutorError::Param`] if one is missing or has another shape, [`ShardError`](crate::ShardError) if one cannot
-    /// be read.
-    fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError>;
-
-    /// All parameters and optimizer state.
-    fn export(&self) -> Vec<LazyTensor<'_>>;
-
     /// Micro-batches that are live (FP done, BP not) in the stage that has most of them.
     fn live(&self) -> usize;
+}
+
+/// Of the stages of all micro-batches that are live, how often that comes which comes most often.
+pub(crate) fn most_live(stages: impl IntoIterator<Item = StageId>) -> usize {
+    let mut by_stage: BTreeMap<StageId, usize> = BTreeMap::new();
+    for stage in stages {
+        *by_stage.entry(stage).or_default() += 1;
+    }
+    by_stage.into_values().max().unwrap_or(0)
 }

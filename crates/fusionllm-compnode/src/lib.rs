@@ -37,7 +37,7 @@ mod task_loop;
 mod testing;
 
 pub use allocator::{Allocator, keep_freed_memory};
-pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, MeasureSpec, StageOps};
+pub use backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, Load, MeasureSpec, StageOps};
 pub use border::{BorderTensor, DeviceTensor};
 pub use burn::PROBE_THREAD;
 pub use checkpoint::{
@@ -52,7 +52,9 @@ pub use data::{
 pub use device::DeviceChoice;
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ExportError, ShardError};
 pub use exchange::{Exchange, MemoryExchange, Message};
-pub use executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec, by_name};
+pub use executor::{
+    Executor, Gradients, LazyTensor, MicroBatch, NamedTensor, Params, StageOutput, TensorSource, UpdateSpec, by_name,
+};
 pub use generate::{Generator, SamplingSpec};
 pub use knock::{Admitted, knock};
 pub use links::{JobLinks, NetworkExchange};

@@ -6,6 +6,7 @@
 
 mod attempts;
 mod bounds;
+mod breach;
 mod dialling;
 mod hearing;
 mod incoming;
@@ -55,6 +56,10 @@ const CONTROL_FRAME_BYTES: u64 = 64 << 10;
 const URGENT: i32 = 1;
 
 /// Everything that two tasks of a job's wires share.
+///
+/// No task holds two of its locks at once. `incoming` and `found`, as the locks within an [`Incoming`], are held for a few
+/// lines and never over an await. Only `dialling[peer]` is: until that peer is connected or given up, so that one task waits
+/// for it and the others find what comes of that.
 #[derive(Debug)]
 pub struct JobLinks {
     pub(crate) key: RunKey,

@@ -289,12 +289,13 @@ impl Node {
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
-            if let Err(reason) = wire.flush(&mut self.outbox) {
-                break reason;
+            if let Err(error) = wire.flush(&mut self.outbox) {
+                break error.to_string();
             }
             let room = wire.room();
             tokio::select! {
-                // Who is heard of rarely goes before who speaks often, and the broker before the job.
+                // Who is heard of rarely goes before who speaks often, and the broker before the job: a job that reports
+                // without a pause must not keep heartbeats from going out, or a broker's stop from being read.
                 biased;
                 _ = heartbeat.tick() => {
                     let unanswered = hearing.heartbeat(wire.heard());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::CompNodeError;
 use crate::backend::Backend;
-use crate::burn::BurnBackend;
+use crate::burn::{BurnBackend, BurnDevice};
 use crate::cuda::CudaBackend;
 use crate::device::DeviceChoice;
 
@@ -13,12 +13,16 @@ use crate::device::DeviceChoice;
 /// # Errors
 /// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
 pub fn open_device(choice: DeviceChoice) -> Result<Arc<dyn Backend>, CompNodeError> {
-    match choice {
-        DeviceChoice::Cuda(index) => Ok(Arc::new(CudaBackend::open(index)?)),
+    let device = match choice {
+        DeviceChoice::Cuda(index) => return Ok(Arc::new(CudaBackend::open(index)?)),
         DeviceChoice::Auto => match CudaBackend::open_if_any() {
-            Some(backend) => Ok(Arc::new(backend)),
-            None => Ok(Arc::new(BurnBackend::open(choice)?)),
+            Some(backend) => return Ok(Arc::new(backend)),
+            None => BurnDevice::best(),
         },
-        _ => Ok(Arc::new(BurnBackend::open(choice)?)),
-    }
+        DeviceChoice::Cpu => BurnDevice::Cpu,
+        DeviceChoice::Vulkan(index) => BurnDevice::Vulkan(index),
+        DeviceChoice::Metal => BurnDevice::Metal,
+        DeviceChoice::Rocm(index) => BurnDevice::Rocm(index),
+    };
+    Ok(Arc::new(BurnBackend::open(device)?))
 }

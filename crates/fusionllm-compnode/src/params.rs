@@ -6,7 +6,6 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
 use crate::ExecutorError;
-use crate::executor::NamedTensor;
 
 /// Row-major initial values of a parameter.
 pub(crate) fn initial_values(param: &Param, seed: u64) -> Result<Vec<f32>, ExecutorError> {
@@ -29,23 +28,6 @@ pub(crate) fn initial_values(param: &Param, seed: u64) -> Result<Vec<f32>, Execu
             })?;
             let mut rng = ChaCha8Rng::seed_from_u64(seed_for(seed, &[param.name.as_bytes()]));
             Ok((0..count).map(|_| normal.sample(&mut rng)).collect())
-        }
-    }
-}
-
-/// Holds values from outside against a parameter's shape; all must be finite.
-///
-/// # Errors
-/// [`ExecutorError::Param`] says what would be right.
-pub(crate) fn check_values(tensor: &NamedTensor, shape: &[usize]) -> Result<(), ExecutorError> {
-    let fail = |reason: String| Err(ExecutorError::Param { name: tensor.name.clone(), reason });
-    if tensor.shape != shape || tensor.values.len() != shape.iter().product::<usize>() {
-        return fail(format!("shape {:?}, expected {shape:?}", tensor.shape));
-    }
-    match tensor.values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
-        None => Ok(()),
-        Some((at, value)) => {
-            fail(format!("element {at} is {value}, expected finite numbers: these weights cannot be trained"))
         }
     }
 }

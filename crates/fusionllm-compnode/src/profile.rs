@@ -11,14 +11,18 @@ mod room;
 
 pub(crate) use cache::{ProfileCache, work_of};
 pub(crate) use host::host_name;
-pub(crate) use memory::free_bytes;
+pub(crate) use memory::host_free;
 pub(crate) use room::check_room;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use fusionllm_graph::{OpDag, OpId, OpKind};
+use fusionllm_codec::{HostTensor, Values};
+use fusionllm_graph::{DType, OpDag, OpId, OpKind};
+use fusionllm_planner::FpBp;
 
 use crate::ExecutorError;
+use crate::stop::StopFlag;
 
 /// Runs of one thing that are timed, unless they take long.
 const MOST_RUNS: usize = 5;
@@ -43,6 +47,39 @@ pub(crate) fn median_of_runs<const N: usize>(
         // Of two the lower: what disturbs a run only makes it longer.
         times[(times.len() - 1) / 2]
     }))
+}
+
+/// Seconds of each kind of work in `dag` in micro-batches of `batch` samples, by an op that does it.
+///
+/// # Errors
+/// Those of `time`, and [`ExecutorError::Stopped`] once `stop` is set.
+pub(crate) fn each_work(
+    dag: &OpDag,
+    batch: usize,
+    stop: &StopFlag,
+    mut time: impl FnMut(OpId) -> Result<FpBp, ExecutorError>,
+) -> Result<BTreeMap<String, FpBp>, ExecutorError> {
+    let mut seconds = BTreeMap::new();
+    for (work, op) in dag.works(batch) {
+        stop.check()?;
+        seconds.insert(work, time(op)?);
+    }
+    Ok(seconds)
+}
+
+/// The output of the op `input` as the op `reader` may have it: ids that it knows, or any numbers.
+///
+/// # Errors
+/// [`ExecutorError::Internal`] if no tensor has its shape.
+pub(crate) fn op_input(dag: &OpDag, input: OpId, reader: OpId, batch: usize) -> Result<HostTensor, ExecutorError> {
+    let output = &dag.op(input).output;
+    let shape = output.shape.resolve(batch);
+    let count = shape.iter().product();
+    let values = match output.dtype {
+        DType::F32 => Values::F32(pattern(count)),
+        DType::I32 => Values::I32(token_ids(dag, reader, count)),
+    };
+    HostTensor::new(shape, values).map_err(|e| ExecutorError::Internal { what: e.to_string() })
 }
 
 /// Values that are neither all alike nor subnormal.

@@ -290,7 +290,8 @@ impl TaskLoop {
         let began = Instant::now();
         let output = self.executor.forward(stage, micro_batch, inputs)?;
         for (op, tensor) in output.tensors {
-            let readers = placement.edges.iter().filter(|e| e.from == stage && e.op == op).map(|e| e.to);
+            let reader = |e: &StageEdge| (e.to, self.codec_of(e, Way::Activation, micro_batch.pass));
+            let readers = placement.edges.iter().filter(|e| e.from == stage && e.op == op).map(reader);
             outgoing.insert(op, self.on_host_where_sent(&placement, readers, tensor)?);
         }
         self.worked(task, began);
@@ -306,7 +307,7 @@ impl TaskLoop {
                 Channel::Activation(edge.id),
                 micro_batch,
                 tensor,
-                self.plan.codecs.codec(edge, Way::Activation),
+                self.codec_of(edge, Way::Activation, micro_batch.pass),
             )?;
         }
         Ok(output.loss)
@@ -334,7 +335,8 @@ impl TaskLoop {
         let began = Instant::now();
         let mut inputs = BTreeMap::new();
         for (op, tensor) in self.executor.backward(stage, micro_batch, gradients, loss_scale)? {
-            let makers = placement.edges.iter().filter(|e| e.to == stage && e.op == op).map(|e| e.from);
+            let maker = |e: &StageEdge| (e.from, self.codec_of(e, Way::Gradient, micro_batch.pass));
+            let makers = placement.edges.iter().filter(|e| e.to == stage && e.op == op).map(maker);
             inputs.insert(op, self.on_host_where_sent(&placement, makers, tensor)?);
         }
         self.worked(task, began);
@@ -351,7 +353,7 @@ impl TaskLoop {
                 Channel::Gradient(edge.id),
                 micro_batch,
                 tensor,
-                self.plan.codecs.codec(edge, Way::Gradient),
+                self.codec_of(edge, Way::Gradient, micro_batch.pass),
             )?;
         }
         Ok(())

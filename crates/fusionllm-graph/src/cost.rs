@@ -8,14 +8,15 @@ use std::ops::Add;
 
 use serde::{Deserialize, Serialize};
 
-/// How a device computes ops of several steps, which decides what FP keeps for BP.
+/// How a device computes ops of several steps, such as attention, which decides what FP keeps for BP. A backend says which
+/// of the two it does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kernels {
-    /// Step by step, each with a tensor of its own: GPUs, and devices of which nothing is known.
+    /// Step by step, each with a tensor of its own, which is kept: GPUs through Burn, and devices of which nothing is known.
     #[default]
     Plain,
-    /// In one go, with what is in between made anew in BP: the CPU.
+    /// In one go, with what is in between made anew in BP: CPUs, and NVIDIA's GPUs.
     Fused,
 }
 

@@ -97,7 +97,6 @@ impl OpDag {
     /// the ops form a cycle; or anything that [`DagBuilder::build`] refuses.
     pub fn from_json(text: &str) -> Result<Self, GraphError> {
         let unreadable = |reason: String| GraphError::Json { reason };
-        let text = without_byte_order_mark(text);
         let header: HeaderForm = read_json(text.as_bytes()).map_err(unreadable)?;
         if header.format != JSON_FORMAT {
             return Err(GraphError::Format { expected: JSON_FORMAT, got: header.format });
@@ -111,11 +110,6 @@ impl OpDag {
         read_ops(&mut builder, form.ops, &params)?;
         builder.build()
     }
-}
-
-/// The text after a byte order mark, which some editors put first and no JSON parser takes.
-pub(crate) fn without_byte_order_mark(text: &str) -> &str {
-    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 fn read_params(builder: &mut DagBuilder, forms: Vec<ParamForm>) -> Result<BTreeMap<String, ParamId>, GraphError> {

@@ -50,6 +50,6 @@ pub use models::{
 };
 pub use op::OpKind;
 pub use param::{Init, Param};
-pub use plain::{in_plain_words, read_json, read_value};
+pub use plain::{BYTE_ORDER_MARK, in_plain_words, read_json, read_value, without_byte_order_mark};
 pub use rotary::RotaryScaling;
 pub use shape::{Dim, Shape, TensorType};

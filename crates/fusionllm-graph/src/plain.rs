@@ -4,11 +4,20 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
-/// Reads JSON.
+/// What some editors put before a text, and few parsers take.
+pub const BYTE_ORDER_MARK: &str = "\u{feff}";
+
+/// The text after a byte order mark.
+pub fn without_byte_order_mark(text: &str) -> &str {
+    text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
+}
+
+/// Reads JSON, with or without a byte order mark.
 ///
 /// # Errors
 /// What is wrong, in one line, such as `` `n_embd` is the string "768", expected a whole number of at least 0 ``.
 pub fn read_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
+    let text = text.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(text);
     let mut parser = serde_json::Deserializer::from_slice(text);
     let value = read_value(&mut parser)?;
     parser.end().map_err(|error| error.to_string())?;

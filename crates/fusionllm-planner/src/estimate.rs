@@ -9,9 +9,6 @@ use fusionllm_graph::{Kernels, OpDag, OpId};
 
 use crate::{Cluster, CompNodeProfile, FpBp};
 
-/// Weights, gradients, and AdamW's two moments, in multiples of the trained parameters' bytes; of those that are not
-/// trained there are only the weights.
-pub const TRAINING_COPIES: u64 = 4;
 /// Times that UPDATE moves the parameters' bytes: AdamW reads four tensors and writes three.
 const UPDATE_MOVES: f64 = 7.0;
 /// FLOPs of an update per parameter.
@@ -39,6 +36,8 @@ pub struct Estimate {
     param_bytes: Vec<u64>,
     /// Of the parameters that are trained.
     trained_bytes: Vec<u64>,
+    /// What the optimizer keeps of them, in multiples of their bytes.
+    states: u32,
     cuts: Vec<CutBytes>,
     /// Per distinct speed of a CompNode: sums of FP and of BP seconds.
     classes: BTreeMap<Class, (Vec<f64>, Vec<f64>)>,
@@ -62,8 +61,9 @@ impl Class {
 }
 
 impl Estimate {
-    /// Estimates `dag` in micro-batches of `batch` samples on the CompNodes of `cluster`.
-    pub fn new(dag: &OpDag, batch: usize, cluster: &Cluster) -> Self {
+    /// Estimates `dag` in micro-batches of `batch` samples on the CompNodes of `cluster`, with an optimizer that keeps so
+    /// many states of a parameter.
+    pub fn new(dag: &OpDag, batch: usize, cluster: &Cluster, states: u32) -> Self {
         let ops = dag.ops().len();
         let mut estimate = Self {
             ops,
@@ -74,6 +74,7 @@ impl Estimate {
             kept_fused: vec![0.0],
             param_bytes: vec![0],
             trained_bytes: vec![0],
+            states,
             cuts: cuts(dag, batch),
             classes: BTreeMap::new(),
         };
@@ -171,9 +172,14 @@ impl Estimate {
     /// Bytes that a segment needs on a CompNode with `live` micro-batches in flight.
     pub fn memory_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>, live: u32) -> f64 {
         let trained = self.trained_bytes[segment.end] - self.trained_bytes[segment.start];
-        let state = trained.saturating_mul(TRAINING_COPIES - 1).saturating_add(self.param_bytes(segment));
+        let state = training_bytes(self.param_bytes(segment), trained, self.states);
         state as f64 + self.kept_bytes(profile, segment) * f64::from(live)
     }
+}
+
+/// Bytes of parameters, and for the `trained` bytes of them of their gradients and of as many states of the optimizer.
+pub(crate) fn training_bytes(params: u64, trained: u64, states: u32) -> u64 {
+    trained.saturating_mul(1 + u64::from(states)).saturating_add(params)
 }
 
 /// Seconds of an UPDATE of this many bytes of f32 parameters.
@@ -241,7 +247,7 @@ mod tests {
     #[test]
     fn a_cut_at_a_block_edge_carries_one_hidden_state() {
         let dag = small_gpt2(2);
-        let estimate = Estimate::new(&dag, 2, &Cluster::uniform(1));
+        let estimate = Estimate::new(&dag, 2, &Cluster::uniform(1), 2);
         let hidden = 2.0 * 8.0 * 16.0 * 4.0;
         let after = |name: &str| estimate.cut(dag.find(name).unwrap().index() + 1);
         assert_eq!(after("h.0.add_2"), CutBytes { forward: hidden, backward: hidden });
@@ -256,7 +262,7 @@ mod tests {
         let dag = small_gpt2(2);
         let mut cluster = Cluster::uniform(2);
         cluster.compnodes[1].flop_per_s = 4.0;
-        let estimate = Estimate::new(&dag, 2, &cluster);
+        let estimate = Estimate::new(&dag, 2, &cluster, 2);
         let (n, node) = (dag.ops().len(), &cluster.compnodes[1]);
         let whole = estimate.seconds(node, &(0..n));
         let parts = [0..7, 7..n].map(|s| estimate.seconds(node, &s));
@@ -264,6 +270,9 @@ mod tests {
         assert!((whole.fp_s - dag.total_cost(2).fp_flops as f64 / 4.0).abs() < 1e-6 * whole.fp_s);
         assert_eq!(estimate.param_bytes(&(0..n)), dag.param_bytes());
         assert!(estimate.memory_bytes(node, &(0..n), 2) > estimate.memory_bytes(node, &(0..n), 1));
+        let without_states = Estimate::new(&dag, 2, &cluster, 0);
+        let saved = estimate.memory_bytes(node, &(0..n), 1) - without_states.memory_bytes(node, &(0..n), 1);
+        assert_eq!(saved, 2.0 * dag.param_bytes() as f64);
     }
 
     #[test]
@@ -273,7 +282,7 @@ mod tests {
         cluster.compnodes[1].kernels = Kernels::Fused;
         // Who computes, and on how many threads, does not matter.
         cluster.compnodes[2].host = Some(crate::Host { name: "office".to_owned(), lanes: 1.0, threads: 2 });
-        let estimate = Estimate::new(&dag, 2, &cluster);
+        let estimate = Estimate::new(&dag, 2, &cluster, 2);
         let attention = dag.find("h.0.attn").unwrap().index();
         let kept = |node: usize, range| estimate.kept_bytes(&cluster.compnodes[node], &range);
         // Two sequences of 8 tokens and 2 heads: 8 scores for each row, or the output of 16 and one number for each head.
@@ -291,7 +300,7 @@ mod tests {
         let ops = [(dag.work(linear, 2), FpBp { fp_s: 3.0, bp_s: 5.0 })].into();
         let measured = crate::Measured { ops, update_s_per_byte: 2.0, ..Default::default() };
         cluster.compnodes[1].measured = Some(Arc::new(measured));
-        let estimate = Estimate::new(&dag, 2, &cluster);
+        let estimate = Estimate::new(&dag, 2, &cluster, 2);
         let only = linear.index()..linear.index() + 1;
         assert_eq!(estimate.seconds(&cluster.compnodes[1], &only), FpBp { fp_s: 3.0, bp_s: 5.0 });
         assert!(estimate.seconds(&cluster.compnodes[0], &only).fp_s > 3.0);

@@ -36,7 +36,7 @@ pub use compare::{Candidate, compare};
 pub use compression::{Compression, Direction, best_of_ratio, compress, topk_of_ratio};
 pub use deferred::{Deferrable, may_defer};
 pub use error::PlanError;
-pub use estimate::{CutBytes, Estimate, Station, TRAINING_COPIES, pipeline_formula};
+pub use estimate::{CutBytes, Estimate, Station, pipeline_formula};
 pub use format::{format_bytes, format_perplexity, format_seconds};
 pub use ids::{EdgeId, NodeIndex, Route, StageId, Way, Ways};
 pub use partition::clusters_by_bandwidth;
@@ -48,6 +48,6 @@ pub use ready::{Need, is_ready, needs};
 pub use simulate::{
     Blame, Cargo, Cause, LinkUse, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate,
 };
-pub use survival::{FailureCost, Kept, snapshot_cost_s, snapshot_period_s};
+pub use survival::{FailureCost, GoesOnFrom, snapshot_cost_s, snapshot_period_s};
 pub use task::{Pipeline, Task};
 pub use tied::{Pieces, TIED_WINDOW};

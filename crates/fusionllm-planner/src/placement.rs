@@ -7,7 +7,7 @@ use fusionllm_codec::Codec;
 use fusionllm_graph::{DType, OpDag, OpId, Param, ParamId};
 use serde::{Deserialize, Serialize};
 
-use crate::estimate::TRAINING_COPIES;
+use crate::estimate::training_bytes;
 use crate::{EdgeId, NodeIndex, Pipeline, Route, StageId, Task, Way};
 
 /// A contiguous piece of the topological order on one CompNode.
@@ -195,11 +195,10 @@ impl Placement {
         params.filter(|param| !param.frozen).map(Param::bytes).fold(0, u64::saturating_add)
     }
 
-    /// Bytes of the parameters that a CompNode holds, and for those that it trains of their gradients and of AdamW's two
-    /// moments, as f32.
-    pub fn training_bytes_of(&self, dag: &OpDag, node: NodeIndex) -> u64 {
-        let more = self.trained_bytes_of(dag, node).saturating_mul(TRAINING_COPIES - 1);
-        self.param_bytes_of(dag, node).saturating_add(more)
+    /// Bytes of the parameters that a CompNode holds, and for those that it trains of their gradients and of as many
+    /// states of the optimizer, as f32.
+    pub fn training_bytes_of(&self, dag: &OpDag, node: NodeIndex, states: u32) -> u64 {
+        training_bytes(self.param_bytes_of(dag, node), self.trained_bytes_of(dag, node), states)
     }
 
     /// The largest number of messages of one edge and direction that can be on the way at once.
@@ -211,6 +210,15 @@ impl Placement {
     /// Largest number of micro-batches that are live at once in a stage of the CompNode's training order, by
     /// stage: the bound on activation memory that the order gives.
     pub fn live_bound(&self, node: NodeIndex) -> BTreeMap<StageId, u32> {
+        self.bound(node, false)
+    }
+
+    /// As [`Self::live_bound`], where a micro-batch counts until all that its BP has put off is made.
+    pub fn held_bound(&self, node: NodeIndex) -> BTreeMap<StageId, u32> {
+        self.bound(node, self.defers(node))
+    }
+
+    fn bound(&self, node: NodeIndex, until_weight_gradients: bool) -> BTreeMap<StageId, u32> {
         let mut live: BTreeMap<StageId, u32> = BTreeMap::new();
         let mut bound: BTreeMap<StageId, u32> = BTreeMap::new();
         for task in self.train.orders.get(node.index()).into_iter().flatten() {
@@ -221,11 +229,13 @@ impl Placement {
                     let most = bound.entry(stage).or_default();
                     *most = (*most).max(*now);
                 }
-                Task::Bp { stage, .. } => {
+                Task::Bp { .. } if until_weight_gradients => {}
+                Task::Wg { .. } if !until_weight_gradients => {}
+                Task::Bp { stage, .. } | Task::Wg { stage, .. } => {
                     let now = live.entry(stage).or_default();
                     *now = now.saturating_sub(1);
                 }
-                Task::Wg { .. } | Task::Update => {}
+                Task::Update => {}
             }
         }
         bound

@@ -116,7 +116,7 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
         return Err(PlanError::EmptyGraph);
     }
     let batch = placement.micro_batch_size as usize;
-    let estimate = Estimate::new(dag, batch, cluster);
+    let estimate = Estimate::new(dag, batch, cluster, spec.states);
     let pins = Pins::of(dag, placement.private);
     let is_baseline = matches!(placement.strategy, Strategy::EqualNumber | Strategy::EqualCompute);
     let finish = |order: &[usize], segments: Vec<Segment>| -> Result<(Cluster, Priced), PlanError> {
@@ -164,7 +164,7 @@ pub fn step_by_cut(dag: &OpDag, cluster: &Cluster, placement: &Placement, spec: 
         Some(Segment { compnode: stage.compnode, ops: first..last + 1 })
     };
     let segments: Vec<Segment> = placement.stages.iter().filter_map(segment).collect();
-    let estimate = Estimate::new(dag, spec.placement.micro_batch_size as usize, &used);
+    let estimate = Estimate::new(dag, spec.placement.micro_batch_size as usize, &used, spec.states);
     let priced = Pricing::new(dag, &used, &estimate, spec).settle(&segments)?;
     priced.over_memory().map_or(Ok(priced.simulated.step_s), Err)
 }

@@ -108,12 +108,22 @@ pub struct PlanSpec {
     pub clip: bool,
     /// Tokens in a step.
     pub tokens_per_step: u64,
+    /// What the optimizer keeps of each parameter that is trained, in multiples of its bytes: AdamW two, SGD with momentum
+    /// one, without it none.
+    pub states: u32,
 }
 
 impl PlanSpec {
-    /// A plan of `placement` with nothing compressed, on the first CompNode's data.
+    /// A plan of `placement` with nothing compressed, on the first CompNode's data, trained by AdamW.
     pub fn dense(placement: PlacementSpec) -> Self {
-        let compression = Compression::Dense;
-        Self { placement, compression, owner: Owner::First, error_feedback: false, clip: true, tokens_per_step: 0 }
+        Self {
+            placement,
+            compression: Compression::Dense,
+            owner: Owner::First,
+            error_feedback: false,
+            clip: true,
+            tokens_per_step: 0,
+            states: 2,
+        }
     }
 }

@@ -35,7 +35,7 @@ pub fn snapshot_period_s(cost_s: f64, mtbf_s: f64, guarding_s: f64) -> f64 {
 
 /// From what a job goes on after a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
+pub enum GoesOnFrom {
     /// Snapshots that CompNodes keep of each other, after every so many steps, or as often as is best.
     Snapshots(Option<u64>),
     /// Checkpoints at the broker after every so many steps.
@@ -63,7 +63,7 @@ impl FailureCost {
     /// Of a job as it is planned, that is hit every `mtbf_s` seconds. `state_bytes` says how many bytes go on the way with so
     /// many bytes of parameters, so many of which are trained. Checkpoints come from the broker, which is taken to stand beside
     /// the data owner, to all CompNodes at once; of snapshots only the lost part does, from its guardian.
-    pub fn of(plan: &Plan, dag: &OpDag, kept: Kept, mtbf_s: f64, state_bytes: impl Fn(u64, u64) -> u64) -> Self {
+    pub fn of(plan: &Plan, dag: &OpDag, kept: GoesOnFrom, mtbf_s: f64, state_bytes: impl Fn(u64, u64) -> u64) -> Self {
         let step_s = plan.prediction.step_s;
         let bytes = |node: NodeIndex| {
             let placement = &plan.placement;
@@ -73,10 +73,10 @@ impl FailureCost {
             |from: NodeIndex, to: NodeIndex| plan.cluster.link(from.index(), to.index()).transfer_s(bytes(to) as f64);
         let slowest = |of: &dyn Fn(NodeIndex) -> f64| plan.placement.nodes().map(of).fold(0.0, f64::max);
         let (move_s, again_s) = match kept {
-            Kept::Checkpoints(every) => {
+            GoesOnFrom::Checkpoints(every) => {
                 (slowest(&|node| way(NodeIndex::DATA_OWNER, node)), every as f64 * step_s / 2.0)
             }
-            Kept::Snapshots(every) => {
+            GoesOnFrom::Snapshots(every) => {
                 let from_guardian = |node: NodeIndex| {
                     let others = plan.placement.nodes().filter(|&other| other != node);
                     let fastest = others.map(|other| way(other, node)).min_by(f64::total_cmp);
@@ -150,14 +150,14 @@ mod tests {
         });
         let plan = plan(&dag, &cluster, &spec).unwrap();
         let bytes = plan.placement.param_bytes_of(&dag, NodeIndex(1));
-        let cost = FailureCost::of(&plan, &dag, Kept::Checkpoints(10), 3600.0, |all, trained| all + 2 * trained);
+        let cost = FailureCost::of(&plan, &dag, GoesOnFrom::Checkpoints(10), 3600.0, |all, trained| all + 2 * trained);
         assert!(bytes > 0 && (cost.move_s - (0.5 + 3.0 * bytes as f64 / 1000.0)).abs() < 1e-9, "{cost:?}");
         let step_s = plan.prediction.step_s;
         assert!((cost.again_s - 5.0 * step_s).abs() < 1e-9 && (cost.refill_s - step_s).abs() < 1e-12, "{cost:?}");
         // Either part may be lost, and comes from the other CompNode.
         let most = plan.placement.nodes().map(|node| 3 * plan.placement.param_bytes_of(&dag, node)).max().unwrap();
         let by_snapshots = |every, mtbf_s| {
-            FailureCost::of(&plan, &dag, Kept::Snapshots(every), mtbf_s, |all, trained| all + 2 * trained)
+            FailureCost::of(&plan, &dag, GoesOnFrom::Snapshots(every), mtbf_s, |all, trained| all + 2 * trained)
         };
         let cost = by_snapshots(Some(4), 3600.0);
         assert!((cost.move_s - (0.5 + most as f64 / 1000.0)).abs() < 1e-9, "{cost:?}");

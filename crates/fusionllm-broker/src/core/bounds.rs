@@ -4,6 +4,8 @@ use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
 use fusionllm_protocol::{JobSpec, StepReport};
 
+use super::Breach;
+
 /// Steps that the reports of one CompNode may be ahead of those of the slowest: what tiny steps amount to while a
 /// connection is out for as long as a lease lasts.
 pub(super) const MOST_AHEAD: u64 = 100_000;
@@ -70,35 +72,36 @@ impl Bounds {
     }
 
     /// Why a shard of so many bytes cannot be the CompNode's: it is too large.
-    pub(super) fn check_shard(&self, node: NodeIndex, bytes: u64) -> Result<(), String> {
+    pub(super) fn check_shard(&self, node: NodeIndex, bytes: u64) -> Result<(), Breach> {
         let limit = self.shards.get(node.index()).copied().unwrap_or(0);
         if bytes > limit {
-            return Err(format!(
+            return Err(Breach(format!(
                 "CompNode {} announced a shard of {bytes} bytes, at most {limit} are in its part",
                 node.0
-            ));
+            )));
         }
         Ok(())
     }
 
     /// Holds a report against the order of steps and the size of the placement; drops a trace that nobody asked for.
-    pub(super) fn report_comes(&mut self, node: NodeIndex, report: &mut StepReport, merged: u64) -> Result<(), String> {
+    pub(super) fn report_comes(&mut self, node: NodeIndex, report: &mut StepReport, merged: u64) -> Result<(), Breach> {
         let (step, count) = (report.step, self.reported.len());
-        let not_due = || Err(format!("CompNode {} reported step {step}, which was not due", node.0));
+        let breach = |what: String| Err(Breach(format!("CompNode {} reported {what}", node.0)));
+        let not_due = || breach(format!("step {step}, which was not due"));
         let Some(last) = self.reported.get_mut(node.index()) else { return not_due() };
         if Some(step) != last.checked_add(1) {
             return not_due();
         }
         if step.saturating_sub(merged) > MOST_AHEAD {
-            return Err(format!("CompNode {} reported step {step}, another is still at step {merged}", node.0));
+            return breach(format!("step {step}, another is still at step {merged}"));
         }
         let is_long = report.links.iter().any(|link| link.codec.len() > CODEC_BYTES);
         if report.links.len() > count || report.received.len() > count || is_long {
-            return Err(format!("CompNode {} reported more links than there are", node.0));
+            return breach("more links than there are".to_owned());
         }
         let seconds = [report.step_s, report.busy_s, report.lr];
         if seconds.iter().any(|value| !(value.is_finite() && *value >= 0.0)) {
-            return Err(format!("CompNode {} reported step {step} with times that are no numbers", node.0));
+            return breach(format!("step {step} with times that are no numbers"));
         }
         *last = step;
         if report.trace.is_some() && self.traced.get_mut(node.index()).is_none_or(|was| std::mem::replace(was, true)) {

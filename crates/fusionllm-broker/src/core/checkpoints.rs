@@ -6,11 +6,11 @@ use std::time::Duration;
 use fusionllm_protocol::{BlobHeader, BlobKind, FromBroker, JobEvent, RunKey};
 
 use super::run::Failed;
-use super::{Action, ConnectionId, Core};
+use super::{Action, Breach, ConnectionId, Core};
 
 impl Core {
     /// Whether a shard that a CompNode offers is due; why it cannot be one if it is too large for its part.
-    pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> Result<bool, String> {
+    pub(crate) fn wants_shard(&self, connection: ConnectionId, header: &BlobHeader) -> Result<bool, Breach> {
         let BlobKind::Shard { step, node } = header.kind else { return Ok(false) };
         let key = header.key;
         let run = self.jobs.get(&key.job).and_then(|job| job.run.as_ref()).filter(|run| run.key == key);

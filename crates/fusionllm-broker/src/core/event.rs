@@ -227,7 +227,7 @@ pub(crate) struct OpenRun {
     pub(crate) spec: JobSpec,
     pub(crate) graph: String,
     pub(crate) placement: PlacementFile,
-    /// If it takes back, the content hashes of `placement.json` for the job's placements: see [`crate::store::Work`].
+    /// If it takes back, the content hashes of `placement.json` for the job's placements: see [`crate::store::PlacedWork`].
     pub(crate) hashes: Vec<String>,
     /// The step as it was predicted, if that is still known.
     pub(crate) predicted: Option<Simulated>,
@@ -238,3 +238,8 @@ pub(crate) struct OpenRun {
     /// the directory meanwhile.
     pub(crate) takes_back: bool,
 }
+
+/// Why a report or a shard of a CompNode is not taken: the plan does not allow it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Breach(pub(crate) String);

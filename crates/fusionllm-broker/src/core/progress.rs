@@ -59,7 +59,7 @@ impl Core {
                         ways.into_iter().for_each(|(from, relayed)| self.survey.seen(from, connection, relayed));
                         self.advance(key, now)
                     }
-                    Err(reason) => self.fail(key, reason, false, now),
+                    Err(breach) => self.fail(key, breach.to_string(), false, now),
                 }
             }
             FromCompNode::Finished { key } => {

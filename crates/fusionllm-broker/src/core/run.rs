@@ -19,7 +19,7 @@ use super::bounds::Bounds;
 use super::drift::Came;
 use super::hearsay::Hearsay;
 use super::watchdog::Watchdog;
-use super::{ConnectionId, StartPoint};
+use super::{Breach, ConnectionId, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};
 
 /// Names of the parameters that a CompNode holds.
@@ -345,12 +345,12 @@ impl Run {
     }
 
     /// Takes a report in; each CompNode reports each step once and in order.
-    pub(super) fn step_reported(&mut self, connection: ConnectionId, mut report: StepReport) -> Result<(), String> {
+    pub(super) fn step_reported(&mut self, connection: ConnectionId, mut report: StepReport) -> Result<(), Breach> {
         let Some(node) = self.node_of(connection) else { return Ok(()) };
         let step = report.step;
         let has_started = self.ready.len() == self.members.len();
         if !has_started || step > self.steps {
-            return Err(format!("CompNode {} reported step {step}, which was not due", node.0));
+            return Err(Breach(format!("CompNode {} reported step {step}, which was not due", node.0)));
         }
         self.bounds.report_comes(node, &mut report, self.merged)?;
         self.reports.entry(step).or_default().insert(node, report);

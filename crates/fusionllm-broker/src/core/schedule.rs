@@ -19,7 +19,7 @@ use super::snapshots::Sources;
 use super::survey::WorkKey;
 use super::{Action, ConnectionId, Core, Job, OpenRun, PlanInput, StartPoint, Unread, WEIGHTS};
 use crate::run_dir::PlacementFile;
-use crate::store::Work;
+use crate::store::PlacedWork;
 
 /// For so long a job that must wait holds back those behind it in any case.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -331,12 +331,12 @@ impl Core {
         start.notices.splice(0..0, known.recoveries.take_told(start.step, kept));
         let key = RunKey { job, generation: known.record.generation };
         let file = PlacementFile::of(&placement, &start.dag, key.generation, prediction);
-        known.record.work = Some(Arc::new(Work {
+        known.record.work = Some(Arc::new(PlacedWork {
             placement: file.clone(),
             graph: start.graph.clone(),
             carried: start.origin.carried.as_ref().clone(),
             run: start.run.clone(),
-            hashes: Work::hashes_with(known.record.work.as_deref(), &file),
+            hashes: PlacedWork::hashes_with(known.record.work.as_deref(), &file),
         }));
         let run_dir = known.record.run_dir.clone();
         for &member in &members {

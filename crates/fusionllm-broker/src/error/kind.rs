@@ -65,7 +65,7 @@ impl BrokerError {
             | Self::DamagedRun { .. }
             | Self::StateShared { .. }
             | Self::Tickets { .. }
-            | Self::Ticket { .. }
+            | Self::Ticket(_)
             | Self::OutOfReach { .. }
             | Self::Private(PrivateError::Readable { .. })
             | Self::UnknownJob { .. }

@@ -149,7 +149,7 @@ impl Folder {
         let text = read_regular_text(&config).map_err(|e| {
             named_error(&config, e, |e| fail(CONFIG, format!("not readable ({e}), expected a folder of PEFT's")))
         })?;
-        let keys: Value = read_json(text.trim_start_matches('\u{feff}').as_bytes()).map_err(|e| fail(CONFIG, e))?;
+        let keys: Value = read_json(text.as_bytes()).map_err(|e| fail(CONFIG, e))?;
         let Value::Object(keys) = keys else {
             return Err(fail(CONFIG, "it is no object, expected the settings of adapters".to_owned()));
         };

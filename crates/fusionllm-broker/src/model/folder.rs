@@ -181,8 +181,7 @@ impl Index {
     fn read(path: &Path) -> Result<Self, BrokerError> {
         let fail = |reason: String| model_error(path, reason);
         let text = read_regular_text(path).map_err(|e| named_error(path, e, |e| fail(format!("not readable: {e}"))))?;
-        let value: Value = read_json(text.trim_start_matches('\u{feff}').as_bytes())
-            .map_err(|e| fail(format!("not an index of shards: {e}")))?;
+        let value: Value = read_json(text.as_bytes()).map_err(|e| fail(format!("not an index of shards: {e}")))?;
         let map = value.get("weight_map").and_then(Value::as_object).filter(|map| !map.is_empty());
         let map = map.ok_or_else(|| fail("not an index of shards: it has no `weight_map` with tensors".to_owned()))?;
         let mut shard_of = BTreeMap::new();

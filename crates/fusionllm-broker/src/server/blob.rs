@@ -5,16 +5,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::{BlobHeader, BlobKind, RunKey, decode, encode};
-use fusionllm_transport::{FileMode, FrameSource, Session, Stands, temporary_for, without_temporary_name};
+use fusionllm_protocol::{BlobHeader, BlobKind, ProtocolError, RunKey, decode, encode};
+use fusionllm_transport::{
+    FileMode, FrameSource, Session, SessionError, Stands, temporary_for, without_temporary_name,
+};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::command::Command;
+use super::command::{Command, NoPlace};
 use super::handle::{Handle, blocking};
 use crate::BrokerError;
 use crate::checkpoint::{ShardHash, ShardPlace, StoredShard, TensorSet, make_partial, shard_name};
-use crate::core::{ConnectionId, CoreEvent};
+use crate::core::{Breach, ConnectionId, CoreEvent};
 use crate::files::io_error;
 
 /// Content frames: small beside memory, large beside a packet.
@@ -30,43 +32,69 @@ pub(super) async fn receive_all(connection: ConnectionId, session: &Session, han
     while let Ok(stream) = session.accept_uni().await {
         match receive(connection, stream, handle).await {
             Ok(()) => last = None,
-            // On a full disk this goes on for every checkpoint, of which the job's notices tell.
-            Err(reason) if last.as_ref() == Some(&reason) => tracing::debug!(?connection, reason, "dropped a shard"),
-            Err(reason) => {
-                tracing::warn!(?connection, reason, "dropped a checkpoint shard");
-                last = Some(reason);
+            Err(refusal) => {
+                let reason = refusal.to_string();
+                // On a full disk this goes on for every checkpoint, of which the job's notices tell.
+                if last.as_ref() == Some(&reason) {
+                    tracing::debug!(?connection, reason, "dropped a shard");
+                } else {
+                    tracing::warn!(?connection, reason, "dropped a checkpoint shard");
+                    last = Some(reason);
+                }
             }
         }
     }
 }
 
+/// Why a shard is not taken.
+#[derive(Debug, thiserror::Error)]
+enum ShardRefused {
+    #[error("it is empty")]
+    Empty,
+    #[error("it is no shard")]
+    NoShard,
+    #[error("its run is not open")]
+    NotOpen,
+    #[error("nobody waits for it")]
+    Unwanted,
+    #[error(transparent)]
+    Breach(#[from] Breach),
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    #[error(transparent)]
+    Lost(#[from] SessionError),
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+}
+
 /// Receives one shard and tells the CompNode that it need not keep it, but for one that broke off, which it sends again.
-async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Handle) -> Result<(), String> {
-    let first = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| e.to_string())?;
-    let header: BlobHeader = decode(&first.ok_or("it is empty")?).map_err(|e| e.to_string())?;
-    let BlobKind::Shard { step, node } = header.kind else { return Err("it is no shard".to_owned()) };
+async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Handle) -> Result<(), ShardRefused> {
+    let first = stream.recv_limited(CHUNK_BYTES as u64).await?;
+    let header: BlobHeader = decode(&first.ok_or(ShardRefused::Empty)?)?;
+    let BlobKind::Shard { step, node } = header.kind else { return Err(ShardRefused::NoShard) };
     let asked = header.clone();
     let key = header.key;
     let comes = handle.ask(|reply| Command::WantsShard { connection, header: asked, reply }).await;
-    let (event, result) = match comes.map_err(|e| e.to_string())? {
+    let (event, result) = match comes? {
         Ok(true) => {
             // Only once the run is open is it settled where its checkpoints lie, and what earlier ones left is gone.
-            let place = handle.open_runs.place(key).await.ok_or("its run is not open")?;
+            let place = handle.open_runs.place(key).await.ok_or(ShardRefused::NotOpen)?;
             let stored = match in_its_place(place, key, step, handle).await {
                 Ok(place) => store(stream, &header, &place, step, node, handle).await,
-                Err(reason) => Err(Dropped::Unwritten(reason)),
+                Err(error) => Err(Dropped::Unwritten(error.to_string())),
             };
             let failed = |reason, may_pass| CoreEvent::CheckpointFailed { key, step, reason, may_pass };
             match stored {
                 Ok(shard) => (Some(CoreEvent::ShardStored { key, step, node, shard }), Ok(())),
-                Err(Dropped::Lost(reason)) => return Err(reason),
+                Err(Dropped::Lost(error)) => return Err(error.into()),
                 Err(Dropped::Unusable(reason)) => (Some(failed(reason, false)), Ok(())),
                 Err(Dropped::Unwritten(reason)) => (Some(failed(reason, true)), Ok(())),
             }
         }
-        Ok(false) => (None, Err("nobody waits for it".to_owned())),
-        Err(reason) => {
-            (Some(CoreEvent::CheckpointFailed { key, step, reason: reason.clone(), may_pass: false }), Err(reason))
+        Ok(false) => (None, Err(ShardRefused::Unwanted)),
+        Err(breach) => {
+            let reason = breach.to_string();
+            (Some(CoreEvent::CheckpointFailed { key, step, reason, may_pass: false }), Err(breach.into()))
         }
     };
     // If the actor is gone it needs no word.
@@ -78,18 +106,18 @@ async fn receive(connection: ConnectionId, mut stream: FrameSource, handle: &Han
 }
 
 /// Where shards go, if others have renamed, removed or replaced that folder since: nothing is written into what stands there.
-async fn in_its_place(place: ShardPlace, key: RunKey, step: u64, handle: &Handle) -> Result<ShardPlace, String> {
+async fn in_its_place(place: ShardPlace, key: RunKey, step: u64, handle: &Handle) -> Result<ShardPlace, NoPlace> {
     let looking = blocking(move || Ok((place.known().stands() == Stands::Itself).then_some(place)));
-    match looking.await.map_err(|e| e.to_string())? {
+    match looking.await? {
         Some(place) => Ok(place),
-        None => handle.ask(|reply| Command::PlaceShards { key, step, reply }).await.map_err(|e| e.to_string())?,
+        None => handle.ask(|reply| Command::PlaceShards { key, step, reply }).await?,
     }
 }
 
 /// Why a shard was not kept.
 enum Dropped {
     /// Its connection broke.
-    Lost(String),
+    Lost(SessionError),
     /// It is not what was announced.
     Unusable(String),
     /// It cannot be written now.
@@ -116,7 +144,7 @@ async fn store(
     let mut hash = ShardHash::default();
     let mut got = 0;
     let mut told = Instant::now();
-    while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(|e| Dropped::Lost(e.to_string()))? {
+    while let Some(chunk) = stream.recv_limited(CHUNK_BYTES as u64).await.map_err(Dropped::Lost)? {
         got += chunk.len() as u64;
         if got > header.bytes {
             return Err(Dropped::Unusable(format!("more than the {} bytes announced", header.bytes)));
@@ -141,6 +169,17 @@ async fn store(
     Ok(StoredShard { bytes: got, blake3, not_finite })
 }
 
+/// Why weights did not go out.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WeightsUnsent {
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    #[error(transparent)]
+    Lost(#[from] SessionError),
+}
+
 /// Sends a CompNode its parameters, and their optimizer state if there is one.
 pub(super) async fn send_weights(
     session: &Session,
@@ -148,7 +187,7 @@ pub(super) async fn send_weights(
     params: Vec<String>,
     from: Arc<TensorSet>,
     handle: &Handle,
-) -> Result<(), String> {
+) -> Result<(), WeightsUnsent> {
     let scratch = Arc::clone(&handle.scratch);
     let gathered = blocking(move || {
         // Without a name it is gone however this process ends.
@@ -158,19 +197,18 @@ pub(super) async fn send_weights(
         file.rewind().map_err(|e| io_error(&scratch, e))?;
         Ok((file, bytes))
     });
-    let (file, bytes) = gathered.await.map_err(|e| e.to_string())?;
-    let io = |e: std::io::Error| io_error(&handle.scratch, e).to_string();
+    let (file, bytes) = gathered.await?;
     let mut content = File::from_std(file);
-    let mut sink = session.open_uni().await.map_err(|e| e.to_string())?;
+    let mut sink = session.open_uni().await?;
     sink.set_priority(BULK_PRIORITY);
     let header = BlobHeader { key, kind: BlobKind::Weights, bytes };
-    sink.send(&encode(&header).map_err(|e| e.to_string())?).await.map_err(|e| e.to_string())?;
+    sink.send(&encode(&header)?).await?;
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
-        let count = content.read(&mut chunk).await.map_err(io)?;
+        let count = content.read(&mut chunk).await.map_err(|e| io_error(&handle.scratch, e))?;
         if count == 0 {
-            return sink.finish().await.map_err(|e| e.to_string());
+            return Ok(sink.finish().await?);
         }
-        sink.send(chunk.get(..count).unwrap_or_default()).await.map_err(|e| e.to_string())?;
+        sink.send(chunk.get(..count).unwrap_or_default()).await?;
     }
 }

@@ -8,7 +8,7 @@ use fusionllm_transport::{FrameSink, FrameSource, Session};
 use tokio::time::{sleep, timeout};
 
 use super::events::{JobEvents, Submitted};
-use super::gate::Pass;
+use super::gate::Admission;
 use super::handle::{Handle, blocking};
 use crate::BrokerError;
 
@@ -20,7 +20,13 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 const REQUEST_BYTES: u64 = 16 << 20;
 
 /// Answers requests until the client goes.
-pub(super) async fn serve(pass: Pass, session: Session, mut sink: FrameSink, mut source: FrameSource, handle: Handle) {
+pub(super) async fn serve(
+    pass: Admission,
+    session: Session,
+    mut sink: FrameSink,
+    mut source: FrameSource,
+    handle: Handle,
+) {
     let welcome = Welcome::Accepted { name: session.peer().to_string(), resumed: None };
     if let Ok(frame) = encode(&welcome)
         && sink.send(&frame).await.is_ok()
@@ -60,7 +66,7 @@ async fn patiently<T>(sink: &mut FrameSink, answer: impl Future<Output = T>) -> 
 }
 
 /// The answer, and the events to send after it.
-async fn answer(request: ClientRequest, pass: &Pass, handle: &Handle) -> (ToClient, Option<JobEvents>) {
+async fn answer(request: ClientRequest, pass: &Admission, handle: &Handle) -> (ToClient, Option<JobEvents>) {
     let submitted = |result: Result<Submitted, BrokerError>, follow: bool| match result {
         Ok(Submitted { job, run_dir, events }) => {
             let run_dir = run_dir.display().to_string();
@@ -91,7 +97,7 @@ async fn answer(request: ClientRequest, pass: &Pass, handle: &Handle) -> (ToClie
 }
 
 /// Requests about tickets, which concern the gate alone.
-async fn tickets(request: ClientRequest, pass: &Pass) -> Result<ToClient, BrokerError> {
+async fn tickets(request: ClientRequest, pass: &Admission) -> Result<ToClient, BrokerError> {
     let (gate, asking) = (Arc::clone(&pass.gate), pass.connection());
     let work = move || match request {
         ClientRequest::TicketNew { role, name, valid_s, once } => {

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::events::Submitted;
 use crate::BrokerError;
 use crate::checkpoint::{ShardPlace, TensorSet};
-use crate::core::{ConnectionId, CoreEvent, Joining, StartPoint};
+use crate::core::{Breach, ConnectionId, CoreEvent, Joining, StartPoint};
 use crate::report::RunReport;
 use crate::store::JobRecord;
 
@@ -24,6 +24,17 @@ pub(super) enum RunDirChoice {
     Given(PathBuf),
     /// There, or beside it under a number if that is taken.
     Free(PathBuf),
+}
+
+/// Why the shards of a run can go nowhere.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoPlace {
+    #[error("its run is not open")]
+    NotOpen,
+    #[error("another process is at work in its directory")]
+    Taken,
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
 }
 
 /// Where the actor answers.
@@ -109,13 +120,13 @@ pub(super) enum Command {
     WantsShard {
         connection: ConnectionId,
         header: BlobHeader,
-        reply: Reply<Result<bool, String>>,
+        reply: Reply<Result<bool, Breach>>,
     },
     /// Where the shards of a step go, once that is put right: its folder is not where it was.
     PlaceShards {
         key: RunKey,
         step: u64,
-        reply: Reply<Result<ShardPlace, String>>,
+        reply: Reply<Result<ShardPlace, NoPlace>>,
     },
     /// Looks what others have done to the folders of a run, and answers once that is told: whoever fails by it asks before.
     Look {

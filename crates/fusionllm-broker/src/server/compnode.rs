@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use super::blob;
 use super::command::{Command, Control, Joined, ToCompNode, lock};
-use super::gate::Pass;
+use super::gate::Admission;
 use super::handle::Handle;
 use crate::core::{ConnectionId, CoreEvent, Joining};
 
@@ -26,7 +26,7 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Serves the connection until it ends, and tells the core. `resume` is what the CompNode has received before a break.
 pub(super) async fn serve(
-    pass: Pass,
+    pass: Admission,
     session: Session,
     joining: Joining,
     resume: Option<u64>,
@@ -92,7 +92,7 @@ async fn write(
 ) -> End {
     for message in again {
         if let Err(error) = send(&mut sink, &message).await {
-            return End::broken(error);
+            return End::broken(error.to_string());
         }
     }
     let mut sends = JoinSet::new();
@@ -110,7 +110,7 @@ async fn write(
                     sending.abort();
                 }
                 if let Err(error) = send(&mut sink, &message).await {
-                    break End::broken(error);
+                    break End::broken(error.to_string());
                 }
             }
             Some(ToCompNode::Weights { key, params, from }) => {
@@ -140,9 +140,17 @@ async fn write(
     end
 }
 
-async fn send(sink: &mut FrameSink, message: &Numbered<FromBroker>) -> Result<(), String> {
-    let frame = encode(message).map_err(|e| e.to_string())?;
-    sink.send(&frame).await.map_err(|e| e.to_string())
+async fn send(sink: &mut FrameSink, message: &Numbered<FromBroker>) -> Result<(), Unsent> {
+    Ok(sink.send(&encode(message)?).await?)
+}
+
+/// Why a message did not go out.
+#[derive(Debug, thiserror::Error)]
+enum Unsent {
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    #[error(transparent)]
+    Lost(#[from] SessionError),
 }
 
 /// Hands the core what the CompNode says, with the time at which it came.

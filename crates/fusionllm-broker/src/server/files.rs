@@ -8,7 +8,7 @@ use fusionllm_transport::io_reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
-use super::command::Command;
+use super::command::{Command, NoPlace};
 use super::late_report::Ending;
 use super::open_runs::OpenRuns;
 use super::returned::{make_room, make_sure};
@@ -36,7 +36,7 @@ enum Work {
     Action(Action),
     Flush(oneshot::Sender<()>),
     Report { record: Box<JobRecord>, reply: oneshot::Sender<Result<RunReport, BrokerError>> },
-    PlaceShards { key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, String>> },
+    PlaceShards { key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, NoPlace>> },
     Look { key: RunKey, reply: oneshot::Sender<()> },
 }
 
@@ -104,7 +104,7 @@ impl Files {
     }
 
     /// Queues the question where the shards of a step go, if their folder is not where it was.
-    pub(super) fn place_shards(&self, key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, String>>) {
+    pub(super) fn place_shards(&self, key: RunKey, step: u64, reply: oneshot::Sender<Result<ShardPlace, NoPlace>>) {
         let _ = self.queue.send(Work::PlaceShards { key, step, reply });
     }
 
@@ -223,16 +223,7 @@ impl Keeper {
 
     fn open(&mut self, open: OpenRun) -> Result<Vec<CoreEvent>, BrokerError> {
         self.elsewhere.remove(&open.key.job);
-        let mut files = WholeFiles::default();
-        // An earlier placement's lock must not stand in the way.
-        for mut earlier in self.take(open.key.job) {
-            // Else the run would begin in whatever stands in the place of its directory by now.
-            if let Err(error) = earlier.come_back(false) {
-                self.runs.insert(earlier.key, earlier);
-                return Err(error);
-            }
-            files = earlier.opened.files;
-        }
+        let files = self.let_go(open.key.job)?;
         let dir = RunDir::new(&open.run_dir);
         let mut notices = match (open.takes_back, open.goes_on) {
             (true, _) => make_sure(&open)?,
@@ -270,19 +261,32 @@ impl Keeper {
         Ok(opened.chain(noticed).chain(std::iter::once(gone)).collect())
     }
 
+    /// Lets go of the earlier placements of a job, whose locks must not stand in the way of the next. Gives the files that are
+    /// written as a whole, as the last one knew them.
+    ///
+    /// # Errors
+    /// [`BrokerError`] if the folders of one cannot be made again where they were renamed or removed: the next one would begin
+    /// in whatever stands in their place by now. Then all are held on to.
+    fn let_go(&mut self, job: JobId) -> Result<WholeFiles, BrokerError> {
+        for (_, run) in self.runs.iter_mut().filter(|(key, _)| key.job == job) {
+            run.come_back(false)?;
+        }
+        Ok(self.take(job).pop().map(|run| run.opened.files).unwrap_or_default())
+    }
+
     /// Where the shards of a run go that is at work.
-    fn place_shards(&mut self, key: RunKey, step: u64) -> (Vec<CoreEvent>, Result<ShardPlace, String>) {
-        let Some(run) = self.runs.get_mut(&key) else { return (Vec::new(), Err("its run is not open".to_owned())) };
+    fn place_shards(&mut self, key: RunKey, step: u64) -> (Vec<CoreEvent>, Result<ShardPlace, NoPlace>) {
+        let Some(run) = self.runs.get_mut(&key) else { return (Vec::new(), Err(NoPlace::NotOpen)) };
         let is_last = step == run.opened.spec.train.steps;
         run.try_again();
         let mut events = run.look_now();
         if run.is_lost() {
-            return (events, Err("another process is at work in its directory".to_owned()));
+            return (events, Err(NoPlace::Taken));
         }
         let place = run.come_back(is_last).map(|()| run.opened.place.clone());
         let told = std::mem::take(&mut run.opened.notices);
         events.extend(told.into_iter().map(|text| CoreEvent::Noticed { key, text }));
-        (events, place.map_err(|error| error.to_string()))
+        (events, place.map_err(NoPlace::Broker))
     }
 
     /// The placements of a job that are open.

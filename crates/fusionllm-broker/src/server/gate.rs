@@ -11,10 +11,10 @@ use fusionllm_transport::{
     PeerAddr, PeerId, RelayAccess, RelayStanding, RelayToken, Secret, Session, Ticket, read_private, read_regular,
 };
 
-use crate::BrokerError;
 use crate::core::ConnectionId;
 use crate::files::{io_error, write_private};
 use crate::tickets::{Grant, NewTicket, Revoked, Tickets};
+use crate::{BrokerError, TicketError};
 
 /// Close code of a connection whose ticket was revoked.
 const REVOKED: u32 = 403;
@@ -42,7 +42,7 @@ struct Inner {
 
 /// The place of somebody who was let in; given up when it is dropped.
 #[derive(Debug)]
-pub(super) struct Pass {
+pub(super) struct Admission {
     connection: ConnectionId,
     /// Whether the holder is the broker's own user.
     pub(super) own: bool,
@@ -68,7 +68,7 @@ impl Gate {
                 None => {
                     let (secret, new) = (Secret::generate(), NewTicket { role, ends: None, once: false, own: true });
                     let made = tickets.create(Some(role.to_string()), new, None, &secret, now());
-                    made.map_err(|reason| BrokerError::Tickets { path: path.clone(), reason })?;
+                    made.map_err(|e| BrokerError::Tickets { path: path.clone(), reason: e.to_string() })?;
                     secret
                 }
             };
@@ -107,12 +107,12 @@ impl Gate {
         session: &Session,
         secret: &Secret,
         role: TicketRole,
-    ) -> Result<Result<Pass, String>, BrokerError> {
+    ) -> Result<Result<Admission, TicketError>, BrokerError> {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
         let Grant { ticket, own, changed } = match tickets.admit(secret, role, session.peer(), now()) {
             Ok(grant) => grant,
-            Err(reason) => return Ok(Err(reason)),
+            Err(refusal) => return Ok(Err(refusal)),
         };
         if changed {
             // What is not on disk would admit again after a restart.
@@ -120,7 +120,7 @@ impl Gate {
             inner.tickets = tickets;
         }
         inner.open.insert(connection, (ticket, session.clone()));
-        Ok(Ok(Pass { connection, own, gate: Arc::clone(self) }))
+        Ok(Ok(Admission { connection, own, gate: Arc::clone(self) }))
     }
 
     /// Makes a ticket for who came in by the connection `by`. Gives its name, and what admits. For a blocking thread.
@@ -138,7 +138,7 @@ impl Gate {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
         let by = inner.open.get(&by).map(|(ticket, _)| ticket.as_str());
-        let name = tickets.create(name, new, by, &secret, now).map_err(|reason| BrokerError::Ticket { reason })?;
+        let name = tickets.create(name, new, by, &secret, now)?;
         write_tickets(&self.state_dir, &tickets)?;
         inner.tokens = tickets.relay_tokens();
         inner.tickets = tickets;
@@ -161,7 +161,7 @@ impl Gate {
     pub(super) fn revoke(&self, name: &str, asking: ConnectionId) -> Result<u64, BrokerError> {
         let mut inner = self.inner();
         let mut tickets = inner.tickets.clone();
-        let Revoked { names, is_own } = tickets.revoke(name).map_err(|reason| BrokerError::Ticket { reason })?;
+        let Revoked { names, is_own } = tickets.revoke(name)?;
         // On a full disk, too, whoever came in by it has to go.
         let written = write_tickets(&self.state_dir, &tickets);
         inner.tokens = tickets.relay_tokens();
@@ -211,7 +211,7 @@ impl RelayAccess for Gate {
     }
 }
 
-impl Pass {
+impl Admission {
     /// The connection that came in by it.
     pub(super) fn connection(&self) -> ConnectionId {
         self.connection
@@ -223,7 +223,7 @@ impl Pass {
     }
 }
 
-impl Drop for Pass {
+impl Drop for Admission {
     fn drop(&mut self) {
         self.gate.inner().open.remove(&self.connection);
     }
@@ -290,7 +290,7 @@ fn take_over(state_dir: &Path, tickets: &mut Tickets) -> Result<Option<Secret>, 
     let secret = bytes.map(Secret::from_bytes).ok_or(BrokerError::Secret { path: path.clone() })?;
     let new = NewTicket { role: TicketRole::Join, ends: None, once: false, own: true };
     let made = tickets.create(Some(TicketRole::Join.to_string()), new, None, &secret, now());
-    made.map_err(|reason| BrokerError::Tickets { path, reason })?;
+    made.map_err(|e| BrokerError::Tickets { path, reason: e.to_string() })?;
     tracing::warn!(
         "the ticket that an earlier release made lets CompNodes join from now on, and nothing else; commands on this \
          machine use operate.ticket in the state folder, others need `fusionllm ticket new --role operate`"

@@ -9,7 +9,7 @@ use fusionllm_transport::{Endpoint, FrameSink, FrameSource, Secret, Session};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::gate::{Gate, Pass};
+use super::gate::{Admission, Gate};
 use super::handle::{Handle, blocking};
 use super::refusals::Refusals;
 use super::{client, compnode};
@@ -94,7 +94,7 @@ enum Denied {
 }
 
 /// Lets somebody in, or says why not.
-async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door: &Door) -> Result<Pass, Denied> {
+async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door: &Door) -> Result<Admission, Denied> {
     let role = match &hello.role {
         Role::CompNode { .. } => TicketRole::Join,
         Role::Client => TicketRole::Operate,
@@ -117,7 +117,7 @@ async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door:
             // What lies where is not for everybody.
             Denied::Trouble("the broker cannot write its tickets".to_owned())
         })?
-        .map_err(Denied::Refused)
+        .map_err(|refusal| Denied::Refused(refusal.to_string()))
 }
 
 async fn first_frame(session: &Session) -> Option<(FrameSink, FrameSource, Greeting)> {

@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use crate::opened_run::OpenedRun;
     use crate::run_dir::{RunStart, WholeFiles};
-    use crate::store::Work;
+    use crate::store::PlacedWork;
     use crate::testing;
 
     /// A run that was at work in a directory, which has a checkpoint and metrics.
@@ -169,15 +169,15 @@ mod tests {
         let open = at_work(&run_dir);
         let dir = RunDir::new(&run_dir);
         let earlier = std::fs::read(dir.placement()).unwrap();
-        let first = Work {
-            hashes: Work::hashes_with(None, &open.placement),
+        let first = PlacedWork {
+            hashes: PlacedWork::hashes_with(None, &open.placement),
             placement: open.placement,
             graph: open.graph.clone(),
             carried: Default::default(),
             run: open.run.clone(),
         };
         let placement = testing::placed(&open.spec, 2).0;
-        let hashes = Work::hashes_with(Some(&first), &placement);
+        let hashes = PlacedWork::hashes_with(Some(&first), &placement);
         let open = OpenRun { placement, hashes, ..open };
         assert_eq!(make_sure(&open).unwrap(), Vec::<String>::new());
         opened(&open).unwrap();

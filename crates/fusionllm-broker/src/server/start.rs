@@ -15,7 +15,7 @@ use crate::metrics::last_step;
 use crate::model::{ModelFingerprint, load_model, model_tokenizer};
 use crate::resume::{goes_on, notices_of};
 use crate::run_dir::{FolderLock, Parent, RunDir, RunHome, RunStart};
-use crate::store::{JobRecord, Work};
+use crate::store::{JobRecord, PlacedWork};
 use crate::{BrokerError, CheckpointError};
 
 /// A job's beginning. `tokenizer` is the content of its tokenizer file, where whoever handed the job in could read it.
@@ -66,7 +66,7 @@ fn is_in_use(error: &BrokerError) -> bool {
 }
 
 /// The start of a job of which `error` says why it cannot be read any more, as far as the store has it: all but the weights.
-fn start_of_work(spec: &JobSpec, work: &Work, error: BrokerError) -> Result<StartPoint, BrokerError> {
+fn start_of_work(spec: &JobSpec, work: &PlacedWork, error: BrokerError) -> Result<StartPoint, BrokerError> {
     let Ok(dag) = OpDag::from_json(&work.graph) else { return Err(error) };
     let cluster = spec.placement.cluster.as_ref().and_then(|path| read_cluster(path).ok());
     Ok(StartPoint {
@@ -96,7 +96,7 @@ pub(super) fn restored(record: JobRecord) -> Restored {
     let checkpoint = if is_open { newest() } else { None };
     let gone_for = reached.and_then(|_| age(&RunDir::new(&record.run_dir).metrics())).unwrap_or_default();
     let work = record.work.as_ref().filter(|_| is_open && record.placed.is_some());
-    let is_ours = |work: &&Arc<Work>| !RunDir::new(&record.run_dir).is_of_another(&work.placement, &work.hashes);
+    let is_ours = |work: &&Arc<PlacedWork>| !RunDir::new(&record.run_dir).is_of_another(&work.placement, &work.hashes);
     let placement = work.filter(is_ours).map(|work| work.placement.clone());
     Restored { record, reached, gone_for, checkpoint, placement }
 }
@@ -322,8 +322,13 @@ mod tests {
         let (placement, graph) = testing::placed(&spec, 1);
         let carried = [("tokenizer.json".to_owned(), "[1]".to_owned())].into();
         let run = RunStart::new();
-        let work =
-            Work { placement: placement.clone(), graph: graph.clone(), carried, run: run.clone(), hashes: Vec::new() };
+        let work = PlacedWork {
+            placement: placement.clone(),
+            graph: graph.clone(),
+            carried,
+            run: run.clone(),
+            hashes: Vec::new(),
+        };
         let placed = Placed { placement: String::new(), from: 0, members: Vec::new() };
         let record = JobRecord {
             state: JobState::Running,

@@ -9,12 +9,12 @@ const WEIGHT: f64 = 0.25;
 
 /// The running mean of the columns of what was decoded. Both ends compute it, in the same order, from the same bits.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Prediction(Vec<f32>);
+pub(super) struct MeanPrediction(Vec<f32>);
 
 /// Column sums, in memory that is reused from tensor to tensor.
 pub(super) type Sums = Vec<f64>;
 
-impl Prediction {
+impl MeanPrediction {
     /// The expected row, one value a column.
     pub(super) fn values(&self) -> &[f32] {
         &self.0

@@ -2,18 +2,46 @@
 
 use burn_tensor::{Device, Tensor};
 
-use crate::{CompNodeError, DeviceChoice};
+use crate::CompNodeError;
 
 /// The thread that tries a device; its panics are answers.
 pub const PROBE_THREAD: &str = "device-probe";
+
+/// A device by kind; GPU kinds exist in builds with their feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BurnDevice {
+    /// The CPU, which every build has.
+    Cpu,
+    /// A GPU by Vulkan: the discrete one of this number, or the best there is.
+    Vulkan(Option<usize>),
+    /// An Apple GPU.
+    Metal,
+    /// AMD, by ROCm.
+    Rocm(usize),
+}
+
+impl BurnDevice {
+    /// The first GPU kind of this build, else the CPU.
+    pub(crate) fn best() -> Self {
+        if cfg!(feature = "metal") {
+            Self::Metal
+        } else if cfg!(feature = "rocm") {
+            Self::Rocm(0)
+        } else if cfg!(feature = "vulkan") {
+            Self::Vulkan(None)
+        } else {
+            Self::Cpu
+        }
+    }
+}
 
 /// Opens the device, has it compute something, and describes it for people.
 ///
 /// # Errors
 /// [`CompNodeError::DeviceChoice`] if this build has no such kind, or this machine no such device.
-pub(super) fn open(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
-    let (device, name) = select(choice)?;
-    if choice != DeviceChoice::Cpu {
+pub(super) fn open(kind: BurnDevice) -> Result<(Device, String), CompNodeError> {
+    let (device, name) = select(kind)?;
+    if kind != BurnDevice::Cpu {
         probe(device.clone(), &name)?;
     }
     Ok((device, name))
@@ -34,7 +62,7 @@ fn probe(device: Device, name: &str) -> Result<(), CompNodeError> {
     }
 }
 
-fn select(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
+fn select(kind: BurnDevice) -> Result<(Device, String), CompNodeError> {
     #[cfg_attr(
         all(feature = "vulkan", feature = "metal", feature = "rocm"),
         expect(unused_variables, reason = "only builds that lack a kind say so")
@@ -42,28 +70,24 @@ fn select(choice: DeviceChoice) -> Result<(Device, String), CompNodeError> {
     let lacking = |feature: &str| CompNodeError::DeviceChoice {
         reason: format!("this build has no {feature} support, build it with `--features {feature}`"),
     };
-    match choice {
-        DeviceChoice::Auto => auto_device(),
-        DeviceChoice::Cpu => Ok(cpu_device()),
-        DeviceChoice::Cuda(_) => {
-            Err(CompNodeError::DeviceChoice { reason: "NVIDIA's devices are opened without Burn".to_owned() })
-        }
+    match kind {
+        BurnDevice::Cpu => Ok(cpu_device()),
         #[cfg(feature = "vulkan")]
-        DeviceChoice::Vulkan(Some(index)) => {
+        BurnDevice::Vulkan(Some(index)) => {
             Ok((Device::wgpu(burn_tensor::DeviceKind::DiscreteGpu(index)), format!("vulkan:{index}")))
         }
         #[cfg(feature = "vulkan")]
-        DeviceChoice::Vulkan(None) => Ok((Device::wgpu(burn_tensor::DeviceKind::DefaultDevice), "vulkan".to_owned())),
+        BurnDevice::Vulkan(None) => Ok((Device::wgpu(burn_tensor::DeviceKind::DefaultDevice), "vulkan".to_owned())),
         #[cfg(not(feature = "vulkan"))]
-        DeviceChoice::Vulkan(_) => Err(lacking("vulkan")),
+        BurnDevice::Vulkan(_) => Err(lacking("vulkan")),
         #[cfg(feature = "metal")]
-        DeviceChoice::Metal => Ok((Device::metal(burn_tensor::DeviceKind::DefaultDevice), "metal".to_owned())),
+        BurnDevice::Metal => Ok((Device::metal(burn_tensor::DeviceKind::DefaultDevice), "metal".to_owned())),
         #[cfg(not(feature = "metal"))]
-        DeviceChoice::Metal => Err(lacking("metal")),
+        BurnDevice::Metal => Err(lacking("metal")),
         #[cfg(feature = "rocm")]
-        DeviceChoice::Rocm(index) => Ok((Device::rocm(index), format!("rocm:{index}"))),
+        BurnDevice::Rocm(index) => Ok((Device::rocm(index), format!("rocm:{index}"))),
         #[cfg(not(feature = "rocm"))]
-        DeviceChoice::Rocm(_) => Err(lacking("rocm")),
+        BurnDevice::Rocm(_) => Err(lacking("rocm")),
     }
 }
 
@@ -71,24 +95,4 @@ fn cpu_device() -> (Device, String) {
     let threads = rayon::current_num_threads();
     let plural = if threads == 1 { "" } else { "s" };
     (Device::flex(), format!("cpu ({threads} thread{plural})"))
-}
-
-#[cfg(feature = "metal")]
-fn auto_device() -> Result<(Device, String), CompNodeError> {
-    select(DeviceChoice::Metal)
-}
-
-#[cfg(all(feature = "rocm", not(feature = "metal")))]
-fn auto_device() -> Result<(Device, String), CompNodeError> {
-    select(DeviceChoice::Rocm(0))
-}
-
-#[cfg(all(feature = "vulkan", not(any(feature = "metal", feature = "rocm"))))]
-fn auto_device() -> Result<(Device, String), CompNodeError> {
-    select(DeviceChoice::Vulkan(None))
-}
-
-#[cfg(not(any(feature = "vulkan", feature = "metal", feature = "rocm")))]
-fn auto_device() -> Result<(Device, String), CompNodeError> {
-    Ok(cpu_device())
 }

@@ -5,22 +5,25 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn_tensor::{Device, Tensor, TensorData};
-use fusionllm_graph::{OpDag, OpId, Param, ParamId};
+use fusionllm_graph::{OpDag, OpId, ParamId};
 use fusionllm_planner::StageId;
-use fusionllm_protocol::{Pass, TensorName};
+use fusionllm_protocol::{Pass, StateKind};
 
 use crate::backend::{ExecutorSpec, FirstParams, StageOps};
 use crate::border::BorderTensor;
-use crate::burn::gradients::{Gradients, Write};
+use crate::burn::gradients::GradientSums;
 use crate::burn::host::{self, to_scalar};
 use crate::burn::kernels::fused;
 use crate::burn::optimizer::{self, ParamState};
 use crate::burn::owed::Owed;
 use crate::burn::stage::{BurnStage, Kept, StageContext};
-use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
-use crate::params::{check_values, initial_values};
+use crate::executor::{
+    Executor, Gradients, MicroBatch, Params, StageOutput, UpdateSpec, Write, check_filled_rows, check_range,
+    check_rows, most_live,
+};
+use crate::params::initial_values;
 use crate::stop::StopFlag;
-use crate::{CompNodeError, ExecutorError, OptimizerSpec};
+use crate::{ExecutorError, OptimizerSpec};
 
 /// Runs the stages of one CompNode on a Burn device.
 #[derive(Debug)]
@@ -35,7 +38,7 @@ pub(super) struct BurnExecutor {
     params: BTreeMap<ParamId, Tensor<1>>,
     /// The same on the autodiff tape, those that are trained as its leaves; made anew after each UPDATE.
     leaves: BTreeMap<ParamId, Tensor<1>>,
-    gradients: Gradients,
+    gradients: GradientSums,
     /// Gradients that are to be added to those above.
     owed: Owed,
     state: BTreeMap<ParamId, ParamState>,
@@ -73,7 +76,7 @@ impl BurnExecutor {
             stages,
             params,
             leaves: BTreeMap::new(),
-            gradients: Gradients::default(),
+            gradients: GradientSums::default(),
             owed: Owed::default(),
             state: BTreeMap::new(),
             kept: BTreeMap::new(),
@@ -92,11 +95,6 @@ impl BurnExecutor {
         Ok((held.entering().iter().copied().collect(), held.leaving().to_vec()))
     }
 
-    fn checked(&self, tensor: NamedTensor, shape: &[usize]) -> Result<Tensor<1>, ExecutorError> {
-        check_values(&tensor, shape)?;
-        Ok(flat(tensor.values, &self.device))
-    }
-
     fn make_leaves(&mut self) {
         let leaf = |(&id, param): (&ParamId, &Tensor<1>)| {
             let constant = param.clone().autodiff();
@@ -106,7 +104,7 @@ impl BurnExecutor {
     }
 
     fn stage(&self, stage: StageId) -> Result<&BurnStage, ExecutorError> {
-        self.stages.get(&stage).ok_or_else(|| not_held(stage))
+        self.stages.get(&stage).ok_or_else(|| ExecutorError::stage_not_held(stage))
     }
 
     fn surroundings<'a>(&'a self, params: &'a BTreeMap<ParamId, Tensor<1>>) -> StageContext<'a> {
@@ -119,32 +117,122 @@ impl BurnExecutor {
         on_pool(self.on_cpu, || owed.settle().for_each(|(param, sum)| sums.add_term(param, sum)));
     }
 
-    /// Holds a range of a parameter's elements against what is held here.
-    fn check_range(&self, param: ParamId, range: Range<usize>) -> Result<(), ExecutorError> {
-        if !self.params.contains_key(&param) {
-            return Err(ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) });
-        }
-        let Param { name, shape, .. } = self.dag.param(param);
-        if range.start <= range.end && range.end <= shape.iter().product() {
-            return Ok(());
-        }
-        Err(ExecutorError::Shape { op: name.clone(), expected: shape.clone(), got: vec![range.start, range.end] })
-    }
-
-    /// As [`Self::check_range`], of rows. Gives the elements of a row.
-    fn check_rows(&self, param: ParamId, rows: &[u32]) -> Result<usize, ExecutorError> {
-        let columns = self.dag.param(param).shape.iter().skip(1).product();
-        let end = rows.iter().max().map_or(0, |&row| (row as usize + 1) * columns);
-        self.check_range(param, 0..end)?;
-        Ok(columns)
-    }
-
     fn write(&mut self, param: ParamId, start: usize, values: Vec<f32>, how: Write) -> Result<(), ExecutorError> {
         let Self { params, gradients, on_cpu, .. } = self;
         if let Some(held) = params.get(&param) {
             on_pool(*on_cpu, || gradients.write(param, held, start, values, how));
         }
         Ok(())
+    }
+}
+
+impl Params for BurnExecutor {
+    fn dag(&self) -> &Arc<OpDag> {
+        &self.dag
+    }
+
+    fn held(&self) -> Vec<ParamId> {
+        self.params.keys().copied().collect()
+    }
+
+    fn holds(&self, param: ParamId) -> bool {
+        self.params.contains_key(&param)
+    }
+
+    fn states(&self) -> &'static [StateKind] {
+        self.optimizer.states()
+    }
+
+    fn has_state(&self, param: ParamId, kind: StateKind) -> bool {
+        self.state.get(&param).is_some_and(|state| state.contains_key(&kind))
+    }
+
+    fn look(&self, param: ParamId, state: Option<StateKind>, see: &mut dyn FnMut(&[f32])) -> Result<(), ExecutorError> {
+        let tensor = match state {
+            None => self.params.get(&param),
+            Some(kind) => self.state.get(&param).and_then(|state| state.get(&kind)),
+        };
+        host::look(tensor.ok_or_else(|| ExecutorError::param_not_held(param))?.clone(), see)
+    }
+
+    fn begin_import(&mut self) -> Result<(), ExecutorError> {
+        // The leaves share memory with the parameters: that of the old values is for the new ones.
+        self.leaves.clear();
+        self.state.clear();
+        Ok(())
+    }
+
+    fn put(&mut self, param: ParamId, values: Vec<f32>) -> Result<(), ExecutorError> {
+        self.params.insert(param, flat(values, &self.device));
+        Ok(())
+    }
+
+    fn put_state(&mut self, param: ParamId, kind: StateKind, values: Vec<f32>) -> Result<(), ExecutorError> {
+        self.state.entry(param).or_default().insert(kind, flat(values, &self.device));
+        Ok(())
+    }
+
+    fn end_import(&mut self) {
+        self.make_leaves();
+    }
+}
+
+impl Gradients for BurnExecutor {
+    fn looked_up(&self, param: ParamId) -> Vec<u32> {
+        self.gradients.touched(param)
+    }
+
+    fn gradient(&mut self, param: ParamId, range: Range<usize>) -> Result<Vec<f32>, ExecutorError> {
+        if self.owed.concerns(param) {
+            self.settle();
+        }
+        check_range(self, param, &range)?;
+        self.gradients.read(param, range)
+    }
+
+    fn gradient_of_rows(&mut self, param: ParamId, rows: &[u32]) -> Result<Vec<f32>, ExecutorError> {
+        if self.owed.concerns(param) {
+            self.settle();
+        }
+        let columns = check_rows(self, param, rows)?;
+        self.gradients.read_rows(param, rows, columns)
+    }
+
+    fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
+        check_range(self, param, &(start..start + values.len()))?;
+        self.write(param, start, values, Write::Replace)
+    }
+
+    fn add_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
+        check_range(self, param, &(start..start + values.len()))?;
+        self.write(param, start, values, Write::Add)
+    }
+
+    fn add_gradient_rows(&mut self, param: ParamId, rows: &[u32], values: Vec<f32>) -> Result<(), ExecutorError> {
+        check_filled_rows(self, param, rows, values.len())?;
+        let Self { params, gradients, on_cpu, .. } = self;
+        if let Some(held) = params.get(&param) {
+            on_pool(*on_cpu, || gradients.add_rows(param, held, rows, values));
+        }
+        Ok(())
+    }
+
+    fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
+        self.settle();
+        let (gradients, held) = (&mut self.gradients, &self.params);
+        on_pool(self.on_cpu, || {
+            let gradients = gradients.whole(held);
+            let mut sum = 0.0;
+            for param in params {
+                if let Some(gradient) = gradients.get(param) {
+                    sum += match fused::sum_of_squares(gradient) {
+                        Some(squares) => squares,
+                        None => to_scalar(gradient.clone().square().sum())?,
+                    };
+                }
+            }
+            Ok(sum)
+        })
     }
 }
 
@@ -179,12 +267,11 @@ impl Executor for BurnExecutor {
         gradients: Vec<(OpId, BorderTensor)>,
         loss_scale: f64,
     ) -> Result<Vec<(OpId, BorderTensor)>, ExecutorError> {
-        let kept = self.kept.remove(&(stage, micro_batch.index)).ok_or_else(|| ExecutorError::Internal {
-            what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
-        })?;
+        let kept = self.kept.remove(&(stage, micro_batch.index));
+        let kept = kept.ok_or_else(|| ExecutorError::before_fp(stage, micro_batch.index))?;
         let Self { dag, device, on_cpu, seed, stages, leaves, gradients: sums, owed, stop, .. } = self;
         let around = StageContext { dag, device, params: leaves, seed: *seed, stop };
-        let held = stages.get(&stage).ok_or_else(|| not_held(stage))?;
+        let held = stages.get(&stage).ok_or_else(|| ExecutorError::stage_not_held(stage))?;
         for (param, sum) in held.sums() {
             sum.put(sums.take_cpu(*param));
         }
@@ -209,67 +296,6 @@ impl Executor for BurnExecutor {
         Ok(())
     }
 
-    fn looked_up(&self, param: ParamId) -> Vec<u32> {
-        self.gradients.touched(param)
-    }
-
-    fn gradient(&mut self, param: ParamId, range: Range<usize>) -> Result<Vec<f32>, ExecutorError> {
-        if self.owed.concerns(param) {
-            self.settle();
-        }
-        self.check_range(param, range.clone())?;
-        self.gradients.read(param, range)
-    }
-
-    fn gradient_of_rows(&mut self, param: ParamId, rows: &[u32]) -> Result<Vec<f32>, ExecutorError> {
-        if self.owed.concerns(param) {
-            self.settle();
-        }
-        let columns = self.check_rows(param, rows)?;
-        self.gradients.read_rows(param, rows, columns)
-    }
-
-    fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
-        self.check_range(param, start..start + values.len())?;
-        self.write(param, start, values, Write::Replace)
-    }
-
-    fn add_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
-        self.check_range(param, start..start + values.len())?;
-        self.write(param, start, values, Write::Add)
-    }
-
-    fn add_gradient_rows(&mut self, param: ParamId, rows: &[u32], values: Vec<f32>) -> Result<(), ExecutorError> {
-        let columns = self.check_rows(param, rows)?;
-        if values.len() != rows.len() * columns {
-            let (op, got) = (self.dag.param(param).name.clone(), vec![values.len()]);
-            return Err(ExecutorError::Shape { op, expected: vec![rows.len(), columns], got });
-        }
-        let Self { params, gradients, on_cpu, .. } = self;
-        if let Some(held) = params.get(&param) {
-            on_pool(*on_cpu, || gradients.add_rows(param, held, rows, values));
-        }
-        Ok(())
-    }
-
-    fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
-        self.settle();
-        let (gradients, held) = (&mut self.gradients, &self.params);
-        on_pool(self.on_cpu, || {
-            let gradients = gradients.whole(held);
-            let mut sum = 0.0;
-            for param in params {
-                if let Some(gradient) = gradients.get(param) {
-                    sum += match fused::sum_of_squares(gradient) {
-                        Some(squares) => squares,
-                        None => to_scalar(gradient.clone().square().sum())?,
-                    };
-                }
-            }
-            Ok(sum)
-        })
-    }
-
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError> {
         self.settle();
         // The leaves share memory with the parameters: without them the optimizer may work in place.
@@ -289,59 +315,9 @@ impl Executor for BurnExecutor {
         self.device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })
     }
 
-    fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError> {
-        let ids: Vec<ParamId> = self.params.keys().copied().collect();
-        for id in ids {
-            let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
-            let missing = || ExecutorError::Param { name: name.clone(), reason: "not among the weights".to_owned() };
-            let tensor = tensors.take(&name)?.ok_or_else(missing)?;
-            // The memory of the old values is for the new ones.
-            self.leaves.remove(&id);
-            self.params.insert(id, self.checked(tensor, &shape)?);
-            if self.dag.param(id).frozen {
-                continue;
-            }
-            let mut state = ParamState::new();
-            // What it does not use would be stored on and on.
-            for &kind in self.optimizer.states() {
-                let stored = TensorName::State { kind, param: &name }.to_string();
-                if let Some(tensor) = tensors.take(&stored)? {
-                    state.insert(kind, self.checked(tensor, &shape)?);
-                }
-            }
-            self.state.insert(id, state);
-        }
-        self.make_leaves();
-        Ok(())
-    }
-
-    fn export(&self) -> Vec<LazyTensor<'_>> {
-        let mut tensors = Vec::new();
-        for (&id, param) in &self.params {
-            let Param { name, shape, .. } = self.dag.param(id);
-            let lazy = |name: String, tensor: &Tensor<1>| {
-                let tensor = tensor.clone();
-                LazyTensor::new(name, shape.clone(), move |see| host::look(tensor, see))
-            };
-            for (&kind, tensor) in self.state.get(&id).into_iter().flatten() {
-                tensors.push(lazy(TensorName::State { kind, param: name }.to_string(), tensor));
-            }
-            tensors.push(lazy(name.clone(), param));
-        }
-        tensors
-    }
-
     fn live(&self) -> usize {
-        let mut by_stage: BTreeMap<StageId, usize> = BTreeMap::new();
-        for (stage, _) in self.kept.keys() {
-            *by_stage.entry(*stage).or_default() += 1;
-        }
-        by_stage.into_values().max().unwrap_or(0)
+        most_live(self.kept.keys().map(|(stage, _)| *stage))
     }
-}
-
-fn not_held(stage: StageId) -> ExecutorError {
-    ExecutorError::Internal { what: format!("{stage} is not held on this CompNode") }
 }
 
 /// Runs `compute` on a worker of the thread pool if that is what computes: its parallel loops then need not be handed

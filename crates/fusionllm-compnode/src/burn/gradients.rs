@@ -15,6 +15,7 @@ use fusionllm_graph::ParamId;
 use crate::ExecutorError;
 use crate::burn::host::to_vec;
 use crate::burn::kernels::fused::{self, SetAside};
+use crate::executor::Write;
 use rows::RowSum;
 
 /// What BP of a micro-batch gives for a table by lookup.
@@ -29,7 +30,7 @@ pub(crate) struct LookupGradient {
 
 /// Sums over the micro-batches of a step, flat and on the device.
 #[derive(Debug, Default)]
-pub(crate) struct Gradients {
+pub(crate) struct GradientSums {
     dense: BTreeMap<ParamId, Tensor<1>>,
     /// Of tables of which so far only rows were looked up.
     by_rows: BTreeMap<ParamId, RowSum>,
@@ -37,7 +38,7 @@ pub(crate) struct Gradients {
     touched: BTreeMap<ParamId, BTreeSet<u32>>,
 }
 
-impl Gradients {
+impl GradientSums {
     /// Adds what BP of one micro-batch through one stage gave. A parameter that the stage uses both ways has the sum of
     /// its uses added.
     pub(crate) fn add(
@@ -215,15 +216,6 @@ impl Gradients {
     }
 }
 
-/// What becomes of the elements that were there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Write {
-    /// Their sum with the new ones.
-    Add,
-    /// The new ones alone.
-    Replace,
-}
-
 fn add_to(sums: &mut BTreeMap<ParamId, Tensor<1>>, param: ParamId, term: Tensor<1>) {
     let sum = match sums.remove(&param) {
         Some(sum) => fused::accumulate(sum, term),
@@ -272,7 +264,7 @@ mod tests {
 
     #[test]
     fn rows_set_aside_are_added_to_the_lookups_before_the_sum() {
-        let mut sums = Gradients::default();
+        let mut sums = GradientSums::default();
         sums.add(vec![(PARAM, tensor(&[1.0; 8], [8]))], Vec::new(), &[], |_| 8);
         let aside = SetAside::new(vec![1]);
         let big = 1e8;
@@ -287,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_table_is_made_whole_only_when_all_of_it_is_needed() {
-        let mut sums = Gradients::default();
+        let mut sums = GradientSums::default();
         sums.add(Vec::new(), lookup(&[2, 0, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), &[], |_| 8);
         sums.add(Vec::new(), lookup(&[3, 2], &[7.0, 8.0, 0.5, 0.5]), &[], |_| 8);
         assert!(sums.dense.is_empty());
@@ -310,7 +302,7 @@ mod tests {
         let rows = || lookup(&[1, 1], &[1.0, 2.0, 3.0, 4.0]);
         let expected = [1.0, 1.0, 5.0, 7.0, 1.0, 1.0, 1.0, 1.0];
         for order in 0..3 {
-            let mut sums = Gradients::default();
+            let mut sums = GradientSums::default();
             match order {
                 0 => sums.add(dense(), rows(), &[], |_| 8),
                 1 => {

@@ -1,25 +1,23 @@
 //! FP and BP of the ops of a job, as its kernels do them on this device.
 
-use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
-use burn_tensor::{Device, Int, Tensor, TensorData};
-use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{DType, OpDag, OpId, OpKind, ParamId};
+use burn_tensor::{Device, Tensor, TensorData};
+use fusionllm_graph::{Kernels, OpDag, OpId, OpKind, ParamId};
 use fusionllm_planner::{FpBp, Measured, StageId};
 use fusionllm_protocol::Pass;
 
-use super::timed;
+use super::{kernels_of, timed};
 use crate::backend::{ExecutorSpec, MeasureSpec};
 use crate::border::BorderTensor;
 use crate::burn::executor::BurnExecutor;
-use crate::burn::gradients::{Gradients, LookupGradient};
-use crate::burn::host::{download, rows_and_columns, upload};
+use crate::burn::gradients::{GradientSums, LookupGradient};
+use crate::burn::host::{download, upload};
 use crate::burn::kernels::{self, AngleTables, Arguments, IntegerValue, KernelContext, RealValue, Value};
 use crate::burn::optimizer::{self, ParamState};
 use crate::executor::{Executor, MicroBatch, UpdateSpec};
-use crate::profile::{median_of_runs, pattern, token_ids};
+use crate::profile::{each_work, median_of_runs, op_input, pattern, token_ids};
 use crate::stop::StopFlag;
 use crate::{ExecutorError, OptimizerSpec};
 
@@ -43,13 +41,10 @@ pub(super) fn measure_ops(
     stop: &StopFlag,
 ) -> Result<Measured, ExecutorError> {
     let MeasureSpec { batch, ref optimizer, free_bytes, precision: _ } = *spec;
-    let mut ops: BTreeMap<String, FpBp> = BTreeMap::new();
-    for (work, op) in dag.works(batch) {
-        ops.insert(work, time_op(dag, op, batch, device, stop)?);
-    }
+    let ops = each_work(dag, batch, stop, |op| time_op(dag, op, batch, device, stop))?;
     let mut measured =
         Measured { ops, update_s_per_byte: time_update(device, optimizer)?, copy_s_per_byte: time_copy(device)? };
-    let piece = piece(dag, batch, &measured, free_bytes);
+    let piece = piece(dag, batch, kernels_of(device), &measured, free_bytes);
     stop.check()?;
     if !piece.is_empty() {
         correct(dag, batch, device, piece, &mut measured)?;
@@ -59,9 +54,9 @@ pub(super) fn measure_ops(
 
 /// FP and BP of one op by itself.
 fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag) -> Result<FpBp, ExecutorError> {
-    stop.check()?;
     let op = dag.op(id);
-    let inputs: Vec<Value> = op.inputs.iter().map(|&input| input_value(dag, input, id, batch, device)).collect();
+    let inputs = op.inputs.iter().map(|&input| input_value(dag, input, id, batch, device));
+    let inputs = inputs.collect::<Result<Vec<Value>, _>>()?;
     let leaf = |param: &fusionllm_graph::ParamId| {
         let count = dag.param(*param).shape.iter().product();
         let constant = Tensor::<1>::from_data(TensorData::new(pattern(count), [count]), device).autodiff();
@@ -106,7 +101,7 @@ fn time_lookup(dag: &OpDag, id: OpId, arguments: Arguments<'_>, device: &Device)
         let (fp_s, output) = timed(device, || kernels::lookup(&arguments))?;
         let (param, ids, gradient) = (ParamId(0), token_ids(dag, id, count), output.tensor.inner());
         let (bp_s, _) = timed(device, || {
-            let mut sums = Gradients::default();
+            let mut sums = GradientSums::default();
             sums.add(Vec::new(), vec![LookupGradient { param, ids, gradient }], &[], |_| elements);
             Ok(sums)
         })?;
@@ -121,23 +116,17 @@ fn time_backward(device: &Device, output: Tensor<2>, seed: &Tensor<2>) -> Result
 }
 
 /// An input of an op as it would come from the op before.
-fn input_value(dag: &OpDag, input: OpId, reader: OpId, batch: usize, device: &Device) -> Value {
-    let output = &dag.op(input).output;
-    let shape = output.shape.resolve(batch);
-    let count: usize = shape.iter().product();
-    match output.dtype {
-        DType::F32 => {
-            let (rows, columns) = rows_and_columns(&shape);
-            let tensor = Tensor::<2>::from_data(TensorData::new(pattern(count), [rows, columns]), device).autodiff();
+fn input_value(dag: &OpDag, input: OpId, reader: OpId, batch: usize, device: &Device) -> Result<Value, ExecutorError> {
+    Ok(match upload(op_input(dag, input, reader, batch)?, device) {
+        Value::Real(RealValue { tensor, shape }) => {
+            let tensor = tensor.autodiff();
             let tensor = if dag.carries_gradient(input) { tensor.require_grad() } else { tensor };
             Value::Real(RealValue { tensor, shape })
         }
-        DType::I32 => {
-            let ids = TensorData::new(token_ids(dag, reader, count), [count]);
-            let tensor = Tensor::<1, Int>::from_data(ids, device).autodiff();
-            Value::Integer(IntegerValue { tensor, shape })
+        Value::Integer(IntegerValue { tensor, shape }) => {
+            Value::Integer(IntegerValue { tensor: tensor.autodiff(), shape })
         }
-    }
+    })
 }
 
 /// Seconds of UPDATE per byte of f32 parameters.
@@ -172,14 +161,14 @@ fn time_copy(device: &Device) -> Result<f64, ExecutorError> {
 }
 
 /// The piece that is run as a whole: all ops if that is cheap, else what is cheap from the middle on.
-fn piece(dag: &OpDag, batch: usize, measured: &Measured, free_bytes: Option<u64>) -> Range<usize> {
+fn piece(dag: &OpDag, batch: usize, kernels: Kernels, measured: &Measured, free_bytes: Option<u64>) -> Range<usize> {
     let ops = dag.ops().len();
     let memory = free_bytes.map_or(f64::INFINITY, |free| free as f64 * PIECE_MEMORY);
     let cost = |index: usize| {
         let op = OpId(index as u32);
         let seconds = measured.ops.get(&dag.work(op, batch)).map_or(0.0, |s| s.fp_s + s.bp_s);
         let params: u64 = dag.op(op).params.iter().map(|&p| dag.param(p).bytes()).sum();
-        (seconds, (2 * params + dag.cost(op, batch).kept_bytes) as f64)
+        (seconds, (2 * params + dag.kept_bytes(op, batch, kernels)) as f64)
     };
     let grow = |start: usize| {
         let (mut seconds, mut bytes, mut end) = (0.0, 0.0, start);
@@ -210,16 +199,8 @@ fn correct(
     let mut executor = BurnExecutor::new(spec, device.clone(), StopFlag::default())?;
     let (entering, leaving) = executor.borders(StageId(0))?;
     let tensor = |&op: &OpId| -> Result<(OpId, BorderTensor), ExecutorError> {
-        let output = &dag.op(op).output;
-        let shape = output.shape.resolve(batch);
-        let count = shape.iter().product();
         let reader = dag.consumers(op).iter().copied().find(|c| ids.contains(c)).unwrap_or(op);
-        let values = match output.dtype {
-            DType::F32 => Values::F32(pattern(count)),
-            DType::I32 => Values::I32(token_ids(dag, reader, count)),
-        };
-        let tensor = HostTensor::new(shape, values).map_err(|e| ExecutorError::Internal { what: e.to_string() })?;
-        Ok((op, tensor.into()))
+        Ok((op, op_input(dag, op, reader, batch)?.into()))
     };
     let inputs = entering.iter().map(tensor).collect::<Result<Vec<_>, _>>()?;
     let carries = |op: &&OpId| dag.carries_gradient(**op);
@@ -293,9 +274,9 @@ mod tests {
         let dag = gpt2(&Gpt2Config::named("gpt2").unwrap(), 8).unwrap();
         let ops = dag.ops().len();
         let mut measured = Measured::default();
-        assert_eq!(piece(&dag, 1, &measured, None), 0..ops);
+        assert_eq!(piece(&dag, 1, Kernels::Fused, &measured, None), 0..ops);
         measured.ops = dag.op_ids().map(|op| (dag.work(op, 1), FpBp { fp_s: 0.25, bp_s: 0.25 })).collect();
-        assert_eq!(piece(&dag, 1, &measured, None), ops / 2..ops / 2 + 3);
-        assert!(piece(&dag, 1, &measured, Some(1)).len() < 3, "only what keeps nothing");
+        assert_eq!(piece(&dag, 1, Kernels::Fused, &measured, None), ops / 2..ops / 2 + 3);
+        assert!(piece(&dag, 1, Kernels::Fused, &measured, Some(1)).len() < 3, "only what keeps nothing");
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use fusionllm_graph::{Model, OpDag};
+use fusionllm_graph::{Model, OpDag, read_json};
 use fusionllm_protocol::hugging_face::{CARRIED, CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS};
 use serde_json::{Map, Value};
 
@@ -64,7 +64,7 @@ pub fn export_hugging_face(
 /// The config of the directory that the model came from, with what training may have changed; a new one if it came
 /// from none.
 fn config_json(model: &Model, source: Option<&str>, tokenizer: &Tokenizer) -> Value {
-    let source = source.and_then(|text| serde_json::from_str(text.trim_start_matches('\u{feff}')).ok());
+    let source = source.and_then(|text| read_json(text.as_bytes()).ok());
     let (mut keys, dtype) = match source {
         Some(Value::Object(keys)) => {
             let dtype = if keys.contains_key("dtype") { "dtype" } else { "torch_dtype" };

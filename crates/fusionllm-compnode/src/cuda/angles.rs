@@ -23,15 +23,14 @@ impl Angles {
         ops: impl IntoIterator<Item = OpId>,
     ) -> Result<Self, ExecutorError> {
         let mut made: BTreeMap<OpId, Arc<Buffer>> = BTreeMap::new();
-        let positions = |op: OpId| dag.op(op).output.shape.resolve(1).get(1).copied().unwrap_or(1);
         for op in ops {
             let OpKind::Rotary { head_dim, base, scaling } = &dag.op(op).kind else { continue };
-            let alike = |other: &OpId| dag.op(*other).kind == dag.op(op).kind && positions(*other) == positions(op);
-            let equal = made.iter().find(|(other, _)| alike(other)).map(|(_, buffer)| Arc::clone(buffer));
+            let equal = made.iter().find(|(other, _)| are_alike(dag, **other, op));
+            let equal = equal.map(|(_, buffer)| Arc::clone(buffer));
             let buffer = match equal {
                 Some(buffer) => buffer,
                 None => {
-                    let (cosines, sines) = scaling.table(*head_dim, *base, positions(op));
+                    let (cosines, sines) = scaling.table(*head_dim, *base, positions(dag, op));
                     let bytes = [bytes_of_f32(&cosines), bytes_of_f32(&sines)].concat();
                     let buffer = Buffer::take(gpu, bytes.len())?;
                     gpu.upload(buffer.address(), &bytes)?;
@@ -43,8 +42,31 @@ impl Angles {
         Ok(Self(made))
     }
 
+    /// Bytes of those that `ops` need.
+    pub(super) fn bytes(dag: &OpDag, ops: impl IntoIterator<Item = OpId>) -> usize {
+        let (mut counted, mut bytes): (Vec<OpId>, usize) = (Vec::new(), 0);
+        for op in ops {
+            let OpKind::Rotary { head_dim, .. } = &dag.op(op).kind else { continue };
+            if !counted.iter().any(|&other| are_alike(dag, other, op)) {
+                // Two tables of half a head's width.
+                bytes += positions(dag, op) * head_dim * 4;
+                counted.push(op);
+            }
+        }
+        bytes
+    }
+
     /// Where those of an op begin; 0 for an op that has none.
     pub(super) fn address(&self, op: OpId) -> u64 {
         self.0.get(&op).map_or(0, |buffer| buffer.address())
     }
+}
+
+fn positions(dag: &OpDag, op: OpId) -> usize {
+    dag.op(op).output.shape.resolve(1).get(1).copied().unwrap_or(1)
+}
+
+/// Whether two rotary ops turn by the same angles.
+fn are_alike(dag: &OpDag, one: OpId, other: OpId) -> bool {
+    dag.op(one).kind == dag.op(other).kind && positions(dag, one) == positions(dag, other)
 }

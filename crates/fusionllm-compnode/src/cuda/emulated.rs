@@ -5,6 +5,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use libloading::{Library, Symbol};
@@ -19,11 +20,17 @@ const ALIGNMENT: usize = 512;
 #[derive(Debug, Default)]
 pub(super) struct Emulated {
     taken: Mutex<BTreeMap<u64, usize>>,
+    most_taken: AtomicUsize,
 }
 
 impl Emulated {
     pub(super) fn open() -> Arc<dyn Gpu> {
         Arc::new(Self::default())
+    }
+
+    /// The most bytes that were taken at once.
+    pub(super) fn most_taken(&self) -> usize {
+        self.most_taken.load(Ordering::Relaxed)
     }
 
     /// Holds an access against what is taken: a real device would fail, or worse, not.
@@ -58,7 +65,9 @@ impl Gpu for Emulated {
             address.write_bytes(0xff, bytes);
             address as u64
         };
-        self.taken.lock().unwrap().insert(address, bytes);
+        let mut taken = self.taken.lock().unwrap();
+        taken.insert(address, bytes);
+        self.most_taken.fetch_max(taken.values().sum(), Ordering::Relaxed);
         Ok(address)
     }
 

@@ -7,22 +7,25 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use fusionllm_graph::{OpDag, OpId, Param, ParamId};
+use fusionllm_graph::{OpDag, OpId, ParamId};
 use fusionllm_planner::StageId;
-use fusionllm_protocol::{Pass, Precision, StateKind, TensorName};
+use fusionllm_protocol::{Pass, Precision, StateKind};
 
 use super::angles::Angles;
 use super::gpu::{Buffer, Element, Gpu};
 use super::kernel;
 use super::layout::Layout;
 use super::plan::{PlanSpec, StagePlan, Value};
-use super::store::Store;
+use super::store::DeviceParams;
+use crate::ExecutorError;
 use crate::backend::{ExecutorSpec, FirstParams, StageOps};
 use crate::border::BorderTensor;
-use crate::executor::{Executor, LazyTensor, MicroBatch, StageOutput, TensorSource, UpdateSpec};
-use crate::params::{check_values, initial_values};
+use crate::executor::{
+    Executor, Gradients, MicroBatch, Params, StageOutput, UpdateSpec, Write, check_filled_rows, check_range,
+    check_rows, most_live,
+};
+use crate::params::initial_values;
 use crate::stop::StopFlag;
-use crate::{CompNodeError, ExecutorError};
 
 /// Runs the stages of one CompNode on an NVIDIA device.
 #[derive(Debug)]
@@ -32,7 +35,7 @@ pub(super) struct CudaExecutor {
     precision: Precision,
     seed: u64,
     stages: BTreeMap<StageId, StageOps>,
-    store: Store,
+    store: DeviceParams,
     angles: Angles,
     plans: BTreeMap<SlotKey, Arc<StagePlan>>,
     scratch: Buffer,
@@ -81,14 +84,14 @@ impl CudaExecutor {
     pub(super) fn new(spec: ExecutorSpec, gpu: &Arc<dyn Gpu>, stop: StopFlag) -> Result<Self, ExecutorError> {
         let ExecutorSpec { dag, stages, params, optimizer, seed, first, precision } = spec;
         let layout = Layout::new(&dag, params.iter().copied());
-        let mut store = Store::new(gpu, &dag, layout, precision, optimizer)?;
+        let mut store = DeviceParams::new(gpu, &dag, layout, precision, optimizer)?;
         if first == FirstParams::Drawn {
             for &id in &params {
                 store.set(id, &initial_values(dag.param(id), seed)?)?;
             }
         }
         let angles = Angles::new(gpu, &dag, stages.iter().flat_map(|stage| stage.ops.iter().copied()))?;
-        gpu.prepare(&[kernel::CHUNK_SQUARES, kernel::ADAMW, kernel::ADD_ROWS])?;
+        gpu.prepare(&[kernel::CHUNK_SQUARES, kernel::ADAMW, kernel::ADD_ROWS, kernel::ADD.of(Element::F32)])?;
         Ok(Self {
             dag,
             gpu: Arc::clone(gpu),
@@ -114,10 +117,7 @@ impl CudaExecutor {
         if let Some(plan) = self.plans.get(&(stage, batch, pass)) {
             return Ok(Arc::clone(plan));
         }
-        let held = self
-            .stages
-            .get(&stage)
-            .ok_or_else(|| ExecutorError::Internal { what: format!("{stage} is not held on this CompNode") })?;
+        let held = self.stages.get(&stage).ok_or_else(|| ExecutorError::stage_not_held(stage))?;
         let (layout, training) = (self.store.layout(), pass == Pass::Train);
         let (dag, precision) = (&*self.dag, self.precision);
         let plan = StagePlan::new(PlanSpec { dag, stage: held, layout, precision, batch, training })?;
@@ -153,30 +153,83 @@ impl CudaExecutor {
         let owes = |o: &Owing| o.live.plan.put_off[o.made..].iter().any(|weight| weight.param == param);
         if self.owed.iter().any(owes) { self.settle() } else { Ok(()) }
     }
+}
 
-    /// Holds a range of the elements of a parameter's gradient against what is held here.
-    fn check_range(&self, param: ParamId, range: &Range<usize>) -> Result<(), ExecutorError> {
-        let held = self
-            .store
-            .layout()
-            .get(param)
-            .ok_or_else(|| ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) })?;
-        if self.dag.param(param).frozen {
-            let what = format!("parameter {} is not trained, so it has no gradient", param.0);
-            return Err(ExecutorError::Internal { what });
-        }
-        if range.start <= range.end && range.end <= held.elements {
-            return Ok(());
-        }
-        let Param { name, shape, .. } = self.dag.param(param);
-        Err(ExecutorError::Shape { op: name.clone(), expected: shape.clone(), got: vec![range.start, range.end] })
+impl Params for CudaExecutor {
+    fn dag(&self) -> &Arc<OpDag> {
+        &self.dag
     }
 
-    fn check_rows(&self, param: ParamId, rows: &[u32]) -> Result<usize, ExecutorError> {
-        let columns = self.dag.param(param).shape.iter().skip(1).product();
-        let end = rows.iter().max().map_or(0, |&row| (row as usize + 1) * columns);
-        self.check_range(param, &(0..end))?;
-        Ok(columns)
+    fn held(&self) -> Vec<ParamId> {
+        self.store.layout().iter().map(|(id, _)| id).collect()
+    }
+
+    fn holds(&self, param: ParamId) -> bool {
+        self.store.layout().get(param).is_some()
+    }
+
+    fn states(&self) -> &'static [StateKind] {
+        self.store.optimizer().states()
+    }
+
+    fn has_state(&self, _param: ParamId, _kind: StateKind) -> bool {
+        self.store.has_state()
+    }
+
+    fn look(&self, param: ParamId, state: Option<StateKind>, see: &mut dyn FnMut(&[f32])) -> Result<(), ExecutorError> {
+        see(&self.store.values(param, state)?);
+        Ok(())
+    }
+
+    fn begin_import(&mut self) -> Result<(), ExecutorError> {
+        self.store.forget_state()
+    }
+
+    fn put(&mut self, param: ParamId, values: Vec<f32>) -> Result<(), ExecutorError> {
+        self.store.set(param, &values)
+    }
+
+    fn put_state(&mut self, param: ParamId, kind: StateKind, values: Vec<f32>) -> Result<(), ExecutorError> {
+        self.store.set_state(param, kind, &values)
+    }
+}
+
+impl Gradients for CudaExecutor {
+    fn looked_up(&self, param: ParamId) -> Vec<u32> {
+        self.store.looked_up(param)
+    }
+
+    fn gradient(&mut self, param: ParamId, range: Range<usize>) -> Result<Vec<f32>, ExecutorError> {
+        check_range(self, param, &range)?;
+        self.settle_if_owed(param)?;
+        self.store.gradient(&self.dag, param, range)
+    }
+
+    fn gradient_of_rows(&mut self, param: ParamId, rows: &[u32]) -> Result<Vec<f32>, ExecutorError> {
+        check_rows(self, param, rows)?;
+        self.settle_if_owed(param)?;
+        self.store.gradient_of_rows(&self.dag, param, rows)
+    }
+
+    fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
+        check_range(self, param, &(start..start + values.len()))?;
+        self.settle_if_owed(param)?;
+        self.store.write_gradient(&self.dag, param, start, &values, Write::Replace)
+    }
+
+    fn add_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
+        check_range(self, param, &(start..start + values.len()))?;
+        self.store.write_gradient(&self.dag, param, start, &values, Write::Add)
+    }
+
+    fn add_gradient_rows(&mut self, param: ParamId, rows: &[u32], values: Vec<f32>) -> Result<(), ExecutorError> {
+        check_filled_rows(self, param, rows, values.len())?;
+        self.store.add_gradient_rows(&self.dag, param, rows, &values)
+    }
+
+    fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
+        self.settle()?;
+        Ok(self.store.squares(&self.dag, params)?.into_iter().sum())
     }
 }
 
@@ -219,9 +272,8 @@ impl Executor for CudaExecutor {
         gradients: Vec<(OpId, BorderTensor)>,
         loss_scale: f64,
     ) -> Result<Vec<(OpId, BorderTensor)>, ExecutorError> {
-        let mut live = self.live.remove(&(stage, micro_batch.index)).ok_or_else(|| ExecutorError::Internal {
-            what: format!("BP of micro-batch {} at {stage} came before its FP", micro_batch.index),
-        })?;
+        let live = self.live.remove(&(stage, micro_batch.index));
+        let mut live = live.ok_or_else(|| ExecutorError::before_fp(stage, micro_batch.index))?;
         live.context.loss_scale = loss_scale as f32;
         self.seed(&live, gradients)?;
         self.run(&live.plan.backward, &live.slot, &live.context)?;
@@ -259,99 +311,12 @@ impl Executor for CudaExecutor {
         Ok(())
     }
 
-    fn looked_up(&self, param: ParamId) -> Vec<u32> {
-        self.store.looked_up(param)
-    }
-
-    fn gradient(&mut self, param: ParamId, range: Range<usize>) -> Result<Vec<f32>, ExecutorError> {
-        self.check_range(param, &range)?;
-        self.settle_if_owed(param)?;
-        self.store.gradient(&self.dag, param, range)
-    }
-
-    fn gradient_of_rows(&mut self, param: ParamId, rows: &[u32]) -> Result<Vec<f32>, ExecutorError> {
-        self.check_rows(param, rows)?;
-        self.settle_if_owed(param)?;
-        self.store.gradient_of_rows(&self.dag, param, rows)
-    }
-
-    fn set_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
-        self.check_range(param, &(start..start + values.len()))?;
-        self.settle_if_owed(param)?;
-        self.store.write_gradient(&self.dag, param, start, values, false)
-    }
-
-    fn add_gradient(&mut self, param: ParamId, start: usize, values: Vec<f32>) -> Result<(), ExecutorError> {
-        self.check_range(param, &(start..start + values.len()))?;
-        self.store.write_gradient(&self.dag, param, start, values, true)
-    }
-
-    fn add_gradient_rows(&mut self, param: ParamId, rows: &[u32], values: Vec<f32>) -> Result<(), ExecutorError> {
-        let columns = self.check_rows(param, rows)?;
-        if values.len() != rows.len() * columns {
-            let (op, got) = (self.dag.param(param).name.clone(), vec![values.len()]);
-            return Err(ExecutorError::Shape { op, expected: vec![rows.len(), columns], got });
-        }
-        self.store.add_gradient_rows(&self.dag, param, rows, &values)
-    }
-
-    fn squared_norm(&mut self, params: &[ParamId]) -> Result<f64, ExecutorError> {
-        self.settle()?;
-        Ok(self.store.squares(&self.dag, params)?.into_iter().sum())
-    }
-
     fn update(&mut self, spec: UpdateSpec) -> Result<(), ExecutorError> {
         self.settle()?;
         self.store.update(&self.dag, spec)
     }
 
-    fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError> {
-        let ids: Vec<ParamId> = self.store.layout().iter().map(|(id, _)| id).collect();
-        self.store.without_state();
-        for id in ids {
-            let Param { name, shape, .. } = self.dag.param(id);
-            let missing = || ExecutorError::Param { name: name.clone(), reason: "not among the weights".to_owned() };
-            let tensor = tensors.take(name)?.ok_or_else(missing)?;
-            check_values(&tensor, shape)?;
-            self.store.set(id, &tensor.values)?;
-            if self.dag.param(id).frozen {
-                continue;
-            }
-            for kind in [StateKind::ExpAvg, StateKind::ExpAvgSq, StateKind::Momentum] {
-                let stored = TensorName::State { kind, param: name }.to_string();
-                let tensor = tensors.take(&stored)?;
-                if let Some(tensor) = &tensor {
-                    check_values(tensor, shape)?;
-                }
-                self.store.set_state(id, kind, tensor.as_ref().map(|tensor| tensor.values.as_slice()))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn export(&self) -> Vec<LazyTensor<'_>> {
-        let mut tensors = Vec::new();
-        for (id, _) in self.store.layout().iter() {
-            let Param { name, shape, .. } = self.dag.param(id);
-            let lazy = |name: String, kind: Option<StateKind>| {
-                LazyTensor::new(name, shape.clone(), move |see| {
-                    see(&self.store.values(id, kind)?);
-                    Ok(())
-                })
-            };
-            for kind in self.store.states().filter(|_| !self.dag.param(id).frozen) {
-                tensors.push(lazy(TensorName::State { kind, param: name }.to_string(), Some(kind)));
-            }
-            tensors.push(lazy(name.clone(), None));
-        }
-        tensors
-    }
-
     fn live(&self) -> usize {
-        let mut by_stage: BTreeMap<StageId, usize> = BTreeMap::new();
-        for (stage, _) in self.live.keys() {
-            *by_stage.entry(*stage).or_default() += 1;
-        }
-        by_stage.into_values().max().unwrap_or(0)
+        most_live(self.live.keys().map(|(stage, _)| *stage))
     }
 }

@@ -1,23 +1,20 @@
 //! What the device can do, by measuring it.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use fusionllm_codec::{HostTensor, Values};
-use fusionllm_graph::{DType, OpDag, OpId};
+use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::{FpBp, Measured, StageId};
 use fusionllm_protocol::Pass;
 
 use super::executor::CudaExecutor;
 use super::gpu::{Buffer, Element, Gpu, Matrix, Operands, Packed, Product, bytes_of_f32, f32_of_bytes};
-use super::kernel;
 use super::layout::{CHUNK, DECAY_ELEMENTS};
+use super::{kernel, sum};
 use crate::ExecutorError;
 use crate::backend::{DeviceSpeed, ExecutorSpec, MeasureSpec};
-use crate::border::BorderTensor;
 use crate::executor::MicroBatch;
-use crate::profile::{median_of_runs, pattern, token_ids};
+use crate::profile::{each_work, median_of_runs, op_input, pattern};
 use crate::stop::StopFlag;
 
 /// The side of the square matrices that are multiplied.
@@ -37,7 +34,7 @@ pub(super) fn try_out(gpu: &Arc<dyn Gpu>) -> Result<(), ExecutorError> {
     gpu.upload(ones.address(), &bytes_of_f32(&[1.0; SIDE * SIDE]))?;
     let (a, d) = (ones.address(), result.address());
     gpu.multiply(&square(SIDE), Operands { a, b: a, c: 0, d, bias: 0, alpha: 1.0 })?;
-    add(gpu, [a, d, d], SIDE * SIDE)?;
+    sum::add(gpu, Element::F32, [a, d, d], SIDE * SIDE)?;
     let mut bytes = [0; SIDE * SIDE * 4];
     gpu.download(d, &mut bytes)?;
     if f32_of_bytes(&bytes).iter().all(|&value| value == (SIDE + 1) as f32) {
@@ -53,15 +50,6 @@ fn square(side: usize) -> Product {
     Product { m, n, k, a: matrix, b: matrix, d: matrix, batch: 1, tf32: false, adds: false, bias: false }
 }
 
-/// Adds tensors of f32: a, b, and where the sum goes.
-fn add(gpu: &Arc<dyn Gpu>, addresses: [u64; 3], count: usize) -> Result<(), ExecutorError> {
-    let mut arguments = Packed::default();
-    addresses.into_iter().for_each(|address| arguments.pointer(address));
-    arguments.u32(count as u32);
-    let grid = [count.div_ceil(kernel::elements(Element::F32)) as u32, 1];
-    gpu.launch(kernel::ADD.of(Element::F32), grid, arguments.bytes())
-}
-
 /// S and the speed of memory.
 ///
 /// # Errors
@@ -73,7 +61,7 @@ pub(super) fn measure_speed(gpu: &Arc<dyn Gpu>) -> Result<DeviceSpeed, ExecutorE
     let (a, b, d) = (side.address(), other.address(), result.address());
     let operands = Operands { a, b, c: 0, d, bias: 0, alpha: 1.0 };
     let [product_s] = median_of_runs(|| Ok([timed(gpu, || gpu.multiply(&product, operands))?]))?;
-    let [sum_s] = median_of_runs(|| Ok([timed(gpu, || add(gpu, [a, b, d], SIDE * SIDE))?]))?;
+    let [sum_s] = median_of_runs(|| Ok([timed(gpu, || sum::add(gpu, Element::F32, [a, b, d], SIDE * SIDE))?]))?;
     let flops = 2.0 * (SIDE as f64).powi(3);
     Ok(DeviceSpeed { flop_per_s: flops / product_s, memory_bytes_per_s: (3 * 4 * SIDE * SIDE) as f64 / sum_s })
 }
@@ -88,11 +76,7 @@ pub(super) fn measure_ops(
     gpu: &Arc<dyn Gpu>,
     stop: &StopFlag,
 ) -> Result<Measured, ExecutorError> {
-    let mut ops: BTreeMap<String, FpBp> = BTreeMap::new();
-    for (work, op) in dag.works(spec.batch) {
-        stop.check()?;
-        ops.insert(work, time_op(dag, op, spec, gpu, stop)?);
-    }
+    let ops = each_work(dag, spec.batch, stop, |op| time_op(dag, op, spec, gpu, stop))?;
     Ok(Measured { ops, update_s_per_byte: time_update(gpu)?, copy_s_per_byte: time_copy(gpu)? })
 }
 
@@ -106,7 +90,8 @@ fn time_op(
     let of_op = ExecutorSpec::of_ops(Arc::clone(dag), vec![op]).computing_in(spec.precision);
     let mut executor = CudaExecutor::new(of_op, gpu, stop.clone())?;
     let at = MicroBatch { step: 0, pass: Pass::Train, index: 0 };
-    let inputs = dag.op(op).inputs.iter().map(|&input| tensor(dag, input, op, spec.batch)).collect::<Result<_, _>>()?;
+    let tensor = |&input: &OpId| Ok((input, op_input(dag, input, op, spec.batch)?.into()));
+    let inputs = dag.op(op).inputs.iter().map(tensor).collect::<Result<_, ExecutorError>>()?;
     let probe = executor.probe(StageId(0), at, inputs)?;
     let [fp_s, bp_s] = median_of_runs(|| {
         stop.check()?;
@@ -114,19 +99,6 @@ fn time_op(
         Ok([fp_s, timed(gpu, || executor.probe_backward(&probe))?])
     })?;
     Ok(FpBp { fp_s, bp_s: if dag.carries_gradient(op) { bp_s } else { 0.0 } })
-}
-
-/// An input of an op as it would come from the op before.
-fn tensor(dag: &OpDag, input: OpId, reader: OpId, batch: usize) -> Result<(OpId, BorderTensor), ExecutorError> {
-    let output = &dag.op(input).output;
-    let shape = output.shape.resolve(batch);
-    let count = shape.iter().product();
-    let values = match output.dtype {
-        DType::F32 => Values::F32(pattern(count)),
-        DType::I32 => Values::I32(token_ids(dag, reader, count)),
-    };
-    let tensor = HostTensor::new(shape, values).map_err(|e| ExecutorError::Internal { what: e.to_string() })?;
-    Ok((input, tensor.into()))
 }
 
 /// Seconds of UPDATE by AdamW, the optimizer that does most, per byte of f32 parameters, with the norm for clipping.

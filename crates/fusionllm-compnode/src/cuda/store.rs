@@ -7,15 +7,16 @@ use std::sync::Arc;
 use fusionllm_graph::{OpDag, ParamId};
 use fusionllm_protocol::{Precision, StateKind};
 
-use super::gpu::{Buffer, Gpu, Packed, bytes_of_f32, f32_of_bytes, number};
-use super::kernel;
-use super::layout::{CHUNK, Extent, Layout};
+use super::gpu::{Buffer, Element, Gpu, Packed, bytes_of_f32, f32_of_bytes, number};
+use super::layout::{CHUNK, DECAY_ELEMENTS, Extent, Layout};
 use super::plan::{Region, tied_tables};
+use super::{kernel, sum};
+use crate::executor::Write;
 use crate::{ExecutorError, OptimizerSpec, UpdateSpec};
 
 /// What a parameter is and what belongs to it, all laid out alike. What is not trained has values alone.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct DeviceParams {
     gpu: Arc<dyn Gpu>,
     layout: Layout,
     parameters: Buffer,
@@ -38,7 +39,44 @@ pub(super) struct Store {
     optimizer: OptimizerSpec,
 }
 
-impl Store {
+/// Bytes of what a [`DeviceParams`] keeps on the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DeviceParamsBytes {
+    parameters: u64,
+    /// Of those as products take them, where they are kept too.
+    copy: Option<u64>,
+    gradients: u64,
+    lookups: u64,
+    /// Of each state of the optimizer.
+    state: u64,
+    states: u64,
+    /// What says where weight decay applies, and where parameters begin.
+    tables: u64,
+}
+
+impl DeviceParamsBytes {
+    pub(super) fn of(dag: &OpDag, layout: &Layout, precision: Precision, optimizer: &OptimizerSpec) -> Self {
+        let (elements, trained) = (layout.elements() as u64, layout.trained_elements() as u64);
+        let end = |param: &ParamId| layout.get(*param).map_or(0, |e| e.start + e.taken);
+        Self {
+            parameters: 4 * elements,
+            copy: (precision == Precision::Bf16).then_some(2 * elements),
+            gradients: 4 * trained,
+            lookups: 4 * tied_tables(dag, layout).iter().map(end).max().unwrap_or(0) as u64,
+            state: 4 * trained,
+            states: optimizer.states().len() as u64,
+            tables: trained / DECAY_ELEMENTS as u64 + 4 * (layout.trained().count() as u64 + 1),
+        }
+    }
+
+    /// All together.
+    pub(super) fn sum(&self) -> u64 {
+        let Self { parameters, copy, gradients, lookups, state, states, tables } = *self;
+        parameters + copy.unwrap_or(0) + gradients + lookups + state * states + tables
+    }
+}
+
+impl DeviceParams {
     /// Parameters of zeros.
     ///
     /// # Errors
@@ -50,22 +88,21 @@ impl Store {
         precision: Precision,
         optimizer: OptimizerSpec,
     ) -> Result<Self, ExecutorError> {
-        let zeros = |elements: usize, each: usize| Buffer::zeros(gpu, elements * each);
-        let (elements, trained) = (layout.elements(), layout.trained_elements());
-        let apart = tied_tables(dag, &layout);
-        let end = |param: &ParamId| layout.get(*param).map_or(0, |e| e.start + e.taken);
-        let lookups = zeros(apart.iter().map(end).max().unwrap_or(0), 4)?;
-        let states = optimizer.states().iter().map(|&kind| Ok((kind, zeros(trained, 4)?))).collect::<Result<_, _>>()?;
+        let zeros = |bytes: u64| Buffer::zeros(gpu, bytes as usize);
+        let bytes = DeviceParamsBytes::of(dag, &layout, precision, &optimizer);
+        let states =
+            optimizer.states().iter().map(|&kind| Ok((kind, zeros(bytes.state)?))).collect::<Result<_, _>>()?;
         let decay = uploaded(gpu, &layout.decay(dag))?;
         let firsts = layout.trained().map(|(_, extent)| extent.chunks().start);
-        let starts: Vec<u8> = firsts.chain([trained / CHUNK]).flat_map(|s| (s as u32).to_ne_bytes()).collect();
+        let end = layout.trained_elements() / CHUNK;
+        let starts: Vec<u8> = firsts.chain([end]).flat_map(|s| (s as u32).to_ne_bytes()).collect();
         Ok(Self {
             gpu: Arc::clone(gpu),
-            parameters: zeros(elements, 4)?,
-            copy: (precision == Precision::Bf16).then(|| zeros(elements, 2)).transpose()?,
-            gradients: zeros(trained, 4)?,
-            lookups,
-            apart,
+            parameters: zeros(bytes.parameters)?,
+            copy: bytes.copy.map(zeros).transpose()?,
+            gradients: zeros(bytes.gradients)?,
+            lookups: zeros(bytes.lookups)?,
+            apart: tied_tables(dag, &layout),
             looked_up: BTreeMap::new(),
             waiting: BTreeMap::new(),
             states,
@@ -93,9 +130,7 @@ impl Store {
     }
 
     fn extent(&self, param: ParamId) -> Result<Extent, ExecutorError> {
-        self.layout
-            .get(param)
-            .ok_or_else(|| ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) })
+        self.layout.get(param).ok_or_else(|| ExecutorError::param_not_held(param))
     }
 
     /// Replaces a parameter, row-major.
@@ -110,47 +145,37 @@ impl Store {
         self.gpu.launch(kernel::CAST_F32_BF16, [number(taken.div_ceil(kernel::CAST_ELEMENTS))?, 1], arguments.bytes())
     }
 
-    /// Replaces what the optimizer keeps of a parameter; nothing is zeros.
-    pub(super) fn set_state(
-        &mut self,
-        param: ParamId,
-        kind: StateKind,
-        values: Option<&[f32]>,
-    ) -> Result<(), ExecutorError> {
-        let Extent { start, taken, .. } = self.extent(param)?;
-        let Some((_, state)) = self.states.iter().find(|(of, _)| *of == kind) else { return Ok(()) };
-        let at = state.address() + start as u64 * 4;
-        match values {
-            Some(values) => {
-                self.has_state = true;
-                self.gpu.upload(at, &bytes_of_f32(values))
-            }
-            None => self.gpu.zero(at, taken * 4),
-        }
+    /// Replaces what the optimizer keeps of a parameter.
+    pub(super) fn set_state(&mut self, param: ParamId, kind: StateKind, values: &[f32]) -> Result<(), ExecutorError> {
+        let at = self.state(kind)?.address() + self.extent(param)?.start as u64 * 4;
+        self.has_state = true;
+        self.gpu.upload(at, &bytes_of_f32(values))
     }
 
-    /// Forgets whether there was state.
-    pub(super) fn without_state(&mut self) {
+    /// Makes all state zero, as it is before the first UPDATE.
+    pub(super) fn forget_state(&mut self) -> Result<(), ExecutorError> {
         self.has_state = false;
+        self.states.iter().try_for_each(|(_, state)| self.gpu.zero(state.address(), state.bytes()))
     }
 
-    /// The kinds of state that there are by now.
-    pub(super) fn states(&self) -> impl Iterator<Item = StateKind> {
-        self.states.iter().filter(|_| self.has_state).map(|(kind, _)| *kind)
+    /// Whether the state says anything yet.
+    pub(super) fn has_state(&self) -> bool {
+        self.has_state
+    }
+
+    pub(super) fn optimizer(&self) -> &OptimizerSpec {
+        &self.optimizer
+    }
+
+    fn state(&self, kind: StateKind) -> Result<&Buffer, ExecutorError> {
+        let state = self.states.iter().find(|(of, _)| *of == kind).map(|(_, buffer)| buffer);
+        state.ok_or_else(|| ExecutorError::Internal { what: format!("the optimizer keeps no {kind:?}") })
     }
 
     /// A parameter's values, or those of its state.
     pub(super) fn values(&self, param: ParamId, kind: Option<StateKind>) -> Result<Vec<f32>, ExecutorError> {
         let Extent { start, elements, .. } = self.extent(param)?;
-        let buffer = match kind {
-            None => &self.parameters,
-            Some(kind) => self
-                .states
-                .iter()
-                .find(|(of, _)| *of == kind)
-                .map(|(_, buffer)| buffer)
-                .ok_or_else(|| ExecutorError::Internal { what: format!("the optimizer keeps no {kind:?}") })?,
-        };
+        let buffer = kind.map_or(Ok(&self.parameters), |kind| self.state(kind))?;
         self.read(buffer, start, elements)
     }
 
@@ -233,17 +258,21 @@ impl Store {
         dag: &OpDag,
         param: ParamId,
         start: usize,
-        mut values: Vec<f32>,
-        adds: bool,
+        values: &[f32],
+        how: Write,
     ) -> Result<(), ExecutorError> {
-        if adds {
-            let old = self.gradient(dag, param, start..start + values.len())?;
-            values.iter_mut().zip(old).for_each(|(value, old)| *value += old);
-        } else {
-            self.meet(dag)?;
+        self.meet(dag)?;
+        let first = self.extent(param)?.start + start;
+        let at = |element: usize| self.gradients.address() + element as u64 * 4;
+        if how == Write::Replace {
+            return self.gpu.upload(at(first), &bytes_of_f32(values));
         }
-        let at = self.gradients.address() + (self.extent(param)?.start + start) as u64 * 4;
-        self.gpu.upload(at, &bytes_of_f32(&values))
+        // The kernel begins at multiples of 16 bytes. What lies before the values stays as it is: x + -0 is x for all x.
+        let before = first % 4;
+        let terms = [&[-0.0; 4][..before], values].concat();
+        let uploaded = uploaded(&self.gpu, &bytes_of_f32(&terms))?;
+        let sum = at(first - before);
+        sum::add(&self.gpu, Element::F32, [sum, uploaded.address(), sum], terms.len())
     }
 
     /// Adds to rows of a gradient, each of which occurs once.

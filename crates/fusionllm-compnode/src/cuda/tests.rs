@@ -15,7 +15,8 @@ use super::driver::Driver;
 use super::emulated::{self, Emulated};
 use super::executor::CudaExecutor;
 use super::gpu::Gpu;
-use crate::backend::{ExecutorSpec, FirstParams, StageOps};
+use super::needs;
+use crate::backend::{ExecutorSpec, FirstParams, Load, StageOps};
 use crate::border::BorderTensor;
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, UpdateSpec};
 use crate::stop::StopFlag;
@@ -327,6 +328,66 @@ fn what_was_exported_goes_on_where_it_stood() {
         tensors.map(|tensor| (tensor.name.clone(), tensor)).collect::<BTreeMap<_, _>>()
     };
     assert_eq!(back, two.tensors);
+}
+
+#[test]
+fn what_an_executor_needs_is_known_before_it_takes_any() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let sgd = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
+    for (precision, optimizer, dag) in [
+        (Precision::F32, ADAMW, model(16, 0.0)),
+        (Precision::F32, sgd, model(16, 0.1)),
+        (Precision::Bf16, ADAMW, model(64, 0.0)),
+        (Precision::Bf16, sgd, every_op()),
+    ] {
+        let trial = Trial { precision, optimizer, ..Trial::new(&dag) };
+        let emulated = Arc::new(Emulated::default());
+        let gpu = Arc::clone(&emulated) as Arc<dyn Gpu>;
+        let needed = std::cell::Cell::new(0);
+        let mut executors = trial.executors(&|spec| {
+            let load = Load { batch: BATCH, held: [(StageId(0), 1)].into() };
+            needed.set(needs::bytes(&spec, precision, &load).unwrap());
+            executor(spec, &gpu)
+        });
+        trial.step(&mut executors, 0);
+        let at = MicroBatch { step: 1, pass: Pass::Eval, index: 0 };
+        executors[0].forward(StageId(0), at, trial.data(0, 0).into_iter().collect()).unwrap();
+        let needed = needed.get();
+        // Besides come the norm's sums and the places of what was looked up; each buffer is rounded up.
+        let taken = emulated.most_taken() as u64;
+        assert!(
+            (needed..needed + needed / 20 + 32_768).contains(&taken),
+            "{precision:?}: {needed} needed, {taken} taken"
+        );
+    }
+}
+
+#[test]
+fn pieces_of_gradients_are_added_to_the_bit_wherever_they_begin() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let dag = model(16, 0.0);
+    let gpu = Emulated::open();
+    let mut executors = Trial::new(&dag).executors(&|spec| executor(spec, &gpu));
+    let held = &mut executors[0];
+    let param = dag.find_param("transformer.wte.weight").unwrap();
+    let all = 0..dag.param(param).shape.iter().product::<usize>();
+    let mut sum: Vec<f32> = all.clone().map(|i| (i as f32 - 700.5) / 3.0).collect();
+    sum[..8].copy_from_slice(&[-0.0, 0.0, -0.0, 1e-42, f32::MIN_POSITIVE, -1e30, 0.1, -0.1]);
+    held.set_gradient(param, 0, sum.clone()).unwrap();
+    for (start, count) in [(1, 1), (3, 7), (5, 1030), (6, 2), (1027, 3), (all.end - 1, 1), (0, all.end)] {
+        let piece: Vec<f32> = (0..count).map(|i| (i as f32 + 0.3) * 1.7e-3 - start as f32).collect();
+        sum[start..start + count].iter_mut().zip(&piece).for_each(|(sum, piece)| *sum += piece);
+        held.add_gradient(param, start, piece).unwrap();
+        let got = held.gradient(param, all.clone()).unwrap();
+        let differs = got.iter().zip(&sum).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differs, None, "{count} from {start}");
+    }
+    let error = held.add_gradient(param, all.end - 1, vec![0.0; 2]).unwrap_err().to_string();
+    assert!(error.contains("[97, 32]"), "{error}");
 }
 
 #[test]

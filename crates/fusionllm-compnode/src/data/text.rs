@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use fusionllm_graph::BYTE_ORDER_MARK;
 use fusionllm_protocol::ContentHasher;
 use fusionllm_transport::is_shortage;
 
@@ -14,7 +15,7 @@ use crate::DataError;
 /// Bytes of a file that are read at once.
 const PART_BYTES: usize = 1 << 20;
 /// The byte order mark, in UTF-8.
-const MARK: &[u8] = b"\xef\xbb\xbf";
+const MARK: &[u8] = BYTE_ORDER_MARK.as_bytes();
 
 /// What a file holds.
 pub(super) enum Content {

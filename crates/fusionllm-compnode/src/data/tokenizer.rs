@@ -14,7 +14,7 @@ mod told;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use fusionllm_graph::{in_plain_words, read_json};
+use fusionllm_graph::{in_plain_words, read_json, without_byte_order_mark};
 use fusionllm_protocol::{DataSpec, TokenizerFingerprint, content_hash};
 use fusionllm_transport::{is_shortage, read_text};
 use serde_json::Value;
@@ -126,7 +126,7 @@ impl Tokenizer {
     /// [`DataError::Tokenizer`] if it is none.
     pub fn from_json(source: String, name: &str) -> Result<Self, DataError> {
         let fail = |reason: String| DataError::Tokenizer { path: name.to_owned(), reason };
-        let text = source.trim_start_matches('\u{feff}');
+        let text = without_byte_order_mark(&source);
         let keys: Value = read_json(text.as_bytes()).map_err(fail)?;
         // The library does not call it by its name.
         if keys.is_object() && keys.get("model").is_none() {

@@ -9,6 +9,7 @@ use fusionllm_planner::{EdgeId, NodeIndex, Pieces, Placement, TiedParam};
 use fusionllm_protocol::{Channel, OpDataHeader, Pass};
 
 use super::JobLinks;
+use super::breach::Breach;
 
 /// What flows over each edge of a placement, and of each tied parameter, by the OP-DAG.
 #[derive(Debug)]
@@ -59,31 +60,25 @@ impl EdgeTensors {
 }
 
 impl TiedTensor {
-    /// Whether a holder may send a tensor of this shape and type as message `number` of a step.
-    fn check(&self, from: NodeIndex, number: u32, shape: &[usize], element: ElementType) -> Result<(), String> {
+    /// What would be right, if a holder may not send a tensor of this shape and type as message `number` of a step.
+    fn misfit(&self, from: NodeIndex, number: u32, shape: &[usize], element: ElementType) -> Option<String> {
         let sends_rows = self.row_senders.contains(&from);
         let (param, pieces, columns) = (&self.param, self.pieces.count(), self.pieces.columns());
         let Some(piece) = number.checked_sub(1) else {
             let most = self.pieces.rows();
             let fits = sends_rows && element == ElementType::I32 && matches!(shape, [rows] if *rows <= most);
-            return if fits {
-                Ok(())
-            } else {
-                Err(format!("number 0 of `{param}` has at most the {most} numbers of its rows"))
-            };
+            return (!fits).then(|| format!("number 0 of `{param}` has at most the {most} numbers of its rows"));
         };
         if piece >= pieces {
-            return Err(format!("`{param}` has {pieces} pieces"));
+            return Some(format!("`{param}` has {pieces} pieces"));
         }
         let rows = self.pieces.rows_of(piece).len();
         let fits = match shape {
             [got, width] => *width == columns && (*got == rows || sends_rows && (1..rows).contains(got)),
             _ => false,
         };
-        match fits && element == ElementType::F32 {
-            true => Ok(()),
-            false => Err(format!("expected real numbers [{rows}, {columns}], that of piece {piece} of `{param}`")),
-        }
+        let fits = fits && element == ElementType::F32;
+        (!fits).then(|| format!("expected real numbers [{rows}, {columns}], that of piece {piece} of `{param}`"))
     }
 }
 
@@ -104,19 +99,19 @@ impl EdgeTensors {
 
 /// Where in a job a message belongs, in the order in which a channel carries them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct Position {
     step: u64,
     pass: Pass,
     micro_batch: u32,
 }
 
-impl Place {
+impl Position {
     pub(super) fn of(header: &OpDataHeader) -> Self {
         Self { step: header.step, pass: header.pass, micro_batch: header.micro_batch }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pass = match self.pass {
             Pass::Train => "",
@@ -133,10 +128,11 @@ pub(super) fn shape_of(header: &OpDataHeader) -> Vec<usize> {
 
 impl JobLinks {
     /// Largest payload of a message, whose tensor must be one that flows over this channel.
-    pub(super) fn most_bytes(&self, channel: Channel, header: &OpDataHeader) -> Result<u64, String> {
+    pub(super) fn most_bytes(&self, channel: Channel, header: &OpDataHeader) -> Result<u64, Breach> {
         let shape = shape_of(header);
-        let elements = Codec::Dense.encoded_bytes(&shape).map_err(|e| e.to_string())? / 4;
-        let wrong = |expected: String| format!("sent a tensor of shape {shape:?} over {channel:?}, {expected}");
+        let elements = Codec::Dense.encoded_bytes(&shape)? / 4;
+        let wrong =
+            |expected: String| Breach::Plan(format!("sent a tensor of shape {shape:?} over {channel:?}, {expected}"));
         match channel {
             Channel::Activation(id) | Channel::Gradient(id) => {
                 let known = self.tensors.get().and_then(|tensors| tensors.edges.get(&id));
@@ -147,7 +143,8 @@ impl JobLinks {
                     }
                     Some(EdgeTensor { op, element, .. }) if *element != header.element => {
                         let (got, expected) = (header.element, element);
-                        return Err(format!("sent {got:?} elements for op `{op}`, expected {expected:?}"));
+                        let what = format!("sent {got:?} elements for op `{op}`, expected {expected:?}");
+                        return Err(Breach::Plan(what));
                     }
                     None if edge != Some(elements) => {
                         return Err(wrong(format!("expected {} elements", edge.unwrap_or(0))));
@@ -158,7 +155,10 @@ impl JobLinks {
             Channel::Tied { param, from } => {
                 let tied = self.placement.tied.iter().find(|t| t.param == param).map_or(0, |tied| tied.elements);
                 match self.tensors.get().and_then(|tensors| tensors.tied.get(&param)) {
-                    Some(known) => known.check(from, header.micro_batch, &shape, header.element).map_err(wrong)?,
+                    Some(known) => {
+                        let misfit = known.misfit(from, header.micro_batch, &shape, header.element);
+                        misfit.map_or(Ok(()), |expected| Err(wrong(expected)))?;
+                    }
                     None if elements > tied => return Err(wrong(format!("the parameter has {tied} elements"))),
                     None => {}
                 }
@@ -169,14 +169,14 @@ impl JobLinks {
                 }
             }
         }
-        header.codec.encoded_bytes(&shape).map_err(|e| e.to_string())
+        Ok(header.codec.encoded_bytes(&shape)?)
     }
 
     /// Whether the plan has this message next on a channel whose last one was `last`. Every channel has messages in
     /// every step, and a stage works on micro-batches in their order.
-    pub(super) fn check_place(&self, channel: Channel, last: Option<Place>, place: Place) -> Result<(), String> {
-        let Place { step, pass, micro_batch } = place;
-        let misplaced = |why: String| Err(format!("sent {place} over {channel:?}: {why}"));
+    pub(super) fn check_place(&self, channel: Channel, last: Option<Position>, place: Position) -> Result<(), Breach> {
+        let Position { step, pass, micro_batch } = place;
+        let misplaced = |why: String| Err(Breach::Plan(format!("sent {place} over {channel:?}: {why}")));
         let (first, furthest) = last.map_or((self.steps.start, self.steps.start), |last| (last.step, last.step + 1));
         if !self.steps.contains(&step) || step < first || step > furthest {
             return misplaced(format!("step {first} or {furthest} was due, of {}", self.steps.end));

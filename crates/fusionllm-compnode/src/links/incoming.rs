@@ -9,7 +9,8 @@ use fusionllm_transport::{FrameSink, FrameSource, Session, SessionError};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::bounds::{Place, shape_of};
+use super::bounds::{Position, shape_of};
+use super::breach::Breach;
 use super::meter::Meter;
 use super::{CONTROL_FRAME_BYTES, JobLinks, URGENT};
 use crate::ExchangeError;
@@ -60,7 +61,7 @@ pub(super) struct Incoming {
 struct Progress {
     window: ReceiveWindow,
     /// The message that was delivered last.
-    last: Option<Place>,
+    last: Option<Position>,
 }
 
 impl Incoming {
@@ -78,38 +79,39 @@ impl Incoming {
         number: u64,
         header: OpDataHeader,
         payload: &[u8],
-    ) -> Result<(), String> {
+    ) -> Result<(), Breach> {
         let mut decoder = self.decoder.lock().unwrap_or_else(PoisonError::into_inner);
         if number < self.lock().window.next() {
             return Ok(());
         }
-        let (place, shape) = (Place::of(&header), shape_of(&header));
+        let (place, shape) = (Position::of(&header), shape_of(&header));
         let OpDataHeader { step, pass, micro_batch, codec, element, .. } = header;
-        let tensor = decoder.decode(pass, codec, shape, element, payload).map_err(|e| e.to_string())?;
+        let tensor = decoder.decode(pass, codec, shape, element, payload)?;
         let received = {
             let mut progress = self.lock();
             progress.last = Some(place);
-            progress.window.receive(number).map_err(|e| e.to_string())?
+            progress.window.receive(number)?
         };
         match received {
             Received::Deliver if mailbox.put(Slot { channel, pass, step, micro_batch }, tensor, codec) => Ok(()),
-            Received::Deliver => Err(format!("sent {place} over {channel:?} twice")),
+            Received::Deliver => Err(Breach::Plan(format!("sent {place} over {channel:?} twice"))),
             Received::Duplicate => Ok(()),
         }
     }
 
     /// Whether a message may come now: a new one must follow the one before in the plan's order, and no more may be
     /// under way than the window holds.
-    fn check(&self, links: &JobLinks, channel: Channel, number: u64, header: &OpDataHeader) -> Result<(), String> {
+    fn check(&self, links: &JobLinks, channel: Channel, number: u64, header: &OpDataHeader) -> Result<(), Breach> {
         let Progress { window, last } = *self.lock();
         if number < window.next() {
             return Ok(());
         }
         let most = links.window(channel) as u64;
         if number >= window.taken().saturating_add(most) {
-            return Err(format!("sent more than the {most} messages that may be under way over {channel:?}"));
+            let what = format!("sent more than the {most} messages that may be under way over {channel:?}");
+            return Err(Breach::Plan(what));
         }
-        links.check_place(channel, last, Place::of(header))
+        links.check_place(channel, last, Position::of(header))
     }
 
     /// A stream begins to serve the channel; its number.
@@ -207,7 +209,7 @@ async fn read(links: &Arc<JobLinks>, peer: usize, channel: Channel, incoming: &A
         let most = links.most_bytes(channel, &header);
         let most = match most.and_then(|most| incoming.check(links, channel, number, &header).map(|()| most)) {
             Ok(most) => most,
-            Err(reason) => return links.fail(peer, &reason),
+            Err(breach) => return links.fail(peer, &breach.to_string()),
         };
         let coming = links.meters.get(peer).map(Meter::begin);
         let payload = match source.recv_limited(most).await {
@@ -223,7 +225,7 @@ async fn read(links: &Arc<JobLinks>, peer: usize, channel: Channel, incoming: &A
         let delivered = links.workers.run(deliver).await;
         match delivered {
             Ok(Ok(())) => {}
-            Ok(Err(reason)) => return links.fail(peer, &reason),
+            Ok(Err(breach)) => return links.fail(peer, &breach.to_string()),
             Err(error) => {
                 let reason = format!("decoding a message of {}: {}", links.name_of(peer), crate::join_message(error));
                 return links.mailbox.close(ExchangeError::Internal { reason });

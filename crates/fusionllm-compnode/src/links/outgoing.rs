@@ -223,6 +223,8 @@ impl Buffers {
     }
 }
 
+/// Encodes a message where that may take long. The encoder goes there and comes back by value: no second message can be
+/// encoded meanwhile, so what it remembers follows the order of the queue. If the work panics it is lost, and the job with it.
 async fn encode_message(
     workers: &Workers,
     mut encoder: ChannelEncoder,

@@ -10,7 +10,7 @@ use fusionllm_protocol::{Assignment, DataReport, FromCompNode, RunKey, TrainSpec
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::scratch::{check_scratch_room, shard_bytes};
-use crate::backend::{Backend, ExecutorSpec, FirstParams};
+use crate::backend::{Backend, ExecutorSpec, FirstParams, Load};
 use crate::checkpoint::{ShardFile, ShardTensors};
 use crate::data::{Batches, ChatTemplate, Corpus, ReadableData, Reading, TextBatches, Tokenizer, Tokenizing};
 use crate::executor::{Executor, NamedTensor, TensorSource};
@@ -89,19 +89,10 @@ pub(super) fn prepare(
     let spec = &assignment.spec;
     let optimizer = OptimizerSpec::of(&spec.train);
     let (placement, node) = (&assignment.placement, assignment.node);
-    let needed = least_bytes(&dag, placement, node, &spec.train);
-    if let Some(room) = site.free_bytes.filter(|&room| needed > room) {
-        return Err(CompNodeError::Memory {
-            what: "parameters, gradients and optimizer state".to_owned(),
-            needed,
-            room,
-        });
-    }
-    let planned = assignment.planned_bytes.max(needed);
-    if let Some(room) = site.free_bytes.filter(|&room| planned > room) {
-        let what = "parameters, their state, activations and messages, as planned,".to_owned();
-        return Err(CompNodeError::Memory { what, needed: planned, room });
-    }
+    let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
+    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
+    let held = held.computing_in(spec.train.precision);
+    let planned = check_memory(assignment, &held, &*site.backend, site.free_bytes)?;
     check_scratch_room(&site.scratch, shard_bytes(&dag, placement, node, &spec.train), &site.arrived)?;
     site.check()?;
     // On a CPU, all that and the tokens lie in the same memory.
@@ -110,9 +101,6 @@ pub(super) fn prepare(
     }
     let (batches, data) = open_data(assignment, &dag, &site)?;
     site.check()?;
-    let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
-    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
-    let held = held.computing_in(spec.train.precision);
     if !site.backend.has(spec.train.precision) {
         tracing::warn!(device = site.backend.name(), precision = ?spec.train.precision, "this device computes in f32");
     }
@@ -138,6 +126,33 @@ pub(super) fn prepare(
         codecs: Arc::default(),
     };
     Ok(Prepared { key, plan, executor, batches, data, permit: site.permit })
+}
+
+/// Holds what an assignment takes against the room in the device's memory, before any of it is filled. Gives the bytes that
+/// the plan counts on.
+///
+/// # Errors
+/// [`CompNodeError::Memory`] with the numbers, [`ExecutorError::NoKernel`] if the device cannot compute an op.
+pub(super) fn check_memory(
+    assignment: &Assignment,
+    held: &ExecutorSpec,
+    backend: &dyn Backend,
+    room: Option<u64>,
+) -> Result<u64, CompNodeError> {
+    let (placement, node, spec) = (&assignment.placement, assignment.node, &assignment.spec);
+    let fits = |what: &str, needed: u64| match room.filter(|&room| needed > room) {
+        Some(room) => Err(CompNodeError::Memory { what: what.to_owned(), needed, room }),
+        None => Ok(()),
+    };
+    let least = least_bytes(&held.dag, placement, node, &spec.train);
+    fits("parameters, gradients and optimizer state", least)?;
+    let planned = assignment.planned_bytes.max(least);
+    fits("parameters, their state, activations and messages, as planned,", planned)?;
+    let load = Load { batch: spec.micro_batch_size() as usize, held: placement.held_bound(node) };
+    if let Some(needed) = backend.needs(held, &load)? {
+        fits("parameters, their state and activations, as this device lays them out,", needed)?;
+    }
+    Ok(planned)
 }
 
 /// Tensors of several files, which agree on those that they share.

@@ -133,8 +133,8 @@ impl BrokerWire {
     }
 
     /// Hands over what is new, as far as there is room.
-    pub(super) fn flush(&mut self, outbox: &mut Outbox) -> Result<(), String> {
-        outbox.check().map_err(|e| e.to_string())?;
+    pub(super) fn flush(&mut self, outbox: &mut Outbox) -> Result<(), ProtocolError> {
+        outbox.check()?;
         self.is_full = false;
         loop {
             let place = match self.outgoing.try_reserve() {
@@ -147,7 +147,7 @@ impl BrokerWire {
                 Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
             };
             let Some(frame) = outbox.unsent.pop_front() else { return Ok(()) };
-            place.send(encode(&frame).map_err(|e| e.to_string())?);
+            place.send(encode(&frame)?);
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use fusionllm_protocol::{Assignment, FromBroker, FromCompNode, RunKey};
 
-use super::running::{Place, RunningJob};
+use super::running::{RunningJob, Site};
 use super::{Node, NodeEvent, assignment};
 use crate::CompNodeError;
 use crate::links::peer_addr;
@@ -151,7 +151,7 @@ impl Node {
         let ended = self.probes.end();
         self.tell(ended);
         self.surveyor.cancel_all();
-        let place = Place {
+        let place = Site {
             endpoint: self.endpoint.clone(),
             surveyor: self.surveyor.clone(),
             memory: Arc::clone(&self.memory),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use fusionllm_protocol::{FromCompNode, Snapshot, SnapshotId, SnapshotSource};
-use fusionllm_transport::{Endpoint, PeerAddr, Purpose, Session};
+use fusionllm_transport::{ConnectError, Endpoint, PeerAddr, Purpose, Session};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
@@ -31,12 +31,12 @@ struct Lender {
 
 impl Lender {
     /// The connection to fetch over, and whether it was opened for that.
-    async fn connect(&self) -> Result<(Session, bool), String> {
+    async fn connect(&self) -> Result<(Session, bool), ConnectError> {
         if let Some(session) = self.links.as_ref().and_then(|links| links.session_with(self.addr.id)) {
             return Ok((session, false));
         }
         let session = self.endpoint.connect_for(&self.addr, Purpose::State).await;
-        session.map(|session| (session, true)).map_err(|e| e.to_string())
+        session.map(|session| (session, true))
     }
 
     /// A snapshot, or these parameters of it, in a file that `begin` makes. After a break it is fetched again, as long as
@@ -66,7 +66,7 @@ impl Lender {
                         Err(error) => return Err(lost(&snapshot, &error.to_string())),
                     }
                 }
-                Err(reason) => reason,
+                Err(error) => error.to_string(),
             };
             let come = arrived.load(Ordering::Relaxed);
             if come > most {

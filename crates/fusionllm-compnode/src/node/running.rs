@@ -39,7 +39,7 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(60);
 const TELL_READING: Duration = Duration::from_secs(20);
 
 /// What a job is built with.
-pub(super) struct Place {
+pub(super) struct Site {
     pub(super) endpoint: Endpoint,
     pub(super) surveyor: Surveyor,
     /// Who holds its one permit may fill the memory.
@@ -94,12 +94,12 @@ impl RunningJob {
 
     /// Opens the job's wires and begins to build its part once the memory is free; [`NodeEvent::Prepared`] tells when
     /// that is done.
-    pub(super) fn prepare(assignment: Assignment, place: Place) -> Self {
+    pub(super) fn prepare(assignment: Assignment, place: Site) -> Self {
         let key = assignment.key;
         let links = JobLinks::lending(place.endpoint.clone(), &assignment, Arc::clone(&place.snapshots));
         let arrived = Arc::new(AtomicU64::new(0));
         let (weights, receiver) = first_weights(&assignment.weights, &links, &place, &arrived);
-        let Place { endpoint, surveyor, memory, readable, scratch, snapshots, events } = place;
+        let Site { endpoint, surveyor, memory, readable, scratch, snapshots, events } = place;
         let peers: Vec<PeerId> = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
         let records = assignment.peers.clone();
         let (placement, kept) = (placement_hash(&assignment.placement).ok(), Kept::new(assignment.start_step));
@@ -308,12 +308,12 @@ impl RunningJob {
 type FirstWeights = (Option<mpsc::Sender<blob::Incoming>>, Option<WeightsReceiver>);
 
 /// Has what a part begins with brought here.
-fn first_weights(weights: &WeightSource, links: &JobLinks, place: &Place, arrived: &Arc<AtomicU64>) -> FirstWeights {
+fn first_weights(weights: &WeightSource, links: &JobLinks, place: &Site, arrived: &Arc<AtomicU64>) -> FirstWeights {
     let (received, receiver) = oneshot::channel();
     match weights {
         WeightSource::Seed => (None, None),
         WeightSource::Snapshots(sources) => {
-            let Place { snapshots, endpoint, events, .. } = place;
+            let Site { snapshots, endpoint, events, .. } = place;
             let (store, arrived) = (Arc::clone(snapshots), Arc::clone(arrived));
             let gathering = keeping::gather(sources.clone(), store, endpoint.clone(), arrived, events.clone());
             links.spawn(async move {

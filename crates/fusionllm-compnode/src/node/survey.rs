@@ -16,10 +16,9 @@ use tokio::time::timeout;
 use super::NodeEvent;
 use crate::CompNodeError;
 use crate::backend::{Backend, MeasureSpec};
-use crate::device::DeviceChoice;
 use crate::links::{peer_addr, unreached};
 use crate::optimizer::OptimizerSpec;
-use crate::profile::{ProfileCache, check_room, free_bytes, host_name, work_of};
+use crate::profile::{ProfileCache, check_room, host_free, host_name, work_of};
 use crate::stop::StopFlag;
 
 /// What this CompNode measures with.
@@ -86,7 +85,7 @@ impl Surveyor {
 
     /// Bytes of the machine's memory that are free, where the device has memory of its own.
     pub(super) fn host_room(&self) -> Option<u64> {
-        if self.backend.is_cpu() { None } else { free_bytes(DeviceChoice::Cpu) }
+        (!self.backend.is_cpu()).then(host_free)
     }
 
     /// What the ops of a job take, out of the file if it is there. For a blocking thread.

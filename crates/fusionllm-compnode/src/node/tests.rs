@@ -6,21 +6,23 @@ mod storms;
 
 use std::path::{Path, PathBuf};
 
-use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
-use fusionllm_planner::{Cluster, NodeIndex, place};
+use fusionllm_graph::{Gpt2Config, Kernels, OpDag, gpt2};
+use fusionllm_planner::{Cluster, Measured, NodeIndex, place};
 use fusionllm_protocol::{
     Assignment, BlobHeader, BlobKind, Channel, ControlStream, FromBroker, Generation, Greeting, Hello, JobId, JobSpec,
-    PeerFrame, PeerRecord, Role, RunKey, Standing, WeightSource, Welcome, decode, encode, placement_hash,
+    PeerFrame, PeerRecord, Precision, Role, RunKey, Standing, WeightSource, Welcome, decode, encode, placement_hash,
 };
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
+use super::assignment::check_memory;
 use super::*;
-use crate::backend::{ExecutorSpec, FirstParams};
+use crate::ExecutorError;
+use crate::backend::{Backend, DeviceSpeed, ExecutorSpec, FirstParams, Load, MeasureSpec};
 use crate::checkpoint::write_shard;
 use crate::device::DeviceChoice;
-use crate::executor::NamedTensor;
+use crate::executor::{Executor, NamedTensor};
 use crate::links::peer_addr;
 use crate::links::peer_record;
 use crate::optimizer::OptimizerSpec;
@@ -560,4 +562,62 @@ async fn a_shard_that_cannot_be_written_is_reported() {
     broker.say(FromBroker::ShardAgain { key: key(1), step: 2 }).await;
     assert_eq!(breaks::whole_shard(&broker.session).await, BlobKind::Shard { step: 2, node: NodeIndex(0) });
     house.compnode.abort();
+}
+
+/// A device that says how much it needs, and is asked nothing else.
+#[derive(Debug)]
+struct Demanding(Option<u64>);
+
+impl Backend for Demanding {
+    fn name(&self) -> &str {
+        "demanding"
+    }
+
+    fn is_cpu(&self) -> bool {
+        false
+    }
+
+    fn kernels(&self) -> Kernels {
+        Kernels::Fused
+    }
+
+    fn has(&self, _: Precision) -> bool {
+        true
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError> {
+        unreachable!("nothing is measured")
+    }
+
+    fn measure_ops(&self, _: &Arc<OpDag>, _: &MeasureSpec, _: &StopFlag) -> Result<Measured, ExecutorError> {
+        unreachable!("nothing is measured")
+    }
+
+    fn needs(&self, spec: &ExecutorSpec, load: &Load) -> Result<Option<u64>, ExecutorError> {
+        assert_eq!((load.batch, load.held.len(), spec.stages.len()), (2, 1, 1));
+        Ok(self.0)
+    }
+
+    fn build(&self, _: ExecutorSpec, _: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {
+        unreachable!("nothing is built")
+    }
+}
+
+#[test]
+fn what_a_device_lays_out_is_refused_where_it_does_not_fit_though_the_plan_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path(), "steps = 2");
+    let job = Assignment { planned_bytes: 1_500_000, ..assignment(spec, &dag(256), 1, WeightSource::Seed) };
+    let (optimizer, first) = (OptimizerSpec::of(&job.spec.train), FirstParams::Drawn);
+    let held = ExecutorSpec::of_placement(Arc::new(dag(256)), &job.placement, job.node, optimizer, 0, first);
+    let check = |needs, room| check_memory(&job, &held, &Demanding(needs), room).map_err(|e| e.to_string());
+    assert_eq!(check(None, Some(2_000_000)), Ok(1_500_000));
+    assert_eq!(check(Some(2_000_000), Some(2_000_000)), Ok(1_500_000));
+    assert_eq!(check(Some(2_000_001), None), Ok(1_500_000));
+    let refused = check(Some(2_500_000), Some(2_000_000)).unwrap_err();
+    assert!(refused.contains("as this device lays them out, take 2.5 MB here, jobs may fill 2.0 MB"), "{refused}");
 }

@@ -2,7 +2,7 @@
 
 use fusionllm_codec::{Codec, HostTensor, Values};
 use fusionllm_graph::OpId;
-use fusionllm_planner::{EdgeId, Placement, Stage, StageId};
+use fusionllm_planner::{EdgeId, Placement, Stage, StageEdge, StageId, Way};
 use fusionllm_protocol::{Channel, Pass, TopKBackward};
 
 use super::{TaskLoop, internal, slot};
@@ -68,16 +68,25 @@ impl TaskLoop {
         Ok(arrived.tensor.into())
     }
 
-    /// A tensor that goes to these stages, on the host if one of them is elsewhere. Devices may compute it only then, so
-    /// this counts as work.
+    /// A tensor that goes to these stages, each by its codec: on the host if one of them is elsewhere and the tensor's
+    /// device does not encode it. Devices may compute it only then, so this counts as work.
     pub(super) fn on_host_where_sent(
         &self,
         placement: &Placement,
-        mut stages: impl Iterator<Item = StageId>,
+        mut readers: impl Iterator<Item = (StageId, Codec)>,
         tensor: BorderTensor,
     ) -> Result<BorderTensor, ExecutorError> {
-        let leaves = stages.any(|stage| !placement.holds(self.plan.node, stage));
-        if leaves { Ok(tensor.into_host()?.into()) } else { Ok(tensor) }
+        let leaves = |(stage, codec)| !placement.holds(self.plan.node, stage) && tensor.needs_host(codec);
+        if readers.any(leaves) { Ok(tensor.into_host()?.into()) } else { Ok(tensor) }
+    }
+
+    /// By which codec an edge's message goes that way.
+    pub(super) fn codec_of(&self, edge: &StageEdge, way: Way, pass: Pass) -> Codec {
+        match (pass, self.plan.codecs.codec(edge, way)) {
+            (Pass::Train, codec) | (Pass::Eval, codec @ (Codec::Dense | Codec::Bf16 | Codec::F16)) => codec,
+            // An evaluation is about the model, which will be used without codecs; half precision costs it nothing.
+            (Pass::Eval, _) => Codec::Bf16,
+        }
     }
 
     /// Hands a tensor to the stage `other`, here or on its CompNode.
@@ -91,11 +100,6 @@ impl TaskLoop {
         codec: Codec,
     ) -> Result<(), CompNodeError> {
         let slot = slot(channel, micro_batch);
-        // An evaluation is about the model, which will be used without codecs; half precision costs it nothing.
-        let codec = match (micro_batch.pass, codec) {
-            (Pass::Train, codec) | (Pass::Eval, codec @ (Codec::Dense | Codec::Bf16 | Codec::F16)) => codec,
-            (Pass::Eval, _) => Codec::Bf16,
-        };
         match placement.compnode_of(other) {
             Some(to) if to == self.plan.node => {
                 self.local.insert(slot, tensor);
@@ -103,7 +107,6 @@ impl TaskLoop {
             }
             Some(to) => {
                 self.log.sent(channel, micro_batch.index);
-                let tensor = tensor.into_host()?;
                 Ok(self.exchange.send(Message { to, slot, tensor, codec })?)
             }
             None => Err(ExecutorError::Internal { what: format!("{other} is on no CompNode") }.into()),

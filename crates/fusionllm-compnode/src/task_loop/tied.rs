@@ -14,6 +14,7 @@ use fusionllm_planner::{NodeIndex, Pieces, TIED_WINDOW, TiedParam};
 use fusionllm_protocol::{Channel, Pass};
 
 use super::{TaskLoop, internal};
+use crate::border::BorderTensor;
 use crate::exchange::Message;
 use crate::mailbox::Slot;
 use crate::{CompNodeError, ExecutorError};
@@ -242,12 +243,8 @@ impl TaskLoop {
         tensor: HostTensor,
         codec: Codec,
     ) -> Result<(), CompNodeError> {
-        let slot = of.slot(self.plan.node, number);
-        let mut others = of.tied.holders.iter().copied().filter(|&h| h != self.plan.node).peekable();
-        while let Some(to) = others.next() {
-            if others.peek().is_none() {
-                return Ok(self.exchange.send(Message { to, slot, tensor, codec })?);
-            }
+        let (slot, tensor) = (of.slot(self.plan.node, number), BorderTensor::from(tensor));
+        for &to in of.tied.holders.iter().filter(|&&h| h != self.plan.node) {
             self.exchange.send(Message { to, slot, tensor: tensor.clone(), codec })?;
         }
         Ok(())

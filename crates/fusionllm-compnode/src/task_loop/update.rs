@@ -63,7 +63,8 @@ impl TaskLoop {
 
     fn send_scalar(&mut self, to: NodeIndex, channel: Channel, step: u64, value: f64) -> Result<(), CompNodeError> {
         let tensor = HostTensor::new(Vec::new(), Values::F32(vec![value as f32])).map_err(internal)?;
-        Ok(self.exchange.send(Message { to, slot: step_slot(channel, step), tensor, codec: Codec::Dense })?)
+        let (slot, tensor) = (step_slot(channel, step), tensor.into());
+        Ok(self.exchange.send(Message { to, slot, tensor, codec: Codec::Dense })?)
     }
 }
 

@@ -4,7 +4,6 @@ use serde_json::{Map, Value};
 
 use crate::dag::OpDag;
 use crate::error::GraphError;
-use crate::json::without_byte_order_mark;
 use crate::plain::read_json;
 
 use super::decoder::{DecoderConfig, decoder};
@@ -44,7 +43,7 @@ impl Model {
     /// The text is not readable, is of a model that is not known, or asks for a variant that is not built.
     pub fn from_hugging_face(text: &str) -> Result<HuggingFaceModel, GraphError> {
         let unreadable = |reason: String| GraphError::ConfigJson { reason };
-        let keys: Value = read_json(without_byte_order_mark(text).as_bytes()).map_err(unreadable)?;
+        let keys: Value = read_json(text.as_bytes()).map_err(unreadable)?;
         let Value::Object(keys) = keys else {
             return Err(unreadable("it is no object, expected the config.json of a model".to_owned()));
         };

@@ -79,8 +79,8 @@ pub struct LinkEntry {
 }
 
 impl DeviceEntry {
-    /// How it computes ops of several steps. Files that do not say come from builds whose CPUs alone had fused kernels,
-    /// and a host's threads.
+    /// How it computes ops of several steps. Where a file does not say, only a device that computes on its host's threads
+    /// is taken for one with fused kernels: a plan that counts too much memory can still be run.
     fn kernels(&self) -> Kernels {
         let is_cpu = self.host.as_ref().is_some_and(|host| host.threads > 0);
         self.kernels.unwrap_or(if is_cpu { Kernels::Fused } else { Kernels::Plain })

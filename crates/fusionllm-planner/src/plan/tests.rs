@@ -482,7 +482,7 @@ fn frozen_parameters_cost_their_memory_and_nothing_more() {
         let (all, trained) =
             (adapted.placement.param_bytes_of(&dag, node), adapted.placement.trained_bytes_of(&dag, node));
         assert!(trained > 0 && trained < all / 4);
-        assert_eq!(adapted.placement.training_bytes_of(&dag, node), all + 3 * trained);
+        assert_eq!(adapted.placement.training_bytes_of(&dag, node, 2), all + 3 * trained);
         let memory = |plan: &Plan| plan.prediction.compnodes[node.index()].memory_bytes;
         assert!(memory(&adapted) < memory(&whole), "{} {}", memory(&adapted), memory(&whole));
     }

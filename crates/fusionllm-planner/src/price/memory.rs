@@ -13,7 +13,7 @@ pub(super) fn needed(pricing: &Pricing<'_>, placement: &Placement, ranges: &[Ran
     let Pricing { dag, estimate, spec, .. } = *pricing;
     let batch = pricing.batch();
     let state = |node: NodeIndex| Memory {
-        needed: placement.training_bytes_of(dag, node) as f64,
+        needed: placement.training_bytes_of(dag, node, spec.states) as f64,
         has: pricing.profile(node).memory_bytes,
     };
     let mut memory: Vec<Memory> = placement.nodes().map(state).collect();
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
     use crate::ready::{Need, is_ready};
     use crate::testing::small_gpt2;
-    use crate::{Cluster, Estimate, Pipeline, PlacementSpec, PlanSpec, Strategy, TRAINING_COPIES, Task, plan};
+    use crate::{Cluster, Estimate, Pipeline, PlacementSpec, PlanSpec, Strategy, Task, plan};
 
     fn spec(pipeline: Pipeline, run_ahead: u32, eval_micro_batches: u32) -> PlanSpec {
         PlanSpec::dense(PlacementSpec {
@@ -187,7 +187,7 @@ mod tests {
     fn all_messages_that_may_be_under_way_are_planned_for() {
         let dag = small_gpt2(4);
         let memory = |spec: &PlanSpec| plan(&dag, &Cluster::uniform(2), spec).unwrap();
-        let estimate = Estimate::new(&dag, 2, &Cluster::uniform(2));
+        let estimate = Estimate::new(&dag, 2, &Cluster::uniform(2), 2);
         for (pipeline, run_ahead) in [(Pipeline::OneFOneB, 0), (Pipeline::OneFOneB, 3), (Pipeline::GPipe, 0)] {
             let planned = memory(&spec(pipeline, run_ahead, 1));
             let of = &planned.placement;
@@ -196,7 +196,7 @@ mod tests {
             let kept = estimate.kept_bytes(&planned.cluster.compnodes[0], &(0..own)) * f64::from(live);
             let edges = of.edges.iter().filter(|e| of.is_boundary(e) && e.gradient);
             let messages: f64 = edges.map(|e| dag.op(e.op).output.bytes(2) as f64 * f64::from(live + 1)).sum();
-            let least = (state * TRAINING_COPIES) as f64 + kept + messages;
+            let least = (4 * state) as f64 + kept + messages;
             let counted = planned.prediction.compnodes[0].memory_bytes;
             assert!(messages > 0.0 && counted >= least, "{pipeline:?}: {counted} of {least}");
         }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use fusionllm_codec::{Codec, CodecError, TopKValues};
-use fusionllm_graph::read_value;
+use fusionllm_graph::{read_value, without_byte_order_mark};
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use toml::{Table, Value};
 
@@ -24,7 +24,7 @@ impl JobSpec {
     /// [`JobError`] that names the key, what it is, and what would be right.
     pub fn from_toml(text: &str, overrides: &[String]) -> Result<Self, JobError> {
         let syntax = |e: toml::de::Error| JobError::Syntax { reason: one_line(&e.to_string()) };
-        let mut table: Table = text.trim_start_matches('\u{feff}').parse().map_err(syntax)?;
+        let mut table: Table = without_byte_order_mark(text).parse().map_err(syntax)?;
         for given in overrides {
             overrides::apply(&mut table, given)?;
         }

@@ -371,6 +371,7 @@ impl JobSpec {
             error_feedback: self.compression.error_feedback,
             clip: self.train.clip > 0.0,
             tokens_per_step: self.tokens_per_step(),
+            states: self.train.states().len() as u32,
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use fusionllm_broker::{Checkpoint, ModelNote, TensorSet, load_model_dir, open_checkpoint};
 use fusionllm_compnode::{AdapterOrigin, NamedTensor, Tokenizer, merge_adapters, read_shard};
-use fusionllm_graph::{Model, OpDag};
+use fusionllm_graph::{Model, OpDag, read_json};
 use fusionllm_protocol::hugging_face::{ADAPTER_CONFIG, CONFIG, TOKENIZER, is_base};
 use fusionllm_protocol::{DataSpec, JobSpec, TokenizerFingerprint};
 
@@ -73,8 +73,7 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
 
 /// What is known of the adapters of a run: by the folder that they came from, else by the job.
 fn adapter_origin(job: &JobSpec, carried: &BTreeMap<String, String>) -> AdapterOrigin {
-    let told = carried.get(ADAPTER_CONFIG).map(|text| text.trim_start_matches('\u{feff}'));
-    let told: Option<serde_json::Value> = told.and_then(|text| serde_json::from_str(text).ok());
+    let told: Option<serde_json::Value> = carried.get(ADAPTER_CONFIG).and_then(|text| read_json(text.as_bytes()).ok());
     let told = |key: &str| told.as_ref().and_then(|keys| keys.get(key));
     // Those of another model are now of the one beside which they were trained last.
     let is_it = |base: &&str| job.model.path.as_ref().is_none_or(|path| is_base(base, path));

@@ -2,10 +2,11 @@
 //!
 //! `tests/golden/chat/make.py` made the folders.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::golden::{golden, numbers};
 use crate::process::{Bench, json_lines};
 
 /// Seven conversations to train on, three held out.
@@ -39,23 +40,15 @@ policy = \"dense\"
 every = 2
 ";
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/chat").join(name)
-}
-
 fn bench() -> Bench {
     let bench = Bench::new();
     std::fs::create_dir(bench.path("hf")).unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(golden("chatml").join(name), bench.path("hf").join(name)).unwrap();
+        std::fs::copy(golden("chat", "chatml").join(name), bench.path("hf").join(name)).unwrap();
     }
-    std::fs::copy(golden("data.jsonl"), bench.path("data.jsonl")).unwrap();
+    std::fs::copy(golden("chat", "data.jsonl"), bench.path("data.jsonl")).unwrap();
     bench.write("job.toml", JOB);
     bench
-}
-
-fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
 fn column(bench: &Bench, out: &str, name: &str) -> Vec<f64> {
@@ -69,7 +62,7 @@ fn bits(losses: &[f64]) -> Vec<u64> {
 
 #[test]
 fn answers_are_learnt_as_in_pytorch_however_batch_and_model_are_cut() {
-    let found: Value = serde_json::from_slice(&std::fs::read(golden("cases.json")).unwrap()).unwrap();
+    let found: Value = serde_json::from_slice(&std::fs::read(golden("chat", "cases.json")).unwrap()).unwrap();
     let steps = numbers(&found["steps"]);
     let bench = bench();
     let close = |what: &str, got: &[f64], expected: &[f64]| {

@@ -3,7 +3,7 @@
 //!
 //! `tests/golden/decoders/make.py` made the folders.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use fusionllm::broker::load_model_dir;
@@ -11,45 +11,13 @@ use fusionllm::compnode::{Generator, open_device, read_shard};
 use fusionllm::graph::Model;
 use serde_json::Value;
 
+use crate::golden::{folder_job, golden, numbers};
 use crate::process::{Bench, json_lines};
-
-/// The text has one sequence to train on, which both rows of a batch are, and one held out.
-const JOB: &str = "
-name = \"decoder\"
-[model]
-path = \"hf\"
-[data]
-path = \"text.txt\"
-tokenizer = \"bytes\"
-seq_len = 16
-eval_fraction = 0.5
-[train]
-steps = 5
-batch = 2
-micro_batches = 2
-optimizer = \"sgd\"
-momentum = 0.0
-weight_decay = 0.0
-lr = 0.1
-schedule = \"constant\"
-warmup = 0
-clip = 0.0
-eval_every = 1
-eval_batches = 1
-";
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/decoders").join(name)
-}
 
 /// What `transformers` found, by name of the folder.
 fn cases() -> serde_json::Map<String, Value> {
-    let text = std::fs::read(golden("cases.json")).unwrap();
+    let text = std::fs::read(golden("decoders", "cases.json")).unwrap();
     serde_json::from_slice(&text).unwrap()
-}
-
-fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
 /// A bench with the folder of a case as `hf`.
@@ -57,10 +25,12 @@ fn bench(case: &str) -> Bench {
     let bench = Bench::new();
     std::fs::create_dir(bench.path("hf")).unwrap();
     for name in ["config.json", "model.safetensors"] {
-        std::fs::copy(golden(case).join(name), bench.path("hf").join(name)).unwrap();
+        std::fs::copy(golden("decoders", case).join(name), bench.path("hf").join(name)).unwrap();
     }
-    std::fs::copy(golden("text.txt"), bench.path("text.txt")).unwrap();
-    bench.write("job.toml", JOB);
+    std::fs::copy(golden("decoders", "text.txt"), bench.path("text.txt")).unwrap();
+    let train = "steps = 5\noptimizer = \"sgd\"\nmomentum = 0.0\nweight_decay = 0.0\nlr = 0.1\nschedule = \"constant\"\nclip = 0.0\n\
+                 eval_every = 1";
+    bench.write("job.toml", &folder_job("decoder", "", train));
     bench
 }
 
@@ -73,10 +43,10 @@ fn assert_close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
 
 #[test]
 fn every_family_has_the_logits_of_transformers() {
-    let text = std::fs::read(golden("text.txt")).unwrap();
+    let text = std::fs::read(golden("decoders", "text.txt")).unwrap();
     let held_out: Vec<i32> = text[17..33].iter().map(|&byte| i32::from(byte)).collect();
     for (case, found) in cases() {
-        let model = load_model_dir(&golden(&case)).unwrap();
+        let model = load_model_dir(&golden("decoders", &case)).unwrap();
         let names: Vec<String> = model.dag.params().iter().map(|p| p.name.clone()).collect();
         let mut bytes = Vec::new();
         model.weights.unwrap().write_part(&names, &mut bytes, Path::new("memory")).unwrap();
@@ -107,11 +77,11 @@ fn every_family_trains_as_in_pytorch_and_goes_out_again() {
         }
         bench.succeed("export on-3 out");
         let written = std::fs::read_to_string(bench.path("out/config.json")).unwrap();
-        let source = std::fs::read_to_string(golden(&case).join("config.json")).unwrap();
+        let source = std::fs::read_to_string(golden("decoders", &case).join("config.json")).unwrap();
         let of = |text: &str| serde_json::from_str::<Value>(text).unwrap();
         assert_eq!(of(&written), of(&source), "{case}");
         let exported = load_model_dir(&bench.path("out")).unwrap();
-        assert_eq!(exported.config, load_model_dir(&golden(&case)).unwrap().config);
+        assert_eq!(exported.config, load_model_dir(&golden("decoders", &case)).unwrap().config);
     }
 }
 

@@ -3,7 +3,7 @@
 //! `tests/golden/lora/make.py` made the adapters, of the models of `tests/golden/decoders` and `tests/golden/gpt2_folder`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use fusionllm::broker::{load_model, load_model_dir};
@@ -12,43 +12,17 @@ use fusionllm::graph::OpDag;
 use fusionllm::protocol::JobSpec;
 use serde_json::{Map, Value};
 
+use crate::golden::{folder_job, golden, numbers};
 use crate::process::{Bench, json_lines, losses, text};
-
-/// The text has one sequence to train on, which both rows of a batch are, and one held out.
-const JOB: &str = "
-name = \"adapters\"
-[model]
-path = \"hf\"
-[lora]
-adapter = \"peft\"
-[data]
-path = \"text.txt\"
-tokenizer = \"bytes\"
-seq_len = 16
-eval_fraction = 0.5
-[train]
-steps = 5
-batch = 2
-micro_batches = 2
-momentum = 0.0
-schedule = \"constant\"
-warmup = 0
-eval_batches = 1
-[compression]
-policy = \"dense\"
-";
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/lora").join(name)
-}
 
 /// What `peft` found, by name of the folder.
 fn cases() -> Map<String, Value> {
-    serde_json::from_slice(&std::fs::read(golden("cases.json")).unwrap()).unwrap()
+    serde_json::from_slice(&std::fs::read(golden("lora", "cases.json")).unwrap()).unwrap()
 }
 
-fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+fn job() -> String {
+    let tables = "[lora]\nadapter = \"peft\"\n[compression]\npolicy = \"dense\"";
+    folder_job("adapters", tables, "steps = 5\nmomentum = 0.0\nschedule = \"constant\"")
 }
 
 /// A bench with the model of a case as `hf`, its adapters as `peft`, and a job that goes on from them.
@@ -60,10 +34,10 @@ fn bench(case: &str, found: &Value) -> Bench {
             std::fs::copy(from.join(name), bench.path(to).join(name)).unwrap();
         }
     };
-    copy(&golden(found["base"].as_str().unwrap()), "hf", ["config.json", "model.safetensors"]);
-    copy(&golden(case), "peft", ["adapter_config.json", "adapter_model.safetensors"]);
-    std::fs::copy(golden("../decoders/text.txt"), bench.path("text.txt")).unwrap();
-    bench.write("job.toml", JOB);
+    copy(&golden("lora", found["base"].as_str().unwrap()), "hf", ["config.json", "model.safetensors"]);
+    copy(&golden("lora", case), "peft", ["adapter_config.json", "adapter_model.safetensors"]);
+    std::fs::copy(golden("decoders", "text.txt"), bench.path("text.txt")).unwrap();
+    bench.write("job.toml", &job());
     bench
 }
 
@@ -76,7 +50,7 @@ fn settings(found: &Value) -> String {
 
 /// The model of a bench's job, and its tensors.
 fn loaded(bench: &Bench) -> (OpDag, Vec<NamedTensor>) {
-    let mut spec = JobSpec::from_toml(JOB, &[]).unwrap();
+    let mut spec = JobSpec::from_toml(&job(), &[]).unwrap();
     spec.resolve_paths(&bench.path(""));
     let model = load_model(&spec).unwrap();
     let names: Vec<String> = model.dag.params().iter().map(|p| p.name.clone()).collect();
@@ -87,7 +61,7 @@ fn loaded(bench: &Bench) -> (OpDag, Vec<NamedTensor>) {
 
 /// Logits of the last position of the held-out sequence.
 fn logits(dag: OpDag, tensors: Vec<NamedTensor>) -> Vec<f64> {
-    let text = std::fs::read(golden("../decoders/text.txt")).unwrap();
+    let text = std::fs::read(golden("decoders", "text.txt")).unwrap();
     let held_out: Vec<i32> = text[17..33].iter().map(|&byte| i32::from(byte)).collect();
     let backend = open_device("cpu".parse().unwrap()).unwrap();
     let mut generator = Generator::new(Arc::new(dag), tensors, backend.as_ref()).unwrap();

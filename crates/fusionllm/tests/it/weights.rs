@@ -1,45 +1,22 @@
 //! Whole runs from a Hugging Face folder: against transformers, and from weights of other types than f32.
-
-use std::path::{Path, PathBuf};
+//!
+//! `tests/golden/gpt2_folder/make.py` made the folder.
 
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
+use crate::golden::{folder_job, golden};
 use crate::process::{Bench, json_lines};
-
-/// The text has one sequence to train on and one held out; the rate moves nothing, so both losses are the folder's.
-const JOB: &str = "
-name = \"folder\"
-[model]
-path = \"hf\"
-[data]
-path = \"text.txt\"
-tokenizer = \"bytes\"
-seq_len = 16
-eval_fraction = 0.5
-[train]
-steps = 1
-batch = 2
-micro_batches = 2
-lr = 1e-12
-warmup = 0
-eval_every = 1
-eval_batches = 1
-";
-
-/// Made by transformers, see `make.py` in it.
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/gpt2_folder").join(name)
-}
 
 /// A bench with the golden folder as `hf`.
 fn bench() -> Bench {
     let bench = Bench::new();
     std::fs::create_dir(bench.path("hf")).unwrap();
     for name in ["hf/config.json", "hf/model.safetensors", "text.txt"] {
-        std::fs::copy(golden(name), bench.path(name)).unwrap();
+        std::fs::copy(golden("gpt2_folder", name), bench.path(name)).unwrap();
     }
-    bench.write("job.toml", JOB);
+    // The rate moves nothing, so both losses are the folder's.
+    bench.write("job.toml", &folder_job("folder", "", "steps = 1\nlr = 1e-12\neval_every = 1"));
     bench
 }
 
@@ -59,7 +36,7 @@ fn assert_close(got: [f64; 2], expected: [f64; 2]) {
 #[test]
 fn a_folder_has_the_losses_that_transformers_has_with_it() {
     let bench = bench();
-    let text = std::fs::read(golden("losses.json")).unwrap();
+    let text = std::fs::read(golden("gpt2_folder", "losses.json")).unwrap();
     let of: serde_json::Value = serde_json::from_slice(&text).unwrap();
     let expected = ["train", "eval"].map(|key| of[key].as_f64().unwrap());
     assert_close(losses(&bench, "one", 1), expected);
@@ -83,7 +60,7 @@ fn f16_bits(value: f32) -> u16 {
 
 /// Rewrites the folder's weights, each value as `change` says.
 fn rewrite(bench: &Bench, dtype: Dtype, change: impl Fn(f32) -> Vec<u8>) {
-    let source = std::fs::read(golden("hf/model.safetensors")).unwrap();
+    let source = std::fs::read(golden("gpt2_folder", "hf/model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&source).unwrap();
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = file
         .iter()

@@ -8,7 +8,7 @@ use fusionllm_planner::NodeIndex;
 
 use super::{Failed, Retry, Run, Shards, param_names};
 use crate::checkpoint::StoredShard;
-use crate::core::ConnectionId;
+use crate::core::{Breach, ConnectionId};
 
 /// So long it is waited between tries of the last checkpoint, all in all: for all that a run has made, somebody may have to
 /// make room. With the pauses as they are, it is tried eight times.
@@ -149,7 +149,7 @@ impl Run {
         node: NodeIndex,
         step: u64,
         bytes: u64,
-    ) -> Result<bool, String> {
+    ) -> Result<bool, Breach> {
         if !self.owes_shard(connection, node, step) || !self.bounds.is_near(node, step, self.catches_up_at) {
             return Ok(false);
         }

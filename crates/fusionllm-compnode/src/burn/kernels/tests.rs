@@ -5,7 +5,7 @@ use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{ActivationFunction, DType, OpId, ParamId, RotaryScaling, Shape, TensorType, WeightLayout};
 
 use super::*;
-use crate::DeviceChoice;
+use crate::burn::BurnDevice;
 use crate::burn::device;
 use crate::burn::host::{to_vec, upload};
 
@@ -47,7 +47,7 @@ impl Case {
 
     /// Runs FP; with `grad`, also the gradients of sum(output · weights) in inputs and parameters.
     fn run(&self, grad: bool) -> (Vec<f32>, Vec<Vec<f32>>) {
-        let (device, _) = device::open(DeviceChoice::Cpu).unwrap();
+        let (device, _) = device::open(BurnDevice::Cpu).unwrap();
         let device = if grad { device.autodiff() } else { device };
         let op = Op {
             name: "op".to_owned(),

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use fusionllm_codec::Values;
 use fusionllm_graph::{DType, OpId, OpKind};
 
-use super::super::gpu::{Buffer, Element, Packed, bytes_of_f32, number};
-use super::super::kernel;
+use super::super::gpu::{Buffer, Element, bytes_of_f32};
 use super::super::plan::{Entering, Lookup, Place, StagePlan, Value};
+use super::super::sum;
 use super::super::tensor::CudaTensor;
 use super::{CudaExecutor, Live};
 use crate::ExecutorError;
@@ -135,12 +135,7 @@ impl CudaExecutor {
             for more in came {
                 let term = Buffer::take(&self.gpu, bytes)?;
                 self.bring(more, term.address())?;
-                let count = number(value.rows * value.columns)?;
-                let mut arguments = Packed::default();
-                [at, term.address(), at].into_iter().for_each(|address| arguments.pointer(address));
-                arguments.u32(count);
-                let grid = [count.div_ceil(kernel::elements(self.element()) as u32), 1];
-                self.gpu.launch(kernel::ADD.of(self.element()), grid, arguments.bytes())?;
+                sum::add(&self.gpu, self.element(), [at, term.address(), at], value.rows * value.columns)?;
             }
         }
         match by_op.into_keys().next() {

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 
 use std::fmt;
 
+use fusionllm_graph::BYTE_ORDER_MARK;
 use fusionllm_protocol::DataSpec;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
@@ -19,7 +20,7 @@ const MOST_BYTES: usize = 64 << 20;
 const PART_BYTES: u64 = 1 << 20;
 
 /// A byte order mark, in UTF-8.
-const MARK: &[u8] = b"\xef\xbb\xbf";
+const MARK: &[u8] = BYTE_ORDER_MARK.as_bytes();
 
 /// Gives the text of each line, in order, and says how many are empty or null. What is wrong is said without a word of the
 /// line: it may be private.

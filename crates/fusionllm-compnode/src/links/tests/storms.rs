@@ -70,7 +70,7 @@ fn sent_into(slot: Slot) -> Message {
     };
     let values = (0..shape.iter().product()).map(|_| dice.random_range(-1.0..1.0)).collect();
     let tensor = HostTensor::new(shape, Values::F32(values)).unwrap();
-    Message { to: NodeIndex(0), slot, tensor, codec }
+    Message { to: NodeIndex(0), slot, tensor: tensor.into(), codec }
 }
 
 /// What a task loop does at a place of its order.
@@ -139,6 +139,7 @@ fn due(node: u32, count: u32, options: ChannelOptions) -> BTreeMap<Slot, HostTen
         let Message { tensor, codec, .. } = sent_into(slot);
         let mut bytes = Vec::new();
         encoder.encode(&slot, codec, &tensor, &mut bytes).unwrap();
+        let tensor = tensor.into_host().unwrap();
         let shape = tensor.shape().to_vec();
         let arrives = decoder.decode(slot.pass, codec, shape, ElementType::F32, &bytes).unwrap();
         if matches!(slot.channel, Channel::Gradient(_)) {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fusionllm_planner::{FailureCost, Kept, Plan, format_seconds};
+use fusionllm_planner::{FailureCost, GoesOnFrom, Plan, format_seconds};
 use serde_json::{Value, json};
 
 use super::Job;
@@ -11,7 +11,7 @@ use super::Job;
 pub(super) struct Survival {
     mtbf: Duration,
     cost: FailureCost,
-    kept: Kept,
+    kept: GoesOnFrom,
 }
 
 impl Survival {
@@ -20,8 +20,8 @@ impl Survival {
         let (steps, every) = (job.spec.train.steps, job.spec.checkpoint.every);
         let kept = match job.spec.survive.every {
             // Without checkpoints it begins anew.
-            Some(0) => Kept::Checkpoints(if every == 0 { steps } else { every.min(steps) }),
-            every => Kept::Snapshots(every.map(|every| every.min(steps))),
+            Some(0) => GoesOnFrom::Checkpoints(if every == 0 { steps } else { every.min(steps) }),
+            every => GoesOnFrom::Snapshots(every.map(|every| every.min(steps))),
         };
         let cost = FailureCost::of(plan, &job.dag, kept, mtbf.as_secs_f64(), |all, trained| {
             job.spec.train.state_bytes(all, trained)
@@ -37,10 +37,10 @@ impl Survival {
     fn parts(&self) -> [(&'static str, f64, String); 6] {
         let FailureCost { detect_s, decide_s, move_s, build_s, refill_s, again_s } = self.cost;
         let (what, every, moves) = match self.kept {
-            Kept::Snapshots(every) => {
+            GoesOnFrom::Snapshots(every) => {
                 ("set of snapshots", every, "for the largest part, from its guardian over the links")
             }
-            Kept::Checkpoints(every) => {
+            GoesOnFrom::Checkpoints(every) => {
                 ("checkpoint", Some(every), "for the weights, from the first CompNode's site over the links")
             }
         };
@@ -78,8 +78,8 @@ impl Survival {
             "useful_share": self.useful_share(),
             "per_failure_s": self.cost.total_s(),
             "goes_on_from": match self.kept {
-                Kept::Snapshots(every) => json!({ "snapshots": every.map_or(json!("auto"), Value::from) }),
-                Kept::Checkpoints(every) => json!({ "checkpoints": every }),
+                GoesOnFrom::Snapshots(every) => json!({ "snapshots": every.map_or(json!("auto"), Value::from) }),
+                GoesOnFrom::Checkpoints(every) => json!({ "checkpoints": every }),
             },
             "parts": serde_json::Map::from_iter(parts),
         })
