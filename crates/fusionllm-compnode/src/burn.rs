@@ -8,6 +8,7 @@ mod kernels;
 mod measure;
 mod optimizer;
 mod owed;
+mod running;
 mod speed;
 mod stage;
 

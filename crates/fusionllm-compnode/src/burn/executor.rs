@@ -16,6 +16,7 @@ use crate::burn::host::{self, to_scalar};
 use crate::burn::kernels::fused;
 use crate::burn::optimizer::{self, ParamState};
 use crate::burn::owed::Owed;
+use crate::burn::running::RunningMoments;
 use crate::burn::stage::{BurnStage, Kept, StageContext};
 use crate::executor::{Executor, LazyTensor, MicroBatch, NamedTensor, StageOutput, TensorSource, UpdateSpec};
 use crate::params::{check_values, initial_values};
@@ -38,6 +39,8 @@ pub(super) struct BurnExecutor {
     gradients: Gradients,
     /// Gradients that are to be added to those above.
     owed: Owed,
+    /// What FP has found for running means and variances, which UPDATE moves.
+    moments: RunningMoments,
     state: BTreeMap<ParamId, ParamState>,
     kept: BTreeMap<(StageId, u32), Kept>,
     stop: StopFlag,
@@ -75,6 +78,7 @@ impl BurnExecutor {
             leaves: BTreeMap::new(),
             gradients: Gradients::default(),
             owed: Owed::default(),
+            moments: RunningMoments::default(),
             state: BTreeMap::new(),
             kept: BTreeMap::new(),
             stop,
@@ -165,8 +169,9 @@ impl Executor for BurnExecutor {
         }
         let params = if training { &self.leaves } else { &self.params };
         let around = self.surroundings(params);
-        let (output, kept) = on_pool(self.on_cpu, || held.forward(around, micro_batch, inputs, training))?;
+        let (output, mut kept) = on_pool(self.on_cpu, || held.forward(around, micro_batch, inputs, training))?;
         if training {
+            self.moments.found(micro_batch.index, std::mem::take(&mut kept.moments));
             self.kept.insert((stage, micro_batch.index), kept);
         }
         Ok(output)
@@ -285,11 +290,17 @@ impl Executor for BurnExecutor {
                 params.insert(id, param);
             }
         });
+        let moved = self.moments.take(&self.dag, |param| {
+            let missing = || ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) };
+            host::to_vec(self.params.get(&param).cloned().ok_or_else(missing)?)
+        })?;
+        self.params.extend(moved.into_iter().map(|(param, values)| (param, flat(values, &self.device))));
         self.make_leaves();
         self.device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })
     }
 
     fn import(&mut self, tensors: &mut dyn TensorSource) -> Result<(), CompNodeError> {
+        self.moments.forget();
         let ids: Vec<ParamId> = self.params.keys().copied().collect();
         for id in ids {
             let (name, shape) = (self.dag.param(id).name.clone(), self.dag.param(id).shape.clone());
