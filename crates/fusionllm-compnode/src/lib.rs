@@ -46,7 +46,8 @@ pub use checkpoint::{
 };
 pub use codec_table::CodecTable;
 pub use data::{
-    Batches, ChatTemplate, Corpus, FileTokenizer, ReadableData, Reading, Split, TextBatches, Tokenizer, Tokenizing,
+    Batches, ChatTemplate, Corpus, FileTokenizer, ImageBatches, ImageSet, ReadableData, Reading, Split, TextBatches,
+    Tokenizer, Tokenizing,
     Tokens, is_guarded,
 };
 pub use device::DeviceChoice;
