@@ -16,6 +16,7 @@ mod docs;
 mod endurance;
 mod fixtures;
 mod folders;
+mod images;
 mod input;
 #[cfg(unix)]
 mod last_checkpoint;
