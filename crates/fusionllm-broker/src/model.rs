@@ -263,7 +263,9 @@ mod tests {
         load_model(&spec).unwrap();
         let text = fusionllm_protocol::ModelSpec { name: Some("gpt2".to_owned()), ..Default::default() };
         let spec = JobSpec { model: text, ..spec };
-        assert!(error(&spec).ends_with("its input op takes no images, expected f32 [B, 3, H, H] for the job's data.format"));
+        assert!(
+            error(&spec).ends_with("its input op takes no images, expected f32 [B, 3, H, H] for the job's data.format")
+        );
     }
 
     #[test]

@@ -66,7 +66,15 @@ impl Progress {
         } else {
             Output::Plain
         };
-        Self { output, steps, recent: Vec::new(), began: Instant::now(), last_eval: None, unit: "tokens", has_trained: false }
+        Self {
+            output,
+            steps,
+            recent: Vec::new(),
+            began: Instant::now(),
+            last_eval: None,
+            unit: "tokens",
+            has_trained: false,
+        }
     }
 
     /// Shows one event.

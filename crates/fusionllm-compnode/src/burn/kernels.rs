@@ -169,6 +169,13 @@ pub(crate) fn accuracy(arguments: &Arguments<'_>) -> Result<f64, ExecutorError> 
     loss::accuracy(arguments)
 }
 
+/// The values of a real tensor.
+pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, ExecutorError> {
+    let device_error = |reason: String| ExecutorError::Device { reason };
+    let data = tensor.try_into_data().map_err(|e| device_error(format!("{e:?}")))?;
+    data.try_into_vec::<f32>().map_err(|e| device_error(format!("{e:?}")))
+}
+
 /// Batch, channels, height and width of images that the op of this name reads.
 fn image_dims(images: &RealValue, op: &str) -> Result<[usize; 4], ExecutorError> {
     let dims = <[usize; 4]>::try_from(images.shape.as_slice());

@@ -83,11 +83,7 @@ impl ImageSet {
     ///
     /// # Errors
     /// As [`Self::read`], and [`DataError::NotReadable`] or [`DataError::Stopped`].
-    pub(crate) fn read_within(
-        spec: &DataSpec,
-        readable: &ReadableData,
-        reading: &Reading,
-    ) -> Result<Self, DataError> {
+    pub(crate) fn read_within(spec: &DataSpec, readable: &ReadableData, reading: &Reading) -> Result<Self, DataError> {
         readable.check(spec)?;
         let mut left_out = LeftOut::new(spec.private);
         let files = text_files(&spec.path, &mut left_out, reading)?;

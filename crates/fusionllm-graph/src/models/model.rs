@@ -219,7 +219,14 @@ mod tests {
     #[test]
     fn every_named_model_can_be_built_and_is_known_by_its_graph() {
         for name in [
-            "gpt2", "llama-3.2-1b", "llama-3.1-8b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b", "resnet18",
+            "gpt2",
+            "llama-3.2-1b",
+            "llama-3.1-8b",
+            "mistral-7b",
+            "qwen2.5-0.5b",
+            "qwen2.5-7b",
+            "qwen3-0.6b",
+            "resnet18",
             "resnet101",
         ] {
             let model = Model::named(name).unwrap();

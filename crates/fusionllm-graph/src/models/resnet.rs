@@ -139,8 +139,8 @@ impl ResnetConfig {
 
     /// What the config.json of an export says.
     pub(super) fn from_keys(keys: &Map<String, Value>) -> Result<Self, GraphError> {
-        let config: Self = read_value(Value::Object(keys.clone()))
-            .map_err(|reason| GraphError::Config { model: MODEL, reason })?;
+        let config: Self =
+            read_value(Value::Object(keys.clone())).map_err(|reason| GraphError::Config { model: MODEL, reason })?;
         config.check().map(|()| config)
     }
 
@@ -231,9 +231,7 @@ impl Builder {
         let out = width * self.block.expansion();
         let convolutions: &[_] = match self.block {
             ResnetBlock::Basic => &[(channels, width, (3, stride)), (width, out, (3, 1))],
-            ResnetBlock::Bottleneck => {
-                &[(channels, width, (1, 1)), (width, width, (3, stride)), (width, out, (1, 1))]
-            }
+            ResnetBlock::Bottleneck => &[(channels, width, (1, 1)), (width, width, (3, stride)), (width, out, (1, 1))],
         };
         let mut hidden = input;
         for (number, &(from, to, window)) in (1..).zip(convolutions) {
@@ -348,7 +346,8 @@ mod tests {
     fn running_values_that_are_trained_or_shared_are_refused() {
         let json = resnet(&small()).unwrap().to_json();
         let error = OpDag::from_json(&json.replace(r#""frozen": true"#, r#""frozen": false"#)).unwrap_err();
-        let expected = "op `bn1` (batch_norm2d): running_mean `bn1.running_mean` is trained, expected one that is frozen";
+        let expected =
+            "op `bn1` (batch_norm2d): running_mean `bn1.running_mean` is trained, expected one that is frozen";
         assert!(error.to_string().starts_with(expected), "{error}");
         let mut value: Value = serde_json::from_str(&json).unwrap();
         let params = value["params"].as_array_mut().unwrap();

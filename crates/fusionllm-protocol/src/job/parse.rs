@@ -10,9 +10,9 @@ use toml::{Table, Value};
 use super::keys::{check_keys, full_key};
 use super::refusal::{EMPTY, describe};
 use super::{
-    CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule,
-    ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec,
-    TopKBackward, TrainSpec, ValueFormat, WeightsChoice, overrides,
+    CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule, ModelSpec,
+    OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec, TopKBackward,
+    TrainSpec, ValueFormat, WeightsChoice, overrides,
 };
 use crate::JobError;
 

@@ -251,7 +251,8 @@ impl JobSpec {
     }
 
     fn wrong_format(&self) -> String {
-        let format = DataFormat::ALL.iter().find(|(_, format)| *format == self.data.format).map_or("", |(name, _)| name);
+        let format =
+            DataFormat::ALL.iter().find(|(_, format)| *format == self.data.format).map_or("", |(name, _)| name);
         match self.data.format.is_images() {
             true => format!("is `{format}`, expected text or tokens for a language model"),
             false => format!("is `{format}`, expected `images` or `cifar10` for a model of images"),

@@ -84,7 +84,8 @@ fn a_resnet_trains_alike_on_any_cut_and_goes_on_where_it_stopped() {
     let of = |out: &str| ["loss", "eval_loss", "eval_accuracy"].map(|name| column(&bench, out, name));
     let one = of("one");
     assert_eq!((one[0].len(), one[1].len(), one[2].len()), (12, 2, 2));
-    let cut = "[{compnode=0,last_op=\"layer1.0.bn1\"},{compnode=1,last_op=\"layer2.0.conv2\"},{compnode=2,last_op=\"loss\"}]";
+    let cut =
+        "[{compnode=0,last_op=\"layer1.0.bn1\"},{compnode=1,last_op=\"layer2.0.conv2\"},{compnode=2,last_op=\"loss\"}]";
     for (out, sets) in [
         ("cut", format!("--compnodes 3 --set placement.stages={cut}")),
         ("private", "--compnodes 3 --set data.private=true".to_owned()),

@@ -3,9 +3,8 @@
 use burn_tensor::Tensor;
 
 use super::fused::{self, BatchNorm, Operand};
-use super::{Arguments, RealValue};
+use super::{Arguments, RealValue, to_vec};
 use crate::ExecutorError;
-use crate::burn::host::to_vec;
 
 /// What a micro-batch adds to running values, by channel.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,7 +19,8 @@ pub(super) fn evaluate(arguments: &Arguments<'_>, eps: f64) -> Result<RealValue,
     let x = arguments.real(0)?;
     let [batch, channels, height, width] = super::image_dims(x, &arguments.op.name)?;
     let by_channel = |index: usize| Ok(arguments.param(index)?.reshape([1, channels, 1]));
-    let [weight, bias, mean, variance]: [Tensor<3>; 4] = [by_channel(0)?, by_channel(1)?, by_channel(2)?, by_channel(3)?];
+    let [weight, bias, mean, variance]: [Tensor<3>; 4] =
+        [by_channel(0)?, by_channel(1)?, by_channel(2)?, by_channel(3)?];
     let scale = weight / (variance + eps).sqrt();
     let out = (x.tensor.clone().reshape([batch, channels, height * width]) - mean) * scale + bias;
     Ok(RealValue { tensor: out.reshape([batch * channels * height, width]), shape: x.shape.clone() })

@@ -4,9 +4,8 @@ use burn_tensor::activation::log_softmax;
 use burn_tensor::{Int, Tensor};
 
 use super::fused::{self, CrossEntropy, Operand};
-use super::{Arguments, RealValue};
+use super::{Arguments, RealValue, to_vec};
 use crate::ExecutorError;
-use crate::burn::host::to_vec;
 use crate::targets::target_weight;
 
 /// logits [B, S, V], labels [B, S] → mean over B·S of -log softmax(logits)[label], a scalar in nats. Where labels are below
@@ -35,9 +34,10 @@ pub(super) fn accuracy(arguments: &Arguments<'_>) -> Result<f64, ExecutorError> 
     let [rows, columns] = logits.tensor.dims();
     let (logits, labels) = (to_vec(logits.tensor.clone().without_autodiff())?, on_host(&labels.tensor)?);
     let is_right = |(row, label): &(&[f32], &i32)| {
-        let largest = row.iter().enumerate().fold((0, f32::NEG_INFINITY), |most, (class, &logit)| {
-            if logit > most.1 { (class, logit) } else { most }
-        });
+        let largest = row
+            .iter()
+            .enumerate()
+            .fold((0, f32::NEG_INFINITY), |most, (class, &logit)| if logit > most.1 { (class, logit) } else { most });
         i32::try_from(largest.0) == Ok(**label)
     };
     let right = logits.chunks_exact(columns.max(1)).zip(&labels).filter(is_right).count();

@@ -59,9 +59,8 @@ impl ImageBatches {
         };
         let values: Vec<Vec<f32>> = images.par_iter().map(read).collect::<Result<_, CompNodeError>>()?;
         let classes = images.iter().map(|(entry, _)| entry.class.cast_signed()).collect();
-        let tensor = |shape, values| {
-            HostTensor::new(shape, values).map_err(|e| ExecutorError::Internal { what: e.to_string() })
-        };
+        let tensor =
+            |shape, values| HostTensor::new(shape, values).map_err(|e| ExecutorError::Internal { what: e.to_string() });
         let pixels = tensor(vec![images.len(), 3, size, size], Values::F32(values.concat()))?;
         Ok((pixels, tensor(vec![images.len(), 1], Values::I32(classes))?))
     }

@@ -13,8 +13,7 @@ const SIDE: usize = 32;
 /// Bytes of an image.
 pub(super) const RECORD: usize = 1 + 3 * SIDE * SIDE;
 /// What the classes mean, as `batches.meta.txt` has it.
-const CLASSES: [&str; 10] =
-    ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
+const CLASSES: [&str; 10] = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
 /// How the names of files begin.
 const TRAIN: &str = "data_batch";
 const EVAL: &str = "test_batch";
@@ -44,7 +43,11 @@ pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut)
         let index = number(found.paths.len());
         let (classes, hash) = classes_of(look, &file)?;
         let entries = (0..).zip(&classes).map(|(record, &class)| Entry { file: index, record, class: class.into() });
-        if is_held_out { found.eval.extend(entries) } else { found.train.extend(entries) }
+        if is_held_out {
+            found.eval.extend(entries)
+        } else {
+            found.train.extend(entries)
+        }
         let bytes = (classes.len() * RECORD) as u64;
         let (name, train_bytes) = (shown(&file.name, look.spec.private), if is_held_out { 0 } else { bytes });
         found.files.push(FileFingerprint { name, bytes, train_bytes, hash });

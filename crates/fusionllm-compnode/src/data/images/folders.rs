@@ -35,7 +35,11 @@ pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut)
         for (index, (file, seen)) in files.into_iter().zip(seen).enumerate() {
             let entry = Entry { file: number(found.paths.len()), record: 0, class: number(class) };
             let train_bytes = if index < first { seen.bytes } else { 0 };
-            if index < first { found.train.push(entry) } else { found.eval.push(entry) }
+            if index < first {
+                found.train.push(entry)
+            } else {
+                found.eval.push(entry)
+            }
             found.files.push(FileFingerprint { train_bytes, ..seen });
             found.paths.push(file.path);
         }

@@ -11,7 +11,8 @@ use super::*;
 use crate::data::Batches;
 
 fn job(path: &Path, more: &[&str]) -> JobSpec {
-    let mut text = format!("[model]\nfamily = \"resnet\"\nclasses = 10\n[data]\npath = {path:?}\nformat = \"images\"\n");
+    let mut text =
+        format!("[model]\nfamily = \"resnet\"\nclasses = 10\n[data]\npath = {path:?}\nformat = \"images\"\n");
     text.push_str("eval_fraction = 0.25\n[train]\nbatch = 6\nmicro_batches = 3\neval_batches = 2\n");
     let overrides: Vec<String> = more.iter().map(|o| (*o).to_owned()).collect();
     JobSpec::from_toml(&text, &overrides).unwrap()
@@ -95,7 +96,9 @@ fn what_is_no_image_or_of_no_class_is_named() {
     assert!(refusal(&spec).contains("dog/short.jpg"));
     std::fs::remove_file(at("dog/short.jpg")).unwrap();
     write(&at("loose.png"), [4, 4], [0; 3]);
-    assert!(refusal(&spec).ends_with("loose.png: is of no class: expected it in a folder that is named like its class"));
+    assert!(
+        refusal(&spec).ends_with("loose.png: is of no class: expected it in a folder that is named like its class")
+    );
     std::fs::remove_file(at("loose.png")).unwrap();
     write(&at("ant/only.png"), [4, 4], [0; 3]);
     assert!(refusal(&spec).contains("class `ant` has one image, expected at least two"));

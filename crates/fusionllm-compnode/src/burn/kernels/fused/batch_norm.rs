@@ -61,9 +61,8 @@ impl Fused<3> for BatchNorm {
         let scales = weight.as_slice::<f32>().unwrap_or_default();
         let shifts = bias.as_slice::<f32>().unwrap_or_default();
         let affine = self.moments.iter().zip(scales).zip(shifts);
-        let affine: Vec<(f32, f32, f32)> = affine
-            .map(|((&(mean, variance), &weight), &bias)| (mean, self.scale(variance) * weight, bias))
-            .collect();
+        let affine: Vec<(f32, f32, f32)> =
+            affine.map(|((&(mean, variance), &weight), &bias)| (mean, self.scale(variance) * weight, bias)).collect();
         let mut out = vec![0.0; values.len()];
         out.par_chunks_mut(self.plane)
             .zip(values.par_chunks(self.plane))

@@ -236,18 +236,20 @@ impl<const N: usize> Fused<N> for Conv2d {
     fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved) {
         let [x, weight] = [0, 1].map(|i| inputs[i].clone());
         let images = x.as_slice::<f32>().unwrap_or_default();
-        let params = (weight.as_slice::<f32>().unwrap_or_default(), inputs.get(2).and_then(FlexTensor::as_slice::<f32>));
+        let params =
+            (weight.as_slice::<f32>().unwrap_or_default(), inputs.get(2).and_then(FlexTensor::as_slice::<f32>));
         let [height, width] = self.output_size();
         let batch = images.len() / self.image().max(1);
         let mut out = vec![0.0; batch * self.outputs * height * width];
         if batch == 1 {
             self.image_forward(images, params, &mut out, &mut Vec::new(), On::AllThreads);
         } else {
-            out.par_chunks_mut(self.outputs * height * width)
-                .zip(images.par_chunks(self.image()))
-                .for_each_init(Vec::new, |room, (out, image)| {
+            out.par_chunks_mut(self.outputs * height * width).zip(images.par_chunks(self.image())).for_each_init(
+                Vec::new,
+                |room, (out, image)| {
                     self.image_forward(image, params, out, room, On::ThisThread);
-                });
+                },
+            );
         }
         (tensor(out, [batch * self.outputs * height, width]), (x, weight))
     }
