@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fusionllm_graph::{Model, OpDag, resnet101};
+use fusionllm_graph::{Model, OpDag, OpKind};
 use fusionllm_protocol::hugging_face::TOKENIZER;
 use fusionllm_protocol::{DataSpec, JobSpec, WeightsChoice};
 use fusionllm_transport::read_regular_text;
@@ -64,11 +64,6 @@ impl LoadedModel {
     }
 }
 
-/// Side of the images of `resnet101`, in pixels: ImageNet's.
-const IMAGE_SIDE: usize = 224;
-/// Classes of the images of `resnet101`: ImageNet's.
-const IMAGE_CLASSES: usize = 1000;
-
 /// Reads the model that a job names, and holds it against the job.
 ///
 /// # Errors
@@ -81,7 +76,7 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
         let reason = "its adapters fit the weights that they were trained beside: expected model.path with its weights";
         return Err(BrokerError::Adapter { path: adapter.clone(), reason: reason.to_owned() });
     }
-    if model.config.is_none() || spec.model.name.is_some() {
+    if model.config.is_none() || spec.model.path.is_none() {
         model.notes.push(new_weights(spec.train.seed));
     }
     if let Some(path) = &spec.model.path {
@@ -130,11 +125,7 @@ fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
             LoadedModel::new(dag, None)
         }
         None => {
-            let name = spec.model.name.clone().unwrap_or_default();
-            if name == "resnet101" {
-                let dag = resnet101(IMAGE_SIDE, IMAGE_CLASSES).map_err(|source| graph_error(&name, source))?;
-                return Ok(LoadedModel::new(dag, None));
-            }
+            let name = spec.model.name.clone().unwrap_or_else(|| "model.family".to_owned());
             let Some(model) = spec.named_model() else {
                 spec.validate()?;
                 return Err(model_error(Path::new(&name), "not a model known by name".to_owned()));
@@ -151,14 +142,13 @@ fn read(spec: &JobSpec, purpose: Purpose) -> Result<LoadedModel, BrokerError> {
 /// Whether the graph can be trained by this job.
 pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerError> {
     let path = spec.model.path.clone().unwrap_or_else(|| PathBuf::from(dag.name()));
-    if let Some(op) = dag.ops().iter().find(|op| !op.kind.has_kernel()) {
-        let (name, family) = (&op.name, op.kind.family());
-        return Err(model_error(&path, format!("op `{name}` is {family}, which can be planned but not trained yet")));
-    }
     for (what, op) in [("input", dag.input()), ("label", dag.label()), ("cross_entropy", dag.loss())] {
         if op.is_none() {
             return Err(model_error(&path, format!("the OP-DAG has no {what} op, training needs one")));
         }
+    }
+    if dag.image_size().is_some() || spec.data.format.is_images() {
+        return check_images(dag, spec).map_err(|reason| model_error(&path, reason));
     }
     match dag.seq_len() {
         Some(seq_len) if seq_len == spec.data.seq_len => Ok(()),
@@ -168,6 +158,31 @@ pub(crate) fn check_trainable(dag: &OpDag, spec: &JobSpec) -> Result<(), BrokerE
         }
         None => Err(model_error(&path, "its input op takes no sequence, expected shape [B, S]".to_owned())),
     }
+}
+
+/// Whether a graph can be trained on the images of this job; why not.
+fn check_images(dag: &OpDag, spec: &JobSpec) -> Result<(), String> {
+    let Some(size) = dag.image_size() else {
+        return Err("its input op takes no images, expected f32 [B, 3, H, H] for the job's data.format".to_owned());
+    };
+    if !spec.data.format.is_images() {
+        return Err("its input op takes images: expected data.format = \"images\" or \"cifar10\"".to_owned());
+    }
+    let label = dag.label().map(|op| dag.op(op).output.shape.resolve(1));
+    if size[0] != 3 || size[1] != size[2] || label.is_none_or(|shape| shape != [1, 1]) {
+        let reason = "expected an input op of f32 [B, 3, H, H] and a label op of [B, 1]";
+        return Err(format!("its images or labels have another shape: {reason}"));
+    }
+    // Of one value there is no variance.
+    let batch = spec.micro_batch_size() as usize;
+    let single = |op: &&fusionllm_graph::Op| match op.kind {
+        OpKind::BatchNorm2d { channels, .. } => op.output.shape.elements(batch) <= channels as u64,
+        _ => false,
+    };
+    dag.ops().iter().find(single).map_or(Ok(()), |op| {
+        let reason = "which batch norm cannot train on: expected larger images, or more of them in a micro-batch";
+        Err(format!("op `{}` has one value for each channel in a micro-batch, {reason}", op.name))
+    })
 }
 
 /// Content of the tokenizer.json in the job's `model.path`, if the job takes that one; nothing for an OP-DAG file.
@@ -230,11 +245,29 @@ mod tests {
     }
 
     #[test]
-    fn a_model_without_kernels_can_only_be_planned() {
+    fn a_model_of_images_needs_images() {
         let mut spec = testing::spec(&[]);
         spec.model = fusionllm_protocol::ModelSpec { name: Some("resnet101".to_owned()), ..Default::default() };
         assert_eq!(read_model(&spec).unwrap().dag.param_elements(), 44_549_160);
-        assert!(error(&spec).ends_with("op `conv1` is conv2d, which can be planned but not trained yet"));
+        let end = "its input op takes images: expected data.format = \"images\" or \"cifar10\"";
+        assert!(error(&spec).ends_with(end), "{}", error(&spec));
+        spec.data.format = fusionllm_protocol::DataFormat::Images;
+        let model = load_model(&spec).unwrap();
+        assert_eq!(model.dag.image_size(), Some([3, 224, 224]));
+        spec.data.format = fusionllm_protocol::DataFormat::Cifar10;
+        let model = load_model(&spec).unwrap();
+        assert_eq!((model.dag.image_size(), model.dag.vocab()), (Some([3, 32, 32]), Some(10)));
+        // Five halvings leave one pixel, and a micro-batch may have one image.
+        (spec.model.image_size, spec.train.batch, spec.train.micro_batches) = (Some(8), 4, 4);
+        let end = "expected larger images, or more of them in a micro-batch";
+        assert!(error(&spec).ends_with(end), "{}", error(&spec));
+        spec.train.batch = 8;
+        load_model(&spec).unwrap();
+        let text = fusionllm_protocol::ModelSpec { name: Some("gpt2".to_owned()), ..Default::default() };
+        let spec = JobSpec { model: text, ..spec };
+        assert!(
+            error(&spec).ends_with("its input op takes no images, expected f32 [B, 3, H, H] for the job's data.format")
+        );
     }
 
     #[test]

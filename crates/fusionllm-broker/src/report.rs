@@ -49,21 +49,24 @@ pub struct RunReport {
     pub step: u64,
     /// Updates asked for.
     pub steps: u64,
-    /// Mean training loss of the last steps, in nats per token.
+    /// Mean training loss of the last steps, in nats per token or image.
     pub loss: Option<f64>,
-    /// Last evaluation loss, in nats per token.
+    /// Last evaluation loss, in nats per token or image.
     pub eval_loss: Option<f64>,
-    /// The same per UTF-8 byte, in bits.
+    /// Share of images in it whose class is the likeliest one.
+    pub eval_accuracy: Option<f64>,
+    /// The evaluation loss per UTF-8 byte, in bits.
     pub eval_bits_per_byte: Option<f64>,
-    /// Evaluation loss of a unigram model of the same text, in nats per token.
+    /// Evaluation loss of a unigram model of the same text, in nats per token; of images, of a model that knows only how
+    /// often each class comes.
     pub unigram_loss: Option<f64>,
     /// The same per UTF-8 byte, in bits.
     pub unigram_bits_per_byte: Option<f64>,
-    /// Tokens trained on, repeated ones too.
+    /// Tokens or images trained on, repeated ones too.
     pub tokens: u64,
     /// Sum of the steps' wall times, in seconds.
     pub train_s: f64,
-    /// Tokens in a second of the median step.
+    /// Tokens or images in a second of the median step.
     pub tokens_per_s: Option<f64>,
     /// Seconds of the median step.
     pub step_s: Option<f64>,
@@ -141,6 +144,7 @@ impl RunReport {
             steps: record.spec.train.steps,
             loss: (!last.is_empty()).then_some(mean),
             eval_loss,
+            eval_accuracy: totals.eval_accuracy,
             eval_bits_per_byte: bits(eval_loss),
             unigram_loss,
             unigram_bits_per_byte: bits(unigram_loss),
@@ -159,11 +163,21 @@ impl RunReport {
         }
     }
 
+    fn of_images(&self) -> bool {
+        self.data.as_ref().is_some_and(|data| data.classes.is_some())
+    }
+
+    /// What is trained on, one of it.
+    fn unit(&self) -> &'static str {
+        if self.of_images() { "image" } else { "token" }
+    }
+
     /// The few lines that end a run on the terminal.
     pub fn summary(&self) -> String {
-        let mut lines = vec![format!("{} of {} steps, {} tokens", self.step, self.steps, self.tokens)];
+        let unit = self.unit();
+        let mut lines = vec![format!("{} of {} steps, {} {unit}s", self.step, self.steps, self.tokens)];
         if let Some(speed) = self.tokens_per_s {
-            lines.push(format!("{:<17}{speed:.0} tokens/s (median step)", "speed"));
+            lines.push(format!("{:<17}{speed:.0} {unit}s/s (median step)", "speed"));
         }
         if let Some((measured, predicted)) = self.step_s.zip(self.predicted_step_s) {
             let (took, expected) = (format_seconds(measured), format_seconds(predicted));
@@ -178,15 +192,18 @@ impl RunReport {
         }
         let with_bits = |what: &str, loss: Option<f64>, bits: Option<f64>| {
             let bits = bits.map_or_else(String::new, |b| format!(", {b:.3} bits per byte"));
-            loss.map(|loss| format!("{what:<17}{loss:.4} nats per token{bits}"))
+            loss.map(|loss| format!("{what:<17}{loss:.4} nats per {unit}{bits}"))
         };
         let recovered = recoveries::line(&self.recoveries, self.useful_share);
         lines.extend(recovered.map(|said| format!("{:<17}{said}", "recoveries")));
         lines.extend(with_bits("training loss", self.loss, None));
         let evaluation = with_bits("evaluation loss", self.eval_loss, self.eval_bits_per_byte);
-        let perplexity = self.eval_loss.map(|loss| format!(", perplexity {}", format_perplexity(loss)));
-        lines.extend(evaluation.map(|line| line + &perplexity.unwrap_or_default()));
-        lines.extend(with_bits("unigram model", self.unigram_loss, self.unigram_bits_per_byte));
+        let perplexity = || self.eval_loss.map(|loss| format!(", perplexity {}", format_perplexity(loss)));
+        let accuracy = self.eval_accuracy.map(|share| format!(", accuracy {:.1} %", 100.0 * share));
+        let beside = accuracy.or_else(perplexity).unwrap_or_default();
+        lines.extend(evaluation.map(|line| line + &beside));
+        let known = if self.of_images() { "by frequency" } else { "unigram model" };
+        lines.extend(with_bits(known, self.unigram_loss, self.unigram_bits_per_byte));
         lines.join("\n")
     }
 
@@ -212,8 +229,9 @@ impl RunReport {
                 0.0 => String::new(),
                 bytes => format!(", {bytes:.3} bytes per token"),
             };
+            let unit = self.unit();
             text.push_str(&format!(
-                "\n## Data\n\n{} files, {} tokens to train on, {} held out{per_token}\n",
+                "\n## Data\n\n{} files, {} {unit}s to train on, {} held out{per_token}\n",
                 data.files, data.train_tokens, data.eval_tokens
             ));
         }
@@ -239,14 +257,16 @@ impl RunReport {
         if !self.links.is_empty() {
             text.push_str("\n![loss against bytes sent](loss-bytes.svg)\n");
         }
+        let unit = self.unit();
         text.push_str(&match self.missing_steps {
-            Some(0) => "\nEvery step is in `metrics.jsonl`; losses are in nats per token.\n".to_owned(),
-            None => "\nThe steps are in `metrics.jsonl`; whether all are is not known, as `run.json` cannot be read. Losses are in \
-                     nats per token.\n"
-                .to_owned(),
+            Some(0) => format!("\nEvery step is in `metrics.jsonl`; losses are in nats per {unit}.\n"),
+            None => format!(
+                "\nThe steps are in `metrics.jsonl`; whether all are is not known, as `run.json` cannot be read. Losses are in \
+                 nats per {unit}.\n"
+            ),
             Some(missing) => format!(
                 "\n`metrics.jsonl` has no figures of {missing} of {} steps, and this report goes without them; losses are in \
-                 nats per token.\n",
+                 nats per {unit}.\n",
                 self.step
             ),
         });
@@ -262,6 +282,7 @@ const TIMED_STEPS: usize = 1 << 16;
 struct Totals {
     last_losses: VecDeque<f64>,
     eval_loss: Option<f64>,
+    eval_accuracy: Option<f64>,
     tokens: u64,
     tokens_per_step: Option<f64>,
     train_s: f64,
@@ -292,6 +313,7 @@ impl Default for Totals {
         Self {
             last_losses: VecDeque::with_capacity(LAST_STEPS),
             eval_loss: None,
+            eval_accuracy: None,
             tokens: 0,
             tokens_per_step: None,
             train_s: 0.0,
@@ -309,6 +331,7 @@ impl Totals {
         }
         self.last_losses.push_back(step.loss);
         self.eval_loss = step.eval_loss.or(self.eval_loss);
+        self.eval_accuracy = step.eval_accuracy.or(self.eval_accuracy);
         self.tokens += step.tokens;
         self.tokens_per_step = Some(step.tokens as f64);
         self.train_s += step.step_s;

@@ -90,6 +90,7 @@ pub(crate) fn metrics(step: u64, loss: f64) -> StepMetrics {
         lr: 1e-3,
         grad_norm: Some(1.0),
         eval_loss: step.is_multiple_of(3).then_some(loss),
+        eval_accuracy: None,
         links: vec![link],
         codec_changes: Vec::new(),
         recoveries: Vec::new(),

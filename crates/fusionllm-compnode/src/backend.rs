@@ -30,6 +30,11 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Whether it computes in this precision; what does not computes in f32.
     fn has(&self, precision: Precision) -> bool;
 
+    /// The first op of `dag` that it cannot compute.
+    fn lacks(&self, _dag: &OpDag) -> Option<OpId> {
+        None
+    }
+
     /// Bytes of its memory that a job may fill now; nothing where nobody tells.
     fn free_bytes(&self) -> Option<u64>;
 
@@ -59,6 +64,16 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`ExecutorError::Param`] if a parameter cannot be initialised.
     fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError>;
+}
+
+/// Whether a device can compute all of `dag`.
+///
+/// # Errors
+/// [`ExecutorError::NoKernel`] names the first op that it cannot.
+pub(crate) fn check_ops(backend: &dyn Backend, dag: &OpDag) -> Result<(), ExecutorError> {
+    let Some(op) = backend.lacks(dag).map(|op| dag.op(op)) else { return Ok(()) };
+    let (op, family, device) = (op.name.clone(), op.kind.family(), backend.name().to_owned());
+    Err(ExecutorError::NoKernel { op, family, device })
 }
 
 /// What does not change while device, machine and program stay the same.

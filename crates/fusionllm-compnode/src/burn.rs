@@ -9,6 +9,7 @@ mod measure;
 mod memory;
 mod optimizer;
 mod owed;
+mod running;
 mod speed;
 mod stage;
 

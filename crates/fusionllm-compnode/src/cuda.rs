@@ -27,7 +27,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use fusionllm_graph::{Kernels, OpDag};
+use fusionllm_graph::{Kernels, OpDag, OpId};
 use fusionllm_planner::Measured;
 use fusionllm_protocol::Precision;
 
@@ -99,6 +99,10 @@ impl Backend for CudaBackend {
 
     fn has(&self, precision: Precision) -> bool {
         precision != Precision::Bf16 || self.driver.has_bf16()
+    }
+
+    fn lacks(&self, dag: &OpDag) -> Option<OpId> {
+        plan::lacks(dag)
     }
 
     fn free_bytes(&self) -> Option<u64> {

@@ -26,13 +26,15 @@ pub enum ExecutorError {
         /// The input that is missing.
         input: String,
     },
-    /// An op that can only be planned.
-    #[error("op `{op}` is {family}, which can be planned but not trained yet")]
+    /// An op that the device has no kernel for.
+    #[error("op `{op}` is {family}, which {device} cannot compute: train on CPUs (`--device cpu`)")]
     NoKernel {
         /// Name of the op.
         op: String,
         /// The op's family, such as `conv2d`.
         family: &'static str,
+        /// The device, for people.
+        device: String,
     },
     /// A tensor came with another type of element than the OP-DAG says.
     #[error("tensor of op `{op}` has {got} elements, expected {expected}")]
@@ -307,7 +309,8 @@ impl CompNodeError {
         match self {
             Self::Data(error) => !matches!(error, DataError::Unopened { .. } | DataError::Cache { .. }),
             Self::Bind(error) => error.is_bad_input(),
-            Self::Graph(_) | Self::DeviceChoice { .. } | Self::Executor(ExecutorError::Param { .. }) => true,
+            Self::Graph(_) | Self::DeviceChoice { .. } => true,
+            Self::Executor(ExecutorError::Param { .. } | ExecutorError::NoKernel { .. }) => true,
             _ => false,
         }
     }

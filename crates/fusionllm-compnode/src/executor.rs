@@ -33,6 +33,8 @@ pub struct StageOutput {
     pub tensors: Vec<(OpId, BorderTensor)>,
     /// Mean loss of the micro-batch, if the stage holds the loss op.
     pub loss: Option<f64>,
+    /// Share of the micro-batch's images whose class is the likeliest one, in evaluation, if the stage holds the loss op.
+    pub accuracy: Option<f64>,
 }
 
 /// A parameter or a piece of optimizer state by name.

@@ -46,8 +46,8 @@ pub use checkpoint::{
 };
 pub use codec_table::CodecTable;
 pub use data::{
-    Batches, ChatTemplate, Corpus, FileTokenizer, ReadableData, Reading, Split, TextBatches, Tokenizer, Tokenizing,
-    Tokens, is_guarded,
+    Batches, ChatTemplate, Corpus, FileTokenizer, ImageBatches, ImageSet, ReadableData, Reading, Split, TextBatches,
+    Tokenizer, Tokenizing, Tokens, is_guarded,
 };
 pub use device::DeviceChoice;
 pub use error::{CompNodeError, DataError, ExchangeError, ExecutorError, ExportError, ShardError};

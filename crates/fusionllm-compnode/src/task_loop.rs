@@ -87,6 +87,14 @@ pub trait JobSink {
     }
 }
 
+/// How good the model is: nothing where the loss op is not here.
+#[derive(Clone, Copy, Debug, Default)]
+struct Scores {
+    loss: Option<f64>,
+    /// Share of images whose class is the likeliest one.
+    accuracy: Option<f64>,
+}
+
 /// The task loop of one CompNode.
 pub struct TaskLoop {
     plan: TrainPlan,
@@ -197,21 +205,22 @@ impl TaskLoop {
         self.live_max = 0;
         self.log.begin(step, self.plan.start_step, self.plan.spec.train.steps);
         let placement = Arc::clone(&self.plan.placement);
-        let loss = self.pass(&placement.train, Pass::Train, step)?;
+        let Scores { loss, .. } = self.pass(&placement.train, Pass::Train, step)?;
         let (lr, grad_norm) = self.update(step)?;
         let step_s = began.elapsed().as_secs_f64();
         let busy_s = self.busy.as_secs_f64();
         let trace = self.log.end();
         let done = step + 1;
-        let eval_loss = if self.plan.spec.evaluations().is_due(done) {
+        let found = if self.plan.spec.evaluations().is_due(done) {
             self.pass(&placement.eval, Pass::Eval, step)?
         } else {
-            None
+            Scores::default()
         };
         Ok(StepReport {
             step: done,
             loss,
-            eval_loss,
+            eval_loss: found.loss,
+            eval_accuracy: found.accuracy,
             lr,
             grad_norm,
             step_s,
@@ -223,9 +232,9 @@ impl TaskLoop {
         })
     }
 
-    /// Runs this CompNode's order of a pass. Gives the mean loss if the loss op is here.
-    fn pass(&mut self, plan: &PassPlan, pass: Pass, step: u64) -> Result<Option<f64>, CompNodeError> {
-        let mut losses = Vec::new();
+    /// Runs this CompNode's order of a pass. Gives the means over micro-batches if the loss op is here.
+    fn pass(&mut self, plan: &PassPlan, pass: Pass, step: u64) -> Result<Scores, CompNodeError> {
+        let (mut losses, mut shares) = (Vec::new(), Vec::new());
         let order = plan.orders.get(self.plan.node.index()).map_or(&[][..], Vec::as_slice);
         let last_bp = order.iter().rposition(|task| matches!(task, Task::Bp { .. }));
         for (position, &task) in order.iter().enumerate() {
@@ -233,7 +242,9 @@ impl TaskLoop {
             match task {
                 Task::Fp { stage, micro_batch } => {
                     let micro_batch = MicroBatch { step, pass, index: micro_batch };
-                    losses.extend(self.forward(stage, micro_batch, task)?);
+                    let Scores { loss, accuracy } = self.forward(stage, micro_batch, task)?;
+                    losses.extend(loss);
+                    shares.extend(accuracy);
                 }
                 Task::Bp { stage, micro_batch } => {
                     let micro_batch = MicroBatch { step, pass, index: micro_batch };
@@ -247,11 +258,11 @@ impl TaskLoop {
                 Task::Update => {}
             }
         }
-        if losses.is_empty() {
-            return Ok(None);
+        let mean = |of: &[f64]| (!of.is_empty()).then(|| of.iter().sum::<f64>() / of.len() as f64);
+        match mean(&losses) {
+            Some(loss) if !loss.is_finite() => Err(self.not_finite("the loss", loss, step)),
+            loss => Ok(Scores { loss, accuracy: mean(&shares) }),
         }
-        let mean = losses.iter().sum::<f64>() / losses.len() as f64;
-        if mean.is_finite() { Ok(Some(mean)) } else { Err(self.not_finite("the loss", mean, step)) }
     }
 
     /// Something is no number any more. Before the first update the learning rate cannot be why.
@@ -273,7 +284,7 @@ impl TaskLoop {
         self.log.task(task, began, now);
     }
 
-    fn forward(&mut self, stage: StageId, micro_batch: MicroBatch, task: Task) -> Result<Option<f64>, CompNodeError> {
+    fn forward(&mut self, stage: StageId, micro_batch: MicroBatch, task: Task) -> Result<Scores, CompNodeError> {
         let placement = Arc::clone(&self.plan.placement);
         let held = stage_of(&placement, stage)?;
         let mut inputs = self.placeholders(held, micro_batch)?;
@@ -310,7 +321,7 @@ impl TaskLoop {
                 self.codec_of(edge, Way::Activation, micro_batch.pass),
             )?;
         }
-        Ok(output.loss)
+        Ok(Scores { loss: output.loss, accuracy: output.accuracy })
     }
 
     fn backward(

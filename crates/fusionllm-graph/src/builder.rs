@@ -119,6 +119,9 @@ impl DagBuilder {
         for (role, id) in roles.into_iter().zip(params) {
             let unknown = || GraphError::UnknownParam { op: name.to_owned(), param: id.to_string() };
             let param = self.params.get(id.index()).ok_or_else(unknown)?;
+            if role.running && !param.frozen {
+                return Ok(Err(Misfit::Running { role: role.name, param: param.name.clone() }));
+            }
             if role.shape != param.shape {
                 return Ok(Err(Misfit::ParamShape {
                     role: role.name,

@@ -2,7 +2,7 @@
 
 mod costs;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::dtype::DType;
 use crate::kind::OpClass;
 use crate::op::OpKind;
+use crate::ops::image::image;
 use crate::param::Param;
 use crate::shape::{Dim, TensorType};
 
@@ -64,6 +65,12 @@ pub struct Op {
     pub output: TensorType,
 }
 
+/// The parameters of an op whose values FP makes.
+fn running(op: &Op) -> impl Iterator<Item = ParamId> {
+    let roles = op.kind.param_roles();
+    roles.into_iter().zip(op.params.clone()).filter(|(role, _)| role.running).map(|(_, param)| param)
+}
+
 /// A model as a DAG of ops, immutable and checked: built by a [`crate::DagBuilder`] or read from JSON.
 ///
 /// `ops()[i]` reads only ops before `i`.
@@ -75,6 +82,8 @@ pub struct OpDag {
     by_name: BTreeMap<String, OpId>,
     consumers: Vec<Vec<OpId>>,
     carries_gradient: Vec<bool>,
+    /// Parameters whose values FP makes.
+    running: BTreeSet<ParamId>,
 }
 
 impl OpDag {
@@ -93,7 +102,8 @@ impl OpDag {
                 }
             }
         }
-        Self { name, ops, params, by_name, consumers, carries_gradient }
+        let running = ops.iter().flat_map(running).collect();
+        Self { name, ops, params, by_name, consumers, carries_gradient, running }
     }
 
     /// The model's name.
@@ -101,12 +111,18 @@ impl OpDag {
         &self.name
     }
 
-    /// Positions per row of the input placeholder, S of `[B, S]`; `None` if there is no input of rank 2 or more.
+    /// Positions per row of the input placeholder, S of `[B, S]` or `[B, S, D]`; `None` if there is no such input.
     pub fn seq_len(&self) -> Option<usize> {
         match self.op(self.input()?).output.shape.dims() {
-            [_, Dim::Fixed(seq_len), ..] => Some(*seq_len),
+            [_, Dim::Fixed(seq_len)] | [_, Dim::Fixed(seq_len), _] => Some(*seq_len),
             _ => None,
         }
+    }
+
+    /// Channels, height and width of the images that the input placeholder takes, f32 `[B, C, H, W]`; `None` if it takes
+    /// something else.
+    pub fn image_size(&self) -> Option<[usize; 3]> {
+        image(&self.op(self.input()?).output).ok()
     }
 
     /// Size of the logits' last dimension, V; `None` without a loss.
@@ -213,7 +229,12 @@ impl OpDag {
 
     /// Whether training leaves some parameter as it is.
     pub fn has_frozen(&self) -> bool {
-        self.params.iter().any(|param| param.frozen)
+        self.params.iter().zip((0..).map(ParamId)).any(|(param, id)| param.frozen && !self.is_running(id))
+    }
+
+    /// Whether FP in training makes the values of a parameter, such as a running mean.
+    pub fn is_running(&self, param: ParamId) -> bool {
+        self.running.contains(&param)
     }
 
     /// An op of each kind of work, as [`Self::work`] names it, but for placeholders: of several the one whose inputs most

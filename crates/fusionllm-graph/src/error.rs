@@ -40,6 +40,14 @@ pub enum Misfit {
         /// The value that was given, as text.
         got: String,
     },
+    /// A parameter is marked as trained, but the op makes its values.
+    #[error("{role} `{param}` is trained, expected one that is frozen: the op makes its values itself")]
+    Running {
+        /// What the op uses it as.
+        role: &'static str,
+        /// The parameter's name.
+        param: String,
+    },
     /// A parameter has another shape than its role asks for.
     #[error("{role} `{param}` has shape {got:?}, expected {expected:?}")]
     ParamShape {

@@ -54,8 +54,10 @@ impl OpClass {
 /// One parameter that a kind of op takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParamRole {
-    /// `weight` or `bias`.
+    /// `weight` or `bias` for example.
     pub name: &'static str,
     /// The shape that the attributes ask for.
     pub shape: Vec<usize>,
+    /// Whether FP makes its values, as it does those of a running mean, and no optimizer trains them.
+    pub running: bool,
 }

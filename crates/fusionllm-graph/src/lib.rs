@@ -46,7 +46,8 @@ pub use json::{JSON_FORMAT, JSON_VERSION};
 pub use kind::{ActivationFunction, OpClass, ParamRole, WeightLayout};
 pub use lora::{Adapter, Lora};
 pub use models::{
-    DecoderConfig, DecoderFamily, Gpt2Config, HuggingFaceModel, MAX_LAYERS, Model, decoder, gpt2, resnet101,
+    DecoderConfig, DecoderFamily, Gpt2Config, HuggingFaceModel, MAX_LAYERS, Model, ResnetBlock, ResnetConfig,
+    ResnetStem, decoder, gpt2, resnet,
 };
 pub use op::OpKind;
 pub use param::{Init, Param};

@@ -101,6 +101,10 @@ impl OpDag {
             let (expected, got) = ("a model without".to_owned(), "given for a model with adapters".to_owned());
             return Err(GraphError::Lora { key: "rank", expected, got });
         }
+        if self.param_ids().any(|param| self.is_running(param)) {
+            let (expected, got) = ("0 for a model with batch norm".to_owned(), lora.rank.to_string());
+            return Err(GraphError::Lora { key: "rank", expected, got });
+        }
         let sites: BTreeMap<OpId, Site> = self.chosen(lora)?.into_iter().map(|site| (site.op, site)).collect();
         let mut dag = DagBuilder::new(self.name());
         for param in self.params() {

@@ -10,7 +10,7 @@ pub use decoder::{DecoderConfig, decoder};
 pub use families::DecoderFamily;
 pub use gpt2::{Gpt2Config, gpt2};
 pub use model::{HuggingFaceModel, Model};
-pub use resnet::resnet101;
+pub use resnet::{ResnetBlock, ResnetConfig, ResnetStem, resnet};
 
 /// Most blocks of a model. Those of a GPT-2 then have nearly [`MAX_OPS`](crate::MAX_OPS) ops; a decoder ends a little before.
 pub const MAX_LAYERS: usize = 4096;

@@ -133,7 +133,7 @@ pub enum OpKind {
         /// Probability, at least 0 and less than 1.
         p: f64,
     },
-    /// Convolution without bias. Parameters: weight `[outputs, inputs, kernel, kernel]`.
+    /// Convolution. Parameters: weight `[outputs, inputs, kernel, kernel]`, bias `[outputs]` if `bias`.
     /// `[B, inputs, H, W]` to `[B, outputs, H', W']`.
     Conv2d {
         /// Channels of the input.
@@ -146,13 +146,21 @@ pub enum OpKind {
         stride: usize,
         /// Zeros on every side.
         padding: usize,
+        /// Whether there is a bias.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        bias: bool,
     },
-    /// Batch norm over batch, height and width. Parameters: weight `[channels]`, bias `[channels]`.
+    /// Batch norm over batch, height and width. Parameters, each `[channels]`: weight, bias, running mean and running
+    /// variance, which are frozen. In training a micro-batch is normalised by its own mean and (biased) variance, and each
+    /// moves the running values towards its mean and its unbiased variance; in evaluation those are what counts.
     BatchNorm2d {
         /// Channels, of which each has a mean and a variance.
         channels: usize,
         /// Added to the variance.
         eps: f64,
+        /// Share of the way to a micro-batch's values that the running ones go. PyTorch's `momentum`.
+        #[serde(default = "default_momentum")]
+        momentum: f64,
     },
     /// Largest element of each window: `[B, C, H, W]` to `[B, C, H', W']`.
     MaxPool2d {
@@ -167,6 +175,11 @@ pub enum OpKind {
     GlobalAvgPool,
     /// Loss: logits `[B, S, V]` f32 and labels `[B, S]` i32 to the mean cross-entropy over all B*S tokens, a scalar.
     CrossEntropy,
+}
+
+/// PyTorch's.
+fn default_momentum() -> f64 {
+    0.1
 }
 
 impl OpKind {
@@ -221,11 +234,6 @@ impl OpKind {
         fused.unwrap_or_else(|| rule.cost(&io).kept_bytes)
     }
 
-    /// Whether CompNodes have a kernel for it. What has none can be planned, not trained.
-    pub fn has_kernel(&self) -> bool {
-        !matches!(self, Self::Conv2d { .. } | Self::BatchNorm2d { .. } | Self::MaxPool2d { .. } | Self::GlobalAvgPool)
-    }
-
     /// The one dispatch: adding a kind of op makes the compiler ask for its line here.
     fn rule(&self) -> Box<dyn Rule + '_> {
         match *self {
@@ -245,10 +253,10 @@ impl OpKind {
             Self::Mul => Box::new(Elementwise::Mul),
             Self::Scale { factor } => Box::new(Scale { factor }),
             Self::Dropout { p } => Box::new(Dropout { p }),
-            Self::Conv2d { inputs, outputs, kernel, stride, padding } => {
-                Box::new(Conv2d { inputs, outputs, window: Window { kernel, stride, padding } })
+            Self::Conv2d { inputs, outputs, kernel, stride, padding, bias } => {
+                Box::new(Conv2d { inputs, outputs, window: Window { kernel, stride, padding }, bias })
             }
-            Self::BatchNorm2d { channels, eps } => Box::new(BatchNorm2d { channels, eps }),
+            Self::BatchNorm2d { channels, eps, momentum } => Box::new(BatchNorm2d { channels, eps, momentum }),
             Self::MaxPool2d { kernel, stride, padding } => {
                 Box::new(MaxPool2d { window: Window { kernel, stride, padding } })
             }
@@ -281,8 +289,9 @@ mod tests {
             OpKind::Mul,
             OpKind::Scale { factor: 2.0 },
             OpKind::Dropout { p: 0.1 },
-            OpKind::Conv2d { inputs: 3, outputs: 4, kernel: 3, stride: 1, padding: 1 },
-            OpKind::BatchNorm2d { channels: 4, eps: 1e-5 },
+            OpKind::Conv2d { inputs: 3, outputs: 4, kernel: 3, stride: 1, padding: 1, bias: false },
+            OpKind::Conv2d { inputs: 3, outputs: 4, kernel: 3, stride: 1, padding: 1, bias: true },
+            OpKind::BatchNorm2d { channels: 4, eps: 1e-5, momentum: 0.1 },
             OpKind::MaxPool2d { kernel: 2, stride: 2, padding: 0 },
             OpKind::GlobalAvgPool,
             OpKind::CrossEntropy,

@@ -32,7 +32,7 @@ impl Grower {
             .map(|role| {
                 let init = Init::Normal { std: 1.0 / self.count as f32 };
                 let name = format!("{name}.{}", role.name);
-                self.dag.param(Param { name, shape: role.shape, init, decay: true, frozen: false }).unwrap()
+                self.dag.param(Param { name, shape: role.shape, init, decay: true, frozen: role.running }).unwrap()
             })
             .collect();
         for (op, read) in &mut self.pool {

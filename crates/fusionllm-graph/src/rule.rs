@@ -100,7 +100,12 @@ impl Io<'_> {
 }
 
 pub(crate) fn role(name: &'static str, shape: &[usize]) -> ParamRole {
-    ParamRole { name, shape: shape.to_vec() }
+    ParamRole { name, shape: shape.to_vec(), running: false }
+}
+
+/// Values that FP in training makes.
+pub(crate) fn running(name: &'static str, shape: &[usize]) -> ParamRole {
+    ParamRole { running: true, ..role(name, shape) }
 }
 
 /// The only input.
@@ -170,6 +175,11 @@ pub(crate) fn positive(attribute: &'static str, value: usize) -> Result<(), Misf
 /// What a norm adds to the variance must be a finite number over 0.
 pub(crate) fn positive_eps(eps: f64) -> Result<(), Misfit> {
     if eps.is_finite() && eps > 0.0 { Ok(()) } else { Err(wrong_attribute("eps", eps, "a finite number over 0")) }
+}
+
+/// A share that is not nothing: a number over 0 and at most 1.
+pub(crate) fn in_unit(attribute: &'static str, value: f64) -> Result<(), Misfit> {
+    if value > 0.0 && value <= 1.0 { Ok(()) } else { Err(wrong_attribute(attribute, value, "over 0 and at most 1")) }
 }
 
 /// Product that stops at the largest count.

@@ -14,7 +14,8 @@ pub(crate) fn whole(dag: &OpDag) -> Result<(), GraphError> {
     }
     at_most_one_of_each(dag)?;
     nothing_dangling(dag)?;
-    no_unused_param(dag)
+    no_unused_param(dag)?;
+    no_shared_running(dag)
 }
 
 /// One input, one label, one loss: data and BP have one place to start from.
@@ -61,6 +62,15 @@ fn no_unused_param(dag: &OpDag) -> Result<(), GraphError> {
         Some((param, _)) => Err(GraphError::UnusedParam { param: param.name.clone() }),
         None => Ok(()),
     }
+}
+
+/// What FP makes belongs to one op: two would each make other values.
+fn no_shared_running(dag: &OpDag) -> Result<(), GraphError> {
+    let shared = dag.param_ids().filter(|&param| dag.is_running(param)).find(|&param| dag.users_of(param).len() > 1);
+    shared.map_or(Ok(()), |param| {
+        let (param, got) = (dag.param(param).name.clone(), dag.users_of(param).len().to_string());
+        Err(GraphError::Param { param, what: "number of ops that make its values", expected: "1".to_owned(), got })
+    })
 }
 
 /// A topological order of nodes that read the nodes in `inputs`; the given order is kept wherever it can be.

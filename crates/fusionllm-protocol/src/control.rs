@@ -388,6 +388,8 @@ pub struct StepReport {
     pub loss: Option<f64>,
     /// Mean evaluation loss, where it was evaluated; likewise.
     pub eval_loss: Option<f64>,
+    /// Share of images in that evaluation whose class is the likeliest one; likewise.
+    pub eval_accuracy: Option<f64>,
     /// Learning rate of the update.
     pub lr: f64,
     /// Global gradient norm, where clipping is on.

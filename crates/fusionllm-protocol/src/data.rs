@@ -50,8 +50,12 @@ pub struct DataReport {
     /// UTF-8 bytes of the text per token, without what cannot be had back from the tokens: what a tokenizer left out,
     /// merged, made others or did not know.
     pub bytes_per_token: f64,
-    /// Cross-entropy in nats per token of the training split's unigram model on the evaluation tokens.
+    /// Cross-entropy in nats per token of the training split's unigram model on the evaluation tokens; of images, of a model
+    /// that knows only how often each class comes.
     pub unigram_loss: f64,
+    /// Classes of the images, if the data is such; the counts of tokens are then counts of images.
+    #[serde(default)]
+    pub classes: Option<u64>,
     /// What the user must know of the data: files left out, characters that gave no token, settings passed over.
     #[serde(default)]
     pub notes: Vec<String>,
@@ -115,10 +119,20 @@ pub struct DataFingerprint {
 }
 
 impl DataFingerprint {
+    /// What stands in place of a tokenizer's name for images: the names of their classes are hashed.
+    pub const CLASSES: &'static str = "classes";
+
     /// Why training that began with `before` cannot go on with this tokenizer; nothing if it is the same.
     pub fn tokenizer_change(&self, before: &Self) -> Option<String> {
         let (now, then) = (&self.tokenizer, &before.tokenizer);
         (now.hash != then.hash).then(|| {
+            if now.name == Self::CLASSES && then.name == Self::CLASSES {
+                return format!(
+                    "the data has other classes, {} (hash {}), than the model was trained with, {} (hash {}): give folders of \
+                     the same names",
+                    now.entries, now.hash, then.entries, then.hash
+                );
+            }
             format!(
                 "data.tokenizer {} ({} entries, hash {}) is not the one that the model was trained with: {} ({} entries, hash {}); \
                  give that one, the model's embeddings mean its tokens",

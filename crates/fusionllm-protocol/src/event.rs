@@ -9,9 +9,9 @@ use crate::{DataReport, JobId, Recovery};
 pub struct StepMetrics {
     /// Updates done, from 1.
     pub step: u64,
-    /// Mean training loss of the step, in nats per token.
+    /// Mean training loss of the step, in nats per token or image.
     pub loss: f64,
-    /// Tokens in the step's global batch.
+    /// Tokens in the step's global batch, or images.
     pub tokens: u64,
     /// Wall time of the step in seconds, evaluation and checkpoint not counted.
     pub step_s: f64,
@@ -23,6 +23,9 @@ pub struct StepMetrics {
     /// Evaluation loss after the step, where it was evaluated.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub eval_loss: Option<f64>,
+    /// Share of images in that evaluation whose class is the likeliest one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval_accuracy: Option<f64>,
     /// What each link carried in the step.
     pub links: Vec<LinkBytes>,
     /// Codecs that change after the step.

@@ -4,6 +4,8 @@
 
 mod cadence;
 mod data_spec;
+mod image_data;
+mod image_model;
 mod keys;
 mod lora;
 mod lr_schedule;
@@ -16,11 +18,13 @@ mod validate;
 use std::path::PathBuf;
 
 use fusionllm_codec::{Codec, TopKValues};
+use fusionllm_graph::{ResnetBlock, ResnetStem};
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use serde::{Deserialize, Serialize};
 
 pub use cadence::{Cadence, Measuring};
 pub use data_spec::{DataFormat, DataSpec, RowKind, SampleOrder};
+pub use image_model::SizedFamily;
 pub use keys::job_keys;
 pub use lora::{LoraSpec, scaling as lora_scaling};
 pub use lr_schedule::LrSchedule;
@@ -50,7 +54,7 @@ pub struct JobSpec {
     pub survive: SurviveSpec,
 }
 
-/// `[model]`: a model by name (a GPT-2 with sizes of one's own too), a Hugging Face directory, or an OP-DAG file.
+/// `[model]`: a model by name or family (a GPT-2 or ResNet with sizes of one's own too), a Hugging Face directory, or an OP-DAG file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// A published model, such as `gpt2` or `llama-3.2-1b`; the sizes below replace a GPT-2's own.
@@ -72,6 +76,27 @@ pub struct ModelSpec {
     pub n_head: Option<usize>,
     /// Dropout probability; 0 by default.
     pub dropout: f64,
+    /// The family of a model that has sizes of its own and no name.
+    #[serde(default)]
+    pub family: Option<SizedFamily>,
+    /// What the residual blocks of a ResNet are made of; the named model's if not given, and so with the sizes below.
+    #[serde(default)]
+    pub block: Option<ResnetBlock>,
+    /// Blocks of each layer of a ResNet.
+    #[serde(default)]
+    pub depths: Option<Vec<usize>>,
+    /// Channels inside the blocks of each layer of a ResNet.
+    #[serde(default)]
+    pub widths: Option<Vec<usize>>,
+    /// What comes before the blocks of a ResNet; that for CIFAR where `data.format` is `cifar10`.
+    #[serde(default)]
+    pub stem: Option<ResnetStem>,
+    /// Pixels of a side of a ResNet's images; what the stem is made for if not given.
+    #[serde(default)]
+    pub image_size: Option<usize>,
+    /// Classes of a ResNet; 10 where `data.format` is `cifar10`, else 1000.
+    #[serde(default)]
+    pub classes: Option<usize>,
 }
 
 /// Where a model's first weights come from.

@@ -36,8 +36,8 @@ pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule,
-    Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SurviveSpec, TopKBackward,
-    TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
+    Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec,
+    TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};

@@ -106,6 +106,7 @@ mod tests {
             lr: 1e-3,
             grad_norm: None,
             eval_loss: Some(5.0),
+            eval_accuracy: Some(0.5),
             links: Vec::new(),
             codec_changes: Vec::new(),
             recoveries: vec![recovery],

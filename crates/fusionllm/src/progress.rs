@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::Instant;
 
 use fusionllm_planner::{format_perplexity, format_seconds};
-use fusionllm_protocol::{JobEvent, JobState, Recovery, StepMetrics};
+use fusionllm_protocol::{DataReport, JobEvent, JobState, Recovery, StepMetrics};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::render;
@@ -20,10 +20,30 @@ pub(crate) struct Progress {
     steps: u64,
     recent: Vec<(f64, u64)>,
     began: Instant,
-    /// The last evaluation, and after which step it was.
-    last_eval: Option<(u64, f64)>,
+    /// The last evaluation.
+    last_eval: Option<Evaluation>,
+    /// What is trained on.
+    unit: &'static str,
     /// Whether it was at work before: what it waits for then is how it comes back.
     has_trained: bool,
+}
+
+/// What an evaluation found.
+#[derive(Clone, Copy)]
+struct Evaluation {
+    step: u64,
+    loss: f64,
+    accuracy: Option<f64>,
+}
+
+impl std::fmt::Display for Evaluation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let loss = self.loss;
+        match self.accuracy {
+            Some(share) => write!(f, "{loss:.4} (accuracy {:.1} %)", 100.0 * share),
+            None => write!(f, "{loss:.4} (perplexity {})", format_perplexity(loss)),
+        }
+    }
 }
 
 enum Output {
@@ -46,7 +66,15 @@ impl Progress {
         } else {
             Output::Plain
         };
-        Self { output, steps, recent: Vec::new(), began: Instant::now(), last_eval: None, has_trained: false }
+        Self {
+            output,
+            steps,
+            recent: Vec::new(),
+            began: Instant::now(),
+            last_eval: None,
+            unit: "tokens",
+            has_trained: false,
+        }
     }
 
     /// Shows one event.
@@ -67,10 +95,10 @@ impl Progress {
                 JobState::Done | JobState::Failed { .. } | JobState::Stopped => self.finish(),
             },
             JobEvent::Reading { done, total, .. } => self.note(&render::reading(*done, *total)),
-            JobEvent::Data { data, .. } => self.note(&format!(
-                "data: {} files, {} training tokens, {} held out; a unigram model's loss is {:.4}",
-                data.files, data.train_tokens, data.eval_tokens, data.unigram_loss
-            )),
+            JobEvent::Data { data, .. } => {
+                self.unit = if data.classes.is_some() { "images" } else { "tokens" };
+                self.note(&of_data(data))
+            }
             JobEvent::Step { metrics, .. } => self.step(metrics),
             JobEvent::Notice { text, .. } => self.note(&format!("note: {text}")),
             JobEvent::Checkpoint { step, .. } => self.note(&format!("checkpoint at step {step}")),
@@ -87,16 +115,15 @@ impl Progress {
             self.recent.remove(0);
         }
         // One of steps that are done again does not count any more.
-        let before = self.last_eval.filter(|(step, _)| *step <= metrics.step);
-        self.last_eval = metrics.eval_loss.map(|loss| (metrics.step, loss)).or(before);
+        let before = self.last_eval.filter(|last| last.step <= metrics.step);
+        let accuracy = metrics.eval_accuracy;
+        self.last_eval = metrics.eval_loss.map(|loss| Evaluation { step: metrics.step, loss, accuracy }).or(before);
         let seconds: f64 = self.recent.iter().map(|r| r.0).sum();
         let tokens: u64 = self.recent.iter().map(|r| r.1).sum();
         let left = seconds / self.recent.len() as f64 * self.steps.saturating_sub(metrics.step) as f64;
-        let eval = self
-            .last_eval
-            .map_or_else(String::new, |(_, loss)| format!(" eval {loss:.4} (perplexity {})", format_perplexity(loss)));
-        let text =
-            format!("loss {:.4}{eval} {:.0} tokens/s, {} left", metrics.loss, tokens as f64 / seconds, duration(left));
+        let eval = self.last_eval.map_or_else(String::new, |last| format!(" eval {last}"));
+        let (loss, speed, unit) = (metrics.loss, tokens as f64 / seconds, self.unit);
+        let text = format!("loss {loss:.4}{eval} {speed:.0} {unit}/s, {} left", duration(left));
         match &self.output {
             Output::Bar(bar) => {
                 bar.set_position(metrics.step);
@@ -131,6 +158,20 @@ impl Progress {
             bar.finish();
         }
         self.note(&format!("ended after {}", duration(self.began.elapsed().as_secs_f64())))
+    }
+}
+
+/// What the data is, in one line.
+fn of_data(data: &DataReport) -> String {
+    let DataReport { files, train_tokens: train, eval_tokens: held_out, unigram_loss: loss, .. } = data;
+    match data.classes {
+        Some(classes) => format!(
+            "data: {files} files, {train} training images of {classes} classes, {held_out} held out; by frequency alone, the \
+             loss is {loss:.4}"
+        ),
+        None => format!(
+            "data: {files} files, {train} training tokens, {held_out} held out; a unigram model's loss is {loss:.4}"
+        ),
     }
 }
 

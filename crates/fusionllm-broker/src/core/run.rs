@@ -386,6 +386,7 @@ impl Run {
             lr: reports().map(|r| r.lr).fold(0.0, f64::max),
             grad_norm: reports().find_map(|r| r.grad_norm),
             eval_loss: reports().find_map(|r| r.eval_loss),
+            eval_accuracy: reports().find_map(|r| r.eval_accuracy),
             links: reports().flat_map(|r| r.links.iter().cloned()).collect(),
             codec_changes: changes.iter().map(|c| self.note(c)).collect(),
             recoveries: Vec::new(),

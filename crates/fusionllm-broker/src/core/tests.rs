@@ -153,6 +153,7 @@ fn report(step: u64, loss: Option<f64>) -> StepReport {
         step,
         loss,
         eval_loss: None,
+        eval_accuracy: None,
         lr: 1e-3,
         grad_norm: Some(1.0),
         step_s: 0.1 * step as f64,

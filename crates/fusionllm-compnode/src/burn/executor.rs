@@ -16,6 +16,7 @@ use crate::burn::host::{self, to_scalar};
 use crate::burn::kernels::fused;
 use crate::burn::optimizer::{self, ParamState};
 use crate::burn::owed::Owed;
+use crate::burn::running::RunningMoments;
 use crate::burn::stage::{BurnStage, Kept, StageContext};
 use crate::executor::{
     Executor, Gradients, MicroBatch, Params, StageOutput, UpdateSpec, Write, check_filled_rows, check_range,
@@ -41,6 +42,8 @@ pub(super) struct BurnExecutor {
     gradients: GradientSums,
     /// Gradients that are to be added to those above.
     owed: Owed,
+    /// What FP has found for running means and variances, which UPDATE moves.
+    moments: RunningMoments,
     state: BTreeMap<ParamId, ParamState>,
     kept: BTreeMap<(StageId, u32), Kept>,
     stop: StopFlag,
@@ -78,6 +81,7 @@ impl BurnExecutor {
             leaves: BTreeMap::new(),
             gradients: GradientSums::default(),
             owed: Owed::default(),
+            moments: RunningMoments::default(),
             state: BTreeMap::new(),
             kept: BTreeMap::new(),
             stop,
@@ -159,6 +163,7 @@ impl Params for BurnExecutor {
         // The leaves share memory with the parameters: that of the old values is for the new ones.
         self.leaves.clear();
         self.state.clear();
+        self.moments.forget();
         Ok(())
     }
 
@@ -253,8 +258,9 @@ impl Executor for BurnExecutor {
         }
         let params = if training { &self.leaves } else { &self.params };
         let around = self.surroundings(params);
-        let (output, kept) = on_pool(self.on_cpu, || held.forward(around, micro_batch, inputs, training))?;
+        let (output, mut kept) = on_pool(self.on_cpu, || held.forward(around, micro_batch, inputs, training))?;
         if training {
+            self.moments.found(micro_batch.index, std::mem::take(&mut kept.moments));
             self.kept.insert((stage, micro_batch.index), kept);
         }
         Ok(output)
@@ -311,6 +317,11 @@ impl Executor for BurnExecutor {
                 params.insert(id, param);
             }
         });
+        let moved = self.moments.take(&self.dag, |param| {
+            let missing = || ExecutorError::Internal { what: format!("parameter {} is not held here", param.0) };
+            host::to_vec(self.params.get(&param).cloned().ok_or_else(missing)?)
+        })?;
+        self.params.extend(moved.into_iter().map(|(param, values)| (param, flat(values, &self.device))));
         self.make_leaves();
         self.device.sync().map_err(|e| ExecutorError::Device { reason: format!("{e:?}") })
     }

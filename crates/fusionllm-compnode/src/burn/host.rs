@@ -7,6 +7,7 @@ use fusionllm_codec::{HostTensor, Values};
 
 use crate::ExecutorError;
 use crate::border::{BorderTensor, DeviceTensor};
+pub(crate) use crate::burn::kernels::to_vec;
 use crate::burn::kernels::{IntegerValue, RealValue, Value, fused};
 
 /// Copies a host tensor to the device.
@@ -66,13 +67,6 @@ pub(crate) fn value_of(tensor: BorderTensor, device: &Device) -> Result<Value, E
         }
         _ => Ok(upload(tensor.into_host()?, device)),
     }
-}
-
-/// The values of a real tensor.
-pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, ExecutorError> {
-    let device_error = |reason: String| ExecutorError::Device { reason };
-    let data = tensor.try_into_data().map_err(|e| device_error(format!("{e:?}")))?;
-    data.try_into_vec::<f32>().map_err(|e| device_error(format!("{e:?}")))
 }
 
 /// Shows the values of a flat tensor outside autodiff, on the CPU where they are.

@@ -2,10 +2,13 @@
 //!
 //! The only exhaustive dispatch into `kernels/`, which mirrors `graph/ops/`. Real tensors are kept as matrices
 //! `[rows, columns]`: all leading dimensions together, and the last. Legend: B batch, S sequence, D model,
-//! H heads, K head dimension, V vocabulary, N = B·S.
+//! H heads, K head dimension, V vocabulary, N = B·S; of images
+//! [B, C, H, W] batch, channels, height and width.
 
 mod activation;
 mod attention;
+mod batch_norm2d;
+mod conv2d;
 mod dropout;
 mod elementwise;
 mod embedding;
@@ -13,6 +16,7 @@ pub(crate) mod fused;
 mod linear;
 mod loss;
 mod norm;
+mod pool;
 mod position;
 mod rotary;
 
@@ -21,7 +25,8 @@ use fusionllm_graph::{Op, OpKind};
 
 use crate::ExecutorError;
 
-use fused::{SetAside, WeightSum};
+pub(crate) use batch_norm2d::Moments;
+use fused::{SetAside, WeightSum, Window};
 pub(crate) use linear::{Deferred, WeightGradient};
 pub(crate) use rotary::AngleTables;
 
@@ -117,10 +122,18 @@ pub(crate) fn forward(arguments: &Arguments<'_>, context: KernelContext<'_>) -> 
         OpKind::Mul => real(elementwise::mul(arguments)),
         OpKind::Scale { factor } => real(elementwise::scale(arguments, *factor)),
         OpKind::Dropout { p } => real(dropout::forward(arguments, *p, context)),
-        OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool => {
-            let (op, family) = (arguments.op.name.clone(), arguments.op.kind.family());
-            Err(ExecutorError::NoKernel { op, family })
+        OpKind::Conv2d { inputs, outputs, kernel, stride, padding, bias } => {
+            let window = Window { kernel: *kernel, stride: *stride, padding: *padding };
+            real(conv2d::forward(arguments, [*inputs, *outputs], window, *bias))
         }
+        OpKind::BatchNorm2d { eps, .. } if context.training => {
+            real(batch_norm2d::train(arguments, *eps).map(|(value, _)| value))
+        }
+        OpKind::BatchNorm2d { eps, .. } => real(batch_norm2d::evaluate(arguments, *eps)),
+        OpKind::MaxPool2d { kernel, stride, padding } => {
+            real(pool::max(arguments, Window { kernel: *kernel, stride: *stride, padding: *padding }))
+        }
+        OpKind::GlobalAvgPool => real(pool::global_average(arguments)),
         OpKind::CrossEntropy => real(loss::forward(arguments)),
     }
 }
@@ -143,6 +156,30 @@ pub(crate) fn forward_accumulated(
 /// FP of a linear op whose parameters are not trained, so that BP needs nothing of its input.
 pub(crate) fn forward_frozen(arguments: &Arguments<'_>) -> Result<Value, ExecutorError> {
     Ok(Value::Real(linear::forward_frozen(arguments)?))
+}
+
+/// FP of a batch norm in training, and what the micro-batch adds to its running values.
+pub(crate) fn forward_norm(arguments: &Arguments<'_>, eps: f64) -> Result<(Value, Moments), ExecutorError> {
+    let (value, moments) = batch_norm2d::train(arguments, eps)?;
+    Ok((Value::Real(value), moments))
+}
+
+/// Share of the labels of a cross-entropy that are the likeliest class.
+pub(crate) fn accuracy(arguments: &Arguments<'_>) -> Result<f64, ExecutorError> {
+    loss::accuracy(arguments)
+}
+
+/// The values of a real tensor.
+pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, ExecutorError> {
+    let device_error = |reason: String| ExecutorError::Device { reason };
+    let data = tensor.try_into_data().map_err(|e| device_error(format!("{e:?}")))?;
+    data.try_into_vec::<f32>().map_err(|e| device_error(format!("{e:?}")))
+}
+
+/// Batch, channels, height and width of images that the op of this name reads.
+fn image_dims(images: &RealValue, op: &str) -> Result<[usize; 4], ExecutorError> {
+    let dims = <[usize; 4]>::try_from(images.shape.as_slice());
+    dims.map_err(|_| ExecutorError::Internal { what: format!("op `{op}` reads no images") })
 }
 
 /// FP of an embedding whose BP stays outside the tape: the output is a leaf, whose gradient is that of the rows.

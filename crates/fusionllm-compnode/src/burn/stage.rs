@@ -15,7 +15,9 @@ use crate::border::{BorderTensor, check_input};
 use crate::burn::gradients::LookupGradient;
 use crate::burn::host::{at_border, to_scalar, value_of};
 use crate::burn::kernels::fused::{self, Operand, Seeded, SetAside, WeightSum};
-use crate::burn::kernels::{self, AngleTables, Arguments, Deferred, KernelContext, RealValue, Value, WeightGradient};
+use crate::burn::kernels::{
+    self, AngleTables, Arguments, Deferred, KernelContext, Moments, RealValue, Value, WeightGradient,
+};
 use crate::executor::{MicroBatch, StageOutput};
 use crate::params::seed_for;
 use crate::stop::StopFlag;
@@ -47,6 +49,8 @@ pub(crate) struct Kept {
     deferred: Vec<(OpId, Deferred)>,
     lookups: Vec<Lookup>,
     asides: Vec<(ParamId, SetAside)>,
+    /// What the micro-batch adds to the running values of batch norms.
+    pub(crate) moments: Vec<(OpId, Moments)>,
 }
 
 /// A lookup in FP: its output is a leaf, whose gradient is that of the rows.
@@ -63,6 +67,9 @@ struct Aside {
     deferred: Vec<(OpId, Deferred)>,
     lookups: Vec<Lookup>,
     asides: Vec<(ParamId, SetAside)>,
+    moments: Vec<(OpId, Moments)>,
+    /// Of images in evaluation: share of those whose class is the likeliest one.
+    accuracy: Option<f64>,
 }
 
 impl Aside {
@@ -187,8 +194,10 @@ impl BurnStage {
             values.insert(op, value);
         }
         let aside = self.run(around, micro_batch, training, &ids, &mut values)?;
-        let (output, mut kept) = self.collect(around.dag, leaves, &values)?;
+        let (mut output, mut kept) = self.collect(around.dag, leaves, &values)?;
+        output.accuracy = aside.accuracy;
         (kept.deferred, kept.lookups, kept.asides) = (aside.deferred, aside.lookups, aside.asides);
+        kept.moments = aside.moments;
         Ok((output, kept))
     }
 
@@ -235,6 +244,9 @@ impl BurnStage {
             let seed = seed_for(around.seed, &[op.name.as_bytes(), &parts[0], &parts[1]]);
             let context = KernelContext { device: around.device, training, seed, angles: &self.angles };
             let arguments = Arguments { op, inputs, params };
+            if !training && op.kind == OpKind::CrossEntropy && around.dag.image_size().is_some() {
+                aside.accuracy = Some(kernels::accuracy(&arguments)?);
+            }
             let value = if training && self.frozen.contains(&id) {
                 kernels::forward_frozen(&arguments)?
             } else if training && self.deferring.contains(&id) {
@@ -244,6 +256,10 @@ impl BurnStage {
             } else if let (true, Some((param, sum))) = (training, self.sums.get(&id)) {
                 let aside = aside.set_aside(*param);
                 kernels::forward_accumulated(&arguments, sum.clone(), aside)?
+            } else if let (OpKind::BatchNorm2d { eps, .. }, true) = (&op.kind, training) {
+                let (value, moments) = kernels::forward_norm(&arguments, *eps)?;
+                aside.moments.push((id, moments));
+                value
             } else if let (OpKind::Embedding { .. }, true, Some(ids)) =
                 (&op.kind, around.dag.carries_gradient(id), op.inputs.first().and_then(|i| ids.get(i)))
             {

@@ -14,7 +14,7 @@ use crate::executor::{LazyTensor, NamedTensor, by_name};
 use crate::{ExportError, ShardError};
 
 /// Writes the Hugging Face layout of a model to a folder, in place of an earlier export of the same there; `of` says of
-/// what. What training did not change of the directory that the model came from is in `carried`, by file name, and stays
+/// what. A model of images is written under torchvision's names, and has no tokenizer. What training did not change of the directory that the model came from is in `carried`, by file name, and stays
 /// as it was.
 ///
 /// # Errors
@@ -46,6 +46,13 @@ pub fn export_hugging_face(
         let io = |source| ShardError::Io { path: folder.path().join(name), source };
         out.write(name, |out| out.write_all(text.as_bytes()).map_err(io))
     };
+    if model.is_of_images() {
+        let mut keys = model.keys();
+        keys.insert("architectures".to_owned(), serde_json::json!([model.architecture()]));
+        keys.insert("model_type".to_owned(), model.model_type().into());
+        write_text(CONFIG, &format!("{:#}\n", Value::Object(keys)))?;
+        return Ok(out.finish()?);
+    }
     write_text(TOKENIZER, &tokenizer.to_json())?;
     let tokenizer_config = serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.longest_sequence() });
     let kept = |name: &str| carried.get(name).cloned();
@@ -100,6 +107,8 @@ fn new_config(model: &Model, tokenizer: &Tokenizer) -> Map<String, Value> {
             "attention_dropout": 0.0,
             "use_cache": true,
         }),
+        // It has no more to say, see above.
+        Model::Resnet(_) => Value::Null,
     };
     if let Value::Object(more) = more {
         keys.extend(more);

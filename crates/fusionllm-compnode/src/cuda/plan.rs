@@ -187,6 +187,23 @@ pub(super) struct PlanSpec<'a> {
     pub(super) training: bool,
 }
 
+/// The first op without a kernel here.
+pub(super) fn lacks(dag: &OpDag) -> Option<OpId> {
+    let has_none = |kind: &OpKind| {
+        matches!(
+            kind,
+            OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool
+        )
+    };
+    dag.op_ids().find(|&op| has_none(&dag.op(op).kind))
+}
+
+/// That an op has no kernel here, which [`lacks`] says before.
+fn no_kernel(dag: &OpDag, op: OpId) -> ExecutorError {
+    let (op, family) = (dag.op(op).name.clone(), dag.op(op).kind.family());
+    ExecutorError::NoKernel { op, family, device: "this device".to_owned() }
+}
+
 impl StagePlan {
     /// Plans a stage.
     ///

@@ -7,22 +7,17 @@ mod sources;
 
 use std::collections::BTreeMap;
 
-use fusionllm_protocol::{
-    DataFingerprint, DataFormat, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash,
-};
+use fusionllm_protocol::{DataFormat, DataReport, DataSpec, TokenizerFingerprint};
 use fusionllm_transport::{io_reason, is_shortage};
 
 use super::cache::{Kept, TokenCache};
 use super::files::{LeftOut, shown, text_files};
+use super::fingerprint::fingerprint;
 use super::{ChatTemplate, ReadableData, Reading, Tokenizer, Tokens};
 use crate::DataError;
 use builder::Builder;
 use sources::{check_room, entries, key, no_text, sources};
 
-/// Files that are remembered one by one.
-const REMEMBERED_FILES: usize = 1000;
-/// Bytes that their names may have, all together.
-const REMEMBERED_NAME_BYTES: usize = 200_000;
 /// Sentences that a report has at most.
 const MOST_NOTES: usize = 24;
 /// Set in the number of a token that is of an answer.
@@ -320,28 +315,10 @@ impl Corpus {
             eval_tokens: eval as u64,
             bytes_per_token: self.kept.found.told_bytes / (train + eval) as f64,
             unigram_loss: sum / targets as f64,
+            classes: None,
             notes: self.notes.clone(),
-            fingerprint: Some(self.fingerprint()),
+            fingerprint: Some(fingerprint(&self.kept.files, self.tokenizer.clone())),
         })
-    }
-
-    fn fingerprint(&self) -> DataFingerprint {
-        let mut all = Vec::new();
-        for file in &self.kept.files {
-            all.extend_from_slice(format!("{} {} {}\n", file.bytes, file.train_bytes, file.hash).as_bytes());
-        }
-        let mut room = REMEMBERED_NAME_BYTES;
-        let fits = |file: &&FileFingerprint| {
-            room = room.saturating_sub(file.name.len());
-            room > 0
-        };
-        DataFingerprint {
-            files: self.kept.files.iter().take(REMEMBERED_FILES).take_while(fits).cloned().collect(),
-            count: self.kept.files.len() as u64,
-            bytes: self.kept.files.iter().map(|file| file.bytes).sum(),
-            hash: content_hash(&all),
-            tokenizer: self.tokenizer.clone(),
-        }
     }
 }
 

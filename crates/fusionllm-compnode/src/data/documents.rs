@@ -64,7 +64,9 @@ pub(super) fn each_document(
     match spec.format {
         DataFormat::Jsonl => jsonl::each(file, spec, reading, take),
         DataFormat::Parquet => parquet::each(file, spec, reading, take),
-        DataFormat::Text | DataFormat::Tokens => Err(Failure::File("its form has no documents".to_owned())),
+        DataFormat::Text | DataFormat::Tokens | DataFormat::Images | DataFormat::Cifar10 => {
+            Err(Failure::File("its form has no documents".to_owned()))
+        }
     }
 }
 
@@ -79,7 +81,9 @@ pub(super) fn each_row(
     match spec.format {
         DataFormat::Jsonl => jsonl::each_row(file, reading, take),
         DataFormat::Parquet => parquet::each_row(file, keys, reading, take),
-        DataFormat::Text | DataFormat::Tokens => Err(Failure::File("its form has no rows".to_owned())),
+        DataFormat::Text | DataFormat::Tokens | DataFormat::Images | DataFormat::Cifar10 => {
+            Err(Failure::File("its form has no rows".to_owned()))
+        }
     }
 }
 

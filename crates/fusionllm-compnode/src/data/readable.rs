@@ -125,6 +125,10 @@ mod tests {
             eval_fraction: 0.1,
             owner: None,
             private: false,
+            mean: None,
+            std: None,
+            crop_padding: 0,
+            flip: false,
         }
     }
 

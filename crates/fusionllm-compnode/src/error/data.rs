@@ -153,6 +153,14 @@ pub enum DataError {
         /// Entries of the tokenizer.
         entries: usize,
     },
+    /// The data has more classes than the model tells apart.
+    #[error("data.path has images of {found} classes, the model tells {classes} apart: set model.classes = {found}")]
+    Classes {
+        /// Classes of the data.
+        found: usize,
+        /// Classes of the model.
+        classes: usize,
+    },
     /// There is no memory for text and tokens, which is known before it is filled.
     #[error("the data's text and tokens take at least {}, there is room for {}", format_bytes(*.needed as f64), format_bytes(*.room as f64))]
     Memory {

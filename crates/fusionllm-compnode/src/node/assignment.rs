@@ -6,13 +6,15 @@ use std::sync::atomic::AtomicU64;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{Assignment, DataReport, FromCompNode, RunKey, TrainSpec};
+use fusionllm_protocol::{Assignment, DataReport, FromCompNode, JobSpec, RunKey, TrainSpec};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::scratch::{check_scratch_room, shard_bytes};
-use crate::backend::{Backend, ExecutorSpec, FirstParams, Load};
+use crate::backend::{Backend, ExecutorSpec, FirstParams, Load, check_ops};
 use crate::checkpoint::{ShardFile, ShardTensors};
-use crate::data::{Batches, ChatTemplate, Corpus, ReadableData, Reading, TextBatches, Tokenizer, Tokenizing};
+use crate::data::{
+    Batches, ChatTemplate, Corpus, ImageBatches, ImageSet, ReadableData, Reading, TextBatches, Tokenizer, Tokenizing,
+};
 use crate::executor::{Executor, NamedTensor, TensorSource};
 use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
@@ -86,6 +88,7 @@ pub(super) fn prepare(
 ) -> Result<Prepared, CompNodeError> {
     let key = assignment.key;
     let dag = Arc::new(OpDag::from_json(&assignment.graph)?);
+    check_ops(site.backend.as_ref(), &dag)?;
     let spec = &assignment.spec;
     let optimizer = OptimizerSpec::of(&spec.train);
     let (placement, node) = (&assignment.placement, assignment.node);
@@ -197,15 +200,32 @@ fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<O
         return Ok((None, None));
     }
     let spec = &assignment.spec;
+    if let Some([_, size, _]) = dag.image_size() {
+        return open_images(spec, dag, size, site);
+    }
     let tokenizer = Tokenizer::of_job_within(&spec.data, assignment.tokenizer.as_deref(), &site.readable)?;
     let template = ChatTemplate::of_job(&spec.data, &assignment.chat, &site.readable)?;
     let by = Tokenizing { tokenizer: &tokenizer, template: template.as_ref() };
     let corpus = Corpus::read_within(&spec.data, by, &site.readable, &site.reading)?;
-    let vocab = dag.logits().and_then(|op| dag.op(op).output.shape.resolve(1).last().copied());
-    let vocab = vocab.ok_or_else(|| ExecutorError::Internal { what: "the graph has no logits".to_owned() })?;
+    let vocab = logits_of(dag)?;
     let note = corpus.check_vocabulary(vocab, spec.model.path.is_none())?;
     let mut data = corpus.report(vocab)?;
     data.notes.extend(note);
     let batches = TextBatches::new(Arc::new(corpus), spec);
+    Ok((Some(Box::new(batches)), Some(data)))
+}
+
+/// Entries of the vocabulary, or classes.
+fn logits_of(dag: &OpDag) -> Result<usize, ExecutorError> {
+    dag.vocab().ok_or_else(|| ExecutorError::Internal { what: "the graph has no logits".to_owned() })
+}
+
+/// The same for a model that reads images of `size` pixels a side.
+fn open_images(spec: &JobSpec, dag: &OpDag, size: usize, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
+    let images = ImageSet::read_within(&spec.data, &site.readable, &site.reading)?;
+    let note = images.check_classes(logits_of(dag)?)?;
+    let mut data = images.report();
+    data.notes.extend(note);
+    let batches = ImageBatches::new(Arc::new(images), spec, size);
     Ok((Some(Box::new(batches)), Some(data)))
 }

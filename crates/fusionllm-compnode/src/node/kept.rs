@@ -113,6 +113,7 @@ mod tests {
             step,
             loss: None,
             eval_loss: None,
+            eval_accuracy: None,
             lr: 0.0,
             grad_norm: None,
             step_s: 0.0,

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use super::NodeEvent;
 use crate::CompNodeError;
-use crate::backend::{Backend, MeasureSpec};
+use crate::backend::{Backend, MeasureSpec, check_ops};
 use crate::links::{peer_addr, unreached};
 use crate::optimizer::OptimizerSpec;
 use crate::profile::{ProfileCache, check_room, host_free, host_name, work_of};
@@ -91,6 +91,7 @@ impl Surveyor {
     /// What the ops of a job take, out of the file if it is there. For a blocking thread.
     fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);
+        check_ops(self.backend.as_ref(), &dag)?;
         let batch = spec.micro_batch_size() as usize;
         let mut cache = ProfileCache::open(self.folder.as_deref(), self.backend.name());
         let work = format!("{}: {}", spec.measuring(), work_of(&dag, batch));

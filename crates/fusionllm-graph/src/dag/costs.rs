@@ -62,9 +62,10 @@ impl OpDag {
         self.params().iter().filter(|param| !param.frozen).map(Param::elements).fold(0, u64::saturating_add)
     }
 
-    /// Elements of all parameters, a tied one once.
+    /// Elements of all parameters but those that FP makes, a tied one once.
     pub fn param_elements(&self) -> u64 {
-        self.params().iter().map(Param::elements).fold(0, u64::saturating_add)
+        let made = self.param_ids().filter(|&param| !self.is_running(param));
+        made.map(|param| self.param(param).elements()).fold(0, u64::saturating_add)
     }
 }
 

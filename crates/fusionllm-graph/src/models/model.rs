@@ -9,6 +9,7 @@ use crate::plain::read_json;
 use super::decoder::{DecoderConfig, decoder};
 use super::families::{DecoderFamily, FAMILIES};
 use super::gpt2::{Gpt2Config, gpt2};
+use super::resnet::{ResnetConfig, resnet};
 
 /// Sizes and settings of a model of a family that is known here.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +18,8 @@ pub enum Model {
     Gpt2(Gpt2Config),
     /// Llama and its kin.
     Decoder(DecoderConfig),
+    /// ResNet, of images.
+    Resnet(ResnetConfig),
 }
 
 /// What a config.json says.
@@ -31,10 +34,12 @@ pub struct HuggingFaceModel {
 }
 
 impl Model {
-    /// A published model, without its weights; see [`Gpt2Config::named`] and [`DecoderConfig::named`].
+    /// A published model, without its weights; see [`Gpt2Config::named`], [`DecoderConfig::named`] and
+    /// [`ResnetConfig::named`].
     pub fn named(name: &str) -> Option<Self> {
         let gpt2 = Gpt2Config::named(name).map(Self::Gpt2);
-        gpt2.or_else(|| DecoderConfig::named(name).map(Self::Decoder))
+        let language = gpt2.or_else(|| DecoderConfig::named(name).map(Self::Decoder));
+        language.or_else(|| ResnetConfig::named(name).map(Self::Resnet))
     }
 
     /// Reads Hugging Face's config.json, with or without a byte order mark.
@@ -53,6 +58,10 @@ impl Model {
             let model = Self::Gpt2(Gpt2Config::from_keys(&keys)?);
             return Ok(HuggingFaceModel { model, passed_over: Vec::new(), keys });
         }
+        if model_type.is_some_and(|value| value == super::resnet::MODEL_TYPE) {
+            let model = Self::Resnet(ResnetConfig::from_keys(&keys)?);
+            return Ok(HuggingFaceModel { model, passed_over: Vec::new(), keys });
+        }
         let family = model_type.and_then(Value::as_str).and_then(DecoderFamily::of_type).ok_or_else(|| {
             let known = FAMILIES.map(|family| format!("`{}`", family.model_type)).join(", ");
             let got = model_type.map(Value::to_string).unwrap_or_default();
@@ -65,10 +74,11 @@ impl Model {
     /// The model that `dag` was built from; `None` if it is of no family. Decoders are known by the name of their family.
     pub fn of(dag: &OpDag) -> Option<Self> {
         let gpt2 = Gpt2Config::of(dag).map(Self::Gpt2);
-        gpt2.or_else(|| DecoderConfig::of(dag).map(Self::Decoder))
+        let language = gpt2.or_else(|| DecoderConfig::of(dag).map(Self::Decoder));
+        language.or_else(|| ResnetConfig::of(dag).map(Self::Resnet))
     }
 
-    /// Its OP-DAG with the loss, for sequences of `seq_len` tokens.
+    /// Its OP-DAG with the loss, for sequences of `seq_len` tokens, which a model of images has none of.
     ///
     /// # Errors
     /// A size or setting is out of range, or `seq_len` is longer than its longest sequence.
@@ -76,6 +86,7 @@ impl Model {
         match self {
             Self::Gpt2(config) => gpt2(config, seq_len),
             Self::Decoder(config) => decoder(config, seq_len),
+            Self::Resnet(config) => resnet(config),
         }
     }
 
@@ -86,9 +97,9 @@ impl Model {
     pub fn with_dropout(self, dropout: f64) -> Result<Self, GraphError> {
         match self {
             Self::Gpt2(config) => Ok(Self::Gpt2(Gpt2Config { dropout, ..config })),
-            Self::Decoder(config) if dropout == 0.0 => Ok(Self::Decoder(config)),
-            Self::Decoder(config) => Err(GraphError::Model {
-                model: config.family.model_type,
+            other if dropout == 0.0 => Ok(other),
+            other => Err(GraphError::Model {
+                model: other.model_type(),
                 key: "dropout",
                 expected: "0: this family is trained without".to_owned(),
                 got: dropout.to_string(),
@@ -96,7 +107,12 @@ impl Model {
         }
     }
 
-    /// Tokens of the longest sequence that it can be built for.
+    /// Whether it is a model of images, and not of language.
+    pub fn is_of_images(&self) -> bool {
+        matches!(self, Self::Resnet(_))
+    }
+
+    /// Tokens of the longest sequence that it can be built for; 0 for a model of images.
     pub fn longest_sequence(&self) -> usize {
         match self {
             Self::Gpt2(config) => config.n_positions,
@@ -104,38 +120,44 @@ impl Model {
                 let positions = config.max_position_embeddings;
                 config.sliding_window.map_or(positions, |window| positions.min(window))
             }
+            Self::Resnet(_) => 0,
         }
     }
 
-    /// V: entries of its vocabulary.
+    /// V: entries of its vocabulary, or classes.
     pub fn vocab_size(&self) -> usize {
         match self {
             Self::Gpt2(config) => config.vocab_size,
             Self::Decoder(config) => config.vocab_size,
+            Self::Resnet(config) => config.classes,
         }
     }
 
-    /// Standard deviation with which its new weights are drawn.
+    /// Standard deviation with which new weights of a language model are drawn; those of a model of images have each its
+    /// own, and 0 stands for them.
     pub fn initial_deviation(&self) -> f64 {
         match self {
             Self::Gpt2(_) => super::gpt2::INIT_STD,
             Self::Decoder(config) => config.initializer_range,
+            Self::Resnet(_) => 0.0,
         }
     }
 
-    /// Hugging Face's `model_type`.
+    /// Hugging Face's `model_type`, or the family's name where Hugging Face has other tensors.
     pub fn model_type(&self) -> &'static str {
         match self {
             Self::Gpt2(_) => super::gpt2::MODEL,
             Self::Decoder(config) => config.family.model_type,
+            Self::Resnet(_) => super::resnet::MODEL_TYPE,
         }
     }
 
-    /// Hugging Face's class.
+    /// The class of Hugging Face, or of torchvision.
     pub fn architecture(&self) -> &'static str {
         match self {
             Self::Gpt2(_) => "GPT2LMHeadModel",
             Self::Decoder(config) => config.family.architecture,
+            Self::Resnet(_) => "ResNet",
         }
     }
 
@@ -145,6 +167,7 @@ impl Model {
         match self {
             Self::Gpt2(_) => &["c_attn"],
             Self::Decoder(_) => &["q_proj", "v_proj"],
+            Self::Resnet(_) => &[],
         }
     }
 
@@ -153,14 +176,16 @@ impl Model {
         match self {
             Self::Gpt2(_) => "transformer.",
             Self::Decoder(_) => "model.",
+            Self::Resnet(_) => "",
         }
     }
 
-    /// The table of embeddings, by its name in files.
+    /// The table of embeddings, by its name in files; a model of images has none.
     pub fn embedding(&self) -> &'static str {
         match self {
             Self::Gpt2(_) => "transformer.wte.weight",
             Self::Decoder(_) => "model.embed_tokens.weight",
+            Self::Resnet(_) => "",
         }
     }
 
@@ -169,6 +194,7 @@ impl Model {
         match self {
             Self::Gpt2(config) => config.keys(),
             Self::Decoder(config) => config.keys(),
+            Self::Resnet(config) => config.keys(),
         }
     }
 }
@@ -191,13 +217,35 @@ mod tests {
 
     #[test]
     fn every_named_model_can_be_built_and_is_known_by_its_graph() {
-        for name in ["gpt2", "llama-3.2-1b", "llama-3.1-8b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b"] {
+        for name in [
+            "gpt2",
+            "llama-3.2-1b",
+            "llama-3.1-8b",
+            "mistral-7b",
+            "qwen2.5-0.5b",
+            "qwen2.5-7b",
+            "qwen3-0.6b",
+            "resnet18",
+            "resnet101",
+        ] {
             let model = Model::named(name).unwrap();
             let dag = model.build(64).unwrap();
             let again = Model::of(&OpDag::from_json(&dag.to_json()).unwrap()).unwrap();
             assert_eq!(again.build(64).unwrap(), dag, "{name}");
         }
         assert_eq!(Model::named("gpt-5"), None);
+    }
+
+    #[test]
+    fn an_exported_resnet_is_read_again() {
+        let model = Model::named("resnet18").unwrap();
+        let mut keys = model.keys();
+        keys.insert("model_type".to_owned(), model.model_type().into());
+        keys.insert("architectures".to_owned(), serde_json::json!([model.architecture()]));
+        let text = Value::Object(keys).to_string();
+        assert_eq!(Model::from_hugging_face(&text).unwrap().model, model);
+        let error = Model::from_hugging_face(&text.replace("\"classes\":1000", "\"classes\":0")).unwrap_err();
+        assert_eq!(error.to_string(), "resnet: classes is 0, expected 1 to 1048576");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Conv2d: a square convolution over height and width, without bias.
+//! Conv2d: a square convolution over height and width.
 
 use crate::cost::Cost;
 use crate::error::Misfit;
@@ -11,6 +11,7 @@ pub(crate) struct Conv2d {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
     pub(crate) window: Window,
+    pub(crate) bias: bool,
 }
 
 impl Rule for Conv2d {
@@ -23,7 +24,14 @@ impl Rule for Conv2d {
     }
 
     fn params(&self) -> Vec<ParamRole> {
-        vec![role("weight", &[self.outputs, self.inputs, self.window.kernel, self.window.kernel])]
+        let weight = role("weight", &[self.outputs, self.inputs, self.window.kernel, self.window.kernel]);
+        let bias = self.bias.then(|| role("bias", &[self.outputs]));
+        std::iter::once(weight).chain(bias).collect()
+    }
+
+    /// The window, which shapes do not tell.
+    fn variant(&self) -> Option<String> {
+        Some(self.window.to_string())
     }
 
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
@@ -50,12 +58,14 @@ mod tests {
 
     use super::*;
 
-    const STEM: OpKind = OpKind::Conv2d { inputs: 3, outputs: 64, kernel: 7, stride: 2, padding: 3 };
+    const STEM: OpKind = OpKind::Conv2d { inputs: 3, outputs: 64, kernel: 7, stride: 2, padding: 3, bias: false };
 
     #[test]
     fn a_convolution_shrinks_by_its_stride() {
         assert_eq!(infer(&STEM, &[real(&[3, 224, 224])]).unwrap(), real(&[64, 112, 112]));
         assert_eq!(STEM.param_roles(), [role("weight", &[64, 3, 7, 7])]);
+        let biased = OpKind::Conv2d { inputs: 3, outputs: 64, kernel: 7, stride: 2, padding: 3, bias: true };
+        assert_eq!(biased.param_roles()[1], role("bias", &[64]));
         let flops = 2 * 64 * 112 * 112 * 3 * 49;
         let cost = cost(&STEM, &[real(&[3, 224, 224])], 2);
         assert_eq!((cost.fp_flops, cost.bp_flops), (2 * flops, 4 * flops));

@@ -1,5 +1,6 @@
-//! What ops of image models share. Shapes: B batch, C channels, H height, W width. They have costs but no kernels yet: a
-//! model of them can be planned, not trained.
+//! What ops of image models share. Shapes: B batch, C channels, H height, W width.
+
+use std::fmt;
 
 use crate::dtype::DType;
 use crate::error::Misfit;
@@ -12,6 +13,12 @@ pub(crate) struct Window {
     pub(crate) kernel: usize,
     pub(crate) stride: usize,
     pub(crate) padding: usize,
+}
+
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{0}x{0}/{1}+{2}", self.kernel, self.stride, self.padding)
+    }
 }
 
 impl Window {

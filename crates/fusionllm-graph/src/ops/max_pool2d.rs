@@ -16,6 +16,11 @@ impl Rule for MaxPool2d {
         "max_pool2d"
     }
 
+    /// The window, which shapes do not tell.
+    fn variant(&self) -> Option<String> {
+        Some(self.window.to_string())
+    }
+
     fn infer(&self, inputs: &[&TensorType]) -> Result<TensorType, Misfit> {
         let [channels, height, width] = self.window.over(one(inputs)?)?;
         Ok(TensorType::f32(Shape::batched(&[channels, height, width])))

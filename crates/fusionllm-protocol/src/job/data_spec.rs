@@ -1,9 +1,10 @@
 //! `[data]`: which data, in which form, and how it becomes samples.
 
-use crate::hugging_face::CHAT_FILES;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use crate::hugging_face::CHAT_FILES;
 
 /// `[data]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,6 +39,19 @@ pub struct DataSpec {
     /// Keep tokens on the data owner's disk, for memory's sake and for the next time.
     #[serde(default = "cached")]
     pub cache: bool,
+    /// Means of an image's red, green and blue, as shares of the largest value; see [`DataSpec::image_moments`].
+    #[serde(default)]
+    pub mean: Option<[f64; 3]>,
+    /// Their standard deviations.
+    #[serde(default)]
+    pub std: Option<[f64; 3]>,
+    /// Black pixels that are put around an image in training before a part of the model's size is cut out at random; 0 to
+    /// leave it.
+    #[serde(default)]
+    pub crop_padding: u32,
+    /// Whether half of the images are mirrored in training.
+    #[serde(default)]
+    pub flip: bool,
 }
 
 fn cached() -> bool {
@@ -51,6 +65,8 @@ fn text_column() -> String {
 impl DataSpec {
     /// The key or column that has the text where the job does not say.
     pub const TEXT_COLUMN: &'static str = "text";
+    /// Tokens in a sequence where the job does not say.
+    pub const SEQ_LEN: usize = 128;
     /// The tokenizer for which each byte is a token.
     pub const BYTES: &'static str = "bytes";
     /// The tokenizer.json in the Hugging Face directory at `model.path`; an OP-DAG file has none, and takes bytes.
@@ -73,9 +89,10 @@ impl DataSpec {
         file.map_or_else(Vec::new, |file| CHAT_FILES.map(|name| file.with_file_name(name)).into())
     }
 
-    /// In which order samples come: of conversations each once an epoch, unless the job says otherwise.
+    /// In which order samples come: of conversations and images each once an epoch, unless the job says otherwise.
     pub fn sample_order(&self) -> SampleOrder {
         self.order.unwrap_or(match self.rows {
+            RowKind::Documents if self.format.is_images() => SampleOrder::Shuffled,
             RowKind::Documents => SampleOrder::Drawn,
             RowKind::Chat => SampleOrder::Shuffled,
         })
@@ -98,7 +115,7 @@ impl RowKind {
     pub const ALL: [(&'static str, Self); 2] = [("documents", Self::Documents), ("chat", Self::Chat)];
 }
 
-/// In which order samples are trained on. A sample is a conversation, or as many tokens as a sequence has.
+/// In which order samples are trained on. A sample is a conversation, an image, or as many tokens as a sequence has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SampleOrder {
@@ -130,12 +147,27 @@ pub enum DataFormat {
     Parquet,
     /// Token ids of two bytes each, as nanoGPT writes them, or with llm.c's header.
     Tokens,
+    /// PNG and JPEG files in a folder for each class.
+    Images,
+    /// CIFAR-10 in its binary form.
+    Cifar10,
 }
 
 impl DataFormat {
     /// Every form with its name in job files.
-    pub const ALL: [(&'static str, Self); 4] =
-        [("text", Self::Text), ("jsonl", Self::Jsonl), ("parquet", Self::Parquet), ("tokens", Self::Tokens)];
+    pub const ALL: [(&'static str, Self); 6] = [
+        ("text", Self::Text),
+        ("jsonl", Self::Jsonl),
+        ("parquet", Self::Parquet),
+        ("tokens", Self::Tokens),
+        ("images", Self::Images),
+        ("cifar10", Self::Cifar10),
+    ];
+
+    /// Whether samples are images, each of one class.
+    pub fn is_images(self) -> bool {
+        matches!(self, Self::Images | Self::Cifar10)
+    }
 
     /// How names of files of this form end, of which folders may hold others too; nothing for text.
     pub fn endings(self) -> &'static [&'static str] {
@@ -143,7 +175,8 @@ impl DataFormat {
             Self::Text => &[],
             Self::Jsonl => &["jsonl", "ndjson"],
             Self::Parquet => &["parquet"],
-            Self::Tokens => &["bin"],
+            Self::Tokens | Self::Cifar10 => &["bin"],
+            Self::Images => &["png", "jpg", "jpeg"],
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use fusionllm_codec::{Codec, CodecError, TopKValues};
-use fusionllm_graph::{read_value, without_byte_order_mark};
+use fusionllm_graph::{ResnetBlock, ResnetStem, read_value, without_byte_order_mark};
 use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use toml::{Table, Value};
 
@@ -11,8 +11,8 @@ use super::keys::{check_keys, full_key};
 use super::refusal::{EMPTY, describe};
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SurviveSpec, TopKBackward, TrainSpec,
-    ValueFormat, WeightsChoice, overrides,
+    OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec, TopKBackward,
+    TrainSpec, ValueFormat, WeightsChoice, overrides,
 };
 use crate::JobError;
 
@@ -56,8 +56,15 @@ fn model(s: &Section<'_>) -> Result<ModelSpec, JobError> {
         n_layer: s.integer("n_layer")?,
         n_head: s.integer("n_head")?,
         dropout: s.real("dropout", 0.0)?,
+        family: s.optional_choice("family", &[("resnet", SizedFamily::Resnet)])?,
+        block: s.optional_choice("block", &ResnetBlock::ALL)?,
+        depths: s.integers("depths")?,
+        widths: s.integers("widths")?,
+        stem: s.optional_choice("stem", &ResnetStem::ALL)?,
+        image_size: s.integer("image_size")?,
+        classes: s.integer("classes")?,
     };
-    if spec.name.is_none() && spec.path.is_none() {
+    if spec.name.is_none() && spec.path.is_none() && spec.family.is_none() {
         return Err(s.value("name", "is missing, expected model.name = \"gpt2\" or model.path".to_owned()));
     }
     Ok(spec)
@@ -75,20 +82,26 @@ fn lora(s: &Section<'_>) -> Result<LoraSpec, JobError> {
 }
 
 fn data(s: &Section<'_>, has_model_path: bool) -> Result<DataSpec, JobError> {
+    let format = s.choice("format", &DataFormat::ALL)?;
+    let has_model_path = has_model_path && !format.is_images();
     let tokenizer = if has_model_path { DataSpec::MODEL } else { DataSpec::BYTES };
     Ok(DataSpec {
         path: s.paths("path")?,
-        format: s.choice("format", &DataFormat::ALL)?,
+        format,
         column: s.filled("column")?.unwrap_or_else(|| DataSpec::TEXT_COLUMN.to_owned()),
         rows: s.choice("rows", &RowKind::ALL)?,
         chat_template: s.filled("chat_template")?.map(PathBuf::from),
         tokenizer: s.filled("tokenizer")?.unwrap_or_else(|| tokenizer.to_owned()),
-        seq_len: s.integer("seq_len")?.unwrap_or(128),
+        seq_len: s.integer("seq_len")?.unwrap_or(DataSpec::SEQ_LEN),
         private: s.flag("private")?,
         owner: s.text("owner")?,
         eval_fraction: s.real("eval_fraction", 0.1)?,
-        order: s.get("order").map(|_| s.choice("order", &SampleOrder::ALL)).transpose()?,
+        order: s.optional_choice("order", &SampleOrder::ALL)?,
         cache: s.flag_or("cache", true)?,
+        mean: s.three("mean")?,
+        std: s.three("std")?,
+        crop_padding: s.integer("crop_padding")?.unwrap_or(0),
+        flip: s.flag("flip")?,
     })
 }
 
@@ -296,6 +309,24 @@ impl<'a> Section<'a> {
         }
     }
 
+    fn three(&self, key: &str) -> Result<Option<[f64; 3]>, JobError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let numbers = value.as_array().map(|a| a.iter().map(number).collect::<Option<Vec<f64>>>());
+        match numbers.flatten().as_deref() {
+            Some(&[red, green, blue]) => Ok(Some([red, green, blue])),
+            _ => Err(self.wrong_type(key, value, "three numbers, of red, green and blue")),
+        }
+    }
+
+    /// Whole numbers over 0.
+    fn integers(&self, key: &str) -> Result<Option<Vec<usize>>, JobError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let size = |value: &Value| usize::try_from(value.as_integer()?).ok().filter(|&size| size > 0);
+        let sizes = value.as_array().and_then(|a| a.iter().map(size).collect::<Option<Vec<usize>>>());
+        let expected = "a list of whole numbers of at least 1";
+        sizes.filter(|sizes| !sizes.is_empty()).map(Some).ok_or_else(|| self.wrong_type(key, value, expected))
+    }
+
     fn paths(&self, key: &str) -> Result<Vec<PathBuf>, JobError> {
         const EXPECTED: &str = "the path of a file or folder, or a list of paths";
         let strings = match self.get(key) {
@@ -315,8 +346,13 @@ impl<'a> Section<'a> {
 
     /// One of the named values; the type's default if the key is not there.
     fn choice<T: Copy + Default>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, JobError> {
-        let Some(text) = self.text(key)? else { return Ok(T::default()) };
-        choices.iter().find(|(name, _)| *name == text).map(|(_, value)| *value).ok_or_else(|| {
+        Ok(self.optional_choice(key, choices)?.unwrap_or_default())
+    }
+
+    /// One of the named values, if the key is there.
+    fn optional_choice<T: Copy>(&self, key: &str, choices: &[(&str, T)]) -> Result<Option<T>, JobError> {
+        let Some(text) = self.text(key)? else { return Ok(None) };
+        choices.iter().find(|(name, _)| *name == text).map(|(_, value)| Some(*value)).ok_or_else(|| {
             let names: Vec<String> = choices.iter().map(|(name, _)| format!("`{name}`")).collect();
             self.value(key, format!("is `{text}`, expected {}", names.join(" or ")))
         })

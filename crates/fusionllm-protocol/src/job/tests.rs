@@ -244,7 +244,8 @@ fn a_value_out_of_range_says_what_would_be_right() {
     check_error(
         &["model.name=gpt3"],
         "`model.name`: is `gpt3`, expected one of `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, `llama-3.2-1b`, \
-         `llama-3.1-8b`, `mistral-7b`, `qwen2.5-0.5b`, `qwen2.5-7b`, `qwen3-0.6b`, `resnet101`",
+         `llama-3.1-8b`, `mistral-7b`, `qwen2.5-0.5b`, `qwen2.5-7b`, `qwen3-0.6b`, `resnet18`, `resnet50`, \
+         `resnet101`",
     );
     check_error(&["model.path=x"], "`model.path`: is given beside model.name, expected exactly one of them");
     check_error(&["name=a/b"], "`name`: is \"a/b\", expected a plain name without path separators");

@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use fusionllm_codec::Codec;
-use fusionllm_graph::{Gpt2Config, MAX_LAYERS, Model};
+use fusionllm_graph::{Gpt2Config, MAX_LAYERS, Model, ResnetConfig};
 use fusionllm_planner::{Compression, MAX_COMPNODES, Owner, PlacementSpec, PlanSpec};
 
+use super::image_model::{given_sizes, resnet_config};
 use super::names::{check_name, check_path};
 use super::refusal::fail;
 use super::{CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, RowKind, ValueFormat};
 use crate::JobError;
 
 /// The models that are known by name.
-const MODELS: [&str; 11] = [
+const MODELS: [&str; 13] = [
     "gpt2",
     "gpt2-medium",
     "gpt2-large",
@@ -23,6 +24,8 @@ const MODELS: [&str; 11] = [
     "qwen2.5-0.5b",
     "qwen2.5-7b",
     "qwen3-0.6b",
+    "resnet18",
+    "resnet50",
     "resnet101",
 ];
 
@@ -164,14 +167,14 @@ impl JobSpec {
             (Some(_), Some(_)) => {
                 return fail("model.path", "is given beside model.name, expected exactly one of them".to_owned());
             }
-            (None, None) => {
+            (None, None) if m.family.is_none() => {
                 return fail("model.name", "is missing, expected model.name = \"gpt2\" or model.path".to_owned());
             }
             (Some(name), None) if !MODELS.contains(&name.as_str()) => {
                 let names = MODELS.map(|m| format!("`{m}`")).join(", ");
                 return fail("model.name", format!("is `{name}`, expected one of {names}"));
             }
-            (Some(name), None) if Gpt2Config::named(name).is_none() => {
+            (Some(name), None) if Gpt2Config::named(name).is_none() && ResnetConfig::named(name).is_none() => {
                 if let Some((key, _)) = sizes.iter().find(|(_, size)| size.is_some()) {
                     return fail(key, format!("is given beside model.name = \"{name}\", which has one size"));
                 }
@@ -181,12 +184,16 @@ impl JobSpec {
                     return fail(key, format!("is given beside model.path, but {} says it", path.display()));
                 }
             }
-            (Some(_), None) => {}
+            (Some(_) | None, None) => {}
         }
+        self.validate_family()?;
         if let Some((key, _)) = sizes.iter().find(|(_, size)| *size == Some(0)) {
             return fail(key, "is 0, expected at least 1".to_owned());
         }
         in_range("model.dropout", m.dropout, is_share(m.dropout), "at least 0 and below 1")?;
+        if self.resnet_config().is_some() != self.data.format.is_images() && m.path.is_none() {
+            return fail("data.format", self.wrong_format());
+        }
         let Some(config) = self.gpt2_config() else { return Ok(()) };
         at_most("model.n_layer", config.n_layer as u64, MAX_LAYERS as u64)?;
         if let Some(positions) = m.n_positions {
@@ -210,8 +217,51 @@ impl JobSpec {
         Ok(())
     }
 
+    /// Whether keys of a family go with the model.
+    fn validate_family(&self) -> Result<(), JobError> {
+        let m = &self.model;
+        let own = |key: &&(&str, bool)| key.1;
+        let by = match (&m.name, &m.path) {
+            (_, Some(_)) => "model.path",
+            (Some(_), None) => "model.name",
+            (None, None) => "model.family",
+        };
+        if m.family.is_some() && by != "model.family" {
+            return fail("model.family", format!("is given beside {by}, expected exactly one of them"));
+        }
+        let Some(config) = self.resnet_config() else {
+            return match given_sizes(m).iter().find(own) {
+                Some((key, _)) => fail(key, format!("is given beside {by}, and is a size of ResNets alone")),
+                None => Ok(()),
+            };
+        };
+        let of_language =
+            [("model.vocab_size", m.vocab_size), ("model.n_positions", m.n_positions), ("model.n_embd", m.n_embd)];
+        let of_language = of_language.into_iter().chain([("model.n_layer", m.n_layer), ("model.n_head", m.n_head)]);
+        if let Some((key, _)) = of_language.into_iter().find(|(_, size)| size.is_some()) {
+            return fail(key, "is a size of GPT-2, and the model is a ResNet".to_owned());
+        }
+        match config.depths.len() == config.widths.len() {
+            true => Ok(()),
+            false => {
+                let (got, layers) = (config.widths.len(), config.depths.len());
+                fail("model.widths", format!("has {got} numbers, expected {layers}, one for each of model.depths"))
+            }
+        }
+    }
+
+    fn wrong_format(&self) -> String {
+        let format =
+            DataFormat::ALL.iter().find(|(_, format)| *format == self.data.format).map_or("", |(name, _)| name);
+        match self.data.format.is_images() {
+            true => format!("is `{format}`, expected text or tokens for a language model"),
+            false => format!("is `{format}`, expected `images` or `cifar10` for a model of images"),
+        }
+    }
+
     fn validate_data(&self) -> Result<(), JobError> {
         let d = &self.data;
+        d.validate_images()?;
         if d.path.is_empty() || d.path.iter().any(|p| p.as_os_str().is_empty()) {
             return fail("data.path", "is empty, expected the path of a file or folder".to_owned());
         }
@@ -296,11 +346,17 @@ impl JobSpec {
         }
     }
 
-    /// The model that `model.name` and the sizes beside it describe; `None` for a model by path, or of a name that is of
-    /// no family of language models.
+    /// The model that `model.name` or `model.family` and the sizes beside it describe; `None` for a model by path, or of
+    /// an unknown name.
     pub fn named_model(&self) -> Option<Model> {
         let gpt2 = self.gpt2_config().map(Model::Gpt2);
-        gpt2.or_else(|| Model::named(self.model.name.as_deref()?))
+        let resnet = || self.resnet_config().map(Model::Resnet);
+        gpt2.or_else(resnet).or_else(|| Model::named(self.model.name.as_deref()?))
+    }
+
+    /// The ResNet that `[model]` describes.
+    fn resnet_config(&self) -> Option<ResnetConfig> {
+        resnet_config(&self.model, &self.data)
     }
 
     /// The GPT-2 that `model.name` and the sizes beside it describe.
@@ -375,8 +431,9 @@ impl JobSpec {
         }
     }
 
-    /// Tokens in a step's global batch.
+    /// Tokens in a step's global batch, or images.
     pub fn tokens_per_step(&self) -> u64 {
-        u64::from(self.train.batch).saturating_mul(self.data.seq_len as u64)
+        let of_sample = if self.data.format.is_images() { 1 } else { self.data.seq_len as u64 };
+        u64::from(self.train.batch).saturating_mul(of_sample)
     }
 }

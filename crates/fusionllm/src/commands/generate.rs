@@ -27,6 +27,10 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
         top_k: args.top_k,
         seed: args.seed,
     };
+    if model.dag.image_size().is_some() {
+        let what = args.dir.display();
+        return Err(bad_input(format!("{what} is a model of images, which writes no text: give a language model")));
+    }
     let ids = prompt_ids(&model, &args.prompt)?;
     let note = length_note(&model.dag, ids.len(), sampling.tokens);
     let text = write(model, &ids, sampling, &args.device)?;

@@ -128,6 +128,11 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     open_device(args.device.parse().map_err(bad_input)?).map_err(refused)?;
     let placement = place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(refused)?;
     check_run_room(scratch(&spec, &run_dir), &dag, &placement, &spec.train)?;
+    if spec.data.format.is_images() {
+        let images = super::reading::read_images(&spec.data, args.json).map_err(refused)?;
+        images.check_classes(dag.vocab().unwrap_or_default()).map_err(refused)?;
+        return Ok((Checked { spec, run_dir, compnodes }, from));
+    }
     let tokenizer = Tokenizer::of_job(&spec.data, carried.as_deref()).map_err(refused)?;
     let template = ChatTemplate::of_job(&spec.data, &beside, &ReadableData::everything()).map_err(refused)?;
     let by = Tokenizing { tokenizer: &tokenizer, template: template.as_ref() };

@@ -17,6 +17,7 @@ mod endurance;
 mod fixtures;
 mod folders;
 mod golden;
+mod images;
 mod input;
 #[cfg(unix)]
 mod last_checkpoint;

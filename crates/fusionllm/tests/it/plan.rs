@@ -130,7 +130,7 @@ fn clusters_that_do_not_fit() {
         ("plan job.toml --cluster cluster.toml --cluster cluster.toml", &["--compare"]),
         ("plan job.toml --compare", &["--cluster"]),
         ("plan job.toml --svg plan.svg", &["--cluster"]),
-        ("train job.toml --set model.name=resnet101 --out run", &["resnet101"]),
+        ("train job.toml --set model.name=resnet101 --out run", &["model.n_embd", "the model is a ResNet"]),
     ] {
         let output = bench.run(arguments);
         let err = text(&output.stderr);

@@ -6,12 +6,15 @@
 
 mod accumulated;
 mod attention;
+mod batch_norm;
+mod conv2d;
 mod cross_entropy;
 mod fan;
 mod gated;
 mod layer_norm;
 mod linear;
 mod matrix;
+mod max_pool;
 mod rms_norm;
 mod rotary;
 mod seeded;
@@ -29,11 +32,14 @@ use burn_tensor::{BackendPrimitive, Bytes, DType, Device, Float, Shape, Tensor};
 
 pub(crate) use accumulated::{AccumulatedLinear, SetAside, WeightSum};
 pub(crate) use attention::{Attention, GroupedAttention, PackedAttention};
+pub(crate) use batch_norm::{BatchNorm, moments_of};
+pub(crate) use conv2d::{Conv2d, Window};
 pub(crate) use cross_entropy::CrossEntropy;
 pub(crate) use fan::Fan;
 pub(crate) use gated::Gated;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::{DeferredLinear, FrozenLinear, Linear};
+pub(crate) use max_pool::MaxPool;
 pub(crate) use rms_norm::RmsNorm;
 pub(crate) use rotary::Rotary;
 pub(crate) use seeded::Seeded;

@@ -4,7 +4,7 @@ use burn_tensor::activation::log_softmax;
 use burn_tensor::{Int, Tensor};
 
 use super::fused::{self, CrossEntropy, Operand};
-use super::{Arguments, RealValue};
+use super::{Arguments, RealValue, to_vec};
 use crate::ExecutorError;
 use crate::targets::target_weight;
 
@@ -26,6 +26,22 @@ pub(super) fn forward(arguments: &Arguments<'_>) -> Result<RealValue, ExecutorEr
         Some(weight) => weighted(logits.tensor.clone(), labels.tensor.clone(), weight),
     });
     Ok(RealValue { tensor, shape: Vec::new() })
+}
+
+/// Share of rows whose largest logit, of equals the first, is that of the label.
+pub(super) fn accuracy(arguments: &Arguments<'_>) -> Result<f64, ExecutorError> {
+    let (logits, labels) = (arguments.real(0)?, arguments.integer(1)?);
+    let [rows, columns] = logits.tensor.dims();
+    let (logits, labels) = (to_vec(logits.tensor.clone().without_autodiff())?, on_host(&labels.tensor)?);
+    let is_right = |(row, label): &(&[f32], &i32)| {
+        let largest = row
+            .iter()
+            .enumerate()
+            .fold((0, f32::NEG_INFINITY), |most, (class, &logit)| if logit > most.1 { (class, logit) } else { most });
+        i32::try_from(largest.0) == Ok(**label)
+    };
+    let right = logits.chunks_exact(columns.max(1)).zip(&labels).filter(is_right).count();
+    Ok(right as f64 / rows.max(1) as f64)
 }
 
 fn on_host(labels: &Tensor<1, Int>) -> Result<Vec<i32>, ExecutorError> {

@@ -11,7 +11,7 @@ use fusionllm_graph::{DType, OpId, OpKind, ParamId, WeightLayout};
 use super::super::gpu::{Element, Matrix};
 use super::super::kernel;
 use super::forward::{function_number, launch};
-use super::{Argument, Factor, Place, Planner, Region, Step, Value, WeightSteps, blocks, number};
+use super::{Argument, Factor, Place, Planner, Region, Step, Value, WeightSteps, blocks, no_kernel, number};
 use crate::ExecutorError;
 
 /// Blocks that fill a large GPU twice.
@@ -132,7 +132,7 @@ impl Planner<'_> {
                 self.plan.backward.push(step);
                 Ok(())
             }
-            _ => Err(ExecutorError::NoKernel { op: dag.op(op).name.clone(), family: dag.op(op).kind.family() }),
+            _ => Err(no_kernel(dag, op)),
         }
     }
 

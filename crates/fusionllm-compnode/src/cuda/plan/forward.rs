@@ -4,7 +4,7 @@ use fusionllm_graph::{ActivationFunction, OpId, OpKind, WeightLayout};
 
 use super::super::kernel::{self, OfElement};
 use super::super::layout::filled_rows;
-use super::{Argument, Factor, Kernel, Place, Planner, Step, Value, blocks, number};
+use super::{Argument, Factor, Kernel, Place, Planner, Step, Value, blocks, no_kernel, number};
 use crate::ExecutorError;
 
 impl Planner<'_> {
@@ -60,7 +60,7 @@ impl Planner<'_> {
             OpKind::Dropout { p } => self.dropout(op, p),
             OpKind::CrossEntropy => self.cross_entropy(op),
             OpKind::Conv2d { .. } | OpKind::BatchNorm2d { .. } | OpKind::MaxPool2d { .. } | OpKind::GlobalAvgPool => {
-                Err(ExecutorError::NoKernel { op: dag.op(op).name.clone(), family: dag.op(op).kind.family() })
+                Err(no_kernel(dag, op))
             }
         }
     }

@@ -18,6 +18,10 @@ fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
         tokenizer: "bytes".to_owned(),
         seq_len,
         private: false,
+        mean: None,
+        std: None,
+        crop_padding: 0,
+        flip: false,
         owner: None,
         eval_fraction: 0.25,
     }
@@ -528,7 +532,7 @@ fn tokens_on_the_disk_are_those_in_memory_and_are_found_again() {
     // Whatever changes tokens has a place of its own; another name has not.
     std::fs::rename(data.join("b.txt"), data.join("c.txt")).unwrap();
     let (renamed, _) = cached(&cache, &job, &Tokenizer::Bytes);
-    assert_eq!(renamed.fingerprint().files[1].name, "c.txt");
+    assert_eq!(renamed.report(256).unwrap().fingerprint.unwrap().files[1].name, "c.txt");
     assert_eq!(entries(&cache_folder), made);
     cached(&cache, &DataSpec { eval_fraction: 0.5, ..job.clone() }, &Tokenizer::Bytes);
     assert_eq!(entries(&cache_folder).len(), 2);

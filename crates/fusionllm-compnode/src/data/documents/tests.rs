@@ -23,6 +23,10 @@ fn spec(path: &Path, format: DataFormat) -> DataSpec {
         tokenizer: "bytes".to_owned(),
         seq_len: 1,
         private: false,
+        mean: None,
+        std: None,
+        crop_padding: 0,
+        flip: false,
         owner: None,
         eval_fraction: 0.25,
     }

@@ -15,7 +15,7 @@ const PROMPT: &str = "The ";
 /// Tokens that it writes.
 const SAMPLE_TOKENS: usize = 80;
 
-/// Says what came of it, and lets the model write a line unless that is interrupted.
+/// Says what came of it, and lets a language model write a line unless that is interrupted.
 pub(super) async fn finish(
     args: &cli::Train,
     checked: &Checked,
@@ -26,6 +26,9 @@ pub(super) async fn finish(
         render::line(&format!("\n{}", report.summary()))?;
     }
     look_for_last(report);
+    if checked.spec.data.format.is_images() {
+        return ended(args, report, None);
+    }
     let sampling = SamplingSpec { tokens: SAMPLE_TOKENS, temperature: 0.8, top_k: 40, seed: checked.spec.train.seed };
     let (run_dir, device) = (report.run_dir.clone(), args.device.clone());
     let writing = tokio::task::spawn_blocking(move || {
@@ -47,6 +50,11 @@ pub(super) async fn finish(
         },
         () = interrupts.next() => None,
     };
+    ended(args, report, sample)
+}
+
+/// The last lines.
+fn ended(args: &cli::Train, report: &RunReport, sample: Option<String>) -> anyhow::Result<()> {
     if args.json {
         let done = serde_json::json!({ "event": "done", "report": report, "sample": sample });
         return render::json(&done, false);

@@ -67,6 +67,7 @@ impl Site {
         std::fs::create_dir(bench.path("texts")).unwrap();
         std::fs::copy(bench.path("text.txt"), bench.path("texts/a.txt")).unwrap();
         bench.write("cluster.toml", cluster);
+        crate::images::make_cifar(&bench.path("cifar10"));
         Self {
             bench,
             machines,
@@ -127,6 +128,7 @@ impl Site {
     /// The line with every placeholder filled in.
     fn filled(&self, line: &str) -> Result<String, String> {
         let mut line = replace_word(line, "/path/to/texts", &self.bench.path("texts").display().to_string());
+        line = replace_word(&line, "/path/to/cifar10", &self.bench.path("cifar10").display().to_string());
         line = replace_word(&line, "/path/to/chats.jsonl", &self.bench.path("chats.jsonl").display().to_string());
         line = replace_word(&line, "/path/to/an-adapter", &self.bench.path("an-adapter").display().to_string());
         line = line.replace("--data /srv/texts", "--data .").replace("--data DIR", "--data .");
@@ -347,7 +349,11 @@ impl Drop for Site {
 
 /// What makes a job for any model one for the small model that stands for it.
 fn fitting(line: &str) -> &'static str {
-    if line.contains("/path/to/model") { "--set data.seq_len=8 --set train.micro_batches=2" } else { "" }
+    match line {
+        _ if line.contains("/path/to/model") => "--set data.seq_len=8 --set train.micro_batches=2",
+        _ if line.contains("/path/to/cifar10") => "--set train.micro_batches=2 --set model.widths=[4,4,4,4]",
+        _ => "",
+    }
 }
 
 /// Replaces a word that stands by itself.

@@ -7,7 +7,7 @@ use fusionllm_graph::{RotaryScaling, WeightLayout};
 
 use super::*;
 use crate::burn::host::to_vec;
-use crate::burn::kernels::{activation, attention, linear, loss, norm, rotary};
+use crate::burn::kernels::{activation, attention, batch_norm2d, conv2d, linear, loss, norm, pool, rotary};
 use crate::targets::no_target;
 
 /// Numbers without a pattern in [-2, 2).
@@ -276,4 +276,71 @@ fn sums_are_in_place_and_complete() {
     let squares = sum_of_squares(&on_device(&sum)).unwrap();
     let exact: f64 = sum.iter().map(|&a| f64::from(a) * f64::from(a)).sum();
     assert!((squares - exact).abs() < 1e-6 * exact);
+}
+
+/// Batch, channels, height and width, kernel, stride and padding.
+const IMAGES: [([usize; 4], Window); 6] = [
+    ([1, 1, 1, 1], Window { kernel: 1, stride: 1, padding: 0 }),
+    ([3, 4, 5, 7], Window { kernel: 3, stride: 1, padding: 1 }),
+    ([2, 3, 9, 8], Window { kernel: 3, stride: 2, padding: 1 }),
+    ([17, 2, 6, 6], Window { kernel: 1, stride: 2, padding: 0 }),
+    ([1, 3, 15, 13], Window { kernel: 7, stride: 2, padding: 3 }),
+    ([9, 5, 4, 4], Window { kernel: 1, stride: 1, padding: 0 }),
+];
+
+fn images([batch, channels, height, width]: [usize; 4], seed: u64) -> Tensor<2> {
+    leaf([batch * channels * height, width], seed)
+}
+
+#[test]
+fn convolutions_are_the_plain_ones() {
+    for (dims, window) in IMAGES {
+        let [batch, inputs, height, width] = dims;
+        let outputs = 4;
+        let conv = Conv2d { inputs, outputs, window, size: [height, width] };
+        let x = images(dims, 1);
+        let params = [leaf([outputs * inputs * window.kernel * window.kernel], 2), leaf([outputs], 3)];
+        let [weight, bias] = params.clone();
+        let operands = [Operand::of(&x), Operand::of(&weight), Operand::of(&bias)];
+        let fused = apply(conv, operands).map(|output| run(output, &x, &params));
+        let plain = conv2d::plain(x.clone(), batch, weight.clone(), Some(bias), conv);
+        assert_alike(&format!("{dims:?} {window:?}"), fused, run(plain, &x, &params));
+        let params = [weight.clone()];
+        let fused = apply(conv, [Operand::of(&x), Operand::of(&weight)]).map(|output| run(output, &x, &params));
+        let plain = conv2d::plain(x.clone(), batch, weight, None, conv);
+        assert_alike(&format!("{dims:?} {window:?} without bias"), fused, run(plain, &x, &params));
+    }
+}
+
+#[test]
+fn a_max_pool_is_the_plain_one() {
+    for (dims, window) in IMAGES {
+        let pool = MaxPool { window, size: [dims[2], dims[3]] };
+        let x = images(dims, 1);
+        let fused = apply(pool, [Operand::of(&x)]).map(|output| run(output, &x, &[]));
+        let plain = pool::plain_max(x.clone(), [dims[0], dims[1]], pool);
+        assert_alike(&format!("{dims:?} {window:?}"), fused, run(plain, &x, &[]));
+    }
+}
+
+#[test]
+fn batch_norm_is_the_plain_one() {
+    for [batch, channels, height, width] in [[2, 1, 1, 1], [3, 4, 5, 7], [17, 2, 6, 6], [1, 3, 100, 33]] {
+        let dims = [batch, channels, height, width];
+        let (x, params) = (images(dims, 1), [leaf([channels], 2), leaf([channels], 3)]);
+        let [weight, bias] = params.clone();
+        let eps = 1e-5;
+        let moments = moments_of(&into_cpu(x.clone().inner()).unwrap(), channels, height * width);
+        let norm = BatchNorm { eps, channels, plane: height * width, moments: moments.clone() };
+        let operands = [Operand::of(&x), Operand::of(&weight), Operand::of(&bias)];
+        let fused = apply(norm, operands).map(|output| run(output, &x, &params));
+        let sizes = [batch, channels, height * width];
+        let (plain, mean, variance) = batch_norm2d::plain(x.clone(), sizes, weight, bias, eps);
+        let plain = run(plain.reshape([batch * channels * height, width]), &x, &params);
+        assert_alike(&format!("{dims:?}"), fused, plain);
+        let (mean, variance) = (to_vec(mean).unwrap(), to_vec(variance).unwrap());
+        for ((m, v), (mean, variance)) in moments.into_iter().zip(mean.into_iter().zip(variance)) {
+            assert!((m - mean).abs() < 1e-5 && (v - variance).abs() < 1e-5 * variance.max(1.0), "{m} {v}");
+        }
+    }
 }
