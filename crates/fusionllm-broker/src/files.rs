@@ -8,9 +8,12 @@ use fusionllm_transport::{FileMode, is_shortage, write_whole};
 
 use crate::BrokerError;
 
-/// Makes a folder with those above it, for its owner alone: what a run writes was made from the data. One that is there
-/// stays as it is.
+/// Makes a folder for its owner alone: what a run writes was made from the data. One that is there stays as it is; those
+/// above it are made as any.
 pub(crate) fn make_folder(path: &Path) -> Result<(), BrokerError> {
+    if let Some(above) = path.parent() {
+        std::fs::create_dir_all(above).map_err(|e| io_error(path, e))?;
+    }
     private_folders(true).create(path).map_err(|e| io_error(path, e))
 }
 

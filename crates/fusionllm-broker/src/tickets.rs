@@ -31,9 +31,10 @@ struct Entry {
     /// Whether it is one of those in the state folder, whose holder is the broker's own user.
     #[serde(default)]
     own: bool,
-    /// Name of the ticket by which it was made, unless that is one of those in the state folder.
+    /// Hashes of the tickets by which it was made: of the last one, of that by which this was made, and so on, but for
+    /// those in the state folder. Names are given again, and entries go.
     #[serde(default)]
-    made_by: Option<String>,
+    made_by: BTreeSet<String>,
     /// Keys that came in by it. A CompNode that lost its connection comes back by the same key, even when the ticket
     /// admits nobody else any more.
     #[serde(default)]
@@ -164,7 +165,9 @@ impl Tickets {
         }
         let hash = blake3::hash(secret.as_bytes()).to_hex().to_string();
         // The broker's own user makes tickets for others, which must not end with the file in the state folder.
-        let made_by = by.filter(|by| self.0.get(*by).is_some_and(|entry| !entry.own)).map(str::to_owned);
+        let maker = by.and_then(|by| self.0.get(by)).filter(|entry| !entry.own);
+        let made_by =
+            maker.map(|maker| maker.made_by.iter().chain([&maker.hash]).cloned().collect()).unwrap_or_default();
         let entry = Entry { role, hash, ends, once, revoked: false, own, made_by, keys: BTreeSet::new() };
         self.0.insert(name.clone(), entry);
         Ok(name)
@@ -180,19 +183,13 @@ impl Tickets {
     /// Makes a ticket worthless, and those that were made by it, and by these.
     pub(crate) fn revoke(&mut self, name: &str) -> Result<Revoked, TicketError> {
         let named = self.0.get(name).ok_or_else(|| TicketError::Unknown { name: name.to_owned() })?;
-        let is_own = named.own;
-        let mut names = BTreeSet::from([name.to_owned()]);
-        loop {
-            let is_made = |entry: &Entry| entry.made_by.as_ref().is_some_and(|by| names.contains(by));
-            let made = self.0.iter().filter(|(name, entry)| is_made(entry) && !names.contains(*name));
-            let made: Vec<String> = made.map(|(name, _)| name.clone()).collect();
-            if made.is_empty() {
-                break;
+        let (is_own, hash) = (named.own, named.hash.clone());
+        let mut names = BTreeSet::new();
+        for (other, entry) in &mut self.0 {
+            if other == name || entry.made_by.contains(&hash) {
+                entry.revoked = true;
+                names.insert(other.clone());
             }
-            names.extend(made);
-        }
-        for name in &names {
-            self.0.entry(name.clone()).and_modify(|entry| entry.revoked = true);
         }
         Ok(Revoked { names, is_own })
     }
@@ -295,6 +292,9 @@ mod tests {
         make("other", TicketRole::Join, "operate", &Secret::generate());
         assert!(tickets.admit(&secret, TicketRole::Join, peer(1), NOW).is_ok());
         let names = ["ann", "bob", "gpu"].map(str::to_owned).into();
+        // Its maker's name is given to another one meanwhile.
+        tickets.0.remove("bob");
+        tickets.create(Some("bob".to_owned()), new(TicketRole::Join), Some("gpu"), &Secret::generate(), NOW).unwrap();
         assert_eq!(tickets.revoke("ann"), Ok(Revoked { names, is_own: false }));
         let refused = tickets.admit(&secret, TicketRole::Join, peer(1), NOW).unwrap_err().to_string();
         assert_eq!(refused, "the ticket `gpu` was revoked");

@@ -29,12 +29,18 @@ pub const CARRIED: [&str; 6] =
     [CONFIG, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, "generation_config.json", CHAT_TEMPLATE];
 
 /// Whether a folder of adapters that calls the model that they were trained beside `base` may mean the one in `folder`. Only
-/// the last parts are compared: a hub has it under another name than a disk, and each machine elsewhere.
+/// the last parts are compared: a hub has it under another name than a disk, and each machine elsewhere. In the cache of a
+/// hub, `models--ORGANISATION--NAME` stands above the files.
 pub fn is_base(base: &str, folder: &Path) -> bool {
     let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().to_lowercase());
-    let real = folder.canonicalize();
-    let folder = last(real.as_deref().unwrap_or(folder));
-    folder.is_none() || folder == last(Path::new(base))
+    let Some(base) = last(Path::new(base)) else { return true };
+    let means = |folder: &Path| {
+        let cached = |above: &Path| {
+            last(above).is_some_and(|name| name.starts_with("models--") && name.ends_with(&format!("--{base}")))
+        };
+        last(folder).is_none_or(|name| name == base) || folder.ancestors().any(cached)
+    };
+    means(folder) || folder.canonicalize().is_ok_and(|real| means(&real))
 }
 
 #[cfg(test)]
@@ -51,5 +57,7 @@ mod tests {
         ] {
             assert_eq!(is_base(base, Path::new(folder)), is, "{base} {folder}");
         }
+        let cached = "/cache/models--meta-llama--Llama-3.2-1B/snapshots/4e20de";
+        assert!(is_base("meta-llama/Llama-3.2-1B", Path::new(cached)) && !is_base("gpt2", Path::new(cached)));
     }
 }

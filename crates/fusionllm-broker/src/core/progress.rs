@@ -39,8 +39,7 @@ impl Core {
                 Vec::new()
             }
             FromCompNode::Measured { request, result } => {
-                let work = self.survey.measured(connection, request, result);
-                self.measured_anew(work, connection);
+                self.ops_measured(connection, request, result);
                 self.schedule(now)
             }
             FromCompNode::ProbeAwaited { probe } => self.survey.awaited(connection, probe, &self.compnodes),

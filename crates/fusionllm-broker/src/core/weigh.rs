@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fusionllm_planner::{NodeIndex, Prediction};
+use fusionllm_planner::{Measured, NodeIndex, Prediction};
 use fusionllm_protocol::{JobId, JobState, RunKey};
 
 use super::detector::SUSPECT;
@@ -49,8 +49,9 @@ impl Core {
         self.trouble().is_none() && !self.jobs.values().any(|job| waits(job) || moves(job))
     }
 
-    /// The ops of some work were measured on a CompNode: what its jobs saw of it is in that now.
-    pub(super) fn measured_anew(&mut self, work: Option<WorkKey>, connection: ConnectionId) {
+    /// The ops of some work were measured on a CompNode, or cannot be: what its jobs saw of it is in that now.
+    pub(super) fn ops_measured(&mut self, connection: ConnectionId, request: u64, result: Result<Measured, String>) {
+        let work = self.survey.measured(connection, request, result);
         let part = Part::CompNode(self.compnodes.name(connection));
         let is_of =
             |job: &&mut Job| work.is_some() && job.start.as_ref().map(|s| WorkKey::of(&job.record.spec, s)) == work;

@@ -49,7 +49,10 @@ impl ModelFingerprint {
         if self.asked != before.asked {
             return Ok(Vec::new());
         }
-        if self.graph != before.graph {
+        let files_differ = (&self.weights, &self.carried) != (&before.weights, &before.carried);
+        // Another build may make another graph of the same folder.
+        let is_folder = !(self.carried.is_empty() && before.carried.is_empty());
+        if self.graph != before.graph && (files_differ || !is_folder) {
             let reason = "it is not the model that the job was handed in with, its ops or sizes are others: put that one \
                           back, or submit a job for this one";
             return Err(model_error(path.unwrap_or(Path::new("")), reason.to_owned()));
@@ -62,7 +65,7 @@ impl ModelFingerprint {
         let weights = others(&self.weights, &before.weights);
         if !weights.is_empty() {
             changes.push(format!(
-                "the model's weights were written or replaced after the job was handed in: {}",
+                "files of the model's weights were written, replaced or touched after the job was handed in: {}",
                 weights.join(", ")
             ));
         }
@@ -104,11 +107,12 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let second = weights();
         let [said] = changes(of("g", &second, "c")).unwrap().try_into().unwrap();
-        assert!(said.contains("written or replaced") && said.ends_with("model.safetensors"), "{said}");
+        assert!(said.contains("written, replaced or touched") && said.ends_with("model.safetensors"), "{said}");
         let [said] = changes(of("g", &first, "other")).unwrap().try_into().unwrap();
         assert!(said.ends_with("handed in: config.json"), "{said}");
         let refused = changes(of("other", &second, "c")).unwrap_err();
         assert!(refused.contains("is not the model that the job was handed in with"), "{refused}");
+        assert_eq!(changes(of("other", &first, "c")), Ok(Vec::new()), "the same files, read by another build");
         // Whoever asks for another model gets it.
         let other = testing::spec(&["data.seq_len=7"]);
         let asked = ModelFingerprint::of(&other, "other", Some(&second), &carried("c"));

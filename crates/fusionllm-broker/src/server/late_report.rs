@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use fusionllm_protocol::Generation;
 
 use crate::BrokerError;
+use crate::files::{io_error, put_aside};
 use crate::plot::LossPlot;
 use crate::report::RunReport;
 use crate::run_dir::{FolderLock, RunDir, RunHome, WholeFiles};
@@ -63,6 +64,12 @@ fn write(record: &JobRecord) -> Result<bool, BrokerError> {
     }
     let _lock = FolderLock::take(&record.run_dir, run)?;
     let Ending { report, plot } = Ending::read(record, &dir.metrics())?;
+    // It may be of before, or have somebody's own words in it.
+    for path in [dir.report(), dir.plot()] {
+        if path.symlink_metadata().is_ok() {
+            put_aside(&path).map_err(|e| io_error(&path, e))?;
+        }
+    }
     let mut files = WholeFiles::default();
     files.write(&dir.report(), report)?;
     if let Some(plot) = plot {
@@ -119,5 +126,7 @@ mod tests {
         std::fs::File::options().append(true).open(&report).unwrap().set_modified(old).unwrap();
         write_if_missing(&done);
         assert_eq!(std::fs::read_to_string(&report).unwrap(), text);
+        let aside = std::fs::read_to_string(run_dir.join("report.md.other")).unwrap();
+        assert_eq!(aside, "own words", "what was there is kept");
     }
 }

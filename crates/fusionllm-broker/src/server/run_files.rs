@@ -180,6 +180,8 @@ impl RunFiles {
         let made = self.come_back(step == self.opened.spec.train.steps);
         let told = std::mem::take(&mut self.opened.notices);
         events.extend(self.noticed(told));
+        // A checkpoint must not be ahead of the figures of its steps.
+        self.sync();
         let finished = made.and_then(|()| finish(spec, &self.opened.place, &self.opened.file));
         let finished = match finished {
             Ok(finished) => finished,
@@ -189,7 +191,6 @@ impl RunFiles {
                 return events;
             }
         };
-        self.sync();
         let mut notices = finished.notices;
         let recorded = self.opened.record(Some((step, finished.checksum.clone())), &[]);
         notices.extend(recorded.err().map(|error| error.to_string()));

@@ -368,7 +368,8 @@ impl BurnStage {
 
 /// Has the gradients of all consumers but the one that has just taken the value summed first. So they are added as
 /// g₁ + (g₂ + (g₃ + …)), by the order of the ops and wherever a cut lies: sums of three numbers depend on their order, and
-/// that of autodiff on the graph that a stage has.
+/// that of autodiff on the graph that a stage has. Only where a stage between has some of three consumers and not the op
+/// itself is what it sends back one sum, and the last bits may differ.
 fn for_the_others(value: &mut Value) {
     if let Value::Real(real) = value {
         let fan = fused::apply(fused::Fan, [Operand::of(&real.tensor)]);

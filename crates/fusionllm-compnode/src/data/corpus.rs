@@ -265,7 +265,12 @@ impl Corpus {
         }
         let largest = usize::try_from(largest).unwrap_or(0);
         let entries = usize::try_from(self.tokenizer.entries).unwrap_or(usize::MAX);
-        if self.has_given_ids && largest >= entries {
+        // `bytes` is the default, where nothing need be had back from ids.
+        let is_bytes = self.tokenizer.name == DataSpec::BYTES;
+        if self.has_given_ids && largest >= entries && is_bytes && largest < vocab {
+            return Ok(None);
+        }
+        if self.has_given_ids && largest >= entries && !is_bytes {
             return Err(DataError::Ids { tokenizer: self.tokenizer.name.clone(), id: largest, entries });
         }
         let id = largest.max(self.trained_entries.saturating_sub(1));

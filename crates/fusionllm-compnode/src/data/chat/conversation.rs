@@ -106,7 +106,10 @@ fn messages(row: &Map<String, Value>, key: &str) -> Result<Vec<Value>, String> {
             return Err(format!("`{key}[{at}].tool_calls` is not written out here: take it away"));
         }
         let weight = message.get("weight").and_then(Value::as_f64);
-        if message.get("weight").is_some_and(|given| !given.is_null()) && weight != Some(1.0) {
+        if role(message) == ASSISTANT
+            && message.get("weight").is_some_and(|given| !given.is_null())
+            && weight != Some(1.0)
+        {
             return Err(format!("`{key}[{at}].weight` is not followed here, all answers are learnt: take it away"));
         }
     }

@@ -155,6 +155,10 @@ impl Tokenizer {
 impl FileTokenizer {
     /// Whether the tokens around a place are the same with a cut there.
     fn may_cut(&self, text: &str, at: usize, reading: &Reading) -> Result<bool, DataError> {
+        // Within a long run of one sign the tokens around say nothing of those further on.
+        if text[..at].chars().next_back() == text[at..].chars().next() {
+            return Ok(false);
+        }
         let start = text.floor_char_boundary(at.saturating_sub(AROUND_BYTES));
         let end = text.ceil_char_boundary(at.saturating_add(AROUND_BYTES));
         let mut parts = self.encode_watched(&text[start..at], reading)?;

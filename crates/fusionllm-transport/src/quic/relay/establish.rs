@@ -35,6 +35,7 @@ pub(super) async fn establish(stream: TcpStream, tls: TlsAcceptor, service: Rela
         let stream = TokioIo::new(MaybeTlsStream::Tls(stream));
         if let Err(error) = http1::Builder::new().serve_connection(stream, service).with_upgrades().await {
             tracing::debug!(%error, "a connection to the relay broke off");
+            return;
         }
         while is_open(&socket) {
             sleep(LOOK).await;
