@@ -131,7 +131,7 @@ pub struct Load {
 pub enum FirstParams {
     /// Drawn from the seed.
     Drawn,
-    /// From [`Executor::import`], which comes before anything is computed. Until then they are zeros.
+    /// From `Params::import`, which comes before anything is computed. Until then they are zeros.
     Imported,
 }
 

@@ -57,7 +57,7 @@ const URGENT: i32 = 1;
 
 /// Everything that two tasks of a job's wires share.
 ///
-/// No task holds two of its locks at once. `incoming` and `found`, as the locks within an [`Incoming`], are held for a few
+/// No task holds two of its locks at once. `incoming` and `found`, as the locks within an `Incoming`, are held for a few
 /// lines and never over an await. Only `dialling[peer]` is: until that peer is connected or given up, so that one task waits
 /// for it and the others find what comes of that.
 #[derive(Debug)]
