@@ -72,7 +72,7 @@ class CompNodes:
 
     def _start(self, stages: int) -> None:
         env, binary, processes = dict(os.environ), str(self.binary), self.processes
-        listen = [binary, "broker", "--json", "--bind", "10.77.0.1:7710", "--state", str(self.state)]
+        listen = [binary, "broker", "--json", "--show-ticket", "--bind", "10.77.0.1:7710", "--state", str(self.state)]
         processes.start("broker", self.net.on("broker", [*listen, "--runs", str(self.folder / "runs")]), env)
         processes.await_("the broker's ticket", lambda: "\n" in processes.output("broker"))
         ticket = json.loads(processes.output("broker").splitlines()[0])["ticket"]

@@ -155,7 +155,7 @@ impl Scene {
             "" => "127.0.0.1:0".to_owned(),
             ticket => ticket.parse::<Ticket>().unwrap().broker.addrs[0].to_string(),
         };
-        let arguments = format!("broker --bind {address} --state state --runs runs --json");
+        let arguments = format!("broker --bind {address} --state state --runs runs --json --show-ticket");
         let mut command = self.bench.command(&arguments);
         command.stdout(Stdio::piped());
         let mut broker = Process::spawn(command, self.log("broker"));
