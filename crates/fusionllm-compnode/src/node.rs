@@ -25,6 +25,7 @@ use fusionllm_transport::{Endpoint, EndpointConfig, Members, Purpose, Relay, Ses
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
+use crate::backend::Backend;
 use crate::open_device::open_device;
 use crate::snapshots::{self, SnapshotStore};
 use crate::step_log::{ClockOffset, Heartbeats};
@@ -83,11 +84,14 @@ pub async fn join(
     leave: impl Future<Output = ()> + Send,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), CompNodeError> {
-    join_with(config, Patience::default(), leave, shutdown).await
+    let backend = open_device(config.device)?;
+    join_with(config, backend, Patience::default(), leave, shutdown).await
 }
 
+/// Joins with a device that is open.
 async fn join_with(
     config: JoinConfig,
+    backend: Arc<dyn Backend>,
     patience: Patience,
     leave: impl Future<Output = ()> + Send,
     shutdown: impl Future<Output = ()> + Send,
@@ -100,12 +104,8 @@ async fn join_with(
     let (base, broker, name) = (config.snapshot_dir, config.ticket.broker.id, config.name.clone());
     let snapshots = tokio::task::spawn_blocking(move || SnapshotStore::open(&base, broker, &name)).await??;
     let snapshots = Arc::new(snapshots);
-    let surveyor = Surveyor {
-        backend: open_device(config.device)?,
-        folder: config.profile_dir,
-        memory_bytes: config.memory_bytes,
-        measuring: Arc::default(),
-    };
+    let surveyor =
+        Surveyor { backend, folder: config.profile_dir, memory_bytes: config.memory_bytes, measuring: Arc::default() };
     let measuring = surveyor.clone();
     let profile = tokio::task::spawn_blocking(move || measuring.device()).await??;
     let members = Arc::new(Members::default());

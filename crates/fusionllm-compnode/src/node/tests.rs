@@ -5,6 +5,7 @@ mod snapshots;
 mod storms;
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, Weak};
 
 use fusionllm_graph::{Gpt2Config, Kernels, OpDag, gpt2};
 use fusionllm_planner::{Cluster, Measured, NodeIndex, place};
@@ -56,6 +57,10 @@ impl House {
     }
 
     async fn with(memory_bytes: Option<u64>, patience: Patience, scratch: PathBuf) -> Self {
+        Self::on(open_device(DeviceChoice::Cpu).unwrap(), memory_bytes, patience, scratch).await
+    }
+
+    async fn on(backend: Arc<dyn Backend>, memory_bytes: Option<u64>, patience: Patience, scratch: PathBuf) -> Self {
         let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
         let endpoint = Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -76,7 +81,8 @@ impl House {
             snapshot_dir: folder.path().join("snapshots"),
             snapshots_stay: true,
         };
-        let compnode = tokio::spawn(join_with(config, patience, std::future::pending(), std::future::pending()));
+        let compnode =
+            tokio::spawn(join_with(config, backend, patience, std::future::pending(), std::future::pending()));
         Self { endpoint, compnode, folder }
     }
 
@@ -264,11 +270,17 @@ async fn weights_that_hold_no_numbers_are_blamed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_waits_until_the_one_before_has_let_go_of_the_memory() {
-    let house = House::new(None).await;
+    let device = Arc::new(OneAtATime::new());
+    let house = House::on(device.clone(), None, Patience::default(), std::env::temp_dir()).await;
     let mut broker = house.admit().await;
-    let dag = dag(256);
+    // An op of it takes so long that a compute thread which is told to stop is still at it when the next job comes.
+    let mut config = Gpt2Config::named("gpt2").unwrap();
+    (config.n_layer, config.n_embd, config.n_head, config.vocab_size) = (1, 512, 8, 20_000);
+    let dag = gpt2(&config, 64).unwrap();
     let job = |generation| {
-        let spec = spec(house.folder.path(), "steps = 1000000\neval_every = 1000000");
+        let train = "steps = 1000000\neval_every = 1000000";
+        let mut spec = spec(house.folder.path(), train);
+        spec.data.seq_len = 64;
         assignment(spec, &dag, generation, WeightSource::Seed)
     };
     broker.set_to_work(job(1)).await;
@@ -278,12 +290,19 @@ async fn a_job_waits_until_the_one_before_has_let_go_of_the_memory() {
         broker.assign(job(generation)).await;
         loop {
             match broker.hear().await {
-                FromCompNode::Step { key: RunKey { generation: Generation(1), .. }, .. } => {}
+                FromCompNode::Step { .. } => {}
                 FromCompNode::Ready { key, .. } => break assert_eq!(key.generation, Generation(generation)),
                 other => panic!("{other:?}"),
             }
         }
+        broker.say(FromBroker::Start { key: key(generation) }).await;
+        assert!(matches!(broker.hear().await, FromCompNode::Step { .. }));
     }
+    assert_eq!(
+        *device.met.lock().unwrap(),
+        [false; 4],
+        "whether an executor was there still as the next one was built"
+    );
     house.compnode.abort();
 }
 
@@ -562,6 +581,58 @@ async fn a_shard_that_cannot_be_written_is_reported() {
     broker.say(FromBroker::ShardAgain { key: key(1), step: 2 }).await;
     assert_eq!(breaks::whole_shard(&broker.session).await, BlobKind::Shard { step: 2, node: NodeIndex(0) });
     house.compnode.abort();
+}
+
+/// A CPU that looks, for each executor that it builds, whether there still is the one before.
+#[derive(Debug)]
+struct OneAtATime {
+    cpu: Arc<dyn Backend>,
+    /// The graph that the last executor holds, and nobody else.
+    last: Mutex<Weak<OpDag>>,
+    met: Mutex<Vec<bool>>,
+}
+
+impl OneAtATime {
+    fn new() -> Self {
+        Self { cpu: open_device(DeviceChoice::Cpu).unwrap(), last: Mutex::default(), met: Mutex::default() }
+    }
+}
+
+impl Backend for OneAtATime {
+    fn name(&self) -> &str {
+        self.cpu.name()
+    }
+
+    fn is_cpu(&self) -> bool {
+        true
+    }
+
+    fn kernels(&self) -> Kernels {
+        self.cpu.kernels()
+    }
+
+    fn has(&self, precision: Precision) -> bool {
+        self.cpu.has(precision)
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        self.cpu.free_bytes()
+    }
+
+    fn measure_speed(&self) -> Result<DeviceSpeed, ExecutorError> {
+        self.cpu.measure_speed()
+    }
+
+    fn measure_ops(&self, dag: &Arc<OpDag>, spec: &MeasureSpec, stop: &StopFlag) -> Result<Measured, ExecutorError> {
+        self.cpu.measure_ops(dag, spec, stop)
+    }
+
+    fn build(&self, spec: ExecutorSpec, stop: StopFlag) -> Result<Box<dyn Executor>, ExecutorError> {
+        let dag = Arc::new((*spec.dag).clone());
+        let before = std::mem::replace(&mut *self.last.lock().unwrap(), Arc::downgrade(&dag));
+        self.met.lock().unwrap().push(before.strong_count() > 0);
+        self.cpu.build(ExecutorSpec { dag, ..spec }, stop)
+    }
 }
 
 /// A device that says how much it needs, and is asked nothing else.
