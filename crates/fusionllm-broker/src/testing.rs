@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use fusionllm_graph::Kernels;
 use fusionllm_planner::Cluster;
-use fusionllm_protocol::{Generation, JobId, JobSpec, LinkBytes, RunId, RunKey, StepMetrics};
+use fusionllm_protocol::{CpuShare, DeviceProfile, Generation, JobId, JobSpec, LinkBytes, RunId, RunKey, StepMetrics};
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::core::OpenRun;
@@ -16,6 +17,18 @@ use copy::copy_fixture;
 #[path = "../../../tests/histories.rs"]
 mod histories;
 pub(crate) use histories::{all_hold, each_is_one};
+
+/// A CPU of one thread on a machine of this name.
+pub(crate) fn profile(host: &str) -> DeviceProfile {
+    DeviceProfile {
+        flop_per_s: 1e10,
+        memory_bytes_per_s: 1e10,
+        memory_bytes: None,
+        host: host.to_owned(),
+        cpu: Some(CpuShare { lanes: 1.0, threads: 1 }),
+        kernels: Kernels::Plain,
+    }
+}
 
 /// A tiny GPT-2 on CompNodes as many as there are, with `section.key=value` overrides.
 pub(crate) fn spec(overrides: &[&str]) -> JobSpec {

@@ -46,7 +46,7 @@ pub use recovery::{Fault, Recovery, Standstill, cause};
 pub use snapshot::{LoanFrame, Snapshot, SnapshotId, SnapshotSource};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};
 pub use tensor_name::{StateKind, TensorName};
-pub use text::{clean, clean_lines, clean_to, is_plain_name};
+pub use text::{clean, clean_lines, clean_to, is_deceptive, is_plain_name};
 pub use trace::{StepTrace, TracedMessage, TracedTask, measured_step};
 pub use version::{Greeting, PROTOCOL_VERSION};
 pub use window::{ReceiveWindow, Received, SendWindow};

@@ -56,7 +56,7 @@ fn harmless(c: char) -> char {
 }
 
 /// Whether a character is a control, or shows nothing and changes how others are shown.
-pub(crate) fn is_deceptive(c: char) -> bool {
+pub fn is_deceptive(c: char) -> bool {
     let is_invisible = matches!(c,
         // Marks, embeddings, overrides and isolates of direction.
         '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{206f}'

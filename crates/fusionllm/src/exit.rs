@@ -7,6 +7,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use fusionllm_compnode::CompNodeError;
+use fusionllm_protocol::is_deceptive;
 use fusionllm_transport::{io_reason, is_of_path, is_shortage};
 
 /// Exit code of bad usage and bad input.
@@ -72,11 +73,11 @@ fn message(error: &anyhow::Error) -> String {
     text
 }
 
-/// Text with its line breaks as blanks and other control characters written out: much of it is names and paths that
-/// others chose, and a terminal would act on them.
+/// Text with its line breaks as blanks, and written out what a terminal would act on or nobody sees: much of it is names and
+/// paths that others chose.
 fn in_one_line(text: &str) -> String {
     let line = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
-    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    let shown = |c: char| if is_deceptive(c) { c.escape_default().to_string() } else { c.to_string() };
     line.chars().map(shown).collect()
 }
 
@@ -109,5 +110,6 @@ mod tests {
     fn an_error_is_a_line_that_a_terminal_only_shows() {
         assert_eq!(in_one_line("a\n  b\r\n\n\tc"), "a b c");
         assert_eq!(in_one_line("\u{1b}]0;x\u{7}täglich"), "\\u{1b}]0;x\\u{7}täglich");
+        assert_eq!(in_one_line("a\u{202e}txt.exe"), "a\\u{202e}txt.exe");
     }
 }

@@ -3,11 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use fusionllm_graph::Kernels;
 use fusionllm_planner::{LinkProfile, Measured, NodeIndex};
 use fusionllm_protocol::{
-    BlobHeader, BlobKind, CpuShare, DataFingerprint, DataReport, DeviceProfile, FileFingerprint, FromCompNode,
-    LinkBytes, PairProfile, PeerRecord, Standing, StepReport, TokenizerFingerprint, content_hash,
+    BlobHeader, BlobKind, DataFingerprint, DataReport, FileFingerprint, FromCompNode, LinkBytes, PairProfile,
+    PeerRecord, Standing, StepReport, TokenizerFingerprint, content_hash,
 };
 
 mod comeback;
@@ -44,14 +43,7 @@ fn start(spec: &JobSpec, step: u64) -> StartPoint {
 
 fn joining(name: &str) -> Joining {
     let addr = PeerRecord { id: [7; 32], addrs: Vec::new() };
-    let profile = DeviceProfile {
-        flop_per_s: 1e10,
-        memory_bytes_per_s: 1e10,
-        memory_bytes: None,
-        host: name.to_owned(),
-        cpu: Some(CpuShare { lanes: 1.0, threads: 1 }),
-        kernels: Kernels::Plain,
-    };
+    let profile = crate::testing::profile(name);
     let (id, device) = ("0707".to_owned(), "cpu".to_owned());
     Joining { name: name.to_owned(), id, key: [7; 32], device, addr, profile, standing: None }
 }

@@ -33,7 +33,7 @@ pub(super) async fn serve(
     {
         while let Ok(Some(frame)) = source.recv_limited(REQUEST_BYTES).await {
             let (answer, events) = match decode(&frame) {
-                Ok(request) => match patiently(&mut sink, answer(request, &pass, &handle)).await {
+                Ok(request) => match patiently(&mut sink, KEEP_ALIVE, answer(request, &pass, &handle)).await {
                     Some(answered) => answered,
                     None => break,
                 },
@@ -52,15 +52,15 @@ pub(super) async fn serve(
     session.close(0, "done");
 }
 
-/// The answer once it is there; until then the client hears that it is worked on. Nothing if the client has gone: what
-/// it asked for is done all the same.
-async fn patiently<T>(sink: &mut FrameSink, answer: impl Future<Output = T>) -> Option<T> {
+/// The answer once it is there; until then the client hears `every` so often that it is worked on. Nothing if the client
+/// has gone: what it asked for is done all the same.
+async fn patiently<T>(sink: &mut FrameSink, every: Duration, answer: impl Future<Output = T>) -> Option<T> {
     tokio::pin!(answer);
     let mut is_here = true;
     loop {
         tokio::select! {
             answered = &mut answer => return is_here.then_some(answered),
-            () = sleep(KEEP_ALIVE) => is_here = is_here && say(sink, &ToClient::Working).await.is_some(),
+            () = sleep(every) => is_here = is_here && say(sink, &ToClient::Working).await.is_some(),
         }
     }
 }
@@ -124,4 +124,48 @@ async fn follow(sink: &mut FrameSink, events: Option<JobEvents>) -> Option<()> {
 
 async fn say(sink: &mut FrameSink, message: &ToClient) -> Option<()> {
     sink.send(&encode(message).ok()?).await.ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_transport::{AdmitAll, Endpoint, EndpointConfig, Identity};
+
+    use super::*;
+
+    async fn endpoint() -> Endpoint {
+        let config = EndpointConfig::new(Identity::generate(), "127.0.0.1:0".parse().unwrap());
+        Endpoint::bind(config, Arc::new(AdmitAll)).await.unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn whoever_waits_for_a_long_answer_hears_that_it_is_worked_on() {
+        let (broker, caller) = (endpoint().await, endpoint().await);
+        let session = caller.connect(&broker.addr()).await.unwrap();
+        let (mut request, mut source) = session.open_bi().await.unwrap();
+        request.send(b"resume").await.unwrap();
+        let theirs = broker.accept().await.unwrap();
+        let (mut sink, _request) = theirs.accept_bi().await.unwrap();
+        let slow = async {
+            sleep(Duration::from_millis(500)).await;
+            7
+        };
+        let answered = patiently(&mut sink, Duration::from_millis(50), slow).await;
+        assert_eq!(answered, Some(7));
+        say(&mut sink, &ToClient::Ok).await.unwrap();
+        let mut heard = 0;
+        while let ToClient::Working = decode(&source.recv().await.unwrap().unwrap()).unwrap() {
+            heard += 1;
+        }
+        assert!((1..=10).contains(&heard), "{heard}");
+        // What somebody asked for is done though he has gone.
+        session.close(0, "gone");
+        theirs.closed().await;
+        let mut is_done = false;
+        let done = async {
+            sleep(Duration::from_millis(200)).await;
+            is_done = true;
+        };
+        assert_eq!(patiently(&mut sink, Duration::from_millis(20), done).await, None);
+        assert!(is_done);
+    }
 }

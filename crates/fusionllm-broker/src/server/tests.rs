@@ -1,6 +1,6 @@
 //! A broker on a real socket, and peers that do not do what our own do.
 
-use fusionllm_protocol::{Greeting, PROTOCOL_VERSION, Welcome, decode};
+use fusionllm_protocol::{Greeting, Hello, PROTOCOL_VERSION, PeerRecord, Role, Welcome, decode, encode};
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Session};
 
 use super::start::start_of;
@@ -79,4 +79,23 @@ async fn a_run_directory_in_use_makes_the_next_job_take_another_name() {
     let handle = &bench.broker.handle;
     let submitted = handle.submit_at(spec, start, RunDirChoice::Free(base.clone())).await.unwrap();
     assert_eq!(submitted.run_dir, base.with_file_name("x-20260101-000000-2"));
+}
+
+/// What a CompNode says of itself is shown in `status` and in logs.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_compnode_says_of_itself_cannot_act_on_a_terminal() {
+    let bench = Bench::new().await;
+    let secret = *bench.broker.ticket().secret.as_bytes();
+    let (session, mut sink, mut source) = bench.connect().await;
+    let addr = PeerRecord { id: [0; 32], addrs: Vec::new() };
+    let device = "cpu\u{1b}]0;mine\u{7}\nwarning: forged".to_owned();
+    let profile = crate::testing::profile("host\u{1b}[2J\u{202e}");
+    let role = Role::CompNode { name: "n".to_owned(), device, addr, profile, resume: None, standing: None };
+    sink.send(&Greeting::OURS.to_bytes()).await.unwrap();
+    sink.send(&encode(&Hello { secret, role }).unwrap()).await.unwrap();
+    source.recv().await.unwrap().unwrap();
+    let Welcome::Accepted { .. } = decode(&source.recv().await.unwrap().unwrap()).unwrap() else { panic!("refused") };
+    let status = bench.broker.handle.status().await.unwrap();
+    assert_eq!(status.compnodes[0].device, "cpu\u{fffd}]0;mine\u{fffd} warning: forged");
+    session.close(0, "done");
 }

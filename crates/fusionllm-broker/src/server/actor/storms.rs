@@ -5,7 +5,6 @@
 
 use std::sync::Mutex;
 
-use fusionllm_graph::Kernels;
 use fusionllm_protocol::{
     ControlStream, FromCompNode, Generation, Greeting, Hello, Numbered, Role, RunKey, TicketRole, Welcome,
 };
@@ -156,14 +155,7 @@ async fn compnode(
     mut dice: ChaCha8Rng,
 ) {
     let addr = PeerRecord { id: *endpoint.id().as_bytes(), addrs: endpoint.addr().addrs };
-    let profile = DeviceProfile {
-        flop_per_s: 1e9,
-        memory_bytes_per_s: 1e9,
-        memory_bytes: Some(1 << 30),
-        host: "h".to_owned(),
-        cpu: None,
-        kernels: Kernels::Plain,
-    };
+    let profile = DeviceProfile { memory_bytes: Some(1 << 30), cpu: None, ..crate::testing::profile("h") };
     let mut member = Member::default();
     loop {
         if let Ok(session) = endpoint.connect(&broker).await {
