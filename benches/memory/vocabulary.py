@@ -6,6 +6,7 @@ was planned for it, and tokens per second.
 
 One block of width 768, 50,257 entries, 2 x 128 tokens a step, dense: in one process, on two CompNodes of this host that
 share the tied table, and on two with private data, where one holds both ends of it. `--small` is GPT-2 small on four.
+What the job took is the highest resident memory less that of the process before the job was placed, which no plan counts.
 """
 
 import argparse
@@ -105,13 +106,16 @@ def run(binary, name, steps, micro_batches, text, log):
         command = [binary, "train", "job.toml", "--compnodes", str(settings["compnodes"]), "--out", "out"]
         with open(log, "w") as out:
             process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
-        by_step, seen, peaks = {}, 0, {}
+        by_step, seen, peaks, empty = {}, 0, {}, {}
         while process.poll() is None:
             time.sleep(0.05)
             sizes = {n: resident(p) for n, p in children(process.pid).items()}
+            is_placed = (folder / "out" / "placement.json").exists()
             for n, size in sizes.items():
-                if size:
-                    peaks[n] = max(peaks.get(n, 0), size[0]) if seen else 0
+                if size and not is_placed:
+                    empty[n] = size[0]
+                elif size:
+                    peaks[n] = max(peaks.get(n, 0), size[0])
             now = len(lines_of(folder / "out" / "metrics.jsonl"))
             if now > seen:
                 by_step[now] = {n: size[0] for n, size in sizes.items() if size}
@@ -123,20 +127,21 @@ def run(binary, name, steps, micro_batches, text, log):
     warm = metrics[len(metrics) // 4 :]
     rate = statistics.median(m["tokens"] / m["step_s"] for m in warm)
     losses = [m["loss"] for m in metrics]
-    return dict(name=name, rate=rate, by_step=by_step, peaks=peaks, plan=plan, losses=losses)
+    return dict(name=name, rate=rate, by_step=by_step, peaks=peaks, empty=empty, plan=plan, losses=losses)
 
 
 def table(results):
-    rows = ["| arrangement | tokens/s | CompNode | planned | resident after a quarter | at the end | highest | of planned |", "|" + "---|" * 8]
+    rows = ["| arrangement | tokens/s | CompNode | planned | resident before the job | after a quarter | at the end | highest | what the job took, of planned |", "|" + "---|" * 9]
     for r in results:
         steps = sorted(r["by_step"])
         for n in sorted(r["peaks"]):
             at = lambda step: r["by_step"][step].get(n, 0) / 1e6
             peak, plan = r["peaks"][n], r["plan"].get(n)
-            share = f"{peak / plan:.2f}" if plan else "?"
+            before = r["empty"].get(n, 0)
+            share = f"{(peak - before) / plan:.2f}" if plan else "?"
             needed = f"{plan / 1e6:.0f} MB" if plan else "?"
             rows.append(
-                f"| {r['name']} | {r['rate']:.0f} | {n} | {needed} | {at(steps[len(steps) // 4]):.0f} MB "
+                f"| {r['name']} | {r['rate']:.0f} | {n} | {needed} | {before / 1e6:.0f} MB | {at(steps[len(steps) // 4]):.0f} MB "
                 f"| {at(steps[-2 if len(steps) > 1 else -1]):.0f} MB | {peak / 1e6:.0f} MB | {share} |"
             )
     return "\n".join(rows)
