@@ -11,7 +11,7 @@ use fusionllm_protocol::{DataFormat, DataReport, DataSpec, TokenizerFingerprint}
 use fusionllm_transport::{io_reason, is_shortage};
 
 use super::cache::{Kept, TokenCache};
-use super::files::{LeftOut, shown, text_files};
+use super::files::{LeftOut, WITHOUT_TEXT, shown, text_files};
 use super::fingerprint::fingerprint;
 use super::{ChatTemplate, ReadableData, Reading, Tokenizer, Tokens};
 use crate::DataError;
@@ -119,7 +119,7 @@ impl Corpus {
     ) -> Result<Self, DataError> {
         readable.check(spec)?;
         let mut left_out = LeftOut::new(spec.private);
-        let files = text_files(&spec.path, &mut left_out, reading)?;
+        let files = text_files(&spec.path, WITHOUT_TEXT, &mut left_out, reading)?;
         check_room(&files, spec, by.tokenizer, cache.is_some(), reading)?;
         let sources = sources(files, spec, readable, reading, cache.is_some(), &mut left_out)?;
         let left_out = left_out.notes();

@@ -10,7 +10,7 @@ use super::Reading;
 use crate::DataError;
 
 /// Folders that hold no text worth learning, even where no ignore file says so.
-const SKIPPED_FOLDERS: [&str; 3] = ["target", "node_modules", "runs"];
+pub(super) const WITHOUT_TEXT: &[&str] = &["target", "node_modules", "runs"];
 /// What a folder that a run writes to holds meanwhile.
 const LOCK: &str = "fusionllm.lock";
 /// Why a file or folder is left out that cannot be looked at.
@@ -69,9 +69,10 @@ pub(super) fn shown(name: &str, private: bool) -> String {
     if private { format!("file-{}", content_hash(name.as_bytes())) } else { name.to_owned() }
 }
 
-/// All files that `paths` mean, each once, in the order of their paths.
+/// All files that `paths` mean, each once, in the order of their paths. Folders with a name of `skipped` are left out.
 pub(super) fn text_files(
     paths: &[PathBuf],
+    skipped: &'static [&'static str],
     left_out: &mut LeftOut,
     reading: &Reading,
 ) -> Result<Vec<TextFile>, DataError> {
@@ -96,7 +97,7 @@ pub(super) fn text_files(
             prefix.map_or_else(|| below.to_owned(), |prefix| prefix.join(below)).to_string_lossy().into_owned()
         };
         let mut taken = BTreeSet::new();
-        for entry in walk(root) {
+        for entry in walk(root, skipped) {
             reading.moved(1)?;
             let path = match entry {
                 Ok(entry) => entry.into_path(),
@@ -123,16 +124,21 @@ pub(super) fn text_files(
                 left_out.add("neither files nor folders", &name_of(&path));
             }
         }
-        note_rules(root, &taken, paths, left_out, name_of);
+        note_rules(root, &taken, paths, (skipped, left_out), name_of);
     }
     Ok(once_each(files, left_out))
 }
 
 /// What is below a folder. Only ignore files in it count: with those of its parents and of its user, the same folder would
 /// give other batches elsewhere.
-fn walk(root: &Path) -> ignore::Walk {
+fn walk(root: &Path, skipped: &'static [&'static str]) -> ignore::Walk {
     let mut walk = ignore::WalkBuilder::new(root);
-    walk.require_git(false).parents(false).git_global(false).git_exclude(false).filter_entry(is_wanted).build()
+    walk.require_git(false)
+        .parents(false)
+        .git_global(false)
+        .git_exclude(false)
+        .filter_entry(|entry| is_wanted(entry, skipped))
+        .build()
 }
 
 fn unknown() -> std::io::Error {
@@ -169,14 +175,15 @@ fn note_rules(
     root: &Path,
     taken: &BTreeSet<PathBuf>,
     named: &[PathBuf],
-    left_out: &mut LeftOut,
+    (skipped, left_out): (&'static [&'static str], &mut LeftOut),
     name_of: impl Fn(&Path) -> String,
 ) {
     let mut walk = ignore::WalkBuilder::new(root);
-    walk.standard_filters(false).filter_entry(|entry| {
+    walk.standard_filters(false).filter_entry(move |entry| {
         // Of what is left out as a whole, the folder itself is enough.
         let parent = entry.path().parent();
-        entry.depth() < 2 || parent.is_none_or(|parent| !is_hidden(parent) && !is_skipped(parent) && !is_run(parent))
+        entry.depth() < 2
+            || parent.is_none_or(|parent| !is_hidden(parent) && !is_skipped(parent, skipped) && !is_run(parent))
     });
     for (count, entry) in walk.build().flatten().enumerate() {
         if count > MOST_ENTRIES {
@@ -190,7 +197,7 @@ fn note_rules(
         if entry.depth() == 0 || taken.contains(path) || named.iter().any(|n| n == path) || is_rule {
             continue;
         }
-        let whole = is_folder && (is_hidden(path) || is_skipped(path) || is_run(path));
+        let whole = is_folder && (is_hidden(path) || is_skipped(path, skipped) || is_run(path));
         if is_folder && !whole {
             continue;
         }
@@ -207,11 +214,11 @@ fn note_rules(
     }
 }
 
-fn is_wanted(entry: &ignore::DirEntry) -> bool {
+fn is_wanted(entry: &ignore::DirEntry, skipped: &[&str]) -> bool {
     let path = entry.path();
     let is_folder = entry.file_type().is_some_and(|t| t.is_dir());
     if is_folder {
-        return entry.depth() == 0 || !(is_skipped(path) || is_run(path));
+        return entry.depth() == 0 || !(is_skipped(path, skipped) || is_run(path));
     }
     // A run directory may have come up since its folder was looked at: its lock comes before all that is written in it.
     let is_of_run = entry.depth() > 1 && path.parent().is_some_and(is_run);
@@ -222,8 +229,8 @@ fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
-fn is_skipped(path: &Path) -> bool {
-    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| SKIPPED_FOLDERS.contains(&name))
+fn is_skipped(path: &Path, skipped: &[&str]) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| skipped.contains(&name))
 }
 
 /// Whether a folder is a run directory or a checkpoint, or becomes one: those come and grow while they are read.
@@ -257,7 +264,7 @@ mod tests {
     use crate::data::text::{Content, look_at};
 
     fn names(root: &Path, left_out: &mut LeftOut) -> Vec<String> {
-        text_files(&[root.to_owned()], left_out, &Reading::default())
+        text_files(&[root.to_owned()], WITHOUT_TEXT, left_out, &Reading::default())
             .unwrap()
             .into_iter()
             .map(|file| file.name)

@@ -86,7 +86,8 @@ impl ImageSet {
     pub(crate) fn read_within(spec: &DataSpec, readable: &ReadableData, reading: &Reading) -> Result<Self, DataError> {
         readable.check(spec)?;
         let mut left_out = LeftOut::new(spec.private);
-        let files = text_files(&spec.path, &mut left_out, reading)?;
+        // Any name may be that of a class.
+        let files = text_files(&spec.path, &[], &mut left_out, reading)?;
         let look = Look { spec, readable, reading };
         let found = match spec.format {
             DataFormat::Cifar10 => cifar10::read(look, files, &mut left_out)?,
@@ -106,6 +107,9 @@ impl ImageSet {
         let found = self.classes.len();
         if found > classes {
             return Err(DataError::Classes { found, classes });
+        }
+        if found == 1 {
+            return Ok(Some("the data has images of one class: there is nothing to tell apart".to_owned()));
         }
         let note = || format!("the data has images of {found} classes, the model tells {classes} apart");
         Ok((found < classes).then(note))

@@ -14,8 +14,8 @@ const SIDE: usize = 32;
 pub(super) const RECORD: usize = 1 + 3 * SIDE * SIDE;
 /// What the classes mean, as `batches.meta.txt` has it.
 const CLASSES: [&str; 10] = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
-/// How the names of files begin.
-const TRAIN: &str = "data_batch";
+/// How the names of files begin, of which the first ones have a number.
+const TRAIN: &str = "data_batch_";
 const EVAL: &str = "test_batch";
 /// Records that are read at once.
 const PART: usize = 256;
@@ -27,17 +27,18 @@ pub(super) fn picture(record: &[u8; RECORD]) -> Picture {
 
 /// Reads the classes of all images.
 pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut) -> Result<Found, DataError> {
-    let named = |file: &TextFile, start: &str| {
-        let name = file.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.starts_with(start) && name.ends_with(".bin")
+    // What follows `start` in the name. A copy beside a file must not count twice.
+    let after = |file: &TextFile, start: &str| {
+        let name = file.path.file_name().and_then(|name| name.to_str())?;
+        name.strip_prefix(start)?.strip_suffix(".bin").map(str::to_owned)
     };
     let mut found = Found { classes: CLASSES.map(str::to_owned).to_vec(), ..Found::default() };
     let sizes = files.iter().filter_map(|file| std::fs::metadata(&file.path).ok());
     look.reading.begins(sizes.map(|size| size.len()).sum());
     for file in files {
-        let is_held_out = named(&file, EVAL);
-        if !is_held_out && !named(&file, TRAIN) {
-            left_out.add("neither data_batch_*.bin nor test_batch.bin", &file.name);
+        let is_held_out = after(&file, EVAL).is_some_and(|rest| rest.is_empty());
+        if !is_held_out && after(&file, TRAIN).is_none_or(|number| number.parse::<u32>().is_err()) {
+            left_out.add("neither data_batch_1.bin and so on nor test_batch.bin", &file.name);
             continue;
         }
         let index = number(found.paths.len());
@@ -55,7 +56,7 @@ pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut)
     }
     let paths = || look.spec.path.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join("; ");
     match (found.train.is_empty(), found.eval.is_empty()) {
-        (true, _) => Err(DataError::NoText { what: format!("{TRAIN}_*.bin of CIFAR-10"), paths: paths() }),
+        (true, _) => Err(DataError::NoText { what: format!("{TRAIN}1.bin and so on of CIFAR-10"), paths: paths() }),
         (_, true) => Err(DataError::NoText { what: format!("{EVAL}.bin of CIFAR-10"), paths: paths() }),
         _ => Ok(found),
     }

@@ -27,7 +27,9 @@ pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut)
         let held_out = held_out(files.len(), look.spec.eval_fraction);
         if held_out == 0 {
             let path = look.spec.path.first().cloned().unwrap_or_default();
-            let reason = format!("class `{name}` has one image, expected at least two: one of them is held out");
+            // A class of private data has no name for others.
+            let class = if look.spec.private { "a class".to_owned() } else { format!("class `{name}`") };
+            let reason = format!("{class} has one image, expected at least two: one of them is held out");
             return Err(DataError::Path { path, reason });
         }
         let seen: Vec<FileFingerprint> = files.par_iter().map(|file| look_at(look, file)).collect::<Result<_, _>>()?;
@@ -77,7 +79,10 @@ fn by_class(
         let (Some(class), Some(_)) = (parts.next(), parts.next()) else {
             return Err(wrong("is of no class: expected it in a folder that is named like its class"));
         };
-        let class = class.as_os_str().to_string_lossy().into_owned();
+        // Two names that are told apart by what is no text would become one class.
+        let Some(class) = class.as_os_str().to_str().map(str::to_owned) else {
+            return Err(wrong("is in a folder of a class whose name is no UTF-8: rename the folder"));
+        };
         classes.entry(class).or_default().push(file);
     }
     Ok(classes)
@@ -95,7 +100,7 @@ fn look_at(look: Look<'_>, file: &TextFile) -> Result<FileFingerprint, DataError
     if size > MOST_BYTES {
         return Err(DataError::Path { path, reason: format!("has over {} MiB, expected an image", MOST_BYTES >> 20) });
     }
-    Picture::decode(&bytes).map_err(|reason| DataError::Path { path, reason })?;
+    Picture::check(&bytes).map_err(|reason| DataError::Path { path, reason })?;
     let (name, hash) = (shown(&file.name, look.spec.private), content_hash(&bytes));
     Ok(FileFingerprint { name, bytes: size, train_bytes: size, hash })
 }

@@ -1,12 +1,19 @@
 //! From a file to the numbers that a model reads.
 
 use image::imageops::{self, FilterType};
-use image::{ImageFormat, ImageReader, Limits, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::zune_core::bytestream::ZCursor;
+use zune_jpeg::zune_core::options::DecoderOptions;
 
-/// Most pixels of a side: what is larger would rather fill the memory.
-const MOST_PIXELS: u32 = 1 << 15;
-/// Most bytes that a picture may fill while it is decoded.
-const MOST_MEMORY: u64 = 1 << 30;
+/// Most pixels of a side.
+const MOST_SIDE: u32 = 1 << 15;
+/// Most pixels in all, of four bytes at the most: what is larger would rather fill the memory.
+const MOST_PIXELS: u64 = 1 << 27;
+/// How often the shorter side may fit into the longer one, which is resized with it.
+const MOST_STRETCH: u32 = 100;
+/// How an error of the decoder of JPEG begins that is about what it passes over otherwise, and does not touch the pixels.
+const HARMLESS: &str = "[strict-mode]";
 
 /// Red, green and blue of each pixel, 8 bits each, row by row.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,10 +52,43 @@ impl Picture {
             _ => return Err(unreadable("it begins as neither".to_owned())),
         }
         let mut limits = Limits::default();
-        (limits.max_image_width, limits.max_image_height) = (Some(MOST_PIXELS), Some(MOST_PIXELS));
-        limits.max_alloc = Some(MOST_MEMORY);
+        (limits.max_image_width, limits.max_image_height) = (Some(MOST_SIDE), Some(MOST_SIDE));
+        limits.max_alloc = Some(4 * MOST_PIXELS);
         reader.limits(limits);
-        reader.decode().map(|picture| Self(picture.to_rgb8())).map_err(|error| unreadable(one_line(&error.to_string())))
+        let failed = |error: image::ImageError| unreadable(one_line(&error.to_string()));
+        let decoder = reader.into_decoder().map_err(failed)?;
+        let (width, height) = decoder.dimensions();
+        if u64::from(width) * u64::from(height) > MOST_PIXELS {
+            return Err(format!("has {width} x {height} pixels, expected at most {MOST_PIXELS} in all"));
+        }
+        if width.max(height) / width.min(height).max(1) > MOST_STRETCH {
+            return Err(format!(
+                "has {width} x {height} pixels, expected sides of which one is at most {MOST_STRETCH} times the other"
+            ));
+        }
+        let picture = DynamicImage::from_decoder(decoder).map_err(failed)?;
+        Ok(Self(picture.into_rgb8()))
+    }
+
+    /// Looks for damage that [`Self::decode`] passes over: it fills what a JPEG lacks with grey.
+    ///
+    /// # Errors
+    /// What is wrong, as of [`Self::decode`].
+    pub(super) fn check(bytes: &[u8]) -> Result<(), String> {
+        Self::decode(bytes)?;
+        if !matches!(image::guess_format(bytes), Ok(ImageFormat::Jpeg)) {
+            return Ok(());
+        }
+        let damaged = |reason: &str| Err(format!("is a damaged JPEG image: {reason}"));
+        if !ends(bytes) {
+            return damaged("it is cut short");
+        }
+        let options = DecoderOptions::default().set_strict_mode(true);
+        let options = options.set_max_width(MOST_SIDE as usize).set_max_height(MOST_SIDE as usize);
+        match JpegDecoder::new_with_options(ZCursor::new(bytes), options).decode() {
+            Err(error) if !error.to_string().contains(HARMLESS) => damaged(&one_line(&error.to_string())),
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// A picture whose channels lie one after the other, `size` pixels a side.
@@ -99,6 +139,29 @@ impl Picture {
                     out.push(table[usize::from(value)]);
                 }
             }
+        }
+    }
+}
+
+/// Whether a JPEG has the mark of its end: ITU-T T.81, B.1. Marks follow each other by the lengths of their segments; after
+/// the head of a scan comes the next mark that is no part of what the scan holds.
+fn ends(jpeg: &[u8]) -> bool {
+    let mut at = 2;
+    loop {
+        let Some(mark) = jpeg.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xff)) else {
+            return false;
+        };
+        at += mark;
+        match jpeg.get(at + 1) {
+            Some(0xd9) => return true,
+            // A stuffed byte, a mark that restarts, another byte that fills up: no segment follows.
+            Some(0x00 | 0x01 | 0xd0..=0xd7) => at += 2,
+            Some(0xff) => at += 1,
+            Some(_) => {
+                let Some(&[high, low]) = jpeg.get(at + 2..at + 4) else { return false };
+                at += 2 + usize::from(u16::from_be_bytes([high, low]));
+            }
+            None => return false,
         }
     }
 }

@@ -75,6 +75,75 @@ fn classes_of_private_images_stay_with_their_owner() {
 }
 
 #[test]
+fn the_only_image_of_a_private_class_does_not_tell_its_name() {
+    let folder = folder();
+    write(&folder.path().join("ant/only.png"), [4, 4], [0; 3]);
+    let error = refusal(&job(folder.path(), &["data.private=true"]));
+    assert!(error.ends_with("a class has one image, expected at least two: one of them is held out"), "{error}");
+}
+
+#[test]
+fn any_name_may_be_that_of_a_class() {
+    let folder = folder();
+    for name in ["target/0.png", "target/1.png", "runs/0.png", "runs/1.png"] {
+        write(&folder.path().join(name), [4, 4], [0; 3]);
+    }
+    assert_eq!(read(&job(folder.path(), &[])).unwrap().classes(), ["cat", "dog", "runs", "target"]);
+    #[cfg(unix)]
+    {
+        let name: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(b"K\xe4se");
+        write(&folder.path().join(name).join("0.png"), [4, 4], [0; 3]);
+        assert!(refusal(&job(folder.path(), &[])).ends_with("whose name is no UTF-8: rename the folder"));
+    }
+}
+
+#[test]
+fn images_of_one_class_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["cat/0.png", "cat/1.png"] {
+        write(&folder.path().join(name), [4, 4], [0; 3]);
+    }
+    let note = read(&job(folder.path(), &[])).unwrap().check_classes(1).unwrap().unwrap();
+    assert!(note.contains("one class"), "{note}");
+}
+
+/// The decoder fills what a JPEG lacks with grey, and says nothing.
+#[test]
+fn a_damaged_jpeg_is_named() {
+    let noise = RgbImage::from_fn(64, 48, |x, y| Rgb([x * 7 + y * 13, x * y, x ^ (y * 5)].map(|v| (v % 251) as u8)));
+    let mut whole = std::io::Cursor::new(Vec::new());
+    noise.write_to(&mut whole, ImageFormat::Jpeg).unwrap();
+    let whole = whole.into_inner();
+    Picture::check(&whole).unwrap();
+    // Bytes after the end are not its own.
+    Picture::check(&[&whole[..], b"and more"].concat()).unwrap();
+    for share in [30, 50, 90, 99] {
+        let error = Picture::check(&whole[..whole.len() * share / 100]).unwrap_err();
+        assert!(error.contains("JPEG image"), "{share} %: {error}");
+    }
+    let short = &whole[..whole.len() - 2];
+    assert!(Picture::check(short).unwrap_err().ends_with("it is cut short"));
+    // It would be trained on.
+    assert!(Picture::decode(short).is_ok());
+    // A mark in the middle of the pixels.
+    let mut odd = whole.clone();
+    odd[whole.len() / 2..][..4].copy_from_slice(&[0xff, 0xc1, 0, 4]);
+    assert!(Picture::check(&odd).unwrap_err().contains("JPEG image"));
+}
+
+#[test]
+fn pictures_that_would_fill_the_memory_are_refused() {
+    let png = |width, height| {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        image::GrayImage::new(width, height).write_to(&mut bytes, ImageFormat::Png).unwrap();
+        Picture::decode(bytes.get_ref()).map(drop)
+    };
+    assert_eq!(png(500, 5), Ok(()));
+    assert!(png(505, 5).unwrap_err().contains("505 x 5 pixels, expected sides of which one is at most 100 times"));
+    assert!(png(11_600, 11_600).unwrap_err().contains("expected at most 134217728 in all"));
+}
+
+#[test]
 fn what_is_no_image_or_of_no_class_is_named() {
     let folder = folder();
     let spec = job(folder.path(), &[]);
@@ -187,8 +256,10 @@ fn cifar10_is_read_in_its_binary_form() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let spec = job(folder.path(), &["data.format=cifar10"]);
-    assert!(refusal(&spec).contains("holds no data_batch_*.bin of CIFAR-10"));
+    assert!(refusal(&spec).contains("holds no data_batch_1.bin and so on of CIFAR-10"));
     cifar(at("data_batch_1.bin"), &[3, 9]);
+    // A copy does not count twice.
+    cifar(at("data_batch_2 (copy).bin"), &[0; 4]);
     cifar(at("data_batch_2.bin"), &[0; 4]);
     assert!(refusal(&spec).contains("holds no test_batch.bin of CIFAR-10"));
     cifar(at("test_batch.bin"), &[1, 2, 3, 4]);
