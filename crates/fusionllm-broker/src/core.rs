@@ -377,9 +377,8 @@ impl Core {
         if let Some(run) = self.jobs.get_mut(&job).and_then(|j| j.run.take()) {
             let key = run.key;
             for &to in &run.members {
-                let still_here = self.compnodes.release(to);
+                let still_here = self.release(to);
                 if !still_here {
-                    self.survey.left(to);
                     // It was away; should it come back, it begins anew.
                     actions.push(Action::Disconnect { to, reason: reason.to_owned() });
                 }

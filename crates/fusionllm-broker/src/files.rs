@@ -22,7 +22,8 @@ pub(crate) fn new_folder(path: &Path) -> Result<(), BrokerError> {
     private_folders(false).create(path).map_err(|e| io_error(path, e))
 }
 
-fn private_folders(recursive: bool) -> DirBuilder {
+/// How folders are made that are for their owner alone.
+pub(crate) fn private_folders(recursive: bool) -> DirBuilder {
     let mut builder = DirBuilder::new();
     builder.recursive(recursive);
     #[cfg(unix)]

@@ -112,8 +112,10 @@ pub(crate) fn metrics(step: u64, loss: f64) -> StepMetrics {
     }
 }
 
-/// Bytes that are a function of the name.
+/// Bytes that are a function of the name. A head that is stored beside a GPT-2's embedding is the same table.
 pub(crate) fn tensor_bytes(name: &str, shape: &[usize]) -> Vec<u8> {
+    let bare = name.trim_start_matches("transformer.");
+    let name = if bare == "lm_head.weight" { "wte.weight" } else { bare };
     let count: usize = shape.iter().product();
     let first = name.bytes().fold(0u32, |sum, b| sum.wrapping_mul(31).wrapping_add(b.into())) % 1000;
     (0..count).flat_map(|i| ((i as f32) + first as f32).to_le_bytes()).collect()

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::Removal;
 use super::names::{ASIDE, MANIFEST, MARK, PARTIAL, step_of};
 use super::tensor_file::io;
-use crate::files::io_error;
+use crate::files::{io_error, private_folders};
 use crate::run_dir::RunHome;
 use crate::{BrokerError, CheckpointError};
 
@@ -215,7 +215,7 @@ pub(crate) fn make_partial(path: &Path, run: &RunId) -> Result<(), BrokerError> 
     // All shards of a checkpoint come to this process: one makes the folder, the others find it marked.
     static MAKING: Mutex<()> = Mutex::new(());
     let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
-    match std::fs::create_dir(path) {
+    match private_folders(false).create(path) {
         Ok(()) => {}
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {
             let fail = |e| io_error(path, e);

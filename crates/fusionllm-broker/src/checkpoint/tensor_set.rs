@@ -94,13 +94,13 @@ impl TensorSet {
         self.places.get(name).map(|(_, stored)| stored.as_str())
     }
 
-    /// A sentence if a head is stored that is not the embedding that it is tied to.
+    /// Holds a head that is stored against the embedding that it is tied to.
     ///
     /// # Errors
-    /// [`CheckpointError`] if a file cannot be read, or which of the two counts is not known.
-    pub(crate) fn untied_head(&self, dag: &OpDag, model: &Model) -> Result<Option<String>, CheckpointError> {
+    /// [`CheckpointError`] if a file cannot be read, or the two differ: which of them counts is not known.
+    pub(crate) fn check_head(&self, dag: &OpDag, model: &Model) -> Result<(), CheckpointError> {
         let stored = self.files.iter().find(|f| f.info(HEAD).is_some());
-        let Some(head) = stored.filter(|_| dag.find_param(HEAD).is_none()) else { return Ok(None) };
+        let Some(head) = stored.filter(|_| dag.find_param(HEAD).is_none()) else { return Ok(()) };
         let embedding = model.embedding();
         let same = dag.find_param(embedding).map(|_| self.find(embedding)).transpose()?.map(|(file, stored)| {
             let of = |file: &TensorFile, name: &str| -> Result<_, CheckpointError> {
@@ -110,14 +110,13 @@ impl TensorSet {
             };
             Ok::<_, CheckpointError>(of(file, stored)? == of(head, HEAD)?)
         });
-        let differs = !same.transpose()?.unwrap_or(false);
-        if differs && !matches!(model, Model::Gpt2(_)) {
+        if !same.transpose()?.unwrap_or(false) {
             let reason = "is not the embedding, but tied to it by config.json: versions of transformers differ in which \
                           counts. Set tie_word_embeddings to false to have both, or take it out of the file";
             let (path, name, reason) = (head.path().to_owned(), HEAD.to_owned(), reason.to_owned());
             return Err(CheckpointError::Tensor { path, name, reason });
         }
-        Ok(differs.then(|| format!("`{HEAD}` is not the embedding, but tied to it by config.json: it is passed over")))
+        Ok(())
     }
 
     /// Adds all tensors of a file under their own names; the first of several of one name counts.

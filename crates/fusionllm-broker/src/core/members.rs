@@ -19,7 +19,7 @@ impl Core {
     pub(crate) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> (String, Vec<Action>) {
         let (wanted, standing) = (joining.name.clone(), joining.standing.clone());
         self.compnodes.join(connection, joining, now);
-        self.survey.joined(connection, self.compnodes.all());
+        self.survey.joined(connection, &self.compnodes, now);
         let mut actions = self.stands(connection, &wanted, standing, now);
         actions.extend(self.schedule(now));
         (self.compnodes.name(connection), self.hold(actions))
@@ -127,8 +127,8 @@ impl Core {
 
     /// The same, where that was only known after a silence.
     fn left_after(&mut self, connection: ConnectionId, reason: &str, silence: Duration, now: Duration) -> Vec<Action> {
+        self.survey.left(connection, &self.compnodes, now);
         let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
-        self.survey.left(connection);
         self.jobs.values_mut().for_each(|job| job.snapshots.gone(connection));
         if let Some(key) = gone.run.filter(|&key| self.is_awaited(key)) {
             return self.give_back(key.job, format!("CompNode `{}` vanished: {reason}", gone.name), now);
@@ -160,6 +160,14 @@ impl Core {
         }
         self.fault(key, Fault::Lost, who, silence, now);
         self.recover(key, reason, true, now)
+    }
+
+    /// A CompNode has no work any more. Whether it is still here: one that is away is given up.
+    pub(super) fn release(&mut self, connection: ConnectionId) -> bool {
+        if self.compnodes.is_away(connection) {
+            self.survey.left(connection, &self.compnodes, self.ticked.unwrap_or_default());
+        }
+        self.compnodes.release(connection)
     }
 
     /// Jobs on which nothing goes on, though all their CompNodes are alive.

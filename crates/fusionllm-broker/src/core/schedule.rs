@@ -248,9 +248,7 @@ impl Core {
     pub(super) fn plan_no_more(&mut self, job: JobId) -> bool {
         let Some((_, members)) = self.jobs.get_mut(&job).and_then(|j| j.planning.take()) else { return false };
         for member in members {
-            if !self.compnodes.release(member) {
-                self.survey.left(member);
-            }
+            self.release(member);
         }
         true
     }

@@ -175,11 +175,10 @@ impl Core {
         let Some(takeback) = self.jobs.get_mut(&job).and_then(|job| job.takeback.take()) else { return Vec::new() };
         let mut actions = Vec::new();
         for (to, _) in takeback.back.into_values() {
-            match self.compnodes.release(to) {
+            match self.release(to) {
                 true => actions.push(abort(to, takeback.key, reason)),
                 // It was away; should it come back, it begins anew.
                 false => {
-                    self.survey.left(to);
                     actions.push(Action::Disconnect { to, reason: reason.to_owned() });
                 }
             }

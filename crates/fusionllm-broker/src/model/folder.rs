@@ -118,7 +118,7 @@ fn read_weights(folder: &Path, dag: &OpDag, model: &Model) -> Result<(TensorSet,
     if !unused.is_empty() {
         unusual.push(format!("tensors of these files that the model does not use: {}", listed(&backticked(&unused))));
     }
-    unusual.extend(set.untied_head(dag, model)?);
+    set.check_head(dag, model)?;
     let notes = std::iter::once(ModelNote::Weights(format!("{first}{others}")));
     let notes = notes.chain(unusual.into_iter().map(ModelNote::Unusual)).collect();
     Ok((set, notes))

@@ -6,8 +6,10 @@ mod cifar10;
 mod folders;
 mod pixels;
 
+use std::fs::Metadata;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use fusionllm_protocol::{
     DataFingerprint, DataFormat, DataReport, DataSpec, FileFingerprint, TokenizerFingerprint, content_hash,
@@ -48,6 +50,8 @@ pub struct ImageSet {
     classes: Vec<String>,
     readable: ReadableData,
     files: Vec<FileFingerprint>,
+    /// Of files of which a part is read at a time; none of others.
+    stamps: Vec<Stamp>,
     notes: Vec<String>,
 }
 
@@ -59,6 +63,7 @@ struct Found {
     eval: Vec<Entry>,
     classes: Vec<String>,
     files: Vec<FileFingerprint>,
+    stamps: Vec<Stamp>,
 }
 
 /// What looks at files.
@@ -93,10 +98,10 @@ impl ImageSet {
             DataFormat::Cifar10 => cifar10::read(look, files, &mut left_out)?,
             _ => folders::read(look, files, &mut left_out)?,
         };
-        let Found { paths, train, eval, classes, files } = found;
+        let Found { paths, train, eval, classes, files, stamps } = found;
         let (format, readable, notes) = (spec.format, readable.clone(), left_out.notes());
         let is_private = spec.private;
-        Ok(Self { format, is_private, paths, train, eval, classes, readable, files, notes })
+        Ok(Self { format, is_private, paths, train, eval, classes, readable, files, stamps, notes })
     }
 
     /// Holds the classes against those of the model. Says what must be known otherwise.
@@ -169,8 +174,14 @@ impl ImageSet {
         let path = &self.paths[index];
         let shown = || if self.is_private { PathBuf::from(&self.files[index].name) } else { path.clone() };
         let fail = |source: std::io::Error| failed(&shown(), source);
+        // Its class is that of what the file held at the start.
+        let changed =
+            || DataError::Path { path: shown(), reason: "has changed since training began with it".to_owned() };
         let mut file = self.readable.open(path).map_err(fail)?;
         if self.format == DataFormat::Cifar10 {
+            if file.metadata().map_err(fail).map(|metadata| Stamp::of(&metadata))? != self.stamps[index] {
+                return Err(changed());
+            }
             let mut record = [0; cifar10::RECORD];
             let start = u64::from(entry.record) * cifar10::RECORD as u64;
             file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(&mut record)).map_err(fail)?;
@@ -178,7 +189,32 @@ impl ImageSet {
         }
         let mut bytes = Vec::new();
         file.take(MOST_BYTES).read_to_end(&mut bytes).map_err(fail)?;
+        if content_hash(&bytes) != self.files[index].hash {
+            return Err(changed());
+        }
         Picture::decode(&bytes).map_err(|reason| DataError::Path { path: shown(), reason })
+    }
+}
+
+/// By what a file that is written to, or another one in its place, is told from what it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    bytes: u64,
+    modified: Option<SystemTime>,
+    /// Device, number, and when either was last changed, where the system tells.
+    place: [i128; 4],
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        #[cfg(unix)]
+        let place = {
+            use std::os::unix::fs::MetadataExt;
+            [metadata.dev().into(), metadata.ino().into(), metadata.ctime().into(), metadata.ctime_nsec().into()]
+        };
+        #[cfg(not(unix))]
+        let place = [0; 4];
+        Self { bytes: metadata.len(), modified: metadata.modified().ok(), place }
     }
 }
 

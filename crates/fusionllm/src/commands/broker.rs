@@ -66,7 +66,8 @@ pub(super) async fn run(args: cli::Broker) -> anyhow::Result<()> {
 fn greet(path: &str, ticket: Option<String>) -> anyhow::Result<()> {
     render::line(&format!("The join ticket is in {path}. Copy that file to each machine that shall compute,"))?;
     render::line("readable by you alone (`scp -p` keeps it so), and run there:\n")?;
-    render::line("    fusionllm join --ticket-file join.ticket\n")?;
+    render::line("    fusionllm join --ticket-file join.ticket --data DIR\n")?;
+    render::line("DIR is what jobs may read there; a machine whose data nobody trains on needs no --data.")?;
     if let Some(ticket) = ticket {
         render::line(&format!("In one word, for `fusionllm join -`: {ticket}\n"))?;
     }

@@ -2,6 +2,7 @@
 
 use fusionllm_compnode::{ExportError, ExportFolder, export_adapters, export_hugging_face};
 
+use super::model::Trained;
 use crate::cli;
 use crate::exit::bad_input;
 use crate::outputs::Inputs;
@@ -21,7 +22,7 @@ pub(super) fn run(args: &cli::Export) -> anyhow::Result<()> {
         Some(adapters) if !args.merge => {
             let written = export_adapters((&folder, &model.origin), &model.dag, model.tensors, adapters);
             written.map_err(export_error)?;
-            return said(args, &folder, &model.origin, "the adapters to ");
+            return said(args, &folder, (&model.origin, model.trained.as_ref()), "the adapters to ");
         }
         Some(_) => model = model.merged()?,
         None if args.merge => {
@@ -37,13 +38,20 @@ pub(super) fn run(args: &cli::Export) -> anyhow::Result<()> {
     let written =
         export_hugging_face((&folder, of), &model.dag, &config, model.tensors, &model.tokenizer, &model.carried);
     written.map_err(export_error)?;
-    said(args, &folder, of, "")
+    said(args, &folder, (of, model.trained.as_ref()), "")
 }
 
-/// Says what was written.
-fn said(args: &cli::Export, folder: &ExportFolder, of: &str, what: &str) -> anyhow::Result<()> {
+/// Says what was written, and from which checkpoint.
+fn said(
+    args: &cli::Export,
+    folder: &ExportFolder,
+    (of, trained): (&str, Option<&Trained>),
+    what: &str,
+) -> anyhow::Result<()> {
     let replaced = if folder.holds_export_of(of) { ", in place of an earlier export of the same" } else { "" };
-    render::line(&format!("wrote {what}{}{replaced}", args.dir.display()))
+    let from = |Trained { step, folder }: &Trained| format!(" from {} (step {step})", folder.display());
+    let from = trained.map(from).unwrap_or_default();
+    render::line(&format!("wrote {what}{}{replaced}{from}", args.dir.display()))
 }
 
 fn export_error(error: ExportError) -> anyhow::Error {

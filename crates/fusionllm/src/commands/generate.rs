@@ -7,7 +7,7 @@ use fusionllm_compnode::{Generator, SamplingSpec, open_device};
 use fusionllm_graph::{Model, OpDag};
 use fusionllm_protocol::clean_lines;
 
-use super::model::TrainedModel;
+use super::model::{Trained, TrainedModel};
 use crate::cli;
 use crate::exit::{bad_input, refused};
 use crate::render;
@@ -32,13 +32,17 @@ pub(super) fn run(args: &cli::Generate) -> anyhow::Result<()> {
         return Err(bad_input(format!("{what} is a model of images, which writes no text: give a language model")));
     }
     let ids = prompt_ids(&model, &args.prompt)?;
+    let step = model.trained.as_ref().map(|trained| trained.step);
     let note = length_note(&model.dag, ids.len(), sampling.tokens);
+    if let Some(Trained { step, folder }) = &model.trained {
+        tracing::info!(step, folder = %folder.display(), "the model of a checkpoint");
+    }
     let text = write(model, &ids, sampling, &args.device)?;
     if let Some(note) = note {
         tracing::warn!("{note}");
     }
     if args.json {
-        render::json(&serde_json::json!({ "prompt": args.prompt, "text": text }), true)
+        render::json(&serde_json::json!({ "prompt": args.prompt, "text": text, "step": step }), true)
     } else {
         let text = format!("{}{text}", args.prompt);
         // A file gets what the model wrote; a terminal would act on some of it.

@@ -1,7 +1,7 @@
 //! A trained model from a checkpoint, a run directory or a Hugging Face folder.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -21,10 +21,18 @@ pub(super) struct TrainedModel {
     pub(super) tokenizer: Tokenizer,
     /// Which run or folder it is of, in words.
     pub(super) origin: String,
+    /// Steps that it was trained for, and where the checkpoint lies; nothing of a Hugging Face folder.
+    pub(super) trained: Option<Trained>,
     /// What else lay in the Hugging Face folder that it came from.
     pub(super) carried: Arc<BTreeMap<String, String>>,
     /// What is known of its adapters, if it has any.
     pub(super) adapters: Option<AdapterOrigin>,
+}
+
+/// The checkpoint that a model is from.
+pub(super) struct Trained {
+    pub(super) step: u64,
+    pub(super) folder: PathBuf,
 }
 
 impl TrainedModel {
@@ -68,7 +76,8 @@ pub(super) fn open_trained(path: &Path, tokenizer: Option<&Path>) -> anyhow::Res
     let base = dag.without_lora();
     let adapters = base.as_ref().map(|_| adapter_origin(&checkpoint.manifest().job, &carried));
     let config = family(base.as_ref().unwrap_or(&dag), &carried);
-    Ok(TrainedModel { config, dag, tensors, tokenizer, origin, carried, adapters })
+    let trained = Some(Trained { step: checkpoint.manifest().step, folder: checkpoint.path().to_owned() });
+    Ok(TrainedModel { config, dag, tensors, tokenizer, origin, trained, carried, adapters })
 }
 
 /// What is known of the adapters of a run: by the folder that they came from, else by the job.
@@ -177,7 +186,7 @@ fn open_hugging_face(path: &Path, tokenizer: Option<&Path>) -> anyhow::Result<Tr
     };
     let origin = real(path);
     let (dag, config, carried) = (model.dag, model.config, model.carried);
-    Ok(TrainedModel { dag, config, tensors, tokenizer, origin, carried, adapters: None })
+    Ok(TrainedModel { dag, config, tensors, tokenizer, origin, trained: None, carried, adapters: None })
 }
 
 /// A path without links, for people.

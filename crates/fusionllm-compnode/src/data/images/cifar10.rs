@@ -5,7 +5,7 @@ use std::io::Read;
 use fusionllm_protocol::{ContentHasher, FileFingerprint};
 
 use super::pixels::Picture;
-use super::{Entry, Found, Look, failed, for_people, number};
+use super::{Entry, Found, Look, Stamp, failed, for_people, number};
 use crate::DataError;
 use crate::data::files::{LeftOut, TextFile, shown};
 
@@ -42,7 +42,7 @@ pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut)
             continue;
         }
         let index = number(found.paths.len());
-        let (classes, hash) = classes_of(look, &file)?;
+        let (classes, hash, stamp) = classes_of(look, &file)?;
         let entries = (0..).zip(&classes).map(|(record, &class)| Entry { file: index, record, class: class.into() });
         if is_held_out {
             found.eval.extend(entries)
@@ -53,6 +53,7 @@ pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut)
         let (name, train_bytes) = (shown(&file.name, look.spec.private), if is_held_out { 0 } else { bytes });
         found.files.push(FileFingerprint { name, bytes, train_bytes, hash });
         found.paths.push(file.path);
+        found.stamps.push(stamp);
     }
     let paths = || look.spec.path.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join("; ");
     match (found.train.is_empty(), found.eval.is_empty()) {
@@ -62,11 +63,13 @@ pub(super) fn read(look: Look<'_>, files: Vec<TextFile>, left_out: &mut LeftOut)
     }
 }
 
-/// The class of each image of a file, and the hash of its content.
-fn classes_of(look: Look<'_>, file: &TextFile) -> Result<(Vec<u8>, String), DataError> {
+/// The class of each image of a file, the hash of its content, and by what a change of it is known.
+fn classes_of(look: Look<'_>, file: &TextFile) -> Result<(Vec<u8>, String, Stamp), DataError> {
     let path = for_people(file, look.spec);
     let wrong = |reason: String| DataError::Path { path: path.clone(), reason };
     let mut open = look.readable.open(&file.path).map_err(|e| failed(&path, e))?;
+    // Before what is read, so that a change meanwhile is seen too.
+    let stamp = open.metadata().map(|metadata| Stamp::of(&metadata)).map_err(|e| failed(&path, e))?;
     let (mut classes, mut hash, mut part) = (Vec::new(), ContentHasher::default(), Vec::new());
     loop {
         part.clear();
@@ -96,5 +99,5 @@ fn classes_of(look: Look<'_>, file: &TextFile) -> Result<(Vec<u8>, String), Data
     if classes.is_empty() {
         return Err(wrong("is empty, expected images of CIFAR-10".to_owned()));
     }
-    Ok((classes, hash.finish()))
+    Ok((classes, hash.finish(), stamp))
 }
