@@ -77,6 +77,8 @@ pub(crate) struct Core {
     jobs: BTreeMap<JobId, Job>,
     /// When the last tick was.
     ticked: Option<Duration>,
+    /// Names, by key, of CompNodes that were to leave and were lost before their work had moved.
+    lost_leaving: BTreeMap<[u8; 32], String>,
     /// How many placements were asked for so far: each has a number.
     plans: u64,
     /// Starts asked to be read.
@@ -238,6 +240,7 @@ impl Core {
             trouble: self
                 .trouble()
                 .map(|reason| format!("the broker takes no jobs, it cannot write its state: {reason}")),
+            lost_leaving: self.lost_leaving.values().cloned().collect(),
         }
     }
 

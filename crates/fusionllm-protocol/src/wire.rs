@@ -132,6 +132,7 @@ mod tests {
                 compnodes: Vec::new(),
                 relayed: Vec::new(),
                 trouble: None,
+                lost_leaving: Vec::new(),
             }),
         ] {
             assert_eq!(decode::<ToClient>(&encode(&message).unwrap()).unwrap(), message);
@@ -163,6 +164,7 @@ mod tests {
             compnodes: vec![compnode],
             relayed: Vec::new(),
             trouble: None,
+            lost_leaving: Vec::new(),
         });
         let ToClient::Status(report) = decode_clean(&encode(&report).unwrap()).unwrap() else { panic!() };
         let (job, node) = (&report.jobs[0], &report.compnodes[0]);

@@ -18,9 +18,15 @@ impl Core {
     /// A CompNode joins. Gives its name here.
     pub(crate) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) -> (String, Vec<Action>) {
         let (wanted, standing) = (joining.name.clone(), joining.standing.clone());
+        let was_to_leave = self.lost_leaving.remove(&joining.key).is_some();
         self.compnodes.join(connection, joining, now);
         self.survey.joined(connection, &self.compnodes, now);
+        // The process that was to leave and was held up; another one that somebody has started since may stay.
+        let leaves = was_to_leave && standing.is_some();
         let mut actions = self.stands(connection, &wanted, standing, now);
+        if leaves {
+            actions.extend(self.leaves(connection, now));
+        }
         actions.extend(self.schedule(now));
         (self.compnodes.name(connection), self.hold(actions))
     }
@@ -128,7 +134,11 @@ impl Core {
     /// The same, where that was only known after a silence.
     fn left_after(&mut self, connection: ConnectionId, reason: &str, silence: Duration, now: Duration) -> Vec<Action> {
         self.survey.left(connection, &self.compnodes, now);
+        let (key, was_to_leave) = (self.compnodes.key(connection), self.compnodes.is_leaving(connection));
         let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
+        if was_to_leave && gone.run.is_some() {
+            self.lost_leaving.insert(key, gone.name.clone());
+        }
         self.jobs.values_mut().for_each(|job| job.snapshots.gone(connection));
         if let Some(key) = gone.run.filter(|&key| self.is_awaited(key)) {
             return self.give_back(key.job, format!("CompNode `{}` vanished: {reason}", gone.name), now);

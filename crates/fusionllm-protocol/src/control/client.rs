@@ -121,6 +121,9 @@ pub struct StatusReport {
     /// Why the broker takes no jobs at present.
     #[serde(default)]
     pub trouble: Option<String>,
+    /// Names of CompNodes that were to leave and gave no sign of life before their work had moved.
+    #[serde(default)]
+    pub lost_leaving: Vec<String>,
 }
 
 /// One job in a status report.

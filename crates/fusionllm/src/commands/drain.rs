@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::bail;
 use fusionllm_protocol::{ClientRequest, JobState, StatusReport, ToClient};
 use tokio::time::sleep;
 
@@ -19,10 +20,11 @@ pub(super) async fn run(args: cli::DrainCompNode) -> anyhow::Result<()> {
     client.request(&ClientRequest::Drain { compnode: name.clone() }).await?;
     let mut interrupts = Interrupts::new();
     let mut jobs = Vec::new();
-    let (mut told, mut worked_on) = (String::new(), None);
+    let (mut told, mut worked_on, mut is_lost) = (String::new(), None, false);
     loop {
         let ToClient::Status(report) = client.request(&ClientRequest::Status).await? else { break };
         let Some(waits) = still_here(&report, &name) else {
+            is_lost = report.lost_leaving.contains(&name);
             jobs = report.jobs;
             break;
         };
@@ -41,6 +43,12 @@ pub(super) async fn run(args: cli::DrainCompNode) -> anyhow::Result<()> {
         }
     }
     client.close().await;
+    if is_lost {
+        bail!(
+            "`{name}` gives no sign of life and counts as lost; its work was not moved before, so others do again what it had \
+             done since the last snapshots. It leaves if it comes back"
+        );
+    }
     render::line(&format!("`{name}` has left"))?;
     // Where nobody is there to take the work, it stands still.
     let its = jobs.iter().find(|job| Some(job.job) == worked_on);

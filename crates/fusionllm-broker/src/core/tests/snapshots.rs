@@ -272,6 +272,23 @@ fn who_has_no_work_may_leave_at_once_and_gets_none() {
     assert!(refused.is_bad_input());
 }
 
+/// Nobody may take one for gone in order that went before its work had moved. If it was only held up, it leaves then.
+#[test]
+fn who_is_lost_while_it_is_to_leave_is_told_apart_from_who_has_left() {
+    let mut core = with_snapshots();
+    do_step(&mut core, KEY, &[1, 2], 9);
+    core.drain("b", NOW).unwrap();
+    assert_eq!(core.status().lost_leaving, Vec::<String>::new());
+    core.lost("b", "no heartbeat", NOW);
+    assert_eq!(core.status().lost_leaving, ["b"]);
+    // The same process is back, at work on what it had.
+    let standing = Standing { key: KEY, placement: "x".to_owned(), kept_from: 9, done: 9, settled: 0, halts: false };
+    let joining = Joining { standing: Some(standing), ..joining("b") };
+    core.join(ConnectionId(3), joining, NOW);
+    assert_eq!(core.status().lost_leaving, Vec::<String>::new());
+    assert!(core.compnodes.is_leaving(ConnectionId(3)));
+}
+
 /// If one cannot make its part, the others stand still already: the job moves with what was kept before.
 #[test]
 fn a_move_without_a_snapshot_goes_back_to_the_one_before() {

@@ -160,7 +160,7 @@ fn what_a_file_has_besides_is_said() {
     let head = folder.tensors.len() - 1;
     folder.tensors[head].1[0] += 1;
     testing::write_tensors(&folder.path(WEIGHTS), &folder.tensors);
-    assert!(folder.error().contains("`lm_head.weight`: is not the embedding, but tied to it"), "{}", folder.error());
+    assert!(folder.error().contains("`lm_head.weight` is not the embedding, but tied to it"), "{}", folder.error());
     folder.tensors[head].1[0] -= 1;
 
     folder.tensors.push(("wte.weight".to_owned(), embedding.1));
