@@ -118,6 +118,22 @@ pub enum BrokerError {
         /// What the operating system says.
         source: std::io::Error,
     },
+    /// What a run would write there has longer paths than the system has.
+    #[error("{path} is a path of {bytes} bytes, expected at most {most}: files of a run lie below it", path = path.display())]
+    LongPath {
+        /// The folder.
+        path: PathBuf,
+        /// Its length.
+        bytes: usize,
+        /// The longest one for a folder of runs or checkpoints.
+        most: usize,
+    },
+    /// The name of a folder that others must be told of is no text.
+    #[error("{path} is not UTF-8, give a folder whose name is", path = path.display())]
+    NotUtf8 {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A run would write where it reads.
     #[error("{path} is the job's model.path too, give another folder to write to", path = path.display())]
     NotItsOwn {

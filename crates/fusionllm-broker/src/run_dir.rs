@@ -238,10 +238,21 @@ pub fn check_run_folders(run_dir: &Path, spec: &JobSpec) -> Result<(), BrokerErr
             result => result?,
         }
         let place = std::path::absolute(folder).map_err(|e| io_error(folder, e))?;
+        let (bytes, path) = (place.as_os_str().len(), || folder.to_owned());
+        if bytes > MOST_PATH_BYTES {
+            return Err(BrokerError::LongPath { path: path(), bytes, most: MOST_PATH_BYTES });
+        }
+        if place.to_str().is_none() {
+            return Err(BrokerError::NotUtf8 { path: path() });
+        }
         check_writable(folder_above(&place).unwrap_or(&place))?;
     }
     Ok(())
 }
+
+/// Longest path of a folder in which a run or its checkpoints lie: names of files in them are shorter than the 256 bytes that
+/// are left of the 4096 that systems have.
+const MOST_PATH_BYTES: usize = 4096 - 256;
 
 /// Whether folders can be made in a folder: some file systems take none, though anybody may list them. One is made, and
 /// removed at once.
@@ -309,6 +320,20 @@ mod tests {
             assert!(error.is_bad_input() && error.to_string().starts_with("nothing can be made in /"), "{error}");
         }
         assert!(!run_dir.exists());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_whose_path_would_fail_a_run_later_is_refused() {
+        use std::os::unix::ffi::OsStrExt;
+
+        let (folder, spec) = (tempfile::tempdir().unwrap(), crate::testing::spec(&[]));
+        let odd = folder.path().join(std::ffi::OsStr::from_bytes(b"\xff"));
+        let error = check_run_folders(&odd, &spec).unwrap_err();
+        assert!(error.is_bad_input() && error.to_string().contains("is not UTF-8, give a folder"), "{error}");
+        let deep: PathBuf = std::iter::repeat_n("f".repeat(250), 16).collect();
+        let error = check_run_folders(&folder.path().join(deep), &spec).unwrap_err();
+        assert!(error.is_bad_input() && error.to_string().contains("expected at most 3840"), "{error}");
     }
 
     #[test]

@@ -104,6 +104,12 @@ pub(crate) fn check_folder_of(option: &str, path: &Path) -> anyhow::Result<()> {
 
 /// Whether this is a folder, or one can be made there.
 pub(crate) fn check_folder(option: &str, path: &Path) -> anyhow::Result<()> {
+    if std::path::absolute(path).is_ok_and(|place| place.to_str().is_none()) {
+        let path = path.display();
+        return Err(bad_input(format!(
+            "{option} {path} lies in a folder whose name is not UTF-8, give one whose name is"
+        )));
+    }
     match no_folder_above(path) {
         None => Ok(()),
         Some(above) if above == path => Err(bad_input(format!("{option} {} is no folder, give one", path.display()))),

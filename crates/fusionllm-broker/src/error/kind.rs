@@ -73,6 +73,8 @@ impl BrokerError {
             | Self::DoesNotSurvive { .. }
             | Self::JobState { .. }
             | Self::NotWritable { .. }
+            | Self::LongPath { .. }
+            | Self::NotUtf8 { .. }
             | Self::Unreadable { .. }
             | Self::Private(PrivateError::NotRegular { .. } | PrivateError::NotText { .. })
             | Self::Identity(IdentityError::Malformed { .. })

@@ -25,6 +25,9 @@ pub(super) fn read(path: &Path, overrides: &[String]) -> anyhow::Result<JobSpec>
     let mut spec = JobSpec::from_toml(&text, overrides).map_err(|e| fail(&e))?;
     let absolute = std::path::absolute(path).map_err(|e| fail(&e))?;
     if let Some(folder) = absolute.parent() {
+        if folder.to_str().is_none() {
+            return Err(fail(&"lies in a folder whose name is not UTF-8, which a job's paths cannot have"));
+        }
         spec.resolve_paths(folder);
     }
     let takes_sizes = spec.model.name.as_deref().is_some_and(|name| Gpt2Config::named(name).is_some());
