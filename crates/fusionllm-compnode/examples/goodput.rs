@@ -139,7 +139,7 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
             compnodes: vec!["sender".to_owned(), "receiver".to_owned()],
             stages: vec![stage(0), stage(1)],
             edges: vec![edge(BULK, elements), edge(REPORTS, 1)],
-            tied: Vec::new(),
+            shared: Vec::new(),
             pipeline: Pipeline::OneFOneB,
             train: pass.clone(),
             eval: pass,

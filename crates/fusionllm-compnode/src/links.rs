@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
-use fusionllm_planner::{NodeIndex, Placement, Route, TIED_WINDOW};
+use fusionllm_planner::{NodeIndex, Placement, Route, SHARED_WINDOW};
 use fusionllm_protocol::{
     Assignment, Cadence, Channel, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, RunKey, encoded_len,
 };
@@ -248,7 +248,7 @@ impl JobLinks {
     /// Messages of a channel that are encoded and not yet taken by the receiver's task loop, at the most.
     fn window(&self, channel: Channel) -> usize {
         match channel {
-            Channel::Tied { .. } => TIED_WINDOW as usize,
+            Channel::Shared { .. } => SHARED_WINDOW as usize,
             _ => self.placement.window() as usize,
         }
     }
@@ -256,7 +256,7 @@ impl JobLinks {
     /// Messages of a channel that wait to be encoded, at the most.
     fn queued(&self, channel: Channel) -> usize {
         match channel {
-            Channel::Tied { .. } => 1,
+            Channel::Shared { .. } => 1,
             _ => self.placement.window() as usize,
         }
     }

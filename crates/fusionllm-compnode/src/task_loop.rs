@@ -5,7 +5,7 @@
 
 mod borders;
 mod pauses;
-mod tied;
+mod shared;
 mod update;
 
 use std::collections::BTreeMap;
@@ -110,7 +110,7 @@ pub struct TaskLoop {
     busy: Duration,
     live_max: usize,
     log: StepLog,
-    tied: tied::TiedGradients,
+    shared: shared::SharedGradients,
 }
 
 impl std::fmt::Debug for TaskLoop {
@@ -147,7 +147,7 @@ impl TaskLoop {
             busy: Duration::ZERO,
             live_max: 0,
             log: StepLog::default(),
-            tied: tied::TiedGradients::default(),
+            shared: shared::SharedGradients::default(),
         }
     }
 
@@ -184,7 +184,7 @@ impl TaskLoop {
     fn restore_residuals(&mut self) {
         for (channel, residual) in std::mem::take(&mut self.plan.residuals) {
             match channel {
-                Channel::Tied { param, .. } => self.restore_tied_residual(param, residual),
+                Channel::Shared { id, .. } => self.restore_shared_residual(id, residual),
                 _ => self.exchange.restore_residual(channel, residual),
             }
         }
@@ -194,7 +194,7 @@ impl TaskLoop {
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
         let mut residuals =
             if self.plan.spec.compression.error_feedback { self.exchange.residuals()? } else { Vec::new() };
-        residuals.extend(self.tied_residuals()?);
+        residuals.extend(self.shared_residuals()?);
         Ok(residuals)
     }
 
@@ -250,7 +250,7 @@ impl TaskLoop {
                     let micro_batch = MicroBatch { step, pass, index: micro_batch };
                     self.backward(stage, micro_batch, task, 1.0 / f64::from(plan.micro_batches))?;
                     if last_bp == Some(position) {
-                        self.send_tied_gradients(step)?;
+                        self.send_shared_gradients(step)?;
                     }
                 }
                 Task::Wg { stage, micro_batch } => self.make_up_for(stage, micro_batch)?,

@@ -1,4 +1,4 @@
-//! From segments to a placement: its edges, its tied parameters, its task orders.
+//! From segments to a placement: its edges, its shared parameters, its task orders.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,8 +7,8 @@ use fusionllm_graph::{OpDag, OpId, ParamId};
 
 use crate::pipeline::{OrderSpec, eval_orders, train_orders};
 use crate::{
-    Cluster, EdgeId, NodeIndex, PassPlan, Placement, PlacementSpec, PlanError, Segment, Stage, StageEdge, StageId,
-    TiedParam,
+    Cluster, EdgeId, NodeIndex, PassPlan, Placement, PlacementSpec, PlanError, Segment, Shared, SharedId, Stage,
+    StageEdge, StageId,
 };
 
 /// The placement of given segments on the CompNodes of a cluster, with its edges and task orders. FP and BP of a
@@ -42,12 +42,12 @@ pub(crate) fn assemble(
     }
     let train = train_orders(&stages, &edges, count, &order)?;
     let eval = eval_orders(&stages, &edges, count, spec.eval_micro_batches)?;
-    let tied = tied_params(dag, &stages);
+    let shared = shared_params(dag, &stages);
     Ok(Placement {
         compnodes,
         stages,
         edges,
-        tied,
+        shared,
         pipeline: spec.pipeline,
         train: PassPlan { micro_batches: spec.micro_batches, orders: train },
         eval: PassPlan { micro_batches: spec.eval_micro_batches, orders: eval },
@@ -82,7 +82,7 @@ fn stage_edges(dag: &OpDag, stages: &[Stage], codec: Codec, batch: usize) -> Vec
         .collect()
 }
 
-fn tied_params(dag: &OpDag, stages: &[Stage]) -> Vec<TiedParam> {
+fn shared_params(dag: &OpDag, stages: &[Stage]) -> Vec<Shared> {
     let mut holders: BTreeMap<ParamId, BTreeSet<NodeIndex>> = BTreeMap::new();
     for stage in stages {
         for &op in &stage.ops {
@@ -95,8 +95,10 @@ fn tied_params(dag: &OpDag, stages: &[Stage]) -> Vec<TiedParam> {
         .into_iter()
         // Of what is not trained, all copies stay alike.
         .filter(|(param, nodes)| nodes.len() > 1 && !dag.param(*param).frozen)
-        .map(|(param, nodes)| TiedParam {
-            param,
+        .zip((0..).map(SharedId))
+        .map(|((param, nodes), id)| Shared {
+            id,
+            params: vec![param],
             holders: nodes.into_iter().collect(),
             elements: dag.param(param).elements(),
             codec: Codec::Dense,

@@ -36,6 +36,11 @@ index_type!(
     "edge"
 );
 index_type!(
+    /// Parameters that the same CompNodes hold, as one vector.
+    SharedId,
+    "shared parameter"
+);
+index_type!(
     /// A CompNode, by its place in the placement's list.
     NodeIndex,
     "CompNode"

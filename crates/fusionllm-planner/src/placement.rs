@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use fusionllm_codec::Codec;
 use fusionllm_graph::{DType, OpDag, OpId, Param, ParamId};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::estimate::training_bytes;
-use crate::{EdgeId, NodeIndex, Pipeline, Route, StageId, Task, Way};
+use crate::{EdgeId, NodeIndex, Pipeline, Route, SharedId, StageId, Task, Way};
 
 /// A contiguous piece of the topological order on one CompNode.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,14 +52,19 @@ pub struct StageEdge {
     pub gradient_codec: Codec,
 }
 
-/// A parameter that more than one CompNode holds; their gradients are summed before UPDATE.
+/// Parameters that the same CompNodes hold, more than one; the holders' gradients are summed before UPDATE, as one vector
+/// of all elements in the order of the parameters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TiedParam {
-    /// The parameter that several stages use.
-    pub param: ParamId,
-    /// Who holds it, ascending. The first one counts it in the global norm.
+pub struct Shared {
+    /// Its number: its place in [`Placement::shared`].
+    #[serde(default = "unnumbered")]
+    pub id: SharedId,
+    /// The parameters, ascending; at least one.
+    #[serde(alias = "param", deserialize_with = "one_or_several")]
+    pub params: Vec<ParamId>,
+    /// Who holds them, ascending. The first one counts them in the global norm.
     pub holders: Vec<NodeIndex>,
-    /// How many elements it has.
+    /// How many elements they have together.
     pub elements: u64,
     /// How each holder's gradient is encoded: plain or quantized, without memory of earlier messages.
     pub codec: Codec,
@@ -84,13 +89,46 @@ pub struct Placement {
     /// What flows between stages.
     pub edges: Vec<StageEdge>,
     /// Parameters held more than once.
-    pub tied: Vec<TiedParam>,
+    #[serde(alias = "tied", deserialize_with = "numbered")]
+    pub shared: Vec<Shared>,
     /// How FP and BP alternate in a training step.
     pub pipeline: Pipeline,
     /// Task orders of a training step.
     pub train: PassPlan,
     /// Task orders of an evaluation pass.
     pub eval: PassPlan,
+}
+
+/// Until [`numbered`] gives it its number.
+fn unnumbered() -> SharedId {
+    SharedId(0)
+}
+
+/// Shared parameters with their places as numbers: placements that were stored before protocol 18 have none.
+fn numbered<'de, D: Deserializer<'de>>(stored: D) -> Result<Vec<Shared>, D::Error> {
+    let mut all = Vec::<Shared>::deserialize(stored)?;
+    for (id, shared) in (0..).map(SharedId).zip(&mut all) {
+        shared.id = id;
+    }
+    Ok(all)
+}
+
+/// The parameters; placements that were stored before protocol 18 have one instead of a list.
+fn one_or_several<'de, D: Deserializer<'de>>(stored: D) -> Result<Vec<ParamId>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        One(ParamId),
+        Several(Vec<ParamId>),
+    }
+    // What is sent is no text, and says nothing of its form.
+    if !stored.is_human_readable() {
+        return Vec::deserialize(stored);
+    }
+    Ok(match Form::deserialize(stored)? {
+        Form::One(param) => vec![param],
+        Form::Several(params) => params,
+    })
 }
 
 impl StageEdge {

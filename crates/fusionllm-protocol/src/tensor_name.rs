@@ -55,8 +55,9 @@ pub enum TensorName<'a> {
         /// The first op of the stage that consumes it.
         consumer: &'a str,
     },
-    /// What error feedback holds back of a tied parameter's gradient: `residual.tied.PARAMETER@OP`.
-    TiedResidual {
+    /// What error feedback holds back of a shared parameter's gradient: `residual.tied.PARAMETER@OP`, as checkpoints have
+    /// named it from the beginning.
+    SharedResidual {
         /// Name of the parameter.
         param: &'a str,
         /// The first op of the sender that uses it.
@@ -83,7 +84,7 @@ impl fmt::Display for TensorName<'_> {
                 };
                 write!(f, "{RESIDUAL}{way}.{producer}>{consumer}")
             }
-            Self::TiedResidual { param, op } => write!(f, "{RESIDUAL}tied.{param}@{op}"),
+            Self::SharedResidual { param, op } => write!(f, "{RESIDUAL}tied.{param}@{op}"),
         }
     }
 }
@@ -98,9 +99,9 @@ mod tests {
         assert_eq!(state.to_string(), "optimizer.exp_avg_sq.transformer.wte.weight");
         let residual = TensorName::Residual { way: Way::Gradient, producer: "h.0.add_2", consumer: "h.1.ln_1" };
         assert_eq!(residual.to_string(), "residual.gradient.h.0.add_2>h.1.ln_1");
-        let tied = TensorName::TiedResidual { param: "transformer.wte.weight", op: "lm_head" };
-        assert_eq!(tied.to_string(), "residual.tied.transformer.wte.weight@lm_head");
-        assert!(TensorName::is_residual(&tied.to_string()) && !TensorName::is_residual(&state.to_string()));
+        let shared = TensorName::SharedResidual { param: "transformer.wte.weight", op: "lm_head" };
+        assert_eq!(shared.to_string(), "residual.tied.transformer.wte.weight@lm_head");
+        assert!(TensorName::is_residual(&shared.to_string()) && !TensorName::is_residual(&state.to_string()));
         assert_eq!(TensorName::Param("transformer.wte.weight").to_string(), "transformer.wte.weight");
     }
 }

@@ -373,7 +373,7 @@ impl Run {
         let reports = self.reports.remove(&step)?;
         self.merged = step;
         let traces: Option<Vec<StepTrace>> = reports.values().map(|r| r.trace.clone()).collect();
-        let traced = traces.map(|traces| measured_step(&self.placement, &traces));
+        let traced = traces.map(|traces| measured_step(&traces));
         let changes = self.adapt(step, &reports);
         let reports = || reports.values();
         let metrics = StepMetrics {
