@@ -18,16 +18,16 @@ fn name_of_edge(dag: &OpDag, placement: &Placement, channel: Channel) -> Option<
         Channel::Shared { .. } | Channel::NormPart { .. } | Channel::NormTotal { .. } => return None,
     };
     let edge = placement.edges.get(id.index())?;
-    let first = placement.stages.get(edge.to.index())?.ops.first()?;
-    let (producer, consumer) = (&dag.op(edge.op).name, &dag.op(*first).name);
-    Some(TensorName::Residual { way, producer, consumer }.to_string())
+    let stage = placement.stages.get(edge.to.index())?;
+    let (group, producer, consumer) = (stage.group, &dag.op(edge.op).name, &dag.op(*stage.ops.first()?).name);
+    Some(TensorName::Residual { group, way, producer, consumer }.to_string())
 }
 
 /// The name of what is held back of a shared parameter's gradient at a holder.
 fn name_of_param(dag: &OpDag, placement: &Placement, param: ParamId, from: NodeIndex) -> Option<String> {
-    let mut ops = placement.stages_of(from).flat_map(|stage| &stage.ops);
-    let first = ops.find(|op| dag.op(**op).params.contains(&param))?;
-    let name = TensorName::SharedResidual { param: &dag.param(param).name, op: &dag.op(*first).name };
+    let mut ops = placement.stages_of(from).flat_map(|stage| stage.ops.iter().map(|&op| (stage.group, op)));
+    let (group, first) = ops.find(|(_, op)| dag.op(*op).params.contains(&param))?;
+    let name = TensorName::SharedResidual { group, param: &dag.param(param).name, op: &dag.op(first).name };
     Some(name.to_string())
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use fusionllm_graph::{DType, OpDag, OpKind, ParamId};
 
-use crate::{NodeIndex, Placement, Shared, SharedId};
+use crate::{NodeIndex, Placement, Shared, SharedId, Stage};
 
 /// Elements of a piece, nearly: 2 MiB of f32.
 const PIECE_ELEMENTS: usize = 1 << 19;
@@ -125,23 +125,30 @@ impl Placement {
         (shared.codec.is_lossless() && self.lookups(dag, table, holder).is_some()).then_some(table)
     }
 
-    /// How many tokens of a sequence a CompNode looks up in a parameter, all its ops together; nothing if it uses the
-    /// parameter in another way too.
-    fn lookups(&self, dag: &OpDag, param: ParamId, node: NodeIndex) -> Option<u64> {
-        let ops = self.stages_of(node).flat_map(|s| &s.ops).filter_map(|op| dag.ops().get(op.index()));
-        let mut tokens = 0;
-        for op in ops.filter(|op| op.params.contains(&param)) {
-            let OpKind::Embedding { .. } = op.kind else { return None };
-            tokens += op.inputs.iter().map(|&ids| dag.op(ids).output.shape.elements(1)).sum::<u64>();
-        }
-        Some(tokens)
+    /// By stage of a CompNode, how many tokens of a sequence it looks up in a parameter, all its ops together; nothing if
+    /// the CompNode uses the parameter in another way too.
+    fn lookups(&self, dag: &OpDag, param: ParamId, node: NodeIndex) -> Option<Vec<(&Stage, u64)>> {
+        let of_stage = |stage: &Stage| {
+            let ops = stage.ops.iter().filter_map(|op| dag.ops().get(op.index()));
+            let mut tokens = 0;
+            for op in ops.filter(|op| op.params.contains(&param)) {
+                let OpKind::Embedding { .. } = op.kind else { return None };
+                tokens += op.inputs.iter().map(|&ids| dag.op(ids).output.shape.elements(1)).sum::<u64>();
+            }
+            Some(tokens)
+        };
+        self.stages_of(node).map(|stage| Some((stage, of_stage(stage)?))).collect()
     }
 
     /// The rows that a holder sends in a step at the most, if it sends only rows.
     pub(crate) fn most_rows(&self, dag: &OpDag, shared: &Shared, holder: NodeIndex, batch: usize) -> Option<u64> {
-        let tokens = self.lookups(dag, self.sends_rows(dag, shared, holder)?, holder)?;
+        let lookups = self.lookups(dag, self.sends_rows(dag, shared, holder)?, holder)?;
+        let in_step = |&(stage, tokens): &(&Stage, u64)| match tokens {
+            0 => 0,
+            tokens => tokens * batch as u64 * self.train.micro_batches_of(stage).len() as u64,
+        };
         let rows = Pieces::of(&shared.shape(dag)).rows() as u64;
-        Some((tokens * batch as u64 * u64::from(self.train.micro_batches)).min(rows))
+        Some(lookups.iter().map(in_step).sum::<u64>().min(rows))
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fusionllm_codec::{Codec, ElementType, Values};
 use fusionllm_graph::{OpId, ParamId};
-use fusionllm_planner::{EdgeId, PassPlan, Pipeline, Shared, SharedId, Stage, StageEdge, StageId};
+use fusionllm_planner::{EdgeId, GroupId, PassPlan, Pipeline, Shared, SharedId, Stage, StageEdge, StageId};
 use fusionllm_protocol::{Generation, JobId, JobSpec, OpDataHeader, Pass, RunKey, WeightSource, decode, encode};
 use fusionllm_transport::{AdmitAll, EndpointConfig, FrameSink, FrameSource, Identity};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -27,7 +27,7 @@ async fn endpoint() -> Endpoint {
 
 /// Node `node` of two stages with an edge between them, 3 micro-batches, steps 2 to 9, an evaluation every 4.
 fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
-    let stage = |n: u32| Stage { id: StageId(n), compnode: NodeIndex(n), ops: vec![OpId(n)] };
+    let stage = |n: u32| Stage { id: StageId(n), group: GroupId::FIRST, compnode: NodeIndex(n), ops: vec![OpId(n)] };
     let edge = StageEdge {
         id: EDGE,
         op: OpId(0),

@@ -3,12 +3,12 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pipeline::{OrderSpec, eval_orders, train_orders};
+use crate::pipeline::{OrderSpec, Shares, eval_orders, train_orders};
 use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, Shared, SharedId, Station, pipeline_formula};
 
 /// Textbook orders.
 fn order_spec(pipeline: Pipeline, micro_batches: u32) -> OrderSpec {
-    OrderSpec { pipeline, run_ahead: 0, micro_batches, delays: Vec::new() }
+    OrderSpec { pipeline, run_ahead: 0, shares: Shares::whole(micro_batches), delays: Vec::new() }
 }
 
 /// A chain of stages, one on each CompNode, with links of one byte per second and this latency.
@@ -16,7 +16,7 @@ fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) 
     let ids: Vec<u32> = (0..stages as u32).collect();
     let (list, edges) = crate::testing::chain(&ids);
     let train = train_orders(&list, &edges, stages, &order_spec(pipeline, micro_batches)).unwrap();
-    let eval = eval_orders(&list, &edges, stages, 1).unwrap();
+    let eval = eval_orders(&list, &edges, stages, &Shares::whole(1)).unwrap();
     let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();
     let link = LinkProfile { latency_s, bytes_per_s: 1.0 };
     let cluster = Cluster {

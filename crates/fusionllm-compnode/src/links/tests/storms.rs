@@ -30,7 +30,7 @@ const LONGEST: Duration = Duration::from_secs(300);
 fn pipeline(node: u32, peers: Vec<PeerRecord>) -> Assignment {
     let count = peers.len() as u32;
     let base = assignment(node, peers);
-    let stage = |n: u32| Stage { id: StageId(n), compnode: NodeIndex(n), ops: vec![OpId(n)] };
+    let stage = |n: u32| Stage { id: StageId(n), group: GroupId::FIRST, compnode: NodeIndex(n), ops: vec![OpId(n)] };
     let edge = |n: u32| StageEdge {
         id: EdgeId(n),
         op: OpId(n),
