@@ -24,6 +24,11 @@ use super::{Breach, ConnectionId, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};
 use means::mean_of;
 
+/// The data owner, of the members of a placement.
+pub(super) fn owner_of(members: &[ConnectionId]) -> Option<ConnectionId> {
+    members.get(NodeIndex::DATA_OWNER.index()).copied()
+}
+
 /// Names of the parameters that a CompNode holds.
 pub(super) fn param_names(dag: &OpDag, placement: &Placement, node: NodeIndex) -> Vec<String> {
     placement.params_of(dag, node).into_iter().map(|p| dag.param(p).name.clone()).collect()
