@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, Way, needs};
-use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport};
+use fusionllm_protocol::{Channel, Pass, StepReport, StepRules};
 
 use crate::border::BorderTensor;
 use crate::codec_table::CodecTable;
@@ -36,10 +36,8 @@ pub struct TrainPlan {
     pub placement: Arc<Placement>,
     /// This CompNode, by its place in the placement.
     pub node: NodeIndex,
-    /// The job, with every default filled in.
-    pub spec: JobSpec,
-    /// Updates already done.
-    pub start_step: u64,
+    /// What is done in which step.
+    pub rules: StepRules,
     /// What error feedback held back at the checkpoint.
     pub residuals: Vec<(Channel, HostTensor)>,
     /// Codecs that change while training.
@@ -167,11 +165,11 @@ impl TaskLoop {
 
     fn run_steps(&mut self, sink: &mut dyn JobSink) -> Result<(), CompNodeError> {
         self.restore_residuals();
-        for step in self.plan.start_step..self.plan.spec.train.steps {
+        for step in self.plan.rules.steps.clone() {
             let report = self.step(step)?;
             let done = report.step;
             sink.step(report)?;
-            if self.plan.spec.checkpoints().is_due(done) {
+            if self.plan.rules.checkpoints.is_due(done) {
                 sink.checkpoint(done, self)?;
             }
             if sink.wants_snapshot(done)? {
@@ -192,8 +190,7 @@ impl TaskLoop {
 
     /// What error feedback holds back here, for a checkpoint.
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
-        let mut residuals =
-            if self.plan.spec.compression.error_feedback { self.exchange.residuals()? } else { Vec::new() };
+        let mut residuals = if self.plan.rules.error_feedback { self.exchange.residuals()? } else { Vec::new() };
         residuals.extend(self.shared_residuals()?);
         Ok(residuals)
     }
@@ -203,7 +200,7 @@ impl TaskLoop {
         let began = Instant::now();
         self.busy = Duration::ZERO;
         self.live_max = 0;
-        self.log.begin(step, self.plan.start_step, self.plan.spec.train.steps);
+        self.log.begin(step, self.plan.rules.steps.start, self.plan.rules.steps.end);
         let placement = Arc::clone(&self.plan.placement);
         let Scores { loss, .. } = self.pass(&placement.train, Pass::Train, step)?;
         let (lr, grad_norm) = self.update(step)?;
@@ -211,7 +208,7 @@ impl TaskLoop {
         let busy_s = self.busy.as_secs_f64();
         let trace = self.log.end();
         let done = step + 1;
-        let found = if self.plan.spec.evaluations().is_due(done) {
+        let found = if self.plan.rules.evaluations.is_due(done) {
             self.pass(&placement.eval, Pass::Eval, step)?
         } else {
             Scores::default()
@@ -267,9 +264,9 @@ impl TaskLoop {
 
     /// Something is no number any more. Before the first update the learning rate cannot be why.
     fn not_finite(&self, what: &'static str, value: f64, step: u64) -> CompNodeError {
-        let advice = if step == self.plan.start_step {
+        let advice = if step == self.plan.rules.steps.start {
             "no update was made before it, so train.lr is not why: look at the weights and the data it starts from"
-        } else if self.plan.spec.train.clip > 0.0 {
+        } else if self.plan.rules.clip.is_some() {
             "lower train.lr, or raise train.warmup"
         } else {
             "lower train.lr, or set train.clip"

@@ -69,7 +69,7 @@ impl Core {
             let name = placement.compnodes.get(node.index())?;
             members.iter().copied().find(|&member| self.compnodes.name(member) == *name)
         };
-        let mut routes = Channel::all(placement, record.spec.train.clip > 0.0).map(|(_, route)| route);
+        let mut routes = Channel::all(placement, record.spec.train.clips()).map(|(_, route)| route);
         let cut = |Route { from, to }: Route| {
             let (a, b) = (named(from)?, named(to)?);
             self.survey.is_unreachable(a, b).then_some((a, b))

@@ -176,11 +176,12 @@ impl JobLinks {
     pub(super) fn check_place(&self, channel: Channel, last: Option<Position>, place: Position) -> Result<(), Breach> {
         let Position { step, pass, micro_batch } = place;
         let misplaced = |why: String| Err(Breach::Plan(format!("sent {place} over {channel:?}: {why}")));
-        let (first, furthest) = last.map_or((self.steps.start, self.steps.start), |last| (last.step, last.step + 1));
-        if !self.steps.contains(&step) || step < first || step > furthest {
-            return misplaced(format!("step {first} or {furthest} was due, of {}", self.steps.end));
+        let (first, furthest) =
+            last.map_or((self.rules.steps.start, self.rules.steps.start), |last| (last.step, last.step + 1));
+        if !self.rules.steps.contains(&step) || step < first || step > furthest {
+            return misplaced(format!("step {first} or {furthest} was due, of {}", self.rules.steps.end));
         }
-        let is_evaluated = self.evaluations.is_due(step + 1);
+        let is_evaluated = self.rules.evaluations.is_due(step + 1);
         let micro_batches = match (channel, pass) {
             // The numbers of rows, and the pieces in their order.
             (Channel::Shared { id, .. }, Pass::Train) => {

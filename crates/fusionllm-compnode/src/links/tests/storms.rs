@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 
 use fusionllm_transport::memory::{Network, Weather};
 use rand::{RngExt, SeedableRng};
