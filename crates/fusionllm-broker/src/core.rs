@@ -49,8 +49,8 @@ use awaited::TakeBack;
 use comeback::Comeback;
 use durable::Durability;
 pub(crate) use event::{
-    Action, Breach, ConnectionId, CoreEvent, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint, Unread,
-    WEIGHTS, Weighed,
+    Action, Breach, ConnectionId, CoreEvent, FailedBy, Joining, Loading, OpenRun, PlanInput, Restored, StartPoint,
+    Unread, WEIGHTS, Weighed,
 };
 use job::Job;
 use recovery::Recoveries;
@@ -153,7 +153,7 @@ impl Core {
         let job = JobId(self.last_job);
         let (step, loss, run) = (start.step, start.loss, Some(start.run.run.clone()));
         let record = JobRecord { step, loss, run, model: start.model.clone(), ..JobRecord::new(job, spec, run_dir) };
-        let mut actions = vec![self.persist(record.clone(), true)];
+        let mut actions = vec![self.persist(record.clone())];
         // Until this is on disk the job may be forgotten again, and whoever submitted it is told that it was not taken in.
         let first_number = self.last_write();
         self.jobs.insert(job, Job { first_number, ..Job::new(record, Some(start), now) });
@@ -186,7 +186,7 @@ impl Core {
             known.record.state = JobState::Waiting { reason: String::new() };
             known.begins_with(start);
             let record = known.record.clone();
-            actions.push(self.persist(record, true));
+            actions.push(self.persist(record));
         }
         actions.extend(self.schedule(now));
         Ok(self.hold(actions))
@@ -324,8 +324,8 @@ impl Core {
             }
             CoreEvent::RunOpened { key } => self.run_opened(key, now),
             CoreEvent::GoneOn { key, reason } => self.gone_on(key, reason, now),
-            CoreEvent::RunNotOpened { key, reason, bad_input } => self.run_not_opened(key, reason, bad_input, now),
-            CoreEvent::RunFailed { key, reason, bad_input } => self.run_failed(key, reason, bad_input, now),
+            CoreEvent::RunNotOpened { key, reason, by } => self.run_not_opened(key, reason, by, now),
+            CoreEvent::RunFailed { key, reason, by } => self.run_failed(key, reason, by, now),
             CoreEvent::WorkFailed { job, reason } => {
                 if self.record(job).map_or(true, |record| record.state.is_final()) {
                     return Vec::new();
@@ -350,16 +350,17 @@ impl Core {
         }
     }
 
-    fn fail(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
+    fn fail(&mut self, key: RunKey, reason: String, by: FailedBy, now: Duration) -> Vec<Action> {
         let Some((checkpoint, gone)) = self.run_mut(key).map(|run| (run.checkpoint, run.gone.clone())) else {
             return Vec::new();
         };
-        // With the same input it would only fail again.
-        let told = match bad_input {
-            true => reason.clone(),
-            false => format!("{reason}; {}", self.resume_hint(key.job, checkpoint, gone)),
+        let told = match by {
+            // With the same input it would only fail again.
+            FailedBy::Input => reason.clone(),
+            FailedBy::Machine => format!("{reason}; {}", self.resume_hint(key.job, checkpoint, gone)),
         };
-        let mut actions = self.end(key.job, JobState::Failed { reason: told, bad_input }, &reason);
+        let mut actions =
+            self.end(key.job, JobState::Failed { reason: told, bad_input: by == FailedBy::Input }, &reason);
         actions.extend(self.schedule(now));
         actions
     }
@@ -407,7 +408,7 @@ impl Core {
         let Some(known) = self.jobs.get_mut(&job) else { return Vec::new() };
         known.record.state = state.clone();
         let record = known.record.clone();
-        vec![self.persist(record, true), Action::Emit(JobEvent::State { job, state })]
+        vec![self.persist(record), Action::Emit(JobEvent::State { job, state })]
     }
 
     fn run_mut(&mut self, key: RunKey) -> Option<&mut Run> {

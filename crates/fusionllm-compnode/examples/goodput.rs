@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use fusionllm_codec::{Codec, HostTensor, Values};
 use fusionllm_compnode::{Exchange, JobLinks, Message, NetworkExchange, Slot};
 use fusionllm_graph::OpId;
-use fusionllm_planner::{EdgeId, NodeIndex, PassPlan, Pipeline, Placement, Stage, StageEdge, StageId};
+use fusionllm_planner::{EdgeId, GroupId, NodeIndex, PassPlan, Pipeline, Placement, Stage, StageEdge, StageId};
 use fusionllm_protocol::{Assignment, Channel, Generation, JobId, JobSpec, Pass, PeerRecord, RunKey, WeightSource};
 use fusionllm_transport::{CongestionControl, Endpoint, EndpointConfig, Identity, Members};
 use tokio::runtime::Handle;
@@ -118,7 +118,7 @@ fn send(exchange: &mut NetworkExchange, to: u32, channel: Channel, step: u64, va
 }
 
 fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Result<Assignment, Failure> {
-    let stage = |n: u32| Stage { id: StageId(n), compnode: NodeIndex(n), ops: vec![OpId(n)] };
+    let stage = |n: u32| Stage { id: StageId(n), group: GroupId::FIRST, compnode: NodeIndex(n), ops: vec![OpId(n)] };
     let edge = |id, elements| StageEdge {
         id,
         op: OpId(0),
@@ -139,7 +139,7 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
             compnodes: vec!["sender".to_owned(), "receiver".to_owned()],
             stages: vec![stage(0), stage(1)],
             edges: vec![edge(BULK, elements), edge(REPORTS, 1)],
-            tied: Vec::new(),
+            shared: Vec::new(),
             pipeline: Pipeline::OneFOneB,
             train: pass.clone(),
             eval: pass,

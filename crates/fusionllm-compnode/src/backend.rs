@@ -161,7 +161,7 @@ impl ExecutorSpec {
         let defers = placement.defers(node);
         let stages = placement.stages_of(node).map(|stage| {
             let leaving = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();
-            let deferring = stage.ops.iter().filter(|&&op| defers && may_defer(&dag, &placement.tied, op));
+            let deferring = stage.ops.iter().filter(|&&op| defers && may_defer(&dag, &placement.shared, op));
             StageOps { id: stage.id, ops: stage.ops.clone(), leaving, deferring: deferring.copied().collect() }
         });
         let (stages, params) = (stages.collect(), placement.params_of(&dag, node));

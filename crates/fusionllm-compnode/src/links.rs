@@ -17,14 +17,13 @@ mod workers;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use fusionllm_codec::HostTensor;
-use fusionllm_planner::{NodeIndex, Placement, Route, TIED_WINDOW};
+use fusionllm_planner::{NodeIndex, Placement, Route, SHARED_WINDOW};
 use fusionllm_protocol::{
-    Assignment, Cadence, Channel, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, RunKey, encoded_len,
+    Assignment, Channel, LinkBytes, LinkSpeed, PeerFrame, PeerRecord, RunKey, StepRules, encoded_len,
 };
 use fusionllm_transport::{ConnectError, Endpoint, PeerAddr, PeerId, RelayState, Session};
 use tokio::runtime::Handle;
@@ -83,11 +82,7 @@ pub struct JobLinks {
     /// By peer, when something last came.
     heard: Vec<Heard>,
     options: ChannelOptions,
-    /// The steps that are to be done, from 0, and after which of them an evaluation follows.
-    steps: Range<u64>,
-    evaluations: Cadence,
-    /// Whether the global norm of gradients is asked for.
-    clips: bool,
+    rules: StepRules,
     /// What flows over edges, once the OP-DAG has been read.
     tensors: OnceLock<EdgeTensors>,
     /// What others may fetch of this job.
@@ -112,7 +107,6 @@ impl JobLinks {
         snapshots: Option<Arc<SnapshotStore>>,
     ) -> Arc<Self> {
         let peers = &assignment.peers;
-        let train = &assignment.spec.train;
         let mailbox = Arc::new(Mailbox::default());
         Arc::new(Self {
             key: assignment.key,
@@ -131,9 +125,7 @@ impl JobLinks {
             meters: peers.iter().map(|_| Meter::default()).collect(),
             heard: peers.iter().map(|_| Heard::default()).collect(),
             options: ChannelOptions::of(&assignment.spec.compression),
-            steps: assignment.start_step..train.steps,
-            evaluations: assignment.spec.evaluations(),
-            clips: train.clip > 0.0,
+            rules: StepRules::of(&assignment.spec, assignment.start_step),
             tensors: OnceLock::new(),
             snapshots,
         })
@@ -248,7 +240,7 @@ impl JobLinks {
     /// Messages of a channel that are encoded and not yet taken by the receiver's task loop, at the most.
     fn window(&self, channel: Channel) -> usize {
         match channel {
-            Channel::Tied { .. } => TIED_WINDOW as usize,
+            Channel::Shared { .. } => SHARED_WINDOW as usize,
             _ => self.placement.window() as usize,
         }
     }
@@ -256,7 +248,7 @@ impl JobLinks {
     /// Messages of a channel that wait to be encoded, at the most.
     fn queued(&self, channel: Channel) -> usize {
         match channel {
-            Channel::Tied { .. } => 1,
+            Channel::Shared { .. } => 1,
             _ => self.placement.window() as usize,
         }
     }
@@ -271,14 +263,14 @@ impl JobLinks {
     fn streams_from(&self, peer: usize) -> u32 {
         let from = NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX));
         let is_ours = |(_, route): &(Channel, Route)| *route == Route { from, to: self.node };
-        let channels = Channel::all(&self.placement, self.clips).filter(is_ours);
+        let channels = Channel::all(&self.placement, self.rules.clip.is_some()).filter(is_ours);
         // And one for a snapshot.
         u32::try_from(2 * (channels.count() + 1)).unwrap_or(u32::MAX)
     }
 
     /// Who sends over a channel that ends here; nothing if it does not end here.
     fn sender_of(&self, channel: Channel) -> Option<NodeIndex> {
-        let mut all = Channel::all(&self.placement, self.clips);
+        let mut all = Channel::all(&self.placement, self.rules.clip.is_some());
         all.find(|(known, route)| *known == channel && route.to == self.node).map(|(_, route)| route.from)
     }
 }

@@ -5,7 +5,7 @@
 
 mod borders;
 mod pauses;
-mod tied;
+mod shared;
 mod update;
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, Way, needs};
-use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport};
+use fusionllm_protocol::{Channel, Pass, StepReport, StepRules};
 
 use crate::border::BorderTensor;
 use crate::codec_table::CodecTable;
@@ -36,10 +36,8 @@ pub struct TrainPlan {
     pub placement: Arc<Placement>,
     /// This CompNode, by its place in the placement.
     pub node: NodeIndex,
-    /// The job, with every default filled in.
-    pub spec: JobSpec,
-    /// Updates already done.
-    pub start_step: u64,
+    /// What is done in which step.
+    pub rules: StepRules,
     /// What error feedback held back at the checkpoint.
     pub residuals: Vec<(Channel, HostTensor)>,
     /// Codecs that change while training.
@@ -110,7 +108,7 @@ pub struct TaskLoop {
     busy: Duration,
     live_max: usize,
     log: StepLog,
-    tied: tied::TiedGradients,
+    shared: shared::SharedGradients,
 }
 
 impl std::fmt::Debug for TaskLoop {
@@ -147,7 +145,7 @@ impl TaskLoop {
             busy: Duration::ZERO,
             live_max: 0,
             log: StepLog::default(),
-            tied: tied::TiedGradients::default(),
+            shared: shared::SharedGradients::default(),
         }
     }
 
@@ -167,11 +165,11 @@ impl TaskLoop {
 
     fn run_steps(&mut self, sink: &mut dyn JobSink) -> Result<(), CompNodeError> {
         self.restore_residuals();
-        for step in self.plan.start_step..self.plan.spec.train.steps {
+        for step in self.plan.rules.steps.clone() {
             let report = self.step(step)?;
             let done = report.step;
             sink.step(report)?;
-            if self.plan.spec.checkpoints().is_due(done) {
+            if self.plan.rules.checkpoints.is_due(done) {
                 sink.checkpoint(done, self)?;
             }
             if sink.wants_snapshot(done)? {
@@ -184,7 +182,7 @@ impl TaskLoop {
     fn restore_residuals(&mut self) {
         for (channel, residual) in std::mem::take(&mut self.plan.residuals) {
             match channel {
-                Channel::Tied { param, .. } => self.restore_tied_residual(param, residual),
+                Channel::Shared { id, .. } => self.restore_shared_residual(id, residual),
                 _ => self.exchange.restore_residual(channel, residual),
             }
         }
@@ -192,9 +190,8 @@ impl TaskLoop {
 
     /// What error feedback holds back here, for a checkpoint.
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
-        let mut residuals =
-            if self.plan.spec.compression.error_feedback { self.exchange.residuals()? } else { Vec::new() };
-        residuals.extend(self.tied_residuals()?);
+        let mut residuals = if self.plan.rules.error_feedback { self.exchange.residuals()? } else { Vec::new() };
+        residuals.extend(self.shared_residuals()?);
         Ok(residuals)
     }
 
@@ -203,7 +200,7 @@ impl TaskLoop {
         let began = Instant::now();
         self.busy = Duration::ZERO;
         self.live_max = 0;
-        self.log.begin(step, self.plan.start_step, self.plan.spec.train.steps);
+        self.log.begin(step, self.plan.rules.steps.start, self.plan.rules.steps.end);
         let placement = Arc::clone(&self.plan.placement);
         let Scores { loss, .. } = self.pass(&placement.train, Pass::Train, step)?;
         let (lr, grad_norm) = self.update(step)?;
@@ -211,7 +208,7 @@ impl TaskLoop {
         let busy_s = self.busy.as_secs_f64();
         let trace = self.log.end();
         let done = step + 1;
-        let found = if self.plan.spec.evaluations().is_due(done) {
+        let found = if self.plan.rules.evaluations.is_due(done) {
             self.pass(&placement.eval, Pass::Eval, step)?
         } else {
             Scores::default()
@@ -250,7 +247,7 @@ impl TaskLoop {
                     let micro_batch = MicroBatch { step, pass, index: micro_batch };
                     self.backward(stage, micro_batch, task, 1.0 / f64::from(plan.micro_batches))?;
                     if last_bp == Some(position) {
-                        self.send_tied_gradients(step)?;
+                        self.send_shared_gradients(step)?;
                     }
                 }
                 Task::Wg { stage, micro_batch } => self.make_up_for(stage, micro_batch)?,
@@ -267,9 +264,9 @@ impl TaskLoop {
 
     /// Something is no number any more. Before the first update the learning rate cannot be why.
     fn not_finite(&self, what: &'static str, value: f64, step: u64) -> CompNodeError {
-        let advice = if step == self.plan.start_step {
+        let advice = if step == self.plan.rules.steps.start {
             "no update was made before it, so train.lr is not why: look at the weights and the data it starts from"
-        } else if self.plan.spec.train.clip > 0.0 {
+        } else if self.plan.rules.clip.is_some() {
             "lower train.lr, or raise train.warmup"
         } else {
             "lower train.lr, or set train.clip"

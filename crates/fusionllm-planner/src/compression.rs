@@ -125,10 +125,10 @@ pub fn compress(policy: Compression, directions: &[Direction], least_link_s: f64
     directions.iter().map(of).collect()
 }
 
-/// The codec of a tied parameter's gradient, of which a dense message takes `dense_s` on the slowest link between its
+/// The codec of a shared parameter's gradient, of which a dense message takes `dense_s` on the slowest link between its
 /// holders. That link is `slowness` times as slow as the slowest that carries activations. Only the adaptive policy
-/// compresses it, and only by quantizing: the paper does not treat tied parameters.
-pub(crate) fn compress_tied(
+/// compresses it, and only by quantizing: the paper does not treat shared parameters.
+pub(crate) fn compress_shared(
     policy: Compression,
     shape: &[usize],
     dense_s: f64,
@@ -333,12 +333,12 @@ mod tests {
     }
 
     #[test]
-    fn tied_gradients_are_quantized_as_their_link_is_slow() {
+    fn shared_gradients_are_quantized_as_their_link_is_slow() {
         let adaptive = Compression::Adaptive { ratio: 10.0 };
-        let codec = |dense_s, slowness| compress_tied(adaptive, &[96, 64], dense_s, slowness, 1.0);
+        let codec = |dense_s, slowness| compress_shared(adaptive, &[96, 64], dense_s, slowness, 1.0);
         assert_eq!([codec(0.5, 1.0), codec(8.0, 0.1)], [Codec::Dense, Codec::Dense]);
         assert_eq!([codec(1.5, 1.0), codec(3.0, 1.0), codec(80.0, 2.0)], [Codec::Bf16, Codec::Int8, Codec::Int4]);
-        assert_eq!(compress_tied(ADA, &[96, 64], 80.0, 1.0, 1.0), Codec::Dense);
+        assert_eq!(compress_shared(ADA, &[96, 64], 80.0, 1.0, 1.0), Codec::Dense);
     }
 
     proptest! {

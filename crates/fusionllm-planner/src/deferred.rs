@@ -9,16 +9,16 @@ use std::collections::VecDeque;
 
 use fusionllm_graph::{OpDag, OpId, OpKind};
 
-use crate::{Stage, Task, TiedParam};
+use crate::{Shared, Stage, Task};
 
-/// Whether BP of `op` may put the gradient of its weight off. That of a tied weight is sent as soon as the last BP is
+/// Whether BP of `op` may put the gradient of its weight off. That of a shared weight is sent as soon as the last BP is
 /// done, so it may not; a frozen weight has none.
-pub fn may_defer(dag: &OpDag, tied: &[TiedParam], op: OpId) -> bool {
+pub fn may_defer(dag: &OpDag, shared: &[Shared], op: OpId) -> bool {
     let Some(entry) = dag.ops().get(op.index()) else { return false };
     let Some(&weight) = entry.params.first() else { return false };
     let is_frozen = dag.params().get(weight.index()).is_none_or(|param| param.frozen);
-    let is_tied = || tied.iter().any(|t| t.param == weight);
-    matches!(entry.kind, OpKind::Linear { .. }) && !is_frozen && !is_tied()
+    let is_shared = || shared.iter().any(|s| s.params.contains(&weight));
+    matches!(entry.kind, OpKind::Linear { .. }) && !is_frozen && !is_shared()
 }
 
 /// What BP of a micro-batch may put off in a stage.
@@ -34,9 +34,9 @@ pub struct Deferrable {
 
 impl Deferrable {
     /// Of a stage whose op takes `bp_s(op)` for BP, in micro-batches of `batch` samples.
-    pub(crate) fn of(dag: &OpDag, stage: &Stage, tied: &[TiedParam], batch: usize, bp_s: impl Fn(OpId) -> f64) -> Self {
+    pub(crate) fn of(dag: &OpDag, stage: &Stage, shared: &[Shared], batch: usize, bp_s: impl Fn(OpId) -> f64) -> Self {
         let mut sum = Self::default();
-        for &op in stage.ops.iter().filter(|&&op| may_defer(dag, tied, op)) {
+        for &op in stage.ops.iter().filter(|&&op| may_defer(dag, shared, op)) {
             let entry = dag.op(op);
             let inputs: u64 = entry.inputs.iter().map(|&input| dag.op(input).output.bytes(batch)).sum();
             // The two products have the same FLOPs.

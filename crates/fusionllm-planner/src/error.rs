@@ -1,5 +1,7 @@
 //! Why no placement could be made.
 
+use crate::GroupId;
+
 /// So many gigabytes; of few of them to the byte, where two digits would say nothing.
 fn gigabytes(gigabytes: &f64) -> String {
     let digits = if *gigabytes >= 0.01 { 2 } else { 9 };
@@ -49,6 +51,16 @@ pub enum PlanError {
         stage: usize,
         /// What is wrong and what would be right.
         reason: String,
+    },
+    /// A group is no whole pipeline.
+    #[error("{group} holds op `{op}` {times} times, expected once: each group holds the whole OP-DAG")]
+    NotWhole {
+        /// The group.
+        group: GroupId,
+        /// Name of an op.
+        op: String,
+        /// How often the group holds it.
+        times: usize,
     },
     /// Private data would leave its owner.
     #[error("data.private holds op `{op}` on CompNode 0, but placement.stages puts it on CompNode {compnode}")]

@@ -88,7 +88,7 @@ impl Estimate {
             push_sum(&mut estimate.kept_fused, dag.kept_bytes(op, batch, Kernels::Fused) as f64);
             let [mut own, mut trained] = [0u64; 2];
             for &param in &dag.op(op).params {
-                // A tied parameter is counted once; whoever else holds it holds a copy, which the exact sum shows.
+                // A shared parameter is counted once; whoever else holds it holds a copy, which the exact sum shows.
                 if !std::mem::replace(&mut seen[param.index()], true) {
                     let param = dag.param(param);
                     own = own.saturating_add(param.bytes());

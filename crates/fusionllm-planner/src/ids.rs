@@ -26,9 +26,14 @@ macro_rules! index_type {
 }
 
 index_type!(
-    /// A stage, counted along the pipeline.
+    /// A stage, counted along the pipeline, those of a group after those of the group before.
     StageId,
     "stage"
+);
+index_type!(
+    /// A group: one whole pipeline with its share of the micro-batches.
+    GroupId,
+    "group"
 );
 index_type!(
     /// An edge between two stages.
@@ -36,10 +41,26 @@ index_type!(
     "edge"
 );
 index_type!(
+    /// Parameters that the same CompNodes hold, as one vector.
+    SharedId,
+    "shared parameter"
+);
+index_type!(
     /// A CompNode, by its place in the placement's list.
     NodeIndex,
     "CompNode"
 );
+
+impl GroupId {
+    /// The first group, which is the only one where there are no others.
+    pub const FIRST: Self = Self(0);
+}
+
+impl Default for GroupId {
+    fn default() -> Self {
+        Self::FIRST
+    }
+}
 
 impl NodeIndex {
     /// The CompNode that has the data: every placement lists it first.

@@ -21,12 +21,12 @@ mod plan;
 mod plan_spec;
 mod price;
 mod ready;
+mod shared;
 mod simulate;
 mod survival;
 mod task;
 #[cfg(test)]
 mod testing;
-mod tied;
 
 pub use adapt::{CodecChange, Controller, LinkObservation, StepObservation};
 pub use cluster::{
@@ -38,16 +38,16 @@ pub use deferred::{Deferrable, may_defer};
 pub use error::PlanError;
 pub use estimate::{CutBytes, Estimate, Station, pipeline_formula};
 pub use format::{format_bytes, format_perplexity, format_seconds};
-pub use ids::{EdgeId, NodeIndex, Route, StageId, Way, Ways};
+pub use ids::{EdgeId, GroupId, NodeIndex, Route, SharedId, StageId, Way, Ways};
 pub use partition::clusters_by_bandwidth;
 pub use pipeline::in_flight_limit;
-pub use placement::{PassPlan, Placement, Segment, Stage, StageEdge, TiedParam};
+pub use placement::{Group, PassPlan, Placement, Segment, Shared, Stage, StageEdge};
 pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan, step_by_cut};
 pub use plan_spec::{Owner, PlacementSpec, PlanSpec, StageSpec, Strategy};
 pub use ready::{Need, is_ready, needs};
+pub use shared::{Pieces, SHARED_WINDOW};
 pub use simulate::{
     Blame, Cargo, Cause, LinkUse, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate,
 };
 pub use survival::{FailureCost, GoesOnFrom, snapshot_cost_s, snapshot_period_s};
 pub use task::{Pipeline, Task};
-pub use tied::{Pieces, TIED_WINDOW};

@@ -6,17 +6,43 @@
 
 use std::collections::BTreeSet;
 
+use crate::placement::by_group;
 use crate::ready::{Need, needs, touching};
-use crate::{EdgeId, Pipeline, PlanError, Stage, StageEdge, StageId, Task};
+use crate::{EdgeId, GroupId, Pipeline, PlanError, Stage, StageEdge, StageId, Task};
 
-/// How many micro-batches may be live (FP done or running, BP not done) in a stage at once. In 1F1B a stage may run so
+/// How many micro-batches may be live (FP done or running, BP not done) at once in a stage that is `from_end` stages from
+/// the end of its group's pipeline, the last one 1; of the `micro_batches` that the group has. In 1F1B a stage may run so
 /// many micro-batches ahead of what it needs where links take no time.
-pub fn in_flight_limit(pipeline: Pipeline, run_ahead: u32, stage: StageId, stages: usize, micro_batches: u32) -> u32 {
+pub fn in_flight_limit(pipeline: Pipeline, run_ahead: u32, from_end: usize, micro_batches: u32) -> u32 {
     match pipeline {
-        Pipeline::OneFOneB => {
-            (stages.saturating_sub(stage.index()) as u32).saturating_add(run_ahead).clamp(1, micro_batches)
-        }
+        Pipeline::OneFOneB => (from_end as u32).saturating_add(run_ahead).min(micro_batches).max(1),
         Pipeline::GPipe => micro_batches,
+    }
+}
+
+/// The micro-batches of a pass that each group works on, each ascending, in the order of the groups.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Shares(Vec<Vec<u32>>);
+
+impl Shares {
+    /// One more group.
+    pub(crate) fn push(&mut self, micro_batches: Vec<u32>) {
+        self.0.push(micro_batches);
+    }
+
+    /// All in one group.
+    #[cfg(test)]
+    pub(crate) fn whole(micro_batches: u32) -> Self {
+        Self(vec![(0..micro_batches).collect()])
+    }
+
+    fn of(&self, group: GroupId) -> &[u32] {
+        self.0.get(group.index()).map_or(&[], Vec::as_slice)
+    }
+
+    /// Micro-batches of the group that has most.
+    fn most(&self) -> u64 {
+        self.0.iter().map(|share| share.len() as u64).max().unwrap_or(0)
     }
 }
 
@@ -26,7 +52,7 @@ pub(crate) struct OrderSpec {
     pub(crate) pipeline: Pipeline,
     /// Micro-batches that a stage may be further ahead than 1F1B.
     pub(crate) run_ahead: u32,
-    pub(crate) micro_batches: u32,
+    pub(crate) shares: Shares,
     /// Ticks that a message takes, by edge; where there is none, no time.
     pub(crate) delays: Vec<u64>,
 }
@@ -36,7 +62,7 @@ impl OrderSpec {
     pub(crate) fn delay(&self, latency_s: f64, stage_s: f64) -> u64 {
         let tick_s = stage_s / (FP_TICKS + BP_TICKS) as f64;
         // What takes longer than all micro-batches need is long, however much longer.
-        let most = u64::from(self.micro_batches) * (FP_TICKS + BP_TICKS);
+        let most = self.shares.most() * (FP_TICKS + BP_TICKS);
         ((latency_s / tick_s).ceil() as u64).min(most)
     }
 }
@@ -48,10 +74,10 @@ pub(crate) fn train_orders(
     compnodes: usize,
     spec: &OrderSpec,
 ) -> Result<Vec<Vec<Task>>, PlanError> {
-    let OrderSpec { pipeline, run_ahead, micro_batches, ref delays } = *spec;
-    let limit = |stage: StageId| in_flight_limit(pipeline, run_ahead, stage, stages.len(), micro_batches);
-    let backward_first = pipeline == Pipeline::OneFOneB;
-    let mut simulation = Simulation::new(stages, edges, compnodes, micro_batches, true, backward_first);
+    let OrderSpec { pipeline, run_ahead, ref shares, ref delays } = *spec;
+    let limit =
+        |place: &Place<'_>| in_flight_limit(pipeline, run_ahead, place.from_end, place.micro_batches.len() as u32);
+    let mut simulation = Simulation::new(stages, edges, compnodes, shares, Some(pipeline));
     simulation.delays.clone_from(delays);
     let mut orders = simulation.run(limit)?;
     for order in &mut orders {
@@ -65,10 +91,9 @@ pub(crate) fn eval_orders(
     stages: &[Stage],
     edges: &[StageEdge],
     compnodes: usize,
-    micro_batches: u32,
+    shares: &Shares,
 ) -> Result<Vec<Vec<Task>>, PlanError> {
-    let limit = |_| (stages.len() as u32).max(1);
-    Simulation::new(stages, edges, compnodes, micro_batches, false, false).run(limit)
+    Simulation::new(stages, edges, compnodes, shares, None).run(|place| place.depth as u32)
 }
 
 const FP_TICKS: u64 = 1;
@@ -92,15 +117,29 @@ impl Progress {
     }
 }
 
-/// List scheduling in unit time: the state of all CompNodes at one tick.
-struct Simulation {
+/// Where a stage is in its group, and what that has to do.
+#[derive(Clone, Copy, Debug)]
+struct Place<'a> {
+    /// Stages from this one to the last, both counted.
+    from_end: usize,
+    /// Stages of the group.
+    depth: usize,
+    /// The last stage of the group.
+    last: StageId,
+    micro_batches: &'a [u32],
+}
+
+/// List scheduling in unit time: the state of all CompNodes at one tick. Tasks are numbered here by the place of their
+/// micro-batch among those of the group.
+struct Simulation<'a> {
     /// Edges that touch a stage, so that a task need not look through all.
     touching: Vec<Vec<StageEdge>>,
-    /// Stages of a CompNode, later ones first: what is nearest to the loss frees memory soonest.
+    /// Stages of a CompNode, those nearest to the loss first, which free memory soonest.
     own: Vec<Vec<StageId>>,
-    micro_batches: u32,
-    with_backward: bool,
-    backward_first: bool,
+    /// By stage.
+    places: Vec<Place<'a>>,
+    /// How FP and BP alternate; nothing without BP.
+    backward: Option<Pipeline>,
     progress: Vec<Progress>,
     /// Of each edge, the stages at its ends.
     ends: Vec<(StageId, StageId)>,
@@ -112,25 +151,30 @@ struct Simulation {
     orders: Vec<Vec<Task>>,
 }
 
-impl Simulation {
+impl<'a> Simulation<'a> {
     fn new(
         stages: &[Stage],
         edges: &[StageEdge],
         compnodes: usize,
-        micro_batches: u32,
-        with_backward: bool,
-        backward_first: bool,
+        shares: &'a Shares,
+        backward: Option<Pipeline>,
     ) -> Self {
+        let mut places = Vec::with_capacity(stages.len());
+        for group in by_group(stages) {
+            let Some(last) = group.last() else { continue };
+            let (depth, last, micro_batches) = (group.len(), last.id, shares.of(last.group));
+            places.extend((1..=depth).rev().map(|from_end| Place { from_end, depth, last, micro_batches }));
+        }
         let mut own = vec![Vec::new(); compnodes];
-        for stage in stages.iter().rev() {
+        for stage in stages {
             own[stage.compnode.index()].push(stage.id);
         }
+        own.iter_mut().for_each(|own| own.sort_by_key(|stage| places[stage.index()].from_end));
         Self {
             touching: touching(stages.len(), edges),
             own,
-            micro_batches,
-            with_backward,
-            backward_first,
+            places,
+            backward,
             progress: vec![Progress::default(); stages.len()],
             ends: edges.iter().map(|e| (e.from, e.to)).collect(),
             delays: Vec::new(),
@@ -140,15 +184,16 @@ impl Simulation {
         }
     }
 
-    fn run(mut self, limit: impl Fn(StageId) -> u32) -> Result<Vec<Vec<Task>>, PlanError> {
-        let passes = if self.with_backward { 2 } else { 1 };
-        let total = self.progress.len() * self.micro_batches as usize * passes;
+    fn run(mut self, limit: impl Fn(&Place<'_>) -> u32) -> Result<Vec<Vec<Task>>, PlanError> {
+        let limits: Vec<u32> = self.places.iter().map(limit).collect();
+        let passes = if self.backward.is_some() { 2 } else { 1 };
+        let total = passes * self.places.iter().map(|place| place.micro_batches.len()).sum::<usize>();
         let mut placed = 0;
         let mut now = 0;
         while placed < total {
             for node in 0..self.orders.len() {
                 if self.free_at[node] <= now
-                    && let Some(task) = self.choose(node, now, &limit)
+                    && let Some(task) = self.choose(node, now, &limits)
                 {
                     self.start(node, task, now);
                     placed += 1;
@@ -164,53 +209,79 @@ impl Simulation {
     }
 
     fn start(&mut self, node: usize, task: Task, now: u64) {
-        let (stage, ticks) = match task {
-            Task::Fp { stage, .. } => (stage, FP_TICKS),
-            Task::Bp { stage, .. } => (stage, BP_TICKS),
+        let (stage, place, ticks) = match task {
+            Task::Fp { stage, micro_batch: place } => (stage, place, FP_TICKS),
+            Task::Bp { stage, micro_batch: place } => (stage, place, BP_TICKS),
             Task::Wg { .. } | Task::Update => return,
         };
         let end = now + ticks;
+        let micro_batch = self.number(stage, place);
         let progress = &mut self.progress[stage.index()];
         if ticks == FP_TICKS {
-            progress.fp.push(end)
+            progress.fp.push(end);
+            self.orders[node].push(Task::Fp { stage, micro_batch });
         } else {
-            progress.bp.push(end)
+            progress.bp.push(end);
+            self.orders[node].push(Task::Bp { stage, micro_batch });
         }
         self.free_at[node] = end;
         self.events.insert(end);
         self.events.extend(self.touching[stage.index()].iter().map(|e| end + delay(&self.delays, e.id)));
-        self.orders[node].push(task);
     }
 
-    fn choose(&self, node: usize, now: u64, limit: &impl Fn(StageId) -> u32) -> Option<Task> {
-        let own = || self.own[node].iter().copied();
-        let backward = || own().find_map(|s| self.next_backward(s, now));
-        let forward = || own().find_map(|s| self.next_forward(s, now, limit(s)));
-        if !self.with_backward {
-            forward()
-        } else if self.backward_first {
-            backward().or_else(forward)
-        } else {
-            forward().or_else(backward)
+    /// The number in the step of a group's micro-batch.
+    fn number(&self, stage: StageId, place: u32) -> u32 {
+        self.places[stage.index()].micro_batches[place as usize]
+    }
+
+    fn choose(&self, node: usize, now: u64, limits: &[u32]) -> Option<Task> {
+        let backward = || {
+            let (stage, micro_batch) = self.soonest(node, |stage| self.next_backward(stage, now))?;
+            Some(Task::Bp { stage, micro_batch })
+        };
+        let forward = || {
+            let next = |stage: StageId| self.next_forward(stage, now, limits[stage.index()]);
+            let (stage, micro_batch) = self.soonest(node, next)?;
+            Some(Task::Fp { stage, micro_batch })
+        };
+        match self.backward {
+            None => forward(),
+            Some(Pipeline::OneFOneB) => backward().or_else(forward),
+            Some(Pipeline::GPipe) => forward().or_else(backward),
         }
     }
 
-    fn next_forward(&self, stage: StageId, now: u64, limit: u32) -> Option<Task> {
+    /// The first of a CompNode's stages that has something next, and what. Of stages of several groups that are equally near
+    /// to their end, the one whose micro-batch comes first in the step goes first, so that the groups take turns.
+    fn soonest(&self, node: usize, next: impl Fn(StageId) -> Option<u32>) -> Option<(StageId, u32)> {
+        let from_end = |stage: &StageId| self.places[stage.index()].from_end;
+        self.own[node].chunk_by(|a, b| from_end(a) == from_end(b)).find_map(|equal| {
+            let able = equal.iter().filter_map(|&stage| Some((stage, next(stage)?)));
+            able.min_by_key(|&(stage, place)| self.number(stage, place))
+        })
+    }
+
+    fn next_forward(&self, stage: StageId, now: u64, limit: u32) -> Option<u32> {
         let started = self.progress[stage.index()].fp.len() as u32;
-        if started == self.micro_batches {
+        let Place { last, micro_batches, .. } = self.places[stage.index()];
+        if started as usize == micro_batches.len() {
             return None;
         }
-        // Without BP a micro-batch is live until the last stage has seen it.
-        let ended = if self.with_backward { &self.progress[stage.index()].bp } else { &self.progress.last()?.fp };
+        // Without BP a micro-batch is live until the last stage of its group has seen it.
+        let ended = match self.backward {
+            Some(_) => &self.progress[stage.index()].bp,
+            None => &self.progress[last.index()].fp,
+        };
         let live = started.saturating_sub(Progress::finished(ended, now));
         let task = Task::Fp { stage, micro_batch: started };
-        (live < limit && self.is_ready(stage, task, now)).then_some(task)
+        (live < limit && self.is_ready(stage, task, now)).then_some(started)
     }
 
-    fn next_backward(&self, stage: StageId, now: u64) -> Option<Task> {
+    fn next_backward(&self, stage: StageId, now: u64) -> Option<u32> {
         let started = self.progress[stage.index()].bp.len() as u32;
+        let is_left = (started as usize) < self.places[stage.index()].micro_batches.len();
         let task = Task::Bp { stage, micro_batch: started };
-        (started < self.micro_batches && self.is_ready(stage, task, now)).then_some(task)
+        (is_left && self.is_ready(stage, task, now)).then_some(started)
     }
 
     fn is_ready(&self, stage: StageId, task: Task, now: u64) -> bool {

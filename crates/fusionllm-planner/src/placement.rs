@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use fusionllm_codec::Codec;
 use fusionllm_graph::{DType, OpDag, OpId, Param, ParamId};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::estimate::training_bytes;
-use crate::{EdgeId, NodeIndex, Pipeline, Route, StageId, Task, Way};
+use crate::{EdgeId, GroupId, NodeIndex, Pipeline, Route, SharedId, StageId, Task, Way};
 
 /// A contiguous piece of the topological order on one CompNode.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,8 +22,11 @@ pub struct Segment {
 /// One contiguous segment of a sub-DAG along the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// Its place along the pipeline.
+    /// Its number: its place in [`Placement::stages`].
     pub id: StageId,
+    /// The group whose pipeline it is of.
+    #[serde(default)]
+    pub group: GroupId,
     /// The CompNode that holds it.
     pub compnode: NodeIndex,
     /// Its ops, in topological order.
@@ -52,14 +55,19 @@ pub struct StageEdge {
     pub gradient_codec: Codec,
 }
 
-/// A parameter that more than one CompNode holds; their gradients are summed before UPDATE.
+/// Parameters that the same CompNodes hold, more than one; the holders' gradients are summed before UPDATE, as one vector
+/// of all elements in the order of the parameters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TiedParam {
-    /// The parameter that several stages use.
-    pub param: ParamId,
-    /// Who holds it, ascending. The first one counts it in the global norm.
+pub struct Shared {
+    /// Its number: its place in [`Placement::shared`].
+    #[serde(default = "unnumbered")]
+    pub id: SharedId,
+    /// The parameters, ascending; at least one.
+    #[serde(alias = "param", deserialize_with = "one_or_several")]
+    pub params: Vec<ParamId>,
+    /// Who holds them, ascending. The first one counts them in the global norm.
     pub holders: Vec<NodeIndex>,
-    /// How many elements it has.
+    /// How many elements they have together.
     pub elements: u64,
     /// How each holder's gradient is encoded: plain or quantized, without memory of earlier messages.
     pub codec: Codec,
@@ -74,23 +82,67 @@ pub struct PassPlan {
     pub orders: Vec<Vec<Task>>,
 }
 
+/// One whole pipeline, which holds the whole OP-DAG, with its share of the step's micro-batches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group<'a> {
+    /// Its number.
+    pub id: GroupId,
+    /// Its stages along its pipeline.
+    pub stages: &'a [Stage],
+    /// Which micro-batches of a training step are its own, ascending.
+    pub micro_batches: Vec<u32>,
+}
+
 /// Op → CompNode, task orders, and the codec of each boundary edge.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// Names of the CompNodes, data owner first.
     pub compnodes: Vec<String>,
-    /// The stages along the pipeline.
+    /// The stages along the pipeline of each group, group after group.
     pub stages: Vec<Stage>,
     /// What flows between stages.
     pub edges: Vec<StageEdge>,
     /// Parameters held more than once.
-    pub tied: Vec<TiedParam>,
+    #[serde(alias = "tied", deserialize_with = "numbered")]
+    pub shared: Vec<Shared>,
     /// How FP and BP alternate in a training step.
     pub pipeline: Pipeline,
     /// Task orders of a training step.
     pub train: PassPlan,
     /// Task orders of an evaluation pass.
     pub eval: PassPlan,
+}
+
+/// Until [`numbered`] gives it its number.
+fn unnumbered() -> SharedId {
+    SharedId(0)
+}
+
+/// Shared parameters with their places as numbers: placements that were stored before protocol 18 have none.
+fn numbered<'de, D: Deserializer<'de>>(stored: D) -> Result<Vec<Shared>, D::Error> {
+    let mut all = Vec::<Shared>::deserialize(stored)?;
+    for (id, shared) in (0..).map(SharedId).zip(&mut all) {
+        shared.id = id;
+    }
+    Ok(all)
+}
+
+/// The parameters; placements that were stored before protocol 18 have one instead of a list.
+fn one_or_several<'de, D: Deserializer<'de>>(stored: D) -> Result<Vec<ParamId>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        One(ParamId),
+        Several(Vec<ParamId>),
+    }
+    // What is sent is no text, and says nothing of its form.
+    if !stored.is_human_readable() {
+        return Vec::deserialize(stored);
+    }
+    Ok(match Form::deserialize(stored)? {
+        Form::One(param) => vec![param],
+        Form::Several(params) => params,
+    })
 }
 
 impl StageEdge {
@@ -122,7 +174,40 @@ impl StageEdge {
     }
 }
 
+impl PassPlan {
+    /// The micro-batches that a stage works on, ascending.
+    pub fn micro_batches_of(&self, stage: &Stage) -> Vec<u32> {
+        let order = self.orders.get(stage.compnode.index()).map_or(&[][..], Vec::as_slice);
+        let own = |task: &Task| match *task {
+            Task::Fp { stage: at, micro_batch } if at == stage.id => Some(micro_batch),
+            Task::Fp { .. } | Task::Bp { .. } | Task::Wg { .. } | Task::Update => None,
+        };
+        let mut micro_batches: Vec<u32> = order.iter().filter_map(own).collect();
+        micro_batches.sort_unstable();
+        micro_batches
+    }
+}
+
+/// The stages of each group.
+pub(crate) fn by_group(stages: &[Stage]) -> impl Iterator<Item = &[Stage]> {
+    stages.chunk_by(|a, b| a.group == b.group)
+}
+
 impl Placement {
+    /// The groups, in their order.
+    pub fn groups(&self) -> impl Iterator<Item = Group<'_>> {
+        by_group(&self.stages).filter_map(|stages| {
+            let first = stages.first()?;
+            Some(Group { id: first.group, stages, micro_batches: self.train.micro_batches_of(first) })
+        })
+    }
+
+    /// Of how many micro-batches of a pass a CompNode computes an op.
+    pub fn times(&self, pass: &PassPlan, node: NodeIndex, op: OpId) -> u64 {
+        let with_it = self.stages_of(node).filter(|stage| stage.ops.contains(&op));
+        with_it.map(|stage| pass.micro_batches_of(stage).len() as u64).sum()
+    }
+
     /// Places of all CompNodes, data owner first.
     pub fn nodes(&self) -> impl DoubleEndedIterator<Item = NodeIndex> + ExactSizeIterator + Clone + use<> {
         (0..self.compnodes.len() as u32).map(NodeIndex)
@@ -204,7 +289,8 @@ impl Placement {
     /// The largest number of messages of one edge and direction that can be on the way at once.
     pub fn window(&self) -> u32 {
         let train = self.nodes().flat_map(|node| self.live_bound(node).into_values()).max().unwrap_or(0);
-        train.max(self.stages.len() as u32) + 1
+        let depth = by_group(&self.stages).map(<[Stage]>::len).max().unwrap_or(0);
+        train.max(depth as u32) + 1
     }
 
     /// Largest number of micro-batches that are live at once in a stage of the CompNode's training order, by

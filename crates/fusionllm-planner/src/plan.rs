@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
 use crate::price::{Memory, Priced, Pricing};
 use crate::{
-    Blame, Cluster, Compression, Estimate, FpBp, LinkUse, NodeIndex, Owner, Placement, PlacementSpec, PlanError,
+    Blame, Cluster, Compression, Estimate, FpBp, Group, LinkUse, NodeIndex, Owner, Placement, PlacementSpec, PlanError,
     PlanSpec, Route, Segment, Simulated, Stage, StageEdge, Station, StepCosts, Strategy, Way, Ways, format_bytes,
     pipeline_formula,
 };
@@ -178,7 +178,7 @@ fn search(
     spec: &PlanSpec,
 ) -> Result<Chain, PlanError> {
     let batch = spec.placement.micro_batch_size as usize;
-    let owner = (spec.owner == Owner::First).then_some(0);
+    let owner = (spec.owner == Owner::First).then_some(NodeIndex::DATA_OWNER.index());
     let judge = Judge { dag, cluster, estimate, pins, spec, owner };
     let mut starts = baselines(dag, cluster, pins, batch);
     if spec.compression != Compression::Dense {
@@ -255,12 +255,16 @@ fn formula(placement: &Placement, cluster: &Cluster, costs: &StepCosts) -> f64 {
         let seconds = cluster.link(a, b).transfer_s(activation) + back_s;
         *into.entry(edge.to.index()).or_default() += seconds;
     }
-    let station = |(index, seconds): (usize, &FpBp)| Station {
-        compute_s: seconds.both_s(),
-        transfer_s: into.get(&index).copied().unwrap_or(0.0),
+    let station = |stage: &Stage| Station {
+        compute_s: costs.stage_s[stage.id.index()].both_s(),
+        transfer_s: into.get(&stage.id.index()).copied().unwrap_or(0.0),
     };
-    let stations: Vec<Station> = costs.stage_s.iter().enumerate().map(station).collect();
-    pipeline_formula(&stations, placement.train.micro_batches)
+    // Groups work side by side.
+    let of_group = |group: Group<'_>| {
+        let stations: Vec<Station> = group.stages.iter().map(station).collect();
+        pipeline_formula(&stations, group.micro_batches.len() as u32)
+    };
+    placement.groups().map(of_group).fold(0.0, f64::max)
 }
 
 #[cfg(test)]

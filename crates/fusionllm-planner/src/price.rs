@@ -6,12 +6,13 @@ use fusionllm_codec::Codec;
 use fusionllm_graph::{OpDag, OpId};
 
 use crate::assemble::assemble;
-use crate::compression::{codec_s, compress_tied};
+use crate::compression::{codec_s, compress_shared};
 use crate::deferred::defer;
 use crate::estimate::update_seconds;
 use crate::{
-    Cluster, CompNodeProfile, Compression, Deferrable, Direction, Estimate, FpBp, NodeIndex, Pipeline, Placement,
-    PlanError, PlanSpec, Segment, Simulated, Stage, StageEdge, StepCosts, TiedParam, Way, Ways, compress, simulate,
+    Cluster, CompNodeProfile, Compression, Deferrable, Direction, Estimate, FpBp, NodeIndex, Pieces, Pipeline,
+    Placement, PlanError, PlanSpec, Segment, Shared, Simulated, Stage, StageEdge, StepCosts, Way, Ways, compress,
+    simulate,
 };
 
 /// How many times faster than the slowest stage the adaptive policy may make links.
@@ -120,11 +121,11 @@ impl<'a> Pricing<'a> {
         let mut placement = assemble(dag, cluster, segments, &spec.placement, slowest_stage(&stage_s))?;
         self.add_copies(&placement, &mut stage_s);
         let Sent { bytes: edge_bytes, codec_s, ratios } = self.compress_edges(&mut placement, &stage_s)?;
-        self.compress_tied_params(&mut placement, &stage_s);
+        self.compress_shared_params(&mut placement, &stage_s);
         let update_s = |node: NodeIndex| {
             let profile = self.profile(node);
             update_seconds(profile, placement.trained_bytes_of(dag, node))
-                + profile.copy_s(tied_copies(dag, &placement, node))
+                + profile.copy_s(shared_copies(&placement, node))
         };
         let most_deferred = spec.placement.deferred.unwrap_or(0);
         // The search prices many placements, none of which defers.
@@ -138,10 +139,10 @@ impl<'a> Pricing<'a> {
             codec_s,
             edge_bytes,
             update_s: placement.nodes().map(update_s).collect(),
-            tied_bytes: placement
-                .tied
+            shared_bytes: placement
+                .shared
                 .iter()
-                .map(|t| tied_bytes(dag, &placement, t, batch))
+                .map(|s| shared_bytes(dag, &placement, s, batch))
                 .collect::<Result<_, _>>()?,
             stage_s,
             clip: spec.clip,
@@ -166,7 +167,7 @@ impl<'a> Pricing<'a> {
         let of_stage = |stage: &Stage| {
             let profile = self.profile(stage.compnode);
             let bp_s = |op: OpId| self.estimate.seconds(profile, &(op.index()..op.index() + 1)).bp_s;
-            Deferrable::of(self.dag, stage, &placement.tied, self.batch(), bp_s)
+            Deferrable::of(self.dag, stage, &placement.shared, self.batch(), bp_s)
         };
         placement.stages.iter().map(of_stage).collect()
     }
@@ -185,23 +186,22 @@ impl<'a> Pricing<'a> {
         }
     }
 
-    /// Gives each tied parameter its codec. Links are compared by what a byte takes, as messages of edges and of tables
+    /// Gives each shared parameter its codec. Links are compared by what a byte takes, as messages of edges and of tables
     /// have nothing else in common.
-    fn compress_tied_params(&self, placement: &mut Placement, stage_s: &[FpBp]) {
+    fn compress_shared_params(&self, placement: &mut Placement, stage_s: &[FpBp]) {
         let byte_s = |a: usize, b: usize| self.cluster.link(a, b).occupied_s(1.0);
         let slowest = |pairs: &mut dyn Iterator<Item = (usize, usize)>| {
             pairs.filter(|(a, b)| a != b).map(|(a, b)| byte_s(a, b).max(byte_s(b, a))).fold(0.0, f64::max)
         };
         let routes = placement.edges.iter().filter_map(|edge| placement.route(edge, Way::Activation));
         let of_edges = slowest(&mut routes.map(|route| (route.from.index(), route.to.index())));
-        for tied in &mut placement.tied {
-            let param = self.dag.param(tied.param);
-            let pairs = tied.holders.iter().flat_map(|a| tied.holders.iter().map(|b| (a.index(), b.index())));
+        for shared in &mut placement.shared {
+            let pairs = shared.holders.iter().flat_map(|a| shared.holders.iter().map(|b| (a.index(), b.index())));
             let between = slowest(&mut pairs.into_iter());
             let slowness = if of_edges > 0.0 { between / of_edges } else { 0.0 };
-            let dense_s = between * param.bytes() as f64;
+            let dense_s = between * shared.bytes() as f64;
             let least_s = slowest_stage(stage_s) / self.headroom;
-            tied.codec = compress_tied(self.spec.compression, &param.shape, dense_s, slowness, least_s);
+            shared.codec = compress_shared(self.spec.compression, &shared.shape(self.dag), dense_s, slowness, least_s);
         }
     }
 
@@ -300,22 +300,22 @@ fn defer_weight_gradients(placement: &mut Placement, deferrable: &[Deferrable], 
     }
 }
 
-/// Bytes of tied gradients that a CompNode copies before UPDATE: its own to the host, the sum of all holders' back.
-fn tied_copies(dag: &OpDag, placement: &Placement, node: NodeIndex) -> f64 {
-    let held = placement.tied.iter().filter(|t| t.holders.contains(&node));
-    held.map(|t| dag.param(t.param).bytes() as f64 * (1 + t.holders.len()) as f64).sum()
+/// Bytes of shared gradients that a CompNode copies before UPDATE: its own to the host, the sum of all holders' back.
+fn shared_copies(placement: &Placement, node: NodeIndex) -> f64 {
+    let held = placement.shared.iter().filter(|s| s.holders.contains(&node));
+    held.map(|s| s.bytes() as f64 * (1 + s.holders.len()) as f64).sum()
 }
 
 /// Bytes that each holder sends another.
-fn tied_bytes(dag: &OpDag, placement: &Placement, tied: &TiedParam, batch: usize) -> Result<Vec<f64>, PlanError> {
-    let shape = &dag.param(tied.param).shape;
-    let columns = shape.iter().skip(1).product::<usize>();
-    let bytes = |&holder: &NodeIndex| match placement.most_rows(dag, tied, holder, batch) {
+fn shared_bytes(dag: &OpDag, placement: &Placement, shared: &Shared, batch: usize) -> Result<Vec<f64>, PlanError> {
+    let shape = shared.shape(dag);
+    let columns = Pieces::of(&shape).columns();
+    let bytes = |&holder: &NodeIndex| match placement.most_rows(dag, shared, holder, batch) {
         // With the number of each row.
         Some(rows) => Ok(rows as f64 * 4.0 * (columns + 1) as f64),
-        None => tied.codec.steady_bytes(shape).map(|bytes| bytes as f64).map_err(PlanError::Codec),
+        None => shared.codec.steady_bytes(&shape).map(|bytes| bytes as f64).map_err(PlanError::Codec),
     };
-    tied.holders.iter().map(bytes).collect()
+    shared.holders.iter().map(bytes).collect()
 }
 
 /// Seconds of the slowest stage for one micro-batch.

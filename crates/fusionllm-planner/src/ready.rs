@@ -33,7 +33,7 @@ pub enum Need {
 }
 
 /// All that `task` needs. WG comes after its BP in its order and needs no more. UPDATE needs nothing here: it is last
-/// in its order, and what it waits for (tied gradients, the global norm) is not per micro-batch.
+/// in its order, and what it waits for (shared gradients, the global norm) is not per micro-batch.
 pub fn needs(edges: &[StageEdge], task: Task) -> impl Iterator<Item = Need> + '_ {
     let kept = match task {
         Task::Bp { stage, micro_batch } => Some(Need::Kept { stage, micro_batch }),

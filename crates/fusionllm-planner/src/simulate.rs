@@ -39,8 +39,8 @@ pub struct StepCosts {
     pub codec_s: Vec<Ways<f64>>,
     /// UPDATE, by CompNode.
     pub update_s: Vec<f64>,
-    /// Bytes that each holder of each tied parameter sends another, both in the placement's order.
-    pub tied_bytes: Vec<Vec<f64>>,
+    /// Bytes that each holder of each shared parameter sends another, both in the placement's order.
+    pub shared_bytes: Vec<Vec<f64>>,
     /// Whether the global norm is exchanged before UPDATE.
     pub clip: bool,
 }
@@ -141,7 +141,7 @@ struct State<'a> {
     deferred: Vec<VecDeque<(Task, u32)>>,
     /// When a CompNode is free, and after which span.
     free: Vec<Moment>,
-    /// When its last FP or BP ended: tied gradients are then complete.
+    /// When its last FP or BP ended: shared gradients are then complete.
     passed: Vec<Moment>,
     kept: Vec<Vec<Arrival>>,
     activations: Vec<Vec<Arrival>>,
@@ -316,17 +316,17 @@ impl<'a> State<'a> {
         Moment { at_s: end_s, cause: index }
     }
 
-    /// The step's end: tied gradients, the global norm, UPDATE.
+    /// The step's end: shared gradients, the global norm, UPDATE.
     fn finish(&mut self) {
         let nodes = self.free.len();
         let mut ready = self.free.clone();
-        for (index, tied) in self.placement.tied.iter().enumerate() {
-            let of_tied = self.costs.tied_bytes.get(index).map_or(&[][..], Vec::as_slice);
-            for (place, a) in tied.holders.iter().map(|a| a.index()).enumerate() {
-                let message = Message { bytes: of_tied.get(place).copied().unwrap_or(0.0), codec_s: 0.0 };
+        for shared in &self.placement.shared {
+            let of_shared = self.costs.shared_bytes.get(shared.id.index()).map_or(&[][..], Vec::as_slice);
+            for (place, a) in shared.holders.iter().map(|a| a.index()).enumerate() {
+                let message = Message { bytes: of_shared.get(place).copied().unwrap_or(0.0), codec_s: 0.0 };
                 let at = self.passed[a];
-                for b in tied.holders.iter().map(|b| b.index()) {
-                    let arrival = self.send(a, b, Cargo::Tied(index), message, at);
+                for b in shared.holders.iter().map(|b| b.index()) {
+                    let arrival = self.send(a, b, Cargo::Shared(shared.id), message, at);
                     ready[b] = ready[b].or_later(arrival);
                 }
             }

@@ -3,7 +3,7 @@
 use fusionllm_codec::Codec;
 use fusionllm_graph::{Gpt2Config, OpDag, OpId, gpt2};
 
-use crate::{EdgeId, NodeIndex, Stage, StageEdge, StageId};
+use crate::{EdgeId, GroupId, NodeIndex, Stage, StageEdge, StageId};
 
 /// A GPT-2 of width 16 for sequences of 8 tokens.
 pub(crate) fn small_gpt2(n_layer: usize) -> OpDag {
@@ -23,6 +23,7 @@ pub(crate) fn small_gpt2(n_layer: usize) -> OpDag {
 pub(crate) fn chain(compnodes: &[u32]) -> (Vec<Stage>, Vec<StageEdge>) {
     let stage = |(i, &node): (usize, &u32)| Stage {
         id: StageId(i as u32),
+        group: GroupId::FIRST,
         compnode: NodeIndex(node),
         ops: vec![OpId(i as u32)],
     };

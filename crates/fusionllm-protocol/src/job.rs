@@ -13,6 +13,7 @@ mod names;
 mod overrides;
 mod parse;
 mod refusal;
+mod step_rules;
 mod validate;
 
 use std::path::PathBuf;
@@ -27,7 +28,8 @@ pub use data_spec::{DataFormat, DataSpec, RowKind, SampleOrder};
 pub use image_model::SizedFamily;
 pub use keys::job_keys;
 pub use lora::{LoraSpec, scaling as lora_scaling};
-pub use lr_schedule::LrSchedule;
+pub use lr_schedule::{LearningRates, LrSchedule};
+pub use step_rules::StepRules;
 
 /// A whole job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -35,9 +35,9 @@ pub use event::{CodecNote, JobEvent, JobState, LinkBytes, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
-    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule,
-    Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec,
-    TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
+    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LearningRates,
+    LoraSpec, LrSchedule, Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder,
+    SizedFamily, StepRules, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
 };
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};

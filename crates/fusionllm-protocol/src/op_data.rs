@@ -6,8 +6,7 @@
 //! is also what bounds the sender.
 
 use fusionllm_codec::{Codec, ElementType};
-use fusionllm_graph::ParamId;
-use fusionllm_planner::{EdgeId, NodeIndex, Placement, Route, Way};
+use fusionllm_planner::{EdgeId, NodeIndex, Placement, Route, SharedId, Way};
 use serde::{Deserialize, Serialize};
 
 use crate::{LoanFrame, RunKey};
@@ -28,10 +27,10 @@ pub enum Channel {
     Activation(EdgeId),
     /// Gradients over an edge, from its consuming to its producing stage.
     Gradient(EdgeId),
-    /// The sender's gradient of a tied parameter, summed over the step's micro-batches.
-    Tied {
-        /// The tied parameter.
-        param: ParamId,
+    /// The sender's gradient of shared parameters, summed over the step's micro-batches.
+    Shared {
+        /// Which parameters.
+        id: SharedId,
         /// The holder that sends its gradient.
         from: NodeIndex,
     },
@@ -62,16 +61,17 @@ impl Channel {
         let edges = placement.edges.iter().flat_map(move |edge| {
             edge.ways().filter_map(move |way| Some((Self::of_edge(edge.id, way), placement.route(edge, way)?)))
         });
-        let tied = placement.tied.iter().flat_map(|tied| {
-            let pairs = tied.holders.iter().flat_map(|&from| tied.holders.iter().map(move |&to| Route { from, to }));
-            pairs.map(|route| (Self::Tied { param: tied.param, from: route.from }, route))
+        let shared = placement.shared.iter().flat_map(|shared| {
+            let pairs =
+                shared.holders.iter().flat_map(|&from| shared.holders.iter().map(move |&to| Route { from, to }));
+            pairs.map(|route| (Self::Shared { id: shared.id, from: route.from }, route))
         });
         let root = placement.norm_root();
         let norms = placement.nodes().filter(move |_| clips).flat_map(move |node| {
             let part = (Self::NormPart { from: node }, Route { from: node, to: root });
             [part, (Self::NormTotal { to: node }, Route { from: root, to: node })]
         });
-        edges.chain(tied).chain(norms).filter(|(_, route)| route.from != route.to)
+        edges.chain(shared).chain(norms).filter(|(_, route)| route.from != route.to)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use fusionllm_planner::Way;
+use fusionllm_planner::{GroupId, Way};
 use serde::{Deserialize, Serialize};
 
 const OPTIMIZER: &str = "optimizer.";
@@ -46,8 +46,11 @@ pub enum TensorName<'a> {
         /// Of which parameter.
         param: &'a str,
     },
-    /// What error feedback holds back along an edge: `residual.gradient.PRODUCER>CONSUMER`.
+    /// What error feedback holds back along an edge: `residual.gradient.PRODUCER>CONSUMER`, and `#GROUP` in all groups but
+    /// the first.
     Residual {
+        /// The group whose edge it is.
+        group: GroupId,
         /// Of what goes this way.
         way: Way,
         /// The op whose output flows along the edge.
@@ -55,8 +58,11 @@ pub enum TensorName<'a> {
         /// The first op of the stage that consumes it.
         consumer: &'a str,
     },
-    /// What error feedback holds back of a tied parameter's gradient: `residual.tied.PARAMETER@OP`.
-    TiedResidual {
+    /// What error feedback holds back of a shared parameter's gradient: `residual.tied.PARAMETER@OP`, as checkpoints have
+    /// named it from the beginning, and `#GROUP` in all groups but the first.
+    SharedResidual {
+        /// The group of the op.
+        group: GroupId,
         /// Name of the parameter.
         param: &'a str,
         /// The first op of the sender that uses it.
@@ -76,16 +82,24 @@ impl fmt::Display for TensorName<'_> {
         match self {
             Self::Param(name) => f.write_str(name),
             Self::State { kind, param } => write!(f, "{OPTIMIZER}{}.{param}", kind.name()),
-            Self::Residual { way, producer, consumer } => {
+            Self::Residual { group, way, producer, consumer } => {
                 let way = match way {
                     Way::Activation => "activation",
                     Way::Gradient => "gradient",
                 };
-                write!(f, "{RESIDUAL}{way}.{producer}>{consumer}")
+                write!(f, "{RESIDUAL}{way}.{producer}>{consumer}")?;
+                of_group(f, *group)
             }
-            Self::TiedResidual { param, op } => write!(f, "{RESIDUAL}tied.{param}@{op}"),
+            Self::SharedResidual { group, param, op } => {
+                write!(f, "{RESIDUAL}tied.{param}@{op}")?;
+                of_group(f, *group)
+            }
         }
     }
+}
+
+fn of_group(f: &mut fmt::Formatter<'_>, group: GroupId) -> fmt::Result {
+    if group == GroupId::FIRST { Ok(()) } else { write!(f, "#{}", group.0) }
 }
 
 #[cfg(test)]
@@ -96,11 +110,18 @@ mod tests {
     fn names_are_those_of_the_files() {
         let state = TensorName::State { kind: StateKind::ExpAvgSq, param: "transformer.wte.weight" };
         assert_eq!(state.to_string(), "optimizer.exp_avg_sq.transformer.wte.weight");
-        let residual = TensorName::Residual { way: Way::Gradient, producer: "h.0.add_2", consumer: "h.1.ln_1" };
+        let residual = TensorName::Residual {
+            group: GroupId::FIRST,
+            way: Way::Gradient,
+            producer: "h.0.add_2",
+            consumer: "h.1.ln_1",
+        };
         assert_eq!(residual.to_string(), "residual.gradient.h.0.add_2>h.1.ln_1");
-        let tied = TensorName::TiedResidual { param: "transformer.wte.weight", op: "lm_head" };
-        assert_eq!(tied.to_string(), "residual.tied.transformer.wte.weight@lm_head");
-        assert!(TensorName::is_residual(&tied.to_string()) && !TensorName::is_residual(&state.to_string()));
+        let of_group = |group| TensorName::SharedResidual { group, param: "transformer.wte.weight", op: "lm_head" };
+        let shared = of_group(GroupId::FIRST);
+        assert_eq!(shared.to_string(), "residual.tied.transformer.wte.weight@lm_head");
+        assert_eq!(of_group(GroupId(1)).to_string(), "residual.tied.transformer.wte.weight@lm_head#1");
+        assert!(TensorName::is_residual(&shared.to_string()) && !TensorName::is_residual(&state.to_string()));
         assert_eq!(TensorName::Param("transformer.wte.weight").to_string(), "transformer.wte.weight");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use fusionllm_planner::{Cargo, Cause, NodeIndex, Placement, Simulated, Span, Task, Transfer};
+use fusionllm_planner::{Cargo, Cause, NodeIndex, Simulated, Span, Task, Transfer};
 use serde::{Deserialize, Serialize};
 
 use crate::Channel;
@@ -50,9 +50,9 @@ impl StepTrace {
     }
 }
 
-/// The step as all CompNodes of `placement` did it, beginning at 0. `traces` are in its order. A message lasts from
+/// The step as all CompNodes of a placement did it, beginning at 0. `traces` are in its order. A message lasts from
 /// when it was handed over, whatever was before it in its queue, until it was delivered; its size is not known.
-pub fn measured_step(placement: &Placement, traces: &[StepTrace]) -> Simulated {
+pub fn measured_step(traces: &[StepTrace]) -> Simulated {
     let tasks = traces.iter().flat_map(|t| &t.tasks);
     let begin = tasks.clone().map(|t| t.start_s).fold(f64::INFINITY, f64::min);
     let end = tasks.map(|t| t.end_s).fold(begin, f64::max);
@@ -76,7 +76,7 @@ pub fn measured_step(placement: &Placement, traces: &[StepTrace]) -> Simulated {
             let Some(&(from, at_s)) = sent.get(&(message.channel, message.micro_batch)) else { continue };
             // Clocks agree to about a round trip; nothing arrives before it was sent.
             let (start_s, end_s) = (at_s - begin, (message.at_s - begin).max(at_s - begin));
-            let cargo = cargo(placement, message);
+            let cargo = cargo(message);
             transfers.push(Transfer {
                 from,
                 to,
@@ -93,35 +93,23 @@ pub fn measured_step(placement: &Placement, traces: &[StepTrace]) -> Simulated {
     Simulated { step_s: (end - begin).max(0.0), spans, transfers }
 }
 
-fn cargo(placement: &Placement, message: &TracedMessage) -> Cargo {
+fn cargo(message: &TracedMessage) -> Cargo {
     match message.channel {
         Channel::Activation(edge) => Cargo::Activation(edge, message.micro_batch),
         Channel::Gradient(edge) => Cargo::Gradient(edge, message.micro_batch),
-        Channel::Tied { param, .. } => {
-            Cargo::Tied(placement.tied.iter().position(|t| t.param == param).unwrap_or_default())
-        }
+        Channel::Shared { id, .. } => Cargo::Shared(id),
         Channel::NormPart { .. } | Channel::NormTotal { .. } => Cargo::Norm,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use fusionllm_planner::{EdgeId, PassPlan, Pipeline, StageId};
+    use fusionllm_planner::{EdgeId, StageId};
 
     use super::*;
 
     #[test]
     fn what_two_compnodes_saw_becomes_one_step() {
-        let pass = || PassPlan { micro_batches: 1, orders: Vec::new() };
-        let placement = Placement {
-            compnodes: vec!["a".to_owned(), "b".to_owned()],
-            stages: Vec::new(),
-            edges: Vec::new(),
-            tied: Vec::new(),
-            pipeline: Pipeline::default(),
-            train: pass(),
-            eval: pass(),
-        };
         let task = |stage, start_s, end_s| TracedTask {
             task: Task::Fp { stage: StageId(stage), micro_batch: 0 },
             start_s,
@@ -130,10 +118,10 @@ mod tests {
         let message = |at_s| TracedMessage { channel: Channel::Activation(EdgeId(0)), micro_batch: 0, at_s };
         let first = StepTrace { tasks: vec![task(0, 10.0, 11.0)], sent: vec![message(11.0)], arrived: Vec::new() };
         let second = StepTrace { tasks: vec![task(1, 12.0, 14.0)], sent: Vec::new(), arrived: vec![message(12.0)] };
-        let step = measured_step(&placement, &[first, second]);
+        let step = measured_step(&[first, second]);
         assert_eq!((step.step_s, step.spans.len()), (4.0, 2));
         let transfer = &step.transfers[0];
         assert_eq!((transfer.from.0, transfer.to.0, transfer.start_s, transfer.end_s), (0, 1, 1.0, 2.0));
-        assert_eq!(measured_step(&placement, &[]).step_s, 0.0);
+        assert_eq!(measured_step(&[]).step_s, 0.0);
     }
 }

@@ -115,21 +115,23 @@ pub(crate) fn placement(dag: &OpDag, placement: &Placement, micro_batch_size: us
             edge.activation_codec.name()
         ));
     }
-    text.push_str(&tied(dag, placement));
+    text.push_str(&shared(dag, placement));
     text.trim_end().to_owned()
 }
 
 /// Parameters of which several CompNodes hold a copy, a line each: tables that count what each holds have them more than
 /// once.
-pub(crate) fn tied(dag: &OpDag, placement: &Placement) -> String {
-    let line = |tied: &fusionllm_planner::TiedParam| {
-        let holders: Vec<_> = tied.holders.iter().filter_map(|n| placement.compnodes.get(n.index())).cloned().collect();
-        let (param, holders) = (dag.param(tied.param), holders.join(", "));
-        format!(
-            "  tied: {}, one parameter of {} elements, counted in each of {holders}\n",
-            param.name,
-            param.elements()
-        )
-    };
-    placement.tied.iter().map(line).collect()
+pub(crate) fn shared(dag: &OpDag, placement: &Placement) -> String {
+    let mut lines = String::new();
+    for shared in &placement.shared {
+        let holders: Vec<_> =
+            shared.holders.iter().filter_map(|n| placement.compnodes.get(n.index())).cloned().collect();
+        let holders = holders.join(", ");
+        for &param in &shared.params {
+            let (name, elements) = (&dag.param(param).name, dag.param(param).elements());
+            let line = format!("  tied: {name}, one parameter of {elements} elements, counted in each of {holders}\n");
+            lines.push_str(&line);
+        }
+    }
+    lines
 }

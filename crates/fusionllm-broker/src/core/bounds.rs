@@ -29,12 +29,12 @@ fn shard_limit(dag: &OpDag, placement: &Placement, node: NodeIndex, spec: &JobSp
     let edges = placement.edges.iter().filter(|e| placement.is_boundary(e) && (touches(e.from) || touches(e.to)));
     let batch = spec.micro_batch_size() as usize;
     let held_back: u64 = edges.clone().map(|e| 2 * dag.op(e.op).output.bytes(batch)).sum();
-    let tied = placement.tied.iter().filter(|tied| tied.holders.contains(&node));
-    let tied: u64 = tied.map(|t| dag.param(t.param).bytes().saturating_mul(t.holders.len() as u64)).sum();
+    let shared = placement.shared.iter().filter(|shared| shared.holders.contains(&node));
+    let shared: u64 = shared.map(|s| s.bytes().saturating_mul(s.holders.len() as u64)).sum();
     let copies = (1 + spec.train.states().len() + placement.compnodes.len()) as u64;
     let tensors = placement.params_of(dag, node).len() as u64 * copies + 2 * edges.count() as u64;
     let form = tensors.saturating_mul(TENSOR_FORM_BYTES);
-    let sum = values.saturating_add(held_back).saturating_add(tied).saturating_add(form);
+    let sum = values.saturating_add(held_back).saturating_add(shared).saturating_add(form);
     sum.saturating_mul(SLACK).saturating_add(FILE_FORM_BYTES)
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fusionllm_protocol::{BlobHeader, BlobKind, FromBroker, JobEvent, RunKey};
 
 use super::run::Failed;
-use super::{Action, Breach, ConnectionId, Core};
+use super::{Action, Breach, ConnectionId, Core, FailedBy};
 
 impl Core {
     /// Whether a shard that a CompNode offers is due; why it cannot be one if it is too large for its part.
@@ -47,7 +47,7 @@ impl Core {
         if let Some(known) = self.jobs.get_mut(&key.job) {
             known.record.checkpoint = Some((step, checksum));
             let record = known.record.clone();
-            actions.push(self.persist(record, true));
+            actions.push(self.persist(record));
         }
         if let Some(run) = self.run_mut(key).filter(|run| run.steps() == step) {
             let message = FromBroker::ShardSettled { key, step };
@@ -71,7 +71,9 @@ impl Core {
         let Some(run) = self.run_mut(key) else { return Vec::new() };
         let mut actions = vec![Action::DropCheckpoint { key, step }];
         match run.checkpoint_failed(step, may_pass) {
-            Failed::Last => return self.fail(key, format!("checkpoint of step {step}: {reason}"), false, now),
+            Failed::Last => {
+                return self.fail(key, format!("checkpoint of step {step}: {reason}"), FailedBy::Machine, now);
+            }
             Failed::Known => return Vec::new(),
             Failed::Again { is_first } => {
                 if is_first {

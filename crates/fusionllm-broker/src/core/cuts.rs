@@ -7,6 +7,8 @@ use fusionllm_protocol::{Channel, Fault, JobId, PairProfile, RunKey};
 
 use super::around::Around;
 use super::detector::SUSPECT;
+use super::recovery::Missing;
+use super::run::owner_of;
 use super::schedule::needed;
 use super::{Action, ConnectionId, Core, Job};
 
@@ -36,7 +38,7 @@ impl Core {
         }
         let reason = format!("CompNode `{name}` does not reach `{other}`: {reason}");
         self.fault(key, Fault::Failed, vec![name, other], Duration::ZERO, now);
-        self.recover(key, reason, true, now)
+        self.recover(key, reason, Missing::Lost, now)
     }
 
     /// A link was measured, or cannot be.
@@ -67,7 +69,7 @@ impl Core {
             let name = placement.compnodes.get(node.index())?;
             members.iter().copied().find(|&member| self.compnodes.name(member) == *name)
         };
-        let mut routes = Channel::all(placement, record.spec.train.clip > 0.0).map(|(_, route)| route);
+        let mut routes = Channel::all(placement, record.spec.train.clips()).map(|(_, route)| route);
         let cut = |Route { from, to }: Route| {
             let (a, b) = (named(from)?, named(to)?);
             self.survey.is_unreachable(a, b).then_some((a, b))
@@ -86,7 +88,7 @@ impl Core {
         let (names, Some(known)) = ([a, b].map(|c| self.compnodes.name(c)), self.jobs.get_mut(&job)) else {
             return Vec::new();
         };
-        let owner = members.first().copied().filter(|_| known.owner().is_some());
+        let owner = owner_of(&members).filter(|_| known.owner().is_some());
         let least = known.start.as_ref().map_or(1, |start| needed(&known.record.spec, start, true));
         let reason =
             format!("`{}` and `{}` do not reach each other, and no plan does without that", names[0], names[1]);

@@ -77,9 +77,14 @@ impl Core {
         self.trouble().map_or(Ok(()), |reason| Err(BrokerError::NotDurable { reason: reason.to_owned() }))
     }
 
-    /// Writes a job. What is told of it after this waits for it if `barrier` says so.
-    pub(super) fn persist(&mut self, record: JobRecord, barrier: bool) -> Action {
-        Action::Persist { number: self.durable.next(), record: Box::new(record), barrier }
+    /// Writes a job. What is told of it after this waits for that.
+    pub(super) fn persist(&mut self, record: JobRecord) -> Action {
+        Action::Persist { number: self.durable.next(), record: Box::new(record), barrier: true }
+    }
+
+    /// Writes a job while others are told of it: should this be lost, nothing is missing but how far it was.
+    pub(super) fn persist_meanwhile(&mut self, record: JobRecord) -> Action {
+        Action::Persist { number: self.durable.next(), record: Box::new(record), barrier: false }
     }
 
     /// Keeps back what may not be told yet.

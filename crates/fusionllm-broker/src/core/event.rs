@@ -35,6 +35,15 @@ pub(crate) struct Joining {
     pub(crate) standing: Option<Standing>,
 }
 
+/// Why a job cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FailedBy {
+    /// What its user gave, which fails on every machine.
+    Input,
+    /// Something on a machine.
+    Machine,
+}
+
 /// How the notice begins that says whose weights a job starts from.
 pub(crate) const WEIGHTS: &str = "weights: ";
 
@@ -101,10 +110,10 @@ pub(crate) enum CoreEvent {
     RunOpened { key: RunKey },
     /// The files of a run that was to be taken back are not opened: another process has gone on with the run.
     GoneOn { key: RunKey, reason: String },
-    /// The files of a run cannot be opened; `bad_input` says whether that is the job's fault.
-    RunNotOpened { key: RunKey, reason: String, bad_input: bool },
-    /// The broker itself cannot go on with a job; `bad_input` says whether that is the job's fault.
-    RunFailed { key: RunKey, reason: String, bad_input: bool },
+    /// The files of a run cannot be opened.
+    RunNotOpened { key: RunKey, reason: String, by: FailedBy },
+    /// The broker itself cannot go on with a job.
+    RunFailed { key: RunKey, reason: String, by: FailedBy },
     /// What was to be worked out or read for a job was not, by a defect of ours.
     WorkFailed { job: JobId, reason: String },
     /// The store has all that it was given up to this number.

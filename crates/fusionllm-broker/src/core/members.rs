@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::{Fault, FromBroker, JobId, JobState, RunKey};
 
+use super::recovery::Missing;
 use super::{Action, ConnectionId, Core, Job, Joining, StartPoint};
 use crate::BrokerError;
 
@@ -166,10 +167,10 @@ impl Core {
         let is_early =
             self.jobs.get(&key.job).and_then(|job| job.run.as_ref()).is_some_and(|r| r.step_time().is_none());
         if let Some(job) = self.jobs.get_mut(&key.job).filter(|job| is_early && job.recoveries.has_worked) {
-            who.iter().for_each(|name| job.recoveries.avoid(name, reason.clone(), true, now));
+            who.iter().for_each(|name| job.recoveries.avoid(name, reason.clone(), Missing::Lost, now));
         }
         self.fault(key, Fault::Lost, who, silence, now);
-        self.recover(key, reason, true, now)
+        self.recover(key, reason, Missing::Lost, now)
     }
 
     /// A CompNode has no work any more. Whether it is still here: one that is away is given up.
@@ -200,7 +201,7 @@ impl Core {
         let mut actions = Vec::new();
         for (key, reason, waiting, silence) in stalled {
             self.fault(key, Fault::Stalled, waiting, silence, now);
-            actions.extend(self.recover(key, reason, false, now));
+            actions.extend(self.recover(key, reason, Missing::Failed, now));
         }
         actions
     }

@@ -7,8 +7,9 @@ use fusionllm_planner::CodecChange;
 use fusionllm_protocol::{DataReport, Fault, FromBroker, FromCompNode, JobEvent, JobState, RunKey};
 
 use super::comeback::Phase;
+use super::recovery::Missing;
 use super::run::{MergedStep, Run};
-use super::{Action, ConnectionId, Core};
+use super::{Action, ConnectionId, Core, FailedBy};
 use crate::checkpoint::FinishSpec;
 use crate::store::{Placed, PlacedMember};
 
@@ -58,7 +59,7 @@ impl Core {
                         ways.into_iter().for_each(|(from, relayed)| self.survey.seen(from, connection, relayed));
                         self.advance(key, now)
                     }
-                    Err(breach) => self.fail(key, breach.to_string(), false, now),
+                    Err(breach) => self.fail(key, breach.to_string(), FailedBy::Machine, now),
                 }
             }
             FromCompNode::Finished { key } => {
@@ -119,7 +120,7 @@ impl Core {
         // that is not there yet after a restart.
         let was_right = self.jobs.get(&key.job).is_some_and(|job| job.recoveries.has_worked);
         if bad_input && !was_right {
-            return self.fail(key, reason, true, now);
+            return self.fail(key, reason, FailedBy::Input, now);
         }
         let reason = format!("CompNode `{name}`: {reason}");
         self.fault(key, Fault::Failed, vec![name.clone()], Duration::ZERO, now);
@@ -127,9 +128,10 @@ impl Core {
         let is_loan = self.run_mut(key).is_some_and(|run| run.loan_failed);
         let may_be_chance = is_loan || self.run_mut(key).is_some_and(|run| run.step_time().is_none());
         if let Some(job) = self.jobs.get_mut(&key.job).filter(|_| was_right && !is_loan) {
-            job.recoveries.avoid(&name, reason.clone(), false, now);
+            job.recoveries.avoid(&name, reason.clone(), Missing::Failed, now);
         }
-        self.recover(key, reason, was_right && may_be_chance, now)
+        let missing = if was_right && may_be_chance { Missing::Lost } else { Missing::Failed };
+        self.recover(key, reason, missing, now)
     }
 
     fn ready(&mut self, key: RunKey, connection: ConnectionId, data: Option<DataReport>, now: Duration) -> Vec<Action> {
@@ -141,7 +143,7 @@ impl Core {
         if let Some(data) = data.filter(|_| reads_data) {
             match self.data_read(key, data) {
                 Ok(follows) => actions.extend(follows),
-                Err(reason) => return self.fail(key, reason, true, now),
+                Err(reason) => return self.fail(key, reason, FailedBy::Input, now),
             }
         }
         let Some(run) = self.run_mut(key) else { return actions };
@@ -198,7 +200,7 @@ impl Core {
                     "the loss is {} at step {step} (learning rate {lr:.2e}): lower train.lr or raise train.warmup",
                     metrics.loss
                 );
-                return actions.into_iter().chain(self.fail(key, reason, false, now)).collect();
+                return actions.into_iter().chain(self.fail(key, reason, FailedBy::Machine, now)).collect();
             }
             let comeback = job.comeback.take().map(|comeback| comeback.done(metrics.step.saturating_sub(1), now));
             metrics.recoveries = comeback.into_iter().collect();
@@ -229,7 +231,7 @@ impl Core {
         }
         let is_done = run.is_done();
         // Nothing that is told waits for it: after a restart the metrics say how far the job was.
-        actions.extend(progress.map(|record| self.persist(record, false)));
+        actions.extend(progress.map(|record| self.persist_meanwhile(record)));
         actions.extend(self.snapshots_complete(key, now));
         actions.extend(self.take_snapshots(key, now));
         if is_done {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fusionllm_protocol::{JobId, JobState, RunKey};
 
-use super::{Action, ConnectionId, Core, Loading};
+use super::{Action, ConnectionId, Core, FailedBy, Loading};
 use crate::store::JobRecord;
 
 /// So many times in a row a job may come to nothing at the same step; then it fails, since it would only happen again.
@@ -25,6 +25,15 @@ const AVOIDED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_se
 const REOPENED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// After the broker's own restart, CompNodes find their way back within this time.
 pub(super) const RETURN: Duration = Duration::from_secs(45);
+
+/// How a job came to lack a CompNode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// It, or the way to it, was lost, which may be chance.
+    Lost,
+    /// It could not go on, and may not be able to the next time.
+    Failed,
+}
 
 /// In what form a step is kept from which a job goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,14 +70,16 @@ pub(super) struct Recoveries {
 }
 
 impl Recoveries {
-    /// A CompNode is lost after `step`, or if `is_lost` is not so, has failed; what is kept is that of step `from`.
-    /// Why it is not worth going on, if it is not.
-    fn again(&mut self, step: u64, from: u64, is_lost: bool) -> Option<String> {
+    /// A CompNode is missing after `step`; what is kept is that of step `from`. Why it is not worth going on, if it is not.
+    fn again(&mut self, step: u64, from: u64, missing: Missing) -> Option<String> {
         let is_same = self.at.is_some_and(|at| at.abs_diff(step) <= SAME_STEP);
         self.in_vain = if is_same { self.in_vain + 1 } else { 0 };
         self.at = Some(step);
         self.from = (from, if from > self.from.0 { 1 } else { self.from.1 + 1 });
-        let most = if is_lost { MOST_LOSSES_IN_VAIN } else { MOST_IN_VAIN };
+        let most = match missing {
+            Missing::Lost => MOST_LOSSES_IN_VAIN,
+            Missing::Failed => MOST_IN_VAIN,
+        };
         if self.in_vain >= most {
             return Some(format!("so it was {} times at this step", self.in_vain + 1));
         }
@@ -84,10 +95,10 @@ impl Recoveries {
 
     /// It has failed on this CompNode: that is left out for a while, and each time for longer. Where the CompNode was lost it
     /// is so from the second time on.
-    pub(super) fn avoid(&mut self, name: &str, reason: String, is_lost: bool, now: Duration) {
+    pub(super) fn avoid(&mut self, name: &str, reason: String, missing: Missing, now: Duration) {
         let times = self.avoided.get(name).map_or(0, |(times, ..)| *times) + 1;
-        let pause = match (is_lost, times) {
-            (true, 1) => Duration::ZERO,
+        let pause = match (missing, times) {
+            (Missing::Lost, 1) => Duration::ZERO,
             _ => AVOIDED.0.saturating_mul(1 << times.min(10)).min(AVOIDED.1),
         };
         self.avoided.insert(name.to_owned(), (times, now + pause, reason));
@@ -184,26 +195,26 @@ impl Recoveries {
 impl Core {
     /// A placement has lost a CompNode, or one has failed: the job goes on from its newest checkpoint as soon as it can be
     /// placed anew, unless its user wants it otherwise, or that came to nothing several times.
-    pub(super) fn recover(&mut self, key: RunKey, reason: String, is_lost: bool, now: Duration) -> Vec<Action> {
+    pub(super) fn recover(&mut self, key: RunKey, reason: String, missing: Missing, now: Duration) -> Vec<Action> {
         let Some((members, checkpoint)) = self.run_mut(key).map(|run| (run.members.len(), run.newest_checkpoint()))
         else {
             return Vec::new();
         };
         let Some(known) = self.jobs.get_mut(&key.job) else { return Vec::new() };
         if !known.record.spec.survive.enabled {
-            return self.fail(key, reason, false, now);
+            return self.fail(key, reason, FailedBy::Machine, now);
         }
         let step = known.record.step;
         known.snapshots.failed(known.record.spec.survive.mtbf_h, now);
         // What every CompNode had made counts, and is written with the state.
         known.record.snapshots = known.snapshots.to_store();
         let kept = checkpoint.max(known.snapshots.newest()).unwrap_or(0);
-        if let Some(enough) = known.recoveries.again(step, kept, is_lost) {
-            return self.fail(key, format!("{reason}; {enough}"), false, now);
+        if let Some(enough) = known.recoveries.again(step, kept, missing) {
+            return self.fail(key, format!("{reason}; {enough}"), FailedBy::Machine, now);
         }
         known.recoveries.go_on(members, now + RESTART, reason.clone(), step);
         known.drift.disturbed();
-        if !is_lost {
+        if missing == Missing::Failed {
             // What failed may be a link that was cut: the next plan goes by what is there now.
             self.survey.refresh(now);
         }

@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod links;
+mod means;
 mod taken_back;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{CodecChange, Controller, NodeIndex, Placement, Simulated};
+use fusionllm_planner::{CodecChange, Controller, NodeIndex, PassPlan, Placement, Simulated};
 use fusionllm_protocol::{
     Cadence, CompressionPolicy, JobSpec, RunKey, SnapshotId, StepMetrics, StepReport, StepTrace, measured_step,
 };
@@ -21,6 +22,12 @@ use super::hearsay::Hearsay;
 use super::watchdog::Watchdog;
 use super::{Breach, ConnectionId, StartPoint};
 use crate::checkpoint::{Origin, StoredShard};
+use means::mean_of;
+
+/// The data owner, of the members of a placement.
+pub(super) fn owner_of(members: &[ConnectionId]) -> Option<ConnectionId> {
+    members.get(NodeIndex::DATA_OWNER.index()).copied()
+}
 
 /// Names of the parameters that a CompNode holds.
 pub(super) fn param_names(dag: &OpDag, placement: &Placement, node: NodeIndex) -> Vec<String> {
@@ -364,6 +371,18 @@ impl Run {
         [self.dag.input(), self.dag.label()].into_iter().flatten().any(holds)
     }
 
+    /// The mean over all micro-batches of a pass, of what those say who hold the end of a group's pipeline.
+    fn mean(
+        &self,
+        reports: &BTreeMap<NodeIndex, StepReport>,
+        pass: &PassPlan,
+        said: impl Fn(&StepReport) -> Option<f64>,
+    ) -> Option<f64> {
+        let times = |node: NodeIndex| self.dag.loss().map_or(0, |loss| self.placement.times(pass, node, loss));
+        let said = reports.iter().filter_map(|(&node, report)| Some((times(node), said(report)?)));
+        mean_of(&said.collect::<Vec<_>>())
+    }
+
     /// The next step that every CompNode has reported, as one.
     pub(super) fn next_step(&mut self) -> Option<MergedStep> {
         let step = self.merged + 1;
@@ -373,21 +392,21 @@ impl Run {
         let reports = self.reports.remove(&step)?;
         self.merged = step;
         let traces: Option<Vec<StepTrace>> = reports.values().map(|r| r.trace.clone()).collect();
-        let traced = traces.map(|traces| measured_step(&self.placement, &traces));
+        let traced = traces.map(|traces| measured_step(&traces));
         let changes = self.adapt(step, &reports);
-        let reports = || reports.values();
+        let all = || reports.values();
         let metrics = StepMetrics {
             step,
             // Without a loss there is nothing to go by: not a number, and the job fails.
-            loss: reports().find_map(|r| r.loss).unwrap_or(f64::NAN),
+            loss: self.mean(&reports, &self.placement.train, |r| r.loss).unwrap_or(f64::NAN),
             tokens: self.tokens_per_step,
             // All wait for the slowest.
-            step_s: reports().map(|r| r.step_s).fold(0.0, f64::max),
-            lr: reports().map(|r| r.lr).fold(0.0, f64::max),
-            grad_norm: reports().find_map(|r| r.grad_norm),
-            eval_loss: reports().find_map(|r| r.eval_loss),
-            eval_accuracy: reports().find_map(|r| r.eval_accuracy),
-            links: reports().flat_map(|r| r.links.iter().cloned()).collect(),
+            step_s: all().map(|r| r.step_s).fold(0.0, f64::max),
+            lr: all().map(|r| r.lr).fold(0.0, f64::max),
+            grad_norm: all().find_map(|r| r.grad_norm),
+            eval_loss: self.mean(&reports, &self.placement.eval, |r| r.eval_loss),
+            eval_accuracy: self.mean(&reports, &self.placement.eval, |r| r.eval_accuracy),
+            links: all().flat_map(|r| r.links.iter().cloned()).collect(),
             codec_changes: changes.iter().map(|c| self.note(c)).collect(),
             recoveries: Vec::new(),
             unix_s: None,
@@ -398,8 +417,8 @@ impl Run {
         }
         self.watchdog.stepped(metrics.step_s);
         let sender = |change: CodecChange| Some((*self.members.get(change.sender.index())?, change));
-        let busy_s = reports().map(|r| r.busy_s).collect();
-        let came = self.came(&reports().flat_map(|r| &r.received).collect::<Vec<_>>());
+        let busy_s = all().map(|r| r.busy_s).collect();
+        let came = self.came(&all().flat_map(|r| &r.received).collect::<Vec<_>>());
         Some(MergedStep { metrics, busy_s, came, traced, changes: changes.into_iter().filter_map(sender).collect() })
     }
 }

@@ -13,7 +13,7 @@ use fusionllm_protocol::{
 use super::detector::SUSPECT;
 use super::drift::slowed;
 use super::recovery::KeptAs;
-use super::run::{Run, param_names};
+use super::run::{Run, owner_of, param_names};
 use super::snapshot_book::RecoveryPoint;
 use super::snapshots::Sources;
 use super::survey::WorkKey;
@@ -354,7 +354,7 @@ impl Core {
             takes_back: false,
         }))];
         actions.extend(self.notices(job, start.notices.clone()));
-        let owner = members.first().map(|&owner| self.compnodes.name(owner)).unwrap_or_default();
+        let owner = owner_of(&members).map(|owner| self.compnodes.name(owner)).unwrap_or_default();
         let kept = point.map(|point| self.sources(job, &point, &start.dag, &placement, &members));
         let Sources { of_members, loans, lends } = kept.unwrap_or_default();
         let assignments = self.assignments(key, &spec, &start, of_members, (&placement, &planned), &members);

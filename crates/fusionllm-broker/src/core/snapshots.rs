@@ -131,7 +131,7 @@ impl Core {
         }
         job.record.snapshots = job.snapshots.to_store();
         let (record, needed) = (job.record.clone(), job.snapshots.needed());
-        let mut actions = vec![self.persist(record, true)];
+        let mut actions = vec![self.persist(record)];
         actions.extend(self.compnodes.all().map(|to| release(to, key.job, needed.clone())));
         if halts {
             actions.extend(self.move_on(key, now));

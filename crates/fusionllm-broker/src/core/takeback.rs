@@ -9,7 +9,7 @@ use super::awaited::{Opening, TakeBack};
 use super::comeback::Comeback;
 use super::recovery::{RETURN, awaited};
 use super::run::Run;
-use super::{Action, ConnectionId, Core, Job, OpenRun, StartPoint, Unread};
+use super::{Action, ConnectionId, Core, FailedBy, Job, OpenRun, StartPoint, Unread};
 use crate::run_dir::RunStart;
 
 /// CompNodes that are still at work are back within this time: a connection that is dead is noticed after ten seconds, and
@@ -141,27 +141,21 @@ impl Core {
     }
 
     /// The broker itself cannot go on with a run. One that is to be taken back trains on meanwhile, and waits until it can.
-    pub(super) fn run_failed(&mut self, key: RunKey, reason: String, bad_input: bool, now: Duration) -> Vec<Action> {
+    pub(super) fn run_failed(&mut self, key: RunKey, reason: String, by: FailedBy, now: Duration) -> Vec<Action> {
         match self.is_awaited(key) {
-            true => self.run_not_opened(key, reason, bad_input, now),
-            false => self.fail(key, reason, bad_input, now),
+            true => self.run_not_opened(key, reason, by, now),
+            false => self.fail(key, reason, by, now),
         }
     }
 
     /// The files of a run cannot be opened. One that is to be taken back trains on meanwhile, and one that goes on by itself
     /// waits, since that may pass: others may have moved its directory, or be at work there.
-    pub(super) fn run_not_opened(
-        &mut self,
-        key: RunKey,
-        reason: String,
-        bad_input: bool,
-        now: Duration,
-    ) -> Vec<Action> {
+    pub(super) fn run_not_opened(&mut self, key: RunKey, reason: String, by: FailedBy, now: Duration) -> Vec<Action> {
         if !self.is_awaited(key) {
             let goes_on = |job: &Job| job.recoveries.goes_on && job.record.spec.survive.enabled;
             return match self.jobs.get(&key.job) {
                 Some(job) if goes_on(job) => self.wait_for_files(key, reason, now),
-                _ => self.fail(key, reason, bad_input, now),
+                _ => self.fail(key, reason, by, now),
             };
         }
         if let Some(takeback) = self.jobs.get_mut(&key.job).and_then(|job| job.takeback.as_mut()) {

@@ -15,7 +15,7 @@ use super::blob;
 use super::command::{Command, Control, Joined, ToCompNode, lock};
 use super::gate::Admission;
 use super::handle::Handle;
-use crate::core::{ConnectionId, CoreEvent, Joining};
+use crate::core::{ConnectionId, CoreEvent, FailedBy, Joining};
 
 /// Messages that may wait for a slow CompNode.
 const OUTBOX: usize = 256;
@@ -123,7 +123,7 @@ async fn write(
                         // What is said of how the job goes on must be there. If the actor is gone nobody reads it.
                         let _ = handle.ask(|reply| Command::Look { key, reply }).await;
                         let reason = format!("the weights could not be sent: {reason}");
-                        let failed = Command::Event(CoreEvent::RunFailed { key, reason, bad_input: false });
+                        let failed = Command::Event(CoreEvent::RunFailed { key, reason, by: FailedBy::Machine });
                         // If the actor is gone it needs no word.
                         let _ = handle.commands.send(failed).await;
                     }

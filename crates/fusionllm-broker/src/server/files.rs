@@ -16,7 +16,7 @@ use super::run_files::RunFiles;
 use super::watched::Watched;
 use crate::BrokerError;
 use crate::checkpoint::{Course, ShardPlace};
-use crate::core::{Action, CoreEvent, OpenRun};
+use crate::core::{Action, CoreEvent, FailedBy, OpenRun};
 use crate::metrics::{MetricsWriter, gaps};
 use crate::report::RunReport;
 use crate::run_dir::{RunDir, WholeFiles, read_notices};
@@ -157,10 +157,11 @@ impl Keeper {
             }
             (Err(error), Some(key)) => {
                 self.open_runs.set(key, None);
-                let (reason, bad_input) = (error.to_string(), begins && error.is_bad_input());
+                let by = if begins && error.is_bad_input() { FailedBy::Input } else { FailedBy::Machine };
+                let reason = error.to_string();
                 vec![match begins {
-                    true => CoreEvent::RunNotOpened { key, reason, bad_input },
-                    false => CoreEvent::RunFailed { key, reason, bad_input },
+                    true => CoreEvent::RunNotOpened { key, reason, by },
+                    false => CoreEvent::RunFailed { key, reason, by },
                 }]
             }
             (Err(error), None) => {

@@ -150,7 +150,7 @@ impl Trial {
         (loss, self.update(executors, step))
     }
 
-    /// As the task loop: tied gradients meet, the norm is that of all parameters, each counted once.
+    /// As the task loop: shared gradients meet, the norm is that of all parameters, each counted once.
     fn update(&self, executors: &mut [Box<dyn Executor>], step: u64) -> f64 {
         let held = |executor: &dyn Executor, name: &str| executor.export().iter().any(|tensor| tensor.name == name);
         let (mut squares, mut counted) = (0.0, BTreeSet::new());

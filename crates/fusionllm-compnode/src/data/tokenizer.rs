@@ -25,6 +25,7 @@ use super::{ReadableData, Reading};
 use crate::DataError;
 use around::{Around, for_a_corpus};
 pub(crate) use coverage::{Coverage, pieces};
+use growth::Growth;
 pub(super) use guard::guarded;
 pub use guard::is_guarded;
 use normalizer::Effects;
@@ -64,8 +65,8 @@ pub struct FileTokenizer {
     keeps_everything: bool,
     /// What it may put before the pieces of a text.
     puts_before: Vec<String>,
-    /// By how much a text may grow in its normalizer, and in its pre-tokenizers.
-    growth: (u64, u64),
+    /// By how much a text may grow on its way.
+    growth: Growth,
     /// What is known of what its normalizer does.
     effects: Arc<Mutex<Effects>>,
 }
@@ -140,7 +141,7 @@ impl Tokenizer {
             let keeps_everything = keeps_everything(&inner, &keys);
             let unknown = unknown_token(&inner, &keys);
             growth::check_decoder(inner.get_decoder())?;
-            let growth = (growth::of(inner.get_normalizer())?, growth::of_words(inner.get_pre_tokenizer()));
+            let growth = Growth::of(inner.get_normalizer(), inner.get_pre_tokenizer())?;
             let puts_before = implied::texts_before(inner.get_normalizer(), inner.get_pre_tokenizer());
             let (name, source, effects) = (name.to_owned(), source.clone(), Arc::default());
             Ok(FileTokenizer {

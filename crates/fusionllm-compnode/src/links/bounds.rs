@@ -4,23 +4,23 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use fusionllm_codec::{Codec, ElementType};
-use fusionllm_graph::{DType, OpDag, ParamId};
-use fusionllm_planner::{EdgeId, NodeIndex, Pieces, Placement, TiedParam};
+use fusionllm_graph::{DType, OpDag};
+use fusionllm_planner::{EdgeId, NodeIndex, Pieces, Placement, Shared, SharedId};
 use fusionllm_protocol::{Channel, OpDataHeader, Pass};
 
 use super::JobLinks;
 use super::breach::Breach;
 
-/// What flows over each edge of a placement, and of each tied parameter, by the OP-DAG.
+/// What flows over each edge of a placement, and of its shared parameters, by the OP-DAG.
 #[derive(Debug)]
 pub(crate) struct EdgeTensors {
     edges: BTreeMap<EdgeId, EdgeTensor>,
-    tied: BTreeMap<ParamId, TiedTensor>,
+    shared: BTreeMap<SharedId, SharedTensor>,
 }
 
 #[derive(Debug)]
-struct TiedTensor {
-    param: String,
+struct SharedTensor {
+    name: String,
     pieces: Pieces,
     /// The holders that send only rows, which they name first.
     row_senders: Vec<NodeIndex>,
@@ -45,32 +45,31 @@ impl EdgeTensors {
             };
             Some((edge.id, EdgeTensor { op: op.name.clone(), shape: op.output.shape.resolve(batch), element }))
         };
-        let tied = |tied: &TiedParam| {
-            let param = dag.params().get(tied.param.index())?;
-            let holders = tied.holders.iter().copied();
-            let row_senders = holders.filter(|&holder| placement.sends_rows(dag, tied, holder)).collect();
-            let (param, pieces) = (param.name.clone(), Pieces::of(&param.shape));
-            Some((tied.param, TiedTensor { param, pieces, row_senders }))
+        let shared = |shared: &Shared| {
+            let holders = shared.holders.iter().copied();
+            let row_senders = holders.filter(|&holder| placement.sends_rows(dag, shared, holder).is_some()).collect();
+            let (name, pieces) = (shared.name(dag), Pieces::of(&shared.shape(dag)));
+            Some((shared.id, SharedTensor { name, pieces, row_senders }))
         };
         Self {
             edges: placement.edges.iter().filter_map(tensor).collect(),
-            tied: placement.tied.iter().filter_map(tied).collect(),
+            shared: placement.shared.iter().filter_map(shared).collect(),
         }
     }
 }
 
-impl TiedTensor {
+impl SharedTensor {
     /// What would be right, if a holder may not send a tensor of this shape and type as message `number` of a step.
     fn misfit(&self, from: NodeIndex, number: u32, shape: &[usize], element: ElementType) -> Option<String> {
         let sends_rows = self.row_senders.contains(&from);
-        let (param, pieces, columns) = (&self.param, self.pieces.count(), self.pieces.columns());
+        let (name, pieces, columns) = (&self.name, self.pieces.count(), self.pieces.columns());
         let Some(piece) = number.checked_sub(1) else {
             let most = self.pieces.rows();
             let fits = sends_rows && element == ElementType::I32 && matches!(shape, [rows] if *rows <= most);
-            return (!fits).then(|| format!("number 0 of `{param}` has at most the {most} numbers of its rows"));
+            return (!fits).then(|| format!("number 0 of `{name}` has at most the {most} numbers of its rows"));
         };
         if piece >= pieces {
-            return Some(format!("`{param}` has {pieces} pieces"));
+            return Some(format!("`{name}` has {pieces} pieces"));
         }
         let rows = self.pieces.rows_of(piece).len();
         let fits = match shape {
@@ -78,7 +77,7 @@ impl TiedTensor {
             _ => false,
         };
         let fits = fits && element == ElementType::F32;
-        (!fits).then(|| format!("expected real numbers [{rows}, {columns}], that of piece {piece} of `{param}`"))
+        (!fits).then(|| format!("expected real numbers [{rows}, {columns}], that of piece {piece} of `{name}`"))
     }
 }
 
@@ -87,13 +86,13 @@ impl EdgeTensors {
     /// Of one edge.
     pub(super) fn one(edge: EdgeId, op: &str, shape: Vec<usize>, element: ElementType) -> Self {
         let edges = BTreeMap::from([(edge, EdgeTensor { op: op.to_owned(), shape, element })]);
-        Self { edges, tied: BTreeMap::new() }
+        Self { edges, shared: BTreeMap::new() }
     }
 
-    /// Of one tied parameter.
-    pub(super) fn one_tied(param: ParamId, name: &str, shape: &[usize], row_senders: Vec<NodeIndex>) -> Self {
-        let tied = TiedTensor { param: name.to_owned(), pieces: Pieces::of(shape), row_senders };
-        Self { edges: BTreeMap::new(), tied: BTreeMap::from([(param, tied)]) }
+    /// Of one shared parameter.
+    pub(super) fn one_shared(id: SharedId, name: &str, shape: &[usize], row_senders: Vec<NodeIndex>) -> Self {
+        let shared = SharedTensor { name: name.to_owned(), pieces: Pieces::of(shape), row_senders };
+        Self { edges: BTreeMap::new(), shared: BTreeMap::from([(id, shared)]) }
     }
 }
 
@@ -152,14 +151,14 @@ impl JobLinks {
                     Some(_) | None => {}
                 }
             }
-            Channel::Tied { param, from } => {
-                let tied = self.placement.tied.iter().find(|t| t.param == param).map_or(0, |tied| tied.elements);
-                match self.tensors.get().and_then(|tensors| tensors.tied.get(&param)) {
+            Channel::Shared { id, from } => {
+                let most = self.placement.shared(id).map_or(0, |shared| shared.elements);
+                match self.tensors.get().and_then(|tensors| tensors.shared.get(&id)) {
                     Some(known) => {
                         let misfit = known.misfit(from, header.micro_batch, &shape, header.element);
                         misfit.map_or(Ok(()), |expected| Err(wrong(expected)))?;
                     }
-                    None if elements > tied => return Err(wrong(format!("the parameter has {tied} elements"))),
+                    None if elements > most => return Err(wrong(format!("{id} has {most} elements"))),
                     None => {}
                 }
             }
@@ -177,15 +176,16 @@ impl JobLinks {
     pub(super) fn check_place(&self, channel: Channel, last: Option<Position>, place: Position) -> Result<(), Breach> {
         let Position { step, pass, micro_batch } = place;
         let misplaced = |why: String| Err(Breach::Plan(format!("sent {place} over {channel:?}: {why}")));
-        let (first, furthest) = last.map_or((self.steps.start, self.steps.start), |last| (last.step, last.step + 1));
-        if !self.steps.contains(&step) || step < first || step > furthest {
-            return misplaced(format!("step {first} or {furthest} was due, of {}", self.steps.end));
+        let (first, furthest) =
+            last.map_or((self.rules.steps.start, self.rules.steps.start), |last| (last.step, last.step + 1));
+        if !self.rules.steps.contains(&step) || step < first || step > furthest {
+            return misplaced(format!("step {first} or {furthest} was due, of {}", self.rules.steps.end));
         }
-        let is_evaluated = self.evaluations.is_due(step + 1);
+        let is_evaluated = self.rules.evaluations.is_due(step + 1);
         let micro_batches = match (channel, pass) {
             // The numbers of rows, and the pieces in their order.
-            (Channel::Tied { param, .. }, Pass::Train) => {
-                let known = self.tensors.get().and_then(|tensors| tensors.tied.get(&param));
+            (Channel::Shared { id, .. }, Pass::Train) => {
+                let known = self.tensors.get().and_then(|tensors| tensors.shared.get(&id));
                 known.map_or(u32::MAX, |known| known.pieces.count().saturating_add(1))
             }
             (Channel::Activation(_), Pass::Eval) if is_evaluated => self.placement.eval.micro_batches,

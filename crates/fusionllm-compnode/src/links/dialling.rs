@@ -47,7 +47,7 @@ impl JobLinks {
     fn talks_to(&self, peer: usize) -> bool {
         let (own, peer) = (self.node, NodeIndex(u32::try_from(peer).unwrap_or(u32::MAX)));
         let between = |(from, to)| (from, to) == (own, peer) || (from, to) == (peer, own);
-        Channel::all(&self.placement, self.clips).any(|(_, Route { from, to })| between((from, to)))
+        Channel::all(&self.placement, self.rules.clip.is_some()).any(|(_, Route { from, to })| between((from, to)))
     }
 
     /// A live connection to a peer: the one there is, a new one if it is ours to dial, else the next that comes.

@@ -133,11 +133,11 @@ impl From<ProtocolError> for Broken {
     }
 }
 
-/// What a few bytes hold up goes before large tensors, and before gradients of tied parameters.
+/// What a few bytes hold up goes before large tensors, and before gradients of shared parameters.
 fn priority(channel: Channel) -> i32 {
     match channel {
         Channel::NormPart { .. } | Channel::NormTotal { .. } => URGENT,
-        Channel::Activation(_) | Channel::Gradient(_) | Channel::Tied { .. } => 0,
+        Channel::Activation(_) | Channel::Gradient(_) | Channel::Shared { .. } => 0,
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fusionllm_codec::{Codec, ElementType, Values};
 use fusionllm_graph::{OpId, ParamId};
-use fusionllm_planner::{EdgeId, PassPlan, Pipeline, Stage, StageEdge, StageId, TiedParam};
+use fusionllm_planner::{EdgeId, GroupId, PassPlan, Pipeline, Shared, SharedId, Stage, StageEdge, StageId};
 use fusionllm_protocol::{Generation, JobId, JobSpec, OpDataHeader, Pass, RunKey, WeightSource, decode, encode};
 use fusionllm_transport::{AdmitAll, EndpointConfig, FrameSink, FrameSource, Identity};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -27,7 +27,7 @@ async fn endpoint() -> Endpoint {
 
 /// Node `node` of two stages with an edge between them, 3 micro-batches, steps 2 to 9, an evaluation every 4.
 fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
-    let stage = |n: u32| Stage { id: StageId(n), compnode: NodeIndex(n), ops: vec![OpId(n)] };
+    let stage = |n: u32| Stage { id: StageId(n), group: GroupId::FIRST, compnode: NodeIndex(n), ops: vec![OpId(n)] };
     let edge = StageEdge {
         id: EDGE,
         op: OpId(0),
@@ -38,7 +38,8 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         activation_codec: Codec::Dense,
         gradient_codec: Codec::Dense,
     };
-    let holders = vec![NodeIndex(0), NodeIndex(1)];
+    let (params, holders) = (vec![ParamId(0)], vec![NodeIndex(0), NodeIndex(1)]);
+    let shared = Shared { id: SharedId(0), params, holders, elements: 130 << 14, codec: Codec::Dense };
     let train = PassPlan { micro_batches: 3, orders: Vec::new() };
     let eval = PassPlan { micro_batches: 2, orders: Vec::new() };
     let text = "[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n[train]\nsteps = 10\neval_every = 4\nwarmup = 0\n";
@@ -51,7 +52,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
             compnodes: vec!["left".to_owned(), "right".to_owned()],
             stages: vec![stage(0), stage(1)],
             edges: vec![edge],
-            tied: vec![TiedParam { param: ParamId(0), holders, elements: 130 << 14, codec: Codec::Dense }],
+            shared: vec![shared],
             pipeline: Pipeline::OneFOneB,
             train,
             eval,
@@ -387,11 +388,11 @@ async fn gradients_of_tied_parameters_come_in_their_pieces_and_order() {
         (true, vec![piece(3, 3)], "expected real numbers [2, 16384]"),
         (true, vec![piece(3, 0)], "expected real numbers [2, 16384]"),
     ];
-    let channel = Channel::Tied { param: ParamId(0), from: NodeIndex(0) };
+    let channel = Channel::Shared { id: SharedId(0), from: NodeIndex(0) };
     for (sends_rows, headers, expected) in cases {
         let rogue = Rogue::new().await;
         let row_senders = if sends_rows { vec![NodeIndex(0)] } else { Vec::new() };
-        rogue.right.links.expect(EdgeTensors::one_tied(ParamId(0), "w", &[130, WIDTH as usize], row_senders));
+        rogue.right.links.expect(EdgeTensors::one_shared(SharedId(0), "w", &[130, WIDTH as usize], row_senders));
         let (mut sink, _source) = rogue.open(channel).await;
         for (number, header) in (0..).zip(headers) {
             let payload = vec![0; 4 * header.shape.iter().product::<u64>() as usize];
@@ -405,7 +406,7 @@ async fn gradients_of_tied_parameters_come_in_their_pieces_and_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_has_as_many_streams_as_its_channels_need() {
     let [left, right] = pair().await;
-    // An edge, a tied parameter, the norm and a snapshot, each twice.
+    // An edge, a shared parameter, the norm and a snapshot, each twice.
     assert_eq!((left.links.streams_from(1), right.links.streams_from(0)), (8, 8));
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{Assignment, DataReport, FromCompNode, JobSpec, RunKey, TrainSpec};
+use fusionllm_protocol::{Assignment, DataReport, FromCompNode, JobSpec, RunKey, StepRules, TrainSpec};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::scratch::{check_scratch_room, shard_bytes};
@@ -37,6 +37,10 @@ pub(super) fn failed(key: RunKey, error: &CompNodeError) -> FromCompNode {
 pub(crate) struct Prepared {
     pub(super) key: RunKey,
     pub(super) plan: TrainPlan,
+    /// Samples in a micro-batch.
+    pub(super) batch: u32,
+    /// What its shard of a checkpoint takes.
+    pub(super) shard_bytes: u64,
     pub(super) executor: Box<dyn Executor>,
     pub(super) batches: Option<Box<dyn Batches>>,
     pub(super) data: Option<DataReport>,
@@ -96,7 +100,8 @@ pub(super) fn prepare(
     let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
     let held = held.computing_in(spec.train.precision);
     let planned = check_memory(assignment, &held, &*site.backend, site.free_bytes)?;
-    check_scratch_room(&site.scratch, shard_bytes(&dag, placement, node, &spec.train), &site.arrived)?;
+    let shard_bytes = shard_bytes(&dag, placement, node, &spec.train);
+    check_scratch_room(&site.scratch, shard_bytes, &site.arrived)?;
     site.check()?;
     // On a CPU, all that and the tokens lie in the same memory.
     if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {
@@ -123,12 +128,20 @@ pub(super) fn prepare(
         dag,
         placement: Arc::new(placement.clone()),
         node,
-        spec: spec.clone(),
-        start_step: assignment.start_step,
+        rules: StepRules::of(spec, assignment.start_step),
         residuals,
         codecs: Arc::default(),
     };
-    Ok(Prepared { key, plan, executor, batches, data, permit: site.permit })
+    Ok(Prepared {
+        key,
+        plan,
+        batch: spec.micro_batch_size(),
+        shard_bytes,
+        executor,
+        batches,
+        data,
+        permit: site.permit,
+    })
 }
 
 /// Holds what an assignment takes against the room in the device's memory, before any of it is filled. Gives the bytes that

@@ -19,7 +19,6 @@ use tokio::time::{sleep, timeout};
 
 use super::assignment::{BuildSite, Prepared, WeightsReceiver, failed, prepare};
 use super::kept::Kept;
-use super::scratch::shard_bytes;
 use super::sink::{BrokerAbsence, NodeSink, SnapshotOrder};
 use super::survey::Surveyor;
 use super::{NodeEvent, blob, keeping};
@@ -225,9 +224,8 @@ impl RunningJob {
     /// The part is built: tell the broker.
     pub(super) fn ready(&mut self, mut prepared: Prepared) -> FromCompNode {
         let data = prepared.data.take();
-        let plan = &prepared.plan;
-        let batch = plan.spec.micro_batch_size() as usize;
-        self.links.expect(EdgeTensors::of(&plan.dag, &plan.placement, batch));
+        let Prepared { plan, batch, .. } = &prepared;
+        self.links.expect(EdgeTensors::of(&plan.dag, &plan.placement, *batch as usize));
         self.prepared = Some(prepared);
         FromCompNode::Ready { key: self.key, data }
     }
@@ -258,13 +256,13 @@ impl RunningJob {
         let (broker, again) = (BrokerAbsence::of(self.is_there.subscribe()), self.again.subscribe());
         let compute = move || {
             let exchange = NetworkExchange::new(exchange_links, runtime.clone());
-            let Prepared { mut plan, executor, batches, permit, .. } = prepared;
+            let Prepared { mut plan, shard_bytes, executor, batches, permit, .. } = prepared;
             plan.codecs = codecs;
             let mut sink = NodeSink {
                 key,
                 node: plan.node,
-                shard_bytes: shard_bytes(&plan.dag, &plan.placement, plan.node, &plan.spec.train),
-                steps: plan.spec.train.steps,
+                shard_bytes,
+                steps: plan.rules.steps.end,
                 events: reports,
                 shards,
                 again,

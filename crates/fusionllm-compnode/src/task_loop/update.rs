@@ -1,4 +1,4 @@
-//! The step's end: the global norm and UPDATE, after the tied gradients.
+//! The step's end: the global norm and UPDATE, after the shared gradients.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,27 +15,31 @@ use crate::executor::UpdateSpec;
 use crate::mailbox::Slot;
 
 impl TaskLoop {
-    /// Tied gradients, the global norm, UPDATE. Gives learning rate and norm.
+    /// Shared gradients, the global norm, UPDATE. Gives learning rate and norm.
     pub(super) fn update(&mut self, step: u64) -> Result<(f64, Option<f64>), CompNodeError> {
-        self.sum_tied_gradients()?;
-        let clip = self.plan.spec.train.clip;
-        let norm = if clip > 0.0 { Some(self.global_norm(step)?) } else { None };
-        // The form of PyTorch's clip_grad_norm_.
-        let gradient_scale = norm.map_or(1.0, |norm| (clip / (norm + 1e-6)).min(1.0));
-        let lr = self.plan.spec.lr_at(step);
+        self.sum_shared_gradients()?;
+        let (norm, gradient_scale) = match self.plan.rules.clip {
+            Some(clip) => {
+                let norm = self.global_norm(step)?;
+                // The form of PyTorch's clip_grad_norm_.
+                (Some(norm), (clip / (norm + 1e-6)).min(1.0))
+            }
+            None => (None, 1.0),
+        };
+        let lr = self.plan.rules.rates.at(step);
         let began = Instant::now();
         self.executor.update(UpdateSpec { step, lr, gradient_scale })?;
         self.worked(Task::Update, began);
         Ok((lr, norm))
     }
 
-    /// The norm of all gradients of all CompNodes; a tied parameter counts once, at its first holder.
+    /// The norm of all gradients of all CompNodes; a shared parameter counts once, at its first holder.
     fn global_norm(&mut self, step: u64) -> Result<f64, CompNodeError> {
         let (dag, placement) = (Arc::clone(&self.plan.dag), Arc::clone(&self.plan.placement));
         let node = self.plan.node;
         let counts_here = |param: &ParamId| {
-            let tied = placement.tied.iter().find(|t| t.param == *param);
-            !dag.param(*param).frozen && tied.is_none_or(|t| t.holders.first() == Some(&node))
+            let shared = placement.shared.iter().find(|s| s.params.contains(param));
+            !dag.param(*param).frozen && shared.is_none_or(|s| s.holders.first() == Some(&node))
         };
         let mut params = placement.params_of(&dag, node);
         params.retain(counts_here);

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod golden;
+mod groups;
 mod memory;
 mod parity;
 mod resnet;

@@ -1,7 +1,8 @@
 //! Any placement gives the same training, with a lossless codec.
 
+use fusionllm_codec::Codec;
 use fusionllm_graph::{Model, OpDag};
-use fusionllm_planner::Task;
+use fusionllm_planner::{Shared, Task};
 
 use crate::run::{Outcome, Run, assert_close, job, small_gpt2, stages};
 
@@ -101,7 +102,7 @@ fn quantized_gradients_of_a_tied_embedding_keep_its_copies_equal() {
     spec.placement.stages = stages(&[(0, "h.1.add_2"), (1, "loss")]);
     let dense = Run::new(small_gpt2(0.0), spec.clone(), 2).synthetic();
     let mut run = Run::new(small_gpt2(0.0), spec, 2);
-    run.placement.tied[0].codec = fusionllm_codec::Codec::Int4;
+    run.placement.shared[0].codec = Codec::Int4;
     let outcome = run.synthetic();
     let last = outcome.checkpoint(20);
     let copies: Vec<_> = last.iter().filter(|t| t.name == "transformer.wte.weight").collect();
@@ -110,6 +111,49 @@ fn quantized_gradients_of_a_tied_embedding_keep_its_copies_equal() {
     assert_ne!(outcome.losses(), dense.losses());
     let bytes = |o: &Outcome| o.logs[1].reports[0].links[0].bytes;
     assert!(bytes(&outcome) < bytes(&dense));
+}
+
+/// Parameters that the same CompNodes hold may be shared one by one or as one vector.
+#[test]
+fn several_shared_parameters_travel_as_one_vector() {
+    // The first norms of two blocks are one, so its weight and bias are shared beside the table.
+    let text = small_gpt2(0.0).to_json();
+    let mut graph: serde_json::Value = serde_json::from_str(&text).unwrap();
+    graph["params"].as_array_mut().unwrap().retain(|param| !param["name"].as_str().unwrap().contains("h.2.ln_1."));
+    let text = graph.to_string().replace("h.2.ln_1.", "h.0.ln_1.");
+    let mut spec = job(TRAIN);
+    spec.placement.stages = stages(&[(0, "h.1.add_2"), (1, "loss")]);
+    let run = || Run::new(OpDag::from_json(&text).unwrap(), spec.clone(), 2);
+    let apart = run();
+    assert_eq!(apart.placement.shared.len(), 3);
+    let together = |codec| {
+        let mut run = run();
+        let mut all = run.placement.shared.drain(..);
+        let mut first = all.next().unwrap();
+        for other in all {
+            assert_eq!(other.holders, first.holders);
+            first.params.extend(other.params);
+            first.elements += other.elements;
+        }
+        run.placement.shared = vec![Shared { codec, ..first }];
+        run.synthetic()
+    };
+    let (apart, exact, coarse) = (apart.synthetic(), together(Codec::Dense), together(Codec::Int4));
+    let bits = |outcome: &Outcome| outcome.losses().into_iter().map(f64::to_bits).collect::<Vec<u64>>();
+    assert_eq!(bits(&exact), bits(&apart));
+    assert_close("norm", &exact.norms(), &apart.norms(), 1e-6);
+    assert_close("int4", &coarse.losses(), &apart.losses(), 0.02);
+    for (outcome, residuals) in [(&apart, 0), (&exact, 0), (&coarse, 6)] {
+        let last = outcome.checkpoint(20);
+        for name in ["transformer.wte.weight", "transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.bias"] {
+            let all: Vec<_> = last.iter().filter(|t| t.name == name).map(|t| &t.values).collect();
+            assert_eq!(all.len(), 2, "{name}");
+            assert_eq!(all[0], all[1], "the copies of {name} drifted apart");
+        }
+        // What the codec held back is kept under the name of each.
+        let held_back = last.iter().filter(|t| t.name.starts_with("residual.tied.")).count();
+        assert_eq!(held_back, residuals);
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use fusionllm_compnode::{
 };
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, place};
-use fusionllm_protocol::{JobSpec, StepReport};
+use fusionllm_protocol::{JobSpec, StepReport, StepRules};
 
 /// Sequences in a micro-batch of the tests' jobs.
 pub(crate) const SEQ: usize = 16;
@@ -222,8 +222,7 @@ impl Run {
             dag: Arc::clone(&self.dag),
             placement: Arc::new(self.placement.clone()),
             node,
-            spec: self.spec.clone(),
-            start_step: self.start_step,
+            rules: StepRules::of(&self.spec, self.start_step),
         };
         TaskLoop::new(plan, executor, exchange, batches)
     }

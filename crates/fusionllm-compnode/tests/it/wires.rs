@@ -99,8 +99,8 @@ fn over_loopback(runtime: &Runtime, run: &Run) -> Outcome {
 #[test]
 fn a_parameter_that_three_compnodes_hold() {
     let run_of_three = run(&[(0, "h.0.add_2"), (1, "h.1.add_2"), (2, "loss")], 3);
-    let shared = run_of_three.placement.tied.iter().find(|tied| tied.holders.len() == 3);
-    assert!(shared.is_some(), "{:?}", run_of_three.placement.tied);
+    let shared = run_of_three.placement.shared.iter().find(|shared| shared.holders.len() == 3);
+    assert!(shared.is_some(), "{:?}", run_of_three.placement.shared);
     let runtime = Builder::new_multi_thread().enable_all().build().unwrap();
     let outcome = over_loopback(&runtime, &run_of_three);
     let expected = run(&[], 1).synthetic();

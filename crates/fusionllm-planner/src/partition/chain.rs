@@ -3,7 +3,7 @@
 
 use crate::compression::Compression;
 use crate::partition::pins::Pins;
-use crate::{Cluster, Estimate, NodeIndex, Pipeline, Segment, StageId, in_flight_limit};
+use crate::{Cluster, Estimate, NodeIndex, Pipeline, Segment, in_flight_limit};
 
 /// The bottleneck is known well enough when it lies between bounds this close.
 const PRECISION: f64 = 1e-3;
@@ -142,7 +142,7 @@ impl Weights<'_> {
     fn far(&self, order: &[usize], place: usize, device: usize, bottleneck: f64, starts: &[bool]) -> Vec<usize> {
         let (ops, tail) = (self.estimate.ops(), self.pins.tail);
         let profile = &self.cluster.compnodes[device];
-        let live = in_flight_limit(self.pipeline, 0, StageId(place as u32), order.len(), self.micro_batches);
+        let live = in_flight_limit(self.pipeline, 0, order.len() - place, self.micro_batches);
         let is_owner_of_tail = place == 0 && tail < ops && order.len() > 1;
         let (tail_s, tail_bytes) = if is_owner_of_tail {
             (self.time(device, tail, ops), self.estimate.memory_bytes(profile, &(tail..ops), 1))

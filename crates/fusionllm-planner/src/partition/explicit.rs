@@ -23,11 +23,12 @@ pub(super) fn segments(
         if end <= start {
             return Err(fail(format!("op `{}` comes before the end of the stage before it", stage.last_op)));
         }
-        let held = (start..end).find(|&i| pins.pinned[i] && stage.compnode != 0);
+        let node = NodeIndex(stage.compnode);
+        let held = (start..end).find(|&i| pins.pinned[i] && node != NodeIndex::DATA_OWNER);
         if let Some(op) = held.and_then(|i| dag.ops().get(i)) {
             return Err(PlanError::Private { op: op.name.clone(), compnode: stage.compnode });
         }
-        segments.push(Segment { compnode: NodeIndex(stage.compnode), ops: start..end });
+        segments.push(Segment { compnode: node, ops: start..end });
         start = end;
     }
     if start != dag.ops().len() {

@@ -21,7 +21,7 @@ fn words(order: &[Task], with_stage: bool) -> String {
 }
 
 fn order_spec(pipeline: Pipeline, run_ahead: u32, micro_batches: u32) -> OrderSpec {
-    OrderSpec { pipeline, run_ahead, micro_batches, delays: Vec::new() }
+    OrderSpec { pipeline, run_ahead, shares: Shares::whole(micro_batches), delays: Vec::new() }
 }
 
 fn orders(pipeline: Pipeline, stages: u32, micro_batches: u32) -> Vec<String> {
@@ -72,7 +72,7 @@ fn one_stage_alternates() {
 #[test]
 fn evaluation_has_no_backward_pass_and_no_update() {
     let (stages, edges) = chain(&[0, 1]);
-    for order in eval_orders(&stages, &edges, 2, 3).unwrap() {
+    for order in eval_orders(&stages, &edges, 2, &Shares::whole(3)).unwrap() {
         assert_eq!(words(&order, false), "F0 F1 F2");
     }
 }
@@ -170,9 +170,9 @@ proptest! {
         prop_assert_eq!(tasks, stages.len() * micro_batches as usize * 2 + 4);
         let most = replay(&edges, &orders, stages.len()).expect("completes");
         for (stage, live) in stages.iter().zip(most) {
-            prop_assert!(live <= in_flight_limit(pipeline, run_ahead, stage.id, stages.len(), micro_batches));
+            prop_assert!(live <= in_flight_limit(pipeline, run_ahead, stages.len() - stage.id.index(), micro_batches));
         }
-        let eval = eval_orders(&stages, &edges, 4, micro_batches).unwrap();
+        let eval = eval_orders(&stages, &edges, 4, &Shares::whole(micro_batches)).unwrap();
         prop_assert!(replay(&edges, &eval, stages.len()).is_some());
     }
 }

@@ -198,7 +198,7 @@ fn gpt2_over_slow_links_keeps_its_table_in_one_place() {
     let mut spec = PlanSpec { compression: Compression::Adaptive { ratio: 16.0 }, ..spec(Strategy::OpFence, 32) };
     (spec.placement.run_ahead, spec.placement.deferred, spec.placement.micro_batch_size) = (None, None, 1);
     let plan = plan(&dag, &cluster, &spec).unwrap();
-    assert!(plan.placement.tied.is_empty(), "{:?}", plan.placement.tied);
+    assert!(plan.placement.shared.is_empty(), "{:?}", plan.placement.shared);
     let memory = plan.prediction.compnodes.iter().map(|c| c.memory_bytes).fold(0.0, f64::max);
     assert!(plan.prediction.step_s < 4.8 && memory < 5e9, "{} s, {memory} bytes", plan.prediction.step_s);
 }
@@ -209,10 +209,10 @@ fn who_only_looks_rows_up_sends_only_those() {
     let mut cluster = Cluster::uniform(2);
     cluster.links = vec![vec![LinkProfile { latency_s: 0.0, bytes_per_s: 1e6 }; 2]; 2];
     let plan = plan(&dag, &cluster, &spec(Strategy::EqualNumber, 1)).unwrap();
-    let table = dag.param(plan.placement.tied[0].param);
+    let table = dag.param(plan.placement.shared[0].params[0]);
     let sent = |from: u32| {
-        let of_tied = |t: &&crate::Transfer| matches!(t.cargo, crate::Cargo::Tied(_)) && t.from == NodeIndex(from);
-        plan.simulated.transfers.iter().filter(of_tied).map(|t| t.bytes).sum::<f64>()
+        let of_shared = |t: &&crate::Transfer| matches!(t.cargo, crate::Cargo::Shared(_)) && t.from == NodeIndex(from);
+        plan.simulated.transfers.iter().filter(of_shared).map(|t| t.bytes).sum::<f64>()
     };
     // One micro-batch of two sequences of 8 tokens: 16 rows with their numbers.
     assert_eq!((sent(0), sent(1)), (16.0 * 4.0 * 17.0, table.bytes() as f64));
@@ -473,11 +473,11 @@ fn frozen_parameters_cost_their_memory_and_nothing_more() {
     let mut spec = spec(Strategy::EqualNumber, 4);
     spec.placement.stages = stages.map(stage).to_vec();
     let whole = plan(&base, &cluster, &spec).unwrap();
-    assert_eq!(whole.placement.tied.len(), 1);
+    assert_eq!(whole.placement.shared.len(), 1);
 
     let dag = lora(&["all-linear"]);
     let adapted = plan(&dag, &cluster, &spec).unwrap();
-    assert!(adapted.placement.tied.is_empty());
+    assert!(adapted.placement.shared.is_empty());
     for node in adapted.placement.nodes() {
         let (all, trained) =
             (adapted.placement.param_bytes_of(&dag, node), adapted.placement.trained_bytes_of(&dag, node));

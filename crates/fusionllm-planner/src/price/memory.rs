@@ -6,7 +6,7 @@ use std::ops::Range;
 use fusionllm_graph::OpDag;
 
 use super::{Memory, Pricing};
-use crate::{NodeIndex, Pieces, Placement, StageId, TiedParam};
+use crate::{NodeIndex, Pieces, Placement, Shared, StageId};
 
 /// By CompNode: what a placement needs of its memory, and what it has. `ranges` has the ops of each stage.
 pub(super) fn needed(pricing: &Pricing<'_>, placement: &Placement, ranges: &[Range<usize>]) -> Vec<Memory> {
@@ -36,9 +36,9 @@ pub(super) fn needed(pricing: &Pricing<'_>, placement: &Placement, ranges: &[Ran
             memory[sender.index()].needed += bytes;
         }
     }
-    for tied in &placement.tied {
-        for &holder in &tied.holders {
-            memory[holder.index()].needed += exchanged(dag, placement, tied, holder, batch);
+    for shared in &placement.shared {
+        for &holder in &shared.holders {
+            memory[holder.index()].needed += exchanged(dag, placement, shared, holder, batch);
         }
     }
     memory
@@ -80,17 +80,17 @@ fn held_messages(
     held
 }
 
-/// Bytes that the exchange of a tied parameter's gradients takes on one holder.
-fn exchanged(dag: &OpDag, placement: &Placement, tied: &TiedParam, holder: NodeIndex, batch: usize) -> f64 {
-    let pieces = Pieces::of(&dag.param(tied.param).shape);
-    let sent_by = |from: NodeIndex| match placement.most_rows(dag, tied, from, batch) {
+/// Bytes that the exchange of a shared parameter's gradients takes on one holder.
+fn exchanged(dag: &OpDag, placement: &Placement, shared: &Shared, holder: NodeIndex, batch: usize) -> f64 {
+    let pieces = Pieces::of(&shared.shape(dag));
+    let sent_by = |from: NodeIndex| match placement.most_rows(dag, shared, from, batch) {
         Some(rows) => (rows as f64 * 4.0 * pieces.columns() as f64).min(pieces.window_bytes()),
         None => pieces.window_bytes(),
     };
-    let others = tied.holders.iter().filter(|&&h| h != holder);
+    let others = shared.holders.iter().filter(|&&h| h != holder);
     let windows: f64 = others.map(|&other| sent_by(holder) + sent_by(other)).sum();
     // What a codec drops is held back for the next step.
-    windows + if tied.codec.is_lossless() { 0.0 } else { dag.param(tied.param).bytes() as f64 }
+    windows + if shared.codec.is_lossless() { 0.0 } else { shared.bytes() as f64 }
 }
 
 #[cfg(test)]

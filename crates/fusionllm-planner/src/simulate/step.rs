@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{EdgeId, NodeIndex, Route, Task};
+use crate::{EdgeId, NodeIndex, Route, SharedId, Task};
 
 /// What made something start when it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +37,8 @@ pub enum Cargo {
     Activation(EdgeId, u32),
     /// A gradient of this edge and micro-batch.
     Gradient(EdgeId, u32),
-    /// The gradient of a tied parameter, by its place in the placement.
-    Tied(usize),
+    /// A gradient of shared parameters.
+    Shared(SharedId),
     /// A part or the total of the gradient norm.
     Norm,
 }

@@ -3,12 +3,12 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pipeline::{OrderSpec, eval_orders, train_orders};
-use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, Station, TiedParam, pipeline_formula};
+use crate::pipeline::{OrderSpec, Shares, eval_orders, train_orders};
+use crate::{CompNodeProfile, LinkProfile, PassPlan, Pipeline, Shared, SharedId, Station, pipeline_formula};
 
 /// Textbook orders.
 fn order_spec(pipeline: Pipeline, micro_batches: u32) -> OrderSpec {
-    OrderSpec { pipeline, run_ahead: 0, micro_batches, delays: Vec::new() }
+    OrderSpec { pipeline, run_ahead: 0, shares: Shares::whole(micro_batches), delays: Vec::new() }
 }
 
 /// A chain of stages, one on each CompNode, with links of one byte per second and this latency.
@@ -16,7 +16,7 @@ fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) 
     let ids: Vec<u32> = (0..stages as u32).collect();
     let (list, edges) = crate::testing::chain(&ids);
     let train = train_orders(&list, &edges, stages, &order_spec(pipeline, micro_batches)).unwrap();
-    let eval = eval_orders(&list, &edges, stages, 1).unwrap();
+    let eval = eval_orders(&list, &edges, stages, &Shares::whole(1)).unwrap();
     let names: Vec<String> = (0..stages).map(|i| format!("n{i}")).collect();
     let link = LinkProfile { latency_s, bytes_per_s: 1.0 };
     let cluster = Cluster {
@@ -27,7 +27,7 @@ fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) 
         compnodes: names,
         stages: list,
         edges,
-        tied: Vec::new(),
+        shared: Vec::new(),
         pipeline,
         train: PassPlan { micro_batches, orders: train },
         eval: PassPlan { micro_batches: 1, orders: eval },
@@ -43,7 +43,7 @@ fn costs(stages: usize, bytes: f64) -> StepCosts {
         edge_bytes: vec![Ways { activation: bytes, gradient: bytes }; stages - 1],
         codec_s: vec![Ways::default(); stages - 1],
         update_s: vec![0.0; stages],
-        tied_bytes: Vec::new(),
+        shared_bytes: Vec::new(),
         clip: false,
     }
 }
@@ -163,7 +163,7 @@ fn codec_time_delays_a_message() {
 }
 
 #[test]
-fn tied_gradients_and_the_norm_come_before_the_update() {
+fn shared_gradients_and_the_norm_come_before_the_update() {
     let (mut placement, cluster) = chain(2, 1, Pipeline::GPipe, 1.0);
     let mut costs = costs(2, 0.0);
     // FP 1 + α 1 + FP 1 + BP 2 + α 1 + BP 2 = 8.
@@ -172,14 +172,15 @@ fn tied_gradients_and_the_norm_come_before_the_update() {
     costs.clip = true;
     // n1 is done at 5, its norm is there at 6; n0 is done at 8 and tells n1, who updates at 9.
     assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 9.5);
-    placement.tied = vec![TiedParam {
-        param: fusionllm_graph::ParamId(0),
+    placement.shared = vec![Shared {
+        id: SharedId(0),
+        params: vec![fusionllm_graph::ParamId(0)],
         holders: vec![NodeIndex(0), NodeIndex(1)],
         elements: 1,
         codec: fusionllm_codec::Codec::Dense,
     }];
-    costs.tied_bytes = vec![vec![4.0; 2]];
-    // n0's tied gradient leaves at 8 and is there at 13; n1's norm comes back at 14, the total at 15.
+    costs.shared_bytes = vec![vec![4.0; 2]];
+    // n0's shared gradient leaves at 8 and is there at 13; n1's norm comes back at 14, the total at 15.
     assert_eq!(simulate(&placement, &cluster, &costs).unwrap().step_s, 15.5);
 }
 
@@ -233,7 +234,7 @@ proptest! {
             edge_bytes: bytes[..stages - 1].iter().map(edge).collect(),
             codec_s: vec![Ways::default(); stages - 1],
             update_s: vec![0.0; stages],
-            tied_bytes: Vec::new(),
+            shared_bytes: Vec::new(),
             clip: false,
         };
         let simulated = simulate(&placement, &cluster, &costs).unwrap();

@@ -97,7 +97,7 @@ impl Simulated {
             let name = match transfer.cargo {
                 Cargo::Activation(edge, micro_batch) => format!("activation {} m{micro_batch}", edge.0),
                 Cargo::Gradient(edge, micro_batch) => format!("gradient {} m{micro_batch}", edge.0),
-                Cargo::Tied(_) => "tied gradient".to_owned(),
+                Cargo::Shared(_) => "shared gradient".to_owned(),
                 Cargo::Norm => "norm".to_owned(),
             };
             let (pid, tid) = (transfer.from.0, transfer.to.0 + 1);

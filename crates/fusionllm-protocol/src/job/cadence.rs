@@ -45,6 +45,11 @@ impl OptimizerKind {
 }
 
 impl TrainSpec {
+    /// Whether the gradient is clipped by the norm over all parameters, which CompNodes then ask each other for.
+    pub fn clips(&self) -> bool {
+        self.clip > 0.0
+    }
+
     /// What the optimizer keeps of each parameter.
     pub fn states(&self) -> &'static [StateKind] {
         self.optimizer.states(self.momentum)

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::JobSpec;
+use super::TrainSpec;
 
 /// Learning rate after warm-up, by the names that `transformers` has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -33,24 +33,40 @@ impl LrSchedule {
     ];
 }
 
-impl JobSpec {
+/// The learning rate of each update of a job.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LearningRates {
+    lr: f64,
+    min_lr_ratio: f64,
+    warmup: u64,
+    steps: u64,
+    schedule: LrSchedule,
+}
+
+impl LearningRates {
+    /// Those that the job file asks for.
+    pub fn of(train: &TrainSpec) -> Self {
+        let &TrainSpec { lr, min_lr_ratio, warmup, steps, schedule, .. } = train;
+        Self { lr, min_lr_ratio, warmup, steps, schedule }
+    }
+
     /// Learning rate of the update after `step` updates: linear warm-up to `lr` over `warmup` updates, then the
     /// schedule.
-    pub fn lr_at(&self, step: u64) -> f64 {
-        let t = &self.train;
-        if step < t.warmup {
-            return t.lr * (step + 1) as f64 / t.warmup as f64;
+    pub fn at(&self, step: u64) -> f64 {
+        let Self { lr, min_lr_ratio, warmup, steps, schedule } = *self;
+        if step < warmup {
+            return lr * (step + 1) as f64 / warmup as f64;
         }
-        let least = t.lr * t.min_lr_ratio;
-        let span = t.steps.saturating_sub(t.warmup).max(1);
-        let progress = ((step - t.warmup) as f64 / span as f64).min(1.0);
-        match t.schedule {
-            LrSchedule::Constant => t.lr,
-            LrSchedule::Cosine => least + 0.5 * (t.lr - least) * (1.0 + (std::f64::consts::PI * progress).cos()),
-            LrSchedule::Linear => t.lr + (least - t.lr) * progress,
+        let least = lr * min_lr_ratio;
+        let span = steps.saturating_sub(warmup).max(1);
+        let progress = ((step - warmup) as f64 / span as f64).min(1.0);
+        match schedule {
+            LrSchedule::Constant => lr,
+            LrSchedule::Cosine => least + 0.5 * (lr - least) * (1.0 + (std::f64::consts::PI * progress).cos()),
+            LrSchedule::Linear => lr + (least - lr) * progress,
             LrSchedule::InverseSqrt => {
-                let timescale = if t.warmup > 0 { t.warmup } else { TIMESCALE };
-                t.lr * (timescale as f64 / (step - t.warmup + timescale) as f64).sqrt()
+                let timescale = if warmup > 0 { warmup } else { TIMESCALE };
+                lr * (timescale as f64 / (step - warmup + timescale) as f64).sqrt()
             }
         }
     }
@@ -59,13 +75,15 @@ impl JobSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::JobSpec;
 
     fn rates(schedule: &str, steps: &[u64]) -> Vec<f64> {
         let sets = ["train.steps=100", "train.warmup=10", "train.lr=1.0", "train.min_lr_ratio=0.2"].map(str::to_owned);
         let sets = [sets.as_slice(), &[format!("train.schedule={schedule}")]].concat();
         let job = "[model]\nname=\"gpt2\"\n[data]\npath=\"x\"";
         let spec = JobSpec::from_toml(job, &sets).unwrap();
-        steps.iter().map(|&step| (spec.lr_at(step) * 1e6).round() / 1e6).collect()
+        let rates = LearningRates::of(&spec.train);
+        steps.iter().map(|&step| (rates.at(step) * 1e6).round() / 1e6).collect()
     }
 
     #[test]

@@ -425,7 +425,7 @@ impl JobSpec {
             compression: self.compression(),
             owner: Owner::First,
             error_feedback: self.compression.error_feedback,
-            clip: self.train.clip > 0.0,
+            clip: self.train.clips(),
             tokens_per_step: self.tokens_per_step(),
             states: self.train.states().len() as u32,
         }

@@ -114,7 +114,7 @@ fn a_job_that_goes_on_waits_for_its_files() {
             let told = notices(&actions).iter().filter(|text| text.contains("thesis.tex is in the way")).count();
             assert_eq!(told, usize::from(tries.len() == 2), "it is told once, when it is tried again");
             let reason = "/runs/x/thesis.tex is in the way".to_owned();
-            actions = tell(&mut core, CoreEvent::RunNotOpened { key, reason, bad_input: true }, now);
+            actions = tell(&mut core, CoreEvent::RunNotOpened { key, reason, by: FailedBy::Input }, now);
             actions = load(&mut core, actions, 3, now);
             assert_eq!(waits_for(&core), "its files cannot be written: /runs/x/thesis.tex is in the way");
             continue;

@@ -369,7 +369,7 @@ fn a_run_whose_files_cannot_be_written_waits_and_its_compnodes_train_on() {
     assert_eq!(opened(&actions), Some(5));
     let fails = |core: &mut Core, now| {
         let reason = "/runs/x is in use by process 7".to_owned();
-        let actions = tell(core, CoreEvent::RunNotOpened { key: KEY, reason, bad_input: true }, now);
+        let actions = tell(core, CoreEvent::RunNotOpened { key: KEY, reason, by: FailedBy::Input }, now);
         assert_eq!(sent(&actions), [], "nobody is told anything");
         let why = "its CompNodes train on, and its files cannot be written: /runs/x is in use by process 7";
         assert_eq!(waits_for(core), why);

@@ -10,7 +10,7 @@ use fusionllm_transport::{KnownFolder, Stands, io_reason};
 use super::RunFiles;
 use crate::BrokerError;
 use crate::checkpoint::{Found, MANIFEST, checkpoints_of, remove_partial};
-use crate::core::CoreEvent;
+use crate::core::{CoreEvent, FailedBy};
 use crate::files::{FileKey, free_name, io_error};
 use crate::run_dir::{RunDir, RunHome};
 
@@ -89,7 +89,7 @@ impl RunFiles {
         let key = self.key;
         if let Some(reason) = self.lost.clone() {
             self.open_runs.set(key, None);
-            events.push(CoreEvent::RunFailed { key, reason, bad_input: false });
+            events.push(CoreEvent::RunFailed { key, reason, by: FailedBy::Machine });
             return events;
         }
         if let Some((why, left, went)) = self.look_at_newest() {

@@ -25,11 +25,30 @@ const MOST_DECODED: u64 = 4 << 10;
 /// A text is looked at in slices of so many bytes, of which little can become at a time.
 const SLICE_BYTES: usize = 1 << 10;
 
+/// How many bytes may become of one, at the most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Growth {
+    /// In the normalizer.
+    normalizer: u64,
+    /// In all pre-tokenizers together.
+    words: u64,
+}
+
+impl Growth {
+    /// By the kinds of a normalizer and of pre-tokenizers.
+    ///
+    /// # Errors
+    /// That the normalizer writes too much in the place of a match.
+    pub(super) fn of(
+        normalizer: Option<&NormalizerWrapper>,
+        pre_tokenizer: Option<&PreTokenizerWrapper>,
+    ) -> Result<Self, String> {
+        Ok(Self { normalizer: of_normalizer(normalizer)?, words: of_words(pre_tokenizer) })
+    }
+}
+
 /// By how much a text may grow at the most, by the kind of its normalizer.
-///
-/// # Errors
-/// That it writes too much in the place of a match.
-pub(super) fn of(normalizer: Option<&NormalizerWrapper>) -> Result<u64, String> {
+fn of_normalizer(normalizer: Option<&NormalizerWrapper>) -> Result<u64, String> {
     match serde_json::to_value(normalizer) {
         Ok(Value::Null) => Ok(1),
         Ok(keys) => factor(&keys),
@@ -38,7 +57,7 @@ pub(super) fn of(normalizer: Option<&NormalizerWrapper>) -> Result<u64, String> 
 }
 
 /// By how much words may grow at the most, by the kinds of the pre-tokenizers.
-pub(super) fn of_words(pre_tokenizer: Option<&PreTokenizerWrapper>) -> u64 {
+fn of_words(pre_tokenizer: Option<&PreTokenizerWrapper>) -> u64 {
     match pre_tokenizer {
         Some(PreTokenizerWrapper::Sequence(all)) => {
             all.as_ref().iter().fold(1, |product, one| product.saturating_mul(of_words(Some(one))))
@@ -172,9 +191,9 @@ impl FileTokenizer {
     }
 
     fn check_size(&self, text: &str, reading: &Reading) -> Result<(), DataError> {
-        let (growth, of_words) = self.growth;
+        let Growth { normalizer: growth, words } = self.growth;
         // What memory a byte of ordinary words takes is in `WORD_BYTES`.
-        let words = if of_words > MOST_OF_WORDS { of_words } else { 1 };
+        let words = if words > MOST_OF_WORDS { words } else { 1 };
         if growth == 1 && words == 1 {
             return Ok(());
         }
@@ -187,7 +206,7 @@ impl FileTokenizer {
 
     fn measure(&self, text: &str, reading: &Reading) -> Result<(), DataError> {
         let most = MOST_GROWTH as usize * SLICE_BYTES;
-        let pre_tokenizer = self.inner.get_pre_tokenizer().filter(|_| self.growth.1 > MOST_OF_WORDS);
+        let pre_tokenizer = self.inner.get_pre_tokenizer().filter(|_| self.growth.words > MOST_OF_WORDS);
         let (mut rest, mut grown) = (text, 0u64);
         while !rest.is_empty() {
             reading.check()?;
@@ -255,7 +274,7 @@ mod tests {
         let regex = serde_json::json!({ "type": "Replace", "pattern": { "Regex": "\\s*" }, "content": "ab" });
         for (keys, growth) in [(Value::Null, 1), (spaces, 12), (regex, 3), (replace("abc", "0123"), 2)] {
             let Tokenizer::HuggingFace(tokenizer) = with(keys).unwrap() else { panic!() };
-            assert_eq!(tokenizer.growth.0, growth);
+            assert_eq!(tokenizer.growth.normalizer, growth);
         }
         let error = with(replace("x", &"a".repeat(MOST_WRITTEN + 1))).unwrap_err().to_string();
         assert!(error.contains("writes 8193 bytes in one place"), "{error}");

@@ -1,11 +1,12 @@
 //! The wires of whole jobs over a network that misbehaves from a seed, in simulated time.
 //!
 //! Each CompNode of a pipeline sends and receives what a task loop would: activations forth, gradients back, evaluations,
-//! gradients of a tied parameter, norms. What arrives must be what an unbroken wire would have brought, bit for bit.
+//! gradients of a shared parameter, norms. What arrives must be what an unbroken wire would have brought, bit for bit.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 
 use fusionllm_transport::memory::{Network, Weather};
 use rand::{RngExt, SeedableRng};
@@ -21,7 +22,7 @@ const SHAPE: [usize; 2] = [4, 8];
 const STEPS: Range<u64> = 2..5;
 const MICRO_BATCHES: u32 = 3;
 const EVAL_MICRO_BATCHES: u32 = 2;
-/// Pieces of the tied parameter.
+/// Pieces of the shared parameter.
 const PIECES: u32 = 3;
 /// No history takes longer: storms last for 15 s, and what they leave behind is noticed within 20 s more.
 const LONGEST: Duration = Duration::from_secs(300);
@@ -30,7 +31,7 @@ const LONGEST: Duration = Duration::from_secs(300);
 fn pipeline(node: u32, peers: Vec<PeerRecord>) -> Assignment {
     let count = peers.len() as u32;
     let base = assignment(node, peers);
-    let stage = |n: u32| Stage { id: StageId(n), compnode: NodeIndex(n), ops: vec![OpId(n)] };
+    let stage = |n: u32| Stage { id: StageId(n), group: GroupId::FIRST, compnode: NodeIndex(n), ops: vec![OpId(n)] };
     let edge = |n: u32| StageEdge {
         id: EdgeId(n),
         op: OpId(n),
@@ -48,7 +49,7 @@ fn pipeline(node: u32, peers: Vec<PeerRecord>) -> Assignment {
     placement.compnodes = (0..count).map(|n| format!("node{n}")).collect();
     placement.stages = (0..count).map(stage).collect();
     placement.edges = (0..count - 1).map(edge).collect();
-    placement.tied[0].holders = vec![NodeIndex(0), NodeIndex(count - 1)];
+    placement.shared[0].holders = vec![NodeIndex(0), NodeIndex(count - 1)];
     placement.train.micro_batches = MICRO_BATCHES;
     placement.eval.micro_batches = EVAL_MICRO_BATCHES;
     Assignment { spec, placement, start_step: STEPS.start, ..base }
@@ -65,7 +66,7 @@ fn sent_into(slot: Slot) -> Message {
         Channel::Activation(_) | Channel::Gradient(_) => {
             (SHAPE.to_vec(), lossy[dice.random_range(0..lossy.len())].parse().unwrap())
         }
-        Channel::Tied { .. } => (vec![dice.random_range(1..40), 4], Codec::Dense),
+        Channel::Shared { .. } => (vec![dice.random_range(1..40), 4], Codec::Dense),
         Channel::NormPart { .. } | Channel::NormTotal { .. } => (Vec::new(), Codec::Dense),
     };
     let values = (0..shape.iter().product()).map(|_| dice.random_range(-1.0..1.0)).collect();
@@ -98,9 +99,9 @@ fn script(node: u32, count: u32) -> Vec<Act> {
         }
         if node == 0 || is_last {
             let other = NodeIndex(count - 1 - node);
-            let tied = |from, piece| at(Channel::Tied { param: ParamId(0), from }, step, piece + 1);
-            acts.extend((0..PIECES).map(|piece| Act::Send(other, tied(NodeIndex(node), piece))));
-            acts.extend((0..PIECES).map(|piece| Act::Take(tied(other, piece))));
+            let shared = |from, piece| at(Channel::Shared { id: SharedId(0), from }, step, piece + 1);
+            acts.extend((0..PIECES).map(|piece| Act::Send(other, shared(NodeIndex(node), piece))));
+            acts.extend((0..PIECES).map(|piece| Act::Take(shared(other, piece))));
         }
         let others = (1..count).map(NodeIndex);
         if node == 0 {

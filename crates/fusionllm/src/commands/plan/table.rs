@@ -28,7 +28,7 @@ pub(super) fn plan(dag: &OpDag, plan: &Plan) -> String {
             plan.placement.pieces(dag, NodeIndex(index))
         ));
     }
-    text.push_str(&render::tied(dag, &plan.placement));
+    text.push_str(&render::shared(dag, &plan.placement));
     text.push_str(&links(plan));
     text.push_str(&format!("\npredicted step    {}\n", format_seconds(prediction.step_s)));
     text.push_str(&format!("by the formula    {}\n", format_seconds(prediction.formula_s)));

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use fusionllm_codec::{Codec, ElementType, HostTensor, Values};
 use fusionllm_graph::ParamId;
-use fusionllm_planner::{NodeIndex, Pieces, TIED_WINDOW, TiedParam};
+use fusionllm_planner::{NodeIndex, Pieces, SHARED_WINDOW, Shared, SharedId};
 use fusionllm_protocol::{Channel, Pass};
 
 use super::{TaskLoop, internal};
@@ -19,46 +19,46 @@ use crate::exchange::Message;
 use crate::mailbox::Slot;
 use crate::{CompNodeError, ExecutorError};
 
-/// What the codecs of tied gradients held back here, to be added in the next step. Without it the errors of quantized
-/// gradients would add up in the table.
+/// What the codecs of shared gradients held back here, to be added in the next step. Without it the errors of quantized
+/// gradients would add up in the parameters.
 #[derive(Debug, Default)]
 pub(super) struct Feedback {
-    residuals: BTreeMap<ParamId, Vec<f32>>,
+    residuals: BTreeMap<SharedId, Vec<f32>>,
 }
 
 impl Feedback {
     /// What is held back, for a checkpoint.
-    fn residuals(&self) -> impl Iterator<Item = (ParamId, &[f32])> {
-        self.residuals.iter().map(|(&param, residual)| (param, residual.as_slice()))
+    fn residuals(&self) -> impl Iterator<Item = (SharedId, &[f32])> {
+        self.residuals.iter().map(|(&id, residual)| (id, residual.as_slice()))
     }
 
-    /// Puts back what was held back at a checkpoint; one that does not fit the parameter is as good as none.
-    fn restore(&mut self, param: ParamId, elements: u64, residual: HostTensor) {
+    /// Puts back what was held back at a checkpoint; one that does not fit the parameters is as good as none.
+    fn restore(&mut self, id: SharedId, elements: u64, residual: HostTensor) {
         if let (_, Values::F32(values)) = residual.into_parts()
             && values.len() as u64 == elements
             && values.iter().all(|x| x.is_finite())
         {
-            self.residuals.insert(param, values);
+            self.residuals.insert(id, values);
         }
     }
 
     /// These elements go without loss, and with them what was held back of the last ones. Gives what goes, if that
     /// differs from this CompNode's own gradient. Pieces go in their order, so after the last one nothing is held back.
-    fn settle(&mut self, param: ParamId, range: Range<usize>, sent: &HostTensor) -> Option<Vec<f32>> {
-        let all = self.residuals.get_mut(&param)?;
+    fn settle(&mut self, id: SharedId, range: Range<usize>, sent: &HostTensor) -> Option<Vec<f32>> {
+        let all = self.residuals.get_mut(&id)?;
         let is_last = range.end == all.len();
         let residual = all.get_mut(range)?;
         let is_settled = residual.iter().all(|&x| x == 0.0);
         residual.fill(0.0);
         if is_last {
-            self.residuals.remove(&param);
+            self.residuals.remove(&id);
         }
         sent.as_f32().filter(|_| !is_settled).map(<[f32]>::to_vec)
     }
 
     /// Adds what was held back of these elements of the last gradient.
-    fn add(&self, param: ParamId, range: Range<usize>, gradient: &mut [f32]) {
-        if let Some(residual) = self.residuals.get(&param).and_then(|all| all.get(range)) {
+    fn add(&self, id: SharedId, range: Range<usize>, gradient: &mut [f32]) {
+        if let Some(residual) = self.residuals.get(&id).and_then(|all| all.get(range)) {
             gradient.iter_mut().zip(residual).for_each(|(value, residual)| *value += residual);
         }
     }
@@ -67,16 +67,16 @@ impl Feedback {
     /// does too.
     fn as_received(
         &mut self,
-        tied: &TiedParam,
+        shared: &Shared,
         range: Range<usize>,
         gradient: &HostTensor,
     ) -> Result<Vec<f32>, CompNodeError> {
         let mut bytes = Vec::new();
-        tied.codec.encode(gradient, &mut bytes).map_err(internal)?;
-        let received = tied.codec.decode(gradient.shape(), ElementType::F32, &bytes).map_err(internal)?;
+        shared.codec.encode(gradient, &mut bytes).map_err(internal)?;
+        let received = shared.codec.decode(gradient.shape(), ElementType::F32, &bytes).map_err(internal)?;
         let (_, Values::F32(received)) = received.into_parts() else { return Ok(Vec::new()) };
-        let elements = usize::try_from(tied.elements).unwrap_or(usize::MAX);
-        let residual = self.residuals.entry(tied.param).or_insert_with(|| vec![0.0; elements]);
+        let elements = usize::try_from(shared.elements).unwrap_or(usize::MAX);
+        let residual = self.residuals.entry(shared.id).or_insert_with(|| vec![0.0; elements]);
         if let (Some(sent), Some(residual)) = (gradient.as_f32(), residual.get_mut(range)) {
             for ((residual, sent), received) in residual.iter_mut().zip(sent).zip(&received) {
                 let held_back = sent - received;
@@ -88,80 +88,80 @@ impl Feedback {
     }
 }
 
-/// One tied parameter in one step.
+/// Shared parameters in one step.
 #[derive(Clone, Debug)]
 struct Exchanged {
-    tied: TiedParam,
+    shared: Shared,
     pieces: Pieces,
     step: u64,
-    /// The rows that this CompNode sends, if not all.
-    rows: Option<Vec<u32>>,
+    /// The table of which this CompNode sends only rows, and which ones.
+    rows: Option<(ParamId, Vec<u32>)>,
     /// The next piece that it sends.
     next: u32,
 }
 
-/// Tied gradients of this CompNode between the last BP and UPDATE.
+/// Shared gradients of this CompNode between the last BP and UPDATE.
 #[derive(Debug, Default)]
-pub(super) struct TiedGradients {
+pub(super) struct SharedGradients {
     feedback: Feedback,
     under_way: Vec<Exchanged>,
 }
 
-/// A part of a piece that came: all rows, or some.
+/// A part of a piece that came: all of it, or some rows of a table.
 struct Part {
-    rows: Option<Vec<u32>>,
+    rows: Option<(ParamId, Vec<u32>)>,
     values: Vec<f32>,
 }
 
 impl TaskLoop {
-    /// After the last BP: the first pieces of this CompNode's gradients of tied parameters go to their other holders.
-    pub(super) fn send_tied_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
+    /// After the last BP: the first pieces of this CompNode's gradients of shared parameters go to their other holders.
+    pub(super) fn send_shared_gradients(&mut self, step: u64) -> Result<(), CompNodeError> {
         let placement = Arc::clone(&self.plan.placement);
         let node = self.plan.node;
-        for tied in placement.tied.iter().filter(|t| t.holders.contains(&node)) {
-            let pieces = Pieces::of(&self.plan.dag.param(tied.param).shape);
-            let rows = placement.sends_rows(&self.plan.dag, tied, node).then(|| self.executor.looked_up(tied.param));
-            let mut exchanged = Exchanged { tied: tied.clone(), pieces, step, rows, next: 0 };
-            if let Some(rows) = &exchanged.rows {
+        for shared in placement.shared.iter().filter(|s| s.holders.contains(&node)) {
+            let pieces = Pieces::of(&shared.shape(&self.plan.dag));
+            let table = placement.sends_rows(&self.plan.dag, shared, node);
+            let rows = table.map(|table| (table, self.executor.looked_up(table)));
+            let mut exchanged = Exchanged { shared: shared.clone(), pieces, step, rows, next: 0 };
+            if let Some((_, rows)) = &exchanged.rows {
                 let ids = rows.iter().map(|&row| row.cast_signed()).collect();
                 let ids = HostTensor::new(vec![rows.len()], Values::I32(ids)).map_err(internal)?;
                 self.send_part(&exchanged, 0, ids, Codec::Dense)?;
             }
-            for _ in 0..TIED_WINDOW {
+            for _ in 0..SHARED_WINDOW {
                 self.send_piece(&mut exchanged)?;
             }
-            self.tied.under_way.push(exchanged);
+            self.shared.under_way.push(exchanged);
         }
         Ok(())
     }
 
-    /// What error feedback holds back of tied gradients here, for a checkpoint.
-    pub(super) fn tied_residuals(&self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
-        let named = |(param, values): (ParamId, &[f32])| {
-            let shape = self.plan.dag.param(param).shape.clone();
-            let residual = HostTensor::new(shape, Values::F32(values.to_vec())).map_err(internal)?;
-            Ok((Channel::Tied { param, from: self.plan.node }, residual))
+    /// What error feedback holds back of shared gradients here, for a checkpoint.
+    pub(super) fn shared_residuals(&self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
+        let named = |(id, values): (SharedId, &[f32])| {
+            let residual = HostTensor::new(vec![values.len()], Values::F32(values.to_vec())).map_err(internal)?;
+            Ok((Channel::Shared { id, from: self.plan.node }, residual))
         };
-        self.tied.feedback.residuals().map(named).collect()
+        self.shared.feedback.residuals().map(named).collect()
     }
 
-    /// Puts back what [`Self::tied_residuals`] gave. Who sends only rows that were looked up has no use for it.
-    pub(super) fn restore_tied_residual(&mut self, param: ParamId, residual: HostTensor) {
+    /// Puts back what [`Self::shared_residuals`] gave. Who sends only rows that were looked up has no use for it.
+    pub(super) fn restore_shared_residual(&mut self, id: SharedId, residual: HostTensor) {
         let (placement, node) = (&self.plan.placement, self.plan.node);
-        let tied = placement.tied.iter().find(|tied| tied.param == param);
-        if let Some(tied) = tied.filter(|tied| !placement.sends_rows(&self.plan.dag, tied, node)) {
-            self.tied.feedback.restore(param, tied.elements, residual);
+        let sends_all = |shared: &&Shared| placement.sends_rows(&self.plan.dag, shared, node).is_none();
+        if let Some(shared) = placement.shared(id).filter(sends_all) {
+            self.shared.feedback.restore(id, shared.elements, residual);
         }
     }
 
-    /// Every holder of a tied parameter gets the sum of all holders' gradients, added in the same order, so the
-    /// copies stay equal.
-    pub(super) fn sum_tied_gradients(&mut self) -> Result<(), CompNodeError> {
-        for mut exchanged in std::mem::take(&mut self.tied.under_way) {
+    /// Every holder of shared parameters gets the sum of all holders' gradients, added in the same order, so the copies stay
+    /// equal.
+    pub(super) fn sum_shared_gradients(&mut self) -> Result<(), CompNodeError> {
+        for mut exchanged in std::mem::take(&mut self.shared.under_way) {
             let (mut rows_of, node) = (BTreeMap::new(), self.plan.node);
-            for &from in exchanged.tied.holders.iter().filter(|&&h| h != node) {
-                if self.plan.placement.sends_rows(&self.plan.dag, &exchanged.tied, from) {
-                    rows_of.insert(from, self.receive_rows(&exchanged, from)?);
+            for &from in exchanged.shared.holders.iter().filter(|&&h| h != node) {
+                if let Some(table) = self.plan.placement.sends_rows(&self.plan.dag, &exchanged.shared, from) {
+                    rows_of.insert(from, (table, self.receive_rows(&exchanged, from)?));
                 }
             }
             for piece in 0..exchanged.pieces.count() {
@@ -177,15 +177,15 @@ impl TaskLoop {
         &mut self,
         exchanged: &Exchanged,
         piece: u32,
-        rows_of: &BTreeMap<NodeIndex, Vec<u32>>,
+        rows_of: &BTreeMap<NodeIndex, (ParamId, Vec<u32>)>,
     ) -> Result<(), CompNodeError> {
-        let (param, range) = (exchanged.tied.param, exchanged.pieces.elements_of(piece));
-        let own = exchanged.tied.holders.iter().position(|&h| h == self.plan.node).unwrap_or(0);
+        let (shared, range) = (&exchanged.shared, exchanged.pieces.elements_of(piece));
+        let own = shared.holders.iter().position(|&h| h == self.plan.node).unwrap_or(0);
         let mut before: Option<Vec<f32>> = None;
-        for (place, &from) in exchanged.tied.holders.iter().enumerate() {
+        for (place, &from) in shared.holders.iter().enumerate() {
             if place == own {
                 if let Some(sum) = before.take() {
-                    self.executor.add_gradient(param, range.start, sum)?;
+                    self.add_to_shared(shared, range.clone(), sum)?;
                 }
                 continue;
             }
@@ -197,9 +197,9 @@ impl TaskLoop {
                 continue;
             }
             match part.rows {
-                None => self.executor.add_gradient(param, range.start, part.values)?,
-                Some(rows) if rows.is_empty() => {}
-                Some(rows) => self.executor.add_gradient_rows(param, &rows, part.values)?,
+                None => self.add_to_shared(shared, range.clone(), part.values)?,
+                Some((_, rows)) if rows.is_empty() => {}
+                Some((table, rows)) => self.executor.add_gradient_rows(table, &rows, part.values)?,
             }
         }
         Ok(())
@@ -207,33 +207,63 @@ impl TaskLoop {
 
     /// Sends the next piece, if one is left. What the others will decode takes the place of this CompNode's own.
     fn send_piece(&mut self, exchanged: &mut Exchanged) -> Result<(), CompNodeError> {
-        let (piece, param, pieces) = (exchanged.next, exchanged.tied.param, exchanged.pieces);
+        let (piece, pieces) = (exchanged.next, exchanged.pieces);
         if piece == pieces.count() {
             return Ok(());
         }
         exchanged.next += 1;
-        if let Some(rows) = &exchanged.rows {
+        if let Some((table, rows)) = &exchanged.rows {
             let rows = within(rows, &pieces.rows_of(piece));
             if !rows.is_empty() {
-                let values = self.executor.gradient_of_rows(param, rows)?;
+                let values = self.executor.gradient_of_rows(*table, rows)?;
                 let tensor = HostTensor::new(vec![rows.len(), pieces.columns()], Values::F32(values));
-                self.send_part(exchanged, piece + 1, tensor.map_err(internal)?, exchanged.tied.codec)?;
+                self.send_part(exchanged, piece + 1, tensor.map_err(internal)?, exchanged.shared.codec)?;
             }
             return Ok(());
         }
-        let range = pieces.elements_of(piece);
-        let mut values = self.executor.gradient(param, range.clone())?;
-        self.tied.feedback.add(param, range.clone(), &mut values);
+        let (shared, range) = (&exchanged.shared, pieces.elements_of(piece));
+        let mut values = self.shared_gradient(shared, range.clone())?;
+        self.shared.feedback.add(shared.id, range.clone(), &mut values);
         let shape = vec![pieces.rows_of(piece).len(), pieces.columns()];
         let tensor = HostTensor::new(shape, Values::F32(values)).map_err(internal)?;
-        if !exchanged.tied.codec.is_lossless() {
-            let received = self.tied.feedback.as_received(&exchanged.tied, range.clone(), &tensor)?;
-            self.executor.set_gradient(param, range.start, received)?;
-        } else if let Some(own) = self.tied.feedback.settle(param, range.clone(), &tensor) {
+        if !shared.codec.is_lossless() {
+            let received = self.shared.feedback.as_received(shared, range.clone(), &tensor)?;
+            self.set_shared(shared, range, received)?;
+        } else if let Some(own) = self.shared.feedback.settle(shared.id, range.clone(), &tensor) {
             // The others add what was held back, so this CompNode does.
-            self.executor.set_gradient(param, range.start, own)?;
+            self.set_shared(shared, range, own)?;
         }
-        self.send_part(exchanged, piece + 1, tensor, exchanged.tied.codec)
+        self.send_part(exchanged, piece + 1, tensor, shared.codec)
+    }
+
+    /// Elements `range` of this CompNode's gradient of shared parameters.
+    fn shared_gradient(&mut self, shared: &Shared, range: Range<usize>) -> Result<Vec<f32>, ExecutorError> {
+        let mut all = Vec::new();
+        for (param, range) in shared.parts(&self.plan.dag, range) {
+            let part = self.executor.gradient(param, range)?;
+            if all.is_empty() {
+                all = part;
+            } else {
+                all.extend(part);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Adds `values` to elements `range` of the gradient.
+    fn add_to_shared(&mut self, shared: &Shared, range: Range<usize>, values: Vec<f32>) -> Result<(), ExecutorError> {
+        for (param, start, values) in cut(shared.parts(&self.plan.dag, range), values) {
+            self.executor.add_gradient(param, start, values)?;
+        }
+        Ok(())
+    }
+
+    /// Has `values` take the place of elements `range` of the gradient.
+    fn set_shared(&mut self, shared: &Shared, range: Range<usize>, values: Vec<f32>) -> Result<(), ExecutorError> {
+        for (param, start, values) in cut(shared.parts(&self.plan.dag, range), values) {
+            self.executor.set_gradient(param, start, values)?;
+        }
+        Ok(())
     }
 
     fn send_part(
@@ -244,7 +274,7 @@ impl TaskLoop {
         codec: Codec,
     ) -> Result<(), CompNodeError> {
         let (slot, tensor) = (of.slot(self.plan.node, number), BorderTensor::from(tensor));
-        for &to in of.tied.holders.iter().filter(|&&h| h != self.plan.node) {
+        for &to in of.shared.holders.iter().filter(|&&h| h != self.plan.node) {
             self.exchange.send(Message { to, slot, tensor: tensor.clone(), codec })?;
         }
         Ok(())
@@ -269,15 +299,15 @@ impl TaskLoop {
         of: &Exchanged,
         from: NodeIndex,
         piece: u32,
-        rows: Option<&Vec<u32>>,
+        rows: Option<&(ParamId, Vec<u32>)>,
     ) -> Result<Part, CompNodeError> {
         let within = of.pieces.rows_of(piece);
-        let rows = rows.map(|rows| self::within(rows, &within).to_vec());
-        if rows.as_ref().is_some_and(Vec::is_empty) {
+        let rows = rows.map(|(table, rows)| (*table, self::within(rows, &within).to_vec()));
+        if rows.as_ref().is_some_and(|(_, rows)| rows.is_empty()) {
             return Ok(Part { rows, values: Vec::new() });
         }
         let tensor = self.receive(of.slot(from, piece + 1))?.tensor;
-        let expected = [rows.as_ref().map_or(within.len(), Vec::len), of.pieces.columns()];
+        let expected = [rows.as_ref().map_or(within.len(), |(_, rows)| rows.len()), of.pieces.columns()];
         let fits = tensor.shape() == expected;
         match tensor.into_parts() {
             (_, Values::F32(values)) if fits => Ok(Part { rows, values }),
@@ -288,26 +318,35 @@ impl TaskLoop {
 
 impl Exchanged {
     fn slot(&self, from: NodeIndex, number: u32) -> Slot {
-        let channel = Channel::Tied { param: self.tied.param, from };
+        let channel = Channel::Shared { id: self.shared.id, from };
         Slot { channel, pass: Pass::Train, step: self.step, micro_batch: number }
     }
 
     fn misfit(&self, from: NodeIndex, reason: &str) -> CompNodeError {
-        let what = format!("gradient of tied parameter {} from {from}: {reason}", self.tied.param.0);
+        let what = format!("gradient of {} from {from}: {reason}", self.shared.id);
         ExecutorError::Internal { what }.into()
     }
 }
 
 impl Part {
-    /// Adds it to the elements of a piece, which begins at `start` in the parameter.
+    /// Adds it to the elements of a piece, which begins at `start` in the vector of all.
     fn add_to(&self, piece: &mut [f32], start: usize, columns: usize) {
         let add = |sums: &mut [f32], terms: &[f32]| sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
-        let Some(rows) = &self.rows else { return add(piece, &self.values) };
+        let Some((_, rows)) = &self.rows else { return add(piece, &self.values) };
         for (&row, values) in rows.iter().zip(self.values.chunks_exact(columns)) {
             let at = row as usize * columns - start;
             add(&mut piece[at..at + columns], values);
         }
     }
+}
+
+/// The values that belong to parts which follow each other: the parameter of each, the first element there, and its values.
+fn cut(parts: Vec<(ParamId, Range<usize>)>, mut values: Vec<f32>) -> Vec<(ParamId, usize, Vec<f32>)> {
+    let part = |(param, range): (ParamId, Range<usize>)| {
+        let later = values.split_off(range.len().min(values.len()));
+        (param, range.start, std::mem::replace(&mut values, later))
+    };
+    parts.into_iter().map(part).collect()
 }
 
 /// Those of ascending rows that lie in a range.
@@ -320,48 +359,56 @@ fn within<'a>(rows: &'a [u32], range: &Range<usize>) -> &'a [u32] {
 mod tests {
     use super::*;
 
-    fn tied(codec: Codec) -> TiedParam {
-        TiedParam { param: ParamId(0), holders: vec![NodeIndex(0), NodeIndex(1)], elements: 5, codec }
+    fn shared(codec: Codec) -> Shared {
+        let (id, params, holders) = (SharedId(0), vec![ParamId(0)], vec![NodeIndex(0), NodeIndex(1)]);
+        Shared { id, params, holders, elements: 5, codec }
     }
 
     #[test]
     fn what_a_codec_drops_comes_with_the_next_gradient() {
-        let tied = tied(Codec::Int4);
+        let shared = shared(Codec::Int4);
         let mut feedback = Feedback::default();
         let gradient = [1.0, 0.03, -0.5];
         let mut sums = [0.0; 3];
         for _ in 0..100 {
             let mut sent = gradient.to_vec();
-            feedback.add(tied.param, 2..5, &mut sent);
+            feedback.add(shared.id, 2..5, &mut sent);
             let sent = HostTensor::new(vec![3], Values::F32(sent)).unwrap();
-            let received = feedback.as_received(&tied, 2..5, &sent).unwrap();
+            let received = feedback.as_received(&shared, 2..5, &sent).unwrap();
             sums.iter_mut().zip(&received).for_each(|(sum, r)| *sum += r);
         }
         for (sum, gradient) in sums.iter().zip(gradient) {
             assert!((sum / 100.0 - gradient).abs() < 0.002, "{sums:?}");
         }
-        assert_eq!(feedback.residuals[&tied.param][..2], [0.0; 2], "other pieces have their own");
+        assert_eq!(feedback.residuals[&shared.id][..2], [0.0; 2], "other pieces have their own");
     }
 
     #[test]
     fn what_was_held_back_at_a_checkpoint_comes_with_the_next_gradient_once() {
-        let param = ParamId(0);
+        let id = SharedId(0);
         let tensor = |values: &[f32]| HostTensor::new(vec![values.len()], Values::F32(values.to_vec())).unwrap();
         let mut feedback = Feedback::default();
-        feedback.restore(param, 3, tensor(&[9.0, 9.0]));
+        feedback.restore(id, 3, tensor(&[9.0, 9.0]));
         assert_eq!(feedback.residuals().count(), 0, "of another shape");
-        feedback.restore(param, 2, tensor(&[0.25, -0.5]));
-        assert_eq!(feedback.residuals().collect::<Vec<_>>(), [(param, [0.25, -0.5].as_slice())]);
+        feedback.restore(id, 2, tensor(&[0.25, -0.5]));
+        assert_eq!(feedback.residuals().collect::<Vec<_>>(), [(id, [0.25, -0.5].as_slice())]);
         for (expected, differs) in [([1.25, 0.5], true), ([1.0, 1.0], false)] {
             for piece in [0..1, 1..2] {
                 let mut sent = vec![1.0];
-                feedback.add(param, piece.clone(), &mut sent);
+                feedback.add(id, piece.clone(), &mut sent);
                 assert_eq!(sent, expected[piece.clone()]);
                 // Without loss, all of it goes.
-                assert_eq!(feedback.settle(param, piece, &tensor(&sent)), differs.then_some(sent));
+                assert_eq!(feedback.settle(id, piece, &tensor(&sent)), differs.then_some(sent));
             }
             assert_eq!(feedback.residuals().count(), 0, "later checkpoints have nothing of it");
         }
+    }
+
+    #[test]
+    fn values_of_several_parameters_go_to_each_its_own() {
+        let (a, b) = (ParamId(3), ParamId(7));
+        let parts = cut(vec![(a, 4..6), (b, 0..3)], vec![1.0, 2.0, 3.0, 4.0, 5.0]);
+        assert_eq!(parts, [(a, 4, vec![1.0, 2.0]), (b, 0, vec![3.0, 4.0, 5.0])]);
     }
 
     #[test]
@@ -369,7 +416,7 @@ mod tests {
         let rows = [1, 3, 4, 7];
         assert_eq!(within(&rows, &(3..7)), [3, 4]);
         assert!(within(&rows, &(5..7)).is_empty());
-        let part = Part { rows: Some(vec![3, 4]), values: vec![1.0, 2.0, 3.0, 4.0] };
+        let part = Part { rows: Some((ParamId(0), vec![3, 4])), values: vec![1.0, 2.0, 3.0, 4.0] };
         let mut piece = [10.0; 6];
         part.add_to(&mut piece, 4, 2);
         assert_eq!(piece, [10.0, 10.0, 11.0, 12.0, 13.0, 14.0]);
