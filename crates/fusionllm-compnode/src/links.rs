@@ -112,7 +112,7 @@ impl JobLinks {
         snapshots: Option<Arc<SnapshotStore>>,
     ) -> Arc<Self> {
         let peers = &assignment.peers;
-        let train = &assignment.spec.train;
+        let train = &assignment.job.train;
         let mailbox = Arc::new(Mailbox::default());
         Arc::new(Self {
             key: assignment.key,
@@ -130,9 +130,9 @@ impl JobLinks {
             found: Mutex::default(),
             meters: peers.iter().map(|_| Meter::default()).collect(),
             heard: peers.iter().map(|_| Heard::default()).collect(),
-            options: ChannelOptions::of(&assignment.spec.compression),
+            options: ChannelOptions::of(&assignment.job.compression),
             steps: assignment.start_step..train.steps,
-            evaluations: assignment.spec.evaluations(),
+            evaluations: assignment.job.evaluations(),
             clips: train.clip > 0.0,
             tensors: OnceLock::new(),
             snapshots,

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use fusionllm_codec::HostTensor;
 use fusionllm_graph::{OpDag, OpId};
 use fusionllm_planner::{EdgeId, Need, NodeIndex, PassPlan, Placement, Stage, StageEdge, StageId, Task, Way, needs};
-use fusionllm_protocol::{Channel, JobSpec, Pass, StepReport};
+use fusionllm_protocol::{Channel, JobView, Pass, StepReport};
 
 use crate::border::BorderTensor;
 use crate::codec_table::CodecTable;
@@ -36,8 +36,8 @@ pub struct TrainPlan {
     pub placement: Arc<Placement>,
     /// This CompNode, by its place in the placement.
     pub node: NodeIndex,
-    /// The job, with every default filled in.
-    pub spec: JobSpec,
+    /// What this CompNode is told of the job.
+    pub job: JobView,
     /// Updates already done.
     pub start_step: u64,
     /// What error feedback held back at the checkpoint.
@@ -167,11 +167,11 @@ impl TaskLoop {
 
     fn run_steps(&mut self, sink: &mut dyn JobSink) -> Result<(), CompNodeError> {
         self.restore_residuals();
-        for step in self.plan.start_step..self.plan.spec.train.steps {
+        for step in self.plan.start_step..self.plan.job.train.steps {
             let report = self.step(step)?;
             let done = report.step;
             sink.step(report)?;
-            if self.plan.spec.checkpoints().is_due(done) {
+            if self.plan.job.checkpoints().is_due(done) {
                 sink.checkpoint(done, self)?;
             }
             if sink.wants_snapshot(done)? {
@@ -193,7 +193,7 @@ impl TaskLoop {
     /// What error feedback holds back here, for a checkpoint.
     fn residuals(&mut self) -> Result<Vec<(Channel, HostTensor)>, CompNodeError> {
         let mut residuals =
-            if self.plan.spec.compression.error_feedback { self.exchange.residuals()? } else { Vec::new() };
+            if self.plan.job.compression.error_feedback { self.exchange.residuals()? } else { Vec::new() };
         residuals.extend(self.tied_residuals()?);
         Ok(residuals)
     }
@@ -203,7 +203,7 @@ impl TaskLoop {
         let began = Instant::now();
         self.busy = Duration::ZERO;
         self.live_max = 0;
-        self.log.begin(step, self.plan.start_step, self.plan.spec.train.steps);
+        self.log.begin(step, self.plan.start_step, self.plan.job.train.steps);
         let placement = Arc::clone(&self.plan.placement);
         let Scores { loss, .. } = self.pass(&placement.train, Pass::Train, step)?;
         let (lr, grad_norm) = self.update(step)?;
@@ -211,7 +211,7 @@ impl TaskLoop {
         let busy_s = self.busy.as_secs_f64();
         let trace = self.log.end();
         let done = step + 1;
-        let found = if self.plan.spec.evaluations().is_due(done) {
+        let found = if self.plan.job.evaluations().is_due(done) {
             self.pass(&placement.eval, Pass::Eval, step)?
         } else {
             Scores::default()
@@ -269,7 +269,7 @@ impl TaskLoop {
     fn not_finite(&self, what: &'static str, value: f64, step: u64) -> CompNodeError {
         let advice = if step == self.plan.start_step {
             "no update was made before it, so train.lr is not why: look at the weights and the data it starts from"
-        } else if self.plan.spec.train.clip > 0.0 {
+        } else if self.plan.job.train.clip > 0.0 {
             "lower train.lr, or raise train.warmup"
         } else {
             "lower train.lr, or set train.clip"

@@ -11,6 +11,7 @@ pub mod hugging_face;
 mod ids;
 mod inventory;
 mod job;
+mod job_view;
 mod manifest;
 mod op_data;
 mod peer;
@@ -39,6 +40,7 @@ pub use job::{
     Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec,
     TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
 };
+pub use job_view::{CompressionView, JobView, OwnerView, TrainView};
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use peer::PeerRecord;

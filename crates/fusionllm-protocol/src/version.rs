@@ -3,7 +3,7 @@
 use crate::ProtocolError;
 
 /// Both ends of a connection must speak the same version; it grows whenever a message changes its form.
-pub const PROTOCOL_VERSION: u32 = 17;
+pub const PROTOCOL_VERSION: u32 = 18;
 
 /// How a greeting begins. What follows is the version, four bytes, little-endian.
 const MAGIC: &[u8; 9] = b"fusionllm";

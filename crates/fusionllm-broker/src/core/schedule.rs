@@ -1,13 +1,12 @@
 //! Which CompNodes a waiting job gets, and what they are told.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_planner::{NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RowKind, RunKey,
-    SnapshotSource, WeightSource,
+    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, JobView, PeerRecord, RowKind,
+    RunKey, SnapshotSource, WeightSource,
 };
 
 use super::detector::SUSPECT;
@@ -394,24 +393,18 @@ impl Core {
                 (None, Some(_)) => WeightSource::Broker,
                 (None, None) => WeightSource::Seed,
             };
-            let takes_models = spec.data.tokenizer == DataSpec::MODEL;
             let holds = |op| placement.stages_of(node).any(|stage| stage.ops.contains(&op));
             let reads_data = [start.dag.input(), start.dag.label()].into_iter().flatten().any(holds);
             let assignment = Assignment {
                 key,
                 node,
-                spec: spec.clone(),
+                job: if reads_data { owners_view(spec, start) } else { JobView::of(spec) },
                 graph: start.graph.clone(),
                 placement: placement.clone(),
                 peers: peers.clone(),
                 start_step: start.step,
                 planned_bytes: planned.get(node.index()).copied().unwrap_or(0),
                 weights,
-                tokenizer: start.origin.tokenizer().filter(|_| takes_models && reads_data).map(str::to_owned),
-                chat: match spec.data.rows {
-                    RowKind::Chat if takes_models && reads_data => start.origin.chat_files(),
-                    _ => BTreeMap::new(),
-                },
             };
             actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
             if let Some(from) = &start.weights {
@@ -421,6 +414,18 @@ impl Core {
         }
         actions
     }
+}
+
+/// What the data owner is told of a job.
+fn owners_view(spec: &JobSpec, start: &StartPoint) -> JobView {
+    let mut view = JobView::of_owner(spec, start.run.run.clone());
+    if let Some(owner) = view.owner.as_mut().filter(|_| spec.data.tokenizer == DataSpec::MODEL) {
+        owner.tokenizer = start.origin.tokenizer().map(str::to_owned);
+        if spec.data.rows == RowKind::Chat {
+            owner.chat = start.origin.chat_files();
+        }
+    }
+    view
 }
 
 /// How many CompNodes a job needs now: once it has been at work, fewer than it asked for may do, unless it says what each

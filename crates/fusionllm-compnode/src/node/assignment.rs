@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{Assignment, DataReport, FromCompNode, JobSpec, RunKey, TrainSpec};
+use fusionllm_protocol::{Assignment, DataReport, FromCompNode, OwnerView, RunKey, TrainView};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::scratch::{check_scratch_room, shard_bytes};
@@ -89,14 +89,14 @@ pub(super) fn prepare(
     let key = assignment.key;
     let dag = Arc::new(OpDag::from_json(&assignment.graph)?);
     check_ops(site.backend.as_ref(), &dag)?;
-    let spec = &assignment.spec;
-    let optimizer = OptimizerSpec::of(&spec.train);
+    let train = &assignment.job.train;
+    let optimizer = OptimizerSpec::of(train);
     let (placement, node) = (&assignment.placement, assignment.node);
     let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
-    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
-    let held = held.computing_in(spec.train.precision);
+    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, train.seed, first);
+    let held = held.computing_in(train.precision);
     let planned = check_memory(assignment, &held, &*site.backend, site.free_bytes)?;
-    check_scratch_room(&site.scratch, shard_bytes(&dag, placement, node, &spec.train), &site.arrived)?;
+    check_scratch_room(&site.scratch, shard_bytes(&dag, placement, node, train), &site.arrived)?;
     site.check()?;
     // On a CPU, all that and the tokens lie in the same memory.
     if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {
@@ -104,15 +104,15 @@ pub(super) fn prepare(
     }
     let (batches, data) = open_data(assignment, &dag, &site)?;
     site.check()?;
-    if !site.backend.has(spec.train.precision) {
-        tracing::warn!(device = site.backend.name(), precision = ?spec.train.precision, "this device computes in f32");
+    if !site.backend.has(train.precision) {
+        tracing::warn!(device = site.backend.name(), precision = ?train.precision, "this device computes in f32");
     }
     let mut executor = site.backend.build(held, site.mailbox.stop_flag())?;
     let mut residuals = Vec::new();
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
         let files = weights.blocking_recv().map_err(lost)??.into_iter();
-        let seed = (assignment.start_step == 0).then_some(spec.train.seed);
+        let seed = (assignment.start_step == 0).then_some(train.seed);
         let files = files.map(ShardFile::into_tensors).collect::<Result<_, _>>()?;
         let mut tensors = AllOf { files, dag: Arc::clone(&dag), seed };
         executor.import(&mut tensors)?;
@@ -123,7 +123,7 @@ pub(super) fn prepare(
         dag,
         placement: Arc::new(placement.clone()),
         node,
-        spec: spec.clone(),
+        job: assignment.job.clone(),
         start_step: assignment.start_step,
         residuals,
         codecs: Arc::default(),
@@ -142,16 +142,16 @@ pub(super) fn check_memory(
     backend: &dyn Backend,
     room: Option<u64>,
 ) -> Result<u64, CompNodeError> {
-    let (placement, node, spec) = (&assignment.placement, assignment.node, &assignment.spec);
+    let (placement, node, train) = (&assignment.placement, assignment.node, &assignment.job.train);
     let fits = |what: &str, needed: u64| match room.filter(|&room| needed > room) {
         Some(room) => Err(CompNodeError::Memory { what: what.to_owned(), needed, room }),
         None => Ok(()),
     };
-    let least = least_bytes(&held.dag, placement, node, &spec.train);
+    let least = least_bytes(&held.dag, placement, node, train);
     fits("parameters, gradients and optimizer state", least)?;
     let planned = assignment.planned_bytes.max(least);
     fits("parameters, their state, activations and messages, as planned,", planned)?;
-    let load = Load { batch: spec.micro_batch_size() as usize, held: placement.held_bound(node) };
+    let load = Load { batch: train.micro_batch_size() as usize, held: placement.held_bound(node) };
     if let Some(needed) = backend.needs(held, &load)? {
         fits("parameters, their state and activations, as this device lays them out,", needed)?;
     }
@@ -185,7 +185,7 @@ impl TensorSource for AllOf {
 }
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
-fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
+fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainView) -> u64 {
     let trained = placement.trained_bytes_of(dag, node);
     train.state_bytes(placement.param_bytes_of(dag, node), trained).saturating_add(trained)
 }
@@ -199,19 +199,25 @@ fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<O
     if !placeholders.into_iter().flatten().any(holds) {
         return Ok((None, None));
     }
-    let spec = &assignment.spec;
+    let train = &assignment.job.train;
+    let Some(owner) = assignment.job.owner.as_deref() else {
+        return Err(
+            ExecutorError::Internal { what: "the data is read here, and nothing was said of it".to_owned() }.into()
+        );
+    };
     if let Some([_, size, _]) = dag.image_size() {
-        return open_images(spec, dag, size, site);
+        return open_images((owner, train), dag, size, site);
     }
-    let tokenizer = Tokenizer::of_job_within(&spec.data, assignment.tokenizer.as_deref(), &site.readable)?;
-    let template = ChatTemplate::of_job(&spec.data, &assignment.chat, &site.readable)?;
+    let spec = &owner.data;
+    let tokenizer = Tokenizer::of_job_within(spec, owner.tokenizer.as_deref(), &site.readable)?;
+    let template = ChatTemplate::of_job(spec, &owner.chat, &site.readable)?;
     let by = Tokenizing { tokenizer: &tokenizer, template: template.as_ref() };
-    let corpus = Corpus::read_within(&spec.data, by, &site.readable, &site.reading)?;
+    let corpus = Corpus::read_within(spec, by, &site.readable, &site.reading)?;
     let vocab = logits_of(dag)?;
-    let note = corpus.check_vocabulary(vocab, spec.model.path.is_none())?;
+    let note = corpus.check_vocabulary(vocab, !owner.model_by_path)?;
     let mut data = corpus.report(vocab)?;
     data.notes.extend(note);
-    let batches = TextBatches::new(Arc::new(corpus), spec);
+    let batches = TextBatches::new(Arc::new(corpus), spec, train, train.seed);
     Ok((Some(Box::new(batches)), Some(data)))
 }
 
@@ -221,11 +227,16 @@ fn logits_of(dag: &OpDag) -> Result<usize, ExecutorError> {
 }
 
 /// The same for a model that reads images of `size` pixels a side.
-fn open_images(spec: &JobSpec, dag: &OpDag, size: usize, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
-    let images = ImageSet::read_within(&spec.data, &site.readable, &site.reading)?;
+fn open_images(
+    (owner, train): (&OwnerView, &TrainView),
+    dag: &OpDag,
+    size: usize,
+    site: &BuildSite,
+) -> Result<OpenedData, CompNodeError> {
+    let images = ImageSet::read_within(&owner.data, &site.readable, &site.reading)?;
     let note = images.check_classes(logits_of(dag)?)?;
     let mut data = images.report();
     data.notes.extend(note);
-    let batches = ImageBatches::new(Arc::new(images), spec, size);
+    let batches = ImageBatches::new(Arc::new(images), size, &owner.data, train, train.seed);
     Ok((Some(Box::new(batches)), Some(data)))
 }

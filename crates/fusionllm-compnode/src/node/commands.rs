@@ -64,8 +64,8 @@ impl Node {
                 self.drop_job(&reason);
                 None
             }
-            FromBroker::MeasureOps { request, spec, graph } => {
-                self.surveyor.start_ops(request, *spec, graph, Arc::clone(&self.memory), self.events.clone());
+            FromBroker::MeasureOps { request, job, graph } => {
+                self.surveyor.start_ops(request, *job, graph, Arc::clone(&self.memory), self.events.clone());
                 None
             }
             FromBroker::CancelMeasure { request } => {

@@ -226,7 +226,7 @@ impl RunningJob {
     pub(super) fn ready(&mut self, mut prepared: Prepared) -> FromCompNode {
         let data = prepared.data.take();
         let plan = &prepared.plan;
-        let batch = plan.spec.micro_batch_size() as usize;
+        let batch = plan.job.train.micro_batch_size() as usize;
         self.links.expect(EdgeTensors::of(&plan.dag, &plan.placement, batch));
         self.prepared = Some(prepared);
         FromCompNode::Ready { key: self.key, data }
@@ -263,8 +263,8 @@ impl RunningJob {
             let mut sink = NodeSink {
                 key,
                 node: plan.node,
-                shard_bytes: shard_bytes(&plan.dag, &plan.placement, plan.node, &plan.spec.train),
-                steps: plan.spec.train.steps,
+                shard_bytes: shard_bytes(&plan.dag, &plan.placement, plan.node, &plan.job.train),
+                steps: plan.job.train.steps,
                 events: reports,
                 shards,
                 again,

@@ -15,7 +15,7 @@ use crate::{CompNodeError, ExecutorError};
 impl TaskLoop {
     /// Under [`TopKBackward::Mask`], which elements a sparsified activation has.
     fn remember_mask(&mut self, edge: EdgeId, micro_batch: MicroBatch, arrived: &Arrived) {
-        let is_masked = self.plan.spec.compression.backward == TopKBackward::Mask && micro_batch.pass == Pass::Train;
+        let is_masked = self.plan.job.compression.backward == TopKBackward::Mask && micro_batch.pass == Pass::Train;
         let is_masked = is_masked && self.plan.placement.edges.get(edge.index()).is_some_and(|e| e.gradient);
         if let (true, Codec::TopK { .. }, Some(values)) = (is_masked, arrived.codec, arrived.tensor.as_f32()) {
             let mask = values.iter().map(|&x| x != 0.0).collect();

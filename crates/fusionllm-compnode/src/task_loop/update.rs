@@ -18,11 +18,11 @@ impl TaskLoop {
     /// Tied gradients, the global norm, UPDATE. Gives learning rate and norm.
     pub(super) fn update(&mut self, step: u64) -> Result<(f64, Option<f64>), CompNodeError> {
         self.sum_tied_gradients()?;
-        let clip = self.plan.spec.train.clip;
+        let clip = self.plan.job.train.clip;
         let norm = if clip > 0.0 { Some(self.global_norm(step)?) } else { None };
         // The form of PyTorch's clip_grad_norm_.
         let gradient_scale = norm.map_or(1.0, |norm| (clip / (norm + 1e-6)).min(1.0));
-        let lr = self.plan.spec.lr_at(step);
+        let lr = self.plan.job.train.lr_at(step);
         let began = Instant::now();
         self.executor.update(UpdateSpec { step, lr, gradient_scale })?;
         self.worked(Task::Update, began);

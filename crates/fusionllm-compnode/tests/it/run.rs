@@ -11,7 +11,7 @@ use fusionllm_compnode::{
 };
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
 use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, place};
-use fusionllm_protocol::{JobSpec, StepReport};
+use fusionllm_protocol::{JobSpec, JobView, StepReport};
 
 /// Sequences in a micro-batch of the tests' jobs.
 pub(crate) const SEQ: usize = 16;
@@ -170,7 +170,7 @@ impl Run {
         let mailboxes: Vec<Arc<Mailbox>> = self.placement.compnodes.iter().map(|_| Arc::default()).collect();
         let exchange = |index: usize| {
             let (node, names) = (NodeIndex(index as u32), self.placement.compnodes.clone());
-            let exchange = MemoryExchange::new(node, mailboxes.clone(), names, self.spec.compression).unwrap();
+            let exchange = MemoryExchange::new(node, mailboxes.clone(), names, self.spec.compression.view()).unwrap();
             Box::new(exchange) as Box<dyn Exchange>
         };
         let exchanges = (0..mailboxes.len()).map(exchange).collect();
@@ -208,7 +208,7 @@ impl Run {
 
     fn compnode(&self, node: NodeIndex, exchange: Box<dyn Exchange>, batches: Option<Box<dyn Batches>>) -> TaskLoop {
         let backend = open_device(DeviceChoice::Cpu).unwrap();
-        let optimizer = OptimizerSpec::of(&self.spec.train);
+        let optimizer = OptimizerSpec::of(&self.spec.train.view());
         let (dag, seed) = (Arc::clone(&self.dag), self.spec.train.seed);
         let first = FirstParams::Drawn;
         let spec = ExecutorSpec::of_placement(dag, &self.placement, node, optimizer, seed, first);
@@ -222,7 +222,7 @@ impl Run {
             dag: Arc::clone(&self.dag),
             placement: Arc::new(self.placement.clone()),
             node,
-            spec: self.spec.clone(),
+            job: JobView::of(&self.spec),
             start_step: self.start_step,
         };
         TaskLoop::new(plan, executor, exchange, batches)

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::JobSpec;
+use crate::TrainView;
 
 /// Learning rate after warm-up, by the names that `transformers` has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -37,7 +38,14 @@ impl JobSpec {
     /// Learning rate of the update after `step` updates: linear warm-up to `lr` over `warmup` updates, then the
     /// schedule.
     pub fn lr_at(&self, step: u64) -> f64 {
-        let t = &self.train;
+        self.train.view().lr_at(step)
+    }
+}
+
+impl TrainView {
+    /// As [`JobSpec::lr_at`].
+    pub fn lr_at(&self, step: u64) -> f64 {
+        let t = self;
         if step < t.warmup {
             return t.lr * (step + 1) as f64 / t.warmup as f64;
         }
