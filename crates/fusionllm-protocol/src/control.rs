@@ -44,6 +44,8 @@ pub enum Role {
         name: String,
         /// Device, for people: `flex (CPU, 2 threads)`.
         device: String,
+        /// The organisation that it belongs to, if it says so.
+        org: Option<String>,
         /// Where other CompNodes reach it.
         addr: PeerRecord,
         /// What its device can do.

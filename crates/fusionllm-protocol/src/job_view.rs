@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::job::Ramp;
 use crate::{
     Cadence, CompressionSpec, DataSpec, JobSpec, LrSchedule, Measuring, OptimizerKind, Precision, RunId, StateKind,
     TopKBackward, TrainSpec,
@@ -83,6 +84,8 @@ pub struct CompressionView {
 pub struct OwnerView {
     /// The run, by which the owner knows a seed of its own again.
     pub run: RunId,
+    /// The run with whose checkpoint a new one begins, and with it the seed.
+    pub begins_with: Option<RunId>,
     /// The data: paths, form, tokenizer, order.
     pub data: DataSpec,
     /// Whether the model came from `model.path`, so that the job's user has not chosen its sizes.
@@ -109,6 +112,7 @@ impl JobView {
     pub fn of_owner(spec: &JobSpec, run: RunId) -> Self {
         let owner = OwnerView {
             run,
+            begins_with: None,
             data: spec.data.clone(),
             model_by_path: spec.model.path.is_some(),
             tokenizer: None,
@@ -192,6 +196,12 @@ impl TrainView {
         Cadence { every: self.eval_every, last: self.steps }
     }
 
+    /// As [`JobSpec::lr_at`].
+    pub fn lr_at(&self, step: u64) -> f64 {
+        let Self { lr, min_lr_ratio, warmup, steps, schedule, .. } = *self;
+        schedule.lr_at(Ramp { lr, min_lr_ratio, warmup, steps }, step)
+    }
+
     /// What the optimizer keeps of each parameter.
     pub fn states(&self) -> &'static [StateKind] {
         self.optimizer.states(self.momentum)
@@ -262,6 +272,8 @@ mod tests {
             // The OP-DAG has it.
             ("data", "seq_len", json!(99), ToOwner),
             ("data", "private", json!(true), ToAll),
+            ("data", "private_seed", json!("job"), ToOwner),
+            ("data", "keep_blocks", json!([1, 1]), ToOwner),
             ("data", "owner", json!("secret"), ToOwner),
             ("data", "eval_fraction", json!(0.4), ToOwner),
             ("data", "order", json!("shuffled"), ToOwner),

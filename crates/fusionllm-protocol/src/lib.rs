@@ -37,8 +37,8 @@ pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule,
-    Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec,
-    TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
+    Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, PrivateSeed, RowKind, SampleOrder, SizedFamily,
+    SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
 };
 pub use job_view::{CompressionView, JobView, OwnerView, TrainView};
 pub use manifest::{CarriedFile, Manifest, ShardEntry};

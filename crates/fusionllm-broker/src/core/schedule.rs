@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use fusionllm_planner::{NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, JobView, PeerRecord, RowKind,
-    RunKey, SnapshotSource, WeightSource,
+    Assignment, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, JobView, PeerRecord, RunKey,
+    SnapshotSource, WeightSource,
 };
 
 use super::detector::SUSPECT;
@@ -398,7 +398,7 @@ impl Core {
             let assignment = Assignment {
                 key,
                 node,
-                job: if reads_data { owners_view(spec, start) } else { JobView::of(spec) },
+                job: if reads_data { start.owners_view(spec) } else { JobView::of(spec) },
                 graph: start.graph.clone(),
                 placement: placement.clone(),
                 peers: peers.clone(),
@@ -414,18 +414,6 @@ impl Core {
         }
         actions
     }
-}
-
-/// What the data owner is told of a job.
-fn owners_view(spec: &JobSpec, start: &StartPoint) -> JobView {
-    let mut view = JobView::of_owner(spec, start.run.run.clone());
-    if let Some(owner) = view.owner.as_mut().filter(|_| spec.data.tokenizer == DataSpec::MODEL) {
-        owner.tokenizer = start.origin.tokenizer().map(str::to_owned);
-        if spec.data.rows == RowKind::Chat {
-            owner.chat = start.origin.chat_files();
-        }
-    }
-    view
 }
 
 /// How many CompNodes a job needs now: once it has been at work, fewer than it asked for may do, unless it says what each

@@ -1,11 +1,12 @@
 //! From an assignment to something that can run: graph, data, executor.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{NodeIndex, Placement};
+use fusionllm_planner::{NodeIndex, Placement, kept_ops};
 use fusionllm_protocol::{Assignment, DataReport, FromCompNode, OwnerView, RunKey, TrainView};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
@@ -20,6 +21,8 @@ use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
 use crate::params::initial_values;
 use crate::residuals;
+use crate::seeds::{Found, Seeds, find_or_make};
+use crate::snapshots::SnapshotStore;
 use crate::task_loop::TrainPlan;
 use crate::{CompNodeError, ExchangeError, ExecutorError, ShardError};
 
@@ -66,6 +69,10 @@ pub(super) struct BuildSite {
     pub(super) reading: Arc<Reading>,
     /// Where shards lie while they come and go.
     pub(super) scratch: Arc<Path>,
+    /// Where the seeds lie that only this CompNode has.
+    pub(super) seeds: Arc<Path>,
+    /// Where its snapshots lie.
+    pub(super) snapshots: Arc<SnapshotStore>,
     /// Bytes of the weights that lie there already.
     pub(super) arrived: Arc<AtomicU64>,
     pub(super) permit: OwnedSemaphorePermit,
@@ -93,7 +100,12 @@ pub(super) fn prepare(
     let optimizer = OptimizerSpec::of(train);
     let (placement, node) = (&assignment.placement, assignment.node);
     let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
-    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, train.seed, first);
+    let kept = kept_here(assignment, &dag)?;
+    if let Some(kept) = &kept {
+        site.snapshots.keep_back(key.job, params_of(&dag, kept))?;
+    }
+    let (seeds, made_anew) = seeds_of(assignment, kept, &site.seeds)?;
+    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, seeds.clone(), first);
     let held = held.computing_in(train.precision);
     let planned = check_memory(assignment, &held, &*site.backend, site.free_bytes)?;
     check_scratch_room(&site.scratch, shard_bytes(&dag, placement, node, train), &site.arrived)?;
@@ -102,7 +114,10 @@ pub(super) fn prepare(
     if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {
         site.reading.limit(room);
     }
-    let (batches, data) = open_data(assignment, &dag, &site)?;
+    let (batches, mut data) = open_data(assignment, &dag, seeds.of_samples(), &site)?;
+    if let Some(data) = &mut data {
+        data.notes.extend(made_anew);
+    }
     site.check()?;
     if !site.backend.has(train.precision) {
         tracing::warn!(device = site.backend.name(), precision = ?train.precision, "this device computes in f32");
@@ -112,9 +127,9 @@ pub(super) fn prepare(
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
         let files = weights.blocking_recv().map_err(lost)??.into_iter();
-        let seed = (assignment.start_step == 0).then_some(train.seed);
+        let seeds = (assignment.start_step == 0).then_some(seeds);
         let files = files.map(ShardFile::into_tensors).collect::<Result<_, _>>()?;
-        let mut tensors = AllOf { files, dag: Arc::clone(&dag), seed };
+        let mut tensors = AllOf { files, dag: Arc::clone(&dag), seeds };
         executor.import(&mut tensors)?;
         residuals = residuals::take(&dag, placement, node, &mut tensors)?;
     }
@@ -129,6 +144,45 @@ pub(super) fn prepare(
         codecs: Arc::default(),
     };
     Ok(Prepared { key, plan, executor, batches, data, permit: site.permit })
+}
+
+/// Of each op, whether it stays with the data owner, if this is the owner of a private job's data. All of these are here.
+fn kept_here(assignment: &Assignment, dag: &OpDag) -> Result<Option<Vec<bool>>, CompNodeError> {
+    let owner = assignment.job.owner.as_deref().filter(|owner| owner.data.private);
+    let Some(owner) = owner else { return Ok(None) };
+    let kept = kept_ops(dag, owner.data.keep_blocks)?;
+    let given = assignment.placement.stages.iter().filter(|stage| stage.compnode != assignment.node);
+    let mut given = given.flat_map(|stage| stage.ops.iter().map(|&op| (op, stage.compnode)));
+    match given.find(|(op, _)| kept.get(op.index()).copied().unwrap_or(false)) {
+        Some((op, node)) => Err(CompNodeError::GivenAway { op: dag.op(op).name.clone(), node }),
+        None => Ok(Some(kept)),
+    }
+}
+
+/// Names of the parameters of the ops that are kept.
+fn params_of(dag: &OpDag, kept: &[bool]) -> BTreeSet<String> {
+    let ops = dag.ops().iter().zip(kept).filter(|(_, kept)| **kept);
+    ops.flat_map(|(op, _)| op.params.iter().map(|&param| dag.param(param).name.clone())).collect()
+}
+
+/// What this CompNode draws from: with ops that are kept here, a seed of its own for them. With what is to be told where that
+/// is not the seed of the steps before.
+fn seeds_of(
+    assignment: &Assignment,
+    kept: Option<Vec<bool>>,
+    folder: &Path,
+) -> Result<(Seeds, Option<String>), CompNodeError> {
+    let (job, start_step) = (&assignment.job, assignment.start_step);
+    let owner = job.owner.as_deref().filter(|owner| owner.data.has_own_seed());
+    let (Some(owner), Some(kept)) = (owner, kept) else { return Ok((job.train.seed.into(), None)) };
+    let (own, found) = find_or_make(folder, &owner.run, owner.begins_with.as_ref())?;
+    let note = (found == Found::New && start_step > 0).then(|| {
+        format!(
+            "the seed that the data owner alone had up to step {start_step} is not on this machine: a new one is made, so \
+             samples come in another order from here on; the weights are those that were kept"
+        )
+    });
+    Ok((Seeds::with_own(job.train.seed, own, kept), note))
 }
 
 /// Holds what an assignment takes against the room in the device's memory, before any of it is filled. Gives the bytes that
@@ -163,7 +217,7 @@ struct AllOf {
     files: Vec<ShardTensors>,
     dag: Arc<OpDag>,
     /// What adapters are drawn from that are in no file: those of a model that begins with the weights of a folder.
-    seed: Option<u64>,
+    seeds: Option<Seeds>,
 }
 
 impl TensorSource for AllOf {
@@ -173,13 +227,13 @@ impl TensorSource for AllOf {
                 return Ok(Some(tensor));
             }
         }
-        let param = self.dag.find_param(name).map(|id| self.dag.param(id));
-        let adapter = param.filter(|param| !param.frozen && self.dag.has_frozen());
-        let (Some(param), Some(seed)) = (adapter, self.seed) else { return Ok(None) };
+        let adapter = self.dag.find_param(name).filter(|&id| !self.dag.param(id).frozen && self.dag.has_frozen());
+        let (Some(id), Some(seeds)) = (adapter, &self.seeds) else { return Ok(None) };
+        let param = self.dag.param(id);
         Ok(Some(NamedTensor {
             name: name.to_owned(),
             shape: param.shape.clone(),
-            values: initial_values(param, seed)?,
+            values: initial_values(param, seeds.of_param(&self.dag, id))?,
         }))
     }
 }
@@ -193,7 +247,7 @@ fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &Trai
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);
 
 /// Reads the data if this CompNode holds the placeholders.
-fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
+fn open_data(assignment: &Assignment, dag: &OpDag, seed: u64, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
     let placeholders = [dag.input(), dag.label()];
     let holds = |op| assignment.placement.stages_of(assignment.node).any(|s| s.ops.contains(&op));
     if !placeholders.into_iter().flatten().any(holds) {
@@ -206,7 +260,7 @@ fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<O
         );
     };
     if let Some([_, size, _]) = dag.image_size() {
-        return open_images((owner, train), dag, size, site);
+        return open_images((owner, train), dag, (size, seed), site);
     }
     let spec = &owner.data;
     let tokenizer = Tokenizer::of_job_within(spec, owner.tokenizer.as_deref(), &site.readable)?;
@@ -217,7 +271,7 @@ fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<O
     let note = corpus.check_vocabulary(vocab, !owner.model_by_path)?;
     let mut data = corpus.report(vocab)?;
     data.notes.extend(note);
-    let batches = TextBatches::new(Arc::new(corpus), spec, train, train.seed);
+    let batches = TextBatches::new(Arc::new(corpus), spec, train, seed);
     Ok((Some(Box::new(batches)), Some(data)))
 }
 
@@ -230,13 +284,13 @@ fn logits_of(dag: &OpDag) -> Result<usize, ExecutorError> {
 fn open_images(
     (owner, train): (&OwnerView, &TrainView),
     dag: &OpDag,
-    size: usize,
+    (size, seed): (usize, u64),
     site: &BuildSite,
 ) -> Result<OpenedData, CompNodeError> {
     let images = ImageSet::read_within(&owner.data, &site.readable, &site.reading)?;
     let note = images.check_classes(logits_of(dag)?)?;
     let mut data = images.report();
     data.notes.extend(note);
-    let batches = ImageBatches::new(Arc::new(images), size, &owner.data, train, train.seed);
+    let batches = ImageBatches::new(Arc::new(images), size, &owner.data, train, seed);
     Ok((Some(Box::new(batches)), Some(data)))
 }

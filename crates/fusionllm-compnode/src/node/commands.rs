@@ -157,6 +157,7 @@ impl Node {
             memory: Arc::clone(&self.memory),
             readable: Arc::clone(&self.readable),
             scratch: Arc::clone(&self.scratch),
+            seeds: Arc::clone(&self.seeds),
             snapshots: Arc::clone(&self.snapshots),
             events: self.events.clone(),
         };

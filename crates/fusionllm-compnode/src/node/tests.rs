@@ -65,6 +65,7 @@ impl House {
         let config = JoinConfig {
             ticket: Ticket { broker: endpoint.addr(), secret: Secret::generate(), relay: None },
             name: "n".to_owned(),
+            org: None,
             device: DeviceChoice::Cpu,
             identity: Identity::generate(),
             bind: "127.0.0.1:0".parse().unwrap(),
@@ -76,6 +77,7 @@ impl House {
             scratch_dir: scratch,
             snapshot_dir: folder.path().join("snapshots"),
             snapshots_stay: true,
+            seed_dir: folder.path().join("state"),
         };
         let compnode = tokio::spawn(join_with(config, patience, std::future::pending(), std::future::pending()));
         Self { endpoint, compnode, folder }
@@ -210,7 +212,8 @@ fn weights(assignment: &Assignment, dag: &OpDag) -> Vec<NamedTensor> {
     let backend = open_device(DeviceChoice::Cpu).unwrap();
     let optimizer = OptimizerSpec::of(&assignment.job.train);
     let dag = Arc::new(dag.clone());
-    let spec = ExecutorSpec::of_placement(dag, &assignment.placement, NodeIndex(0), optimizer, 1, FirstParams::Drawn);
+    let spec =
+        ExecutorSpec::of_placement(dag, &assignment.placement, NodeIndex(0), optimizer, 1u64, FirstParams::Drawn);
     let executor = backend.build(spec, StopFlag::default()).unwrap();
     executor.export().into_iter().map(|tensor| tensor.read().unwrap()).collect()
 }
@@ -612,7 +615,7 @@ fn what_a_device_lays_out_is_refused_where_it_does_not_fit_though_the_plan_does(
     let spec = spec(folder.path(), "steps = 2");
     let job = Assignment { planned_bytes: 1_500_000, ..assignment(spec, &dag(256), 1, WeightSource::Seed) };
     let (optimizer, first) = (OptimizerSpec::of(&job.job.train), FirstParams::Drawn);
-    let held = ExecutorSpec::of_placement(Arc::new(dag(256)), &job.placement, job.node, optimizer, 0, first);
+    let held = ExecutorSpec::of_placement(Arc::new(dag(256)), &job.placement, job.node, optimizer, 0u64, first);
     let check = |needs, room| check_memory(&job, &held, &Demanding(needs), room).map_err(|e| e.to_string());
     assert_eq!(check(None, Some(2_000_000)), Ok(1_500_000));
     assert_eq!(check(Some(2_000_000), Some(2_000_000)), Ok(1_500_000));

@@ -4,6 +4,7 @@
 mod golden;
 mod memory;
 mod parity;
+mod private;
 mod resnet;
 #[allow(dead_code, reason = "the tests of peak memory use what these do not")]
 mod run;

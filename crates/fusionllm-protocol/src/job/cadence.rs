@@ -29,7 +29,7 @@ impl JobSpec {
 
     /// When the loss of the text that is held out is taken.
     pub fn evaluations(&self) -> Cadence {
-        self.train.view().evaluations()
+        Cadence { every: self.train.eval_every, last: self.train.steps }
     }
 }
 
@@ -84,7 +84,8 @@ impl fmt::Display for Measuring {
 impl JobSpec {
     /// What measuring its ops depends on besides its OP-DAG.
     pub fn measuring(&self) -> Measuring {
-        self.train.view().measuring()
+        let train = &self.train;
+        Measuring { batch: self.micro_batch_size(), states: train.states(), precision: train.precision }
     }
 }
 

@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::JobSpec;
-use crate::TrainView;
+use super::{JobSpec, TrainSpec};
 
 /// Learning rate after warm-up, by the names that `transformers` has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -34,33 +33,47 @@ impl LrSchedule {
     ];
 }
 
+/// Between which rates, and by which steps, a learning rate moves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ramp {
+    /// Peak learning rate.
+    pub(crate) lr: f64,
+    /// That at the end, as a share of the peak.
+    pub(crate) min_lr_ratio: f64,
+    /// Steps of warm-up.
+    pub(crate) warmup: u64,
+    /// All steps.
+    pub(crate) steps: u64,
+}
+
+impl LrSchedule {
+    /// Learning rate of the update after `step` updates: linear warm-up over `warmup` updates, then the schedule.
+    pub(crate) fn lr_at(self, ramp: Ramp, step: u64) -> f64 {
+        let Ramp { lr, min_lr_ratio, warmup, steps } = ramp;
+        if step < warmup {
+            return lr * (step + 1) as f64 / warmup as f64;
+        }
+        let least = lr * min_lr_ratio;
+        let span = steps.saturating_sub(warmup).max(1);
+        let progress = ((step - warmup) as f64 / span as f64).min(1.0);
+        match self {
+            Self::Constant => lr,
+            Self::Cosine => least + 0.5 * (lr - least) * (1.0 + (std::f64::consts::PI * progress).cos()),
+            Self::Linear => lr + (least - lr) * progress,
+            Self::InverseSqrt => {
+                let timescale = if warmup > 0 { warmup } else { TIMESCALE };
+                lr * (timescale as f64 / (step - warmup + timescale) as f64).sqrt()
+            }
+        }
+    }
+}
+
 impl JobSpec {
     /// Learning rate of the update after `step` updates: linear warm-up to `lr` over `warmup` updates, then the
     /// schedule.
     pub fn lr_at(&self, step: u64) -> f64 {
-        self.train.view().lr_at(step)
-    }
-}
-
-impl TrainView {
-    /// As [`JobSpec::lr_at`].
-    pub fn lr_at(&self, step: u64) -> f64 {
-        let t = self;
-        if step < t.warmup {
-            return t.lr * (step + 1) as f64 / t.warmup as f64;
-        }
-        let least = t.lr * t.min_lr_ratio;
-        let span = t.steps.saturating_sub(t.warmup).max(1);
-        let progress = ((step - t.warmup) as f64 / span as f64).min(1.0);
-        match t.schedule {
-            LrSchedule::Constant => t.lr,
-            LrSchedule::Cosine => least + 0.5 * (t.lr - least) * (1.0 + (std::f64::consts::PI * progress).cos()),
-            LrSchedule::Linear => t.lr + (least - t.lr) * progress,
-            LrSchedule::InverseSqrt => {
-                let timescale = if t.warmup > 0 { t.warmup } else { TIMESCALE };
-                t.lr * (timescale as f64 / (step - t.warmup + timescale) as f64).sqrt()
-            }
-        }
+        let TrainSpec { lr, min_lr_ratio, warmup, steps, schedule, .. } = self.train;
+        schedule.lr_at(Ramp { lr, min_lr_ratio, warmup, steps }, step)
     }
 }
 
