@@ -96,7 +96,7 @@ pub fn load_model(spec: &JobSpec) -> Result<LoadedModel, BrokerError> {
         }
         if is_folder && spec.data.private && spec.model.weights == WeightsChoice::Model {
             let note = "data.private: who else has these weights can look up tokens by the first activations, see \
-                        docs/job.md";
+                        docs/privacy.md";
             model.notes.push(ModelNote::Unusual(note.to_owned()));
         }
         if has_tokenizer && spec.data.tokenizer == DataSpec::BYTES {

@@ -117,7 +117,7 @@ fn main() {
     let optimizer = OptimizerSpec::AdamW { betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01 };
     let placement = on_one_compnode(&dag);
     let first = FirstParams::Drawn;
-    let spec = ExecutorSpec::of_placement(Arc::clone(&dag), &placement, NodeIndex(0), optimizer, 0, first);
+    let spec = ExecutorSpec::of_placement(Arc::clone(&dag), &placement, NodeIndex(0), optimizer, 0u64, first);
     let mut executor = backend.build(spec, StopFlag::default()).unwrap();
     let is_placeholder = |op| matches!(dag.op(op).kind, OpKind::Input { .. } | OpKind::Label { .. });
     let placeholders = dag.op_ids().filter(|&op| is_placeholder(op));

@@ -21,7 +21,9 @@ use fusionllm_codec::{Codec, HostTensor, Values};
 use fusionllm_compnode::{Exchange, JobLinks, Message, NetworkExchange, Slot};
 use fusionllm_graph::OpId;
 use fusionllm_planner::{EdgeId, GroupId, NodeIndex, PassPlan, Pipeline, Placement, Stage, StageEdge, StageId};
-use fusionllm_protocol::{Assignment, Channel, Generation, JobId, JobSpec, Pass, PeerRecord, RunKey, WeightSource};
+use fusionllm_protocol::{
+    Assignment, Channel, Generation, JobId, JobSpec, JobView, Pass, PeerRecord, RunKey, WeightSource,
+};
 use fusionllm_transport::{CongestionControl, Endpoint, EndpointConfig, Identity, Members};
 use tokio::runtime::Handle;
 
@@ -129,11 +131,12 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
         activation_codec: Codec::Dense,
         gradient_codec: Codec::Dense,
     };
+    let job = "[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n[train]\nsteps = 1000000\n";
     let pass = PassPlan { micro_batches: 4, orders: Vec::new() };
     Ok(Assignment {
         key: RunKey { job: JobId(1), generation: Generation(1) },
         node: NodeIndex(u32::from(!is_sender)),
-        spec: JobSpec::from_toml("[model]\nname = \"gpt2\"\n[data]\npath = \"none\"\n[train]\nsteps = 1000000\n", &[])?,
+        job: JobView::of(&JobSpec::from_toml(job, &[])?),
         graph: String::new(),
         placement: Placement {
             compnodes: vec!["sender".to_owned(), "receiver".to_owned()],
@@ -148,8 +151,6 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
         start_step: 0,
         planned_bytes: 0,
         weights: WeightSource::Seed,
-        tokenizer: None,
-        chat: Default::default(),
     })
 }
 

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::ExecutorError;
 use crate::executor::Executor;
 use crate::optimizer::OptimizerSpec;
+use crate::seeds::Seeds;
 use crate::stop::StopFlag;
 
 /// An open device, and what can be done with it.
@@ -109,8 +110,8 @@ pub struct ExecutorSpec {
     pub params: Vec<ParamId>,
     /// What UPDATE does.
     pub optimizer: OptimizerSpec,
-    /// Dropout follows from it, and initial parameters.
-    pub seed: u64,
+    /// Dropout follows from them, and initial parameters.
+    pub seeds: Seeds,
     /// Where the first parameters come from.
     pub first: FirstParams,
     /// What it computes in, where the device can choose; CPUs compute in f32.
@@ -129,7 +130,7 @@ pub struct Load {
 /// Where the first parameters of an executor come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FirstParams {
-    /// Drawn from the seed.
+    /// Drawn from the seeds.
     Drawn,
     /// From `Params::import`, which comes before anything is computed. Until then they are zeros.
     Imported,
@@ -155,7 +156,7 @@ impl ExecutorSpec {
         placement: &Placement,
         node: NodeIndex,
         optimizer: OptimizerSpec,
-        seed: u64,
+        seeds: impl Into<Seeds>,
         first: FirstParams,
     ) -> Self {
         let defers = placement.defers(node);
@@ -165,7 +166,7 @@ impl ExecutorSpec {
             StageOps { id: stage.id, ops: stage.ops.clone(), leaving, deferring: deferring.copied().collect() }
         });
         let (stages, params) = (stages.collect(), placement.params_of(&dag, node));
-        Self { dag, stages, params, optimizer, seed, first, precision: Precision::F32 }
+        Self { dag, stages, params, optimizer, seeds: seeds.into(), first, precision: Precision::F32 }
     }
 
     /// The same, in another precision than f32.
@@ -198,6 +199,6 @@ impl ExecutorSpec {
         let stage = StageOps { id: StageId(0), ops, leaving, deferring: BTreeSet::new() };
         let optimizer = OptimizerSpec::Sgd { momentum: 0.0, weight_decay: 0.0 };
         let (stages, params, precision) = (vec![stage], params.into_iter().collect(), Precision::F32);
-        Self { dag, stages, params, optimizer, seed: 0, first, precision }
+        Self { dag, stages, params, optimizer, seeds: 0u64.into(), first, precision }
     }
 }

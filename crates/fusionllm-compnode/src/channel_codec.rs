@@ -4,7 +4,7 @@
 //! an evaluation changes nothing.
 
 use fusionllm_codec::{Codec, CodecError, EdgeDecoder, EdgeEncoder, EdgeOptions, ElementType, HostTensor, Values};
-use fusionllm_protocol::{Channel, CompressionSpec, Pass};
+use fusionllm_protocol::{Channel, CompressionView, Pass};
 
 use crate::ExchangeError;
 use crate::border::BorderTensor;
@@ -21,7 +21,7 @@ pub(crate) struct ChannelOptions {
 }
 
 impl ChannelOptions {
-    pub(crate) fn of(spec: &CompressionSpec) -> Self {
+    pub(crate) fn of(spec: &CompressionView) -> Self {
         Self { error_feedback: spec.error_feedback, predict: spec.predict }
     }
 

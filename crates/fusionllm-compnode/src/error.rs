@@ -261,6 +261,27 @@ pub enum CompNodeError {
         /// Which folder, and what the system says.
         source: ShardError,
     },
+    /// The data owner's own seed cannot be had.
+    #[error("the data owner's own seed, {}: {reason}", .path.display())]
+    OwnSeed {
+        /// Its file, or the folder of the file.
+        path: PathBuf,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// A placement would give away what is to stay with the data owner.
+    #[error(
+        "the placement gives op `{op}` to {node}, and data.private keeps it here: the broker is of another mind than this CompNode"
+    )]
+    GivenAway {
+        /// Name of the op.
+        op: String,
+        /// Who would get it.
+        node: NodeIndex,
+    },
+    /// What is to stay with the data owner cannot be told.
+    #[error(transparent)]
+    Plan(#[from] fusionllm_planner::PlanError),
     /// A shard of this CompNode's part would never fit.
     #[error(
         "a checkpoint shard of its part takes {}, there is room for {} in {path}, through which it passes: make room there, or \
@@ -309,7 +330,7 @@ impl CompNodeError {
         match self {
             Self::Data(error) => !matches!(error, DataError::Unopened { .. } | DataError::Cache { .. }),
             Self::Bind(error) => error.is_bad_input(),
-            Self::Graph(_) | Self::DeviceChoice { .. } => true,
+            Self::Graph(_) | Self::Plan(_) | Self::DeviceChoice { .. } => true,
             Self::Executor(ExecutorError::Param { .. } | ExecutorError::NoKernel { .. }) => true,
             _ => false,
         }

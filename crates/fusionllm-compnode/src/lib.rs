@@ -28,6 +28,7 @@ mod panics;
 mod params;
 mod profile;
 mod residuals;
+mod seeds;
 mod snapshots;
 mod step_log;
 mod stop;
@@ -62,6 +63,7 @@ pub use mailbox::{Arrived, Mailbox, Slot};
 pub use node::{JoinConfig, check_run_room, join};
 pub use open_device::open_device;
 pub use optimizer::OptimizerSpec;
+pub use seeds::{OwnSeed, Seeds};
 pub use stop::StopFlag;
 pub use task_loop::{HeldState, JobSink, TaskLoop, TrainPlan};
 

@@ -124,8 +124,8 @@ impl JobLinks {
             found: Mutex::default(),
             meters: peers.iter().map(|_| Meter::default()).collect(),
             heard: peers.iter().map(|_| Heard::default()).collect(),
-            options: ChannelOptions::of(&assignment.spec.compression),
-            rules: StepRules::of(&assignment.spec, assignment.start_step),
+            options: ChannelOptions::of(&assignment.job.compression),
+            rules: StepRules::of(&assignment.job, assignment.start_step),
             tensors: OnceLock::new(),
             snapshots,
         })

@@ -1,6 +1,6 @@
 //! Which optimizer a job trains with.
 
-use fusionllm_protocol::{OptimizerKind, StateKind, TrainSpec};
+use fusionllm_protocol::{OptimizerKind, StateKind, TrainView};
 
 /// An optimizer with its constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,7 +24,7 @@ pub enum OptimizerSpec {
 }
 
 impl OptimizerSpec {
-    /// What it keeps of each parameter, as [`TrainSpec::states`] has it.
+    /// What it keeps of each parameter, as [`TrainView::states`] has it.
     pub fn states(&self) -> &'static [StateKind] {
         match *self {
             Self::AdamW { .. } => OptimizerKind::Adamw.states(0.0),
@@ -33,7 +33,7 @@ impl OptimizerSpec {
     }
 
     /// The optimizer that a job asks for.
-    pub fn of(train: &TrainSpec) -> Self {
+    pub fn of(train: &TrainView) -> Self {
         let weight_decay = train.weight_decay;
         match train.optimizer {
             OptimizerKind::Adamw => Self::AdamW { betas: train.betas, epsilon: train.epsilon, weight_decay },

@@ -1,4 +1,4 @@
-//! Initial parameters: a function of the job's seed and the parameter's name, so any placement starts alike.
+//! Initial parameters: a function of a seed and the parameter's name, so any placement starts alike.
 
 use fusionllm_graph::{Init, Param};
 use rand::SeedableRng;
@@ -7,8 +7,8 @@ use rand_distr::{Distribution, Normal, Uniform};
 
 use crate::ExecutorError;
 
-/// Row-major initial values of a parameter.
-pub(crate) fn initial_values(param: &Param, seed: u64) -> Result<Vec<f32>, ExecutorError> {
+/// Row-major initial values of a parameter, drawn from the stream of this seed.
+pub(crate) fn initial_values(param: &Param, stream: [u8; 32]) -> Result<Vec<f32>, ExecutorError> {
     let count: usize = param.shape.iter().product();
     match param.init {
         Init::Zeros => Ok(vec![0.0; count]),
@@ -18,7 +18,7 @@ pub(crate) fn initial_values(param: &Param, seed: u64) -> Result<Vec<f32>, Execu
                 name: param.name.clone(),
                 reason: format!("initial bound {bound}: {e}"),
             })?;
-            let mut rng = ChaCha8Rng::seed_from_u64(seed_for(seed, &[param.name.as_bytes()]));
+            let mut rng = ChaCha8Rng::from_seed(stream);
             Ok((0..count).map(|_| uniform.sample(&mut rng)).collect())
         }
         Init::Normal { std } => {
@@ -26,7 +26,7 @@ pub(crate) fn initial_values(param: &Param, seed: u64) -> Result<Vec<f32>, Execu
                 name: param.name.clone(),
                 reason: format!("initial standard deviation {std}: {e}"),
             })?;
-            let mut rng = ChaCha8Rng::seed_from_u64(seed_for(seed, &[param.name.as_bytes()]));
+            let mut rng = ChaCha8Rng::from_seed(stream);
             Ok((0..count).map(|_| normal.sample(&mut rng)).collect())
         }
     }
@@ -61,16 +61,15 @@ mod tests {
     }
 
     #[test]
-    fn initial_values_depend_on_seed_and_name_alone() {
-        let a = initial_values(&param("a"), 1).unwrap();
-        assert_eq!(a, initial_values(&param("a"), 1).unwrap());
-        assert_ne!(a, initial_values(&param("b"), 1).unwrap());
-        assert_ne!(a, initial_values(&param("a"), 2).unwrap());
+    fn initial_values_depend_on_the_seed_alone() {
+        let a = initial_values(&param("a"), [1; 32]).unwrap();
+        assert_eq!(a, initial_values(&param("a"), [1; 32]).unwrap());
+        assert_ne!(a, initial_values(&param("a"), [2; 32]).unwrap());
     }
 
     #[test]
     fn initial_values_have_the_standard_deviation_asked_for() {
-        let values = initial_values(&param("a"), 7).unwrap();
+        let values = initial_values(&param("a"), [7; 32]).unwrap();
         let variance = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
         assert!((variance.sqrt() - 0.02).abs() < 0.001, "{}", variance.sqrt());
     }
@@ -78,7 +77,7 @@ mod tests {
     #[test]
     fn uniform_values_fill_their_bounds_and_pass_neither() {
         let uniform = Param { init: Init::Uniform { bound: 0.125 }, ..param("a") };
-        let values = initial_values(&uniform, 7).unwrap();
+        let values = initial_values(&uniform, [7; 32]).unwrap();
         let (least, most) = values.iter().fold((0.0f32, 0.0f32), |(least, most), &v| (least.min(v), most.max(v)));
         assert!((-0.125..-0.124).contains(&least) && (0.124..=0.125).contains(&most), "{least} {most}");
         let mean = values.iter().sum::<f32>() / values.len() as f32;

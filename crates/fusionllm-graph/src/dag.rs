@@ -1,5 +1,6 @@
 //! The OP-DAG: ops in topological order, their edges and parameters.
 
+mod blocks;
 mod costs;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -28,6 +28,7 @@ fn cluster(devices: usize) -> ClusterFile {
     let sites = devices.div_ceil(10);
     let entry = |site: usize, kind: &str, count: usize, flop_per_s: f64| DeviceEntry {
         kernels: None,
+        org: None,
         host: None,
         measured: None,
         name: format!("s{site}-{kind}"),
@@ -71,6 +72,7 @@ fn main() {
             micro_batch_size: 1,
             eval_micro_batches: 1,
             private: false,
+            keep_blocks: [0; 2],
             codec: Codec::Dense,
         });
         spec.owner = Owner::Any;

@@ -32,6 +32,8 @@ pub struct CompNodeProfile {
     pub memory_bytes: u64,
     /// How it computes ops of several steps, by which what FP keeps is counted.
     pub kernels: Kernels,
+    /// The organisation that it belongs to, if somebody said so: its machines are kept apart where data is private.
+    pub org: Option<String>,
     /// The CPU or GPU that it may share with others; nothing if it is its own.
     pub host: Option<Host>,
     /// What was measured; it goes before what follows from the speeds above.
@@ -48,6 +50,7 @@ impl CompNodeProfile {
             memory_bytes_per_s: f64::INFINITY,
             memory_bytes: u64::MAX,
             kernels: Kernels::Plain,
+            org: None,
             host: None,
             measured: None,
         }

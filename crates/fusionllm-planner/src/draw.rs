@@ -143,6 +143,7 @@ mod tests {
             micro_batch_size: 1,
             eval_micro_batches: 1,
             private: false,
+            keep_blocks: [0; 2],
             codec: fusionllm_codec::Codec::Dense,
         });
         let plan = plan(&dag, &cluster, &spec).unwrap();

@@ -8,6 +8,18 @@ fn gigabytes(gigabytes: &f64) -> String {
     format!("{gigabytes:.digits$} GB")
 }
 
+/// How many blocks there are, and what would be right.
+fn few_blocks(blocks: usize) -> String {
+    match blocks {
+        0 => "the names of the model's ops tell no blocks: leave it out".to_owned(),
+        1 => "the model has one block, which must be left for others: leave it out".to_owned(),
+        _ => format!(
+            "the model has {blocks} blocks, of which one must be left for others: keep at most {} in all",
+            blocks - 1
+        ),
+    }
+}
+
 /// Why a job cannot be placed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -65,10 +77,45 @@ pub enum PlanError {
     /// Private data would leave its owner.
     #[error("data.private holds op `{op}` on CompNode 0, but placement.stages puts it on CompNode {compnode}")]
     Private {
-        /// The op that sees token ids or labels.
+        /// The op that must stay.
         op: String,
         /// Where the stages put it.
         compnode: u32,
+    },
+    /// The model has not so many blocks to keep.
+    #[error("data.keep_blocks is {keep:?}, and {}", few_blocks(*.blocks))]
+    KeepBlocks {
+        /// The first and the last blocks that are to stay with the data owner.
+        keep: [u32; 2],
+        /// Blocks of the model.
+        blocks: usize,
+    },
+    /// What stays with the data owner shares a parameter with what need not.
+    #[error(
+        "data.private keeps op `{kept}` with the data owner, but its parameter `{param}` is used by op `{other}` too, which is not \
+         kept: leave data.private out, or train on one CompNode without it"
+    )]
+    KeptParam {
+        /// Name of the parameter.
+        param: String,
+        /// An op that stays with the owner.
+        kept: String,
+        /// One that need not.
+        other: String,
+    },
+    /// Machines of one organisation cannot be kept apart.
+    #[error(
+        "data.private keeps machines of one organisation apart, but beside the data owner {of_org} of {others} CompNodes belong to \
+         `{org}`: they would be neighbours, or see both ends of the model; let CompNodes of other organisations join, use fewer \
+         of `{org}`, or leave data.private out"
+    )]
+    Orgs {
+        /// Name of the organisation.
+        org: String,
+        /// Its CompNodes.
+        of_org: usize,
+        /// All that do not own the data.
+        others: usize,
     },
     /// A number of a CompNode's profile is out of range.
     #[error("CompNode `{name}` has {what} {got}, expected {expected}")]
@@ -125,12 +172,14 @@ pub enum PlanError {
     },
     /// The data owner cannot hold what must be with the data.
     #[error(
-        "the data owner `{compnode}` needs {needed_gb:.6} GB for the first ops and has {memory_gb:.6} GB: name another \
-         data.owner, or use smaller micro-batches (more train.micro_batches)"
+        "the data owner `{compnode}` needs {needed_gb:.6} GB for the {kept} ops that stay with the data and has {memory_gb:.6} GB: name \
+         another data.owner, lower data.keep_blocks if it is set, or use smaller micro-batches (more train.micro_batches)"
     )]
     OwnerTooSmall {
         /// Name of the data owner.
         compnode: String,
+        /// How many ops stay with it.
+        kept: usize,
         /// What it needs at least, in GB.
         needed_gb: f64,
         /// Its memory in GB.

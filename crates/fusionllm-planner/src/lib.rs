@@ -39,7 +39,7 @@ pub use error::PlanError;
 pub use estimate::{CutBytes, Estimate, Station, pipeline_formula};
 pub use format::{format_bytes, format_perplexity, format_seconds};
 pub use ids::{EdgeId, GroupId, NodeIndex, Route, SharedId, StageId, Way, Ways};
-pub use partition::clusters_by_bandwidth;
+pub use partition::{clusters_by_bandwidth, kept_ops};
 pub use pipeline::in_flight_limit;
 pub use placement::{Group, PassPlan, Placement, Segment, Shared, Stage, StageEdge};
 pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan, step_by_cut};

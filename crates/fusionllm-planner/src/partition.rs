@@ -1,8 +1,7 @@
 //! Cutting the OP-DAG into stages.
 //!
-//! Each partitioner here cuts the topological order into contiguous segments. With `private` data the ops that
-//! see token ids or labels, or whose gradient tells the labels, stay with the data owner (CompNode 0): its
-//! sub-DAG is then the head and the tail of the order, the U-shape.
+//! Each partitioner here cuts the topological order into contiguous segments. With `private` data both ends of the model
+//! stay with the data owner (CompNode 0): its sub-DAG is then the head and the tail of the order, the U-shape.
 
 mod balance;
 mod chain;
@@ -11,6 +10,7 @@ mod louvain;
 mod op_fence;
 mod optimal;
 mod order;
+mod orgs;
 mod pins;
 mod search;
 
@@ -20,7 +20,9 @@ pub(crate) use chain::Chain;
 pub(crate) use op_fence::{Judge, best_of_all, op_fence};
 pub(crate) use optimal::{MOST_COMPNODES, MOST_OPS};
 pub use order::clusters_by_bandwidth;
+pub(crate) use orgs::{all_apart, check_stages, refused};
 pub(crate) use pins::Pins;
+pub use pins::kept_ops;
 
 use crate::{Cluster, PlanError, Segment, StageSpec};
 

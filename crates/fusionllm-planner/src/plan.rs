@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use fusionllm_graph::OpDag;
 use serde::{Deserialize, Serialize};
 
-use crate::partition::{Chain, Judge, Pins, best_of_all, in_order, op_fence};
+use crate::partition::{Chain, Judge, Pins, all_apart, best_of_all, check_stages, in_order, op_fence, refused};
 use crate::price::{Memory, Priced, Pricing};
 use crate::{
     Blame, Cluster, Compression, Estimate, FpBp, Group, LinkUse, NodeIndex, Owner, Placement, PlacementSpec, PlanError,
@@ -117,7 +117,7 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
     }
     let batch = placement.micro_batch_size as usize;
     let estimate = Estimate::new(dag, batch, cluster, spec.states);
-    let pins = Pins::of(dag, placement.private);
+    let pins = Pins::of(dag, placement.private, placement.keep_blocks)?;
     let is_baseline = matches!(placement.strategy, Strategy::EqualNumber | Strategy::EqualCompute);
     let finish = |order: &[usize], segments: Vec<Segment>| -> Result<(Cluster, Priced), PlanError> {
         let used = cluster.select(order);
@@ -129,8 +129,16 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
     };
     let (used, priced) = if is_baseline || !placement.stages.is_empty() {
         let by_number = placement.strategy == Strategy::EqualNumber;
-        let segments = in_order(dag, cluster, by_number, &placement.stages, &pins, batch)?;
-        let order: Vec<usize> = (0..cluster.compnodes.len()).collect();
+        let own: Vec<usize> = (0..cluster.compnodes.len()).collect();
+        let order = match placement.private && placement.stages.is_empty() {
+            true => all_apart(cluster).ok_or_else(|| refused(cluster, None))?,
+            false => own,
+        };
+        let used = cluster.select(&order);
+        let segments = in_order(dag, &used, by_number, &placement.stages, &pins, batch)?;
+        if placement.private {
+            check_stages(&used, &segments)?;
+        }
         finish(&order, segments)?
     } else {
         let search = |pins: &Pins| {
@@ -138,12 +146,23 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
             finish(&chain.order, chain.segments(pins))
         };
         let found = search(&pins);
-        match Pins::u_shape(dag).filter(|u| *u != pins).map(|u| search(&u)) {
+        let u_shape = Pins::u_shape(dag).filter(|_| !placement.private);
+        match u_shape.filter(|u| *u != pins).map(|u| search(&u)) {
             Some(Ok(u)) if found.as_ref().map_or(true, |(_, f)| u.1.simulated.step_s < f.simulated.step_s) => u,
+            _ if placement.private => found.map_err(|error| why_not(dag, cluster, spec, error))?,
             _ => found?,
         }
     };
     Ok(priced.into_plan(dag, used, spec))
+}
+
+/// Why there is no placement of a private job: the organisations, if there would be one without them.
+fn why_not(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec, error: PlanError) -> PlanError {
+    let mut nobodys = cluster.clone();
+    if nobodys.compnodes.iter_mut().filter_map(|compnode| compnode.org.take()).count() == 0 {
+        return error;
+    }
+    if plan(dag, &nobodys, spec).is_ok() { refused(cluster, None) } else { error }
 }
 
 /// Seconds that a step takes by the cut of a placement that is at work, if machines and links are as `cluster` has them.

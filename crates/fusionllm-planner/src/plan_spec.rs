@@ -77,8 +77,10 @@ pub struct PlacementSpec {
     pub micro_batch_size: u32,
     /// Micro-batches in an evaluation pass.
     pub eval_micro_batches: u32,
-    /// Keep token ids and labels on CompNode 0.
+    /// Keep token ids, labels and both ends of the model on CompNode 0, and machines of one organisation apart.
     pub private: bool,
+    /// With `private`: so many of the model's first and last blocks stay on CompNode 0, too.
+    pub keep_blocks: [u32; 2],
     /// Codec of F32 boundary tensors, both directions.
     pub codec: Codec,
 }

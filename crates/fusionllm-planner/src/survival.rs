@@ -146,6 +146,7 @@ mod tests {
             micro_batch_size: 2,
             eval_micro_batches: 1,
             private: false,
+            keep_blocks: [0; 2],
             codec: Codec::Dense,
         });
         let plan = plan(&dag, &cluster, &spec).unwrap();

@@ -4,14 +4,12 @@ mod client;
 mod numbered;
 mod standing;
 
-use std::collections::BTreeMap;
-
 use fusionllm_codec::Codec;
 use fusionllm_planner::{EdgeId, Measured, NodeIndex, Placement, Way};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DataReport, DeviceProfile, Generation, JobId, JobSpec, LinkBytes, PairProfile, PeerRecord, RunKey, Snapshot,
+    DataReport, DeviceProfile, Generation, JobId, JobView, LinkBytes, PairProfile, PeerRecord, RunKey, Snapshot,
     SnapshotId, SnapshotSource, StepTrace,
 };
 
@@ -46,6 +44,8 @@ pub enum Role {
         name: String,
         /// Device, for people: `flex (CPU, 2 threads)`.
         device: String,
+        /// The organisation that it belongs to, if it says so.
+        org: Option<String>,
         /// Where other CompNodes reach it.
         addr: PeerRecord,
         /// What its device can do.
@@ -96,8 +96,8 @@ pub struct Assignment {
     pub key: RunKey,
     /// Which CompNode of the placement the receiver is.
     pub node: NodeIndex,
-    /// The job as submitted, paths resolved.
-    pub spec: JobSpec,
+    /// What the receiver is told of the job.
+    pub job: JobView,
     /// The OP-DAG in its JSON form.
     pub graph: String,
     /// Who holds what.
@@ -110,10 +110,6 @@ pub struct Assignment {
     pub weights: WeightSource,
     /// Bytes of memory that the plan counts on for the receiver.
     pub planned_bytes: u64,
-    /// For `data.tokenizer = "model"`, the content of the model's tokenizer.json: it lies on the broker's machine.
-    pub tokenizer: Option<String>,
-    /// With it, for `data.rows = "chat"`: the contents of those of [`crate::hugging_face::CHAT_FILES`] that lie beside it, by name.
-    pub chat: BTreeMap<String, String>,
 }
 
 /// From the broker to a CompNode.
@@ -220,8 +216,8 @@ pub enum FromBroker {
     MeasureOps {
         /// Number of the request.
         request: u64,
-        /// The job, whose batch and sequence length give the ops their shapes.
-        spec: Box<JobSpec>,
+        /// What any CompNode is told of the job, whose batch gives the ops their shapes.
+        job: Box<JobView>,
         /// Its OP-DAG in JSON form.
         graph: String,
     },

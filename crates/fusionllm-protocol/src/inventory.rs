@@ -74,6 +74,8 @@ pub struct MachineReport {
     pub device: String,
     /// The job it works on.
     pub job: Option<JobId>,
+    /// The organisation that it says it belongs to.
+    pub org: Option<String>,
     /// What it said of its device.
     pub profile: DeviceProfile,
     /// What it measured of the ops of the job that was asked about.
@@ -144,6 +146,7 @@ impl Inventory {
             memory_bytes_per_s: machine.profile.memory_bytes_per_s,
             memory_bytes: machine.profile.memory_bytes.map_or(u64::MAX, |bytes| bytes / members(host)),
             kernels: machine.profile.kernels,
+            org: machine.org.clone(),
             host: Some(host.clone()),
             measured: machine.measured.as_ref().map(&mut share),
         };
@@ -175,7 +178,7 @@ mod tests {
         let measured = Some(Measured { copy_s_per_byte: 1e-9, ..Measured::default() });
         let device = if lanes.is_some() { "cpu" } else { "cuda:0" };
         let (name, id, device) = (name.to_owned(), "00".to_owned(), device.to_owned());
-        MachineReport { name, id, device, job: None, profile, measured, efficiency: Some(0.5) }
+        MachineReport { name, id, device, job: None, org: None, profile, measured, efficiency: Some(0.5) }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use fusionllm_planner::{Pipeline, StageSpec, Strategy};
 use serde::{Deserialize, Serialize};
 
 pub use cadence::{Cadence, Measuring};
-pub use data_spec::{DataFormat, DataSpec, RowKind, SampleOrder};
+pub use data_spec::{DataFormat, DataSpec, PrivateSeed, RowKind, SampleOrder};
 pub use image_model::SizedFamily;
 pub use keys::job_keys;
 pub use lora::{LoraSpec, scaling as lora_scaling};

@@ -11,6 +11,7 @@ pub mod hugging_face;
 mod ids;
 mod inventory;
 mod job;
+mod job_view;
 mod manifest;
 mod op_data;
 mod peer;
@@ -36,9 +37,11 @@ pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
     Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LearningRates,
-    LoraSpec, LrSchedule, Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder,
-    SizedFamily, StepRules, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
+    LoraSpec, LrSchedule, Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, PrivateSeed, RowKind,
+    SampleOrder, SizedFamily, StepRules, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys,
+    lora_scaling,
 };
+pub use job_view::{CompressionView, JobView, OwnerView, TrainView};
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
 pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use peer::PeerRecord;

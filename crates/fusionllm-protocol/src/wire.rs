@@ -158,7 +158,8 @@ mod tests {
             standstill,
             reading: None,
         };
-        let compnode = CompNodeSummary { name: bad(), id: bad(), device: bad(), job: None, is_leaving: false };
+        let compnode =
+            CompNodeSummary { name: bad(), id: bad(), device: bad(), org: Some(bad()), job: None, is_leaving: false };
         let report = ToClient::Status(StatusReport {
             jobs: vec![summary],
             compnodes: vec![compnode],

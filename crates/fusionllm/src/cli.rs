@@ -165,6 +165,9 @@ pub(crate) struct Join {
     /// Name shown to people [default: the host's name]
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// Organisation that this machine belongs to: where a job's data is private, its machines are kept apart
+    #[arg(long, value_name = "NAME")]
+    pub(crate) org: Option<String>,
     /// What to compute with: auto, cpu, cuda[:N], vulkan[:N], metal, rocm[:N]
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,

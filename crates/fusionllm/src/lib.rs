@@ -55,7 +55,7 @@
 //!
 //! let node = NodeIndex::DATA_OWNER;
 //! let spec = ExecutorSpec::of_placement(
-//!     Arc::clone(&dag), &placement, node, OptimizerSpec::of(&job.train), job.train.seed, FirstParams::Drawn,
+//!     Arc::clone(&dag), &placement, node, OptimizerSpec::of(&job.train.view()), job.train.seed, FirstParams::Drawn,
 //! );
 //! let mut executor = open_device(DeviceChoice::Cpu)?.build(spec, StopFlag::default())?;
 //!

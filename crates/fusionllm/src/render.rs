@@ -67,6 +67,9 @@ pub(crate) fn status(report: &StatusReport) -> String {
         if node.is_leaving {
             job.push_str(", leaving");
         }
+        if let Some(org) = &node.org {
+            job.push_str(&format!(", of {org}"));
+        }
         text.push_str(&format!("\n{:<20} {:<12} {:<20} {job}", node.name, node.id, node.device));
     }
     if !report.relayed.is_empty() {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{Cluster, NodeIndex, Placement, Plan, PlanError, PlanSpec, Simulated};
 use fusionllm_protocol::{
-    DataReport, DeviceProfile, FromBroker, FromCompNode, JobEvent, JobId, JobSpec, Notice, PeerRecord, RunKey,
-    Standing, StepMetrics,
+    DataReport, DataSpec, DeviceProfile, FromBroker, FromCompNode, JobEvent, JobId, JobSpec, JobView, Notice,
+    PeerRecord, RowKind, RunKey, Standing, StepMetrics,
 };
 
 use crate::BrokerError;
@@ -29,6 +29,8 @@ pub(crate) struct Joining {
     /// Its public key, by which it is known again after a break.
     pub(crate) key: [u8; 32],
     pub(crate) device: String,
+    /// The organisation that it says it belongs to.
+    pub(crate) org: Option<String>,
     pub(crate) addr: PeerRecord,
     pub(crate) profile: DeviceProfile,
     /// The job that it is at work on.
@@ -71,6 +73,22 @@ pub(crate) struct StartPoint {
     pub(crate) run: RunStart,
     /// Why its weights cannot be read, if they cannot: then the job goes on only with what CompNodes have.
     pub(crate) unread: Option<Unread>,
+}
+
+impl StartPoint {
+    /// What the data owner is told of the job.
+    pub(super) fn owners_view(&self, spec: &JobSpec) -> JobView {
+        let mut view = JobView::of_owner(spec, self.run.run.clone());
+        let Some(owner) = &mut view.owner else { return view };
+        owner.begins_with = self.run.from.as_ref().and_then(|parent| parent.run.clone());
+        if spec.data.tokenizer == DataSpec::MODEL {
+            owner.tokenizer = self.origin.tokenizer().map(str::to_owned);
+            if spec.data.rows == RowKind::Chat {
+                owner.chat = self.origin.chat_files();
+            }
+        }
+        view
+    }
 }
 
 /// What a job starts from is not there any more.

@@ -19,6 +19,7 @@ pub(super) struct Member {
     wanted: String,
     id: String,
     device: String,
+    org: Option<String>,
     addr: PeerRecord,
     profile: DeviceProfile,
     rhythm: Rhythm,
@@ -50,7 +51,7 @@ pub(super) struct Registry(BTreeMap<ConnectionId, Member>);
 impl Registry {
     /// Adds a CompNode under its name, or if that is taken, under one with a number.
     pub(super) fn join(&mut self, connection: ConnectionId, joining: Joining, now: Duration) {
-        let Joining { name: wanted, id, key, device, addr, profile, standing: _ } = joining;
+        let Joining { name: wanted, id, key, device, org, addr, profile, standing: _ } = joining;
         let is_free = |name: &String| self.0.values().all(|m| m.name != *name);
         let numbered = (2..).map(|n| format!("{wanted}-{n}"));
         let name = std::iter::once(wanted.clone()).chain(numbered).find(is_free).unwrap_or_else(|| wanted.clone());
@@ -61,6 +62,7 @@ impl Registry {
             wanted,
             id,
             device,
+            org,
             addr,
             profile,
             rhythm: Rhythm::new(now),
@@ -259,6 +261,7 @@ impl Registry {
             id: m.id.clone(),
             device: m.device.clone(),
             job: m.run.map(|key| key.job),
+            org: m.org.clone(),
             profile: m.profile.clone(),
             measured: None,
             efficiency: None,
@@ -271,6 +274,9 @@ impl Registry {
         let mut cluster = cluster.select(&first);
         for (profile, &member) in cluster.compnodes.iter_mut().zip(members) {
             profile.name = self.name(member);
+            // What a machine says of itself goes before the file.
+            let own = self.0.get(&member).and_then(|m| m.org.clone());
+            profile.org = own.or(profile.org.take());
         }
         cluster
     }
@@ -285,6 +291,7 @@ impl Registry {
             name: m.name.clone(),
             id: m.id.clone(),
             device: m.device.clone(),
+            org: m.org.clone(),
             job: m.run.map(|key| key.job),
             is_leaving: m.leaving.is_some(),
         };

@@ -1,12 +1,11 @@
 //! Which CompNodes a waiting job gets, and what they are told.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fusionllm_planner::{NodeIndex, Placement, Plan, PlanError, format_bytes};
 use fusionllm_protocol::{
-    Assignment, DataSpec, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, PeerRecord, RowKind, RunKey,
+    Assignment, FromBroker, Generation, JobEvent, JobId, JobSpec, JobState, JobView, PeerRecord, RunKey,
     SnapshotSource, WeightSource,
 };
 
@@ -392,24 +391,18 @@ impl Core {
                 (None, Some(_)) => WeightSource::Broker,
                 (None, None) => WeightSource::Seed,
             };
-            let takes_models = spec.data.tokenizer == DataSpec::MODEL;
             let holds = |op| placement.stages_of(node).any(|stage| stage.ops.contains(&op));
             let reads_data = [start.dag.input(), start.dag.label()].into_iter().flatten().any(holds);
             let assignment = Assignment {
                 key,
                 node,
-                spec: spec.clone(),
+                job: if reads_data { start.owners_view(spec) } else { JobView::of(spec) },
                 graph: start.graph.clone(),
                 placement: placement.clone(),
                 peers: peers.clone(),
                 start_step: start.step,
                 planned_bytes: planned.get(node.index()).copied().unwrap_or(0),
                 weights,
-                tokenizer: start.origin.tokenizer().filter(|_| takes_models && reads_data).map(str::to_owned),
-                chat: match spec.data.rows {
-                    RowKind::Chat if takes_models && reads_data => start.origin.chat_files(),
-                    _ => BTreeMap::new(),
-                },
             };
             actions.push(Action::Send { to, message: FromBroker::Assign(Box::new(assignment)) });
             if let Some(from) = &start.weights {

@@ -204,6 +204,10 @@ impl Core {
         if run.key != key || run.node_of(by) != Some(node) || !run.may_hold(node, snapshot.bytes) {
             return None;
         }
+        // Where the owner of private data is not there, nobody can go on: others would only learn what it keeps.
+        if record.spec.data.private && node == NodeIndex::DATA_OWNER {
+            return Some(Vec::new());
+        }
         let mut others: Vec<ConnectionId> = run.members.iter().copied().filter(|&other| other != by).collect();
         // What is on the same machine goes with it.
         let is_near = |other: &ConnectionId| self.compnodes.host(*other) == self.compnodes.host(by);

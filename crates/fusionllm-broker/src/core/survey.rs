@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use fusionllm_planner::Measured;
-use fusionllm_protocol::{FromBroker, JobSpec, PairProfile};
+use fusionllm_protocol::{FromBroker, JobSpec, JobView, PairProfile};
 
 use super::registry::Registry;
 use super::{Action, ConnectionId, StartPoint};
@@ -58,7 +58,7 @@ impl Activity {
 /// Ops that somebody wants measured.
 #[derive(Debug)]
 struct Wanted {
-    spec: Box<JobSpec>,
+    job: Box<JobView>,
     graph: String,
     members: BTreeSet<ConnectionId>,
 }
@@ -148,7 +148,7 @@ impl Survey {
         if missing.is_empty() {
             return;
         }
-        let new = || Wanted { spec: Box::new(spec.clone()), graph: start.graph.clone(), members: BTreeSet::new() };
+        let new = || Wanted { job: Box::new(JobView::of(spec)), graph: start.graph.clone(), members: BTreeSet::new() };
         self.wanted.entry(key).or_insert_with(new).members.extend(missing);
     }
 
@@ -203,8 +203,8 @@ impl Survey {
                 wanted.members.remove(&connection);
                 self.count += 1;
                 self.active.insert(self.count, Activity::Ops { connection, key, since: now });
-                let (spec, graph) = (wanted.spec.clone(), wanted.graph.clone());
-                let message = FromBroker::MeasureOps { request: self.count, spec, graph };
+                let (job, graph) = (wanted.job.clone(), wanted.graph.clone());
+                let message = FromBroker::MeasureOps { request: self.count, job, graph };
                 actions.push(Action::Send { to: connection, message });
             }
         }

@@ -45,7 +45,7 @@ fn joining(name: &str) -> Joining {
     let addr = PeerRecord { id: [7; 32], addrs: Vec::new() };
     let profile = crate::testing::profile(name);
     let (id, device) = ("0707".to_owned(), "cpu".to_owned());
-    Joining { name: name.to_owned(), id, key: [7; 32], device, addr, profile, standing: None }
+    Joining { name: name.to_owned(), id, key: [7; 32], device, org: None, addr, profile, standing: None }
 }
 
 /// A CompNode joins and is measured. Gives what else happened.
@@ -578,6 +578,23 @@ fn whom_the_strategy_leaves_out_stays_idle() {
     }
     assert!(!assigned.is_empty() && assigned.len() < 26, "there are fewer ops than CompNodes");
     assert_eq!(core.compnodes.idle().len(), 26 - assigned.len());
+}
+
+#[test]
+fn only_the_data_owner_is_told_of_the_data() {
+    let mut core = core(3);
+    let (_, actions) = submit(&mut core, &["placement.compnodes=3", "data.private=true", "model.n_layer=4"]);
+    let mut told = Vec::new();
+    for (_, message) in sent(&actions) {
+        let FromBroker::Assign(assignment) = message else { panic!("{message:?}") };
+        assert!(assignment.job.is_private);
+        told.push((assignment.node, assignment.job.owner.as_ref().map(|owner| owner.data.path.clone())));
+    }
+    let spec = core.record(JobId(1)).unwrap().spec.clone();
+    assert!(told.len() > 1, "{told:?}");
+    for (node, path) in told {
+        assert_eq!(path, (node == NodeIndex::DATA_OWNER).then(|| spec.data.path.clone()), "{node}");
+    }
 }
 
 /// Two CompNodes on one machine, and one elsewhere.

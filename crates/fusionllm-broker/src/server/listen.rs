@@ -71,14 +71,14 @@ async fn serve(connection: ConnectionId, session: Session, door: &Door) {
     session.admitted();
     let handle = door.handle.clone();
     match hello.role {
-        Role::CompNode { name, device, mut addr, mut profile, resume, standing } => {
+        Role::CompNode { name, device, org, mut addr, mut profile, resume, standing } => {
             let device = clean_to(&device, DESCRIPTION_CHARS).into_owned();
             profile.host = clean_to(&profile.host, DESCRIPTION_CHARS).into_owned();
             addr.addrs.truncate(MOST_ADDRS);
             // Others let in who it says it is.
             addr.id = *session.peer().as_bytes();
             let (id, key) = (session.peer().to_string(), *session.peer().as_bytes());
-            let joining = crate::core::Joining { name, id, key, device, addr, profile, standing };
+            let joining = crate::core::Joining { name, id, key, device, org, addr, profile, standing };
             compnode::serve(pass, session, joining, resume, sink, source, handle).await;
         }
         Role::Client => client::serve(pass, session, sink, source, handle).await,
@@ -101,11 +101,13 @@ async fn admit(connection: ConnectionId, session: &Session, hello: &Hello, door:
     };
     let (gate, session, secret) = (Arc::clone(&door.gate), session.clone(), Secret::from_bytes(hello.secret));
     // A ticket for one use is not used up by a name that does not do.
-    if let Role::CompNode { name, .. } = &hello.role
-        && !is_plain_name(name)
-    {
-        let expected = "a CompNode's name has 1 to 100 letters, digits, spaces or punctuation";
-        return Err(Denied::Refused(expected.to_owned()));
+    if let Role::CompNode { name, org, .. } = &hello.role {
+        let names = [("CompNode", Some(name)), ("organisation", org.as_ref())];
+        let wrong = names.into_iter().find(|(_, name)| name.is_some_and(|name| !is_plain_name(name)));
+        if let Some((whose, _)) = wrong {
+            let reason = format!("the name of a {whose} has 1 to 100 letters, digits, spaces or punctuation");
+            return Err(Denied::Refused(reason));
+        }
     }
     if let Role::CompNode { profile, .. } = &hello.role {
         profile.check().map_err(Denied::Refused)?;

@@ -23,6 +23,7 @@ use crate::executor::{
     check_rows, most_live,
 };
 use crate::params::initial_values;
+use crate::seeds::Seeds;
 use crate::stop::StopFlag;
 use crate::{ExecutorError, OptimizerSpec};
 
@@ -32,7 +33,7 @@ pub(super) struct BurnExecutor {
     dag: Arc<OpDag>,
     device: Device,
     on_cpu: bool,
-    seed: u64,
+    seeds: Seeds,
     optimizer: OptimizerSpec,
     stages: BTreeMap<StageId, BurnStage>,
     /// Flat, without autodiff.
@@ -55,7 +56,7 @@ impl BurnExecutor {
     /// # Errors
     /// [`ExecutorError::Param`] if a parameter cannot be initialised.
     pub(super) fn new(spec: ExecutorSpec, device: Device, stop: StopFlag) -> Result<Self, ExecutorError> {
-        let ExecutorSpec { dag, stages, params: held, optimizer, seed, first, precision: _ } = spec;
+        let ExecutorSpec { dag, stages, params: held, optimizer, seeds, first, precision: _ } = spec;
         let on_cpu = fused::is_cpu(&device);
         let build = |of: StageOps| {
             let stage = BurnStage::new(&dag, of.ops, of.leaving).deferring(of.deferring);
@@ -65,7 +66,7 @@ impl BurnExecutor {
         let mut params = BTreeMap::new();
         for id in held {
             let values = match first {
-                FirstParams::Drawn => initial_values(dag.param(id), seed)?,
+                FirstParams::Drawn => initial_values(dag.param(id), seeds.of_param(&dag, id))?,
                 FirstParams::Imported => vec![0.0; dag.param(id).shape.iter().product()],
             };
             params.insert(id, flat(values, &device));
@@ -74,7 +75,7 @@ impl BurnExecutor {
             dag,
             on_cpu,
             device,
-            seed,
+            seeds,
             optimizer,
             stages,
             params,
@@ -112,7 +113,7 @@ impl BurnExecutor {
     }
 
     fn surroundings<'a>(&'a self, params: &'a BTreeMap<ParamId, Tensor<1>>) -> StageContext<'a> {
-        StageContext { dag: &self.dag, device: &self.device, params, seed: self.seed, stop: &self.stop }
+        StageContext { dag: &self.dag, device: &self.device, params, seeds: &self.seeds, stop: &self.stop }
     }
 
     /// Makes all gradients that were put off.
@@ -275,8 +276,8 @@ impl Executor for BurnExecutor {
     ) -> Result<Vec<(OpId, BorderTensor)>, ExecutorError> {
         let kept = self.kept.remove(&(stage, micro_batch.index));
         let kept = kept.ok_or_else(|| ExecutorError::before_fp(stage, micro_batch.index))?;
-        let Self { dag, device, on_cpu, seed, stages, leaves, gradients: sums, owed, stop, .. } = self;
-        let around = StageContext { dag, device, params: leaves, seed: *seed, stop };
+        let Self { dag, device, on_cpu, seeds, stages, leaves, gradients: sums, owed, stop, .. } = self;
+        let around = StageContext { dag, device, params: leaves, seeds, stop };
         let held = stages.get(&stage).ok_or_else(|| ExecutorError::stage_not_held(stage))?;
         for (param, sum) in held.sums() {
             sum.put(sums.take_cpu(*param));

@@ -58,7 +58,7 @@ pub(crate) struct KernelContext<'a> {
     /// Training, not evaluation.
     pub(crate) training: bool,
     /// Seed of what is random in this op and micro-batch.
-    pub(crate) seed: u64,
+    pub(crate) seed: [u8; 32],
     /// What rotary ops have been computed with.
     pub(crate) angles: &'a AngleTables,
 }

@@ -67,7 +67,7 @@ fn time_op(dag: &OpDag, id: OpId, batch: usize, device: &Device, stop: &StopFlag
         return time_lookup(dag, id, Arguments { op, inputs, params }, device);
     }
     let angles = AngleTables::default();
-    let context = KernelContext { device, training: true, seed: 1, angles: &angles };
+    let context = KernelContext { device, training: true, seed: [1; 32], angles: &angles };
     let forward = || {
         let arguments = Arguments { op, inputs: inputs.clone(), params: params.clone() };
         match kernels::forward(&arguments, context)? {

@@ -19,7 +19,7 @@ use crate::burn::kernels::{
     self, AngleTables, Arguments, Deferred, KernelContext, Moments, RealValue, Value, WeightGradient,
 };
 use crate::executor::{MicroBatch, StageOutput};
-use crate::params::seed_for;
+use crate::seeds::Seeds;
 use crate::stop::StopFlag;
 
 /// A stage that Burn computes: its ops, and what does not change from one micro-batch to the next.
@@ -106,7 +106,7 @@ pub(crate) struct StageContext<'a> {
     pub(crate) device: &'a Device,
     /// Parameters by id: autodiff leaves in training, plain in evaluation.
     pub(crate) params: &'a BTreeMap<ParamId, Tensor<1>>,
-    pub(crate) seed: u64,
+    pub(crate) seeds: &'a Seeds,
     /// FP ends between two ops once this is set.
     pub(crate) stop: &'a StopFlag,
 }
@@ -240,8 +240,7 @@ impl BurnStage {
             for param in &op.params {
                 params.push(around.params.get(param).cloned().ok_or_else(|| missing("parameters"))?);
             }
-            let parts = [micro_batch.step.to_le_bytes(), u64::from(micro_batch.index).to_le_bytes()];
-            let seed = seed_for(around.seed, &[op.name.as_bytes(), &parts[0], &parts[1]]);
+            let seed = around.seeds.of_op(around.dag, id, micro_batch);
             let context = KernelContext { device: around.device, training, seed, angles: &self.angles };
             let arguments = Arguments { op, inputs, params };
             if !training && op.kind == OpKind::CrossEntropy && around.dag.image_size().is_some() {

@@ -25,6 +25,7 @@ use crate::executor::{
     check_rows, most_live,
 };
 use crate::params::initial_values;
+use crate::seeds::Seeds;
 use crate::stop::StopFlag;
 
 /// Runs the stages of one CompNode on an NVIDIA device.
@@ -33,7 +34,7 @@ pub(super) struct CudaExecutor {
     dag: Arc<OpDag>,
     gpu: Arc<dyn Gpu>,
     precision: Precision,
-    seed: u64,
+    seeds: Seeds,
     stages: BTreeMap<StageId, StageOps>,
     store: DeviceParams,
     angles: Angles,
@@ -82,12 +83,12 @@ impl CudaExecutor {
     /// # Errors
     /// [`ExecutorError::Param`] if a parameter cannot be initialised, [`ExecutorError::Device`] if memory lacks.
     pub(super) fn new(spec: ExecutorSpec, gpu: &Arc<dyn Gpu>, stop: StopFlag) -> Result<Self, ExecutorError> {
-        let ExecutorSpec { dag, stages, params, optimizer, seed, first, precision } = spec;
+        let ExecutorSpec { dag, stages, params, optimizer, seeds, first, precision } = spec;
         let layout = Layout::new(&dag, params.iter().copied());
         let mut store = DeviceParams::new(gpu, &dag, layout, precision, optimizer)?;
         if first == FirstParams::Drawn {
             for &id in &params {
-                store.set(id, &initial_values(dag.param(id), seed)?)?;
+                store.set(id, &initial_values(dag.param(id), seeds.of_param(&dag, id))?)?;
             }
         }
         let angles = Angles::new(gpu, &dag, stages.iter().flat_map(|stage| stage.ops.iter().copied()))?;
@@ -96,7 +97,7 @@ impl CudaExecutor {
             dag,
             gpu: Arc::clone(gpu),
             precision,
-            seed,
+            seeds,
             stages: stages.into_iter().map(|stage| (stage.id, stage)).collect(),
             store,
             angles,

@@ -98,7 +98,7 @@ impl Trial {
             let params: BTreeSet<_> = ops.flat_map(|&op| self.dag.op(op).params.iter().copied()).collect();
             let (dag, first) = (Arc::clone(&self.dag), FirstParams::Drawn);
             let (params, optimizer) = (params.into_iter().collect(), self.optimizer);
-            ExecutorSpec { dag, stages, params, optimizer, seed: 7, first, precision: self.precision }
+            ExecutorSpec { dag, stages, params, optimizer, seeds: 7u64.into(), first, precision: self.precision }
         };
         (0..count).map(|of| build(spec(of))).collect()
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_protocol::{JobSpec, SampleOrder};
+use fusionllm_protocol::{DataSpec, SampleOrder, TrainView};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -39,16 +39,16 @@ struct Weights {
 }
 
 impl TextBatches {
-    /// The batches of a job.
-    pub fn new(corpus: Arc<Corpus>, spec: &JobSpec) -> Self {
+    /// The batches of a job. Samples are drawn from `seed`.
+    pub fn new(corpus: Arc<Corpus>, data: &DataSpec, train: &TrainView, seed: u64) -> Self {
         Self {
             corpus,
-            seed: spec.train.seed,
-            order: spec.data.sample_order(),
-            batch: spec.train.batch as usize,
-            micro_batch_size: spec.micro_batch_size() as usize,
-            eval_micro_batches: spec.train.eval_batches as usize,
-            seq_len: spec.data.seq_len,
+            seed,
+            order: data.sample_order(),
+            batch: train.batch as usize,
+            micro_batch_size: train.micro_batch_size() as usize,
+            eval_micro_batches: train.eval_batches as usize,
+            seq_len: data.seq_len,
             weights: Mutex::default(),
         }
     }

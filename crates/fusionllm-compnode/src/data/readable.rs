@@ -125,6 +125,8 @@ mod tests {
             eval_fraction: 0.1,
             owner: None,
             private: false,
+            private_seed: None,
+            keep_blocks: [0; 2],
             mean: None,
             std: None,
             crop_padding: 0,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fusionllm_codec::HostTensor;
 use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::{Channel, CompressionSpec, LinkBytes};
+use fusionllm_protocol::{Channel, CompressionView, LinkBytes};
 
 use super::{Exchange, LinkTally, Message};
 use crate::ExchangeError;
@@ -34,7 +34,7 @@ impl MemoryExchange {
         node: NodeIndex,
         mailboxes: Vec<Arc<Mailbox>>,
         names: Vec<String>,
-        compression: CompressionSpec,
+        compression: CompressionView,
     ) -> Result<Self, ExchangeError> {
         let own = mailboxes
             .get(node.index())

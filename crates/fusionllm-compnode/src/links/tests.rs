@@ -7,7 +7,9 @@ use std::time::Duration;
 use fusionllm_codec::{Codec, ElementType, Values};
 use fusionllm_graph::{OpId, ParamId};
 use fusionllm_planner::{EdgeId, GroupId, PassPlan, Pipeline, Shared, SharedId, Stage, StageEdge, StageId};
-use fusionllm_protocol::{Generation, JobId, JobSpec, OpDataHeader, Pass, RunKey, WeightSource, decode, encode};
+use fusionllm_protocol::{
+    Generation, JobId, JobSpec, JobView, OpDataHeader, Pass, RunKey, WeightSource, decode, encode,
+};
 use fusionllm_transport::{AdmitAll, EndpointConfig, FrameSink, FrameSource, Identity};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
@@ -46,7 +48,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
     Assignment {
         key: RunKey { job: JobId(1), generation: Generation(1) },
         node: NodeIndex(node),
-        spec: JobSpec::from_toml(text, &[]).unwrap(),
+        job: JobView::of(&JobSpec::from_toml(text, &[]).unwrap()),
         graph: String::new(),
         placement: Placement {
             compnodes: vec!["left".to_owned(), "right".to_owned()],
@@ -61,8 +63,6 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         start_step: 2,
         planned_bytes: 0,
         weights: WeightSource::Seed,
-        tokenizer: None,
-        chat: Default::default(),
     }
 }
 

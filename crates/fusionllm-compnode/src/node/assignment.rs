@@ -1,12 +1,13 @@
 //! From an assignment to something that can run: graph, data, executor.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::{Assignment, DataReport, FromCompNode, JobSpec, RunKey, StepRules, TrainSpec};
+use fusionllm_planner::{NodeIndex, Placement, kept_ops};
+use fusionllm_protocol::{Assignment, DataReport, FromCompNode, OwnerView, RunKey, StepRules, TrainView};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::scratch::{check_scratch_room, shard_bytes};
@@ -20,6 +21,8 @@ use crate::mailbox::Mailbox;
 use crate::optimizer::OptimizerSpec;
 use crate::params::initial_values;
 use crate::residuals;
+use crate::seeds::{Found, Seeds, find_or_make};
+use crate::snapshots::SnapshotStore;
 use crate::task_loop::TrainPlan;
 use crate::{CompNodeError, ExchangeError, ExecutorError, ShardError};
 
@@ -70,6 +73,10 @@ pub(super) struct BuildSite {
     pub(super) reading: Arc<Reading>,
     /// Where shards lie while they come and go.
     pub(super) scratch: Arc<Path>,
+    /// Where the seeds lie that only this CompNode has.
+    pub(super) seeds: Arc<Path>,
+    /// Where its snapshots lie.
+    pub(super) snapshots: Arc<SnapshotStore>,
     /// Bytes of the weights that lie there already.
     pub(super) arrived: Arc<AtomicU64>,
     pub(super) permit: OwnedSemaphorePermit,
@@ -93,33 +100,41 @@ pub(super) fn prepare(
     let key = assignment.key;
     let dag = Arc::new(OpDag::from_json(&assignment.graph)?);
     check_ops(site.backend.as_ref(), &dag)?;
-    let spec = &assignment.spec;
-    let optimizer = OptimizerSpec::of(&spec.train);
+    let train = &assignment.job.train;
+    let optimizer = OptimizerSpec::of(train);
     let (placement, node) = (&assignment.placement, assignment.node);
     let first = if weights.is_some() { FirstParams::Imported } else { FirstParams::Drawn };
-    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, spec.train.seed, first);
-    let held = held.computing_in(spec.train.precision);
+    let kept = kept_here(assignment, &dag)?;
+    if let Some(kept) = &kept {
+        site.snapshots.keep_back(key.job, params_of(&dag, kept))?;
+    }
+    let (seeds, made_anew) = seeds_of(assignment, kept, &site.seeds)?;
+    let held = ExecutorSpec::of_placement(Arc::clone(&dag), placement, node, optimizer, seeds.clone(), first);
+    let held = held.computing_in(train.precision);
     let planned = check_memory(assignment, &held, &*site.backend, site.free_bytes)?;
-    let shard_bytes = shard_bytes(&dag, placement, node, &spec.train);
+    let shard_bytes = shard_bytes(&dag, placement, node, train);
     check_scratch_room(&site.scratch, shard_bytes, &site.arrived)?;
     site.check()?;
     // On a CPU, all that and the tokens lie in the same memory.
     if let Some(room) = site.host_bytes.or(site.free_bytes.map(|room| room - planned)) {
         site.reading.limit(room);
     }
-    let (batches, data) = open_data(assignment, &dag, &site)?;
+    let (batches, mut data) = open_data(assignment, &dag, seeds.of_samples(), &site)?;
+    if let Some(data) = &mut data {
+        data.notes.extend(made_anew);
+    }
     site.check()?;
-    if !site.backend.has(spec.train.precision) {
-        tracing::warn!(device = site.backend.name(), precision = ?spec.train.precision, "this device computes in f32");
+    if !site.backend.has(train.precision) {
+        tracing::warn!(device = site.backend.name(), precision = ?train.precision, "this device computes in f32");
     }
     let mut executor = site.backend.build(held, site.mailbox.stop_flag())?;
     let mut residuals = Vec::new();
     if let Some(weights) = weights {
         let lost = |_| CompNodeError::Broker { reason: "the weights did not come".to_owned() };
         let files = weights.blocking_recv().map_err(lost)??.into_iter();
-        let seed = (assignment.start_step == 0).then_some(spec.train.seed);
+        let seeds = (assignment.start_step == 0).then_some(seeds);
         let files = files.map(ShardFile::into_tensors).collect::<Result<_, _>>()?;
-        let mut tensors = AllOf { files, dag: Arc::clone(&dag), seed };
+        let mut tensors = AllOf { files, dag: Arc::clone(&dag), seeds };
         executor.import(&mut tensors)?;
         residuals = residuals::take(&dag, placement, node, &mut tensors)?;
     }
@@ -128,20 +143,59 @@ pub(super) fn prepare(
         dag,
         placement: Arc::new(placement.clone()),
         node,
-        rules: StepRules::of(spec, assignment.start_step),
+        rules: StepRules::of(&assignment.job, assignment.start_step),
         residuals,
         codecs: Arc::default(),
     };
     Ok(Prepared {
         key,
         plan,
-        batch: spec.micro_batch_size(),
+        batch: train.micro_batch_size(),
         shard_bytes,
         executor,
         batches,
         data,
         permit: site.permit,
     })
+}
+
+/// Of each op, whether it stays with the data owner, if this is the owner of a private job's data. All of these are here.
+fn kept_here(assignment: &Assignment, dag: &OpDag) -> Result<Option<Vec<bool>>, CompNodeError> {
+    let owner = assignment.job.owner.as_deref().filter(|owner| owner.data.private);
+    let Some(owner) = owner else { return Ok(None) };
+    let kept = kept_ops(dag, owner.data.keep_blocks)?;
+    let given = assignment.placement.stages.iter().filter(|stage| stage.compnode != assignment.node);
+    let mut given = given.flat_map(|stage| stage.ops.iter().map(|&op| (op, stage.compnode)));
+    match given.find(|(op, _)| kept.get(op.index()).copied().unwrap_or(false)) {
+        Some((op, node)) => Err(CompNodeError::GivenAway { op: dag.op(op).name.clone(), node }),
+        None => Ok(Some(kept)),
+    }
+}
+
+/// Names of the parameters of the ops that are kept.
+fn params_of(dag: &OpDag, kept: &[bool]) -> BTreeSet<String> {
+    let ops = dag.ops().iter().zip(kept).filter(|(_, kept)| **kept);
+    ops.flat_map(|(op, _)| op.params.iter().map(|&param| dag.param(param).name.clone())).collect()
+}
+
+/// What this CompNode draws from: with ops that are kept here, a seed of its own for them. With what is to be told where that
+/// is not the seed of the steps before.
+fn seeds_of(
+    assignment: &Assignment,
+    kept: Option<Vec<bool>>,
+    folder: &Path,
+) -> Result<(Seeds, Option<String>), CompNodeError> {
+    let (job, start_step) = (&assignment.job, assignment.start_step);
+    let owner = job.owner.as_deref().filter(|owner| owner.data.has_own_seed());
+    let (Some(owner), Some(kept)) = (owner, kept) else { return Ok((job.train.seed.into(), None)) };
+    let (own, found) = find_or_make(folder, &owner.run, owner.begins_with.as_ref())?;
+    let note = (found == Found::New && start_step > 0).then(|| {
+        format!(
+            "the seed that the data owner alone had up to step {start_step} is not on this machine: a new one is made, so \
+             samples come in another order from here on; the weights are those that were kept"
+        )
+    });
+    Ok((Seeds::with_own(job.train.seed, own, kept), note))
 }
 
 /// Holds what an assignment takes against the room in the device's memory, before any of it is filled. Gives the bytes that
@@ -155,16 +209,16 @@ pub(super) fn check_memory(
     backend: &dyn Backend,
     room: Option<u64>,
 ) -> Result<u64, CompNodeError> {
-    let (placement, node, spec) = (&assignment.placement, assignment.node, &assignment.spec);
+    let (placement, node, train) = (&assignment.placement, assignment.node, &assignment.job.train);
     let fits = |what: &str, needed: u64| match room.filter(|&room| needed > room) {
         Some(room) => Err(CompNodeError::Memory { what: what.to_owned(), needed, room }),
         None => Ok(()),
     };
-    let least = least_bytes(&held.dag, placement, node, &spec.train);
+    let least = least_bytes(&held.dag, placement, node, train);
     fits("parameters, gradients and optimizer state", least)?;
     let planned = assignment.planned_bytes.max(least);
     fits("parameters, their state, activations and messages, as planned,", planned)?;
-    let load = Load { batch: spec.micro_batch_size() as usize, held: placement.held_bound(node) };
+    let load = Load { batch: train.micro_batch_size() as usize, held: placement.held_bound(node) };
     if let Some(needed) = backend.needs(held, &load)? {
         fits("parameters, their state and activations, as this device lays them out,", needed)?;
     }
@@ -176,7 +230,7 @@ struct AllOf {
     files: Vec<ShardTensors>,
     dag: Arc<OpDag>,
     /// What adapters are drawn from that are in no file: those of a model that begins with the weights of a folder.
-    seed: Option<u64>,
+    seeds: Option<Seeds>,
 }
 
 impl TensorSource for AllOf {
@@ -186,19 +240,19 @@ impl TensorSource for AllOf {
                 return Ok(Some(tensor));
             }
         }
-        let param = self.dag.find_param(name).map(|id| self.dag.param(id));
-        let adapter = param.filter(|param| !param.frozen && self.dag.has_frozen());
-        let (Some(param), Some(seed)) = (adapter, self.seed) else { return Ok(None) };
+        let adapter = self.dag.find_param(name).filter(|&id| !self.dag.param(id).frozen && self.dag.has_frozen());
+        let (Some(id), Some(seeds)) = (adapter, &self.seeds) else { return Ok(None) };
+        let param = self.dag.param(id);
         Ok(Some(NamedTensor {
             name: name.to_owned(),
             shape: param.shape.clone(),
-            values: initial_values(param, seed)?,
+            values: initial_values(param, seeds.of_param(&self.dag, id))?,
         }))
     }
 }
 
 /// Bytes that a CompNode's part fills at the least: its parameters, their gradients, and what the optimizer keeps.
-fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
+fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainView) -> u64 {
     let trained = placement.trained_bytes_of(dag, node);
     train.state_bytes(placement.param_bytes_of(dag, node), trained).saturating_add(trained)
 }
@@ -206,25 +260,31 @@ fn least_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &Trai
 type OpenedData = (Option<Box<dyn Batches>>, Option<DataReport>);
 
 /// Reads the data if this CompNode holds the placeholders.
-fn open_data(assignment: &Assignment, dag: &OpDag, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
+fn open_data(assignment: &Assignment, dag: &OpDag, seed: u64, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
     let placeholders = [dag.input(), dag.label()];
     let holds = |op| assignment.placement.stages_of(assignment.node).any(|s| s.ops.contains(&op));
     if !placeholders.into_iter().flatten().any(holds) {
         return Ok((None, None));
     }
-    let spec = &assignment.spec;
+    let train = &assignment.job.train;
+    let Some(owner) = assignment.job.owner.as_deref() else {
+        return Err(
+            ExecutorError::Internal { what: "the data is read here, and nothing was said of it".to_owned() }.into()
+        );
+    };
     if let Some([_, size, _]) = dag.image_size() {
-        return open_images(spec, dag, size, site);
+        return open_images((owner, train), dag, (size, seed), site);
     }
-    let tokenizer = Tokenizer::of_job_within(&spec.data, assignment.tokenizer.as_deref(), &site.readable)?;
-    let template = ChatTemplate::of_job(&spec.data, &assignment.chat, &site.readable)?;
+    let spec = &owner.data;
+    let tokenizer = Tokenizer::of_job_within(spec, owner.tokenizer.as_deref(), &site.readable)?;
+    let template = ChatTemplate::of_job(spec, &owner.chat, &site.readable)?;
     let by = Tokenizing { tokenizer: &tokenizer, template: template.as_ref() };
-    let corpus = Corpus::read_within(&spec.data, by, &site.readable, &site.reading)?;
+    let corpus = Corpus::read_within(spec, by, &site.readable, &site.reading)?;
     let vocab = logits_of(dag)?;
-    let note = corpus.check_vocabulary(vocab, spec.model.path.is_none())?;
+    let note = corpus.check_vocabulary(vocab, !owner.model_by_path)?;
     let mut data = corpus.report(vocab)?;
     data.notes.extend(note);
-    let batches = TextBatches::new(Arc::new(corpus), spec);
+    let batches = TextBatches::new(Arc::new(corpus), spec, train, seed);
     Ok((Some(Box::new(batches)), Some(data)))
 }
 
@@ -234,11 +294,16 @@ fn logits_of(dag: &OpDag) -> Result<usize, ExecutorError> {
 }
 
 /// The same for a model that reads images of `size` pixels a side.
-fn open_images(spec: &JobSpec, dag: &OpDag, size: usize, site: &BuildSite) -> Result<OpenedData, CompNodeError> {
-    let images = ImageSet::read_within(&spec.data, &site.readable, &site.reading)?;
+fn open_images(
+    (owner, train): (&OwnerView, &TrainView),
+    dag: &OpDag,
+    (size, seed): (usize, u64),
+    site: &BuildSite,
+) -> Result<OpenedData, CompNodeError> {
+    let images = ImageSet::read_within(&owner.data, &site.readable, &site.reading)?;
     let note = images.check_classes(logits_of(dag)?)?;
     let mut data = images.report();
     data.notes.extend(note);
-    let batches = ImageBatches::new(Arc::new(images), spec, size);
+    let batches = ImageBatches::new(Arc::new(images), size, &owner.data, train, seed);
     Ok((Some(Box::new(batches)), Some(data)))
 }

@@ -27,6 +27,7 @@ impl Node {
         let role = Role::CompNode {
             name: self.name.clone(),
             device: self.surveyor.backend.name().to_owned(),
+            org: self.org.clone(),
             addr: peer_record(&self.endpoint.addr()),
             profile: self.profile.clone(),
             resume: self.has_joined.then(|| self.outbox.received()),

@@ -64,8 +64,8 @@ impl Node {
                 self.drop_job(&reason);
                 None
             }
-            FromBroker::MeasureOps { request, spec, graph } => {
-                self.surveyor.start_ops(request, *spec, graph, Arc::clone(&self.memory), self.events.clone());
+            FromBroker::MeasureOps { request, job, graph } => {
+                self.surveyor.start_ops(request, *job, graph, Arc::clone(&self.memory), self.events.clone());
                 None
             }
             FromBroker::CancelMeasure { request } => {
@@ -157,6 +157,7 @@ impl Node {
             memory: Arc::clone(&self.memory),
             readable: Arc::clone(&self.readable),
             scratch: Arc::clone(&self.scratch),
+            seeds: Arc::clone(&self.seeds),
             snapshots: Arc::clone(&self.snapshots),
             events: self.events.clone(),
         };

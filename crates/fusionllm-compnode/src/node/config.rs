@@ -15,6 +15,8 @@ pub struct JoinConfig {
     pub ticket: Ticket,
     /// Name shown to people; the broker makes it unique.
     pub name: String,
+    /// The organisation that this machine belongs to; nothing: it stands for itself alone.
+    pub org: Option<String>,
     /// What to compute with.
     pub device: DeviceChoice,
     /// This CompNode's key.
@@ -38,4 +40,6 @@ pub struct JoinConfig {
     pub snapshot_dir: PathBuf,
     /// Whether they stay there when this process leaves by itself; if it is killed, they do in any case.
     pub snapshots_stay: bool,
+    /// Folder for the seeds that only this CompNode has, of private runs whose data it owns: files for its user alone.
+    pub seed_dir: PathBuf,
 }

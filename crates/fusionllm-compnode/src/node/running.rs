@@ -47,6 +47,8 @@ pub(super) struct Site {
     pub(super) readable: Arc<ReadableData>,
     /// Where weights and shards lie while they come and go.
     pub(super) scratch: Arc<Path>,
+    /// Where the seeds lie that only this CompNode has.
+    pub(super) seeds: Arc<Path>,
     pub(super) snapshots: Arc<SnapshotStore>,
     pub(super) events: mpsc::Sender<NodeEvent>,
 }
@@ -98,14 +100,14 @@ impl RunningJob {
         let links = JobLinks::lending(place.endpoint.clone(), &assignment, Arc::clone(&place.snapshots));
         let arrived = Arc::new(AtomicU64::new(0));
         let (weights, receiver) = first_weights(&assignment.weights, &links, &place, &arrived);
-        let Site { endpoint, surveyor, memory, readable, scratch, snapshots, events } = place;
+        let Site { endpoint, surveyor, memory, readable, scratch, seeds, snapshots, events } = place;
         let peers: Vec<PeerId> = assignment.peers.iter().map(|p| PeerId::from_bytes(p.id)).collect();
         let records = assignment.peers.clone();
-        let (placement, kept) = (placement_hash(&assignment.placement).ok(), Kept::new(assignment.start_step));
+        let (placement, reports) = (placement_hash(&assignment.placement).ok(), Kept::new(assignment.start_step));
         // Those who train together keep each other's snapshots.
         snapshots.lend_to(key.job, peers.iter().copied());
         let mailbox = Arc::clone(&links.mailbox);
-        let folder = Arc::clone(&scratch);
+        let (folder, kept) = (Arc::clone(&scratch), Arc::clone(&snapshots));
         let reading = Arc::new(Reading::new(mailbox.stop_flag()));
         links.spawn(tell_reading(Arc::downgrade(&reading), TELL_READING, key, events.clone()));
         tokio::spawn(async move {
@@ -121,6 +123,8 @@ impl RunningJob {
                             readable,
                             reading,
                             scratch: folder,
+                            seeds,
+                            snapshots: kept,
                             arrived,
                             permit,
                             mailbox,
@@ -152,7 +156,7 @@ impl RunningJob {
             placement,
             broker: watch::Sender::new(None),
             is_there: watch::Sender::new(true),
-            kept,
+            kept: reports,
             has_started: false,
         }
     }

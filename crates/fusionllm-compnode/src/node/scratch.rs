@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{NodeIndex, Placement};
-use fusionllm_protocol::TrainSpec;
+use fusionllm_protocol::TrainView;
 use fusionllm_transport::is_shortage;
 
 use crate::checkpoint::{ShardFile, free_room};
@@ -54,7 +54,7 @@ pub fn check_run_room(
     folder: &Path,
     dag: &OpDag,
     placement: &Placement,
-    train: &TrainSpec,
+    train: &TrainView,
 ) -> Result<(), CompNodeError> {
     let nodes = (0..).map(NodeIndex).take(placement.compnodes.len());
     let bytes = nodes.fold(0u64, |sum, node| sum.saturating_add(shard_bytes(dag, placement, node, train)));
@@ -65,7 +65,7 @@ pub fn check_run_room(
 }
 
 /// Bytes of a shard: the parameters of a part, and what the optimizer keeps of them.
-pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainSpec) -> u64 {
+pub(super) fn shard_bytes(dag: &OpDag, placement: &Placement, node: NodeIndex, train: &TrainView) -> u64 {
     train.state_bytes(placement.param_bytes_of(dag, node), placement.trained_bytes_of(dag, node))
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use fusionllm_graph::OpDag;
 use fusionllm_planner::{LinkProfile, Measured};
-use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobSpec, PairProfile, PeerRecord};
+use fusionllm_protocol::{CpuShare, DeviceProfile, FromCompNode, JobView, PairProfile, PeerRecord};
 use fusionllm_transport::{DirectionSpeed, Endpoint, PairSpeed, PeerId, Purpose, Session, answer_probe, probe};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
@@ -89,12 +89,12 @@ impl Surveyor {
     }
 
     /// What the ops of a job take, out of the file if it is there. For a blocking thread.
-    fn ops(&self, spec: &JobSpec, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
+    fn ops(&self, job: &JobView, graph: &str, stop: &StopFlag) -> Result<Measured, CompNodeError> {
         let dag = Arc::new(OpDag::from_json(graph)?);
         check_ops(self.backend.as_ref(), &dag)?;
-        let batch = spec.micro_batch_size() as usize;
+        let batch = job.train.micro_batch_size() as usize;
         let mut cache = ProfileCache::open(self.folder.as_deref(), self.backend.name());
-        let work = format!("{}: {}", spec.measuring(), work_of(&dag, batch));
+        let work = format!("{}: {}", job.train.measuring(), work_of(&dag, batch));
         if let Some(measured) = cache.job(&work) {
             return Ok(measured);
         }
@@ -102,8 +102,8 @@ impl Surveyor {
         if let Some(room) = room {
             check_room(&dag, batch, room)?;
         }
-        let optimizer = OptimizerSpec::of(&spec.train);
-        let spec = MeasureSpec { batch, optimizer, free_bytes: room, precision: spec.train.precision };
+        let optimizer = OptimizerSpec::of(&job.train);
+        let spec = MeasureSpec { batch, optimizer, free_bytes: room, precision: job.train.precision };
         let measured = self.backend.measure_ops(&dag, &spec, stop)?;
         cache.set_job(&work, measured.clone());
         Ok(measured)
@@ -113,7 +113,7 @@ impl Surveyor {
     pub(super) fn start_ops(
         &self,
         request: u64,
-        spec: JobSpec,
+        job: JobView,
         graph: String,
         memory: Arc<Semaphore>,
         events: mpsc::Sender<NodeEvent>,
@@ -125,7 +125,7 @@ impl Surveyor {
             let result = match timeout(RELEASE_LIMIT, memory.acquire_owned()).await {
                 Ok(Ok(permit)) => {
                     let measured = spawn_blocking(move || {
-                        let measured = measuring.ops(&spec, &graph, &stop);
+                        let measured = measuring.ops(&job, &graph, &stop);
                         drop(permit);
                         measured
                     });

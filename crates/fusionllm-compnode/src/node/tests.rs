@@ -11,7 +11,8 @@ use fusionllm_graph::{Gpt2Config, Kernels, OpDag, gpt2};
 use fusionllm_planner::{Cluster, Measured, NodeIndex, place};
 use fusionllm_protocol::{
     Assignment, BlobHeader, BlobKind, Channel, ControlStream, FromBroker, Generation, Greeting, Hello, JobId, JobSpec,
-    PeerFrame, PeerRecord, Precision, Role, RunKey, Standing, WeightSource, Welcome, decode, encode, placement_hash,
+    JobView, PeerFrame, PeerRecord, Precision, Role, RunId, RunKey, Standing, WeightSource, Welcome, decode, encode,
+    placement_hash,
 };
 use fusionllm_transport::{AdmitAll, FrameSink, FrameSource, Identity, PeerAddr, Secret, probe};
 use tokio::task::JoinHandle;
@@ -69,6 +70,7 @@ impl House {
         let config = JoinConfig {
             ticket: Ticket { broker: endpoint.addr(), secret: Secret::generate(), relay: None },
             name: "n".to_owned(),
+            org: None,
             device: DeviceChoice::Cpu,
             identity: Identity::generate(),
             bind: "127.0.0.1:0".parse().unwrap(),
@@ -80,6 +82,7 @@ impl House {
             scratch_dir: scratch,
             snapshot_dir: folder.path().join("snapshots"),
             snapshots_stay: true,
+            seed_dir: folder.path().join("state"),
         };
         let compnode =
             tokio::spawn(join_with(config, backend, patience, std::future::pending(), std::future::pending()));
@@ -200,24 +203,23 @@ fn assignment(spec: JobSpec, dag: &OpDag, generation: u32, weights: WeightSource
     Assignment {
         key: key(generation),
         node: NodeIndex(0),
-        spec,
+        job: JobView::of_owner(&spec, RunId::from_bytes([7; 16])),
         graph: dag.to_json(),
         placement,
         peers: vec![PeerRecord { id: [0; 32], addrs: Vec::new() }],
         start_step: 0,
         planned_bytes: 0,
         weights,
-        tokenizer: None,
-        chat: Default::default(),
     }
 }
 
 /// All parameters of a job of one CompNode.
 fn weights(assignment: &Assignment, dag: &OpDag) -> Vec<NamedTensor> {
     let backend = open_device(DeviceChoice::Cpu).unwrap();
-    let optimizer = OptimizerSpec::of(&assignment.spec.train);
+    let optimizer = OptimizerSpec::of(&assignment.job.train);
     let dag = Arc::new(dag.clone());
-    let spec = ExecutorSpec::of_placement(dag, &assignment.placement, NodeIndex(0), optimizer, 1, FirstParams::Drawn);
+    let spec =
+        ExecutorSpec::of_placement(dag, &assignment.placement, NodeIndex(0), optimizer, 1u64, FirstParams::Drawn);
     let executor = backend.build(spec, StopFlag::default()).unwrap();
     executor.export().into_iter().map(|tensor| tensor.read().unwrap()).collect()
 }
@@ -315,7 +317,7 @@ async fn measuring_is_cancelled_and_holds_up_nothing() {
     let large = gpt2(&config, 256).unwrap();
     let measure = |request, dag: &OpDag| FromBroker::MeasureOps {
         request,
-        spec: Box::new(spec(house.folder.path(), "steps = 2")),
+        job: Box::new(JobView::of(&spec(house.folder.path(), "steps = 2"))),
         graph: dag.to_json(),
     };
     broker.say(measure(1, &large)).await;
@@ -340,7 +342,7 @@ async fn what_does_not_fit_is_refused_with_the_numbers_before_it_is_tried() {
     let dag = dag(200_000_000);
     let began = Instant::now();
     let spec = spec(house.folder.path(), "steps = 2");
-    broker.say(FromBroker::MeasureOps { request: 1, spec: Box::new(spec.clone()), graph: dag.to_json() }).await;
+    broker.say(FromBroker::MeasureOps { request: 1, job: Box::new(JobView::of(&spec)), graph: dag.to_json() }).await;
     let FromCompNode::Measured { request: 1, result: Err(reason) } = broker.hear().await else { panic!() };
     assert!(reason.contains("op `") && reason.contains("jobs may fill 1.0 MB"), "{reason}");
     broker.assign(assignment(spec, &dag, 1, WeightSource::Seed)).await;
@@ -683,8 +685,8 @@ fn what_a_device_lays_out_is_refused_where_it_does_not_fit_though_the_plan_does(
     let folder = tempfile::tempdir().unwrap();
     let spec = spec(folder.path(), "steps = 2");
     let job = Assignment { planned_bytes: 1_500_000, ..assignment(spec, &dag(256), 1, WeightSource::Seed) };
-    let (optimizer, first) = (OptimizerSpec::of(&job.spec.train), FirstParams::Drawn);
-    let held = ExecutorSpec::of_placement(Arc::new(dag(256)), &job.placement, job.node, optimizer, 0, first);
+    let (optimizer, first) = (OptimizerSpec::of(&job.job.train), FirstParams::Drawn);
+    let held = ExecutorSpec::of_placement(Arc::new(dag(256)), &job.placement, job.node, optimizer, 0u64, first);
     let check = |needs, room| check_memory(&job, &held, &Demanding(needs), room).map_err(|e| e.to_string());
     assert_eq!(check(None, Some(2_000_000)), Ok(1_500_000));
     assert_eq!(check(Some(2_000_000), Some(2_000_000)), Ok(1_500_000));

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{LoanFrame, PeerFrame, Snapshot, StateKind, TensorName, decode, encode};
 use fusionllm_transport::{FrameSink, Session};
 use tokio::task::{JoinSet, spawn_blocking};
@@ -83,6 +84,13 @@ fn wanted(
     snapshot: &Snapshot,
     params: Option<Vec<String>>,
 ) -> Result<Option<ShardFile>, ShardError> {
+    // Of others' parts, which the owner guards, it has nothing to keep.
+    let is_owners = snapshot.id.node == NodeIndex::DATA_OWNER;
+    let kept_back = store.kept_back(snapshot.id.key.job).filter(|_| is_owners);
+    let asks_for_it = |kept: &BTreeSet<String>| params.iter().flatten().any(|param| kept.contains(param));
+    if kept_back.as_ref().is_some_and(|kept| params.is_none() || asks_for_it(kept)) {
+        return Err(ShardError::Format { reason: "what is asked for stays with the owner of private data".to_owned() });
+    }
     let Some(whole) = store.open_file(snapshot)? else { return Ok(None) };
     let Some(params) = params else { return Ok(Some(whole)) };
     let names = params.iter().flat_map(|param| {
@@ -90,5 +98,47 @@ fn wanted(
         states.chain([param.clone()])
     });
     let names: BTreeSet<String> = names.collect();
-    whole.part(store.part(snapshot.bytes)?, |name| TensorName::is_residual(name) || names.contains(name)).map(Some)
+    // What was held back of the owner's messages tells more of them than they did.
+    let lends_residuals = kept_back.is_none();
+    let is_wanted = |name: &str| names.contains(name) || lends_residuals && TensorName::is_residual(name);
+    whole.part(store.part(snapshot.bytes)?, is_wanted).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use fusionllm_protocol::{Generation, JobId, RunKey, SnapshotId};
+    use fusionllm_transport::PeerId;
+
+    use super::*;
+    use crate::checkpoint::write_shard;
+    use crate::executor::{NamedTensor, TensorSource};
+
+    #[test]
+    fn what_stays_with_the_owner_of_private_data_is_not_lent() {
+        let base = tempfile::tempdir().unwrap();
+        let store = SnapshotStore::open(base.path(), PeerId::from_bytes([7; 32]), "n").unwrap();
+        let put = |node: u32| {
+            let tensor = |name: &str| NamedTensor { name: name.to_owned(), shape: vec![1], values: vec![1.0] };
+            let residual = "residual.gradient.x>y".to_owned();
+            let key = RunKey { job: JobId(1), generation: Generation(1) };
+            let new = store.begin(100).unwrap();
+            new.file().unwrap().append(&write_shard(&["a", "b", residual.as_str()].map(tensor)).unwrap()).unwrap();
+            (store.keep(SnapshotId { key, step: 1, node: NodeIndex(node) }, new).unwrap(), residual)
+        };
+        let ((owners, residual), (others, _)) = (put(0), put(1));
+        let ask = |snapshot, params: Option<&[&str]>| {
+            let params = params.map(|params| params.iter().map(|&param| param.to_owned()).collect());
+            let mut part =
+                wanted(&store, snapshot, params).map_err(|e| e.to_string())?.unwrap().into_tensors().unwrap();
+            let has = |name: &&str| part.take(name).unwrap().is_some();
+            Ok::<Vec<&str>, String>(["a", "b", residual.as_str()].into_iter().filter(has).collect())
+        };
+        assert_eq!(ask(&owners, Some(["a"].as_slice())), Ok(vec!["a", residual.as_str()]));
+        store.keep_back(JobId(1), BTreeSet::from(["a".to_owned()])).unwrap();
+        for params in [None, Some(["a"].as_slice()), Some(["b", "a"].as_slice())] {
+            assert!(ask(&owners, params).unwrap_err().contains("stays with the owner"), "{params:?}");
+        }
+        assert_eq!(ask(&owners, Some(["b"].as_slice())), Ok(vec!["b"]), "and not what was held back");
+        assert_eq!(ask(&others, None).unwrap().len(), 3, "what it guards");
+    }
 }

@@ -7,13 +7,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fusionllm_planner::NodeIndex;
 use fusionllm_protocol::{Generation, JobId, RunKey, Snapshot, SnapshotId};
-use fusionllm_transport::{PeerId, open_or_make_regular, sync_folder};
+use fusionllm_transport::{FileMode, PeerId, open_or_make_regular, read_regular, sync_folder, write_whole};
 use tempfile::NamedTempFile;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::checkpoint::{ShardFile, free_room};
 use crate::{CompNodeError, ShardError};
 
+/// How the names of files end that say what of a job is not lent.
+const KEPT_BACK: &str = ".kept-back.json";
 /// Held by the process whose folder it is.
 const LOCK: &str = "lock";
 /// How the names of files begin that are not whole yet.
@@ -44,6 +46,8 @@ struct State {
     kept: BTreeMap<SnapshotId, Snapshot>,
     /// By job, who may fetch its snapshots.
     lent: BTreeMap<JobId, BTreeSet<PeerId>>,
+    /// By job, names of the parameters that nobody may fetch.
+    kept_back: BTreeMap<JobId, BTreeSet<String>>,
 }
 
 /// A snapshot that is being written; dropped, it is gone.
@@ -81,7 +85,9 @@ impl SnapshotStore {
                 Ok(()) => {
                     remove_halves(&folder);
                     let loans = Semaphore::new(MOST_LOANS);
-                    return Ok(Self { folder, _lock: lock, state: Mutex::default(), loans });
+                    // Before anything of them is lent.
+                    let state = State { kept_back: kept_back_in(&folder), ..State::default() };
+                    return Ok(Self { folder, _lock: lock, state: Mutex::new(state), loans });
                 }
                 Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(source)) => return Err(failed(&path, source)),
@@ -185,6 +191,28 @@ impl SnapshotStore {
         self.lock().lent.insert(job, peers.into_iter().collect());
     }
 
+    /// Nobody may fetch these parameters of a job, nor a whole snapshot of it. That is remembered for the process after this
+    /// one as long as it has snapshots of the job.
+    ///
+    /// # Errors
+    /// [`ShardError::Io`] if it cannot be written.
+    pub(crate) fn keep_back(&self, job: JobId, params: BTreeSet<String>) -> Result<(), ShardError> {
+        let mut state = self.lock();
+        if state.kept_back.get(&job) == Some(&params) {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.folder).map_err(|e| self.io(e))?;
+        let text = serde_json::to_vec(&params).map_err(|e| self.io(e.into()))?;
+        write_whole(&self.kept_back_path(job), &text, FileMode::Private).map_err(|e| self.io(e))?;
+        state.kept_back.insert(job, params);
+        Ok(())
+    }
+
+    /// The parameters of a job that nobody may fetch, if there are any.
+    pub(crate) fn kept_back(&self, job: JobId) -> Option<BTreeSet<String>> {
+        self.lock().kept_back.get(&job).cloned()
+    }
+
     /// Whether a peer may fetch a job's snapshots.
     pub(crate) fn is_lent(&self, job: JobId, peer: PeerId) -> bool {
         self.lock().lent.get(&job).is_some_and(|peers| peers.contains(&peer))
@@ -210,12 +238,24 @@ impl SnapshotStore {
                 tracing::warn!(%error, path = %path.display(), "an old snapshot was not removed");
             }
         }
+        if keep.is_empty() && state.kept_back.remove(&job).is_some() {
+            // Should it stay, it keeps back what is not there.
+            let _ = std::fs::remove_file(self.kept_back_path(job));
+        }
+    }
+
+    fn kept_back_path(&self, job: JobId) -> PathBuf {
+        self.folder.join(format!("job-{}{KEPT_BACK}", job.0))
     }
 
     /// The process leaves. Unless what is kept `stays` for the next one, all of it goes.
     pub(crate) fn close(&self, stays: bool) {
         if !stays {
-            let jobs: BTreeSet<JobId> = self.lock().kept.keys().map(|id| id.key.job).collect();
+            let of_state = |state: &State| {
+                let kept_back = state.kept_back.keys().copied();
+                state.kept.keys().map(|id| id.key.job).chain(kept_back).collect::<BTreeSet<JobId>>()
+            };
+            let jobs = of_state(&self.lock());
             jobs.into_iter().for_each(|job| self.release(job, &[]));
         }
         if self.lock().kept.is_empty() {
@@ -276,6 +316,19 @@ fn found_in(folder: &Path, mut give: impl FnMut(Snapshot)) {
             Err(error) => tracing::warn!(%error, "a snapshot cannot be read"),
         }
     }
+}
+
+/// By job, what the process before this one did not lend. A file that cannot be read names nothing, but whole snapshots of its
+/// job are kept back.
+fn kept_back_in(folder: &Path) -> BTreeMap<JobId, BTreeSet<String>> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let of = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        let job = name.to_str()?.strip_prefix("job-")?.strip_suffix(KEPT_BACK)?.parse().ok()?;
+        let params = read_regular(&entry.path()).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        Some((JobId(job), params.unwrap_or_default()))
+    };
+    entries.filter_map(of).collect()
 }
 
 /// Removes what was being written in a folder when the process before this one ended.
@@ -344,6 +397,26 @@ mod tests {
         assert_eq!(store.all(), [kept, of_another_job]);
         store.close(true);
         assert!(base.path().read_dir().unwrap().count() == 1 && store.path(kept.id).exists());
+        store.close(false);
+        assert!(!base.path().exists(), "all that was made is gone");
+    }
+
+    #[test]
+    fn what_is_kept_back_stays_so_for_the_next_process_and_no_longer_than_it_must() {
+        let base = tempfile::tempdir().unwrap();
+        let names = BTreeSet::from(["wte".to_owned()]);
+        let store = SnapshotStore::open(base.path(), broker(), "n").unwrap();
+        put(&store, id(1, 2, 30, 0), 1.0);
+        store.keep_back(JobId(1), names.clone()).unwrap();
+        store.release(JobId(1), &[(Generation(2), 30)]);
+        drop(store);
+        let store = SnapshotStore::open(base.path(), broker(), "n").unwrap();
+        assert_eq!((store.kept_back(JobId(1)), store.kept_back(JobId(2))), (Some(names), None));
+        std::fs::write(store.kept_back_path(JobId(1)), "damaged").unwrap();
+        drop(store);
+        let store = SnapshotStore::open(base.path(), broker(), "n").unwrap();
+        assert_eq!(store.kept_back(JobId(1)), Some(BTreeSet::new()));
+        store.look();
         store.close(false);
         assert!(!base.path().exists(), "all that was made is gone");
     }

@@ -83,6 +83,8 @@ impl TaskLoop {
     /// By which codec an edge's message goes that way.
     pub(super) fn codec_of(&self, edge: &StageEdge, way: Way, pass: Pass) -> Codec {
         match (pass, self.plan.codecs.codec(edge, way)) {
+            // What is held out is as secret as the rest.
+            (Pass::Eval, codec) if self.plan.rules.evaluates_as_trained => codec,
             (Pass::Train, codec) | (Pass::Eval, codec @ (Codec::Dense | Codec::Bf16 | Codec::F16)) => codec,
             // An evaluation is about the model, which will be used without codecs; half precision costs it nothing.
             (Pass::Eval, _) => Codec::Bf16,

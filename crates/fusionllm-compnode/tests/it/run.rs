@@ -6,12 +6,12 @@ use std::thread;
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_compnode::{
     Batches, CompNodeError, DeviceChoice, Exchange, ExchangeError, ExecutorSpec, FirstParams, HeldState, JobSink,
-    LazyTensor, Mailbox, MemoryExchange, NamedTensor, OptimizerSpec, StopFlag, TaskLoop, TrainPlan, by_name,
-    open_device, write_shard_to,
+    LazyTensor, Mailbox, MemoryExchange, NamedTensor, OptimizerSpec, OwnSeed, Seeds, StopFlag, TaskLoop, TrainPlan,
+    by_name, open_device, write_shard_to,
 };
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
-use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, place};
-use fusionllm_protocol::{JobSpec, StepReport, StepRules};
+use fusionllm_planner::{Cluster, NodeIndex, Placement, StageSpec, kept_ops, place};
+use fusionllm_protocol::{JobSpec, JobView, StepReport, StepRules};
 
 /// Sequences in a micro-batch of the tests' jobs.
 pub(crate) const SEQ: usize = 16;
@@ -116,6 +116,8 @@ pub(crate) struct Run {
     pub(crate) placement: Placement,
     pub(crate) weights: Option<Vec<NamedTensor>>,
     pub(crate) start_step: u64,
+    /// The seed that the data owner alone has.
+    pub(crate) own: Option<[u8; 32]>,
 }
 
 /// What came of it, by CompNode.
@@ -146,7 +148,7 @@ impl Outcome {
 impl Run {
     pub(crate) fn new(dag: OpDag, spec: JobSpec, compnodes: usize) -> Self {
         let placement = placed(&dag, &spec, compnodes);
-        Self { dag: Arc::new(dag), spec, placement, weights: None, start_step: 0 }
+        Self { dag: Arc::new(dag), spec, placement, weights: None, start_step: 0, own: None }
     }
 
     /// Runs it on synthetic data.
@@ -170,7 +172,7 @@ impl Run {
         let mailboxes: Vec<Arc<Mailbox>> = self.placement.compnodes.iter().map(|_| Arc::default()).collect();
         let exchange = |index: usize| {
             let (node, names) = (NodeIndex(index as u32), self.placement.compnodes.clone());
-            let exchange = MemoryExchange::new(node, mailboxes.clone(), names, self.spec.compression).unwrap();
+            let exchange = MemoryExchange::new(node, mailboxes.clone(), names, self.spec.compression.view()).unwrap();
             Box::new(exchange) as Box<dyn Exchange>
         };
         let exchanges = (0..mailboxes.len()).map(exchange).collect();
@@ -208,10 +210,17 @@ impl Run {
 
     fn compnode(&self, node: NodeIndex, exchange: Box<dyn Exchange>, batches: Option<Box<dyn Batches>>) -> TaskLoop {
         let backend = open_device(DeviceChoice::Cpu).unwrap();
-        let optimizer = OptimizerSpec::of(&self.spec.train);
+        let optimizer = OptimizerSpec::of(&self.spec.train.view());
         let (dag, seed) = (Arc::clone(&self.dag), self.spec.train.seed);
+        let seeds = match self.own.filter(|_| node == NodeIndex::DATA_OWNER) {
+            Some(own) => {
+                let kept = kept_ops(&dag, self.spec.data.keep_blocks).unwrap();
+                Seeds::with_own(seed, OwnSeed::from_bytes(own), kept)
+            }
+            None => seed.into(),
+        };
         let first = FirstParams::Drawn;
-        let spec = ExecutorSpec::of_placement(dag, &self.placement, node, optimizer, seed, first);
+        let spec = ExecutorSpec::of_placement(dag, &self.placement, node, optimizer, seeds, first);
         let mut executor = backend.build(spec, StopFlag::default()).unwrap();
         if let Some(weights) = &self.weights {
             executor.import(&mut by_name(weights.clone())).unwrap();
@@ -222,7 +231,7 @@ impl Run {
             dag: Arc::clone(&self.dag),
             placement: Arc::new(self.placement.clone()),
             node,
-            rules: StepRules::of(&self.spec, self.start_step),
+            rules: StepRules::of(&JobView::of(&self.spec), self.start_step),
         };
         TaskLoop::new(plan, executor, exchange, batches)
     }

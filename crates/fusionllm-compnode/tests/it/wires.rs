@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fusionllm_compnode::{Exchange, JobLinks, NetworkExchange};
 use fusionllm_graph::{DagBuilder, OpDag};
 use fusionllm_planner::NodeIndex;
-use fusionllm_protocol::{Assignment, Generation, JobId, PeerRecord, RunKey, WeightSource};
+use fusionllm_protocol::{Assignment, Generation, JobId, JobView, PeerRecord, RunKey, WeightSource};
 use fusionllm_transport::{AdmitAll, Endpoint, EndpointConfig, Identity};
 use tokio::runtime::{Builder, Runtime};
 
@@ -56,15 +56,13 @@ async fn wires(run: &Run) -> Vec<Arc<JobLinks>> {
         let assignment = Assignment {
             key: RunKey { job: JobId(1), generation: Generation(1) },
             node: NodeIndex(node),
-            spec: run.spec.clone(),
+            job: JobView::of(&run.spec),
             graph: String::new(),
             placement: run.placement.clone(),
             peers: peers.clone(),
             start_step: 0,
             planned_bytes: 0,
             weights: WeightSource::Seed,
-            tokenizer: None,
-            chat: Default::default(),
         };
         let links = JobLinks::new(endpoint.clone(), &assignment);
         let to = Arc::downgrade(&links);

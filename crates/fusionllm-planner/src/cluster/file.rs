@@ -53,6 +53,9 @@ pub struct DeviceEntry {
     /// How it computes ops of several steps; left out, `fused` if `host` has threads, else `plain`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernels: Option<Kernels>,
+    /// The organisation that it belongs to; left out, it stands for itself alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub org: Option<String>,
     /// The machine whose compute it shares with others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<Host>,
@@ -107,6 +110,7 @@ impl ClusterFile {
             memory_gb_per_s: node.memory_bytes_per_s.is_finite().then_some(node.memory_bytes_per_s / GIGABYTE),
             memory_gb: (node.memory_bytes < u64::MAX).then_some(node.memory_bytes as f64 / GIGABYTE),
             kernels: Some(node.kernels),
+            org: node.org.clone(),
             host: node.host.clone(),
             measured: node.measured.as_deref().cloned(),
         };
@@ -151,6 +155,7 @@ impl ClusterFile {
                     memory_bytes_per_s: entry.memory_gb_per_s.map_or(f64::INFINITY, |gb| gb * GIGABYTE),
                     memory_bytes: entry.memory_gb.map_or(u64::MAX, |gb| (gb * GIGABYTE) as u64),
                     kernels: entry.kernels(),
+                    org: entry.org.clone(),
                     host: entry.host.clone(),
                     measured: measured.clone(),
                 });
@@ -212,12 +217,15 @@ impl ClusterFile {
     /// Holds names, number and memory of the devices against their ranges, in the file's own words.
     fn check_devices(&self) -> Result<(), PlanError> {
         let fail = |reason: String| Err(PlanError::ClusterFile { reason });
-        for DeviceEntry { name, site, memory_gb, memory_gb_per_s, .. } in &self.device {
+        for DeviceEntry { name, site, org, memory_gb, memory_gb_per_s, .. } in &self.device {
             if name == "*" || site == "*" {
                 return fail("a device or a site is named `*`, which means all of them in link rules".to_owned());
             }
             if name.trim().is_empty() || name.chars().any(char::is_control) {
                 return fail(format!("a device's name is {name:?}, expected visible characters"));
+            }
+            if let Some(org) = org.as_ref().filter(|org| org.trim().is_empty() || org.chars().any(char::is_control)) {
+                return fail(format!("device `{name}`: org is {org:?}, expected the name of an organisation"));
             }
             for (key, value) in [("memory_gb", memory_gb), ("memory_gb_per_s", memory_gb_per_s)] {
                 if let Some(value) = value
@@ -249,6 +257,7 @@ mod tests {
             memory_gb_per_s: None,
             memory_gb: Some(11.0),
             kernels: None,
+            org: None,
             host: None,
             measured: None,
         }

@@ -2,6 +2,7 @@
 //! the tail too. OP-Fence, second half: where to cut, by dynamic programming.
 
 use crate::compression::Compression;
+use crate::partition::orgs::may_close;
 use crate::partition::pins::Pins;
 use crate::{Cluster, Estimate, NodeIndex, Pipeline, Segment, in_flight_limit};
 
@@ -49,6 +50,8 @@ pub(crate) struct Weights<'a> {
     pub(crate) codec_ratio: f64,
     pub(crate) pipeline: Pipeline,
     pub(crate) micro_batches: u32,
+    /// Whether machines of one organisation must be apart.
+    pub(crate) private: bool,
 }
 
 impl Weights<'_> {
@@ -124,6 +127,7 @@ impl Weights<'_> {
             reach.iter_mut().take(least).for_each(|r| *r = false);
             farthest.push(far);
             let closes = tail == ops || place == 0 || self.crossing(device, order[0], tail) <= bottleneck;
+            let closes = closes && !(self.private && !may_close(self.cluster, &order[..=place]));
             if reach[tail] && closes {
                 reached.push(reach);
                 return Some(self.trace_back(order, &reached, &farthest));

@@ -7,6 +7,7 @@ use fusionllm_graph::OpDag;
 
 use super::chain::{Chain, Weights};
 use super::order::line;
+use super::orgs::{all_apart, are_apart, with_neighbours_apart};
 use super::search::{improve, is_valid};
 use super::{Pins, optimal};
 use crate::price::{Priced, Pricing};
@@ -34,8 +35,12 @@ pub(crate) struct Judge<'a> {
 }
 
 impl Judge<'_> {
-    /// Predicted seconds of a step; infinite if a CompNode's memory does not hold it.
+    /// Predicted seconds of a step; infinite if a CompNode's memory does not hold it, or it brings machines of one
+    /// organisation together that must be apart.
     pub(crate) fn seconds(&self, chain: &Chain) -> f64 {
+        if self.spec.placement.private && !are_apart(self.cluster, &chain.order) {
+            return f64::INFINITY;
+        }
         if self.tasks(chain) > MOST_TASKS {
             return self.by_formula(chain);
         }
@@ -63,6 +68,7 @@ impl Judge<'_> {
             codec_ratio: self.spec.placement.codec.ratio(),
             pipeline: self.spec.placement.pipeline,
             micro_batches: self.spec.placement.micro_batches,
+            private: self.spec.placement.private,
         }
     }
 
@@ -167,6 +173,10 @@ fn orders(judge: &Judge<'_>) -> Vec<Vec<usize>> {
         let order = orders[0].iter().copied().filter(|&d| community[d] == c || judge.owner == Some(d));
         orders.push(order.collect());
     }
+    if judge.spec.placement.private {
+        orders = orders.iter().map(|order| with_neighbours_apart(judge.cluster, order)).collect();
+        orders.extend(all_apart(judge.cluster).filter(|order| judge.owner.is_none_or(|owner| order[0] == owner)));
+    }
     orders.sort();
     orders.dedup();
     orders
@@ -176,10 +186,13 @@ fn no_fit(judge: &Judge<'_>) -> PlanError {
     const GB: f64 = 1e9;
     let nodes = &judge.cluster.compnodes;
     if let Some(owner) = judge.owner.and_then(|owner| nodes.get(owner)) {
-        let needed = judge.estimate.memory_bytes(owner, &(0..judge.pins.head.max(1)), 1);
+        let (head, tail, ops) = (judge.pins.head.max(1), judge.pins.tail, judge.estimate.ops());
+        let of_tail = if tail < ops { judge.estimate.memory_bytes(owner, &(tail..ops), 1) } else { 0.0 };
+        let needed = judge.estimate.memory_bytes(owner, &(0..head), 1) + of_tail;
         if needed > owner.memory_bytes as f64 {
             let (compnode, memory_gb) = (owner.name.clone(), owner.memory_bytes as f64 / GB);
-            return PlanError::OwnerTooSmall { compnode, needed_gb: needed / GB, memory_gb };
+            let kept = head + ops.saturating_sub(tail);
+            return PlanError::OwnerTooSmall { compnode, kept, needed_gb: needed / GB, memory_gb };
         }
     }
     let Some(largest) = nodes.iter().max_by_key(|c| c.memory_bytes) else { return PlanError::NoCompNodes };

@@ -1,6 +1,8 @@
 //! Which ops must stay with the data owner.
 
-use fusionllm_graph::{DType, OpClass, OpDag, OpId};
+use fusionllm_graph::{DType, OpClass, OpDag, OpId, OpKind};
+
+use crate::PlanError;
 
 /// Ops `0..head` and `tail..n` of the topological order belong to CompNode 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,29 +12,63 @@ pub(crate) struct Pins {
     pub(crate) pinned: Vec<bool>,
 }
 
+/// Of each op of an OP-DAG, whether it stays with the data owner under `data.private`, where that keeps the first and the last
+/// so many blocks (`data.keep_blocks`) besides what comes before and after all of them.
+///
+/// # Errors
+/// [`PlanError::KeepBlocks`] if the model has not so many blocks and one more, [`PlanError::KeptParam`] if a parameter of
+/// these ops is used elsewhere too.
+pub fn kept_ops(dag: &OpDag, keep_blocks: [u32; 2]) -> Result<Vec<bool>, PlanError> {
+    Ok(Pins::private(dag, keep_blocks)?.pinned)
+}
+
 impl Pins {
-    /// Placeholders always stay with the owner, since only it has the data. With `private` so do all ops that
-    /// read integers (embedding, loss) and everything from the last parameter-carrying op before the loss on:
-    /// the gradient of the logits is the softmax minus the one-hot label, so it must not travel either.
-    pub(crate) fn of(dag: &OpDag, private: bool) -> Self {
-        let mut pinned: Vec<bool> =
-            dag.ops().iter().map(|op| matches!(op.kind.class(), OpClass::Placeholder)).collect();
-        let n = pinned.len();
-        if private {
-            for (i, op) in dag.ops().iter().enumerate() {
-                if op.inputs.iter().any(|&input| dag.op(input).output.dtype == DType::I32) {
-                    pinned[i] = true;
-                }
+    /// Placeholders always stay with the owner, since only it has the data; with `private` so does what [`kept_ops`] says.
+    pub(crate) fn of(dag: &OpDag, private: bool, keep_blocks: [u32; 2]) -> Result<Self, PlanError> {
+        if private { Self::private(dag, keep_blocks) } else { Ok(Self::around(placeholders(dag), dag.ops().len())) }
+    }
+
+    /// With `private` all stays that comes before the first block or after the last one: embedding, final norm, head and loss;
+    /// and the blocks at the ends that are to be kept. A model that has no blocks keeps what reads the input, and all from
+    /// the head on, with a norm right before it.
+    fn private(dag: &OpDag, keep_blocks: [u32; 2]) -> Result<Self, PlanError> {
+        let [first, last] = keep_blocks.map(|count| count as usize);
+        let blocks = dag.blocks();
+        let n = dag.ops().len();
+        if first + last > 0 && first + last >= blocks.len() {
+            return Err(PlanError::KeepBlocks { keep: keep_blocks, blocks: blocks.len() });
+        }
+        let mut pins = match (blocks.get(first), blocks.get(blocks.len().saturating_sub(last + 1))) {
+            (Some(begin), Some(end)) => {
+                let mut pinned = placeholders(dag);
+                pinned.iter_mut().take(begin.start).for_each(|p| *p = true);
+                Self::around(pinned, end.end)
             }
-            if let Some(logits) = dag.logits() {
-                pin_to_last_parameter(dag, logits, &mut pinned);
+            _ => {
+                let mut pins = Self::ends(dag);
+                let reads = |op: &fusionllm_graph::Op| {
+                    op.inputs.iter().any(|&input| matches!(dag.op(input).kind.class(), OpClass::Placeholder))
+                };
+                for (at, op) in dag.ops().iter().enumerate() {
+                    pins.pinned[at] |= reads(op);
+                }
+                let tail = norms_before(dag, pins.tail);
+                Self::around(pins.pinned, tail)
+            }
+        };
+        pins.pinned = (0..n).map(|at| at < pins.head || at >= pins.tail).collect();
+        let is_pinned = |op: &OpId| pins.pinned[op.index()];
+        for param in dag.param_ids() {
+            let users = dag.users_of(param);
+            if let (Some(&kept), Some(&other)) =
+                (users.iter().find(|op| is_pinned(op)), users.iter().find(|op| !is_pinned(op)))
+            {
+                let name = |op: OpId| dag.op(op).name.clone();
+                let param = dag.param(param).name.clone();
+                return Err(PlanError::KeptParam { param, kept: name(kept), other: name(other) });
             }
         }
-        let half = dag.loss().map_or(n, OpId::index);
-        let tail =
-            if private { (0..n).filter(|&i| pinned[i] && reaches_tail(dag, i, half)).min().unwrap_or(n) } else { n };
-        let head = (0..tail).filter(|&i| pinned[i]).map(|i| i + 1).max().unwrap_or(0);
-        Self { head, tail, pinned }
+        Ok(pins)
     }
 
     /// The pins under which the data owner holds both ends of the model, if a parameter is used at more than one place:
@@ -43,8 +79,46 @@ impl Pins {
             uses[param.index()] += 1;
         }
         let is_shared = uses.iter().zip(dag.params()).any(|(&uses, param)| uses > 1 && !param.frozen);
-        is_shared.then(|| Self::of(dag, true)).filter(|pins| pins.tail < pins.pinned.len())
+        is_shared.then(|| Self::ends(dag)).filter(|pins| pins.tail < pins.pinned.len())
     }
+
+    /// All ops that read integers (embedding, loss) and everything from the last parameter-carrying op before the loss on:
+    /// the gradient of the logits is the softmax minus the one-hot label.
+    fn ends(dag: &OpDag) -> Self {
+        let mut pinned = placeholders(dag);
+        let n = pinned.len();
+        for (i, op) in dag.ops().iter().enumerate() {
+            if op.inputs.iter().any(|&input| dag.op(input).output.dtype == DType::I32) {
+                pinned[i] = true;
+            }
+        }
+        if let Some(logits) = dag.logits() {
+            pin_to_last_parameter(dag, logits, &mut pinned);
+        }
+        let half = dag.loss().map_or(n, OpId::index);
+        let tail = (0..n).filter(|&i| pinned[i] && reaches_tail(dag, i, half)).min().unwrap_or(n);
+        Self::around(pinned, tail)
+    }
+
+    /// With this tail, and a head with all that is pinned before it.
+    fn around(pinned: Vec<bool>, tail: usize) -> Self {
+        let head = (0..tail).filter(|&i| pinned[i]).map(|i| i + 1).max().unwrap_or(0);
+        Self { head, tail, pinned }
+    }
+}
+
+/// Of each op, whether it is a placeholder.
+fn placeholders(dag: &OpDag) -> Vec<bool> {
+    dag.ops().iter().map(|op| matches!(op.kind.class(), OpClass::Placeholder)).collect()
+}
+
+/// The place of the first of the norms that come right before `tail`.
+fn norms_before(dag: &OpDag, mut tail: usize) -> usize {
+    let is_norm = |at: usize| matches!(dag.ops()[at].kind, OpKind::LayerNorm { .. } | OpKind::RmsNorm { .. });
+    while tail > 0 && tail < dag.ops().len() && is_norm(tail - 1) {
+        tail -= 1;
+    }
+    tail
 }
 
 /// Pins `op` and its producers up to and with the first op that carries parameters.

@@ -1,5 +1,7 @@
 //! OP-Fence against the baselines and against the best there is, on random clusters and graphs.
 
+mod private;
+
 use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_graph::{DType, DagBuilder, Init, Lora, OpKind, Param, Shape, WeightLayout};
 
@@ -87,6 +89,7 @@ fn spec(strategy: Strategy, micro_batches: u32) -> PlanSpec {
         micro_batch_size: 2,
         eval_micro_batches: 1,
         private: false,
+        keep_blocks: [0; 2],
         codec: Codec::Dense,
     })
 }
@@ -277,6 +280,7 @@ fn ada_topk_speeds_up_what_slow_links_bound() {
         memory_gb_per_s: None,
         memory_gb: None,
         kernels: None,
+        org: None,
         host: None,
         measured: None,
     };

@@ -113,6 +113,7 @@ mod tests {
             micro_batch_size: 2,
             eval_micro_batches,
             private: false,
+            keep_blocks: [0; 2],
             codec: fusionllm_codec::Codec::Dense,
         })
     }

@@ -161,6 +161,9 @@ pub struct CompNodeSummary {
     pub id: String,
     /// Its device, for people: `flex (CPU, 2 threads)`.
     pub device: String,
+    /// The organisation that it says it belongs to.
+    #[serde(default)]
+    pub org: Option<String>,
     /// The job it works on.
     pub job: Option<JobId>,
     /// Whether it is about to leave, and gets no work any more.

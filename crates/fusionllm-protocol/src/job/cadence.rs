@@ -42,6 +42,12 @@ impl OptimizerKind {
             Self::Sgd => &[],
         }
     }
+
+    /// Bytes of parameters of `param_bytes` bytes together with what it keeps of the `trained_bytes` of them that are
+    /// trained; `momentum` is SGD's.
+    pub(crate) fn state_bytes(self, momentum: f64, param_bytes: u64, trained_bytes: u64) -> u64 {
+        param_bytes.saturating_add(trained_bytes.saturating_mul(self.states(momentum).len() as u64))
+    }
 }
 
 impl TrainSpec {
@@ -58,7 +64,7 @@ impl TrainSpec {
     /// Bytes of parameters of `param_bytes` bytes together with what the optimizer keeps of the `trained_bytes` of them
     /// that are trained: what a checkpoint has of them.
     pub fn state_bytes(&self, param_bytes: u64, trained_bytes: u64) -> u64 {
-        param_bytes.saturating_add(trained_bytes.saturating_mul(self.states().len() as u64))
+        self.optimizer.state_bytes(self.momentum, param_bytes, trained_bytes)
     }
 }
 

@@ -27,8 +27,15 @@ pub struct DataSpec {
     pub tokenizer: String,
     /// Tokens in a sequence.
     pub seq_len: usize,
-    /// Token ids and labels never leave the data owner.
+    /// Token ids and labels never leave the data owner, nor do the ops at both ends of the model.
     pub private: bool,
+    /// With it, what the order of samples and all that is random in these ops is drawn from; see
+    /// [`DataSpec::has_own_seed`].
+    #[serde(default)]
+    pub private_seed: Option<PrivateSeed>,
+    /// With `private`: so many of the model's first blocks and of its last ones stay with the data owner, too.
+    #[serde(default)]
+    pub keep_blocks: [u32; 2],
     /// Name of the CompNode that has the files; if not given, the first one that joined.
     pub owner: Option<String>,
     /// Share of the text, at its end, that is held out.
@@ -72,6 +79,11 @@ impl DataSpec {
     /// The tokenizer.json in the Hugging Face directory at `model.path`; an OP-DAG file has none, and takes bytes.
     pub const MODEL: &'static str = "model";
 
+    /// Whether the data owner draws from a seed that nobody else has.
+    pub fn has_own_seed(&self) -> bool {
+        self.private && self.private_seed.unwrap_or_default() == PrivateSeed::Own
+    }
+
     /// Path of the tokenizer's file on the data owner's machine, if it is one.
     pub fn tokenizer_file(&self) -> Option<&std::path::Path> {
         let named = [Self::BYTES, Self::MODEL].contains(&self.tokenizer.as_str());
@@ -97,6 +109,22 @@ impl DataSpec {
             RowKind::Chat => SampleOrder::Shuffled,
         })
     }
+}
+
+/// What the data owner draws from in a private job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrivateSeed {
+    /// A seed of its own, made on its machine and never sent.
+    #[default]
+    Own,
+    /// `train.seed`, which all know: the losses are those of a job that is not private.
+    Job,
+}
+
+impl PrivateSeed {
+    /// Every choice with its name in job files.
+    pub const ALL: [(&'static str, Self); 2] = [("own", Self::Own), ("job", Self::Job)];
 }
 
 /// What a row of JSON Lines or Parquet is.

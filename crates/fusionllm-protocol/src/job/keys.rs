@@ -34,6 +34,8 @@ const KEYS: &[(&str, &str)] = &[
     ("data", "tokenizer"),
     ("data", "seq_len"),
     ("data", "private"),
+    ("data", "private_seed"),
+    ("data", "keep_blocks"),
     ("data", "owner"),
     ("data", "eval_fraction"),
     ("data", "order"),

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::TrainSpec;
+use crate::TrainView;
 
 /// Learning rate after warm-up, by the names that `transformers` has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -45,8 +45,8 @@ pub struct LearningRates {
 
 impl LearningRates {
     /// Those that the job file asks for.
-    pub fn of(train: &TrainSpec) -> Self {
-        let &TrainSpec { lr, min_lr_ratio, warmup, steps, schedule, .. } = train;
+    pub fn of(train: &TrainView) -> Self {
+        let &TrainView { lr, min_lr_ratio, warmup, steps, schedule, .. } = train;
         Self { lr, min_lr_ratio, warmup, steps, schedule }
     }
 

@@ -11,8 +11,8 @@ use super::keys::{check_keys, full_key};
 use super::refusal::{EMPTY, describe};
 use super::{
     CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule, ModelSpec,
-    OptimizerKind, PlacementSection, Precision, RowKind, SampleOrder, SizedFamily, SurviveSpec, TopKBackward,
-    TrainSpec, ValueFormat, WeightsChoice, overrides,
+    OptimizerKind, PlacementSection, Precision, PrivateSeed, RowKind, SampleOrder, SizedFamily, SurviveSpec,
+    TopKBackward, TrainSpec, ValueFormat, WeightsChoice, overrides,
 };
 use crate::JobError;
 
@@ -94,6 +94,8 @@ fn data(s: &Section<'_>, has_model_path: bool) -> Result<DataSpec, JobError> {
         tokenizer: s.filled("tokenizer")?.unwrap_or_else(|| tokenizer.to_owned()),
         seq_len: s.integer("seq_len")?.unwrap_or(DataSpec::SEQ_LEN),
         private: s.flag("private")?,
+        private_seed: s.optional_choice("private_seed", &PrivateSeed::ALL)?,
+        keep_blocks: s.counts("keep_blocks")?,
         owner: s.text("owner")?,
         eval_fraction: s.real("eval_fraction", 0.1)?,
         order: s.optional_choice("order", &SampleOrder::ALL)?,
@@ -306,6 +308,17 @@ impl<'a> Section<'a> {
         match numbers.flatten().as_deref() {
             Some(&[first, second]) => Ok([first, second]),
             _ => Err(self.wrong_type(key, value, "two numbers, such as [0.9, 0.95]")),
+        }
+    }
+
+    /// Two counts; none if the key is not there.
+    fn counts(&self, key: &str) -> Result<[u32; 2], JobError> {
+        let Some(value) = self.get(key) else { return Ok([0; 2]) };
+        let count = |value: &Value| u32::try_from(value.as_integer()?).ok();
+        let counts = value.as_array().and_then(|a| a.iter().map(count).collect::<Option<Vec<u32>>>());
+        match counts.as_deref() {
+            Some(&[first, last]) => Ok([first, last]),
+            _ => Err(self.wrong_type(key, value, "two whole numbers of at least 0, such as [1, 1]")),
         }
     }
 

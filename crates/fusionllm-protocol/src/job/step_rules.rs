@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Cadence, JobSpec, LearningRates, TopKBackward};
+use super::{Cadence, LearningRates, TopKBackward};
+use crate::JobView;
 
 /// What the steps of a job go by: the few of its keys that are read while it trains.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,19 +22,22 @@ pub struct StepRules {
     pub error_feedback: bool,
     /// How gradients go back over what Top-K dropped.
     pub backward: TopKBackward,
+    /// Whether messages of an evaluation are encoded as those of training: private data gets no finer a look for it.
+    pub evaluates_as_trained: bool,
 }
 
 impl StepRules {
     /// Those of a job of which `done` updates are done.
-    pub fn of(spec: &JobSpec, done: u64) -> Self {
+    pub fn of(job: &JobView, done: u64) -> Self {
         Self {
-            steps: done..spec.train.steps,
-            evaluations: spec.evaluations(),
-            checkpoints: spec.checkpoints(),
-            rates: LearningRates::of(&spec.train),
-            clip: spec.train.clips().then_some(spec.train.clip),
-            error_feedback: spec.compression.error_feedback,
-            backward: spec.compression.backward,
+            steps: done..job.train.steps,
+            evaluations: job.evaluations(),
+            checkpoints: job.checkpoints(),
+            rates: LearningRates::of(&job.train),
+            clip: (job.train.clip > 0.0).then_some(job.train.clip),
+            error_feedback: job.compression.error_feedback,
+            backward: job.compression.backward,
+            evaluates_as_trained: job.is_private,
         }
     }
 }

@@ -262,6 +262,11 @@ impl JobSpec {
     fn validate_data(&self) -> Result<(), JobError> {
         let d = &self.data;
         d.validate_images()?;
+        let of_private =
+            [("data.private_seed", d.private_seed.is_some()), ("data.keep_blocks", d.keep_blocks != [0; 2])];
+        if let Some((key, _)) = of_private.iter().find(|(_, given)| *given && !d.private) {
+            return fail(key, "is given, but data.private is not set: expected data.private = true too".to_owned());
+        }
         if d.path.is_empty() || d.path.iter().any(|p| p.as_os_str().is_empty()) {
             return fail("data.path", "is empty, expected the path of a file or folder".to_owned());
         }
@@ -414,6 +419,7 @@ impl JobSpec {
             micro_batch_size: self.micro_batch_size(),
             eval_micro_batches: self.train.eval_batches,
             private: self.data.private,
+            keep_blocks: self.data.keep_blocks,
             codec: self.codec(),
         }
     }

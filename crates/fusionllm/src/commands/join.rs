@@ -21,16 +21,20 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         let expected = "expected 1 to 100 letters, digits, spaces or punctuation, not beginning with `-`";
         return Err(bad_input(format!("--name is {name:?}, {expected}")));
     }
+    if let Some(org) = args.org.as_deref().filter(|org| !is_plain_name(org)) {
+        return Err(bad_input(format!("--org is {org:?}, expected 1 to 100 letters, digits, spaces or punctuation")));
+    }
     args.state.iter().try_for_each(|dir| outputs::check_folder("--state", dir))?;
     // A machine without a home measures anew each time.
     let state = state_dir(args.state.as_deref()).ok();
     // It may be a broker's, too, which wants it to be its owner's alone.
     let usable = state.clone().filter(|dir| make_private_dir(dir).is_ok());
     // What was asked for and cannot be had is refused by name.
-    let scratch = args.scratch.or(usable).or(args.state).unwrap_or_else(std::env::temp_dir);
+    let scratch = args.scratch.or(usable.clone()).or(args.state).unwrap_or_else(std::env::temp_dir);
     let config = JoinConfig {
         ticket,
         name: args.name.unwrap_or_else(host_name),
+        org: args.org,
         device: args.device.parse().map_err(bad_input)?,
         // A new key each time: a CompNode is known by the ticket that it holds.
         identity: Identity::generate(),
@@ -39,6 +43,7 @@ pub(super) async fn run(args: cli::Join) -> anyhow::Result<()> {
         threads: args.threads.map(|n| n as usize),
         memory_bytes: args.memory_gb.map(|gb| (gb * 1e9) as u64),
         profile_dir: state.filter(|_| !args.fresh_profile),
+        seed_dir: usable.unwrap_or_else(|| scratch.clone()),
         snapshot_dir: args.snapshots.unwrap_or_else(|| scratch.join("snapshots")),
         snapshots_stay: !args.child,
         scratch_dir: scratch,

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use fusionllm_broker::{read_cluster, read_model, write_atomic};
 use fusionllm_graph::OpDag;
-use fusionllm_planner::{Cluster, Compression, Plan, PlanSpec, compare, place, plan};
+use fusionllm_planner::{Cluster, Compression, Plan, PlanSpec, compare, kept_ops, place, plan};
 use fusionllm_protocol::{CompressionPolicy, CompressionSpec, JobSpec};
 use serde_json::json;
 
@@ -120,7 +120,8 @@ fn without_cluster(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {
     print_graph(args, job)?;
     let hint = "equal machines and free links; give --cluster FILE for predicted times";
     let size = spec.micro_batch_size() as usize;
-    render::line(&format!("{}\n{hint}\n\n{}", summary(dag), render::placement(dag, &placement, size)))
+    let stays = stays(job)?;
+    render::line(&format!("{}{stays}\n{hint}\n\n{}", summary(dag), render::placement(dag, &placement, size)))
 }
 
 fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
@@ -152,7 +153,8 @@ fn on_cluster(args: &cli::Plan, job: &Job, file: &Path) -> anyhow::Result<()> {
     }
     print_graph(args, job)?;
     let survival = survival.map_or_else(String::new, |survival| format!("\n{}", survival.text()));
-    render::line(&format!("{}\n\n{}{survival}", summary(&job.dag), table::plan(&job.dag, &plan)))
+    let stays = stays(job)?;
+    render::line(&format!("{}{stays}\n\n{}{survival}", summary(&job.dag), table::plan(&job.dag, &plan)))
 }
 
 fn compare_all(args: &cli::Plan, jobs: &[Job]) -> anyhow::Result<()> {
@@ -188,6 +190,7 @@ fn describe(args: &cli::Plan, job: &Job) -> anyhow::Result<serde_json::Value> {
         "trained_parameters": job.dag.trained_elements(),
         "fp_flops_per_micro_batch": cost.fp_flops,
         "bp_flops_per_micro_batch": cost.bp_flops,
+        "stays_with_the_data_owner": stays_with_the_owner(job)?,
         "graph": args.graph.then_some(graph),
     }))
 }
@@ -196,6 +199,39 @@ fn summary(dag: &OpDag) -> String {
     let trained =
         if dag.has_frozen() { format!(", of which {} are trained", dag.trained_elements()) } else { String::new() };
     format!("{}: {} ops, {} parameters{trained}", dag.name(), dag.ops().len(), dag.param_elements())
+}
+
+/// Names of the ops that stay with the owner of private data; nothing if it is not private.
+fn stays_with_the_owner(job: &Job) -> anyhow::Result<Option<Vec<&str>>> {
+    if !job.spec.data.private {
+        return Ok(None);
+    }
+    let kept = kept_ops(&job.dag, job.spec.data.keep_blocks).map_err(refused)?;
+    let ops = job.dag.ops().iter().zip(kept).filter(|(_, kept)| *kept);
+    Ok(Some(ops.map(|(op, _)| op.name.as_str()).collect()))
+}
+
+/// What stays with the owner of private data, in a line of its own.
+fn stays(job: &Job) -> anyhow::Result<String> {
+    if !job.spec.data.private {
+        return Ok(String::new());
+    }
+    let kept = kept_ops(&job.dag, job.spec.data.keep_blocks).map_err(refused)?;
+    let name = |at: usize| job.dag.ops().get(at).map_or("", |op| op.name.as_str());
+    let mut pieces: Vec<String> = Vec::new();
+    let mut first = None;
+    for at in 0..=kept.len() {
+        match (kept.get(at).copied().unwrap_or(false), first) {
+            (true, None) => first = Some(at),
+            (false, Some(begin)) => {
+                pieces.push(format!("{} .. {}", name(begin), name(at - 1)));
+                first = None;
+            }
+            _ => {}
+        }
+    }
+    let count = kept.iter().filter(|kept| **kept).count();
+    Ok(format!("\nprivate: {} stay with the data owner, {count} ops", pieces.join(", ")))
 }
 
 fn print_graph(args: &cli::Plan, job: &Job) -> anyhow::Result<()> {

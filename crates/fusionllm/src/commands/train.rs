@@ -127,7 +127,7 @@ fn check(args: &cli::Train) -> anyhow::Result<(Checked, Option<Resumption>)> {
     let run_dir = run_dir_of(args, &spec, from.as_ref())?;
     open_device(args.device.parse().map_err(bad_input)?).map_err(refused)?;
     let placement = place(&dag, &Cluster::uniform(compnodes as usize), &spec.placement_spec()).map_err(refused)?;
-    check_run_room(scratch(&spec, &run_dir), &dag, &placement, &spec.train)?;
+    check_run_room(scratch(&spec, &run_dir), &dag, &placement, &spec.train.view())?;
     if spec.data.format.is_images() {
         let images = super::reading::read_images(&spec.data, args.json).map_err(refused)?;
         images.check_classes(dag.vocab().unwrap_or_default()).map_err(refused)?;

@@ -74,7 +74,7 @@ fn answers_are_learnt_as_in_pytorch_however_batch_and_model_are_cut() {
     for (out, sets) in [
         ("one", "--compnodes 1"),
         ("three", "--compnodes 3"),
-        ("private", "--compnodes 3 --set data.private=true"),
+        ("private", "--compnodes 3 --set data.private=true --set data.private_seed=job"),
         ("halves", "--compnodes 2 --set train.micro_batches=2 --set train.eval_batches=2"),
         ("whole", "--compnodes 1 --set train.micro_batches=1 --set train.eval_batches=1"),
     ] {

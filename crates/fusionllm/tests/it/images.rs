@@ -88,7 +88,7 @@ fn a_resnet_trains_alike_on_any_cut_and_goes_on_where_it_stopped() {
         "[{compnode=0,last_op=\"layer1.0.bn1\"},{compnode=1,last_op=\"layer2.0.conv2\"},{compnode=2,last_op=\"loss\"}]";
     for (out, sets) in [
         ("cut", format!("--compnodes 3 --set placement.stages={cut}")),
-        ("private", "--compnodes 3 --set data.private=true".to_owned()),
+        ("private", "--compnodes 3 --set data.private=true --set data.private_seed=job".to_owned()),
         ("half", "--compnodes 2 --set train.steps=6 --set train.schedule=constant".to_owned()),
     ] {
         bench.succeed(&format!("train job.toml --out {out} --set train.clip=0 {sets}"));

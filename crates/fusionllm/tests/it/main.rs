@@ -26,6 +26,7 @@ mod machines;
 #[cfg(unix)]
 mod meddling;
 mod plan;
+mod private;
 mod process;
 mod relay;
 mod state;

@@ -1,6 +1,7 @@
 //! A job outlives its CompNodes by the snapshots that they keep of each other.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -55,16 +56,21 @@ impl Cluster {
 
     /// Snapshots that still lie anywhere.
     fn snapshots_left(&self) -> usize {
-        fn count(folder: &Path) -> usize {
-            let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-            let of = |entry: std::fs::DirEntry| match entry.path() {
-                path if path.is_dir() => count(&path),
-                path => usize::from(path.to_string_lossy().contains(".step-")),
-            };
-            entries.map(of).sum()
-        }
-        count(&self.bench.path(""))
+        snapshots_below(&self.bench.path(""), ".step-").len()
     }
+}
+
+/// Snapshots below a folder whose names have this in them.
+fn snapshots_below(folder: &Path, part: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let of = |entry: std::fs::DirEntry| match entry.path() {
+        path if path.is_dir() => snapshots_below(&path, part),
+        path => match path.to_string_lossy().contains(part) {
+            true => vec![path],
+            false => Vec::new(),
+        },
+    };
+    entries.flat_map(of).collect()
 }
 
 #[test]
@@ -77,6 +83,30 @@ fn what_a_lost_machine_held_is_at_its_guardian() {
     // What it had on its own disk is given up when it is back.
     let _back = join(&cluster.bench, &cluster.ticket, "b");
     wait_until(|| cluster.snapshots_left() == 0, "what is not needed any more is gone");
+}
+
+/// What the owner of private data holds lies on its own disk and nowhere else; the others are guarded as ever.
+#[test]
+fn the_owner_of_private_data_survives_on_its_own_disk() {
+    let private = "--set data.private=true --set data.private_seed=job --set model.n_layer=3 --set train.steps=1500";
+    let mut cluster = Cluster::at_work(&["a", "b", "c"], private);
+    let holders = |part: &str| {
+        let kept = snapshots_below(&cluster.bench.path(""), part);
+        kept.iter().filter_map(|path| Some(path.parent()?.file_name()?.to_str()?.to_owned())).collect::<BTreeSet<_>>()
+    };
+    wait_until(|| holders(".part-1.").len() == 2, "another's part has a guardian");
+    assert_eq!(holders(".part-0."), BTreeSet::from(["a".to_owned()]));
+    cluster.kill("b");
+    let step = cluster.step();
+    wait_until(|| cluster.step() > step + 60, "the job goes on without it");
+    cluster.kill("a");
+    let back = join(&cluster.bench, &cluster.ticket, "a");
+    cluster.nodes.push(("a", back));
+    let notices = cluster.finish(private);
+    for name in ["`a` vanished", "`b` vanished"] {
+        let told = |text: &&String| text.contains(name) && text.contains("goes on from the snapshots of step");
+        assert_eq!(notices.iter().filter(told).count(), 1, "{name}: {notices:?}");
+    }
 }
 
 #[test]

@@ -63,6 +63,27 @@ fn sources(actions: &[Action]) -> Vec<(u64, u64, Vec<SnapshotSource>)> {
     sent(actions).into_iter().filter_map(of).collect()
 }
 
+/// What the owner of private data holds lies with it alone; of others it guards.
+#[test]
+fn the_owner_of_private_data_has_no_guardian() {
+    let mut core = running_with(&[
+        "data.private=true",
+        "survive.every=4",
+        "model.n_layer=4",
+        "model.vocab_size=256",
+        "train.steps=100",
+        "checkpoint.every=0",
+    ]);
+    for number in 1..=8 {
+        do_step(&mut core, KEY, &[1, 2], number);
+    }
+    assert_eq!(sent(&say(&mut core, 1, holds(snapshot(KEY, 8, 0)))), [], "nobody is to fetch it");
+    let guard = FromBroker::Guard { snapshot: snapshot(KEY, 8, 1) };
+    assert_eq!(sent(&say(&mut core, 2, holds(snapshot(KEY, 8, 1)))), [(1, &guard)]);
+    say(&mut core, 1, holds(snapshot(KEY, 8, 1)));
+    assert_eq!(core.record(JobId(1)).unwrap().snapshots.iter().map(|set| set.step).collect::<Vec<_>>(), [8]);
+}
+
 #[test]
 fn a_set_is_remembered_before_the_ones_before_it_are_released() {
     let mut core = with_snapshots();

@@ -161,8 +161,15 @@ async fn compnode(
         if let Ok(session) = endpoint.connect(&broker).await {
             let resume = member.has_joined.then(|| member.control.received());
             let (name, device) = (format!("node{number}"), "none".to_owned());
-            let role =
-                Role::CompNode { name, device, addr: addr.clone(), profile: profile.clone(), resume, standing: None };
+            let role = Role::CompNode {
+                name,
+                device,
+                org: None,
+                addr: addr.clone(),
+                profile: profile.clone(),
+                resume,
+                standing: None,
+            };
             let hello = Hello { secret, role };
             let hear = |step: Option<u64>| {
                 let mut heard = heard.lock().unwrap();
@@ -196,12 +203,14 @@ async fn door(listening: Endpoint, gate: Arc<Gate>, handle: Handle) {
                 Some((hello, sink, source))
             });
             let Ok(Some((Hello { secret, role }, sink, source))) = hello.await else { return };
-            let Role::CompNode { name, device, addr, profile, resume, standing } = role else { panic!("a client") };
+            let Role::CompNode { name, device, org, addr, profile, resume, standing } = role else {
+                panic!("a client")
+            };
             let secret = fusionllm_transport::Secret::from_bytes(secret);
             let pass = gate.admit(line, &session, &secret, TicketRole::Join).unwrap().unwrap();
             session.admitted();
             let (id, key) = (session.peer().to_string(), *session.peer().as_bytes());
-            let joining = Joining { name, id, key, device, addr, profile, standing };
+            let joining = Joining { name, id, key, device, org, addr, profile, standing };
             compnode::serve(pass, session, joining, resume, sink, source, handle).await;
         });
     }

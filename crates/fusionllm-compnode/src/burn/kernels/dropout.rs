@@ -18,7 +18,7 @@ pub(super) fn forward(
     if !context.training || p == 0.0 {
         return Ok(x.clone());
     }
-    let mut rng = ChaCha8Rng::seed_from_u64(context.seed);
+    let mut rng = ChaCha8Rng::from_seed(context.seed);
     let keep = (1.0 / (1.0 - p)) as f32;
     let dims = x.tensor.dims();
     let mask: Vec<f32> = (0..dims.iter().product()).map(|_| if rng.random::<f64>() < p { 0.0 } else { keep }).collect();

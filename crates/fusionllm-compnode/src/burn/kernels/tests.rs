@@ -70,7 +70,7 @@ impl Case {
             inputs.push(upload(HostTensor::new(shape.clone(), Values::I32(ids.clone())).unwrap(), &device));
         }
         let angles = AngleTables::default();
-        let context = KernelContext { device: &device, training: self.training, seed: 5, angles: &angles };
+        let context = KernelContext { device: &device, training: self.training, seed: [5; 32], angles: &angles };
         let arguments = Arguments { op: &op, inputs, params: params.clone() };
         let Value::Real(output) = forward(&arguments, context).unwrap() else { panic!("not real") };
         let values = to_vec(output.tensor.clone()).unwrap();

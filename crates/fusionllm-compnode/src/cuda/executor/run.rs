@@ -2,8 +2,6 @@
 
 use fusionllm_graph::OpId;
 use fusionllm_planner::StageId;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 
 use super::super::gpu::{Buffer, Operands, Packed};
 use super::super::plan::{Argument, Factor, Place, Region, Step};
@@ -11,7 +9,6 @@ use super::{Context, CudaExecutor, Live};
 use crate::ExecutorError;
 use crate::border::BorderTensor;
 use crate::executor::MicroBatch;
-use crate::params::seed_for;
 
 /// A micro-batch that is measured.
 #[derive(Debug)]
@@ -70,9 +67,7 @@ impl CudaExecutor {
 
     /// The key of an op's dropout: the stream that the CPU draws from.
     fn key(&self, op: OpId, at: MicroBatch) -> [u32; 8] {
-        let parts = [at.step.to_le_bytes(), u64::from(at.index).to_le_bytes()];
-        let seed = seed_for(self.seed, &[self.dag.op(op).name.as_bytes(), &parts[0], &parts[1]]);
-        let key = ChaCha8Rng::seed_from_u64(seed).get_seed();
+        let key = self.seeds.of_op(&self.dag, op, at);
         let words = key.as_chunks::<4>().0;
         std::array::from_fn(|i| words.get(i).map_or(0, |&word| u32::from_le_bytes(word)))
     }

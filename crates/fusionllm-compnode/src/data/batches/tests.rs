@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use fusionllm_protocol::JobSpec;
+
 use crate::data::Tokenizer;
 use crate::targets::target_weight;
 
@@ -18,7 +20,8 @@ fn batches(text: &str, changes: &[&str]) -> TextBatches {
     );
     let changes: Vec<String> = changes.iter().map(|change| (*change).to_owned()).collect();
     let spec = JobSpec::from_toml(&job, &changes).unwrap();
-    TextBatches::new(Arc::new(Corpus::read(&spec.data, &Tokenizer::Bytes).unwrap()), &spec)
+    let corpus = Arc::new(Corpus::read(&spec.data, &Tokenizer::Bytes).unwrap());
+    TextBatches::new(corpus, &spec.data, &spec.train.view(), spec.train.seed)
 }
 
 fn ids(tensor: &HostTensor) -> Vec<i32> {
@@ -96,7 +99,8 @@ fn chat(changes: &[&str]) -> TextBatches {
     let readable = crate::data::ReadableData::everything();
     let template = crate::data::ChatTemplate::of_job(&spec.data, &Default::default(), &readable).unwrap();
     let by = crate::data::Tokenizing { tokenizer: &tokenizer, template: template.as_ref() };
-    TextBatches::new(Arc::new(Corpus::read(&spec.data, by).unwrap()), &spec)
+    let corpus = Arc::new(Corpus::read(&spec.data, by).unwrap());
+    TextBatches::new(corpus, &spec.data, &spec.train.view(), spec.train.seed)
 }
 
 #[test]

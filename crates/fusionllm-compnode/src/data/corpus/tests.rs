@@ -18,6 +18,8 @@ fn spec(paths: &[&Path], seq_len: usize) -> DataSpec {
         tokenizer: "bytes".to_owned(),
         seq_len,
         private: false,
+        private_seed: None,
+        keep_blocks: [0; 2],
         mean: None,
         std: None,
         crop_padding: 0,

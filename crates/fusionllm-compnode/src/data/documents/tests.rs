@@ -23,6 +23,8 @@ fn spec(path: &Path, format: DataFormat) -> DataSpec {
         tokenizer: "bytes".to_owned(),
         seq_len: 1,
         private: false,
+        private_seed: None,
+        keep_blocks: [0; 2],
         mean: None,
         std: None,
         crop_padding: 0,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use fusionllm_codec::{HostTensor, Values};
-use fusionllm_protocol::{JobSpec, SampleOrder};
+use fusionllm_protocol::{DataSpec, SampleOrder, TrainView};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -33,19 +33,19 @@ pub struct ImageBatches {
 }
 
 impl ImageBatches {
-    /// The batches of a job whose model reads images of `size` pixels a side.
-    pub fn new(set: Arc<ImageSet>, spec: &JobSpec, size: usize) -> Self {
-        let (mean, std) = spec.data.image_moments();
+    /// The batches of a job whose model reads images of `size` pixels a side. What is drawn is drawn from `seed`.
+    pub fn new(set: Arc<ImageSet>, size: usize, data: &DataSpec, train: &TrainView, seed: u64) -> Self {
+        let (mean, std) = data.image_moments();
         Self {
             set,
             scaling: Scaling { size, mean, std },
-            seed: spec.train.seed,
-            order: spec.data.sample_order(),
-            batch: spec.train.batch as usize,
-            micro_batch_size: spec.micro_batch_size() as usize,
-            eval_micro_batches: spec.train.eval_batches as usize,
-            crop_padding: spec.data.crop_padding,
-            flip: spec.data.flip,
+            seed,
+            order: data.sample_order(),
+            batch: train.batch as usize,
+            micro_batch_size: train.micro_batch_size() as usize,
+            eval_micro_batches: train.eval_batches as usize,
+            crop_padding: data.crop_padding,
+            flip: data.flip,
         }
     }
 

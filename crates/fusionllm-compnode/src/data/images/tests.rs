@@ -236,7 +236,7 @@ fn pictures_are_fitted_and_scaled() {
 }
 
 fn batches(spec: &JobSpec, size: usize) -> ImageBatches {
-    ImageBatches::new(Arc::new(read(spec).unwrap()), spec, size)
+    ImageBatches::new(Arc::new(read(spec).unwrap()), size, &spec.data, &spec.train.view(), spec.train.seed)
 }
 
 #[test]
@@ -293,7 +293,7 @@ fn cifar10_is_read_in_its_binary_form() {
     std::fs::write(at("batches.meta.txt"), "airplane").unwrap();
     let set = read(&spec).unwrap();
     assert_eq!((set.len(), set.classes().len()), ((6, 4), 10));
-    let batches = ImageBatches::new(Arc::new(set), &spec, 32);
+    let batches = ImageBatches::new(Arc::new(set), 32, &spec.data, &spec.train.view(), spec.train.seed);
     let (images, labels) = batches.eval(1).unwrap();
     assert_eq!(labels.values(), &fusionllm_codec::Values::I32(vec![3, 4]));
     let red = (2.0 / 255.0 - 0.4914) / 0.247;

@@ -40,11 +40,11 @@ fn pipeline(node: u32, peers: Vec<PeerRecord>) -> Assignment {
         elements: SHAPE.iter().product::<usize>() as u64,
         ..base.placement.edges[0]
     };
-    let mut spec = base.spec.clone();
-    spec.train.steps = STEPS.end;
-    spec.train.eval_every = 2;
-    spec.compression.error_feedback = true;
-    spec.compression.predict = true;
+    let mut job = base.job.clone();
+    job.train.steps = STEPS.end;
+    job.train.eval_every = 2;
+    job.compression.error_feedback = true;
+    job.compression.predict = true;
     let mut placement = base.placement.clone();
     placement.compnodes = (0..count).map(|n| format!("node{n}")).collect();
     placement.stages = (0..count).map(stage).collect();
@@ -52,7 +52,7 @@ fn pipeline(node: u32, peers: Vec<PeerRecord>) -> Assignment {
     placement.shared[0].holders = vec![NodeIndex(0), NodeIndex(count - 1)];
     placement.train.micro_batches = MICRO_BATCHES;
     placement.eval.micro_batches = EVAL_MICRO_BATCHES;
-    Assignment { spec, placement, start_step: STEPS.start, ..base }
+    Assignment { job, placement, start_step: STEPS.start, ..base }
 }
 
 /// What is sent into a slot: the same on every run of every seed.

@@ -32,7 +32,11 @@ async fn next_snapshot(broker: &mut BrokerEnd) -> Snapshot {
 
 /// A job of six steps, of which a snapshot is taken after the third. Gives all losses and the snapshot.
 async fn with_snapshot(house: &House, broker: &mut BrokerEnd) -> (Vec<(u64, f64)>, Snapshot) {
-    let job = assignment(spec(house.folder.path(), "steps = 6"), &dag(256), 1, WeightSource::Seed);
+    with_snapshot_of(spec(house.folder.path(), "steps = 6"), broker).await
+}
+
+async fn with_snapshot_of(spec: JobSpec, broker: &mut BrokerEnd) -> (Vec<(u64, f64)>, Snapshot) {
+    let job = assignment(spec, &dag(256), 1, WeightSource::Seed);
     broker.assign(job).await;
     assert!(matches!(broker.hear().await, FromCompNode::Ready { .. }));
     broker.say(FromBroker::Snapshot { key: key(1), step: 3, halt: false }).await;
@@ -82,6 +86,29 @@ async fn a_job_goes_on_bit_for_bit_on_another_machine_to_which_the_snapshot_is_l
     lends.say(FromBroker::Lend { job: snapshot.id.key.job, to: vec![other] }).await;
     let again = go_on(&mut borrows, from_snapshot(&borrower, snapshot, Some(owner))).await;
     assert_eq!(again, losses[3..]);
+    lender.compnode.abort();
+    borrower.compnode.abort();
+}
+
+/// Whoever asks, and whatever the broker says: who owns the data of a private job lends nobody its embedding.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_owner_of_private_data_lends_nobody_what_stays_with_it() {
+    let (lender, borrower) = (House::new(None).await, House::new(None).await);
+    let (mut lends, mut borrows) = (lender.admit().await, borrower.admit().await);
+    let mut private = spec(lender.folder.path(), "steps = 6");
+    private.data.private = true;
+    let (_, snapshot) = with_snapshot_of(private, &mut lends).await;
+    let (owner, other) = (peer_record(&lends.addr), peer_record(&borrows.addr));
+    lends.say(FromBroker::Lend { job: snapshot.id.key.job, to: vec![other] }).await;
+    borrows.assign(from_snapshot(&borrower, snapshot, Some(owner))).await;
+    let reason = loop {
+        match borrows.hear().await {
+            FromCompNode::Failed { reason, .. } => break reason,
+            FromCompNode::SnapshotFailed { .. } => {}
+            message => panic!("{message:?}"),
+        }
+    };
+    assert!(reason.contains("stays with the owner of private data"), "{reason}");
     lender.compnode.abort();
     borrower.compnode.abort();
 }

@@ -165,6 +165,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
         members,
         ticket: Ticket { broker, secret: Secret::from_bytes([7; 32]), relay: None },
         name: "n".to_owned(),
+        org: None,
         surveyor,
         profile,
         probes: Probes::default(),
@@ -178,6 +179,7 @@ fn node(endpoint: Endpoint, members: Arc<Members>, broker: PeerAddr, events: mps
         has_joined: false,
         readable: Arc::new(ReadableData::new([] as [PathBuf; 0]).unwrap()),
         scratch: std::env::temp_dir().into(),
+        seeds: std::env::temp_dir().into(),
         snapshots,
         // Asking for free memory would leave the runtime, so it is never free.
         memory: Arc::new(Semaphore::new(0)),

@@ -32,8 +32,9 @@ fn machines(inventory: &Inventory) -> String {
         let efficiency = machine.efficiency.map_or_else(|| "-".to_owned(), |share| format!("{share:.2}"));
         let job = machine.job.map_or_else(|| "idle".to_owned(), |job| job.0.to_string());
         let lanes = profile.cpu.map_or_else(String::new, |cpu| format!(" (computes for {} at once)", cpu.lanes));
+        let org = machine.org.as_ref().map_or_else(String::new, |org| format!(", of {org}"));
         text.push_str(&format!(
-            "{:<16} {:<18} {free:>10} {:>12} {efficiency:>6} {:>12} {job:>5}  {}{lanes}\n",
+            "{:<16} {:<18} {free:>10} {:>12} {efficiency:>6} {:>12} {job:>5}  {}{lanes}{org}\n",
             machine.name,
             machine.device,
             format!("{} FLOP/s", short(profile.flop_per_s)),
@@ -117,6 +118,7 @@ mod tests {
             id: "00".to_owned(),
             device: "cpu (1 thread)".to_owned(),
             job: None,
+            org: None,
             profile: DeviceProfile {
                 flop_per_s: 9.44e10,
                 memory_bytes_per_s: 1.2e10,
