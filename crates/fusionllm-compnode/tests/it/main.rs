@@ -5,6 +5,7 @@ mod golden;
 mod groups;
 mod memory;
 mod parity;
+mod recompute;
 mod resnet;
 #[allow(dead_code, reason = "the tests of peak memory use what these do not")]
 mod run;
