@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use fusionllm_planner::Placement;
 use fusionllm_protocol::{JobEvent, JobId, Notice};
 
 use super::{Action, Core};

@@ -12,6 +12,7 @@ use fusionllm_protocol::{
 
 use super::detector::SUSPECT;
 use super::drift::slowed;
+use super::notices::of_recompute;
 use super::recovery::KeptAs;
 use super::run::{Run, owner_of, param_names};
 use super::snapshot_book::RecoveryPoint;
