@@ -144,6 +144,7 @@ fn assignment(is_sender: bool, peers: Vec<PeerRecord>, elements: usize) -> Resul
             edges: vec![edge(BULK, elements), edge(REPORTS, 1)],
             shared: Vec::new(),
             pipeline: Pipeline::OneFOneB,
+            recompute: Vec::new(),
             train: pass.clone(),
             eval: pass,
         },

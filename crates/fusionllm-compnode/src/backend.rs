@@ -7,13 +7,14 @@ use std::fmt;
 use std::sync::Arc;
 
 use fusionllm_graph::{Kernels, OpDag, OpId, ParamId};
-use fusionllm_planner::{Measured, NodeIndex, Placement, StageId, may_defer};
+use fusionllm_planner::{Measured, NodeIndex, Placement, StageId};
 use fusionllm_protocol::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::ExecutorError;
 use crate::executor::Executor;
 use crate::optimizer::OptimizerSpec;
+use crate::recompute::stages_of;
 use crate::seeds::Seeds;
 use crate::stop::StopFlag;
 
@@ -123,8 +124,11 @@ pub struct ExecutorSpec {
 pub struct Load {
     /// Samples in a micro-batch.
     pub batch: usize,
-    /// By stage, of how many micro-batches something is kept at once, at the most.
+    /// By stage, of how many micro-batches something is kept at once, at the most. Stages that are not in it are pieces of
+    /// others, one of which is at work at a time.
     pub held: BTreeMap<StageId, u32>,
+    /// Bytes of what is kept between such pieces, in f32.
+    pub between_pieces: u64,
 }
 
 /// Where the first parameters of an executor come from.
@@ -150,7 +154,7 @@ pub struct StageOps {
 }
 
 impl ExecutorSpec {
-    /// The stages that `placement` gives to `node`.
+    /// The stages that `placement` gives to `node`, in pieces where it makes activations anew.
     pub fn of_placement(
         dag: Arc<OpDag>,
         placement: &Placement,
@@ -159,12 +163,7 @@ impl ExecutorSpec {
         seeds: impl Into<Seeds>,
         first: FirstParams,
     ) -> Self {
-        let defers = placement.defers(node);
-        let stages = placement.stages_of(node).map(|stage| {
-            let leaving = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();
-            let deferring = stage.ops.iter().filter(|&&op| defers && may_defer(&dag, &placement.shared, op));
-            StageOps { id: stage.id, ops: stage.ops.clone(), leaving, deferring: deferring.copied().collect() }
-        });
+        let stages = stages_of(&dag, placement, node).into_iter().flat_map(|(_, pieces)| pieces);
         let (stages, params) = (stages.collect(), placement.params_of(&dag, node));
         Self { dag, stages, params, optimizer, seeds: seeds.into(), first, precision: Precision::F32 }
     }

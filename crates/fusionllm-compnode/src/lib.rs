@@ -27,6 +27,7 @@ mod optimizer;
 mod panics;
 mod params;
 mod profile;
+mod recompute;
 mod residuals;
 mod seeds;
 mod snapshots;

@@ -23,6 +23,7 @@ use crate::data::Batches;
 use crate::exchange::Exchange;
 use crate::executor::{Executor, LazyTensor, MicroBatch};
 use crate::mailbox::Slot;
+use crate::recompute::Recomputation;
 use crate::residuals;
 use crate::step_log::StepLog;
 use crate::{CompNodeError, ExecutorError};
@@ -97,6 +98,7 @@ struct Scores {
 pub struct TaskLoop {
     plan: TrainPlan,
     executor: Box<dyn Executor>,
+    recomputation: Recomputation,
     exchange: Box<dyn Exchange>,
     /// Only the data owner has them.
     batches: Option<Box<dyn Batches>>,
@@ -136,6 +138,7 @@ impl TaskLoop {
         batches: Option<Box<dyn Batches>>,
     ) -> Self {
         Self {
+            recomputation: Recomputation::of(&plan.dag, &plan.placement, plan.node),
             plan,
             executor,
             exchange,
@@ -296,14 +299,14 @@ impl TaskLoop {
             }
         }
         let began = Instant::now();
-        let output = self.executor.forward(stage, micro_batch, inputs)?;
+        let output = self.recomputation.forward(&mut *self.executor, stage, micro_batch, inputs)?;
         for (op, tensor) in output.tensors {
             let reader = |e: &StageEdge| (e.to, self.codec_of(e, Way::Activation, micro_batch.pass));
             let readers = placement.edges.iter().filter(|e| e.from == stage && e.op == op).map(reader);
             outgoing.insert(op, self.on_host_where_sent(&placement, readers, tensor)?);
         }
         self.worked(task, began);
-        self.live_max = self.live_max.max(self.executor.live());
+        self.live_max = self.live_max.max(self.executor.live()).max(self.recomputation.live());
         let mut leaving = placement.edges.iter().filter(|e| e.from == stage);
         while let Some(edge) = leaving.next() {
             let is_last = !leaving.clone().any(|later| later.op == edge.op);
@@ -342,7 +345,8 @@ impl TaskLoop {
         let gradients = gradients.into_iter().map(|(_, gradient)| gradient).collect();
         let began = Instant::now();
         let mut inputs = BTreeMap::new();
-        for (op, tensor) in self.executor.backward(stage, micro_batch, gradients, loss_scale)? {
+        let found = self.recomputation.backward(&mut *self.executor, stage, micro_batch, gradients, loss_scale)?;
+        for (op, tensor) in found {
             let maker = |e: &StageEdge| (e.from, self.codec_of(e, Way::Gradient, micro_batch.pass));
             let makers = placement.edges.iter().filter(|e| e.to == stage && e.op == op).map(maker);
             inputs.insert(op, self.on_host_where_sent(&placement, makers, tensor)?);

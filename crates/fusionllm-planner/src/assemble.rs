@@ -71,12 +71,14 @@ fn assemble_groups(
     let train = train_orders(&stages, &edges, count, &order)?;
     let eval = eval_orders(&stages, &edges, count, &eval_shares)?;
     let shared = shared_params(dag, &stages);
+    let recomputing = (0..).map(NodeIndex).zip(&cluster.compnodes).filter(|(_, c)| c.recompute).map(|(node, _)| node);
     Ok(Placement {
         compnodes,
         stages,
         edges,
         shared,
         pipeline: spec.pipeline,
+        recompute: recomputing.collect(),
         train: PassPlan { micro_batches: spec.micro_batches, orders: train },
         eval: PassPlan { micro_batches: spec.eval_micro_batches, orders: eval },
     })

@@ -32,6 +32,8 @@ pub struct CompNodeProfile {
     pub memory_bytes: u64,
     /// How it computes ops of several steps, by which what FP keeps is counted.
     pub kernels: Kernels,
+    /// Whether it makes activations anew in BP instead of keeping them all.
+    pub recompute: bool,
     /// The organisation that it belongs to, if somebody said so: its machines are kept apart where data is private.
     pub org: Option<String>,
     /// The CPU or GPU that it may share with others; nothing if it is its own.
@@ -50,6 +52,7 @@ impl CompNodeProfile {
             memory_bytes_per_s: f64::INFINITY,
             memory_bytes: u64::MAX,
             kernels: Kernels::Plain,
+            recompute: false,
             org: None,
             host: None,
             measured: None,
@@ -133,6 +136,13 @@ impl Cluster {
             return LinkProfile::FREE;
         }
         self.links.get(a).and_then(|row| row.get(b)).copied().unwrap_or(LinkProfile::FREE)
+    }
+
+    /// The same, where every CompNode makes activations anew in BP, or none does.
+    pub(crate) fn recomputing(&self, recompute: bool) -> Self {
+        let mut cluster = self.clone();
+        cluster.compnodes.iter_mut().for_each(|compnode| compnode.recompute = recompute);
+        cluster
     }
 
     /// The CompNodes with these indices, in this order.

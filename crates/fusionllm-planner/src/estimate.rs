@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use fusionllm_graph::{Kernels, OpDag, OpId};
 
+use crate::recompute::{piece_ends, pieces};
 use crate::{Cluster, CompNodeProfile, FpBp};
 
 /// Times that UPDATE moves the parameters' bytes: AdamW reads four tensors and writes three.
@@ -39,6 +40,8 @@ pub struct Estimate {
     /// What the optimizer keeps of them, in multiples of their bytes.
     states: u32,
     cuts: Vec<CutBytes>,
+    /// Where pieces of a stage end that makes its activations anew.
+    piece_ends: Vec<usize>,
     /// Per distinct speed of a CompNode: sums of FP and of BP seconds.
     classes: BTreeMap<Class, (Vec<f64>, Vec<f64>)>,
 }
@@ -50,13 +53,15 @@ struct Class {
     memory: u64,
     /// Address of what was measured, which CompNodes of one kind share; 0 if nothing was.
     measured: usize,
+    /// Whether BP does FP once more.
+    recompute: bool,
 }
 
 impl Class {
     fn of(profile: &CompNodeProfile) -> Self {
         let speed = (profile.flop_per_s * profile.efficiency).to_bits();
         let measured = profile.measured.as_ref().map_or(0, |m| Arc::as_ptr(m) as usize);
-        Self { speed, memory: profile.memory_bytes_per_s.to_bits(), measured }
+        Self { speed, memory: profile.memory_bytes_per_s.to_bits(), measured, recompute: profile.recompute }
     }
 }
 
@@ -76,6 +81,7 @@ impl Estimate {
             trained_bytes: vec![0],
             states,
             cuts: cuts(dag, batch),
+            piece_ends: piece_ends(dag),
             classes: BTreeMap::new(),
         };
         let mut seen = vec![false; dag.params().len()];
@@ -105,6 +111,10 @@ impl Estimate {
             if is_measured { dag.op_ids().map(|op| dag.work(op, batch)).collect() } else { Vec::new() };
         for profile in &cluster.compnodes {
             estimate.add_class(profile, &works);
+            // Who makes activations anew may turn out to have memory enough.
+            if profile.recompute {
+                estimate.add_class(&CompNodeProfile { recompute: false, ..profile.clone() }, &works);
+            }
         }
         estimate
     }
@@ -128,6 +138,9 @@ impl Estimate {
             let has_bp = self.bp_flops[op] > 0.0;
             let bp_bytes = if has_bp { 2.0 * self.bytes[op] } else { 0.0 };
             push_sum(&mut bp, profile.seconds(self.bp_flops[op], bp_bytes));
+        }
+        if profile.recompute {
+            bp.iter_mut().zip(&fp).for_each(|(bp, fp)| *bp += fp);
         }
         self.classes.insert(class, (fp, bp));
     }
@@ -155,13 +168,21 @@ impl Estimate {
         self.param_bytes[segment.end] - self.param_bytes[segment.start]
     }
 
-    /// Bytes that a CompNode keeps between FP and BP of one micro-batch.
-    pub fn kept_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>) -> f64 {
+    /// Bytes that a CompNode keeps between FP and BP, with `live` micro-batches in flight: of all ops, or if it makes them
+    /// anew of one piece, and what lies between pieces.
+    pub fn kept_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>, live: u32) -> f64 {
         let kept = match profile.kernels {
             Kernels::Plain => &self.kept,
             Kernels::Fused => &self.kept_fused,
         };
-        kept[segment.end] - kept[segment.start]
+        let of = |ops: &Range<usize>| kept[ops.end] - kept[ops.start];
+        if !profile.recompute {
+            return of(segment) * f64::from(live);
+        }
+        let pieces = || pieces(&self.piece_ends, segment);
+        let most = pieces().map(|piece| of(&piece)).fold(0.0, f64::max);
+        let between: f64 = pieces().skip(1).map(|piece| self.cut(piece.start).forward).sum();
+        between * f64::from(live) + most
     }
 
     /// What crosses the cut before op `position`.
@@ -173,7 +194,7 @@ impl Estimate {
     pub fn memory_bytes(&self, profile: &CompNodeProfile, segment: &Range<usize>, live: u32) -> f64 {
         let trained = self.trained_bytes[segment.end] - self.trained_bytes[segment.start];
         let state = training_bytes(self.param_bytes(segment), trained, self.states);
-        state as f64 + self.kept_bytes(profile, segment) * f64::from(live)
+        state as f64 + self.kept_bytes(profile, segment, live)
     }
 }
 
@@ -284,7 +305,7 @@ mod tests {
         cluster.compnodes[2].host = Some(crate::Host { name: "office".to_owned(), lanes: 1.0, threads: 2 });
         let estimate = Estimate::new(&dag, 2, &cluster, 2);
         let attention = dag.find("h.0.attn").unwrap().index();
-        let kept = |node: usize, range| estimate.kept_bytes(&cluster.compnodes[node], &range);
+        let kept = |node: usize, range| estimate.kept_bytes(&cluster.compnodes[node], &range, 1);
         // Two sequences of 8 tokens and 2 heads: 8 scores for each row, or the output of 16 and one number for each head.
         let rows = 2.0 * 8.0 * 4.0;
         assert_eq!(kept(0, attention..attention + 1), rows * (48.0 + 2.0 * 8.0));

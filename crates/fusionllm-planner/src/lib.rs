@@ -21,6 +21,7 @@ mod plan;
 mod plan_spec;
 mod price;
 mod ready;
+mod recompute;
 mod shared;
 mod simulate;
 mod survival;
@@ -45,6 +46,7 @@ pub use placement::{Group, PassPlan, Placement, Segment, Shared, Stage, StageEdg
 pub use plan::{CompNodePrediction, LinkPrediction, Plan, Prediction, place, plan, step_by_cut};
 pub use plan_spec::{Owner, PlacementSpec, PlanSpec, StageSpec, Strategy};
 pub use ready::{Need, is_ready, needs};
+pub use recompute::Recompute;
 pub use shared::{Pieces, SHARED_WINDOW};
 pub use simulate::{
     Blame, Cargo, Cause, LinkUse, Resource, Simulated, Span, StepCosts, Trace, TraceEvent, Transfer, simulate,

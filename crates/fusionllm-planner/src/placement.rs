@@ -107,6 +107,9 @@ pub struct Placement {
     pub shared: Vec<Shared>,
     /// How FP and BP alternate in a training step.
     pub pipeline: Pipeline,
+    /// The CompNodes that make activations anew in BP instead of keeping them all.
+    #[serde(default)]
+    pub recompute: Vec<NodeIndex>,
     /// Task orders of a training step.
     pub train: PassPlan,
     /// Task orders of an evaluation pass.

@@ -8,10 +8,15 @@ use serde::{Deserialize, Serialize};
 use crate::partition::{Chain, Judge, Pins, all_apart, best_of_all, check_stages, in_order, op_fence, refused};
 use crate::price::{Memory, Priced, Pricing};
 use crate::{
-    Blame, Cluster, Compression, Estimate, FpBp, Group, LinkUse, NodeIndex, Owner, Placement, PlacementSpec, PlanError,
-    PlanSpec, Route, Segment, Simulated, Stage, StageEdge, Station, StepCosts, Strategy, Way, Ways, format_bytes,
-    pipeline_formula,
+    Blame, Cluster, CompNodeProfile, Compression, Estimate, FpBp, Group, LinkUse, NodeIndex, Owner, Placement,
+    PlacementSpec, PlanError, PlanSpec, Recompute, Route, Segment, Simulated, Stage, StageEdge, Station, StepCosts,
+    Strategy, Way, Ways, format_bytes, pipeline_formula,
 };
+
+/// A CompNode has memory in abundance that holds so many times what the whole job takes.
+const AMPLE_MEMORY: f64 = 2.0;
+/// A step that is shorter by this share is worth making activations anew.
+const WORTH_RECOMPUTING: f64 = 0.03;
 
 /// What one CompNode is predicted to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,6 +37,9 @@ pub struct CompNodePrediction {
     pub memory_limit_bytes: Option<u64>,
     /// Share of the step for which it computes.
     pub busy: f64,
+    /// Whether it makes activations anew in BP, which is part of `bp_s`, instead of keeping them all.
+    #[serde(default)]
+    pub recomputes: bool,
 }
 
 impl CompNodePrediction {
@@ -115,19 +123,80 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
     if dag.ops().is_empty() {
         return Err(PlanError::EmptyGraph);
     }
+    let found = match spec.recompute {
+        Recompute::Never => find(dag, cluster, spec),
+        Recompute::Always => find(dag, &cluster.recomputing(true), spec),
+        Recompute::Auto => with_or_without_recompute(dag, cluster, spec),
+    }?;
+    Ok(found.priced.into_plan(dag, found.used, spec))
+}
+
+/// What a strategy found.
+struct Found {
+    /// The CompNodes of the segments, in the placement's order.
+    used: Cluster,
+    segments: Vec<Segment>,
+    priced: Priced,
+}
+
+impl Found {
+    fn step_s(&self) -> f64 {
+        self.priced.simulated.step_s
+    }
+
+    /// The same cut, where each CompNode keeps its activations whose memory holds them.
+    fn keeping_where_it_fits(self, dag: &OpDag, spec: &PlanSpec) -> Self {
+        let estimate = Estimate::new(dag, spec.placement.micro_batch_size as usize, &self.used, spec.states);
+        let mut best = self;
+        for place in 0..best.used.compnodes.len() {
+            let mut used = best.used.clone();
+            used.compnodes[place].recompute = false;
+            match Pricing::new(dag, &used, &estimate, spec).settle(&best.segments) {
+                Ok(priced) if priced.over_memory().is_none() && priced.simulated.step_s <= best.step_s() => {
+                    best = Self { used, priced, ..best };
+                }
+                Ok(_) | Err(_) => {}
+            }
+        }
+        best
+    }
+}
+
+/// What the strategy finds where activations are kept, or where they are made anew if memory does not hold them all and the
+/// step is shorter so, or possible at all.
+fn with_or_without_recompute(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Found, PlanError> {
+    let placement = &spec.placement;
+    let keeping = find(dag, cluster, spec);
+    let estimate = Estimate::new(dag, placement.micro_batch_size as usize, cluster, spec.states);
+    let holds_all = |profile: &CompNodeProfile| {
+        let all = estimate.memory_bytes(profile, &(0..estimate.ops()), placement.micro_batches);
+        AMPLE_MEMORY * all <= profile.memory_bytes as f64
+    };
+    if cluster.compnodes.iter().all(holds_all) {
+        return keeping;
+    }
+    let anew = find(dag, &cluster.recomputing(true), spec).map(|found| found.keeping_where_it_fits(dag, spec));
+    match (keeping, anew) {
+        (Ok(keeping), Ok(anew)) if keeping.step_s() <= anew.step_s() * (1.0 + WORTH_RECOMPUTING) => Ok(keeping),
+        (Ok(keeping), Err(_)) => Ok(keeping),
+        // Where neither fits, the one that needs less says what lacks.
+        (_, anew) => anew,
+    }
+}
+
+/// The chain or the cut of the strategy, with its price.
+fn find(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Found, PlanError> {
+    let placement = &spec.placement;
     let batch = placement.micro_batch_size as usize;
     let estimate = Estimate::new(dag, batch, cluster, spec.states);
     let pins = Pins::of(dag, placement.private, placement.keep_blocks)?;
     let is_baseline = matches!(placement.strategy, Strategy::EqualNumber | Strategy::EqualCompute);
-    let finish = |order: &[usize], segments: Vec<Segment>| -> Result<(Cluster, Priced), PlanError> {
+    let finish = |order: &[usize], segments: Vec<Segment>| -> Result<Found, PlanError> {
         let used = cluster.select(order);
         let priced = Pricing::new(dag, &used, &estimate, spec).settle(&segments)?;
-        match priced.over_memory() {
-            Some(error) => Err(error),
-            None => Ok((used, priced)),
-        }
+        priced.over_memory().map_or(Ok(Found { used, segments, priced }), Err)
     };
-    let (used, priced) = if is_baseline || !placement.stages.is_empty() {
+    if is_baseline || !placement.stages.is_empty() {
         let by_number = placement.strategy == Strategy::EqualNumber;
         let own: Vec<usize> = (0..cluster.compnodes.len()).collect();
         let order = match placement.private && placement.stages.is_empty() {
@@ -139,21 +208,19 @@ pub fn plan(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec) -> Result<Plan, Pla
         if placement.private {
             check_stages(&used, &segments)?;
         }
-        finish(&order, segments)?
-    } else {
-        let search = |pins: &Pins| {
-            let chain = search(dag, cluster, &estimate, pins, spec)?;
-            finish(&chain.order, chain.segments(pins))
-        };
-        let found = search(&pins);
-        let u_shape = Pins::u_shape(dag).filter(|_| !placement.private);
-        match u_shape.filter(|u| *u != pins).map(|u| search(&u)) {
-            Some(Ok(u)) if found.as_ref().map_or(true, |(_, f)| u.1.simulated.step_s < f.simulated.step_s) => u,
-            _ if placement.private => found.map_err(|error| why_not(dag, cluster, spec, error))?,
-            _ => found?,
-        }
+        return finish(&order, segments);
+    }
+    let search = |pins: &Pins| {
+        let chain = search(dag, cluster, &estimate, pins, spec)?;
+        finish(&chain.order, chain.segments(pins))
     };
-    Ok(priced.into_plan(dag, used, spec))
+    let found = search(&pins);
+    let u_shape = Pins::u_shape(dag).filter(|_| !placement.private);
+    match u_shape.filter(|u| *u != pins).map(|u| search(&u)) {
+        Some(Ok(u)) if found.as_ref().map_or(true, |found| u.step_s() < found.step_s()) => Ok(u),
+        _ if placement.private => found.map_err(|error| why_not(dag, cluster, spec, error)),
+        _ => found,
+    }
 }
 
 /// Why there is no placement of a private job: the organisations, if there would be one without them.
@@ -162,7 +229,7 @@ fn why_not(dag: &OpDag, cluster: &Cluster, spec: &PlanSpec, error: PlanError) ->
     if nobodys.compnodes.iter_mut().filter_map(|compnode| compnode.org.take()).count() == 0 {
         return error;
     }
-    if plan(dag, &nobodys, spec).is_ok() { refused(cluster, None) } else { error }
+    if find(dag, &nobodys, spec).is_ok() { refused(cluster, None) } else { error }
 }
 
 /// Seconds that a step takes by the cut of a placement that is at work, if machines and links are as `cluster` has them.
@@ -177,7 +244,10 @@ pub fn step_by_cut(dag: &OpDag, cluster: &Cluster, placement: &Placement, spec: 
         at.ok_or_else(|| PlanError::Absent { name: name.clone() })
     };
     let order: Vec<usize> = placement.compnodes.iter().map(place_of).collect::<Result<_, _>>()?;
-    let used = cluster.select(&order);
+    let mut used = cluster.select(&order);
+    for (node, compnode) in placement.nodes().zip(&mut used.compnodes) {
+        compnode.recompute = placement.recomputes(node);
+    }
     let segment = |stage: &Stage| {
         let (first, last) = (stage.ops.first()?.index(), stage.ops.last()?.index());
         Some(Segment { compnode: stage.compnode, ops: first..last + 1 })
@@ -242,6 +312,7 @@ impl Priced {
                 memory_bytes: needed,
                 memory_limit_bytes: (has < u64::MAX).then_some(has),
                 busy: busy[index],
+                recomputes: placement.recomputes(node),
             }
         };
         let link = |(Route { from, to }, LinkUse { bytes, busy })| LinkPrediction {

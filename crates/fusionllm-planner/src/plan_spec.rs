@@ -3,7 +3,7 @@
 use fusionllm_codec::Codec;
 use serde::{Deserialize, Serialize};
 
-use crate::{Compression, Pipeline, PlanError};
+use crate::{Compression, Pipeline, PlanError, Recompute};
 
 /// How the OP-DAG is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -113,6 +113,8 @@ pub struct PlanSpec {
     /// What the optimizer keeps of each parameter that is trained, in multiples of its bytes: AdamW two, SGD with momentum
     /// one, without it none.
     pub states: u32,
+    /// Whether activations are made anew in BP.
+    pub recompute: Recompute,
 }
 
 impl PlanSpec {
@@ -126,6 +128,7 @@ impl PlanSpec {
             clip: true,
             tokens_per_step: 0,
             states: 2,
+            recompute: Recompute::Auto,
         }
     }
 }

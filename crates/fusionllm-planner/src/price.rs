@@ -166,6 +166,10 @@ impl<'a> Pricing<'a> {
     fn deferrable(&self, placement: &Placement) -> Vec<Deferrable> {
         let of_stage = |stage: &Stage| {
             let profile = self.profile(stage.compnode);
+            // What waits would have to be kept.
+            if profile.recompute {
+                return Deferrable::default();
+            }
             let bp_s = |op: OpId| self.estimate.seconds(profile, &(op.index()..op.index() + 1)).bp_s;
             Deferrable::of(self.dag, stage, &placement.shared, self.batch(), bp_s)
         };

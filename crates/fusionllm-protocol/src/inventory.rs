@@ -146,6 +146,7 @@ impl Inventory {
             memory_bytes_per_s: machine.profile.memory_bytes_per_s,
             memory_bytes: machine.profile.memory_bytes.map_or(u64::MAX, |bytes| bytes / members(host)),
             kernels: machine.profile.kernels,
+            recompute: false,
             org: machine.org.clone(),
             host: Some(host.clone()),
             measured: machine.measured.as_ref().map(&mut share),

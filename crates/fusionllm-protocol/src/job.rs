@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use fusionllm_codec::{Codec, TopKValues};
 use fusionllm_graph::{ResnetBlock, ResnetStem};
-use fusionllm_planner::{Pipeline, StageSpec, Strategy};
+use fusionllm_planner::{Pipeline, Recompute, StageSpec, Strategy};
 use serde::{Deserialize, Serialize};
 
 pub use cadence::{Cadence, Measuring};
@@ -190,6 +190,9 @@ pub struct PlacementSection {
     pub run_ahead: Option<u32>,
     /// Of how many micro-batches weight gradients may wait for a pause; if not given, the plan finds out.
     pub deferred: Option<u32>,
+    /// Whether activations are made anew in BP instead of being kept.
+    #[serde(default)]
+    pub recompute: Recompute,
     /// Explicit stages instead of a strategy.
     pub stages: Vec<StageSpec>,
     /// A cluster file, on the broker's machine, to plan by instead of what is measured.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use fusionllm_planner::Placement;
 use fusionllm_protocol::{JobEvent, JobId, Notice};
 
 use super::{Action, Core};
@@ -89,6 +90,21 @@ impl Core {
         };
         texts.into_iter().flat_map(kept).collect()
     }
+}
+
+/// Who of a placement makes activations anew.
+pub(super) fn of_recompute(placement: &Placement) -> Option<String> {
+    let names = placement.recompute.iter().filter_map(|node| placement.compnodes.get(node.index()));
+    let names: Vec<&str> = names.map(String::as_str).collect();
+    (!names.is_empty()).then(|| {
+        format!(
+            "{} in BP, to save memory: placement.recompute",
+            match names[..] {
+                [one] => format!("CompNode `{one}` makes activations anew"),
+                _ => format!("CompNodes `{}` make activations anew", names.join("`, `")),
+            }
+        )
+    })
 }
 
 #[cfg(test)]

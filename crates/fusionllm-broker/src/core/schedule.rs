@@ -11,6 +11,7 @@ use fusionllm_protocol::{
 
 use super::detector::SUSPECT;
 use super::drift::slowed;
+use super::notices::of_recompute;
 use super::recovery::KeptAs;
 use super::run::{Run, owner_of, param_names};
 use super::snapshot_book::RecoveryPoint;
@@ -352,7 +353,8 @@ impl Core {
             goes_on,
             takes_back: false,
         }))];
-        actions.extend(self.notices(job, start.notices.clone()));
+        let notices = start.notices.iter().cloned().chain(of_recompute(&placement));
+        actions.extend(self.notices(job, notices.collect()));
         let owner = owner_of(&members).map(|owner| self.compnodes.name(owner)).unwrap_or_default();
         let kept = point.map(|point| self.sources(job, &point, &start.dag, &placement, &members));
         let Sources { of_members, loans, lends } = kept.unwrap_or_default();

@@ -294,6 +294,10 @@ impl Executor for BurnExecutor {
         Ok(result.inputs)
     }
 
+    fn forget(&mut self, stage: StageId, micro_batch: u32) {
+        self.kept.remove(&(stage, micro_batch));
+    }
+
     fn owes(&self) -> Option<(StageId, u32)> {
         self.owed.oldest()
     }

@@ -38,22 +38,21 @@ pub(super) struct CudaExecutor {
     stages: BTreeMap<StageId, StageOps>,
     store: DeviceParams,
     angles: Angles,
-    plans: BTreeMap<SlotKey, Arc<StagePlan>>,
+    plans: BTreeMap<PlanKey, Arc<StagePlan>>,
     scratch: Buffer,
-    /// Slots that no micro-batch has.
-    slots: BTreeMap<SlotKey, Vec<Buffer>>,
+    /// Slots that no micro-batch has, by their bytes: stages and pieces of one size share them.
+    slots: BTreeMap<usize, Vec<Buffer>>,
     live: BTreeMap<(StageId, u32), Live>,
     owed: VecDeque<Owing>,
     stop: StopFlag,
 }
 
-/// What a slot is for: a stage, the rows of its micro-batches, and what they are for.
-type SlotKey = (StageId, usize, Pass);
+/// What a plan is for: a stage, the rows of its micro-batches, and what they are for.
+type PlanKey = (StageId, usize, Pass);
 
 /// A micro-batch between FP and BP.
 #[derive(Debug)]
 struct Live {
-    key: SlotKey,
     plan: Arc<StagePlan>,
     slot: Buffer,
     context: Context,
@@ -132,15 +131,15 @@ impl CudaExecutor {
     }
 
     /// Memory for what a micro-batch keeps.
-    fn slot(&mut self, key: SlotKey, bytes: usize) -> Result<Buffer, ExecutorError> {
-        match self.slots.get_mut(&key).and_then(Vec::pop) {
+    fn slot(&mut self, bytes: usize) -> Result<Buffer, ExecutorError> {
+        match self.slots.get_mut(&bytes).and_then(Vec::pop) {
             Some(slot) => Ok(slot),
             None => Buffer::take(&self.gpu, bytes),
         }
     }
 
-    fn give_back(&mut self, key: SlotKey, slot: Buffer) {
-        self.slots.entry(key).or_default().push(slot);
+    fn give_back(&mut self, slot: Buffer) {
+        self.slots.entry(slot.bytes()).or_default().push(slot);
     }
 
     fn settle(&mut self) -> Result<(), ExecutorError> {
@@ -243,8 +242,7 @@ impl Executor for CudaExecutor {
     ) -> Result<StageOutput, ExecutorError> {
         let batch = inputs.iter().find_map(|(_, tensor)| tensor.shape().first().copied()).unwrap_or(1);
         let plan = self.plan(stage, batch, micro_batch.pass)?;
-        let key = (stage, batch, micro_batch.pass);
-        let slot = self.slot(key, plan.slot_bytes)?;
+        let slot = self.slot(plan.slot_bytes)?;
         let rows = self.fill(&plan, &slot, inputs)?;
         let context = Context { at: micro_batch, loss_scale: 1.0, rows };
         self.run(&plan.forward, &slot, &context)?;
@@ -259,9 +257,9 @@ impl Executor for CudaExecutor {
         }
         match micro_batch.pass {
             Pass::Train => {
-                self.live.insert((stage, micro_batch.index), Live { key, plan, slot, context });
+                self.live.insert((stage, micro_batch.index), Live { plan, slot, context });
             }
-            _ => self.give_back(key, slot),
+            _ => self.give_back(slot),
         }
         Ok(output)
     }
@@ -285,11 +283,17 @@ impl Executor for CudaExecutor {
         let leave = |&(op, value): &(OpId, Value)| self.leave(op, value, &live.slot);
         let result = live.plan.input_gradients.iter().map(leave).collect::<Result<_, _>>()?;
         if live.plan.put_off.is_empty() {
-            self.give_back(live.key, live.slot);
+            self.give_back(live.slot);
         } else {
             self.owed.push_back(Owing { stage, live, made: 0 });
         }
         Ok(result)
+    }
+
+    fn forget(&mut self, stage: StageId, micro_batch: u32) {
+        if let Some(live) = self.live.remove(&(stage, micro_batch)) {
+            self.give_back(live.slot);
+        }
     }
 
     fn owes(&self) -> Option<(StageId, u32)> {
@@ -307,7 +311,7 @@ impl Executor for CudaExecutor {
             owing.made += 1;
         }
         if let Some(done) = self.owed.pop_front_if(|owing| owing.made >= owing.live.plan.put_off.len()) {
-            self.give_back(done.live.key, done.live.slot);
+            self.give_back(done.live.slot);
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! What an executor takes of the device's memory, before it takes any.
 
+use std::collections::BTreeSet;
+
 use fusionllm_protocol::{Pass, Precision};
 
 use super::angles::Angles;
@@ -20,15 +22,21 @@ pub(super) fn bytes(spec: &ExecutorSpec, precision: Precision, load: &Load) -> R
     let layout = Layout::new(dag, spec.params.iter().copied());
     let mut bytes = DeviceParamsBytes::of(dag, &layout, precision, &spec.optimizer).sum();
     bytes += Angles::bytes(dag, spec.stages.iter().flat_map(|stage| stage.ops.iter().copied())) as u64;
-    let mut scratch_bytes = 0;
+    let (mut scratch_bytes, mut of_pieces) = (0, BTreeSet::new());
     for stage in &spec.stages {
-        let passes = [(Pass::Train, load.held.get(&stage.id).copied().unwrap_or(1)), (Pass::Eval, 1)];
-        for (pass, slots) in passes {
+        let held = load.held.get(&stage.id).copied();
+        for (pass, slots) in [(Pass::Train, held), (Pass::Eval, held.map(|_| 1))] {
             let (layout, batch, training) = (&layout, load.batch, pass == Pass::Train);
             let plan = StagePlan::new(PlanSpec { dag, stage, layout, precision, batch, training })?;
-            bytes += plan.slot_bytes as u64 * u64::from(slots);
+            match slots {
+                Some(slots) => bytes += plan.slot_bytes as u64 * u64::from(slots),
+                // Pieces of one size take turns.
+                None => {
+                    of_pieces.insert(plan.slot_bytes as u64);
+                }
+            }
             scratch_bytes = scratch_bytes.max(plan.scratch_bytes as u64);
         }
     }
-    Ok(bytes + scratch_bytes)
+    Ok(bytes + scratch_bytes + of_pieces.into_iter().sum::<u64>() + load.between_pieces)
 }

@@ -49,6 +49,8 @@ struct Trial {
     cuts: Vec<(&'static str, usize)>,
     precision: Precision,
     defers: bool,
+    /// Whether FP of each stage comes once more before its BP.
+    recomputes: bool,
     optimizer: OptimizerSpec,
     batch: usize,
     micro_batches: u32,
@@ -66,7 +68,7 @@ impl Trial {
     fn new(dag: &Arc<OpDag>) -> Self {
         let (dag, cuts) = (Arc::clone(dag), vec![("loss", 0)]);
         let (precision, defers, batch, micro_batches) = (Precision::F32, false, BATCH, MICRO_BATCHES);
-        Self { dag, cuts, precision, defers, optimizer: ADAMW, batch, micro_batches }
+        Self { dag, cuts, precision, defers, recomputes: false, optimizer: ADAMW, batch, micro_batches }
     }
 
     fn cut(self, cuts: &[(&'static str, usize)]) -> Self {
@@ -135,14 +137,23 @@ impl Trial {
         for index in 0..self.micro_batches {
             let at = MicroBatch { step, pass: Pass::Train, index };
             let mut tensors = self.data(step, index);
+            let mut entered = BTreeMap::new();
             for (stage, holder) in &stages {
-                let inputs = entering(&self.dag, stage).into_iter().map(|op| (op, tensors[&op].clone())).collect();
+                let inputs: Vec<_> =
+                    entering(&self.dag, stage).into_iter().map(|op| (op, tensors[&op].clone())).collect();
+                entered.insert(stage.id, inputs.clone());
                 let output = executors[*holder].forward(stage.id, at, inputs).unwrap();
+                if self.recomputes {
+                    executors[*holder].forget(stage.id, index);
+                }
                 tensors.extend(output.tensors);
                 loss += output.loss.unwrap_or(0.0) * scale;
             }
             let mut gradients: Vec<(OpId, BorderTensor)> = Vec::new();
             for (stage, holder) in stages.iter().rev() {
+                if self.recomputes {
+                    executors[*holder].forward(stage.id, at, entered[&stage.id].clone()).unwrap();
+                }
                 let mine = gradients.iter().filter(|(op, _)| stage.leaving.contains(op)).cloned().collect();
                 gradients.extend(executors[*holder].backward(stage.id, at, mine, scale).unwrap());
             }
@@ -347,7 +358,7 @@ fn what_an_executor_needs_is_known_before_it_takes_any() {
         let gpu = Arc::clone(&emulated) as Arc<dyn Gpu>;
         let needed = std::cell::Cell::new(0);
         let mut executors = trial.executors(&|spec| {
-            let load = Load { batch: BATCH, held: [(StageId(0), 1)].into() };
+            let load = Load { batch: BATCH, held: [(StageId(0), 1)].into(), between_pieces: 0 };
             needed.set(needs::bytes(&spec, precision, &load).unwrap());
             executor(spec, &gpu)
         });
@@ -361,6 +372,27 @@ fn what_an_executor_needs_is_known_before_it_takes_any() {
             (needed..needed + needed / 20 + 32_768).contains(&taken),
             "{precision:?}: {needed} needed, {taken} taken"
         );
+    }
+}
+
+/// Stages of one executor that are alike take turns with the memory of what FP keeps.
+#[test]
+fn what_is_made_anew_is_the_same_to_the_bit_and_takes_less_memory() {
+    if emulated::is_left_out() {
+        return;
+    }
+    let cuts: Vec<(&'static str, usize)> =
+        ["h.0.add_1", "h.0.add_2", "h.1.add_1", "h.1.add_2", "loss"].map(|last| (last, 0)).to_vec();
+    for (precision, dag) in [(Precision::F32, model(16, 0.1)), (Precision::Bf16, model(16, 0.0))] {
+        let run = |recomputes| {
+            let trial = Trial { precision, recomputes, ..Trial::new(&dag).cut(&cuts) };
+            let emulated = Arc::new(Emulated::default());
+            let gpu = Arc::clone(&emulated) as Arc<dyn Gpu>;
+            (trial.run(2, &|spec| executor(spec, &gpu)), emulated.most_taken())
+        };
+        let ((kept, kept_bytes), (anew, anew_bytes)) = (run(false), run(true));
+        assert_eq!(anew, kept);
+        assert!(anew_bytes < kept_bytes, "{precision:?}: {anew_bytes} of {kept_bytes}");
     }
 }
 

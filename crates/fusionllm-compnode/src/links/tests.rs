@@ -56,6 +56,7 @@ fn assignment(node: u32, peers: Vec<PeerRecord>) -> Assignment {
             edges: vec![edge],
             shared: vec![shared],
             pipeline: Pipeline::OneFOneB,
+            recompute: Vec::new(),
             train,
             eval,
         },

@@ -1,6 +1,6 @@
 //! From an assignment to something that can run: graph, data, executor.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -218,7 +218,10 @@ pub(super) fn check_memory(
     fits("parameters, gradients and optimizer state", least)?;
     let planned = assignment.planned_bytes.max(least);
     fits("parameters, their state, activations and messages, as planned,", planned)?;
-    let load = Load { batch: train.micro_batch_size() as usize, held: placement.held_bound(node) };
+    let batch = train.micro_batch_size() as usize;
+    let held_at_once = if placement.recomputes(node) { BTreeMap::new() } else { placement.held_bound(node) };
+    let between_pieces = placement.kept_between_pieces(&held.dag, node, batch);
+    let load = Load { batch, held: held_at_once, between_pieces };
     if let Some(needed) = backend.needs(held, &load)? {
         fits("parameters, their state and activations, as this device lays them out,", needed)?;
     }

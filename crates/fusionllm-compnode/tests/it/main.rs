@@ -6,6 +6,7 @@ mod groups;
 mod memory;
 mod parity;
 mod private;
+mod recompute;
 mod resnet;
 #[allow(dead_code, reason = "the tests of peak memory use what these do not")]
 mod run;

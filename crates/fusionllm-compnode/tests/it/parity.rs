@@ -196,7 +196,7 @@ fn a_half_codec_halves_the_bytes_and_still_learns() {
 }
 
 /// Two layers of a small Llama, in which a norm has three consumers.
-fn small_llama() -> OpDag {
+pub(crate) fn small_llama() -> OpDag {
     let config = r#"{ "model_type": "llama", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false }"#;

@@ -20,18 +20,18 @@ const TOLERANCE: f64 = 1e-4;
 
 /// A model of the fixture.
 #[derive(Clone, Copy)]
-struct Case {
+pub(crate) struct Case {
     name: &'static str,
     size: usize,
     /// Where three CompNodes are cut, in the middle of residual blocks.
-    cuts: [&'static str; 2],
+    pub(crate) cuts: [&'static str; 2],
 }
 
-const BASIC: Case = Case { name: "basic", size: 10, cuts: ["layer1.0.bn1", "layer2.0.conv2"] };
+pub(crate) const BASIC: Case = Case { name: "basic", size: 10, cuts: ["layer1.0.bn1", "layer2.0.conv2"] };
 const BOTTLENECK: Case = Case { name: "bottleneck", size: 18, cuts: ["layer1.0.relu1", "layer2.0.bn2"] };
 
 impl Case {
-    fn dag(self) -> OpDag {
+    pub(crate) fn dag(self) -> OpDag {
         let is_basic = self.name == "basic";
         let config = ResnetConfig {
             block: if is_basic { ResnetBlock::Basic } else { ResnetBlock::Bottleneck },
@@ -54,7 +54,7 @@ impl Case {
         losses[name].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
     }
 
-    fn batches(self) -> Golden {
+    pub(crate) fn batches(self) -> Golden {
         let bytes = self.file("images.safetensors");
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let pixel = |&byte: &u8| (f32::from(byte) - 128.0) / 64.0;
@@ -78,7 +78,7 @@ impl Case {
 
 /// The images of a fixture, 20 steps of 8.
 #[derive(Clone)]
-struct Golden {
+pub(crate) struct Golden {
     size: usize,
     images: Arc<Vec<f32>>,
     labels: Arc<Vec<i32>>,

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fusionllm_graph::{Gpt2Config, OpDag, gpt2};
-use fusionllm_planner::{Cluster, Host, PlanSpec, plan};
+use fusionllm_planner::{Cluster, Host, PlanSpec, Recompute, plan};
 use run::{Run, SEQ, assert_close, job, stages};
 
 /// Counts what is allocated and not freed, and the most that was.
@@ -86,6 +86,11 @@ fn real_vocabulary() -> OpDag {
 
 /// Losses, the most that was allocated at once while training, and what was planned for all CompNodes together.
 fn train(micro_batches: u32, last_ops: &[(u32, &str)]) -> (Vec<f64>, f64, f64) {
+    train_model(real_vocabulary(), micro_batches, last_ops, Recompute::Never)
+}
+
+/// The same of a given model.
+fn train_model(dag: OpDag, micro_batches: u32, last_ops: &[(u32, &str)], recompute: Recompute) -> (Vec<f64>, f64, f64) {
     let _one_at_a_time = ONE_AT_A_TIME.lock().unwrap();
     let compnodes = last_ops.iter().map(|&(compnode, _)| compnode as usize + 1).max().unwrap();
     let mut spec =
@@ -93,12 +98,12 @@ fn train(micro_batches: u32, last_ops: &[(u32, &str)]) -> (Vec<f64>, f64, f64) {
     spec.placement.stages = stages(last_ops);
     // Checkpoints are written tensor by tensor.
     spec.checkpoint.every = 1;
-    let dag = real_vocabulary();
     let mut cluster = Cluster::uniform(compnodes);
     for compnode in &mut cluster.compnodes {
         compnode.host = Some(Host { name: "this".to_owned(), lanes: 2.0, threads: 1 });
     }
-    let planned = plan(&dag, &cluster, &PlanSpec::dense(spec.placement_spec())).unwrap();
+    let asked = PlanSpec { recompute, ..PlanSpec::dense(spec.placement_spec()) };
+    let planned = plan(&dag, &cluster, &asked).unwrap();
     let run = Run { placement: planned.placement, ..Run::new(dag, spec, compnodes) };
     let planned: f64 = planned.prediction.compnodes.iter().map(|c| c.memory_bytes).sum();
     let before = LIVE.load(Ordering::Relaxed);
@@ -126,6 +131,34 @@ fn training_takes_no_more_memory_than_was_planned() {
             assert!(share <= 1.2, "{micro_batches} micro-batches, {last_ops:?}: {share:.2} of what was planned");
             assert!(share >= 0.7, "{micro_batches} micro-batches, {last_ops:?}: planned far too much, {share:.2}");
         }
+    }
+}
+
+/// Eight wide blocks for sequences of 16 tokens, of which activations take most memory.
+fn many_activations() -> OpDag {
+    let config = Gpt2Config {
+        vocab_size: 96,
+        n_positions: SEQ,
+        n_embd: 64,
+        n_layer: 8,
+        n_head: 4,
+        layer_norm_epsilon: 1e-5,
+        dropout: 0.0,
+    };
+    gpt2(&config, SEQ).unwrap()
+}
+
+#[test]
+fn activations_that_are_made_anew_take_no_more_memory_than_was_planned_and_less_than_those_that_are_kept() {
+    let train = |last_ops: &[(u32, &str)], recompute| train_model(many_activations(), 4, last_ops, recompute);
+    for last_ops in [WHOLE, &[(0, "h.3.add_2"), (1, "loss")]] {
+        let (losses, kept, kept_planned) = train(last_ops, Recompute::Never);
+        let (of_anew, anew, planned) = train(last_ops, Recompute::Always);
+        println!("{last_ops:?}: {anew:.0} of {planned:.0} bytes, {kept:.0} of {kept_planned:.0} kept");
+        assert_eq!(of_anew, losses);
+        assert!(anew <= 1.2 * planned, "{last_ops:?}: {anew} of {planned} bytes");
+        assert!(kept - anew >= 0.7 * (kept_planned - planned), "{last_ops:?}: {kept} kept, {anew} made anew");
+        assert!(planned < 0.7 * kept_planned, "{last_ops:?}: {planned} of {kept_planned}");
     }
 }
 

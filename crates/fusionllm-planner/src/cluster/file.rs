@@ -155,6 +155,7 @@ impl ClusterFile {
                     memory_bytes_per_s: entry.memory_gb_per_s.map_or(f64::INFINITY, |gb| gb * GIGABYTE),
                     memory_bytes: entry.memory_gb.map_or(u64::MAX, |gb| (gb * GIGABYTE) as u64),
                     kernels: entry.kernels(),
+                    recompute: false,
                     org: entry.org.clone(),
                     host: entry.host.clone(),
                     measured: measured.clone(),

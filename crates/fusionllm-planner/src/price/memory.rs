@@ -23,7 +23,7 @@ pub(super) fn needed(pricing: &Pricing<'_>, placement: &Placement, ranges: &[Ran
         let mut kept = 0.0;
         for (stage, range) in placement.stages.iter().zip(ranges).filter(|(s, _)| s.compnode == node) {
             let count = live.get(&stage.id).copied().unwrap_or(1);
-            kept += estimate.kept_bytes(pricing.profile(node), range) * f64::from(count);
+            kept += estimate.kept_bytes(pricing.profile(node), range, count);
         }
         // An evaluation keeps nothing for BP, but nothing holds its senders back except the windows.
         let held = held_messages(dag, placement, node, &by_node, batch);
@@ -194,7 +194,7 @@ mod tests {
             let of = &planned.placement;
             let (own, live) = (of.stages[0].ops.len(), of.live_bound(NodeIndex(0))[&StageId(0)]);
             let state: u64 = of.params_of(&dag, NodeIndex(0)).into_iter().map(|p| dag.param(p).bytes()).sum();
-            let kept = estimate.kept_bytes(&planned.cluster.compnodes[0], &(0..own)) * f64::from(live);
+            let kept = estimate.kept_bytes(&planned.cluster.compnodes[0], &(0..own), live);
             let edges = of.edges.iter().filter(|e| of.is_boundary(e) && e.gradient);
             let messages: f64 = edges.map(|e| dag.op(e.op).output.bytes(2) as f64 * f64::from(live + 1)).sum();
             let least = (4 * state) as f64 + kept + messages;

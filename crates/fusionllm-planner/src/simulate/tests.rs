@@ -29,6 +29,7 @@ fn chain(stages: usize, micro_batches: u32, pipeline: Pipeline, latency_s: f64) 
         edges,
         shared: Vec::new(),
         pipeline,
+        recompute: Vec::new(),
         train: PassPlan { micro_batches, orders: train },
         eval: PassPlan { micro_batches: 1, orders: eval },
     };

@@ -66,6 +66,7 @@ const KEYS: &[(&str, &str)] = &[
     ("placement", "pipeline"),
     ("placement", "run_ahead"),
     ("placement", "deferred"),
+    ("placement", "recompute"),
     ("placement", "stages"),
     ("placement", "cluster"),
     ("compression", "policy"),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use fusionllm_codec::{Codec, CodecError, TopKValues};
 use fusionllm_graph::{ResnetBlock, ResnetStem, read_value, without_byte_order_mark};
-use fusionllm_planner::{Pipeline, StageSpec, Strategy};
+use fusionllm_planner::{Pipeline, Recompute, StageSpec, Strategy};
 use toml::{Table, Value};
 
 use super::keys::{check_keys, full_key};
@@ -140,12 +140,14 @@ fn placement(s: &Section<'_>) -> Result<PlacementSection, JobError> {
         Some(name) => Strategy::from_name(&name).map_err(|e| s.value("strategy", e.to_string()))?,
     };
     let pipelines = [("1f1b", Pipeline::OneFOneB), ("gpipe", Pipeline::GPipe)];
+    let recompute = Recompute::ALL.map(|choice| (choice.name(), choice));
     Ok(PlacementSection {
         compnodes: s.integer("compnodes")?,
         strategy,
         pipeline: s.choice("pipeline", &pipelines)?,
         run_ahead: s.integer("run_ahead")?,
         deferred: s.integer("deferred")?,
+        recompute: s.choice("recompute", &recompute)?,
         stages: stages(s)?,
         cluster: s.filled("cluster")?.map(PathBuf::from),
     })

@@ -434,6 +434,7 @@ impl JobSpec {
             clip: self.train.clips(),
             tokens_per_step: self.tokens_per_step(),
             states: self.train.states().len() as u32,
+            recompute: self.placement.recompute,
         }
     }
 

@@ -84,11 +84,10 @@ impl CudaExecutor {
     ) -> Result<Probe, ExecutorError> {
         let batch = inputs.iter().find_map(|(_, tensor)| tensor.shape().first().copied()).unwrap_or(1);
         let plan = self.plan(stage, batch, at.pass)?;
-        let key = (stage, batch, at.pass);
-        let slot = self.slot(key, plan.slot_bytes)?;
+        let slot = self.slot(plan.slot_bytes)?;
         let rows = self.fill(&plan, &slot, inputs)?;
         self.gpu.zero(self.scratch.address(), self.scratch.bytes())?;
-        Ok(Probe(Live { key, plan, slot, context: Context { at, loss_scale: 1.0, rows } }))
+        Ok(Probe(Live { plan, slot, context: Context { at, loss_scale: 1.0, rows } }))
     }
 
     /// FP of a probe.

@@ -29,6 +29,10 @@ pub(super) fn plan(dag: &OpDag, plan: &Plan) -> String {
         ));
     }
     text.push_str(&render::shared(dag, &plan.placement));
+    let anew: Vec<&str> = prediction.compnodes.iter().filter(|c| c.recomputes).map(|c| c.name.as_str()).collect();
+    if !anew.is_empty() {
+        text.push_str(&format!("  activations made anew in BP: {}\n", anew.join(", ")));
+    }
     text.push_str(&links(plan));
     text.push_str(&format!("\npredicted step    {}\n", format_seconds(prediction.step_s)));
     text.push_str(&format!("by the formula    {}\n", format_seconds(prediction.formula_s)));

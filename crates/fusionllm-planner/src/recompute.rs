@@ -1,0 +1,209 @@
+//! Recomputation: a CompNode that lacks memory for the activations keeps only what enters each *piece* of its stages, and
+//! makes the others anew when BP comes to the piece (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+//! arXiv 1604.06174).
+//!
+//! Pieces end where a single tensor crosses the topological order, such as between two blocks. Planner and CompNode ask
+//! the same function where that is.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use fusionllm_graph::{Kernels, OpDag, OpId};
+use serde::{Deserialize, Serialize};
+
+use crate::{NodeIndex, Placement, Stage};
+
+/// A piece keeps at least so many times the bytes of the tensor that enters the next one; else it saves too little.
+const WORTH_A_PIECE: u64 = 4;
+
+/// Whether activations are made anew in BP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recompute {
+    /// On CompNodes whose memory would not hold the activations otherwise, if the step gains by it.
+    #[default]
+    Auto,
+    /// Nowhere.
+    Never,
+    /// On every CompNode.
+    Always,
+}
+
+impl Recompute {
+    /// Every choice.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::Never, Self::Always];
+
+    /// Its name in job files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Never => "never",
+            Self::Always => "always",
+        }
+    }
+}
+
+/// Where pieces may end: places in the topological order before which ops only one tensor is made that is used after.
+pub(crate) fn piece_ends(dag: &OpDag) -> Vec<usize> {
+    let last_use = |op: OpId| dag.consumers(op).iter().map(|consumer| consumer.index()).max().unwrap_or(0);
+    let is_placeholder = |op: OpId| dag.op(op).inputs.is_empty();
+    let (mut ends, mut kept, mut before) = (Vec::new(), 0u64, None);
+    let mut crossing: BTreeSet<usize> = BTreeSet::new();
+    for op in dag.op_ids() {
+        let end = op.index() + 1;
+        if !is_placeholder(op) && last_use(op) >= end {
+            crossing.insert(op.index());
+        }
+        crossing.retain(|&earlier| last_use(OpId(earlier as u32)) >= end);
+        kept = kept.saturating_add(dag.kept_bytes(op, 1, Kernels::Fused));
+        let (Some(&one), 1) = (crossing.first(), crossing.len()) else { continue };
+        let bytes = dag.op(OpId(one as u32)).output.bytes(1);
+        if before != Some(one) && kept >= WORTH_A_PIECE.saturating_mul(bytes) {
+            ends.push(end);
+            (kept, before) = (0, Some(one));
+        }
+    }
+    ends
+}
+
+/// The pieces of a contiguous range of ops, in order.
+pub(crate) fn pieces<'a>(ends: &'a [usize], ops: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'a> {
+    let (mut start, last) = (ops.start, ops.end);
+    let inside = ends.iter().copied().filter(move |&end| end > start && end < last);
+    inside.chain([last]).map(move |end| std::mem::replace(&mut start, end)..end)
+}
+
+/// Bytes of what is made up to `last` and used after it.
+fn crossing_bytes(dag: &OpDag, last: OpId, batch: usize) -> u64 {
+    let is_used_after = |&op: &OpId| {
+        !dag.op(op).inputs.is_empty() && op <= last && dag.consumers(op).iter().any(|&consumer| consumer > last)
+    };
+    dag.op_ids().filter(is_used_after).map(|op| dag.op(op).output.bytes(batch)).fold(0, u64::saturating_add)
+}
+
+impl Placement {
+    /// Whether a CompNode makes activations anew in BP.
+    pub fn recomputes(&self, node: NodeIndex) -> bool {
+        self.recompute.contains(&node)
+    }
+
+    /// The ops of each piece of a stage that is computed on its own, in order: all ops in one piece where nothing is made
+    /// anew.
+    pub fn pieces_of(&self, dag: &OpDag, stage: &Stage) -> Vec<Vec<OpId>> {
+        if !self.recomputes(stage.compnode) {
+            return vec![stage.ops.clone()];
+        }
+        let ends: BTreeSet<usize> = piece_ends(dag).into_iter().collect();
+        let mut pieces: Vec<Vec<OpId>> = Vec::new();
+        for &op in &stage.ops {
+            match pieces.last_mut().filter(|_| !ends.contains(&op.index())) {
+                Some(piece) => piece.push(op),
+                None => pieces.push(vec![op]),
+            }
+        }
+        pieces
+    }
+
+    /// Bytes of the tensors between the pieces of a CompNode's stages that it keeps until BP, of all micro-batches that are
+    /// live at once at the most, each of `batch` samples.
+    pub fn kept_between_pieces(&self, dag: &OpDag, node: NodeIndex, batch: usize) -> u64 {
+        let live = self.live_bound(node);
+        let of_stage = |stage: &Stage| {
+            let pieces = self.pieces_of(dag, stage);
+            let ends = pieces.iter().rev().skip(1).filter_map(|piece| piece.last());
+            let crossing = |&last: &OpId| crossing_bytes(dag, last, batch);
+            let bytes = ends.map(crossing).fold(0, u64::saturating_add);
+            bytes.saturating_mul(live.get(&stage.id).copied().unwrap_or(1).into())
+        };
+        self.stages_of(node).map(of_stage).fold(0, u64::saturating_add)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::small_gpt2;
+    use crate::{Cluster, Pipeline, PlacementSpec, Plan, PlanError, PlanSpec, Strategy, plan};
+
+    #[test]
+    fn pieces_end_where_one_tensor_crosses_and_cover_a_range_once() {
+        let dag = small_gpt2(3);
+        let ends = piece_ends(&dag);
+        let names: Vec<&str> = ends.iter().map(|&end| dag.op(OpId(end as u32 - 1)).name.as_str()).collect();
+        assert_eq!(names, ["h.0.add_1", "h.0.add_2", "h.1.add_1", "h.1.add_2", "h.2.add_1", "h.2.add_2"]);
+        for range in [0..dag.ops().len(), 3..ends[1], ends[0]..ends[2] + 2, ends[1] + 1..ends[1] + 2] {
+            let of: Vec<_> = pieces(&ends, &range).collect();
+            assert_eq!((of[0].start, of[of.len() - 1].end), (range.start, range.end));
+            assert!(of.windows(2).all(|pair| pair[0].end == pair[1].start && ends.contains(&pair[0].end)));
+            assert!(of.iter().all(|piece| !piece.is_empty()));
+        }
+    }
+
+    fn spec(recompute: Recompute, strategy: Strategy) -> PlanSpec {
+        let placement = PlacementSpec {
+            strategy,
+            stages: Vec::new(),
+            pipeline: Pipeline::OneFOneB,
+            run_ahead: None,
+            deferred: None,
+            micro_batches: 8,
+            micro_batch_size: 8,
+            eval_micro_batches: 1,
+            private: false,
+            keep_blocks: [0; 2],
+            codec: fusionllm_codec::Codec::Dense,
+        };
+        PlanSpec { recompute, ..PlanSpec::dense(placement) }
+    }
+
+    fn memory(plan: &Plan) -> Vec<f64> {
+        plan.prediction.compnodes.iter().map(|compnode| compnode.memory_bytes).collect()
+    }
+
+    fn recomputing(plan: &Plan) -> Vec<bool> {
+        plan.prediction.compnodes.iter().map(|compnode| compnode.recomputes).collect()
+    }
+
+    #[test]
+    fn activations_are_made_anew_where_memory_does_not_hold_them_and_only_there() {
+        let dag = small_gpt2(6);
+        let mut cluster = Cluster::uniform(2);
+        let kept = plan(&dag, &cluster, &spec(Recompute::Auto, Strategy::EqualCompute)).unwrap();
+        assert_eq!(recomputing(&kept), [false, false], "memory is boundless");
+        let anew = plan(&dag, &cluster, &spec(Recompute::Always, Strategy::EqualCompute)).unwrap();
+        assert_eq!(recomputing(&anew), [true, true]);
+        assert!(memory(&anew)[0] < 0.5 * memory(&kept)[0], "{:?} of {:?}", memory(&anew), memory(&kept));
+        // FP comes twice, and BP takes twice as long as FP.
+        let (slower, step_s) = (anew.prediction.step_s, kept.prediction.step_s);
+        assert!((slower / step_s - 4.0 / 3.0).abs() < 0.1, "{slower} instead of {step_s}");
+        // The first CompNode has less memory than its part takes.
+        cluster.compnodes[0].memory_bytes = (0.5 * (memory(&anew)[0] + memory(&kept)[0])) as u64;
+        let of = |recompute, strategy| plan(&dag, &cluster, &spec(recompute, strategy));
+        assert!(matches!(of(Recompute::Never, Strategy::EqualCompute), Err(PlanError::Memory { .. })));
+        let auto = of(Recompute::Auto, Strategy::EqualCompute).unwrap();
+        assert_eq!(recomputing(&auto), [true, false]);
+        assert_eq!(auto.placement.recompute, [NodeIndex(0)]);
+        assert!(memory(&auto)[0] <= cluster.compnodes[0].memory_bytes as f64);
+        // Where OP-Fence may cut elsewhere, it takes whichever is faster.
+        let [never, auto] =
+            [Recompute::Never, Recompute::Auto].map(|r| of(r, Strategy::OpFence).unwrap().prediction.step_s);
+        assert!(auto <= never, "{auto} of {never}");
+    }
+
+    #[test]
+    fn a_model_whose_activations_no_memory_holds_trains_by_making_them_anew() {
+        let dag = small_gpt2(6);
+        let boundless = Cluster::uniform(2);
+        let least = memory(&plan(&dag, &boundless, &spec(Recompute::Always, Strategy::OpFence)).unwrap());
+        let mut cluster = boundless;
+        for compnode in &mut cluster.compnodes {
+            compnode.memory_bytes = (1.1 * least.iter().copied().fold(0.0, f64::max)) as u64;
+        }
+        assert!(plan(&dag, &cluster, &spec(Recompute::Never, Strategy::OpFence)).is_err());
+        let found = plan(&dag, &cluster, &spec(Recompute::Auto, Strategy::OpFence)).unwrap();
+        assert!(recomputing(&found).contains(&true));
+        // What is at work is priced as it is.
+        let again = crate::step_by_cut(&dag, &cluster, &found.placement, &spec(Recompute::Auto, Strategy::OpFence));
+        assert_eq!(again.unwrap(), found.prediction.step_s);
+    }
+}
