@@ -417,6 +417,7 @@ mod tests {
             memory_bytes: 1.0,
             memory_limit_bytes: None,
             busy,
+            recomputes: false,
         };
         let compnodes = [("a", 0.5), ("b", 0.25)].map(compnode).to_vec();
         let (links, critical_path) = (Vec::new(), Vec::new());

@@ -90,7 +90,7 @@ async fn what_a_compnode_says_of_itself_cannot_act_on_a_terminal() {
     let addr = PeerRecord { id: [0; 32], addrs: Vec::new() };
     let device = "cpu\u{1b}]0;mine\u{7}\nwarning: forged".to_owned();
     let profile = crate::testing::profile("host\u{1b}[2J\u{202e}");
-    let role = Role::CompNode { name: "n".to_owned(), device, addr, profile, resume: None, standing: None };
+    let role = Role::CompNode { name: "n".to_owned(), device, addr, profile, org: None, resume: None, standing: None };
     sink.send(&Greeting::OURS.to_bytes()).await.unwrap();
     sink.send(&encode(&Hello { secret, role }).unwrap()).await.unwrap();
     source.recv().await.unwrap().unwrap();
