@@ -112,14 +112,14 @@ fn images_of_one_class_are_told() {
 fn images_that_change_while_they_are_trained_on_are_named() {
     let folder = folder();
     let spec = job(folder.path(), &[]);
-    let batches = batches(&spec, 4);
-    batches.train(0, 0).unwrap();
+    let of_folder = batches(&spec, 4);
+    of_folder.train(0, 0).unwrap();
     for index in 0..8 {
         write(&folder.path().join(format!("cat/{index}.png")), [9, 7], [0, 255, index]);
         std::fs::rename(folder.path().join("cat/0.png"), folder.path().join(format!("dog/deep/{index}.JPG"))).unwrap();
         write(&folder.path().join("cat/0.png"), [9, 7], [0, 255, 0]);
     }
-    let error = batches.train(0, 0).unwrap_err().to_string();
+    let error = of_folder.train(0, 0).unwrap_err().to_string();
     assert!(error.ends_with("has changed since training began with it"), "{error}");
 
     let folder = tempfile::tempdir().unwrap();
@@ -127,10 +127,10 @@ fn images_that_change_while_they_are_trained_on_are_named() {
     cifar(at("data_batch_1.bin"), &[3, 9]);
     cifar(at("test_batch.bin"), &[1, 2]);
     let spec = job(folder.path(), &["data.format=cifar10"]);
-    let batches = ImageBatches::new(Arc::new(read(&spec).unwrap()), &spec, 32);
-    batches.train(0, 0).unwrap();
+    let of_cifar = batches(&spec, 32);
+    of_cifar.train(0, 0).unwrap();
     cifar(at("data_batch_1.bin"), &[9, 3]);
-    let error = batches.train(0, 0).unwrap_err().to_string();
+    let error = of_cifar.train(0, 0).unwrap_err().to_string();
     assert!(error.ends_with("data_batch_1.bin: has changed since training began with it"), "{error}");
 }
 
