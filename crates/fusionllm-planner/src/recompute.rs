@@ -179,7 +179,7 @@ mod tests {
         // The first CompNode has less memory than its part takes.
         cluster.compnodes[0].memory_bytes = (0.5 * (memory(&anew)[0] + memory(&kept)[0])) as u64;
         let of = |recompute, strategy| plan(&dag, &cluster, &spec(recompute, strategy));
-        assert!(matches!(of(Recompute::Never, Strategy::EqualCompute), Err(PlanError::Memory { .. })));
+        assert!(matches!(of(Recompute::Never, Strategy::EqualCompute), Err(PlanError::OverMemory { .. })));
         let auto = of(Recompute::Auto, Strategy::EqualCompute).unwrap();
         assert_eq!(recomputing(&auto), [true, false]);
         assert_eq!(auto.placement.recompute, [NodeIndex(0)]);
