@@ -179,11 +179,13 @@ fn op_fence_tries_both_ends_of_a_tied_table_on_one_compnode() {
     for seed in 0..30 {
         let cluster = random_cluster(&mut Draw(400 + seed), 5);
         let free = plan(&dag, &cluster, &spec(Strategy::OpFence, 4)).unwrap();
-        let mut spec = spec(Strategy::OpFence, 4);
-        spec.placement.private = true;
-        let bound = plan(&dag, &cluster, &spec).unwrap();
-        let (free_s, bound_s) = (free.prediction.step_s, bound.prediction.step_s);
-        assert!(free_s <= bound_s, "seed {seed}: {free_s} against {bound_s} with private data");
+        let (spec, pins) = (spec(Strategy::OpFence, 4), Pins::u_shape(&dag).unwrap());
+        let estimate = Estimate::new(&dag, 2, &cluster, spec.states);
+        let bound = search(&dag, &cluster, &estimate, &pins, &spec).unwrap();
+        let used = cluster.select(&bound.order);
+        let bound = Pricing::new(&dag, &used, &estimate, &spec).settle(&bound.segments(&pins)).unwrap();
+        let (free_s, bound_s) = (free.prediction.step_s, bound.simulated.step_s);
+        assert!(free_s <= bound_s, "seed {seed}: {free_s} against {bound_s} with both ends in one place");
         let both_ends = |stage: &crate::Stage| stage.compnode == NodeIndex(0);
         let stages = &free.placement.stages;
         u_shapes += u32::from(
