@@ -127,7 +127,7 @@ impl Weights<'_> {
             reach.iter_mut().take(least).for_each(|r| *r = false);
             farthest.push(far);
             let closes = tail == ops || place == 0 || self.crossing(device, order[0], tail) <= bottleneck;
-            let closes = closes && !(self.private && !may_close(self.cluster, &order[..=place]));
+            let closes = closes && (!self.private || may_close(self.cluster, &order[..=place]));
             if reach[tail] && closes {
                 reached.push(reach);
                 return Some(self.trace_back(order, &reached, &farthest));
