@@ -82,7 +82,7 @@ mod tests {
         let sets = [sets.as_slice(), &[format!("train.schedule={schedule}")]].concat();
         let job = "[model]\nname=\"gpt2\"\n[data]\npath=\"x\"";
         let spec = JobSpec::from_toml(job, &sets).unwrap();
-        let rates = LearningRates::of(&spec.train);
+        let rates = LearningRates::of(&spec.train.view());
         steps.iter().map(|&step| (rates.at(step) * 1e6).round() / 1e6).collect()
     }
 
