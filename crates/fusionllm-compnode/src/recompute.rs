@@ -2,7 +2,8 @@
 //! (`fusionllm_planner`'s `Recompute`).
 //!
 //! To the executor each piece is a stage. What flows between two of them stays where the executor keeps it, as between two
-//! stages of one CompNode, and gradients are summed in the same order: the bits do not change.
+//! stages of one CompNode, and gradients are summed in the same order: the bits do not change. Only where one stage has both ends
+//! of a tied table, which then lie in two pieces, are the gradients of that table added in another order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

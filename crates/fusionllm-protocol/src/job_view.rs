@@ -298,6 +298,7 @@ mod tests {
             ("placement", "pipeline", json!("gpipe"), Nowhere),
             ("placement", "run_ahead", json!(7), Nowhere),
             ("placement", "deferred", json!(7), Nowhere),
+            ("placement", "recompute", json!("always"), Nowhere),
             ("placement", "stages", json!([{ "compnode": 0, "last_op": "loss" }]), Nowhere),
             ("placement", "cluster", json!("/secret"), Nowhere),
             ("compression", "policy", json!("dense"), Nowhere),

@@ -45,7 +45,9 @@ fn joining(name: &str) -> Joining {
     let addr = PeerRecord { id: [7; 32], addrs: Vec::new() };
     let profile = crate::testing::profile(name);
     let (id, device) = ("0707".to_owned(), "cpu".to_owned());
-    Joining { name: name.to_owned(), id, key: [7; 32], device, org: None, addr, profile, standing: None }
+    // One process a name.
+    let key = [name.bytes().fold(7, |sum: u8, byte| sum.wrapping_mul(31).wrapping_add(byte)); 32];
+    Joining { name: name.to_owned(), id, key, device, org: None, addr, profile, standing: None }
 }
 
 /// A CompNode joins and is measured. Gives what else happened.
@@ -1033,13 +1035,14 @@ fn jobs_are_planned_with_the_memory_that_is_free_now_and_compnodes_hear_how_much
         assigned.unwrap()
     };
     say(&mut core, 1, FromCompNode::Room { bytes: 1 << 40 });
-    let (first, actions) = submit(&mut core, &["placement.compnodes=1"]);
+    let one = ["placement.compnodes=1", "placement.recompute=never"];
+    let (first, actions) = submit(&mut core, &one);
     let needed = needed(&actions);
     let of_plan = core.jobs[&first].run.is_some();
     assert!(of_plan && needed > 1000, "{needed}");
     core.stop(first, NOW).unwrap();
     say(&mut core, 1, FromCompNode::Room { bytes: needed - 1 });
-    let (second, _) = submit(&mut core, &["placement.compnodes=1"]);
+    let (second, _) = submit(&mut core, &one);
     let JobState::Failed { reason, .. } = &core.jobs[&second].record.state else { panic!("it is placed") };
     assert!(reason.contains("GB"), "{reason}");
 }

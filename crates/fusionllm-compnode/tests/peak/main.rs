@@ -155,7 +155,8 @@ fn activations_that_are_made_anew_take_no_more_memory_than_was_planned_and_less_
         let (losses, kept, kept_planned) = train(last_ops, Recompute::Never);
         let (of_anew, anew, planned) = train(last_ops, Recompute::Always);
         println!("{last_ops:?}: {anew:.0} of {planned:.0} bytes, {kept:.0} of {kept_planned:.0} kept");
-        assert_eq!(of_anew, losses);
+        // To the bit but for the tied table, whose two uses are in one stage of the whole model and in two pieces.
+        assert_close("made anew", &of_anew, &losses, 1e-6);
         assert!(anew <= 1.2 * planned, "{last_ops:?}: {anew} of {planned} bytes");
         assert!(kept - anew >= 0.7 * (kept_planned - planned), "{last_ops:?}: {kept} kept, {anew} made anew");
         assert!(planned < 0.7 * kept_planned, "{last_ops:?}: {planned} of {kept_planned}");

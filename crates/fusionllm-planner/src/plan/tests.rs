@@ -384,7 +384,8 @@ fn stages_run_no_further_ahead_than_memory_holds() {
     };
     let mut cluster = far_apart();
     cluster.compnodes[0].memory_bytes = (0.5 * (needed(Some(1)) + needed(Some(2)))) as u64;
-    let plan = plan(&dag, &cluster, &with_run_ahead(None)).unwrap();
+    let asked = PlanSpec { recompute: Recompute::Never, ..with_run_ahead(None) };
+    let plan = plan(&dag, &cluster, &asked).unwrap();
     assert_eq!(plan.placement.live_bound(NodeIndex(0)).into_values().max(), Some(3));
 }
 

@@ -182,7 +182,7 @@ fn what_always_fails_at_the_same_step_fails() {
 /// What the rest cannot hold waits for another machine; it has been right before.
 #[test]
 fn a_job_that_does_not_fit_on_the_rest_waits() {
-    let by_memory = ["placement.strategy=op-fence"];
+    let by_memory = ["placement.strategy=op-fence", "placement.recompute=never"];
     let (_, alone) = submit(&mut core(1), &by_memory);
     let planned = |(_, message): (u64, &FromBroker)| match message {
         FromBroker::Assign(assignment) => Some(assignment.planned_bytes),
