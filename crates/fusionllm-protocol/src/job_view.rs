@@ -228,9 +228,14 @@ mod tests {
 
     use Goes::{Nowhere, ToAll, ToOwner};
 
+    type Key = (&'static str, &'static str, Value, Goes);
+
     /// Every key with another value than that of the test's job.
-    fn keys() -> Vec<(&'static str, &'static str, Value, Goes)> {
-        let codec = json!("int4");
+    fn keys() -> Vec<Key> {
+        [of_model_and_data(), of_training()].concat()
+    }
+
+    fn of_model_and_data() -> Vec<Key> {
         vec![
             ("", "name", json!("secret"), Nowhere),
             ("model", "name", json!("gpt2-xl"), Nowhere),
@@ -275,6 +280,12 @@ mod tests {
             ("data", "std", json!([0.1, 0.2, 0.3]), ToOwner),
             ("data", "crop_padding", json!(3), ToOwner),
             ("data", "flip", json!(true), ToOwner),
+        ]
+    }
+
+    fn of_training() -> Vec<Key> {
+        let codec = json!("int4");
+        vec![
             ("train", "steps", json!(77), ToAll),
             ("train", "batch", json!(77), ToAll),
             ("train", "micro_batches", json!(77), ToAll),

@@ -353,8 +353,7 @@ impl Core {
             goes_on,
             takes_back: false,
         }))];
-        let notices = start.notices.iter().cloned().chain(of_recompute(&placement));
-        actions.extend(self.notices(job, notices.collect()));
+        actions.extend(self.notices(job, start.notices.iter().cloned().chain(of_recompute(&placement)).collect()));
         let owner = owner_of(&members).map(|owner| self.compnodes.name(owner)).unwrap_or_default();
         let kept = point.map(|point| self.sources(job, &point, &start.dag, &placement, &members));
         let Sources { of_members, loans, lends } = kept.unwrap_or_default();
