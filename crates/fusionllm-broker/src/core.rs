@@ -29,6 +29,7 @@ mod schedule;
 mod snapshot_book;
 mod snapshots;
 mod standstill;
+mod status;
 mod survey;
 mod takeback;
 mod watchdog;
@@ -39,9 +40,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fusionllm_planner::{Cluster, place};
-use fusionllm_protocol::{
-    Fault, FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, JobSummary, RunKey, StatusReport,
-};
+use fusionllm_protocol::{Fault, FromBroker, Generation, Inventory, JobEvent, JobId, JobSpec, JobState, RunKey};
 
 use crate::BrokerError;
 use crate::store::JobRecord;
@@ -220,28 +219,6 @@ impl Core {
     /// Whether another job writes there.
     pub(crate) fn uses_run_dir(&self, path: &std::path::Path) -> bool {
         self.jobs.values().any(|job| job.record.run_dir == path)
-    }
-
-    /// Jobs and CompNodes.
-    pub(crate) fn status(&self) -> StatusReport {
-        StatusReport {
-            jobs: self
-                .jobs
-                .values()
-                .map(|job| JobSummary {
-                    state: job.shown.clone(),
-                    standstill: self.standstill(job),
-                    reading: job.run.as_ref().filter(|_| job.shown == JobState::Preparing).and_then(|run| run.reading),
-                    ..job.record.summary()
-                })
-                .collect(),
-            compnodes: self.compnodes.summaries(),
-            relayed: self.survey.relayed().map(|(a, b)| (self.compnodes.name(a), self.compnodes.name(b))).collect(),
-            trouble: self
-                .trouble()
-                .map(|reason| format!("the broker takes no jobs, it cannot write its state: {reason}")),
-            lost_leaving: self.lost_leaving.values().cloned().collect(),
-        }
     }
 
     /// What is known of machines and links. With `max_age` links measured longer ago are measured again, with a job its

@@ -10,34 +10,13 @@ use std::sync::Arc;
 
 use fusionllm_codec::{HostTensor, Values};
 use fusionllm_graph::{OpDag, OpId};
-use fusionllm_planner::{NodeIndex, Placement, Stage, StageId, may_defer};
+use fusionllm_planner::{NodeIndex, Placement, StageId};
 use fusionllm_protocol::Pass;
 
 use crate::ExecutorError;
-use crate::backend::StageOps;
+use crate::backend::{StageOps, stages_of};
 use crate::border::BorderTensor;
 use crate::executor::{Executor, MicroBatch, StageOutput};
-
-/// The stages of a CompNode, as its executor has them: one by one, or in pieces.
-pub(crate) fn stages_of(dag: &OpDag, placement: &Placement, node: NodeIndex) -> Vec<(StageId, Vec<StageOps>)> {
-    let (is_in_pieces, defers) = (placement.recomputes(node), placement.defers(node));
-    // Numbers that no stage of the placement has.
-    let mut numbers = (placement.stages.len() as u32..).map(StageId);
-    let of_stage = |stage: &Stage| {
-        let sent: BTreeSet<OpId> = placement.edges.iter().filter(|e| e.from == stage.id).map(|e| e.op).collect();
-        let is_here: BTreeSet<OpId> = stage.ops.iter().copied().collect();
-        let piece = |ops: Vec<OpId>| {
-            let last = ops.last().copied();
-            let is_used = |op: OpId| dag.consumers(op).iter().any(|c| is_here.contains(c) && Some(*c) > last);
-            let leaving = ops.iter().copied().filter(|&op| sent.contains(&op) || is_used(op)).collect();
-            let deferring = ops.iter().copied().filter(|&op| defers && may_defer(dag, &placement.shared, op)).collect();
-            let id = if is_in_pieces { numbers.next() } else { None };
-            StageOps { id: id.unwrap_or(stage.id), ops, leaving, deferring }
-        };
-        (stage.id, placement.pieces_of(dag, stage).into_iter().map(piece).collect())
-    };
-    placement.stages_of(node).map(of_stage).collect()
-}
 
 /// A stage in pieces.
 #[derive(Debug)]

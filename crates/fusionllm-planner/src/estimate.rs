@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use fusionllm_graph::{Kernels, OpDag, OpId};
 
-use crate::recompute::{piece_ends, pieces};
+use crate::pieces::{piece_ends, pieces};
 use crate::{Cluster, CompNodeProfile, FpBp};
 
 /// Times that UPDATE moves the parameters' bytes: AdamW reads four tensors and writes three.

@@ -15,6 +15,7 @@ mod estimate;
 mod format;
 mod ids;
 mod partition;
+mod pieces;
 mod pipeline;
 mod placement;
 mod plan;

@@ -13,7 +13,6 @@ mod names;
 mod overrides;
 mod parse;
 mod refusal;
-mod step_rules;
 mod validate;
 
 use std::path::PathBuf;
@@ -28,8 +27,7 @@ pub use data_spec::{DataFormat, DataSpec, PrivateSeed, RowKind, SampleOrder};
 pub use image_model::SizedFamily;
 pub use keys::job_keys;
 pub use lora::{LoraSpec, scaling as lora_scaling};
-pub use lr_schedule::{LearningRates, LrSchedule};
-pub use step_rules::StepRules;
+pub use lr_schedule::LrSchedule;
 
 /// A whole job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

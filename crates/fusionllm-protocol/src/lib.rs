@@ -17,6 +17,7 @@ mod op_data;
 mod peer;
 mod recovery;
 mod snapshot;
+mod step_rules;
 mod tensor_header;
 mod tensor_name;
 mod text;
@@ -36,10 +37,9 @@ pub use event::{CodecNote, JobEvent, JobState, LinkBytes, Notice, StepMetrics};
 pub use ids::{Generation, JobId, RunId, RunKey};
 pub use inventory::{CpuShare, DeviceProfile, Inventory, LinkReport, MachineReport, PairProfile};
 pub use job::{
-    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LearningRates,
-    LoraSpec, LrSchedule, Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, PrivateSeed, RowKind,
-    SampleOrder, SizedFamily, StepRules, SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys,
-    lora_scaling,
+    Cadence, CheckpointSpec, CompressionPolicy, CompressionSpec, DataFormat, DataSpec, JobSpec, LoraSpec, LrSchedule,
+    Measuring, ModelSpec, OptimizerKind, PlacementSection, Precision, PrivateSeed, RowKind, SampleOrder, SizedFamily,
+    SurviveSpec, TopKBackward, TrainSpec, ValueFormat, WeightsChoice, job_keys, lora_scaling,
 };
 pub use job_view::{CompressionView, JobView, OwnerView, TrainView};
 pub use manifest::{CarriedFile, Manifest, ShardEntry};
@@ -47,6 +47,7 @@ pub use op_data::{Channel, OpDataHeader, Pass, PeerFrame};
 pub use peer::PeerRecord;
 pub use recovery::{Fault, Recovery, Standstill, cause};
 pub use snapshot::{LoanFrame, Snapshot, SnapshotId, SnapshotSource};
+pub use step_rules::{LearningRates, StepRules};
 pub use tensor_header::{MAX_HEADER_BYTES, TensorHeader, TensorHeaderError};
 pub use tensor_name::{StateKind, TensorName};
 pub use text::{clean, clean_lines, clean_to, is_deceptive, is_plain_name};

@@ -386,12 +386,12 @@ fn an_override_wins_over_the_file_and_may_lack_quotes() {
 #[test]
 fn the_learning_rate_warms_up_and_decays_to_its_least() {
     let spec = read(LEAST, &["train.steps=100", "train.warmup=10", "train.lr=1.0"]).unwrap();
-    let rates = LearningRates::of(&spec.train.view());
+    let rates = crate::LearningRates::of(&spec.train.view());
     for (step, rate) in [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.55), (100, 0.1)] {
         assert!((rates.at(step) - rate).abs() < 1e-12);
     }
     let constant = read(LEAST, &["train.schedule=constant", "train.lr=1.0"]).unwrap();
-    assert!((LearningRates::of(&constant.train.view()).at(999) - 1.0).abs() < 1e-12);
+    assert!((crate::LearningRates::of(&constant.train.view()).at(999) - 1.0).abs() < 1e-12);
 }
 
 #[test]
