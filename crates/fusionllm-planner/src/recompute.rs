@@ -86,8 +86,8 @@ mod tests {
             strategy,
             stages: Vec::new(),
             pipeline: Pipeline::OneFOneB,
-            run_ahead: None,
-            deferred: None,
+            run_ahead: Some(0),
+            deferred: Some(0),
             micro_batches: 8,
             micro_batch_size: 8,
             eval_micro_batches: 1,
@@ -115,9 +115,9 @@ mod tests {
         let anew = plan(&dag, &cluster, &spec(Recompute::Always, Strategy::EqualCompute)).unwrap();
         assert_eq!(recomputing(&anew), [true, true]);
         assert!(memory(&anew)[0] < 0.5 * memory(&kept)[0], "{:?} of {:?}", memory(&anew), memory(&kept));
-        // FP comes twice, BP takes twice as long as FP, and no weight gradient waits for a pause.
+        // FP comes twice, and BP takes twice as long as FP.
         let (slower, step_s) = (anew.prediction.step_s, kept.prediction.step_s);
-        assert!((4.0 / 3.0..1.5).contains(&(slower / step_s)), "{slower} instead of {step_s}");
+        assert!((slower / step_s - 4.0 / 3.0).abs() < 0.05, "{slower} instead of {step_s}");
         // The first CompNode has less memory than its part takes.
         cluster.compnodes[0].memory_bytes = (0.5 * (memory(&anew)[0] + memory(&kept)[0])) as u64;
         let of = |recompute, strategy| plan(&dag, &cluster, &spec(recompute, strategy));

@@ -21,7 +21,7 @@ impl Core {
         let (wanted, standing) = (joining.name.clone(), joining.standing.clone());
         let was_to_leave = self.lost_leaving.remove(&joining.key).is_some();
         self.compnodes.join(connection, joining, now);
-        self.survey.joined(connection, &self.compnodes, now);
+        self.survey.joined(connection, self.compnodes.all());
         // The process that was to leave and was held up; another one that somebody has started since may stay.
         let leaves = was_to_leave && standing.is_some();
         let mut actions = self.stands(connection, &wanted, standing, now);
@@ -134,9 +134,9 @@ impl Core {
 
     /// The same, where that was only known after a silence.
     fn left_after(&mut self, connection: ConnectionId, reason: &str, silence: Duration, now: Duration) -> Vec<Action> {
-        self.survey.left(connection, &self.compnodes, now);
         let (key, was_to_leave) = (self.compnodes.key(connection), self.compnodes.is_leaving(connection));
         let Some(gone) = self.compnodes.remove(connection) else { return Vec::new() };
+        self.survey.left(connection);
         if was_to_leave && gone.run.is_some() {
             self.lost_leaving.insert(key, gone.name.clone());
         }
@@ -175,10 +175,11 @@ impl Core {
 
     /// A CompNode has no work any more. Whether it is still here: one that is away is given up.
     pub(super) fn release(&mut self, connection: ConnectionId) -> bool {
-        if self.compnodes.is_away(connection) {
-            self.survey.left(connection, &self.compnodes, self.ticked.unwrap_or_default());
+        let is_here = self.compnodes.release(connection);
+        if !is_here {
+            self.survey.left(connection);
         }
-        self.compnodes.release(connection)
+        is_here
     }
 
     /// Jobs on which nothing goes on, though all their CompNodes are alive.

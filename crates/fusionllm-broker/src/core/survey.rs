@@ -6,7 +6,6 @@
 //! waits for it.
 
 mod inventory;
-mod memory;
 mod work_key;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,7 +16,6 @@ use fusionllm_protocol::{FromBroker, JobSpec, JobView, PairProfile};
 
 use super::registry::Registry;
 use super::{Action, ConnectionId, StartPoint};
-use memory::Memory;
 pub(super) use work_key::WorkKey;
 
 /// A probe that has not been answered for this long is given up.
@@ -74,7 +72,6 @@ pub(super) struct Survey {
     active: BTreeMap<u64, Activity>,
     /// Pairs that were cut and are measured again before the next plan.
     healing: BTreeSet<Pair>,
-    memory: Memory,
     /// Pairs that are measured though one of them is at work: the other one is new, and may be of use to it.
     beside_work: BTreeSet<Pair>,
 }
@@ -86,32 +83,13 @@ impl Survey {
         self.count = number;
     }
 
-    /// A CompNode has joined: its links to all others are due, but for those that were measured just before it went.
-    pub(super) fn joined(&mut self, connection: ConnectionId, registry: &Registry, now: Duration) {
-        let key = registry.key(connection);
-        self.ops.extend(self.memory.ops_of(key, now).map(|(work, measured)| ((connection, work), Some(measured))));
-        for other in registry.all().filter(|&other| other != connection) {
-            let pair = (other.min(connection), other.max(connection));
-            match self.memory.pair((registry.key(pair.0), registry.key(pair.1)), now) {
-                Some((result, at)) => {
-                    self.pairs.insert(pair, PairState { result: Some(result), at, is_cut: false });
-                }
-                None => {
-                    self.due.insert(pair);
-                }
-            }
-        }
+    /// A CompNode has joined: its links to all others are due.
+    pub(super) fn joined(&mut self, connection: ConnectionId, others: impl Iterator<Item = ConnectionId>) {
+        self.due.extend(others.filter(|&o| o != connection).map(|o| (o.min(connection), o.max(connection))));
     }
 
-    /// A CompNode has gone. What was measured of it is remembered for a while: it may be back soon, as after a break.
-    pub(super) fn left(&mut self, connection: ConnectionId, registry: &Registry, now: Duration) {
-        let of_it = |pair: &Pair| pair.0 == connection || pair.1 == connection;
-        for (pair, state) in self.pairs.iter().filter(|(pair, state)| of_it(pair) && !state.is_cut) {
-            let keys = (registry.key(pair.0), registry.key(pair.1));
-            self.memory.keep_pair(keys, state.result, state.at);
-        }
-        let ops = self.ops.iter().filter(|((at, _), _)| *at == connection);
-        self.memory.keep_ops(registry.key(connection), ops.map(|((_, work), measured)| (*work, measured)), now);
+    /// A CompNode has gone, and with it all that was measured of it.
+    pub(super) fn left(&mut self, connection: ConnectionId) {
         let concerns = |pair: &Pair| pair.0 == connection || pair.1 == connection;
         self.due.retain(|pair| !concerns(pair));
         self.pairs.retain(|pair, _| !concerns(pair));

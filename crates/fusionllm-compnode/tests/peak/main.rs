@@ -86,15 +86,21 @@ fn real_vocabulary() -> OpDag {
 
 /// Losses, the most that was allocated at once while training, and what was planned for all CompNodes together.
 fn train(micro_batches: u32, last_ops: &[(u32, &str)]) -> (Vec<f64>, f64, f64) {
-    train_model(real_vocabulary(), micro_batches, last_ops, Recompute::Never)
+    train_model(real_vocabulary(), [4, micro_batches], last_ops, Recompute::Never)
 }
 
-/// The same of a given model.
-fn train_model(dag: OpDag, micro_batches: u32, last_ops: &[(u32, &str)], recompute: Recompute) -> (Vec<f64>, f64, f64) {
+/// The same of a given model, with so many sequences in a step, and micro-batches.
+fn train_model(
+    dag: OpDag,
+    [batch, micro_batches]: [u32; 2],
+    last_ops: &[(u32, &str)],
+    recompute: Recompute,
+) -> (Vec<f64>, f64, f64) {
     let _one_at_a_time = ONE_AT_A_TIME.lock().unwrap();
     let compnodes = last_ops.iter().map(|&(compnode, _)| compnode as usize + 1).max().unwrap();
-    let mut spec =
-        job(&format!("steps = {STEPS}\nbatch = 4\nmicro_batches = {micro_batches}\nwarmup = 0\neval_batches = 1"));
+    let mut spec = job(&format!(
+        "steps = {STEPS}\nbatch = {batch}\nmicro_batches = {micro_batches}\nwarmup = 0\neval_batches = 1"
+    ));
     spec.placement.stages = stages(last_ops);
     // Checkpoints are written tensor by tensor.
     spec.checkpoint.every = 1;
@@ -150,7 +156,7 @@ fn many_activations() -> OpDag {
 
 #[test]
 fn activations_that_are_made_anew_take_no_more_memory_than_was_planned_and_less_than_those_that_are_kept() {
-    let train = |last_ops: &[(u32, &str)], recompute| train_model(many_activations(), 4, last_ops, recompute);
+    let train = |last_ops: &[(u32, &str)], recompute| train_model(many_activations(), [64, 4], last_ops, recompute);
     for last_ops in [WHOLE, &[(0, "h.3.add_2"), (1, "loss")]] {
         let (losses, kept, kept_planned) = train(last_ops, Recompute::Never);
         let (of_anew, anew, planned) = train(last_ops, Recompute::Always);

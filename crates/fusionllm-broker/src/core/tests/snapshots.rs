@@ -348,9 +348,8 @@ fn who_is_the_last_keeps_what_it_has() {
         tell(&mut core, left(connection), NOW);
     }
     for (connection, name, node) in [(3, "a", 0), (4, "b", 1)] {
-        // What was measured of it is still known.
-        let (_, mut actions) = core.join(ConnectionId(connection), joining(name), NOW);
-        actions.extend(say(&mut core, connection, holds(snapshot(KEY, last, node))));
+        let (_, actions) = core.join(ConnectionId(connection), joining(name), NOW);
+        say(&mut core, connection, holds(snapshot(KEY, last, node)));
         let actions = measure(&mut core, actions);
         let begun: Vec<_> = sources(&actions).iter().map(|(to, step, _)| (*to, *step)).collect();
         assert_eq!(begun, if node == 1 { vec![(3, last), (4, last)] } else { Vec::new() }, "{actions:?}");
