@@ -163,8 +163,16 @@ pub trait Executor: Gradients + Send {
         loss_scale: f64,
     ) -> Result<Vec<(OpId, BorderTensor)>, ExecutorError>;
 
-    /// Lets go of what FP of a micro-batch has kept for BP, if it has: FP comes once more before BP does.
-    fn forget(&mut self, stage: StageId, micro_batch: u32);
+    /// FP in training that keeps nothing for BP: FP comes once more before BP does.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    fn forward_alone(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        inputs: Vec<(OpId, BorderTensor)>,
+    ) -> Result<StageOutput, ExecutorError>;
 
     /// The stage and micro-batch of the oldest BP that has put off gradients of weights which are still to be made.
     fn owes(&self) -> Option<(StageId, u32)>;

@@ -92,11 +92,13 @@ impl Recomputation {
             let entering: Vec<_> = piece.entering.iter().map(tensor).collect::<Result<_, _>>()?;
             let is_training = micro_batch.pass == Pass::Train;
             let kept = is_training.then(|| entering.clone());
-            let found = executor.forward(piece.id, micro_batch, entering)?;
-            if let Some(kept) = kept {
-                executor.forget(piece.id, micro_batch.index);
-                self.kept.insert((piece.id, micro_batch.index), kept);
-            }
+            let found = match kept {
+                Some(kept) => {
+                    self.kept.insert((piece.id, micro_batch.index), kept);
+                    executor.forward_alone(piece.id, micro_batch, entering)?
+                }
+                None => executor.forward(piece.id, micro_batch, entering)?,
+            };
             output.loss = output.loss.or(found.loss);
             output.accuracy = output.accuracy.or(found.accuracy);
             for (op, tensor) in found.tensors {

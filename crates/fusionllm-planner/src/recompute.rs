@@ -127,9 +127,9 @@ mod tests {
         assert_eq!(auto.placement.recompute, [NodeIndex(0)]);
         assert!(memory(&auto)[0] <= cluster.compnodes[0].memory_bytes as f64);
         // Where OP-Fence may cut elsewhere, it takes whichever is faster.
-        let [never, auto] =
-            [Recompute::Never, Recompute::Auto].map(|r| of(r, Strategy::OpFence).unwrap().prediction.step_s);
-        assert!(auto <= never, "{auto} of {never}");
+        let [never, auto] = [Recompute::Never, Recompute::Auto].map(|r| of(r, Strategy::OpFence));
+        let step_s = |plan: &Plan| plan.prediction.step_s;
+        assert!(never.is_err() || step_s(auto.as_ref().unwrap()) <= step_s(never.as_ref().unwrap()));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::burn::kernels::fused;
 use crate::burn::optimizer::{self, ParamState};
 use crate::burn::owed::Owed;
 use crate::burn::running::RunningMoments;
-use crate::burn::stage::{BurnStage, Kept, StageContext};
+use crate::burn::stage::{BurnStage, Kept, Mode, StageContext};
 use crate::executor::{
     Executor, Gradients, MicroBatch, Params, StageOutput, UpdateSpec, Write, check_filled_rows, check_range,
     check_rows, most_live,
@@ -120,6 +120,30 @@ impl BurnExecutor {
     fn settle(&mut self) {
         let (owed, sums) = (&mut self.owed, &mut self.gradients);
         on_pool(self.on_cpu, || owed.settle().for_each(|(param, sum)| sums.add_term(param, sum)));
+    }
+
+    fn run_forward(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        inputs: Vec<(OpId, BorderTensor)>,
+        mode: Mode,
+    ) -> Result<StageOutput, ExecutorError> {
+        let held = self.stage(stage)?;
+        for &op in held.entering() {
+            if !inputs.iter().any(|(id, _)| *id == op) {
+                let input = self.dag.op(op).name.clone();
+                return Err(ExecutorError::MissingInput { op: stage.to_string(), input });
+            }
+        }
+        let params = if mode == Mode::Train { &self.leaves } else { &self.params };
+        let around = self.surroundings(params);
+        let (output, mut kept) = on_pool(self.on_cpu, || held.forward(around, micro_batch, inputs, mode))?;
+        self.moments.found(micro_batch.index, std::mem::take(&mut kept.moments));
+        if mode == Mode::Train {
+            self.kept.insert((stage, micro_batch.index), kept);
+        }
+        Ok(output)
     }
 
     fn write(&mut self, param: ParamId, start: usize, values: Vec<f32>, how: Write) -> Result<(), ExecutorError> {
@@ -249,22 +273,17 @@ impl Executor for BurnExecutor {
         micro_batch: MicroBatch,
         inputs: Vec<(OpId, BorderTensor)>,
     ) -> Result<StageOutput, ExecutorError> {
-        let training = micro_batch.pass == Pass::Train;
-        let held = self.stage(stage)?;
-        for &op in held.entering() {
-            if !inputs.iter().any(|(id, _)| *id == op) {
-                let input = self.dag.op(op).name.clone();
-                return Err(ExecutorError::MissingInput { op: stage.to_string(), input });
-            }
-        }
-        let params = if training { &self.leaves } else { &self.params };
-        let around = self.surroundings(params);
-        let (output, mut kept) = on_pool(self.on_cpu, || held.forward(around, micro_batch, inputs, training))?;
-        if training {
-            self.moments.found(micro_batch.index, std::mem::take(&mut kept.moments));
-            self.kept.insert((stage, micro_batch.index), kept);
-        }
-        Ok(output)
+        let mode = if micro_batch.pass == Pass::Train { Mode::Train } else { Mode::Eval };
+        self.run_forward(stage, micro_batch, inputs, mode)
+    }
+
+    fn forward_alone(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        inputs: Vec<(OpId, BorderTensor)>,
+    ) -> Result<StageOutput, ExecutorError> {
+        self.run_forward(stage, micro_batch, inputs, Mode::TrainAlone)
     }
 
     fn backward(
@@ -292,10 +311,6 @@ impl Executor for BurnExecutor {
         let put_off = result.owed.into_iter().filter_map(|(op, gradient)| Some((op, weight(op)?, gradient)));
         owed.put_off(stage, micro_batch.index, put_off);
         Ok(result.inputs)
-    }
-
-    fn forget(&mut self, stage: StageId, micro_batch: u32) {
-        self.kept.remove(&(stage, micro_batch));
     }
 
     fn owes(&self) -> Option<(StageId, u32)> {

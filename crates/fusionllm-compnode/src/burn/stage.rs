@@ -40,6 +40,17 @@ pub(crate) struct BurnStage {
     sums: BTreeMap<OpId, (ParamId, WeightSum)>,
 }
 
+/// What FP is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Nothing is dropped, and batch norms go by their running values.
+    Eval,
+    /// BP follows, by the tape that FP leaves.
+    Train,
+    /// As in training, but BP does not follow.
+    TrainAlone,
+}
+
 /// What FP keeps of a micro-batch until its BP.
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
@@ -158,14 +169,15 @@ impl BurnStage {
         self.sums.values()
     }
 
-    /// FP. With `training`, also what BP needs.
+    /// FP, and in training what BP needs.
     pub(crate) fn forward(
         &self,
         around: StageContext<'_>,
         micro_batch: MicroBatch,
         inputs: Vec<(OpId, BorderTensor)>,
-        training: bool,
+        mode: Mode,
     ) -> Result<(StageOutput, Kept), ExecutorError> {
+        let training = mode == Mode::Train;
         let mut leaves = BTreeMap::new();
         let mut values: BTreeMap<OpId, Value> = BTreeMap::new();
         let mut ids: BTreeMap<OpId, Vec<i32>> = BTreeMap::new();
@@ -193,7 +205,7 @@ impl BurnStage {
             };
             values.insert(op, value);
         }
-        let aside = self.run(around, micro_batch, training, &ids, &mut values)?;
+        let aside = self.run(around, micro_batch, mode, &ids, &mut values)?;
         let (mut output, mut kept) = self.collect(around.dag, leaves, &values)?;
         output.accuracy = aside.accuracy;
         (kept.deferred, kept.lookups, kept.asides) = (aside.deferred, aside.lookups, aside.asides);
@@ -205,11 +217,12 @@ impl BurnStage {
         &self,
         around: StageContext<'_>,
         micro_batch: MicroBatch,
-        training: bool,
+        mode: Mode,
         ids: &BTreeMap<OpId, Vec<i32>>,
         values: &mut BTreeMap<OpId, Value>,
     ) -> Result<Aside, ExecutorError> {
         let mut aside = Aside::default();
+        let training = mode == Mode::Train;
         let mut uses: BTreeMap<OpId, usize> = BTreeMap::new();
         for &op in &self.ops {
             for &input in &around.dag.op(op).inputs {
@@ -241,9 +254,10 @@ impl BurnStage {
                 params.push(around.params.get(param).cloned().ok_or_else(|| missing("parameters"))?);
             }
             let seed = around.seeds.of_op(around.dag, id, micro_batch);
-            let context = KernelContext { device: around.device, training, seed, angles: &self.angles };
+            let context =
+                KernelContext { device: around.device, training: mode != Mode::Eval, seed, angles: &self.angles };
             let arguments = Arguments { op, inputs, params };
-            if !training && op.kind == OpKind::CrossEntropy && around.dag.image_size().is_some() {
+            if mode == Mode::Eval && op.kind == OpKind::CrossEntropy && around.dag.image_size().is_some() {
                 aside.accuracy = Some(kernels::accuracy(&arguments)?);
             }
             let value = if training && self.frozen.contains(&id) {
@@ -255,7 +269,7 @@ impl BurnStage {
             } else if let (true, Some((param, sum))) = (training, self.sums.get(&id)) {
                 let aside = aside.set_aside(*param);
                 kernels::forward_accumulated(&arguments, sum.clone(), aside)?
-            } else if let (OpKind::BatchNorm2d { eps, .. }, true) = (&op.kind, training) {
+            } else if let (OpKind::BatchNorm2d { eps, .. }, true) = (&op.kind, mode != Mode::Eval) {
                 let (value, moments) = kernels::forward_norm(&arguments, *eps)?;
                 aside.moments.push((id, moments));
                 value

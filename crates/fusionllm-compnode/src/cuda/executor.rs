@@ -290,10 +290,17 @@ impl Executor for CudaExecutor {
         Ok(result)
     }
 
-    fn forget(&mut self, stage: StageId, micro_batch: u32) {
-        if let Some(live) = self.live.remove(&(stage, micro_batch)) {
+    fn forward_alone(
+        &mut self,
+        stage: StageId,
+        micro_batch: MicroBatch,
+        inputs: Vec<(OpId, BorderTensor)>,
+    ) -> Result<StageOutput, ExecutorError> {
+        let output = self.forward(stage, micro_batch, inputs)?;
+        if let Some(live) = self.live.remove(&(stage, micro_batch.index)) {
             self.give_back(live.slot);
         }
+        Ok(output)
     }
 
     fn owes(&self) -> Option<(StageId, u32)> {

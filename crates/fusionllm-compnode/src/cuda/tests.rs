@@ -142,10 +142,11 @@ impl Trial {
                 let inputs: Vec<_> =
                     entering(&self.dag, stage).into_iter().map(|op| (op, tensors[&op].clone())).collect();
                 entered.insert(stage.id, inputs.clone());
-                let output = executors[*holder].forward(stage.id, at, inputs).unwrap();
-                if self.recomputes {
-                    executors[*holder].forget(stage.id, index);
-                }
+                let executor = &mut executors[*holder];
+                let output = match self.recomputes {
+                    true => executor.forward_alone(stage.id, at, inputs).unwrap(),
+                    false => executor.forward(stage.id, at, inputs).unwrap(),
+                };
                 tensors.extend(output.tensors);
                 loss += output.loss.unwrap_or(0.0) * scale;
             }
